@@ -1,0 +1,82 @@
+"""FedDF: the averaged student learns from the clients' ensemble.
+
+Lin et al., "Ensemble Distillation for Robust Model Fusion in Federated Learning"
+(NeurIPS 2020), Algorithm 1 and equation 2. Clients send their logits on the
+transfer set where the paper sends models to the server: the mean is the same, and
+no client's model is seen.
+"""
+
+from typing import Any, Optional
+
+import tensorflow_federated as tff
+
+from tff_kd import models
+from tff_kd import optimizers
+from tff_kd import process
+from tff_kd import server_distillation
+from tff_kd import transfer
+
+# The paper's, section 4.1 and appendix: Adam, a cosine, a fresh state each round.
+DEFAULT_DISTILLATION = server_distillation.Distillation(
+    target='ensemble',
+    temperature=1.0,
+    distillation_weight=1.0,
+    num_steps=200,
+    batch_size=128,
+    schedule=server_distillation.cosine_schedule,
+    reset_optimizer=True,
+)
+
+
+def build_fed_df(
+    *,
+    student_fn: models.KerasModelFn,
+    input_spec: Any,
+    loss_fn: models.LossFn,
+    transfer_set: transfer.TransferSet,
+    client_optimizer: optimizers.Optimizer,
+    student_optimizer: Optional[optimizers.Optimizer] = None,
+    distillation: server_distillation.Distillation = DEFAULT_DISTILLATION,
+    metrics_fn: Optional[models.MetricsFn] = None,
+    **kwargs,
+) -> process.DistillationProcess:
+  """Builds FedDF.
+
+  The paper takes up to 10,000 server steps a round, and stops after 1,000 without
+  a better validation; `Distillation(num_steps=10_000, validate_every=100,
+  patience=10, ...)` with a `validation_size` gives that. The default takes 200.
+
+  Args:
+    student_fn: Returns a new `tf.keras.Model`.
+    input_spec: The clients' `dataset.element_spec`.
+    loss_fn: Returns a `tf.keras.losses.Loss`.
+    transfer_set: The examples on which the ensemble is distilled.
+    client_optimizer: The clients' optimizer.
+    student_optimizer: The server's, for the distillation; Adam with the paper's
+      rate 1e-3 if `None`.
+    distillation: How the student learns from the ensemble.
+    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    **kwargs: Further arguments of `process.build_distillation_process`.
+
+  Returns:
+    A `DistillationProcess` without a teacher.
+  """
+  student = models.build_model_spec(
+      student_fn,
+      input_spec=input_spec,
+      loss_fn=loss_fn,
+      metrics_fn=metrics_fn,
+      name='student',
+  )
+  stage = server_distillation.DistillationStage(
+      'student',
+      student_optimizer or tff.learning.optimizers.build_adam(1e-3),
+      distillation,
+  )
+  return process.build_distillation_process(
+      student,
+      client_optimizer=client_optimizer,
+      transfer_set=transfer_set,
+      stages=[stage],
+      **kwargs,
+  )

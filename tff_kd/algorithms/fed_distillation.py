@@ -1,0 +1,103 @@
+"""The document's fusion: students up, a teacher on the server, knowledge down.
+
+The source document's loop (its steps 1 to 6): clients train the student, the
+server averages it, the teacher learns by its own optimizer from the aggregated
+student or the clients' ensemble,
+
+  theta_T <- theta_T - a grad [(1 - w) CE(y, z_T) + w KL_T(z_target || z_T)],
+
+and the student is refreshed from the teacher before it goes back to the clients.
+"""
+
+from typing import Any, Optional
+
+import tensorflow_federated as tff
+
+from tff_kd import models
+from tff_kd import optimizers
+from tff_kd import process
+from tff_kd import server_distillation
+from tff_kd import transfer
+
+DEFAULT_DISTILLATION = server_distillation.Distillation(
+    target='ensemble', temperature=3.0
+)
+DEFAULT_BACK_DISTILLATION = server_distillation.Distillation(
+    target='teacher', temperature=3.0, reset_optimizer=True
+)
+
+
+def build_fed_distillation(
+    *,
+    student_fn: models.KerasModelFn,
+    teacher_fn: models.KerasModelFn,
+    input_spec: Any,
+    loss_fn: models.LossFn,
+    transfer_set: transfer.TransferSet,
+    client_optimizer: optimizers.Optimizer,
+    teacher_optimizer: Optional[optimizers.Optimizer] = None,
+    student_optimizer: Optional[optimizers.Optimizer] = None,
+    distillation: server_distillation.Distillation = DEFAULT_DISTILLATION,
+    back_distillation: Optional[server_distillation.Distillation] = (
+        DEFAULT_BACK_DISTILLATION
+    ),
+    metrics_fn: Optional[models.MetricsFn] = None,
+    **kwargs,
+) -> process.DistillationProcess:
+  """Builds the fusion of federated averaging and distillation through a teacher.
+
+  Args:
+    student_fn: Returns a new, small `tf.keras.Model`, which clients train.
+    teacher_fn: Returns a new, large `tf.keras.Model`, which stays on the server.
+    input_spec: The clients' `dataset.element_spec`.
+    loss_fn: Returns a `tf.keras.losses.Loss`, for both models.
+    transfer_set: The examples on which knowledge passes between models.
+    client_optimizer: The clients' optimizer.
+    teacher_optimizer: The teacher's own; its state lives in the process state.
+      Adam with rate 1e-3 if `None`.
+    student_optimizer: The student's for the way back; Adam with rate 1e-3 if
+      `None`. (`server_optimizer` is the one that applies the mean delta.)
+    distillation: How the teacher learns.
+    back_distillation: How the student learns from the teacher afterwards; not at
+      all if `None`.
+    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    **kwargs: Further arguments of `process.build_distillation_process`
+      (`server_optimizer`, `client_weighting`, `knowledge_weighting`,
+      `model_aggregator`, `knowledge_aggregator`, `local_distillation`, `seed`).
+
+  Returns:
+    A `DistillationProcess` with a teacher.
+  """
+  student, teacher = (
+      models.build_model_spec(
+          fn,
+          input_spec=input_spec,
+          loss_fn=loss_fn,
+          metrics_fn=metrics_fn,
+          name=name,
+      )
+      for name, fn in (('student', student_fn), ('teacher', teacher_fn))
+  )
+  stages = [
+      server_distillation.DistillationStage(
+          'teacher',
+          teacher_optimizer or tff.learning.optimizers.build_adam(1e-3),
+          distillation,
+      )
+  ]
+  if back_distillation is not None:
+    stages.append(
+        server_distillation.DistillationStage(
+            'student',
+            student_optimizer or tff.learning.optimizers.build_adam(1e-3),
+            back_distillation,
+        )
+    )
+  return process.build_distillation_process(
+      student,
+      teacher=teacher,
+      client_optimizer=client_optimizer,
+      transfer_set=transfer_set,
+      stages=stages,
+      **kwargs,
+  )

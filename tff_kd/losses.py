@@ -1,0 +1,211 @@
+"""Distillation losses in plain TensorFlow.
+
+Every loss maps `[..., classes] -> [...]` (one value an example, or one a
+position for sequences) and leaves the mean to `weighted_mean`. Targets never
+receive a gradient. A last axis of size one is a single logit, the log-odds of a
+binary label: the losses that need a distribution read `z` as the two classes
+`[0, z]`.
+
+Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network"
+(2015), section 2, for the temperature and its T^2 factor.
+"""
+
+from typing import Optional
+
+import tensorflow as tf
+
+# Probabilities are clipped here before their logarithm, as tf.keras does.
+_PROBABILITY_FLOOR = 1e-7
+
+
+def check_temperature(temperature: float, name: str = 'temperature') -> float:
+  """Returns `temperature` as a float, or refuses it unless it is finite and > 0.
+
+  Raises:
+    ValueError: If the temperature is not a positive, finite number.
+  """
+  value = float(temperature)
+  if not 0.0 < value < float('inf'):
+    raise ValueError(
+        f'`{name}` must be a finite number above 0, found {temperature!r}. '
+        'Use 1.0 for plain probabilities; higher values soften them.'
+    )
+  return value
+
+
+def logits_from_probabilities(probabilities: tf.Tensor) -> tf.Tensor:
+  """Turns the outputs of a model that ends in softmax (or sigmoid) into logits.
+
+  Args:
+    probabilities: A float tensor `[..., classes]`, each row summing to one, or
+      `[..., 1]` with the probability of the positive label.
+
+  Returns:
+    A tensor of the same shape: log-probabilities, or log-odds for a last axis of
+    one. `softmax` (or `sigmoid`) of it gives the probabilities back.
+  """
+  p = tf.clip_by_value(probabilities, _PROBABILITY_FLOOR, 1.0)
+  if probabilities.shape[-1] == 1:
+    q = tf.clip_by_value(1.0 - probabilities, _PROBABILITY_FLOOR, 1.0)
+    return tf.math.log(p) - tf.math.log(q)
+  return tf.math.log(p)
+
+
+def _two_classes(logits: tf.Tensor) -> tf.Tensor:
+  if logits.shape[-1] == 1:
+    return tf.concat([tf.zeros_like(logits), logits], axis=-1)
+  return logits
+
+
+def kl_divergence(
+    target_logits: tf.Tensor, logits: tf.Tensor, temperature: float = 1.0
+) -> tf.Tensor:
+  """T^2 KL(softmax(target / T) || softmax(logits / T)), summed over the classes.
+
+  Args:
+    target_logits: A float tensor `[..., classes]`; receives no gradient.
+    logits: A float tensor of the same shape.
+    temperature: T, above 0. The factor T^2 keeps the gradient's size
+      independent of T (Hinton et al. 2015, section 2).
+
+  Returns:
+    A float tensor `[...]`.
+
+  Raises:
+    ValueError: If `temperature` is not above 0.
+  """
+  t = check_temperature(temperature)
+  target = tf.nn.log_softmax(
+      tf.stop_gradient(_two_classes(target_logits)) / t, axis=-1
+  )
+  predicted = tf.nn.log_softmax(_two_classes(logits) / t, axis=-1)
+  divergence = tf.reduce_sum(tf.exp(target) * (target - predicted), axis=-1)
+  return t * t * divergence
+
+
+def not_true_kl_divergence(
+    target_logits: tf.Tensor,
+    logits: tf.Tensor,
+    labels: tf.Tensor,
+    temperature: float = 1.0,
+) -> tf.Tensor:
+  """T^2 KL over all classes but the label's.
+
+  Source: Lee et al., "Preservation of the Global Knowledge by Not-True
+  Distillation in Federated Learning" (NeurIPS 2022), equation 4.
+
+  Args:
+    target_logits: A float tensor `[..., classes]` with at least three classes
+      (with two, nothing is left to compare); receives no gradient.
+    logits: A float tensor of the same shape.
+    labels: An integer tensor `[...]` (or `[..., 1]`) of true classes.
+    temperature: T, above 0.
+
+  Returns:
+    A float tensor `[...]`. It does not depend on the true class's logits.
+
+  Raises:
+    ValueError: If there are fewer than three classes or `temperature` is not
+      above 0.
+  """
+  num_classes = logits.shape[-1]
+  if num_classes is None or num_classes < 3:
+    raise ValueError(
+        'The not-true divergence needs at least 3 classes, found logits of '
+        f'shape {logits.shape}.'
+    )
+  if labels.shape.rank == logits.shape.rank:
+    labels = tf.squeeze(labels, axis=-1)
+  labels = tf.cast(labels, tf.int32)
+  # The other classes' positions: 0..C-2, skipping the label.
+  others = tf.range(num_classes - 1)
+  others = others + tf.cast(others >= labels[..., tf.newaxis], tf.int32)
+  rank = logits.shape.rank - 1
+  return kl_divergence(
+      tf.gather(target_logits, others, batch_dims=rank),
+      tf.gather(logits, others, batch_dims=rank),
+      temperature,
+  )
+
+
+def soft_target_cross_entropy(
+    target_probabilities: tf.Tensor, logits: tf.Tensor
+) -> tf.Tensor:
+  """Cross-entropy against a distribution: -sum_c p_c log softmax(logits)_c.
+
+  Args:
+    target_probabilities: A float tensor `[..., classes]` of probabilities (not
+      logits), or `[..., 1]` of the positive label's; receives no gradient.
+    logits: A float tensor of the same shape.
+
+  Returns:
+    A float tensor `[...]`.
+  """
+  p = tf.stop_gradient(target_probabilities)
+  if p.shape[-1] == 1:
+    p = tf.concat([1.0 - p, p], axis=-1)
+  return -tf.reduce_sum(
+      p * tf.nn.log_softmax(_two_classes(logits), axis=-1), axis=-1
+  )
+
+
+def mean_absolute_error(target_logits: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+  """Mean over the classes of |logits - target|, as FedMD fits its consensus.
+
+  Source: Li & Wang, "FedMD" (2019), section 3, "Digest".
+
+  Args:
+    target_logits: A float tensor `[..., classes]`; receives no gradient.
+    logits: A float tensor of the same shape.
+
+  Returns:
+    A float tensor `[...]`.
+  """
+  return tf.reduce_mean(
+      tf.abs(logits - tf.stop_gradient(target_logits)), axis=-1
+  )
+
+
+def mean_squared_error(target_logits: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
+  """Mean over the classes of (logits - target)^2.
+
+  Source: Ba & Caruana, "Do Deep Nets Really Need to be Deep?" (2014), eq. 1.
+
+  Args:
+    target_logits: A float tensor `[..., classes]`; receives no gradient.
+    logits: A float tensor of the same shape.
+
+  Returns:
+    A float tensor `[...]`.
+  """
+  return tf.reduce_mean(
+      tf.math.squared_difference(logits, tf.stop_gradient(target_logits)), axis=-1
+  )
+
+
+def weighted_mean(
+    values: tf.Tensor, weights: Optional[tf.Tensor] = None
+) -> tf.Tensor:
+  """The mean of per-example (or per-position) losses under weights or a mask.
+
+  Args:
+    values: A float tensor `[batch, ...]`.
+    weights: Non-negative weights or a 0/1 mask: a tensor of the same shape, or
+      of its leading axes (then each weight covers the rest). An entry of weight
+      zero is left out whatever its value, NaN included.
+
+  Returns:
+    A scalar: sum(w v) / sum(w), and 0 if all weights are zero.
+  """
+  if weights is None:
+    return tf.reduce_mean(values)
+  weights = tf.cast(weights, values.dtype)
+  missing = values.shape.rank - weights.shape.rank
+  weights = tf.reshape(
+      weights, tf.concat([tf.shape(weights), tf.ones([missing], tf.int32)], 0)
+  )
+  weights = tf.broadcast_to(weights, tf.shape(values))
+  return tf.math.divide_no_nan(
+      tf.reduce_sum(tf.math.multiply_no_nan(values, weights)),
+      tf.reduce_sum(weights),
+  )

@@ -1,0 +1,604 @@
+"""One round as a federated computation: the state and how the stages compose.
+
+```
+ state -> distributor -> client_work -> aggregator (two channels) -> finalizer
+                                             |                          |
+                                             +-- knowledge -> server_distillation
+```
+
+`build_distillation_process` is the one composition; an algorithm chooses its
+parts (see `tff_kd.algorithms`).
+"""
+
+import collections
+from collections.abc import Sequence
+from typing import Any, NamedTuple, Optional, Union
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_kd import client_work as client_work_lib
+from tff_kd import models
+from tff_kd import optimizers
+from tff_kd import server_distillation as server_distillation_lib
+from tff_kd import transfer
+
+AggregationFactory = Union[
+    tff.aggregators.WeightedAggregationFactory,
+    tff.aggregators.UnweightedAggregationFactory,
+]
+
+
+class DistillationState(NamedTuple):
+  """The state of a distillation process.
+
+  Attributes:
+    global_model_weights: The student's `ModelWeights`, after distillation.
+    aggregated_model_weights: The student as plain aggregation left it this round,
+      before the server's distillation. () without one.
+    teacher_weights: The teacher's `ModelWeights`, or () without a teacher.
+    round_num: int32, the number of finished rounds.
+    distributor: State of the distributor.
+    client_work: State of the client work (the client optimizer's hyperparameters).
+    aggregator: The states of the two channels' aggregators.
+    finalizer: The student server optimizer's state.
+    server_distillation: The states of the server's distillation optimizers.
+  """
+
+  global_model_weights: Any
+  aggregated_model_weights: Any
+  teacher_weights: Any
+  round_num: Any
+  distributor: Any
+  client_work: Any
+  aggregator: Any
+  finalizer: Any
+  server_distillation: Any
+
+
+class DistillationProcess(tff.learning.templates.LearningProcess):
+  """A `LearningProcess` for a student that may also carry a teacher.
+
+  `get_model_weights` and `set_model_weights` are the student's, as everywhere in
+  `tff.learning`.
+
+  Attributes:
+    broadcast_type: The `tff.Type` that goes down to each client.
+    update_type: The `tff.Type` that comes up from each client, channel by channel,
+      before its aggregator encodes it.
+    student_spec: The student's `ModelSpec`.
+    teacher_spec: The teacher's `ModelSpec`, or `None`.
+    transfer_set: The `TransferSet`, or `None`.
+  """
+
+  def __init__(
+      self,
+      *args,
+      get_teacher_weights_fn: Optional[tff.Computation],
+      set_teacher_weights_fn: Optional[tff.Computation],
+      broadcast_type: tff.Type,
+      update_type: tff.Type,
+      student_spec: models.ModelSpec,
+      teacher_spec: Optional[models.ModelSpec],
+      transfer_set: Optional[transfer.TransferSet],
+      **kwargs,
+  ):
+    super().__init__(*args, **kwargs)
+    self._get_teacher_weights = get_teacher_weights_fn
+    self._set_teacher_weights = set_teacher_weights_fn
+    self.broadcast_type = broadcast_type
+    self.update_type = update_type
+    self.student_spec = student_spec
+    self.teacher_spec = teacher_spec
+    # Keeps the files that the computations read.
+    self.transfer_set = transfer_set
+
+  @property
+  def get_teacher_weights(self) -> tff.Computation:
+    """A `tff.Computation` (S -> teacher's `ModelWeights`).
+
+    Raises:
+      ValueError: If the process has no teacher.
+    """
+    self._check_has_teacher()
+    return self._get_teacher_weights
+
+  @property
+  def set_teacher_weights(self) -> tff.Computation:
+    """A `tff.Computation` (<S, teacher's `ModelWeights`> -> S).
+
+    Raises:
+      ValueError: If the process has no teacher.
+    """
+    self._check_has_teacher()
+    return self._set_teacher_weights
+
+  def _check_has_teacher(self) -> None:
+    if self._get_teacher_weights is None:
+      raise ValueError(
+          'This process has no teacher. Build one with `teacher_fn`, for example '
+          '`tff_kd.algorithms.build_fed_distillation`.'
+      )
+
+
+def build_distillation_process(
+    student: models.ModelSpec,
+    *,
+    client_optimizer: optimizers.Optimizer,
+    teacher: Optional[models.ModelSpec] = None,
+    transfer_set: Optional[transfer.TransferSet] = None,
+    stages: Sequence[server_distillation_lib.DistillationStage] = (),
+    local_distillation: Optional[client_work_lib.LocalDistillation] = None,
+    server_optimizer: Optional[optimizers.Optimizer] = None,
+    client_weighting: tff.learning.ClientWeighting = (
+        tff.learning.ClientWeighting.NUM_EXAMPLES
+    ),
+    knowledge_weighting: Optional[tff.learning.ClientWeighting] = None,
+    model_aggregator: Optional[AggregationFactory] = None,
+    knowledge_aggregator: Optional[AggregationFactory] = None,
+    metrics_aggregator: Optional[Any] = None,
+    seed: int = 0,
+) -> DistillationProcess:
+  """Composes the stages of one round into a learning process.
+
+  Args:
+    student: The model that clients train.
+    client_optimizer: The clients' TFF optimizer, or a function that returns a
+      Keras one.
+    teacher: The server's model, if it has one.
+    transfer_set: The examples on which knowledge is exchanged, if it is.
+    stages: The server's distillation, in order; none if empty.
+    local_distillation: A distillation term in the clients' loss, if any.
+    server_optimizer: Applies the mean delta to the student (FedOpt); plain
+      averaging (SGD with rate 1) if `None`.
+    client_weighting: A client's weight in the mean delta: its number of examples,
+      or 1 (`UNIFORM`).
+    knowledge_weighting: Its weight in the consensus; as `client_weighting` if
+      `None`.
+    model_aggregator: Aggregates the deltas; `tff.aggregators.MeanFactory()` if
+      `None`. Unweighted factories get no weights.
+    knowledge_aggregator: Aggregates the predictions, likewise.
+    metrics_aggregator: As in `tff.learning.algorithms`.
+    seed: With the round number, decides the server's order of examples.
+
+  Returns:
+    A `DistillationProcess`.
+
+  Raises:
+    TypeError, ValueError: If the parts do not fit together.
+  """
+  if teacher is not None:
+    models.check_same_outputs(student, teacher)
+  if transfer_set is not None:
+    _check_transfer_set(transfer_set, student)
+  if stages and transfer_set is None:
+    raise ValueError('Distillation on the server needs a `transfer_set`.')
+  if stages:
+    server_distillation_lib.check_stages(
+        stages,
+        has_teacher=teacher is not None,
+        labelled=transfer_set.labelled,
+        has_validation=transfer_set.validation_size > 0,
+    )
+  if (
+      local_distillation is not None
+      and local_distillation.target == 'teacher'
+      and teacher is None
+  ):
+    raise ValueError(
+        "A local distillation with target='teacher' needs a teacher; pass "
+        '`teacher_fn`.'
+    )
+  optimizers.check_optimizer(client_optimizer, 'client_optimizer')
+  if server_optimizer is None:
+    server_optimizer = tff.learning.optimizers.build_sgdm(1.0)
+  optimizers.check_optimizer(server_optimizer, 'server_optimizer')
+  uses_ensemble = any(s.distillation.uses_ensemble for s in stages)
+
+  client_work = client_work_lib.build_client_work(
+      student,
+      optimizer=client_optimizer,
+      model_weighting=client_weighting,
+      knowledge_weighting=knowledge_weighting or client_weighting,
+      transfer_set=transfer_set if uses_ensemble else None,
+      teacher=teacher,
+      local_distillation=local_distillation,
+      metrics_aggregator=metrics_aggregator,
+  )
+  broadcast_type = client_work.next.type_signature.parameter[1].member
+  distributor = tff.learning.templates.build_broadcast_process(broadcast_type)
+  model_type = client_work_lib.model_update_type(student)
+  knowledge_type = (
+      client_work_lib.knowledge_type(student, transfer_set)
+      if uses_ensemble
+      else None
+  )
+  aggregator = build_two_channel_aggregator(
+      model_aggregator or tff.aggregators.MeanFactory(),
+      model_type,
+      knowledge_aggregator or tff.aggregators.MeanFactory(),
+      knowledge_type,
+  )
+  finalizer = build_student_finalizer(student, server_optimizer)
+  server_distillation = None
+  if stages:
+    server_distillation = server_distillation_lib.build_server_distillation(
+        student, teacher, transfer_set, stages, seed=seed
+    )
+  broadcasts_teacher = len(tff.structure.flatten(broadcast_type.teacher)) > 0
+  broadcasts_round = isinstance(broadcast_type.round_num, tff.TensorType)
+  empty = tff.to_type(())
+
+  @tff.tensorflow.computation
+  def initial_student():
+    return tf.nest.map_structure(tf.constant, student.initial_weights)
+
+  @tff.tensorflow.computation
+  def initial_teacher():
+    if teacher is None:
+      return ()
+    return tf.nest.map_structure(tf.constant, teacher.initial_weights)
+
+  @tff.federated_computation
+  def init_fn():
+    weights = tff.federated_eval(initial_student, tff.SERVER)
+    nothing = tff.federated_value((), tff.SERVER)
+    return tff.federated_zip(
+        DistillationState(
+            global_model_weights=weights,
+            aggregated_model_weights=weights if stages else nothing,
+            teacher_weights=tff.federated_eval(initial_teacher, tff.SERVER),
+            round_num=tff.federated_value(np.int32(0), tff.SERVER),
+            distributor=distributor.initialize(),
+            client_work=client_work.initialize(),
+            aggregator=aggregator.initialize(),
+            finalizer=finalizer.initialize(),
+            server_distillation=(
+                server_distillation.initialize() if stages else nothing
+            ),
+        )
+    )
+
+  state_type = init_fn.type_signature.result
+  client_data_type = client_work.next.type_signature.parameter[2]
+
+  @tff.tensorflow.computation(np.int32)
+  def add_one(x):
+    return x + 1
+
+  @tff.federated_computation(state_type, client_data_type)
+  def next_fn(state, client_data):
+    nothing = tff.federated_value((), tff.SERVER)
+    # Down.
+    sent = tff.federated_zip(
+        client_work_lib.Broadcast(
+            student=state.global_model_weights,
+            teacher=state.teacher_weights if broadcasts_teacher else nothing,
+            round_num=state.round_num if broadcasts_round else nothing,
+        )
+    )
+    distributed = distributor.next(state.distributor, sent)
+    # Local work, and up on two channels.
+    work = client_work.next(state.client_work, distributed.result, client_data)
+    aggregated = aggregator.next(
+        state.aggregator, work.result.update, work.result.update_weight
+    )
+    # The student moves along the mean delta.
+    finalized = finalizer.next(
+        state.finalizer, state.global_model_weights, aggregated.result.model
+    )
+    # The server distils.
+    student_weights, teacher_weights = finalized.result, state.teacher_weights
+    distillation_state, distillation_metrics = nothing, nothing
+    if stages:
+      distilled = server_distillation.next(
+          state.server_distillation,
+          tff.federated_zip(
+              server_distillation_lib.ServerModels(
+                  student=student_weights, teacher=teacher_weights
+              )
+          ),
+          aggregated.result.knowledge if uses_ensemble else nothing,
+          state.round_num,
+      )
+      student_weights = distilled.result.student
+      teacher_weights = distilled.result.teacher
+      distillation_state = distilled.state
+      distillation_metrics = distilled.measurements
+
+    new_state = tff.federated_zip(
+        DistillationState(
+            global_model_weights=student_weights,
+            aggregated_model_weights=finalized.result if stages else nothing,
+            teacher_weights=teacher_weights,
+            round_num=tff.federated_map(add_one, state.round_num),
+            distributor=distributed.state,
+            client_work=work.state,
+            aggregator=aggregated.state,
+            finalizer=finalized.state,
+            server_distillation=distillation_state,
+        )
+    )
+    metrics = tff.federated_zip(
+        collections.OrderedDict(
+            distributor=distributed.measurements,
+            client_work=work.measurements,
+            aggregator=aggregated.measurements,
+            finalizer=finalized.measurements,
+            server_distillation=distillation_metrics,
+        )
+    )
+    return tff.learning.templates.LearningProcessOutput(new_state, metrics)
+
+  member = state_type.member
+
+  def build_getter(field):
+    @tff.tensorflow.computation(member)
+    def get_fn(state):
+      return getattr(state, field)
+
+    return get_fn
+
+  def build_setter(field):
+    @tff.tensorflow.computation(member, getattr(member, field))
+    def set_fn(state, value):
+      return _replaced(state, **{field: value})
+
+    return set_fn
+
+  @tff.tensorflow.computation(member)
+  def get_hparams_fn(state):
+    return collections.OrderedDict(
+        client_work=client_work.get_hparams(state.client_work),
+        finalizer=finalizer.get_hparams(state.finalizer),
+    )
+
+  @tff.tensorflow.computation(member, get_hparams_fn.type_signature.result)
+  def set_hparams_fn(state, hparams):
+    return _replaced(
+        state,
+        client_work=client_work.set_hparams(
+            state.client_work, hparams['client_work']
+        ),
+        finalizer=finalizer.set_hparams(state.finalizer, hparams['finalizer']),
+    )
+
+  return DistillationProcess(
+      init_fn,
+      next_fn,
+      build_getter('global_model_weights'),
+      build_setter('global_model_weights'),
+      get_hparams_fn=get_hparams_fn,
+      set_hparams_fn=set_hparams_fn,
+      get_teacher_weights_fn=(
+          build_getter('teacher_weights') if teacher is not None else None
+      ),
+      set_teacher_weights_fn=(
+          build_setter('teacher_weights') if teacher is not None else None
+      ),
+      broadcast_type=broadcast_type,
+      update_type=tff.to_type(
+          client_work_lib.ClientUpdate(
+              model=model_type,
+              knowledge=knowledge_type if uses_ensemble else empty,
+          )
+      ),
+      student_spec=student,
+      teacher_spec=teacher,
+      transfer_set=transfer_set,
+  )
+
+
+def _replaced(state: DistillationState, **changes) -> DistillationState:
+  # Inside a computation `state` is TFF's own structure, without `_replace`.
+  return DistillationState(
+      **{
+          field: changes.get(field, getattr(state, field))
+          for field in DistillationState._fields
+      }
+  )
+
+
+def _check_transfer_set(
+    transfer_set: transfer.TransferSet, student: models.ModelSpec
+) -> None:
+  """Refuses transfer examples that the models cannot take."""
+
+  def is_compatible(expected, found) -> bool:
+    try:
+      tf.nest.assert_same_structure(expected, found)
+    except (TypeError, ValueError):
+      return False
+    return all(
+        e.dtype == f.dtype and e.shape[1:].is_compatible_with(f.shape[1:])
+        for e, f in zip(tf.nest.flatten(expected), tf.nest.flatten(found))
+    )
+
+  inputs_spec, labels_spec = models.split_batch(student.input_spec)
+  parts = [('inputs', inputs_spec, transfer_set.inputs_spec)]
+  if transfer_set.labelled:
+    parts.append(('labels', labels_spec, transfer_set.labels_spec))
+  for what, expected, found in parts:
+    if not is_compatible(expected, found):
+      raise ValueError(
+          f"The transfer set's {what} must be like the clients' {what}: expected "
+          f'{expected}, found {found}. Convert them to that shape and dtype.'
+      )
+
+
+def build_two_channel_aggregator(
+    model_factory: AggregationFactory,
+    model_type: tff.Type,
+    knowledge_factory: AggregationFactory,
+    knowledge_type: Optional[tff.Type],
+) -> tff.templates.AggregationProcess:
+  """Aggregates `ClientUpdate`s, each channel by its own factory.
+
+  Args:
+    model_factory: For the weight deltas.
+    model_type: Their type.
+    knowledge_factory: For the predictions.
+    knowledge_type: Their type, or `None` for an algorithm that sends none.
+
+  Returns:
+    A weighted `tff.templates.AggregationProcess`; values and weights are
+    `ClientUpdate`s of one entry a channel.
+  """
+  factories = {'model': (model_factory, model_type)}
+  if knowledge_type is not None:
+    factories['knowledge'] = (knowledge_factory, knowledge_type)
+  channels = {
+      name: _create_aggregator(factory, value_type, f'{name}_aggregator')
+      for name, (factory, value_type) in factories.items()
+  }
+
+  def update_of(entries):
+    return client_work_lib.ClientUpdate(
+        model=entries['model'], knowledge=entries.get('knowledge', ())
+    )
+
+  value_type = tff.to_type(
+      update_of({name: t for name, (_, t) in factories.items()})
+  )
+  weight_type = tff.to_type(update_of({name: np.float32 for name in channels}))
+
+  @tff.federated_computation
+  def init_fn():
+    return tff.federated_zip(
+        collections.OrderedDict(
+            (name, channel.initialize()) for name, channel in channels.items()
+        )
+    )
+
+  @tff.federated_computation(
+      init_fn.type_signature.result,
+      tff.FederatedType(value_type, tff.CLIENTS),
+      tff.FederatedType(weight_type, tff.CLIENTS),
+  )
+  def next_fn(state, value, weight):
+    outputs = collections.OrderedDict()
+    for name, channel in channels.items():
+      args = [state[name], getattr(value, name)]
+      if channel.is_weighted:
+        args.append(getattr(weight, name))
+      outputs[name] = channel.next(*args)
+    results = {name: output.result for name, output in outputs.items()}
+    results.setdefault('knowledge', tff.federated_value((), tff.SERVER))
+    return tff.templates.MeasuredProcessOutput(
+        state=tff.federated_zip(
+            collections.OrderedDict(
+                (name, output.state) for name, output in outputs.items()
+            )
+        ),
+        result=tff.federated_zip(update_of(results)),
+        measurements=tff.federated_zip(
+            collections.OrderedDict(
+                (name, output.measurements) for name, output in outputs.items()
+            )
+        ),
+    )
+
+  return tff.templates.AggregationProcess(init_fn, next_fn)
+
+
+def _create_aggregator(
+    factory: AggregationFactory, value_type: tff.Type, name: str
+) -> tff.templates.AggregationProcess:
+  if isinstance(factory, tff.aggregators.WeightedAggregationFactory):
+    return factory.create(value_type, tff.TensorType(np.float32))
+  if isinstance(factory, tff.aggregators.UnweightedAggregationFactory):
+    return factory.create(value_type)
+  raise TypeError(
+      f'`{name}` must be a `tff.aggregators.WeightedAggregationFactory` or '
+      f'`UnweightedAggregationFactory`, found {factory!r}.'
+  )
+
+
+def build_student_finalizer(
+    student: models.ModelSpec, optimizer: optimizers.Optimizer
+) -> tff.learning.templates.FinalizerProcess:
+  """Moves the student along the mean delta.
+
+  Trainable weights take a step of the server optimizer (FedOpt); the statistics
+  that layers keep (batch norm) take the mean itself. An update that is not
+  finite, such as the mean over no client, is rejected whole.
+
+  Args:
+    student: The student.
+    optimizer: A TFF optimizer, or a function that returns a Keras one.
+
+  Returns:
+    A `FinalizerProcess`. `update_non_finite` is 1 if the update was rejected.
+  """
+  weights_type = student.weights_type
+  update_type = client_work_lib.model_update_type(student)
+  is_tff = isinstance(optimizer, tff.learning.optimizers.Optimizer)
+
+  @tff.tensorflow.computation
+  def init_tf():
+    model = student.model_fn()
+    return optimizers.build_stepper(
+        optimizer, model.trainable_variables
+    ).initialize()
+
+  state_type = init_tf.type_signature.result
+
+  @tff.tensorflow.computation(state_type, weights_type, update_type)
+  def next_tf(state, weights, update):
+    model = student.model_fn()
+    stepper = optimizers.build_stepper(optimizer, model.trainable_variables)
+
+    @tf.function
+    def finalize():
+      model.assign(weights)
+      finite = tf.reduce_all(
+          [tf.reduce_all(tf.math.is_finite(u)) for u in tf.nest.flatten(update)]
+      )
+      new_state = state
+      if finite:
+        new_state = stepper.end(
+            stepper.apply(stepper.begin(state), list(update.trainable))
+        )
+        for variable, change in zip(
+            model.statistics, update.non_trainable, strict=True
+        ):
+          variable.assign_sub(change)
+      result = tf.nest.map_structure(tf.convert_to_tensor, model.weights())
+      measurements = collections.OrderedDict(
+          update_non_finite=tf.cast(~finite, tf.int32)
+      )
+      return new_state, result, measurements
+
+    return finalize()
+
+  @tff.federated_computation
+  def init_fn():
+    return tff.federated_eval(init_tf, tff.SERVER)
+
+  @tff.federated_computation(
+      init_fn.type_signature.result,
+      tff.FederatedType(weights_type, tff.SERVER),
+      tff.FederatedType(update_type, tff.SERVER),
+  )
+  def next_fn(state, weights, update):
+    return tff.templates.MeasuredProcessOutput(
+        *tff.federated_map(next_tf, (state, weights, update))
+    )
+
+  @tff.tensorflow.computation(state_type)
+  def get_hparams_fn(state):
+    return optimizer.get_hparams(state)
+
+  hparams = {}
+  if is_tff:
+    @tff.tensorflow.computation(
+        state_type, get_hparams_fn.type_signature.result
+    )
+    def set_hparams_fn(state, new):
+      return optimizer.set_hparams(state, new)
+
+    hparams = dict(
+        get_hparams_fn=get_hparams_fn, set_hparams_fn=set_hparams_fn
+    )
+  return tff.learning.templates.FinalizerProcess(init_fn, next_fn, **hparams)

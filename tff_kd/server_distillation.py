@@ -1,0 +1,494 @@
+"""Distillation on the server: teacher from the clients, student from the teacher.
+
+A round's server work is a sequence of `DistillationStage`s, each of which lets
+one model learn from one target on this round's transfer examples. One loop serves
+all of them. What it leaves is never worse than what it found, where a validation
+part can tell, and always finite.
+"""
+
+import collections
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any, NamedTuple, Optional, Union
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_kd import knowledge
+from tff_kd import losses
+from tff_kd import models
+from tff_kd import optimizers
+from tff_kd import transfer
+
+_DISTILLATION_LOSSES = {
+    'kl': losses.kl_divergence,
+    'mae': lambda target, logits, temperature: losses.mean_absolute_error(
+        target, logits
+    ),
+    'mse': lambda target, logits, temperature: losses.mean_squared_error(
+        target, logits
+    ),
+}
+
+
+def cosine_schedule(progress: tf.Tensor) -> tf.Tensor:
+  """Scales the learning rate from 1 to 0 along half a cosine (FedDF's schedule).
+
+  Args:
+    progress: float32 scalar, the share of the stage's steps that are done.
+  """
+  return 0.5 * (1.0 + tf.cos(np.pi * progress))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distillation:
+  """How one model learns from a target on the transfer set.
+
+  The loss is (1 - w) L(y, outputs) + w KL_T(target || outputs), plus the model's
+  own regularisation losses, where L is the model's supervised loss.
+
+  Attributes:
+    target: 'ensemble' (the clients' consensus), 'student', 'teacher', or a number
+      b between 0 and 1: the blend b * ensemble + (1 - b) * student of logits.
+    temperature: T, above 0.
+    distillation_weight: w. If `None`: 0.5 where the transfer set has labels, else
+      1. Without labels it must be 1.
+    loss: 'kl', 'mae' or 'mse' (the latter two on logits, without T), or a
+      function (target_logits, logits, temperature) -> one loss an example.
+    num_steps: How many steps a round at most.
+    batch_size: Examples a step; the whole subset if it is smaller.
+    schedule: Optional; maps the share of steps done, a float32 scalar in [0, 1),
+      to a factor on the learning rate. `cosine_schedule`, say.
+    validate_every: Steps between looks at the validation part of the transfer
+      set; at the end only if `None`. The best weights seen win, those from before
+      the stage included.
+    patience: Stop after so many looks without improvement; never if `None`.
+    reset_optimizer: Start every round with a fresh optimizer state.
+  """
+
+  target: Union[str, float] = 'ensemble'
+  temperature: float = 1.0
+  distillation_weight: Optional[float] = None
+  loss: Union[str, Callable[[tf.Tensor, tf.Tensor, float], tf.Tensor]] = 'kl'
+  num_steps: int = 100
+  batch_size: int = 64
+  schedule: Optional[Callable[[tf.Tensor], tf.Tensor]] = None
+  validate_every: Optional[int] = None
+  patience: Optional[int] = None
+  reset_optimizer: bool = False
+
+  def __post_init__(self):
+    losses.check_temperature(self.temperature)
+    is_blend = isinstance(self.target, (int, float)) and not isinstance(
+        self.target, bool
+    )
+    if is_blend:
+      if not 0.0 <= self.target <= 1.0:
+        raise ValueError(
+            'A blended `target` must be between 0 (student) and 1 (ensemble), '
+            f'found {self.target!r}.'
+        )
+    elif self.target not in ('ensemble', 'student', 'teacher'):
+      raise ValueError(
+          "`target` must be 'ensemble', 'student', 'teacher' or a number between "
+          f'0 and 1, found {self.target!r}.'
+      )
+    w = self.distillation_weight
+    if w is not None and not 0.0 <= w <= 1.0:
+      raise ValueError(
+          f'`distillation_weight` must be between 0 and 1, found {w!r}.'
+      )
+    if not callable(self.loss) and self.loss not in _DISTILLATION_LOSSES:
+      raise ValueError(
+          f'`loss` must be one of {sorted(_DISTILLATION_LOSSES)} or a function, '
+          f'found {self.loss!r}.'
+      )
+    for name in ('num_steps', 'batch_size', 'validate_every', 'patience'):
+      value = getattr(self, name)
+      optional = name in ('validate_every', 'patience')
+      if not (optional and value is None) and (
+          not isinstance(value, int) or value < 1
+      ):
+        raise ValueError(f'`{name}` must be a positive integer, found {value!r}.')
+
+  @property
+  def uses_ensemble(self) -> bool:
+    """Whether clients must send predictions for this."""
+    if isinstance(self.target, str):
+      return self.target == 'ensemble'
+    return self.target > 0.0
+
+  @property
+  def loss_fn(self) -> Callable[[tf.Tensor, tf.Tensor, float], tf.Tensor]:
+    return self.loss if callable(self.loss) else _DISTILLATION_LOSSES[self.loss]
+
+
+class DistillationStage(NamedTuple):
+  """One direction of the server's distillation.
+
+  Attributes:
+    learner: 'teacher' or 'student', the model that learns.
+    optimizer: The learner's optimizer; its state lives in the process state.
+    distillation: A `Distillation`.
+  """
+
+  learner: str
+  optimizer: optimizers.Optimizer
+  distillation: Distillation
+
+
+class ServerModels(NamedTuple):
+  """The models a server distils between.
+
+  Attributes:
+    student: The student's `ModelWeights`.
+    teacher: The teacher's `ModelWeights`, or ().
+  """
+
+  student: Any
+  teacher: Any
+
+
+def check_stages(
+    stages: Sequence[DistillationStage],
+    *,
+    has_teacher: bool,
+    labelled: bool,
+    has_validation: bool,
+) -> None:
+  """Refuses stages that lack something they need, before anything is built.
+
+  Raises:
+    ValueError: If a stage needs a teacher, labels or a validation part that is
+      not there, or if a model would learn from itself.
+    TypeError: If a stage's optimizer is not one.
+  """
+  for stage in stages:
+    d = stage.distillation
+    optimizers.check_optimizer(
+        stage.optimizer,
+        f'{stage.learner}_optimizer',
+        scheduled=d.schedule is not None,
+    )
+    if stage.learner == d.target:
+      raise ValueError(
+          f'The {stage.learner} cannot learn from itself. Choose another `target` '
+          'for its distillation.'
+      )
+    if 'teacher' in (stage.learner, d.target) and not has_teacher:
+      raise ValueError('This distillation needs a teacher; pass `teacher_fn`.')
+    if not labelled and d.distillation_weight not in (None, 1.0):
+      raise ValueError(
+          f'`distillation_weight` is {d.distillation_weight}, which leaves the '
+          'rest of the loss to labels, but the transfer set has none. Give it '
+          'labels, or leave the weight at 1.'
+      )
+    if not has_validation and (
+        d.patience is not None or d.validate_every is not None
+    ):
+      raise ValueError(
+          '`validate_every` and `patience` need a validation part. Build the '
+          'transfer set with `validation_size` above 0.'
+      )
+
+
+def build_server_distillation(
+    student: models.ModelSpec,
+    teacher: Optional[models.ModelSpec],
+    transfer_set: transfer.TransferSet,
+    stages: Sequence[DistillationStage],
+    *,
+    seed: int = 0,
+) -> tff.templates.MeasuredProcess:
+  """Builds the server's distillation.
+
+  `next` has the type (<S@SERVER, ServerModels@SERVER, knowledge@SERVER,
+  int32@SERVER> -> <S@SERVER, ServerModels@SERVER, measurements@SERVER>), where
+  `knowledge` is the aggregated `KnowledgePayload`, or () if no stage uses the
+  ensemble. The state holds each stage's optimizer state.
+
+  Args:
+    student: The student.
+    teacher: The teacher, if a stage uses one.
+    transfer_set: Where the examples are read; its `round_ids` are learned from.
+    stages: What learns from what, in order.
+    seed: With the round number, decides the order of the examples.
+
+  Returns:
+    A `tff.templates.MeasuredProcess`. Its measurements, by learner: the number of
+    steps, the first and last batch's loss, how many examples had a target, the
+    validation loss before and after (0 without a validation part), and whether
+    the result was rolled back to what was there before. The validation loss is
+    the supervised loss where the transfer set has labels, else the distillation
+    loss against the target.
+  """
+  specs = {'student': student}
+  if teacher is not None:
+    specs['teacher'] = teacher
+  uses_ensemble = any(s.distillation.uses_ensemble for s in stages)
+  models_type = tff.to_type(
+      ServerModels(
+          student=student.weights_type,
+          teacher=teacher.weights_type if teacher is not None else (),
+      )
+  )
+  rows = transfer_set.num_predictions
+  knowledge_type = tff.to_type(())
+  if uses_ensemble:
+    knowledge_type = tff.types.tensorflow_to_type(
+        knowledge.KnowledgePayload(
+            tf.TensorSpec([rows, *student.logits_shape], tf.float32),
+            tf.TensorSpec([rows], tf.float32),
+        )
+    )
+
+  @tff.tensorflow.computation
+  def init_tf():
+    states = []
+    for stage in stages:
+      model = specs[stage.learner].model_fn()
+      stepper = optimizers.build_stepper(
+          stage.optimizer, model.trainable_variables
+      )
+      states.append(stepper.initialize())
+    return tuple(states)
+
+  state_type = init_tf.type_signature.result
+
+  @tff.tensorflow.computation(state_type, models_type, knowledge_type, np.int32)
+  def next_tf(state, weights, mean_knowledge, round_num):
+    live = {name: spec.model_fn() for name, spec in specs.items()}
+    runs = [_build_stage(stage, live, transfer_set) for stage in stages]
+
+    @tf.function
+    def run_all():
+      live['student'].assign(weights.student)
+      if teacher is not None:
+        live['teacher'].assign(weights.teacher)
+      consensus = knowledge.decode(mean_knowledge) if uses_ensemble else None
+      new_state, measurements = [], collections.OrderedDict()
+      for index, (stage, run) in enumerate(zip(stages, runs)):
+        stage_state, measured = run(
+            state[index], consensus, round_num, tf.stack([seed, index])
+        )
+        new_state.append(stage_state)
+        measurements[stage.learner] = measured
+      result = ServerModels(
+          student=_values(live['student']),
+          teacher=_values(live['teacher']) if teacher is not None else (),
+      )
+      return tuple(new_state), result, measurements
+
+    return run_all()
+
+  @tff.federated_computation
+  def init_fn():
+    return tff.federated_eval(init_tf, tff.SERVER)
+
+  @tff.federated_computation(
+      init_fn.type_signature.result,
+      tff.FederatedType(models_type, tff.SERVER),
+      tff.FederatedType(knowledge_type, tff.SERVER),
+      tff.FederatedType(np.int32, tff.SERVER),
+  )
+  def next_fn(state, server_models, mean_knowledge, round_num):
+    return tff.templates.MeasuredProcessOutput(
+        *tff.federated_map(
+            next_tf, (state, server_models, mean_knowledge, round_num)
+        )
+    )
+
+  return tff.templates.MeasuredProcess(init_fn, next_fn, next_is_multi_arg=True)
+
+
+def _values(model: models.KerasModel) -> tff.learning.models.ModelWeights:
+  return tf.nest.map_structure(tf.convert_to_tensor, model.weights())
+
+
+class _Examples(NamedTuple):
+  """Rows of the transfer set with their targets, parallel along the first axis."""
+
+  ids: tf.Tensor
+  target_logits: tf.Tensor
+  mask: tf.Tensor
+
+
+def _build_stage(
+    stage: DistillationStage,
+    live: dict[str, models.KerasModel],
+    transfer_set: transfer.TransferSet,
+):
+  """Returns (state, consensus, round_num, seed) -> (state, measurements)."""
+  d = stage.distillation
+  learner = live[stage.learner]
+  trainable = learner.trainable_variables
+  stepper = optimizers.build_stepper(stage.optimizer, trainable)
+  distillation_weight = d.distillation_weight
+  if distillation_weight is None:
+    distillation_weight = 0.5 if transfer_set.labelled else 1.0
+  m = transfer_set.subset_size
+  batch_size = min(d.batch_size, m)
+  has_validation = transfer_set.validation_size > 0
+  check_every = min(d.validate_every or d.num_steps, d.num_steps)
+
+  def examples(consensus, round_num) -> tuple[_Examples, Optional[_Examples]]:
+    """The rows to learn from and to validate on; targets are computed once."""
+    ids = transfer_set.round_ids(round_num)
+    needs_targets = has_validation and not transfer_set.labelled
+    all_ids = transfer_set.prediction_ids(round_num) if needs_targets else ids
+    count = all_ids.shape[0]
+
+    def predictions(name):
+      return knowledge.predict_logits(live[name], transfer_set, all_ids)
+
+    mask = tf.ones([count])
+    if isinstance(d.target, str) and d.target != 'ensemble':
+      targets = predictions(d.target)
+    elif not d.uses_ensemble:
+      targets = predictions('student')
+    else:
+      targets, mask = consensus.logits[:count], consensus.mask[:count]
+      if d.target != 'ensemble':
+        targets = d.target * targets + (1.0 - d.target) * predictions('student')
+    learn = _Examples(ids, targets[:m], mask[:m])
+    if not has_validation:
+      return learn, None
+    if transfer_set.labelled:
+      validation_ids = transfer_set.validation_ids()
+      return learn, _Examples(validation_ids, (), ())
+    return learn, _Examples(all_ids[m:], targets[m:], mask[m:])
+
+  def batch_gradients(ids, target_logits, mask):
+    inputs = transfer_set.gather_inputs(ids)
+    with tf.GradientTape() as tape:
+      outputs = learner.keras_model(inputs, training=True)
+      loss = distillation_weight * losses.weighted_mean(
+          d.loss_fn(
+              target_logits, learner.class_logits(outputs), d.temperature
+          ),
+          mask,
+      )
+      if distillation_weight < 1.0:
+        loss += (1.0 - distillation_weight) * learner.supervised_loss(
+            transfer_set.gather_labels(ids), outputs
+        )
+      loss += learner.regularization_loss()
+    return loss, tape.gradient(loss, trainable)
+
+  def validation_loss(validation: _Examples) -> tf.Tensor:
+    if transfer_set.labelled:
+      outputs = learner.keras_model(
+          transfer_set.gather_inputs(validation.ids), training=False
+      )
+      return learner.supervised_loss(
+          transfer_set.gather_labels(validation.ids), outputs
+      )
+    logits = knowledge.predict_logits(learner, transfer_set, validation.ids)
+    return losses.weighted_mean(
+        d.loss_fn(validation.target_logits, logits, d.temperature),
+        validation.mask,
+    )
+
+  def all_finite(weights) -> tf.Tensor:
+    return tf.reduce_all(
+        [
+            tf.reduce_all(tf.math.is_finite(w))
+            for w in tf.nest.flatten(weights)
+            if w.dtype.is_floating
+        ]
+    )
+
+  def run(state, consensus, round_num, seed):
+    if d.reset_optimizer:
+      state = stepper.initialize()
+    learn, validation = examples(consensus, round_num)
+    num_targets = tf.reduce_sum(learn.mask)
+    # With neither targets nor labels there is nothing to learn from.
+    num_steps = tf.constant(d.num_steps)
+    if distillation_weight == 1.0:
+      num_steps = tf.where(num_targets > 0.0, num_steps, 0)
+    order = _batch_order(m, d.num_steps * batch_size, round_num, seed)
+
+    before = validation_loss(validation) if has_validation else tf.zeros([])
+    best = (_values(learner), state)
+    best_loss = before
+    best_step = tf.constant(0)
+    carry = stepper.begin(state)
+    step, looks_waited = tf.constant(0), tf.constant(0)
+    first_loss, last_loss = tf.zeros([]), tf.zeros([])
+    patience = tf.constant(d.patience or d.num_steps)
+    while step < num_steps and looks_waited < patience:
+      until = tf.minimum(step + check_every, num_steps)
+      while step < until:
+        rows = order[step * batch_size : (step + 1) * batch_size]
+        rows = tf.ensure_shape(rows, [batch_size])
+        last_loss, gradients = batch_gradients(
+            tf.gather(learn.ids, rows),
+            tf.gather(learn.target_logits, rows),
+            tf.gather(learn.mask, rows),
+        )
+        # Not `==`: outside eager mode that compares Python identities.
+        if tf.equal(step, 0):
+          first_loss = last_loss
+        rate_scale = None
+        if d.schedule is not None:
+          rate_scale = d.schedule(
+              tf.cast(step, tf.float32) / float(d.num_steps)
+          )
+        carry = stepper.apply(carry, gradients, rate_scale)
+        step += 1
+      current = (_values(learner), stepper.end(carry))
+      improved = all_finite(current)
+      if has_validation:
+        current_loss = validation_loss(validation)
+        # False for a loss that is not a number.
+        improved = tf.logical_and(improved, current_loss < best_loss)
+        best_loss = tf.where(improved, current_loss, best_loss)
+      best = tf.nest.map_structure(
+          lambda new, old: tf.where(improved, new, old), current, best
+      )
+      best_step = tf.where(improved, step, best_step)
+      looks_waited = tf.where(improved, 0, looks_waited + 1)
+
+    weights, state = best
+    learner.assign(weights)
+    measurements = collections.OrderedDict(
+        num_steps=step,
+        num_targets=num_targets,
+        first_loss=first_loss,
+        last_loss=last_loss,
+        validation_loss_before=before,
+        validation_loss_after=best_loss,
+        best_step=best_step,
+        rolled_back=tf.cast((step > 0) & tf.equal(best_step, 0), tf.int32),
+    )
+    return state, measurements
+
+  return run
+
+
+def _batch_order(
+    num_examples: int, total: int, round_num: tf.Tensor, seed: tf.Tensor
+) -> tf.Tensor:
+  """Row numbers of all batches, end to end: one permutation after another.
+
+  Args:
+    num_examples: m.
+    total: Steps times batch size.
+    round_num: int32 scalar.
+    seed: int32 `[2]`.
+
+  Returns:
+    int32 `[total]` in [0, m); every row is used equally often, give or take one.
+  """
+  passes = -(-total // num_examples)
+  seed = tf.random.experimental.stateless_fold_in(seed, round_num)
+  orders = tf.map_fn(
+      lambda i: tf.random.experimental.stateless_shuffle(
+          tf.range(num_examples),
+          tf.random.experimental.stateless_fold_in(seed, i),
+      ),
+      tf.range(passes),
+  )
+  return tf.reshape(orders, [-1])[:total]

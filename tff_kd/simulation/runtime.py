@@ -1,0 +1,203 @@
+"""TFF's own runtime on this machine, with a clean start and a clean end.
+
+TFF's default context starts a worker that inherits the script's output and can
+outlive it. `local_runtime` starts the same worker as a child that writes to a log
+file, dies with its parent whatever ends that, and is gone when the block ends.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import os
+import pathlib
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from typing import Optional
+
+import grpc
+import portpicker
+import tensorflow_federated as tff
+
+_START_TIMEOUT_S = 60.0
+_STOP_TIMEOUT_S = 5.0
+_MAX_MESSAGE_MB = 2000
+_CHANNEL_OPTIONS = [
+    (f'grpc.{name}', _MAX_MESSAGE_MB * 1000 * 1000)
+    for name in (
+        'max_message_length',
+        'max_receive_message_length',
+        'max_send_message_length',
+    )
+]
+# Runs in a bare interpreter that turns into the worker: asks the kernel to kill
+# it with its parent (option 1 of prctl is PR_SET_PDEATHSIG), unless that is gone.
+_LAUNCHER = """
+import ctypes, os, signal, sys
+ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+if os.getppid() != int(sys.argv[1]): sys.exit(1)
+os.execv(sys.argv[2], sys.argv[2:])
+"""
+
+
+class RuntimeStartError(RuntimeError):
+  """The worker did not come up."""
+
+
+def _worker_path() -> str:
+  path = pathlib.Path(tff.__file__).parent / 'data' / 'worker_binary'
+  if not path.is_file():
+    raise RuntimeStartError(
+        f'TFF has no worker at {path}. Install the locked requirements again.'
+    )
+  return str(path)
+
+
+class Worker:
+  """One TFF worker process on a loopback port.
+
+  Attributes:
+    process: The `subprocess.Popen` of the worker.
+    log_path: Where its output goes.
+  """
+
+  def __init__(self, max_concurrent_calls: int, log_path: pathlib.Path):
+    self.log_path = log_path
+    # A free port may be taken before the worker binds it: then try another.
+    for attempt in range(3):
+      port = portpicker.pick_unused_port()
+      self._start(port, max_concurrent_calls)
+      if self._wait_until_ready():
+        return
+      self.stop()
+    raise RuntimeStartError(
+        f'The TFF worker did not start in {attempt + 1} attempts. Its log is '
+        f'{log_path}.'
+    )
+
+  def _start(self, port: int, max_concurrent_calls: int) -> None:
+    env = {
+        **os.environ,
+        # One thread an operation and one call a core beat every other setting.
+        'TF_NUM_INTRAOP_THREADS': '1',
+        'TF_CPP_MIN_LOG_LEVEL': os.environ.get('TF_CPP_MIN_LOG_LEVEL', '2'),
+    }
+    command = [
+        sys.executable, '-I', '-S', '-c', _LAUNCHER, str(os.getpid()),
+        _worker_path(),
+        f'--port={port}',
+        f'--max_concurrent_computation_calls={max_concurrent_calls}',
+        f'--grpc_max_message_length_megabytes={_MAX_MESSAGE_MB}',
+    ]
+    with open(self.log_path, 'ab') as log:
+      self.process = subprocess.Popen(
+          command,
+          stdin=subprocess.DEVNULL,
+          stdout=log,
+          stderr=log,
+          env=env,
+          # Ctrl-C is for the script, which then stops the worker in order.
+          start_new_session=True,
+      )
+    self.channel = grpc.insecure_channel(f'localhost:{port}', _CHANNEL_OPTIONS)
+
+  def _wait_until_ready(self) -> bool:
+    ready = grpc.channel_ready_future(self.channel)
+    deadline = time.monotonic() + _START_TIMEOUT_S
+    while time.monotonic() < deadline and self.process.poll() is None:
+      try:
+        ready.result(timeout=0.2)
+        return True
+      except grpc.FutureTimeoutError:
+        continue
+    ready.cancel()
+    return False
+
+  def stop(self) -> None:
+    """Ends the worker; returns when it is gone."""
+    self.channel.close()
+    if self.process.poll() is None:
+      self.process.terminate()
+      try:
+        self.process.wait(_STOP_TIMEOUT_S)
+      except subprocess.TimeoutExpired:
+        self.process.send_signal(signal.SIGKILL)
+    self.process.wait()
+
+  def executor_factory(self) -> tff.framework.ExecutorFactory:
+    stub = tff.framework.RemoteExecutorGrpcStub(self.channel)
+
+    def stack_fn(cardinalities):
+      cardinalities.setdefault(tff.CLIENTS, 0)
+      executor = tff.framework.RemoteExecutor(stub)
+      executor.set_cardinalities(cardinalities)
+      return executor
+
+    return tff.framework.ResourceManagingExecutorFactory(stack_fn)
+
+
+def _context(worker: Worker, context_type):
+  return context_type(
+      executor_fn=worker.executor_factory(),
+      compiler_fn=tff.backends.native.desugar_and_transform_to_native,
+      transform_args=tff.tensorflow.transform_args,
+      transform_result=tff.tensorflow.transform_result,
+  )
+
+
+@contextlib.contextmanager
+def local_runtime(
+    *,
+    max_concurrent_calls: Optional[int] = None,
+    log_path: Optional[os.PathLike] = None,
+) -> Iterator[Worker]:
+  """Runs TFF on a worker of its own while the block lasts.
+
+  Sets TFF's default context; afterwards puts back the one before. The worker ends
+  with the block, on an exception and on Ctrl-C, and with this process if that is
+  killed. To be entered from the main thread, which the worker's life is tied to.
+
+  Args:
+    max_concurrent_calls: How many clients compute at a time; the number of cores
+      if `None`.
+    log_path: Where the worker's output goes; a temporary file if `None`, kept
+      only if the worker does not start.
+
+  Yields:
+    The `Worker`.
+
+  Raises:
+    RuntimeStartError: If the worker does not come up.
+  """
+  if max_concurrent_calls is None:
+    max_concurrent_calls = len(os.sched_getaffinity(0))
+  temporary = log_path is None
+  if temporary:
+    handle, log_path = tempfile.mkstemp(prefix='tff_kd_worker_', suffix='.log')
+    os.close(handle)
+  log_path = pathlib.Path(log_path)
+  worker = Worker(max_concurrent_calls, log_path)
+  try:
+    stack = tff.framework.get_context_stack()
+    previous = stack.current
+    tff.framework.set_default_context(
+        _context(worker, tff.framework.SyncExecutionContext)
+    )
+    try:
+      yield worker
+    finally:
+      tff.framework.set_default_context(previous)
+  finally:
+    worker.stop()
+    if temporary:
+      log_path.unlink(missing_ok=True)
+
+
+def build_async_context(worker: Worker) -> tff.framework.AsyncExecutionContext:
+  """A context for TFF's federated programs (`tff.program`, `tff.learning.programs`).
+
+  Args:
+    worker: The `Worker` of a `local_runtime` block.
+  """
+  return _context(worker, tff.framework.AsyncExecutionContext)

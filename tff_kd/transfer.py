@@ -1,0 +1,352 @@
+"""The transfer set: public inputs on which predictions are exchanged.
+
+The examples are written once to raw files, which every worker maps into its
+memory; a round's graph holds only the file names, and a gather touches only the
+rows that it needs. Which rows a round uses follows from (seed, round number)
+alone, so clients and server agree without sending any.
+"""
+
+from collections.abc import Iterable
+import hashlib
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any, Optional
+import weakref
+
+import numpy as np
+import tensorflow as tf
+
+_ROWS_PER_WRITE = 4096
+# A tag that keeps the choice of the validation part apart from every round's.
+_VALIDATION_STREAM = -1
+
+
+class TransferSet:
+  """Public or server-held inputs, with or without labels.
+
+  Args (constructor):
+    inputs: Arrays of n examples each: one array, or a tuple or dict of them for
+      a model with several inputs. Numeric or boolean.
+    labels: Optional labels, an array of n.
+    subset_size: How many examples a round uses, m. All of the training part if
+      `None`.
+    validation_size: How many examples are set aside, the same in every round, to
+      judge the server's distillation. They are never trained on.
+    seed: With the round number, decides each round's subset.
+    directory: Where the raw files go. A temporary folder, removed with the
+      object, if `None`. For several machines, name a folder that all of them see
+      under one path.
+  """
+
+  def __init__(
+      self,
+      inputs: Any,
+      labels: Optional[Any] = None,
+      *,
+      subset_size: Optional[int] = None,
+      validation_size: int = 0,
+      seed: int = 0,
+      directory: Optional[os.PathLike] = None,
+  ):
+    inputs = tf.nest.map_structure(np.asarray, _as_structure(inputs))
+    data = (inputs,) if labels is None else (inputs, np.asarray(labels))
+    sizes = {len(a) if a.ndim else 0 for a in tf.nest.flatten(data)}
+    if len(sizes) != 1:
+      raise ValueError(
+          'Every array of a transfer set must have one row an example, found '
+          f'arrays of {sorted(sizes)} rows.'
+      )
+
+    def chunks():
+      for start in range(0, max(sizes), _ROWS_PER_WRITE):
+        yield tf.nest.map_structure(
+            lambda a: a[start : start + _ROWS_PER_WRITE], data
+        )
+
+    self._setup(
+        chunks(),
+        tf.nest.map_structure(lambda a: (a.shape[1:], a.dtype), data),
+        labels is not None,
+        subset_size, validation_size, seed, directory,
+    )
+
+  @classmethod
+  def from_dataset(
+      cls, dataset: tf.data.Dataset, *, labelled: bool, **kwargs
+  ) -> 'TransferSet':
+    """Builds a transfer set from an unbatched `tf.data.Dataset`.
+
+    The examples stream to the files; they are never all in memory.
+
+    Args:
+      dataset: Yields inputs, or pairs (inputs, label) if `labelled`, one example
+        an element, with fully defined shapes.
+      labelled: Whether the elements are pairs with a label.
+      **kwargs: As in the constructor.
+    """
+    spec = dataset.element_spec
+    if labelled and not (isinstance(spec, (tuple, list)) and len(spec) == 2):
+      raise ValueError(
+          'A labelled transfer set needs a dataset of pairs (inputs, label), '
+          f'found elements of {spec}.'
+      )
+    for leaf in tf.nest.flatten(spec):
+      if not isinstance(leaf, tf.TensorSpec) or not leaf.shape.is_fully_defined():
+        raise ValueError(
+            'The elements of a transfer set must have fully defined shapes, '
+            f'found {leaf}. Pass the dataset unbatched, and padded if its '
+            'lengths differ.'
+        )
+    data_spec = tuple(spec) if labelled else (spec,)
+    data_spec = tf.nest.map_structure(
+        lambda s: (tuple(s.shape), np.dtype(s.dtype.as_numpy_dtype)),
+        tuple(_as_structure(part) for part in data_spec),
+    )
+
+    def chunks():
+      for batch in dataset.batch(_ROWS_PER_WRITE).as_numpy_iterator():
+        yield tuple(batch) if labelled else (batch,)
+
+    self = cls.__new__(cls)
+    self._setup(chunks(), data_spec, labelled, **_options(**kwargs))
+    return self
+
+  @classmethod
+  def from_files(
+      cls, inputs: Any, labels: Optional[os.PathLike] = None, **kwargs
+  ) -> 'TransferSet':
+    """Builds a transfer set from `.npy` files.
+
+    Args:
+      inputs: A path, or a tuple or dict of paths for several inputs.
+      labels: An optional path.
+      **kwargs: As in the constructor.
+
+    Raises:
+      ValueError: If a file is damaged or not in NumPy's format; names the file.
+    """
+
+    def load(path):
+      try:
+        return np.load(path, mmap_mode='r', allow_pickle=False)
+      except (ValueError, EOFError) as error:
+        raise ValueError(
+            f'The transfer set file {os.fspath(path)!r} is damaged or not a '
+            f'.npy file: {error}'
+        ) from error
+
+    arrays = tf.nest.map_structure(load, inputs)
+    return cls(arrays, None if labels is None else load(labels), **kwargs)
+
+  def _setup(
+      self, chunks: Iterable[Any], spec, labelled: bool, subset_size,
+      validation_size, seed, directory,
+  ):
+    self._check_dtypes(spec)
+    if directory is None:
+      directory = tempfile.mkdtemp(prefix='tff_kd_transfer_')
+      weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+    self._directory = pathlib.Path(directory).absolute()
+    self._directory.mkdir(parents=True, exist_ok=True)
+    self._leaf_specs = _flatten_spec(spec)
+    self._files, self.size = _write(self._directory, chunks, self._leaf_specs)
+    if self.size == 0:
+      raise ValueError(
+          'The transfer set is empty. Give it at least one example, or use an '
+          'algorithm without one (build_fed_avg).'
+      )
+    if not 0 <= validation_size < self.size:
+      raise ValueError(
+          f'`validation_size` must be from 0 to {self.size - 1} (the transfer set '
+          f'has {self.size} examples and some must be left to learn from), found '
+          f'{validation_size}.'
+      )
+    available = self.size - validation_size
+    if subset_size is None:
+      subset_size = available
+    if not 0 < subset_size <= available:
+      raise ValueError(
+          f'`subset_size` must be from 1 to {available} ({self.size} examples '
+          f'less {validation_size} for validation), found {subset_size}.'
+      )
+    self._spec = spec
+    self.labelled = labelled
+    self.subset_size = subset_size
+    self.validation_size = validation_size
+    self.seed = int(seed)
+
+  @staticmethod
+  def _check_dtypes(spec) -> None:
+    for _, dtype in _flatten_spec(spec):
+      if np.dtype(dtype).kind not in 'fiub':
+        raise ValueError(
+            'A transfer set holds numbers and booleans, found the dtype '
+            f'{np.dtype(dtype)}. Encode the inputs first (for text, with the '
+            "model's own vocabulary)."
+        )
+
+  @property
+  def inputs_spec(self) -> Any:
+    """The structure of `tf.TensorSpec`s of a batch of inputs."""
+    return _map_spec(
+        lambda s: tf.TensorSpec([None, *s[0]], s[1]), self._spec[0]
+    )
+
+  @property
+  def labels_spec(self) -> Optional[tf.TensorSpec]:
+    """The `tf.TensorSpec` of a batch of labels, `None` without labels."""
+    if not self.labelled:
+      return None
+    shape, dtype = self._spec[1]
+    return tf.TensorSpec([None, *shape], dtype)
+
+  def _parts(self) -> tuple[tf.Tensor, tf.Tensor]:
+    order = tf.random.experimental.stateless_shuffle(
+        tf.range(self.size), [self.seed, _VALIDATION_STREAM]
+    )
+    return order[: self.validation_size], order[self.validation_size :]
+
+  def validation_ids(self) -> tf.Tensor:
+    """The rows set aside for validation, int32 `[validation_size]`."""
+    return self._parts()[0]
+
+  def round_ids(self, round_num: tf.Tensor) -> tf.Tensor:
+    """The rows that a round learns from, int32 `[subset_size]`.
+
+    Args:
+      round_num: An integer scalar.
+    """
+    _, training = self._parts()
+    if self.subset_size == self.size - self.validation_size:
+      return training
+    shuffled = tf.random.experimental.stateless_shuffle(
+        training, tf.stack([self.seed, tf.cast(round_num, tf.int32)])
+    )
+    return shuffled[: self.subset_size]
+
+  def prediction_ids(self, round_num: tf.Tensor) -> tf.Tensor:
+    """The rows that clients predict: the round's, then those for validation.
+
+    With labels, validation needs no predictions, and none are made or sent.
+    """
+    ids = self.round_ids(round_num)
+    if self.labelled:
+      return ids
+    return tf.concat([ids, self.validation_ids()], axis=0)
+
+  @property
+  def num_predictions(self) -> int:
+    """How many rows `prediction_ids` has."""
+    return self.subset_size + (0 if self.labelled else self.validation_size)
+
+  def _gather(self, leaf: int, ids: tf.Tensor) -> tf.Tensor:
+    shape, dtype = self._leaf_specs[leaf]
+    mapped = tf.raw_ops.ImmutableConst(
+        dtype=tf.as_dtype(dtype),
+        shape=[self.size, *shape],
+        memory_region_name=str(self._files[leaf]),
+    )
+    rows = tf.gather(mapped, ids)
+    rows.set_shape([ids.shape[0], *shape])
+    return rows
+
+  def gather_inputs(self, ids: tf.Tensor) -> Any:
+    """The inputs of some rows, read where this runs.
+
+    Args:
+      ids: An int32 tensor `[k]`.
+
+    Returns:
+      The structure of inputs, each `[k, ...]`.
+    """
+    leaves = range(len(self._files) - int(self.labelled))
+    return _pack(self._spec[0], [self._gather(leaf, ids) for leaf in leaves])
+
+  def gather_labels(self, ids: tf.Tensor) -> tf.Tensor:
+    """The labels of some rows, `[k, ...]`.
+
+    Raises:
+      ValueError: If the transfer set has no labels.
+    """
+    if not self.labelled:
+      raise ValueError('This transfer set has no labels.')
+    return self._gather(len(self._files) - 1, ids)
+
+
+def _options(
+    subset_size=None, validation_size=0, seed=0, directory=None
+) -> dict[str, Any]:
+  return dict(
+      subset_size=subset_size,
+      validation_size=validation_size,
+      seed=seed,
+      directory=directory,
+  )
+
+
+def _as_structure(inputs: Any) -> Any:
+  """A list of numbers is one array; tuples and dicts are several inputs."""
+  return np.asarray(inputs) if isinstance(inputs, list) else inputs
+
+
+def _is_leaf(spec) -> bool:
+  return (
+      isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[1], np.dtype)
+  )
+
+
+def _flatten_spec(spec) -> list[tuple[tuple[int, ...], np.dtype]]:
+  """Leaves of a structure of (shape, dtype), in tf.nest's order."""
+  if _is_leaf(spec):
+    return [spec]
+  if isinstance(spec, dict):
+    return [leaf for key in sorted(spec) for leaf in _flatten_spec(spec[key])]
+  return [leaf for part in spec for leaf in _flatten_spec(part)]
+
+
+def _map_spec(fn, spec):
+  if _is_leaf(spec):
+    return fn(spec)
+  if isinstance(spec, dict):
+    return type(spec)((key, _map_spec(fn, part)) for key, part in spec.items())
+  return tuple(_map_spec(fn, part) for part in spec)
+
+
+def _pack(spec, leaves: list[tf.Tensor]) -> Any:
+  return tf.nest.pack_sequence_as(_map_spec(lambda s: 0, spec), leaves)
+
+
+def _write(
+    directory: pathlib.Path, chunks: Iterable[Any], leaf_specs
+) -> tuple[list[pathlib.Path], int]:
+  """Writes each leaf to its file, named after its contents; whole or not at all."""
+  partial = [
+      tempfile.NamedTemporaryFile(dir=directory, suffix='.partial', delete=False)
+      for _ in leaf_specs
+  ]
+  try:
+    digests = [hashlib.sha256() for _ in leaf_specs]
+    size = 0
+    for chunk in chunks:
+      rows = tf.nest.flatten(chunk)
+      size += len(rows[0])
+      for file, digest, (shape, dtype), values in zip(
+          partial, digests, leaf_specs, rows, strict=True
+      ):
+        raw = np.ascontiguousarray(values, dtype).tobytes()
+        file.write(raw)
+        digest.update(raw)
+    files = []
+    for file, digest in zip(partial, digests):
+      file.close()
+      final = directory / f'{digest.hexdigest()[:32]}.bin'
+      os.replace(file.name, final)
+      files.append(final)
+    return files, size
+  except BaseException:
+    for file in partial:
+      file.close()
+      pathlib.Path(file.name).unlink(missing_ok=True)
+    raise
