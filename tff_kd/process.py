@@ -461,7 +461,9 @@ def build_two_channel_aggregator(
   value_type = tff.to_type(
       update_of({name: t for name, (_, t) in factories.items()})
   )
-  weight_type = tff.to_type(update_of({name: np.float32 for name in channels}))
+  # Not `np.float32`: a pair of a dtype and () would read as a tensor's type.
+  scalar = tff.TensorType(np.float32)
+  weight_type = tff.to_type(update_of({name: scalar for name in channels}))
 
   @tff.federated_computation
   def init_fn():

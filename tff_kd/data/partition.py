@@ -1,0 +1,182 @@
+"""Splits of labelled examples over clients. Every example is used exactly once.
+
+Each function returns one sorted int64 array of example numbers a client, and
+depends only on its arguments.
+"""
+
+from collections.abc import Callable, Sequence
+
+import numpy as np
+
+_MAX_DRAWS = 1000
+
+
+def _check(labels: np.ndarray, num_clients: int, min_examples: int) -> None:
+  if np.ndim(labels) != 1 or len(labels) == 0:
+    raise ValueError(
+        '`labels` must be a non-empty vector of class numbers, found the shape '
+        f'{np.shape(labels)}.'
+    )
+  if num_clients < 1 or num_clients * max(min_examples, 1) > len(labels):
+    raise ValueError(
+        f'{len(labels)} examples cannot give {num_clients} clients at least '
+        f'{max(min_examples, 1)} each. Use fewer clients.'
+    )
+
+
+def iid(labels: np.ndarray, num_clients: int, *, seed: int) -> list[np.ndarray]:
+  """Shuffles, then deals out equal shares (give or take one example)."""
+  _check(labels, num_clients, 1)
+  order = np.random.default_rng(seed).permutation(len(labels))
+  return [np.sort(part) for part in np.array_split(order, num_clients)]
+
+
+def dirichlet(
+    labels: np.ndarray,
+    num_clients: int,
+    *,
+    alpha: float,
+    seed: int,
+    min_examples: int = 1,
+) -> list[np.ndarray]:
+  """Deals out each class by proportions drawn from a symmetric Dirichlet.
+
+  Source: Hsu, Qi & Brown, "Measuring the Effects of Non-Identical Data
+  Distribution" (2019); per class as in Li et al., "Federated Learning on Non-IID
+  Data Silos" (2022), section 4.1, drawn again until each client has enough.
+
+  Args:
+    labels: Class numbers, `[n]`.
+    num_clients: How many clients.
+    alpha: Concentration, above 0: the smaller, the fewer classes a client has.
+    seed: Decides the draw.
+    min_examples: The least that any client must get.
+
+  Raises:
+    ValueError: If an argument is out of range, or no draw gives every client
+      `min_examples`.
+  """
+  _check(labels, num_clients, min_examples)
+  if not 0.0 < alpha < np.inf:
+    raise ValueError(f'`alpha` must be a finite number above 0, found {alpha!r}.')
+  labels = np.asarray(labels)
+  rng = np.random.default_rng(seed)
+  for _ in range(_MAX_DRAWS):
+    parts = [[] for _ in range(num_clients)]
+    for label in np.unique(labels):
+      members = rng.permutation(np.flatnonzero(labels == label))
+      shares = rng.dirichlet(np.full(num_clients, alpha))
+      cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(int)
+      for part, chunk in zip(parts, np.split(members, cuts)):
+        part.append(chunk)
+    clients = [np.sort(np.concatenate(part)) for part in parts]
+    if min(len(client) for client in clients) >= min_examples:
+      return clients
+  raise ValueError(
+      f'No draw of Dirichlet({alpha}) gave each of {num_clients} clients at least '
+      f'{min_examples} of {len(labels)} examples in {_MAX_DRAWS} tries. Use a '
+      'larger `alpha`, fewer clients, or a smaller `min_examples`.'
+  )
+
+
+def shards(
+    labels: np.ndarray, num_clients: int, *, shards_per_client: int, seed: int
+) -> list[np.ndarray]:
+  """Sorts by label, cuts into equal shards, and deals out so many to each client.
+
+  Source: McMahan et al. (AISTATS 2017), section 3 ("pathological non-IID").
+
+  Args:
+    labels: Class numbers, `[n]`.
+    num_clients: How many clients.
+    shards_per_client: About how many classes a client sees.
+    seed: Decides the order within classes and who gets what.
+  """
+  if shards_per_client < 1:
+    raise ValueError(
+        f'`shards_per_client` must be at least 1, found {shards_per_client}.'
+    )
+  _check(labels, num_clients, shards_per_client)
+  labels = np.asarray(labels)
+  rng = np.random.default_rng(seed)
+  shuffled = rng.permutation(len(labels))
+  by_label = shuffled[np.argsort(labels[shuffled], kind='stable')]
+  pieces = np.array_split(by_label, num_clients * shards_per_client)
+  dealt = rng.permutation(len(pieces)).reshape(num_clients, shards_per_client)
+  return [np.sort(np.concatenate([pieces[i] for i in row])) for row in dealt]
+
+
+def quantity_skew(
+    labels: np.ndarray,
+    num_clients: int,
+    *,
+    alpha: float,
+    seed: int,
+    min_examples: int = 1,
+) -> list[np.ndarray]:
+  """Classes alike, amounts different: shares of the whole from a Dirichlet.
+
+  Source: Li et al., "Federated Learning on Non-IID Data Silos" (2022), section
+  4.3.
+
+  Args:
+    labels: Class numbers, `[n]`.
+    num_clients: How many clients.
+    alpha: Concentration, above 0: the smaller, the more unequal.
+    seed: Decides the draw.
+    min_examples: Given to every client first; the rest is dealt by the shares.
+  """
+  _check(labels, num_clients, min_examples)
+  if not 0.0 < alpha < np.inf:
+    raise ValueError(f'`alpha` must be a finite number above 0, found {alpha!r}.')
+  rng = np.random.default_rng(seed)
+  order = rng.permutation(len(labels))
+  rest = len(labels) - num_clients * min_examples
+  shares = rng.dirichlet(np.full(num_clients, alpha))
+  cuts = np.round(np.cumsum(shares)[:-1] * rest).astype(int)
+  cuts += min_examples * np.arange(1, num_clients)
+  return [np.sort(part) for part in np.split(order, cuts)]
+
+
+# Flag value -> the function and the name of its parameter, if it has one.
+PARTITIONS: dict[str, Callable[..., Sequence[np.ndarray]]] = {
+    'dirichlet': dirichlet,
+    'shards': shards,
+    'quantity_skew': quantity_skew,
+    'iid': iid,
+}
+
+
+def matching(
+    labels: np.ndarray,
+    clients: Sequence[np.ndarray],
+    other_labels: np.ndarray,
+    *,
+    seed: int,
+) -> list[np.ndarray]:
+  """Deals out other examples so that each client's classes are as before.
+
+  Gives every client a test set of its own distribution: of each class, a client
+  gets the share that it has of the first examples.
+
+  Args:
+    labels: Class numbers of the first examples, `[n]`.
+    clients: Their split over clients.
+    other_labels: Class numbers of the examples to deal out, `[m]`.
+    seed: Decides who gets which.
+
+  Returns:
+    A split of the m examples; a client may get none. Examples of a class that no
+    client has are left out.
+  """
+  rng = np.random.default_rng(seed)
+  parts = [[np.zeros(0, np.int64)] for _ in clients]
+  for label in np.unique(other_labels):
+    counts = np.array([np.sum(labels[rows] == label) for rows in clients])
+    if counts.sum() == 0:
+      continue
+    members = rng.permutation(np.flatnonzero(other_labels == label))
+    cuts = np.round(np.cumsum(counts)[:-1] / counts.sum() * len(members))
+    for part, chunk in zip(parts, np.split(members, cuts.astype(int))):
+      part.append(chunk)
+  return [np.sort(np.concatenate(part)) for part in parts]

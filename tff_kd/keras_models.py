@@ -1,0 +1,156 @@
+"""Student and teacher models ready to use. All return logits.
+
+Each builder has the signature (num_classes, input_shape) -> `tf.keras.Model`;
+`STUDENTS` and `TEACHERS` list them by name. A name in both is a pair.
+"""
+
+from collections.abc import Callable, Sequence
+
+import tensorflow as tf
+
+_register = tf.keras.saving.register_keras_serializable(package='tff_kd')
+
+
+@_register
+class DenseModel(tf.keras.Model):
+  """Flattens, then dense layers with relu, then logits."""
+
+  def __init__(
+      self, hidden_units: Sequence[int] = (32,), num_classes: int = 10, **kwargs
+  ):
+    super().__init__(**kwargs)
+    self.hidden_units = tuple(hidden_units)
+    self.num_classes = num_classes
+    self.flatten = tf.keras.layers.Flatten()
+    self.hidden = [
+        tf.keras.layers.Dense(units, activation='relu')
+        for units in self.hidden_units
+    ]
+    # The document ends in softmax under a from_logits loss; logits are right.
+    self.classifier = tf.keras.layers.Dense(num_classes)
+
+  def call(self, inputs, training=False):
+    outputs = self.flatten(inputs)
+    for layer in self.hidden:
+      outputs = layer(outputs)
+    return self.classifier(outputs)
+
+  def get_config(self):
+    return {
+        **super().get_config(),
+        'hidden_units': self.hidden_units,
+        'num_classes': self.num_classes,
+    }
+
+
+@_register
+class StudentModel(DenseModel):
+  """The document's student: Dense 32 relu, then the classes."""
+
+  def __init__(self, num_classes: int = 10, hidden_units=(32,), **kwargs):
+    super().__init__(hidden_units, num_classes, **kwargs)
+
+
+@_register
+class TeacherModel(DenseModel):
+  """The document's teacher: Dense 64 relu, Dense 32 relu, then the classes."""
+
+  def __init__(self, num_classes: int = 10, hidden_units=(64, 32), **kwargs):
+    super().__init__(hidden_units, num_classes, **kwargs)
+
+
+def build_cnn(
+    num_classes: int,
+    input_shape: Sequence[int],
+    *,
+    filters: Sequence[int],
+    units: int,
+    dropout: float = 0.0,
+) -> tf.keras.Model:
+  """3 x 3 convolutions, each followed by 2 x 2 pooling, and one dense layer.
+
+  Args:
+    num_classes: How many logits.
+    input_shape: [height, width, channels].
+    filters: Of each convolution.
+    units: Of the dense layer.
+    dropout: The rate before the logits; no dropout layer if 0.
+  """
+  layers = tf.keras.layers
+  model = tf.keras.Sequential([layers.InputLayer(tuple(input_shape))])
+  for count in filters:
+    model.add(layers.Conv2D(count, 3, padding='same', activation='relu'))
+    model.add(layers.MaxPool2D())
+  model.add(layers.Flatten())
+  model.add(layers.Dense(units, activation='relu'))
+  if dropout:
+    model.add(layers.Dropout(dropout))
+  model.add(layers.Dense(num_classes))
+  return model
+
+
+def build_group_norm_resnet(
+    num_classes: int,
+    input_shape: Sequence[int],
+    *,
+    blocks: int,
+    width: int,
+) -> tf.keras.Model:
+  """A CIFAR ResNet of depth 6 * blocks + 2 with group norm.
+
+  Source: He et al., "Deep Residual Learning" (2016), section 4.2, and Hsieh et
+  al., "The Non-IID Data Quagmire" (2020), section 5.1, for group norm in place of
+  batch norm.
+
+  Args:
+    num_classes: How many logits.
+    input_shape: [height, width, channels].
+    blocks: Residual blocks in each of the three stages.
+    width: Channels of the first stage, a multiple of 8; doubled twice.
+  """
+  layers = tf.keras.layers
+
+  def conv(x, channels, stride):
+    x = layers.Conv2D(
+        channels, 3, stride, padding='same', use_bias=False,
+        kernel_initializer='he_normal',
+    )(x)
+    return layers.GroupNormalization(8)(x)
+
+  inputs = layers.Input(tuple(input_shape))
+  x = layers.ReLU()(conv(inputs, width, 1))
+  for stage in range(3):
+    channels = width * 2**stage
+    for block in range(blocks):
+      stride = 2 if stage > 0 and block == 0 else 1
+      shortcut = x
+      x = layers.ReLU()(conv(x, channels, stride))
+      x = conv(x, channels, 1)
+      if shortcut.shape[-1] != channels or stride != 1:
+        shortcut = layers.Conv2D(channels, 1, stride, use_bias=False)(shortcut)
+      x = layers.ReLU()(layers.Add()([x, shortcut]))
+  x = layers.GlobalAveragePooling2D()(x)
+  return tf.keras.Model(inputs, layers.Dense(num_classes)(x))
+
+
+ModelBuilder = Callable[[int, Sequence[int]], tf.keras.Model]
+
+STUDENTS: dict[str, ModelBuilder] = {
+    'document': lambda classes, shape: StudentModel(classes),
+    'cnn': lambda classes, shape: build_cnn(
+        classes, shape, filters=(8, 16), units=32
+    ),
+    'resnet': lambda classes, shape: build_group_norm_resnet(
+        classes, shape, blocks=1, width=8
+    ),
+}
+
+TEACHERS: dict[str, ModelBuilder] = {
+    'document': lambda classes, shape: TeacherModel(classes),
+    'cnn': lambda classes, shape: build_cnn(
+        classes, shape, filters=(32, 64), units=64, dropout=0.25
+    ),
+    'resnet': lambda classes, shape: build_group_norm_resnet(
+        classes, shape, blocks=2, width=16
+    ),
+}

@@ -1,0 +1,181 @@
+"""The training loop: rounds until convergence, the best state kept, resumable."""
+
+import asyncio
+import collections
+from collections.abc import Callable, Mapping, Sequence
+import math
+import time
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import tensorflow_federated as tff
+
+ROUND_SECONDS = 'round_seconds'
+
+
+class TrainingResult(NamedTuple):
+  """What training ended with.
+
+  Attributes:
+    state: The process state after the last round.
+    round_num: How many rounds it has seen.
+    best_state: The state with the best monitored metric; `state` itself where
+      nothing is monitored.
+    best_round: The round that left `best_state`.
+    history: One flat dict of metrics for each round run by this call.
+    converged: Whether patience ended the training, not the number of rounds.
+  """
+
+  state: Any
+  round_num: int
+  best_state: Any
+  best_round: int
+  history: list[dict[str, float]]
+  converged: bool
+
+
+class _Progress(NamedTuple):
+  """What a checkpoint holds; all that a resumed training needs."""
+
+  state: Any
+  best_state: Any
+  best_round: Any
+  best_value: Any
+
+
+def flatten_metrics(metrics: Any, prefix: str = '') -> dict[str, Any]:
+  """Flattens nested metrics to one level: 'client_work/train/loss'."""
+  if isinstance(metrics, Mapping):
+    flat = {}
+    for key, value in metrics.items():
+      flat.update(flatten_metrics(value, f'{prefix}{key}/'))
+    return flat
+  if isinstance(metrics, tuple) and not metrics:
+    return {}
+  return {prefix.rstrip('/'): metrics}
+
+
+def train(
+    process: tff.learning.templates.LearningProcess,
+    *,
+    select_clients: Callable[[int], Any],
+    num_rounds: int,
+    evaluate: Optional[Callable[[Any], Mapping[str, float]]] = None,
+    monitor: Optional[str] = None,
+    patience: Optional[int] = None,
+    initial_state: Optional[Any] = None,
+    program_state_manager: Optional[tff.program.ProgramStateManager] = None,
+    rounds_per_saving: int = 1,
+    release_managers: Sequence[tff.program.ReleaseManager] = (),
+    on_round: Optional[Callable[[int, Mapping[str, float]], None]] = None,
+) -> TrainingResult:
+  """Runs rounds until a number of them, or until a metric stops getting better.
+
+  Like `tff.simulation.run_training_process`, and takes the same managers, but
+  stops at convergence and keeps the best state. If the program state manager
+  holds a saved state, training goes on from it. A round depends on its number
+  only through `select_clients` and the process, so a resumed run repeats what an
+  unbroken one does wherever those do.
+
+  Args:
+    process: Any `LearningProcess`.
+    select_clients: Maps the round number, from 1, to the round's client data.
+    num_rounds: The last round.
+    evaluate: Maps the state after a round to metrics.
+    monitor: The metric, of `evaluate` or of the process, whose maximum is the
+      best state. Needed for `patience`.
+    patience: Stop after so many rounds without a better `monitor`.
+    initial_state: Where to begin if nothing was saved; `process.initialize()` if
+      `None`.
+    program_state_manager: Saves the training's progress; see
+      `tff.program.FileProgramStateManager`.
+    rounds_per_saving: After how many rounds; the last one is always saved.
+    release_managers: Get each round's flat metrics with the round number as key.
+    on_round: Called with round number and flat metrics, after they are released.
+
+  Returns:
+    A `TrainingResult`.
+
+  Raises:
+    ValueError: If the arguments contradict each other, or `monitor` is not among
+      the metrics.
+  """
+  if num_rounds < 1 or rounds_per_saving < 1:
+    raise ValueError(
+        '`num_rounds` and `rounds_per_saving` must be at least 1, found '
+        f'{num_rounds} and {rounds_per_saving}.'
+    )
+  if patience is not None and (patience < 1 or monitor is None):
+    raise ValueError(
+        '`patience` must be at least 1 and needs a metric to `monitor`, found '
+        f'patience={patience}, monitor={monitor!r}.'
+    )
+  with asyncio.Runner() as runner:
+    state = process.initialize() if initial_state is None else initial_state
+    progress = _Progress(state, state, np.int32(0), np.float64(-math.inf))
+    round_num = 0
+    if program_state_manager is not None:
+      saved, version = runner.run(program_state_manager.load_latest(progress))
+      if saved is not None:
+        progress, round_num = saved, version
+    saved_round = round_num
+    history = []
+
+    def converged() -> bool:
+      return (
+          patience is not None
+          and round_num - int(progress.best_round) >= patience
+      )
+
+    while round_num < num_rounds and not converged():
+      round_num += 1
+      start = time.perf_counter()
+      output = process.next(progress.state, select_clients(round_num))
+      seconds = time.perf_counter() - start
+      metrics = flatten_metrics(output.metrics)
+      if evaluate is not None:
+        metrics.update(evaluate(output.state))
+      metrics[ROUND_SECONDS] = seconds
+      progress = _advance(progress, output.state, round_num, metrics, monitor)
+      history.append(metrics)
+      released = collections.OrderedDict(metrics)
+      for manager in release_managers:
+        runner.run(manager.release(released, round_num))
+      if program_state_manager is not None and (
+          round_num % rounds_per_saving == 0
+      ):
+        runner.run(program_state_manager.save(progress, round_num))
+        saved_round = round_num
+      if on_round is not None:
+        on_round(round_num, metrics)
+    if program_state_manager is not None and saved_round != round_num:
+      runner.run(program_state_manager.save(progress, round_num))
+  return TrainingResult(
+      state=progress.state,
+      round_num=round_num,
+      best_state=progress.best_state,
+      best_round=int(progress.best_round),
+      history=history,
+      converged=converged(),
+  )
+
+
+def _advance(
+    progress: _Progress,
+    state: Any,
+    round_num: int,
+    metrics: Mapping[str, float],
+    monitor: Optional[str],
+) -> _Progress:
+  """The progress after a round: a better monitored value makes a new best."""
+  if monitor is None:
+    return _Progress(state, state, np.int32(round_num), progress.best_value)
+  if monitor not in metrics:
+    raise ValueError(
+        f'`monitor` must be one of {sorted(metrics)}, found {monitor!r}.'
+    )
+  value = np.float64(metrics[monitor])
+  # False for a value that is not a number.
+  if value > progress.best_value:
+    return _Progress(state, state, np.int32(round_num), value)
+  return progress._replace(state=state)
