@@ -108,6 +108,8 @@ def not_true_kl_divergence(
     ValueError: If there are fewer than three classes or `temperature` is not
       above 0.
   """
+  target_logits, logits = map(tf.convert_to_tensor, (target_logits, logits))
+  labels = tf.convert_to_tensor(labels)
   num_classes = logits.shape[-1]
   if num_classes is None or num_classes < 3:
     raise ValueError(
@@ -197,6 +199,7 @@ def weighted_mean(
   Returns:
     A scalar: sum(w v) / sum(w), and 0 if all weights are zero.
   """
+  values = tf.convert_to_tensor(values)
   if weights is None:
     return tf.reduce_mean(values)
   weights = tf.cast(weights, values.dtype)

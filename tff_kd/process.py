@@ -535,7 +535,6 @@ def build_student_finalizer(
   """
   weights_type = student.weights_type
   update_type = client_work_lib.model_update_type(student)
-  is_tff = isinstance(optimizer, tff.learning.optimizers.Optimizer)
 
   @tff.tensorflow.computation
   def init_tf():
@@ -588,19 +587,20 @@ def build_student_finalizer(
         *tff.federated_map(next_tf, (state, weights, update))
     )
 
+  if not isinstance(optimizer, tff.learning.optimizers.Optimizer):
+    return tff.learning.templates.FinalizerProcess(init_fn, next_fn)
+
   @tff.tensorflow.computation(state_type)
   def get_hparams_fn(state):
     return optimizer.get_hparams(state)
 
-  hparams = {}
-  if is_tff:
-    @tff.tensorflow.computation(
-        state_type, get_hparams_fn.type_signature.result
-    )
-    def set_hparams_fn(state, new):
-      return optimizer.set_hparams(state, new)
+  @tff.tensorflow.computation(state_type, get_hparams_fn.type_signature.result)
+  def set_hparams_fn(state, hparams):
+    return optimizer.set_hparams(state, hparams)
 
-    hparams = dict(
-        get_hparams_fn=get_hparams_fn, set_hparams_fn=set_hparams_fn
-    )
-  return tff.learning.templates.FinalizerProcess(init_fn, next_fn, **hparams)
+  return tff.learning.templates.FinalizerProcess(
+      init_fn,
+      next_fn,
+      get_hparams_fn=get_hparams_fn,
+      set_hparams_fn=set_hparams_fn,
+  )

@@ -1,0 +1,65 @@
+"""Small models and data shared by the tests."""
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+DIM, CLASSES = 5, 3
+
+
+def dense_fn(units=(), classes=CLASSES, dim=DIM, **kwargs):
+  """A builder of a dense model on [dim] inputs."""
+
+  def build():
+    layers = [tf.keras.layers.InputLayer((dim,))]
+    layers += [tf.keras.layers.Dense(u, activation='relu') for u in units]
+    layers += [tf.keras.layers.Dense(classes, **kwargs)]
+    return tf.keras.Sequential(layers)
+
+  return build
+
+
+def examples(n, seed, dim=DIM, classes=CLASSES):
+  rng = np.random.default_rng(seed)
+  return (
+      rng.normal(size=(n, dim)).astype(np.float32),
+      rng.integers(0, classes, n).astype(np.int32),
+  )
+
+
+def dataset(x, y, batch_size=4):
+  return tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size)
+
+
+def loss_fn():
+  return tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def metrics_fn():
+  return [tf.keras.metrics.SparseCategoricalAccuracy(name='accuracy')]
+
+
+INPUT_SPEC = dataset(*examples(4, 0)).element_spec
+
+
+def sgd(rate=0.1, momentum=None):
+  return tff.learning.optimizers.build_sgdm(rate, momentum)
+
+
+def common(**kwargs):
+  """The arguments that every `build_*` takes."""
+  defaults = dict(
+      student_fn=dense_fn(),
+      input_spec=INPUT_SPEC,
+      loss_fn=loss_fn,
+      metrics_fn=metrics_fn,
+      client_optimizer=sgd(),
+  )
+  return {**defaults, **kwargs}
+
+
+def assert_weights_close(actual, expected, **kwargs):
+  actual, expected = tf.nest.flatten(actual), tf.nest.flatten(expected)
+  assert len(actual) == len(expected) > 0
+  for a, e in zip(actual, expected):
+    np.testing.assert_allclose(a, e, **kwargs)

@@ -1,0 +1,499 @@
+"""Any Keras model in, its weights back out, and clear refusals."""
+
+import collections
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+
+import tff_kd
+from tests import helpers
+from tff_kd import keras_models
+
+layers = tf.keras.layers
+
+
+class _Subclassed(tf.keras.Model):
+  """Unbuilt until called; draws its loss and its dropout in `call`."""
+
+  def __init__(self):
+    super().__init__()
+    self.dense = layers.Dense(6, activation='relu')
+    self.head = layers.Dense(helpers.CLASSES)
+
+  def call(self, inputs, training=False):
+    x = self.dense(inputs)
+    if training:
+      x = tf.nn.dropout(x, 0.2)
+    self.add_loss(1e-3 * tf.reduce_sum(tf.square(self.dense.kernel)))
+    return self.head(x)
+
+
+def _functional():
+  inputs = layers.Input((helpers.DIM,))
+  x = layers.Dense(6, activation='relu')(inputs)
+  x = layers.Concatenate()([x, inputs])
+  return tf.keras.Model(inputs, layers.Dense(helpers.CLASSES)(x))
+
+
+def _batch_norm():
+  return tf.keras.Sequential([
+      layers.Dense(6), layers.BatchNormalization(momentum=0.5), layers.ReLU(),
+      layers.Dense(helpers.CLASSES),
+  ])
+
+
+def _dropout():
+  return tf.keras.Sequential([
+      layers.Dense(6, activation='relu'), layers.Dropout(0.5),
+      layers.Dense(helpers.CLASSES),
+  ])
+
+
+def _regularized():
+  return tf.keras.Sequential([
+      layers.Dense(helpers.CLASSES, kernel_regularizer=tf.keras.regularizers.L2(0.1))
+  ])
+
+
+def _frozen():
+  model = tf.keras.Sequential([
+      layers.InputLayer((helpers.DIM,)),
+      layers.Dense(6, activation='relu', trainable=False),
+      layers.BatchNormalization(),
+      layers.Dense(helpers.CLASSES),
+  ])
+  return model
+
+
+def _compiled():
+  model = helpers.dense_fn((4,))()
+  model.compile('adam', 'mse')
+  return model
+
+
+@pytest.mark.parametrize(
+    'student_fn',
+    [
+        helpers.dense_fn((4,)), _functional, _Subclassed, _batch_norm, _dropout,
+        _regularized, _frozen, _compiled,
+    ],
+    ids=lambda f: getattr(f, '__name__', str(f)),
+)
+def test_every_kind_of_model_trains_on_both_sides(student_fn):
+  tf.keras.utils.set_random_seed(0)
+  process = tff_kd.algorithms.build_fed_distillation(
+      **helpers.common(student_fn=student_fn),
+      teacher_fn=student_fn,
+      transfer_set=tff_kd.TransferSet(helpers.examples(16, 9)[0]),
+      distillation=tff_kd.Distillation(num_steps=3, batch_size=8),
+      back_distillation=tff_kd.Distillation(
+          target='teacher', num_steps=3, batch_size=8
+      ),
+  )
+  state = process.initialize()
+  data = [helpers.dataset(*helpers.examples(n, n)) for n in (8, 12)]
+  output = process.next(state, data)
+  assert output.metrics['client_work']['participation']['num_included'] == 2
+  assert np.isfinite(output.metrics['client_work']['train']['loss'])
+  model = student_fn()
+  x, _ = helpers.examples(4, 0)
+  model(x)
+  process.get_model_weights(output.state).assign_weights_to(model)
+  teacher = student_fn()
+  teacher(x)
+  process.get_teacher_weights(output.state).assign_weights_to(teacher)
+  assert np.isfinite(model(x)).all() and np.isfinite(teacher(x)).all()
+  for before, after in (
+      (state.global_model_weights, output.state.global_model_weights),
+      (state.teacher_weights, output.state.teacher_weights),
+  ):
+    assert any(
+        np.abs(a - b).max() > 0
+        for a, b in zip(before.trainable, after.trainable)
+    )
+
+
+def test_initial_weights_are_the_builders():
+  trained = helpers.dense_fn((4,))()
+
+  def build():
+    model = helpers.dense_fn((4,))()
+    model.set_weights(trained.get_weights())
+    return model
+
+  process = tff_kd.algorithms.build_fed_avg(**helpers.common(student_fn=build))
+  helpers.assert_weights_close(
+      process.initialize().global_model_weights.trainable, trained.get_weights(),
+      rtol=0,
+  )
+
+
+def test_batch_norm_statistics_are_the_weighted_mean_of_the_clients():
+  tf.keras.utils.set_random_seed(0)
+  process = tff_kd.algorithms.build_fed_avg(
+      **helpers.common(student_fn=_batch_norm, client_optimizer=helpers.sgd(0.0)),
+      server_optimizer=tff.learning.optimizers.build_adam(0.1),
+  )
+  state = process.initialize()
+  kernel, bias = state.global_model_weights.trainable[:2]
+  clients = [helpers.examples(n, n) for n in (4, 12)]
+  state = process.next(
+      state, [helpers.dataset(x, y, batch_size=16) for x, y in clients]
+  ).state
+  means, variances = [], []
+  for x, _ in clients:
+    z = x @ kernel + bias
+    means.append(0.5 * z.mean(0))
+    variances.append(0.5 + 0.5 * z.var(0))
+  weights = np.array([4, 12]) / 16
+  mean, variance = state.global_model_weights.non_trainable
+  np.testing.assert_allclose(mean, weights @ np.array(means), atol=1e-5)
+  np.testing.assert_allclose(variance, weights @ np.array(variances), atol=1e-5)
+
+
+def test_batch_norm_statistics_of_the_teacher_move():
+  tf.keras.utils.set_random_seed(0)
+  process = tff_kd.algorithms.build_fed_distillation(
+      **helpers.common(),
+      teacher_fn=_batch_norm,
+      transfer_set=tff_kd.TransferSet(helpers.examples(16, 9)[0]),
+      distillation=tff_kd.Distillation(num_steps=2),
+  )
+  state = process.initialize()
+  after = process.next(state, [helpers.dataset(*helpers.examples(8, 1))]).state
+  mean = after.teacher_weights.non_trainable[0]
+  assert np.abs(mean - state.teacher_weights.non_trainable[0]).max() > 1e-3
+
+
+def test_frozen_weights_stay_and_do_not_travel_up():
+  process = tff_kd.algorithms.build_fed_avg(**helpers.common(student_fn=_frozen))
+  state = process.initialize()
+  after = process.next(state, [helpers.dataset(*helpers.examples(8, 1))]).state
+  before = state.global_model_weights
+  # [kernel, bias] of the frozen layer, then batch norm's two statistics.
+  helpers.assert_weights_close(
+      after.global_model_weights.non_trainable[:2], before.non_trainable[:2],
+      rtol=0,
+  )
+  sizes = tff_kd.communication.round_bytes(process)
+  frozen = 4 * (helpers.DIM * 6 + 6)
+  assert sizes.up_model == sizes.down - frozen
+  assert np.abs(after.global_model_weights.non_trainable[2]).max() > 0
+
+
+def test_regularization_is_in_the_gradient():
+  tf.keras.utils.set_random_seed(0)
+  process = tff_kd.algorithms.build_fed_avg(
+      **helpers.common(student_fn=_regularized)
+  )
+  state = process.initialize()
+  x, y = helpers.examples(4, 1)
+  model = _regularized()
+  model(x)
+  state.global_model_weights.assign_weights_to(model)
+  with tf.GradientTape() as tape:
+    loss = helpers.loss_fn()(y, model(x)) + tf.add_n(model.losses)
+  expected = [
+      v - 0.1 * g
+      for v, g in zip(
+          model.trainable_variables,
+          tape.gradient(loss, model.trainable_variables),
+      )
+  ]
+  output = process.next(state, [helpers.dataset(x, y)])
+  helpers.assert_weights_close(
+      output.state.global_model_weights.trainable, expected, atol=1e-6
+  )
+  np.testing.assert_allclose(
+      output.metrics['client_work']['train']['loss'], loss, rtol=1e-6
+  )
+
+
+def test_dropout_acts_in_training_only():
+  spec = tff_kd.models.build_model_spec(
+      _dropout, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn
+  )
+  model = spec.model_fn()
+  batch = helpers.examples(64, 0)
+  inference = [model.forward_pass(batch, training=False).loss for _ in range(2)]
+  training = [model.forward_pass(batch, training=True).loss for _ in range(2)]
+  assert inference[0] == inference[1]
+  assert training[0] != training[1]
+
+
+def _two_inputs(kind):
+  a, b = layers.Input((3,), name='a'), layers.Input((2,), name='b')
+  out = layers.Dense(helpers.CLASSES)(layers.Concatenate()([a, b]))
+  return tf.keras.Model({'a': a, 'b': b} if kind == 'dict' else (a, b), out)
+
+
+@pytest.mark.parametrize('kind', ['dict', 'tuple'])
+@pytest.mark.parametrize('mapping_batches', [False, True])
+def test_several_inputs(kind, mapping_batches):
+  def inputs(n, seed):
+    a, b = helpers.examples(n, seed, 3)[0], helpers.examples(n, seed, 2)[0]
+    return collections.OrderedDict(a=a, b=b) if kind == 'dict' else (a, b)
+
+  def dataset(n):
+    x, y = inputs(n, n), helpers.examples(n, n)[1]
+    elements = collections.OrderedDict(x=x, y=y) if mapping_batches else (x, y)
+    return tf.data.Dataset.from_tensor_slices(elements).batch(4)
+
+  process = tff_kd.algorithms.build_fed_distillation(
+      **helpers.common(
+          student_fn=lambda: _two_inputs(kind),
+          input_spec=dataset(2).element_spec,
+      ),
+      teacher_fn=lambda: _two_inputs(kind),
+      transfer_set=tff_kd.TransferSet(inputs(10, 0)),
+      distillation=tff_kd.Distillation(num_steps=2),
+  )
+  output = process.next(process.initialize(), [dataset(6), dataset(9)])
+  assert output.metrics['client_work']['participation']['num_included'] == 2
+  assert output.metrics['server_distillation']['teacher']['num_targets'] == 10
+
+
+def test_sequence_outputs():
+  """[batch, time, classes]: the labels and the predictions are per position."""
+  def build():
+    return tf.keras.Sequential([
+        layers.Embedding(7, 4), layers.GRU(5, return_sequences=True),
+        layers.Dense(7),
+    ])
+
+  def dataset(n):
+    tokens = np.random.default_rng(n).integers(0, 7, (n, 6)).astype(np.int32)
+    return tf.data.Dataset.from_tensor_slices((tokens[:, :-1], tokens[:, 1:])).batch(4)
+
+  public = np.random.default_rng(0).integers(0, 7, (8, 5)).astype(np.int32)
+  process = tff_kd.algorithms.build_fed_distillation(
+      **helpers.common(student_fn=build, input_spec=dataset(2).element_spec),
+      teacher_fn=build,
+      transfer_set=tff_kd.TransferSet(public),
+      distillation=tff_kd.Distillation(num_steps=2),
+  )
+  assert str(process.update_type.knowledge) == (
+      '<values=float32[8,5,7],weights=float32[8]>'
+  )
+  output = process.next(process.initialize(), [dataset(6), dataset(9)])
+  assert output.metrics['server_distillation']['teacher']['first_loss'] > 0
+
+
+def test_softmax_models_exchange_log_probabilities():
+  """A model with softmax and one with logits, same weights: same round."""
+  results = []
+  for activation, from_logits in ((None, True), ('softmax', False)):
+    tf.keras.utils.set_random_seed(0)
+    build = helpers.dense_fn((6,), activation=activation)
+    process = tff_kd.algorithms.build_fed_distillation(
+        **helpers.common(
+            student_fn=build,
+            loss_fn=lambda f=from_logits: tf.keras.losses.SparseCategoricalCrossentropy(
+                from_logits=f
+            ),
+        ),
+        teacher_fn=build,
+        transfer_set=tff_kd.TransferSet(helpers.examples(12, 0)[0]),
+        distillation=tff_kd.Distillation(target='student', num_steps=2),
+    )
+    output = process.next(
+        process.initialize(), [helpers.dataset(*helpers.examples(8, 1))]
+    )
+    results.append(output.state)
+  helpers.assert_weights_close(
+      results[0].teacher_weights, results[1].teacher_weights, atol=1e-4
+  )
+
+
+def test_a_single_sigmoid_logit():
+  build = helpers.dense_fn((4,), classes=1)
+  x, _ = helpers.examples(12, 0)
+  data = tf.data.Dataset.from_tensor_slices(
+      (x, (x[:, :1] > 0).astype(np.float32))
+  ).batch(4)
+  process = tff_kd.algorithms.build_fed_distillation(
+      **helpers.common(
+          student_fn=build, input_spec=data.element_spec,
+          loss_fn=lambda: tf.keras.losses.BinaryCrossentropy(from_logits=True),
+          metrics_fn=lambda: [tf.keras.metrics.BinaryAccuracy(threshold=0.0)],
+      ),
+      teacher_fn=build,
+      transfer_set=tff_kd.TransferSet(x),
+      distillation=tff_kd.Distillation(num_steps=2),
+  )
+  output = process.next(process.initialize(), [data])
+  assert output.metrics['server_distillation']['teacher']['first_loss'] > 0
+
+
+class _HalfLoss(tf.keras.losses.Loss):
+
+  def call(self, y_true, y_pred):
+    return 0.5 * tf.keras.losses.sparse_categorical_crossentropy(
+        y_true, y_pred, from_logits=True
+    )
+
+
+class _CountOf(tf.keras.metrics.Metric):
+  """A user's metric whose constructor takes an argument Keras knows nothing of."""
+
+  def __init__(self, label, name='count_of'):
+    super().__init__(name=name)
+    self.label = label
+    self.count = self.add_weight('count', initializer='zeros')
+
+  def update_state(self, y_true, y_pred, sample_weight=None):
+    self.count.assign_add(
+        tf.reduce_sum(tf.cast(tf.equal(y_true, self.label), tf.float32))
+    )
+
+  def result(self):
+    return self.count
+
+
+def test_own_loss_and_metric():
+  process = tff_kd.algorithms.build_fed_avg(
+      **helpers.common(loss_fn=_HalfLoss, metrics_fn=lambda: [_CountOf(1)])
+  )
+  state = process.initialize()
+  clients = [helpers.examples(n, n) for n in (8, 5)]
+  output = process.next(state, [helpers.dataset(x, y) for x, y in clients])
+  train = output.metrics['client_work']['train']
+  assert train['count_of'] == sum((y == 1).sum() for _, y in clients)
+  full = tff_kd.algorithms.build_fed_avg(**helpers.common())
+  full_output = full.next(
+      full.set_model_weights(full.initialize(), state.global_model_weights),
+      [helpers.dataset(*clients[0], batch_size=8)],
+  )
+  half_output = process.next(
+      state, [helpers.dataset(*clients[0], batch_size=8)]
+  )
+  np.testing.assert_allclose(
+      half_output.metrics['client_work']['train']['loss'],
+      full_output.metrics['client_work']['train']['loss'] / 2,
+      rtol=1e-6,
+  )
+
+
+def _refused(match, error=ValueError, **kwargs):
+  arguments = {
+      **dict(
+          keras_model_fn=helpers.dense_fn(), input_spec=helpers.INPUT_SPEC,
+          loss_fn=helpers.loss_fn, metrics_fn=None, name='student',
+      ),
+      **kwargs,
+  }
+  with pytest.raises(error, match=match):
+    tff_kd.models.build_model_spec(
+        arguments.pop('keras_model_fn'), **arguments
+    )
+
+
+def test_softmax_under_a_from_logits_loss_is_refused():
+  _refused(
+      'student ends in softmax.*from_logits=True',
+      keras_model_fn=helpers.dense_fn(activation='softmax'),
+  )
+
+  class HiddenSoftmax(_Subclassed):
+
+    def call(self, inputs, training=False):
+      return tf.nn.softmax(super().call(inputs, training))
+
+  _refused('student ends in softmax', keras_model_fn=HiddenSoftmax)
+  _refused(
+      'ends in sigmoid',
+      keras_model_fn=helpers.dense_fn(classes=1, activation='sigmoid'),
+      loss_fn=lambda: tf.keras.losses.BinaryCrossentropy(from_logits=True),
+  )
+
+
+def test_logits_under_a_probability_loss_are_refused():
+  _refused(
+      'are not probabilities',
+      loss_fn=lambda: tf.keras.losses.SparseCategoricalCrossentropy(),
+  )
+
+
+def test_one_model_twice_is_refused():
+  model = helpers.dense_fn()()
+  _refused('same model twice', keras_model_fn=lambda: model)
+  shared = layers.Dense(helpers.CLASSES)
+  _refused(
+      'share variables', keras_model_fn=lambda: tf.keras.Sequential([shared])
+  )
+  _refused('must be a function', TypeError, keras_model_fn=model)
+  _refused('must return a `tf.keras.Model`', TypeError, keras_model_fn=lambda: 3)
+
+
+def test_pairs_with_other_outputs_are_refused():
+  with pytest.raises(ValueError, match=r'same shape.*\(3,\).*\(4,\)'):
+    tff_kd.algorithms.build_fed_distillation(
+        **helpers.common(),
+        teacher_fn=helpers.dense_fn(classes=4),
+        transfer_set=tff_kd.TransferSet(helpers.examples(4, 0)[0]),
+    )
+
+
+def test_specs_that_do_not_fit_are_refused():
+  x, y = helpers.examples(8, 0)
+  _refused(
+      'does not take inputs', input_spec=helpers.dataset(x[:, :3], y).element_spec
+  )
+  _refused(
+      'batch dimension',
+      input_spec=tf.data.Dataset.from_tensor_slices((x, y)).element_spec,
+  )
+  _refused('pair', input_spec=helpers.dataset(x, y).element_spec[0])
+  _refused(
+      'does not take labels',
+      input_spec=helpers.dataset(x, np.zeros([8, 7], 'f')).element_spec,
+  )
+  _refused(
+      'one floating-point output',
+      keras_model_fn=lambda: tf.keras.Model(
+          inputs := layers.Input((helpers.DIM,)),
+          [layers.Dense(3)(inputs), layers.Dense(2)(inputs)],
+      ),
+  )
+  _refused(
+      'must return a scalar',
+      loss_fn=lambda: tf.keras.losses.SparseCategoricalCrossentropy(
+          from_logits=True, reduction='none'
+      ),
+  )
+  _refused('loss_fn', TypeError, loss_fn=lambda: 'mse')
+  _refused(
+      'named',
+      metrics_fn=lambda: [tf.keras.metrics.Mean(name='a')] * 2,
+  )
+
+
+@pytest.mark.parametrize('name', sorted(keras_models.STUDENTS))
+def test_ready_pairs(name, tmp_path):
+  for build in (keras_models.STUDENTS[name], keras_models.TEACHERS[name]):
+    model = build(10, (28, 28, 1))
+    x = np.random.default_rng(0).normal(size=(3, 28, 28, 1)).astype('f')
+    outputs = model(x)
+    assert outputs.shape == (3, 10)
+    assert np.any(np.asarray(outputs) < 0)  # Logits.
+    model.save(tmp_path / 'model.keras')
+    loaded = tf.keras.models.load_model(tmp_path / 'model.keras')
+    np.testing.assert_allclose(loaded(x), outputs, atol=1e-6)
+  assert (
+      keras_models.TEACHERS[name](10, (28, 28, 1))(x).shape
+      == keras_models.STUDENTS[name](10, (28, 28, 1))(x).shape
+  )
+
+
+def test_the_documents_models():
+  student, teacher = keras_models.StudentModel(), keras_models.TeacherModel()
+  x = np.zeros([1, 784], 'f')
+  student(x), teacher(x)
+  assert [w.shape.as_list() for w in student.weights] == [
+      [784, 32], [32], [32, 10], [10]
+  ]
+  assert [w.shape.as_list() for w in teacher.weights] == [
+      [784, 64], [64], [64, 32], [32], [32, 10], [10]
+  ]
