@@ -39,6 +39,7 @@ def plot_partition(
     )
     bottom += counts[:, label]
   axes.set(xlabel='client', ylabel='examples', title=title)
+  axes.xaxis.get_major_locator().set_params(integer=True)
   if num_classes <= 20:
     axes.legend(title='class', loc='center left', bbox_to_anchor=(1.0, 0.5))
   figure.savefig(path, dpi=120)
@@ -62,6 +63,7 @@ def plot_curves(
     style = '--' if 'FedAvg' in name else '-'
     panels[0].plot(rounds, accuracy, style, label=name)
     panels[1].plot(megabytes, accuracy, style, label=name)
+  panels[0].xaxis.get_major_locator().set_params(integer=True)
   panels[0].set(xlabel='round', ylabel='test accuracy')
   panels[1].set(xlabel='MB moved per participating client (up and down)')
   panels[0].legend(loc='lower right')

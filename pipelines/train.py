@@ -19,8 +19,8 @@ from typing import Any, Optional
 
 from absl import app
 from absl import flags
+from absl import logging
 
-import pipelines  # pylint: disable=unused-import  (quiets TensorFlow's start)
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -38,6 +38,8 @@ _OPTIMIZERS = {
 }
 _SCHEDULES = {'constant': None, 'cosine': server_distillation.cosine_schedule}
 _DEFAULT_ALGORITHM = 'fed_distillation'
+# Of the models trained on the server's labels alone, for the table.
+_ALONE_EPOCHS = 40
 
 # What to run.
 _ALGORITHM = flags.DEFINE_enum(
@@ -99,7 +101,7 @@ _TEACHER = flags.DEFINE_enum(
 )
 _PRETRAIN_EPOCHS = flags.DEFINE_integer(
     'pretrain_epochs', 0, 'Epochs of central training, of student and teacher, on '
-    "the transfer examples and their labels, before round 1.", lower_bound=0,
+    'the labelled transfer examples, before round 1.', lower_bound=0,
 )
 _CLIENT_OPTIMIZER = flags.DEFINE_enum(
     'client_optimizer', 'sgd', sorted(_OPTIMIZERS), "The clients' optimizer."
@@ -133,8 +135,9 @@ _LOCAL_WEIGHT = flags.DEFINE_float(
 )
 
 # The server's distillation. Unset: the algorithm's own default.
-_LABELLED = flags.DEFINE_bool(
-    'labelled_transfer', False, 'Let the distillation use the transfer labels.'
+_TRANSFER_LABELS = flags.DEFINE_integer(
+    'transfer_labels', 300, 'How many of the transfer examples have labels: the '
+    "server's limited labelled set. 0 for none.", lower_bound=0,
 )
 _TRANSFER_PER_ROUND = flags.DEFINE_integer(
     'transfer_per_round', None, 'Transfer examples a round; all if unset.',
@@ -150,8 +153,8 @@ _TARGET = flags.DEFINE_string(
 )
 _TEMPERATURE = flags.DEFINE_float('temperature', None, 'T, in all distillation.')
 _DISTILLATION_WEIGHT = flags.DEFINE_float(
-    'distillation_weight', None, "The share of the distillation in the loss, with "
-    '--labelled_transfer.'
+    'distillation_weight', None, 'The share of the distillation in the loss, where '
+    'there are --transfer_labels; the rest is their cross-entropy.'
 )
 _SERVER_STEPS = flags.DEFINE_integer(
     'server_steps', None, 'Steps a round.', lower_bound=1
@@ -199,7 +202,7 @@ _ROUNDS_PER_CHECKPOINT = flags.DEFINE_integer(
 # Flags that only some algorithms use, by the builder's parameter they feed.
 _FLAGS_OF_PARAMETER = {
     'transfer_set': [
-        'labelled_transfer', 'transfer_per_round', 'transfer_validation',
+        'transfer_per_round', 'transfer_validation',
     ],
     'distillation': [
         'target', 'temperature', 'distillation_weight', 'server_steps',
@@ -257,6 +260,17 @@ def _check_flags(algorithm: algorithms.Algorithm) -> None:
     raise UserError(
         f'--clients_per_round is {_CLIENTS_PER_ROUND.value}, but there are only '
         f'{_NUM_CLIENTS.value} clients. Lower it, or raise --num_clients.'
+    )
+  if _TRANSFER_LABELS.value > _TRANSFER_SIZE.value:
+    raise UserError(
+        f'--transfer_labels is {_TRANSFER_LABELS.value}, but the transfer set has '
+        f'only {_TRANSFER_SIZE.value} examples. Lower it, or raise --transfer_size.'
+    )
+  if _PRETRAIN_EPOCHS.value and not _TRANSFER_LABELS.value:
+    raise UserError('--pretrain_epochs needs labels: set --transfer_labels.')
+  if _DISTILLATION_WEIGHT.value not in (None, 1.0) and not _TRANSFER_LABELS.value:
+    raise UserError(
+        '--distillation_weight below 1 needs labels: set --transfer_labels.'
     )
   if _RESUME.value and not _OUTPUT_DIR.value:
     raise UserError('--resume needs the --output_dir of the run to go on with.')
@@ -334,9 +348,11 @@ def _build_process(
       ).parameters.items()
   }
   if algorithm.takes('transfer_set'):
+    has_labels = np.arange(len(task.transfer)) < _TRANSFER_LABELS.value
     kwargs['transfer_set'] = tff_kd.TransferSet(
         task.transfer.inputs,
-        task.transfer.labels if _LABELLED.value else None,
+        task.transfer.labels if has_labels.any() else None,
+        label_mask=None if has_labels.all() or not has_labels.any() else has_labels,
         subset_size=_TRANSFER_PER_ROUND.value,
         validation_size=_TRANSFER_VALIDATION.value,
         seed=_SEED.value,
@@ -382,18 +398,16 @@ def _build_process(
   return algorithm.build(**kwargs)
 
 
-def _pretrained_weights(
-    spec: tff_kd.models.ModelSpec, task: tff_kd.data.Task
+def _train_centrally(
+    spec: tff_kd.models.ModelSpec, task: tff_kd.data.Task, epochs: int
 ) -> tff.learning.models.ModelWeights:
-  """Central training by `fit` on the server's labelled examples."""
+  """Training by `fit` on the server's labelled examples, from the first weights."""
   model = spec.model_fn().keras_model
   tff.learning.models.ModelWeights(*spec.initial_weights).assign_weights_to(model)
   tf.keras.utils.set_random_seed(_SEED.value)
   model.compile('adam', task.loss_fn(), task.metrics_fn())
-  model.fit(
-      task.transfer.inputs, task.transfer.labels, batch_size=32,
-      epochs=_PRETRAIN_EPOCHS.value, verbose=0,
-  )
+  labelled = task.transfer.take(np.arange(_TRANSFER_LABELS.value))
+  model.fit(*labelled, batch_size=32, epochs=epochs, verbose=0)
   return tff_kd.models.weights_of(model)
 
 
@@ -582,8 +596,8 @@ def _run() -> None:
   print(
       f'{_ALGORITHM.value} on {task.name}: {_NUM_CLIENTS.value} clients with '
       f'{len(task.clients)} examples, {_CLIENTS_PER_ROUND.value} a round; '
-      f'transfer {len(task.transfer)}, validation {len(task.validation)}, test '
-      f'{len(task.test)}.'
+      f'transfer {len(task.transfer)} ({_TRANSFER_LABELS.value} with labels), '
+      f'validation {len(task.validation)}, test {len(task.test)}.'
   )
   specs = {'student': process.student_spec, 'teacher': process.teacher_spec}
   specs = {name: spec for name, spec in specs.items() if spec is not None}
@@ -596,7 +610,8 @@ def _run() -> None:
     pretrained = {}
     if _PRETRAIN_EPOCHS.value:
       pretrained = {
-          name: _pretrained_weights(spec, task) for name, spec in specs.items()
+          name: _train_centrally(spec, task, _PRETRAIN_EPOCHS.value)
+          for name, spec in specs.items()
       }
 
     def initial_state(of_process):
@@ -703,6 +718,19 @@ def _report(
         [row['round'] * baseline_bytes / 1e6 for row in baseline],
         [row[test_column] for row in baseline],
     )
+  if _TRANSFER_LABELS.value:
+    # What the server could do without any client: the honest lower bound.
+    for name, (evaluator, _) in evaluation.models(result.best_state).items():
+      spec = {'student': process.student_spec, **specs}.get(name)
+      if spec is None:
+        continue
+      alone = _train_centrally(spec, task, _ALONE_EPOCHS)
+      values = evaluator.evaluate(alone, *task.test)
+      rows.append((
+          f"{name} on the server's {_TRANSFER_LABELS.value} labels alone", '',
+          f"{values['accuracy']:.4f}", f"{values['calibration_error']:.4f}",
+          '', '', '',
+      ))
   plots.plot_curves(curves, run_dir / 'curves.png')
   print()
   _print_table(rows)
@@ -736,6 +764,8 @@ def main(argv: list[str]) -> Optional[int]:
   if len(argv) > 1:
     raise app.UsageError(f'Not a flag: {argv[1:]}.')
   tf.get_logger().setLevel('ERROR')
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)
   try:
     _run()
   except (UserError, ValueError, FileNotFoundError) as error:

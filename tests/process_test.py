@@ -118,7 +118,7 @@ def test_two_rounds_equal_numpy(uniform):
     )
     train = output.metrics['client_work']['train']
     np.testing.assert_allclose(
-        train['loss'], sum(l for _, l, _ in trained) / sum(sizes), **close
+        train['loss'], sum(loss for _, loss, _ in trained) / sum(sizes), **close
     )
     np.testing.assert_allclose(
         train['accuracy'], sum(r for _, _, r in trained) / sum(sizes), **close
@@ -186,7 +186,7 @@ def test_without_distillation_three_rounds_equal_tffs_fed_avg(weighting):
       )
   assert state.teacher_weights == ()
   with pytest.raises(ValueError, match='no teacher'):
-    ours.get_teacher_weights  # pylint: disable=pointless-statement
+    _ = ours.get_teacher_weights
 
 
 def _fusion(**kwargs):
@@ -450,11 +450,10 @@ def test_optimizer_state_lives_in_the_process_state(keras_optimizer):
 
 
 def test_keras_and_tff_optimizers_agree():
+  # Without momentum: Keras keeps the rate inside it, TFF outside, which differs
+  # under a schedule.
   results = []
-  for sgd in (
-      helpers.sgd(0.1, 0.9),
-      lambda: tf.keras.optimizers.SGD(0.1, momentum=0.9),
-  ):
+  for sgd in (helpers.sgd(0.1), lambda: tf.keras.optimizers.SGD(0.1)):
     tf.keras.utils.set_random_seed(0)
     process = tff_kd.algorithms.build_fed_distillation(
         **helpers.common(client_optimizer=sgd),

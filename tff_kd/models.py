@@ -108,9 +108,23 @@ class KerasModel(tff.learning.models.VariableModel):
       for variable, value in zip(variables, values, strict=True):
         variable.assign(value)
 
-  def supervised_loss(self, labels: Any, outputs: tf.Tensor) -> tf.Tensor:
-    """The user's loss on the model's outputs, without regularisation."""
-    return self._loss(y_true=labels, y_pred=outputs)
+  def supervised_loss(
+      self, labels: Any, outputs: tf.Tensor, mask: Optional[tf.Tensor] = None
+  ) -> tf.Tensor:
+    """The user's loss on the model's outputs, without regularisation.
+
+    Args:
+      labels: The labels of a batch.
+      outputs: The model's outputs for it.
+      mask: Optional 0/1 float32 `[batch]`; the mean is over the ones, and 0 where
+        there are none.
+    """
+    if mask is None:
+      return self._loss(y_true=labels, y_pred=outputs)
+    loss = self._loss(y_true=labels, y_pred=outputs, sample_weight=mask)
+    # Keras divides by the size of the batch, not by the sum of the weights.
+    size = tf.cast(tf.shape(mask)[0], loss.dtype)
+    return tf.math.divide_no_nan(loss * size, tf.reduce_sum(mask))
 
   def regularization_loss(self) -> tf.Tensor:
     """The sum of the layers' own losses, after a call of the model."""

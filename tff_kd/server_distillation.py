@@ -46,7 +46,8 @@ class Distillation:
   """How one model learns from a target on the transfer set.
 
   The loss is (1 - w) L(y, outputs) + w KL_T(target || outputs), plus the model's
-  own regularisation losses, where L is the model's supervised loss.
+  own regularisation losses, where L is the model's supervised loss over those
+  examples of the batch that have labels.
 
   Attributes:
     target: 'ensemble' (the clients' consensus), 'student', 'teacher', or a number
@@ -220,8 +221,8 @@ def build_server_distillation(
     steps, the first and last batch's loss, how many examples had a target, the
     validation loss before and after (0 without a validation part), and whether
     the result was rolled back to what was there before. The validation loss is
-    the supervised loss where the transfer set has labels, else the distillation
-    loss against the target.
+    the supervised loss where all transfer examples have labels, else the
+    distillation loss against the target.
   """
   specs = {'student': student}
   if teacher is not None:
@@ -335,7 +336,7 @@ def _build_stage(
   def examples(consensus, round_num) -> tuple[_Examples, Optional[_Examples]]:
     """The rows to learn from and to validate on; targets are computed once."""
     ids = transfer_set.round_ids(round_num)
-    needs_targets = has_validation and not transfer_set.labelled
+    needs_targets = has_validation and not transfer_set.fully_labelled
     all_ids = transfer_set.prediction_ids(round_num) if needs_targets else ids
     count = all_ids.shape[0]
 
@@ -354,7 +355,7 @@ def _build_stage(
     learn = _Examples(ids, targets[:m], mask[:m])
     if not has_validation:
       return learn, None
-    if transfer_set.labelled:
+    if transfer_set.fully_labelled:
       validation_ids = transfer_set.validation_ids()
       return learn, _Examples(validation_ids, (), ())
     return learn, _Examples(all_ids[m:], targets[m:], mask[m:])
@@ -371,13 +372,15 @@ def _build_stage(
       )
       if distillation_weight < 1.0:
         loss += (1.0 - distillation_weight) * learner.supervised_loss(
-            transfer_set.gather_labels(ids), outputs
+            transfer_set.gather_labels(ids),
+            outputs,
+            transfer_set.gather_label_weights(ids),
         )
       loss += learner.regularization_loss()
     return loss, tape.gradient(loss, trainable)
 
   def validation_loss(validation: _Examples) -> tf.Tensor:
-    if transfer_set.labelled:
+    if transfer_set.fully_labelled:
       outputs = learner.keras_model(
           transfer_set.gather_inputs(validation.ids), training=False
       )

@@ -30,6 +30,8 @@ class TransferSet:
     inputs: Arrays of n examples each: one array, or a tuple or dict of them for
       a model with several inputs. Numeric or boolean.
     labels: Optional labels, an array of n.
+    label_mask: Optional booleans, an array of n: which examples' labels are known.
+      The others' entries in `labels` are never used. All are if `None`.
     subset_size: How many examples a round uses, m. All of the training part if
       `None`.
     validation_size: How many examples are set aside, the same in every round, to
@@ -45,6 +47,7 @@ class TransferSet:
       inputs: Any,
       labels: Optional[Any] = None,
       *,
+      label_mask: Optional[Any] = None,
       subset_size: Optional[int] = None,
       validation_size: int = 0,
       seed: int = 0,
@@ -52,6 +55,10 @@ class TransferSet:
   ):
     inputs = tf.nest.map_structure(np.asarray, _as_structure(inputs))
     data = (inputs,) if labels is None else (inputs, np.asarray(labels))
+    if label_mask is not None:
+      if labels is None:
+        raise ValueError('`label_mask` needs `labels`.')
+      data += (np.asarray(label_mask, bool),)
     sizes = {len(a) if a.ndim else 0 for a in tf.nest.flatten(data)}
     if len(sizes) != 1:
       raise ValueError(
@@ -84,7 +91,7 @@ class TransferSet:
       dataset: Yields inputs, or pairs (inputs, label) if `labelled`, one example
         an element, with fully defined shapes.
       labelled: Whether the elements are pairs with a label.
-      **kwargs: As in the constructor.
+      **kwargs: As in the constructor; without `label_mask`.
     """
     spec = dataset.element_spec
     if labelled and not (isinstance(spec, (tuple, list)) and len(spec) == 2):
@@ -173,6 +180,7 @@ class TransferSet:
       )
     self._spec = spec
     self.labelled = labelled
+    self.fully_labelled = labelled and len(spec) == 2
     self.subset_size = subset_size
     self.validation_size = validation_size
     self.seed = int(seed)
@@ -229,17 +237,19 @@ class TransferSet:
   def prediction_ids(self, round_num: tf.Tensor) -> tf.Tensor:
     """The rows that clients predict: the round's, then those for validation.
 
-    With labels, validation needs no predictions, and none are made or sent.
+    With all labels, validation needs no predictions, and none are made or sent.
     """
     ids = self.round_ids(round_num)
-    if self.labelled:
+    if self.fully_labelled:
       return ids
     return tf.concat([ids, self.validation_ids()], axis=0)
 
   @property
   def num_predictions(self) -> int:
     """How many rows `prediction_ids` has."""
-    return self.subset_size + (0 if self.labelled else self.validation_size)
+    return self.subset_size + (
+        0 if self.fully_labelled else self.validation_size
+    )
 
   def _gather(self, leaf: int, ids: tf.Tensor) -> tf.Tensor:
     shape, dtype = self._leaf_specs[leaf]
@@ -261,7 +271,7 @@ class TransferSet:
     Returns:
       The structure of inputs, each `[k, ...]`.
     """
-    leaves = range(len(self._files) - int(self.labelled))
+    leaves = range(len(self._files) - len(self._spec) + 1)
     return _pack(self._spec[0], [self._gather(leaf, ids) for leaf in leaves])
 
   def gather_labels(self, ids: tf.Tensor) -> tf.Tensor:
@@ -272,7 +282,15 @@ class TransferSet:
     """
     if not self.labelled:
       raise ValueError('This transfer set has no labels.')
-    return self._gather(len(self._files) - 1, ids)
+    return self._gather(len(self._files) - len(self._spec) + 1, ids)
+
+  def gather_label_weights(self, ids: tf.Tensor) -> tf.Tensor:
+    """float32 `[k]`: 1 for rows whose label is known, else 0."""
+    if not self.labelled:
+      return tf.zeros(tf.shape(ids))
+    if self.fully_labelled:
+      return tf.ones(tf.shape(ids))
+    return tf.cast(self._gather(len(self._files) - 1, ids), tf.float32)
 
 
 def _options(
@@ -332,7 +350,7 @@ def _write(
     for chunk in chunks:
       rows = tf.nest.flatten(chunk)
       size += len(rows[0])
-      for file, digest, (shape, dtype), values in zip(
+      for file, digest, (_, dtype), values in zip(
           partial, digests, leaf_specs, rows, strict=True
       ):
         raw = np.ascontiguousarray(values, dtype).tobytes()

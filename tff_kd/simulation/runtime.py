@@ -21,6 +21,7 @@ import portpicker
 import tensorflow_federated as tff
 
 _START_TIMEOUT_S = 60.0
+_START_ATTEMPTS = 3
 _STOP_TIMEOUT_S = 5.0
 _MAX_MESSAGE_MB = 2000
 _CHANNEL_OPTIONS = [
@@ -65,15 +66,15 @@ class Worker:
   def __init__(self, max_concurrent_calls: int, log_path: pathlib.Path):
     self.log_path = log_path
     # A free port may be taken before the worker binds it: then try another.
-    for attempt in range(3):
+    for _ in range(_START_ATTEMPTS):
       port = portpicker.pick_unused_port()
       self._start(port, max_concurrent_calls)
       if self._wait_until_ready():
         return
       self.stop()
     raise RuntimeStartError(
-        f'The TFF worker did not start in {attempt + 1} attempts. Its log is '
-        f'{log_path}.'
+        f'The TFF worker did not start in {_START_ATTEMPTS} attempts. Its '
+        f'log is {log_path}.'
     )
 
   def _start(self, port: int, max_concurrent_calls: int) -> None:

@@ -1,0 +1,42 @@
+# make train | test | lint | lock | clean. `make PYTHON=/path/to/python3.11 ...`
+# names another interpreter; `make train FLAGS="--rounds=50"` passes flags on.
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV := .venv
+BIN := $(VENV)/bin
+FLAGS ?=
+STAMP := $(VENV)/.installed
+
+.PHONY: train test slow lint lock clean install
+
+train: $(STAMP)
+	$(BIN)/python -m pipelines.train $(FLAGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -q
+
+# The long reproductions (about half an hour).
+slow: $(STAMP)
+	$(BIN)/python -m pytest -q -m slow
+
+lint: $(STAMP)
+	$(BIN)/ruff check .
+
+install: $(STAMP)
+
+$(STAMP): requirements.txt setup.cfg pyproject.toml
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
+	  { echo "tff_kd needs Python 3.11 (TensorFlow Federated 0.87 takes nothing newer), but $(PYTHON) is $$("$(PYTHON)" --version 2>&1 || echo not there); pass one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
+	"$(PYTHON)" -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $@
+
+# The one command that makes requirements.txt; needs uv. See BUILD_NOTES.md.
+lock:
+	uv pip compile requirements.in --override overrides.txt --generate-hashes \
+	  --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
+	  --output-file requirements.txt
+
+clean:
+	rm -rf $(VENV) build *.egg-info

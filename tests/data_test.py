@@ -1,0 +1,225 @@
+"""Partitions, tasks and files."""
+
+import gzip
+import struct
+
+from hypothesis import given, settings, strategies as st
+import numpy as np
+import pytest
+
+from tff_kd import data
+from tff_kd.data import partition
+
+_SPLITS = {
+    'dirichlet': dict(alpha=0.5),
+    'shards': dict(shards_per_client=2),
+    'quantity_skew': dict(alpha=0.5),
+    'iid': {},
+}
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    name=st.sampled_from(sorted(partition.PARTITIONS)),
+    num_clients=st.integers(1, 12),
+    n=st.integers(60, 300),
+    classes=st.integers(1, 10),
+    seed=st.integers(0, 1000),
+)
+def test_every_example_is_used_once(name, num_clients, n, classes, seed):
+  labels = np.random.default_rng(seed).integers(0, classes, n)
+  split = partition.PARTITIONS[name]
+  clients = split(labels, num_clients, seed=seed, **_SPLITS[name])
+  assert len(clients) == num_clients
+  np.testing.assert_array_equal(np.sort(np.concatenate(clients)), np.arange(n))
+  assert min(len(c) for c in clients) >= 1
+  again = split(labels, num_clients, seed=seed, **_SPLITS[name])
+  for a, b in zip(clients, again):
+    np.testing.assert_array_equal(a, b)
+
+
+def test_seeds_differ():
+  labels = np.arange(200) % 10
+  for name, split in partition.PARTITIONS.items():
+    a, b = (split(labels, 5, seed=s, **_SPLITS[name]) for s in (0, 1))
+    assert any(len(x) != len(y) or (x != y).any() for x, y in zip(a, b)), name
+
+
+def test_dirichlet_skews_as_alpha_says():
+  labels = np.arange(5000) % 10
+
+  def classes_held(alpha):
+    clients = partition.dirichlet(labels, 10, alpha=alpha, seed=0)
+    # The effective number of classes: exp of the entropy.
+    values = []
+    for rows in clients:
+      p = np.bincount(labels[rows], minlength=10) / len(rows)
+      values.append(np.exp(-np.sum(p[p > 0] * np.log(p[p > 0]))))
+    return np.mean(values)
+
+  assert classes_held(0.1) < 4 < 8 < classes_held(100.0)
+
+
+def test_shards_limit_the_classes():
+  labels = np.arange(1000) % 10
+  clients = partition.shards(labels, 10, shards_per_client=2, seed=0)
+  assert max(len(np.unique(labels[rows])) for rows in clients) <= 4
+  assert {len(rows) for rows in clients} == {100}
+
+
+def test_quantity_skew_keeps_classes_and_skews_amounts():
+  labels = np.arange(5000) % 2
+  clients = partition.quantity_skew(labels, 8, alpha=0.3, seed=0)
+  sizes = [len(rows) for rows in clients]
+  assert max(sizes) > 5 * min(sizes)
+  largest = clients[int(np.argmax(sizes))]
+  assert 0.4 < labels[largest].mean() < 0.6
+
+
+def test_matching_deals_out_by_the_clients_classes():
+  labels, other = np.arange(400) % 4, np.arange(200) % 5
+  clients = partition.shards(labels, 4, shards_per_client=1, seed=0)
+  parts = partition.matching(labels, clients, other, seed=0)
+  rows = np.concatenate(parts)
+  assert len(rows) == len(set(rows.tolist())) == 160  # Nobody has class 4.
+  for mine, theirs in zip(clients, parts):
+    assert set(other[theirs]) == set(labels[mine])
+
+
+@pytest.mark.parametrize(
+    'call, message',
+    [
+        (lambda y: partition.iid(y, 0, seed=0), 'clients'),
+        (lambda y: partition.iid(y, 101, seed=0), '101 clients'),
+        (lambda y: partition.iid(y[:0], 2, seed=0), 'non-empty'),
+        (lambda y: partition.dirichlet(y, 5, alpha=0.0, seed=0), 'alpha'),
+        (lambda y: partition.dirichlet(y, 5, alpha=np.nan, seed=0), 'alpha'),
+        (lambda y: partition.quantity_skew(y, 5, alpha=-1, seed=0), 'alpha'),
+        (
+            lambda y: partition.shards(y, 5, shards_per_client=0, seed=0),
+            'shards_per_client',
+        ),
+        (
+            lambda y: partition.dirichlet(
+                y, 20, alpha=1e-3, seed=0, min_examples=5
+            ),
+            'No draw',
+        ),
+    ],
+)
+def test_bad_partitions_are_refused(call, message):
+  with pytest.raises(ValueError, match=message):
+    call(np.arange(100) % 10)
+
+
+def _rows(examples):
+  return {e.tobytes() for e in examples.inputs}
+
+
+def test_mnist5k_is_whole_and_disjoint():
+  task = data.TASKS['mnist5k'](seed=3)
+  parts = [task.clients, task.transfer, task.validation, task.test]
+  assert [len(p) for p in parts] == [2500, 1000, 500, 1000]
+  rows = [_rows(p) for p in parts]
+  assert len(set.union(*rows)) == sum(len(r) for r in rows) == 5000
+  labels = np.concatenate([p.labels for p in parts])
+  np.testing.assert_array_equal(np.bincount(labels), [500] * 10)
+  assert task.clients.inputs.shape[1:] == task.input_shape == (28, 28, 1)
+  assert task.clients.inputs.min() == 0.0 and task.clients.inputs.max() == 1.0
+  other = data.TASKS['mnist5k'](seed=4)
+  assert _rows(other.test) == _rows(task.test)
+  assert _rows(other.transfer) != _rows(task.transfer)
+
+
+def test_parts_that_leave_nothing_are_refused():
+  with pytest.raises(ValueError, match='leave nothing'):
+    data.TASKS['mnist5k'](seed=0, transfer_size=4000)
+
+
+def _idx(values):
+  codes = {'u1': 8, 'i4': 12, 'f4': 13}
+  code = codes[values.dtype.str[1:]]
+  header = struct.pack(f'>BBBB{values.ndim}I', 0, 0, code, values.ndim, *values.shape)
+  return header + values.astype(values.dtype.newbyteorder('>')).tobytes()
+
+
+def _write_idx(folder, n_train=40, n_test=10, zipped=False):
+  rng = np.random.default_rng(0)
+  for split, n in (('train', n_train), ('t10k', n_test)):
+    images = rng.integers(0, 256, (n, 4, 4)).astype('u1')
+    labels = (np.arange(n) % 3).astype('u1')
+    for name, values in (('images-idx3', images), ('labels-idx1', labels)):
+      raw = _idx(values)
+      path = folder / f'{split}-{name}-ubyte{".gz" if zipped else ""}'
+      path.write_bytes(gzip.compress(raw) if zipped else raw)
+
+
+@pytest.mark.parametrize('dtype', ['u1', '<i4', '<f4'])
+@pytest.mark.parametrize('shape', [(5,), (3, 2, 2)])
+def test_idx_round_trip(tmp_path, dtype, shape):
+  values = np.random.default_rng(0).integers(0, 200, shape).astype(dtype)
+  (tmp_path / 'a').write_bytes(_idx(values))
+  (tmp_path / 'b.gz').write_bytes(gzip.compress(_idx(values)))
+  for name in ('a', 'b.gz'):
+    read = data.idx.read_idx(tmp_path / name)
+    np.testing.assert_array_equal(read, values)
+    assert read.dtype == values.dtype
+
+
+@pytest.mark.parametrize('zipped', [False, True])
+def test_idx_task(tmp_path, zipped):
+  _write_idx(tmp_path, zipped=zipped)
+  task = data.TASKS['idx'](
+      data_dir=tmp_path, seed=0, transfer_size=8, validation_size=4
+  )
+  assert [
+      len(p) for p in (task.clients, task.transfer, task.validation, task.test)
+  ] == [28, 8, 4, 10]
+  assert task.input_shape == (4, 4, 1) and task.num_classes == 3
+  assert 0.0 <= task.clients.inputs.min() < task.clients.inputs.max() <= 1.0
+
+
+@settings(max_examples=40, deadline=None)
+@given(keep=st.floats(0.0, 0.999))
+@pytest.mark.parametrize('zipped', [False, True])
+def test_a_truncated_file_is_named(tmp_path_factory, zipped, keep):
+  path = tmp_path_factory.mktemp('idx') / 'broken-file'
+  raw = _idx(np.arange(60, dtype='u1').reshape(5, 3, 4))
+  raw = gzip.compress(raw) if zipped else raw
+  path.write_bytes(raw[: int(keep * len(raw))])
+  with pytest.raises(ValueError, match='broken-file'):
+    data.idx.read_idx(path)
+
+
+def test_damaged_folders_are_explained(tmp_path):
+  with pytest.raises(ValueError, match='data_dir'):
+    data.TASKS['idx'](data_dir=None, seed=0)
+  with pytest.raises(ValueError, match='train-images'):
+    data.TASKS['idx'](data_dir=tmp_path, seed=0)
+  _write_idx(tmp_path)
+  labels = tmp_path / 'train-labels-idx1-ubyte'
+  labels.write_bytes(_idx(np.zeros(39, 'u1')))
+  with pytest.raises(ValueError, match='as many images as labels') as error:
+    data.TASKS['idx'](data_dir=tmp_path, seed=0)
+  assert 'train-labels-idx1-ubyte' in str(error.value)
+
+
+def test_client_dataset_is_seeded_and_complete():
+  examples = data.Examples(
+      np.arange(7, dtype='f')[:, None], np.arange(7, dtype='i4')
+  )
+
+  def labels(seed):
+    dataset = data.client_dataset(examples, batch_size=3, epochs=2, seed=seed)
+    return [y.tolist() for _, y in dataset.as_numpy_iterator()]
+
+  first = labels([0, 1, 2])
+  assert first == labels([0, 1, 2]) != labels([0, 2, 2])
+  flat = sum(first, [])
+  assert sorted(flat[:7]) == sorted(flat[7:]) == list(range(7))
+  assert flat[:7] != flat[7:]
+  assert [len(b) for b in first] == [3, 3, 3, 3, 2]
+  empty = data.client_dataset(
+      examples.take(np.zeros(0, int)), batch_size=3, epochs=2, seed=[0]
+  )
+  assert not list(empty)

@@ -1,0 +1,151 @@
+"""The process runs unchanged under TFF's own loops, programs and evaluation."""
+
+import asyncio
+import collections
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+
+import tff_kd
+from tests import helpers
+
+_CLIENTS = {f'client_{i}': helpers.examples(6 + 3 * i, i) for i in range(4)}
+
+
+@pytest.fixture(scope='module')
+def process():
+  tf.keras.utils.set_random_seed(0)
+  return tff_kd.algorithms.build_fed_distillation(
+      **helpers.common(),
+      teacher_fn=helpers.dense_fn((8,)),
+      transfer_set=tff_kd.TransferSet(helpers.examples(16, 9)[0]),
+      distillation=tff_kd.Distillation(num_steps=3),
+  )
+
+
+def _datasets(ids):
+  return [helpers.dataset(*_CLIENTS[i]) for i in ids]
+
+
+@pytest.fixture(scope='module')
+def by_id(process):
+  """The process, its client data chosen by id."""
+  sizes = {i: len(y) for i, (_, y) in _CLIENTS.items()}
+  xs = np.concatenate([x for x, _ in _CLIENTS.values()])
+  ys = np.concatenate([y for _, y in _CLIENTS.values()])
+  ends = np.cumsum(list(sizes.values()))
+
+  @tff.tensorflow.computation(np.str_)
+  def dataset_computation(client_id):
+    index = tf.argmax(tf.equal(client_id, list(_CLIENTS)))
+    end = tf.gather(tf.constant(ends), index)
+    start = end - tf.gather(tf.constant(list(sizes.values()), tf.int64), index)
+    return tf.data.Dataset.from_tensor_slices(
+        (tf.constant(xs)[start:end], tf.constant(ys)[start:end])
+    ).batch(4)
+
+  return tff.simulation.compose_dataset_computation_with_learning_process(
+      dataset_computation, process
+  )
+
+
+def test_run_training_process(process, tmp_path):
+  sample = tff.simulation.build_uniform_sampling_fn(
+      sorted(_CLIENTS), random_seed=3
+  )
+  manager = tff.program.FileProgramStateManager(tmp_path)
+  released = tff.program.MemoryReleaseManager()
+  run = lambda rounds: tff.simulation.run_training_process(
+      process,
+      training_selection_fn=lambda r: _datasets(sample(r, 2)),
+      total_rounds=rounds,
+      program_state_manager=manager,
+      metrics_managers=[released],
+  )
+  run(2)
+  resumed = run(3)  # From the saved state.
+  assert sorted(released.values()) == [1, 2, 3]
+
+  state = process.initialize()
+  for r in range(1, 4):
+    state = process.next(state, _datasets(sample(r, 2))).state
+  helpers.assert_weights_close(resumed, state, rtol=0)
+  teacher = process.get_teacher_weights(resumed)
+  assert np.isfinite(teacher.trainable[0]).all()
+
+
+def test_compose_dataset_computation(process, by_id):
+  ids = ['client_1', 'client_3']
+  composed = by_id.next(by_id.initialize(), ids)
+  plain = process.next(process.initialize(), _datasets(ids))
+  helpers.assert_weights_close(composed.state, plain.state, rtol=0)
+  # The state is the process's own, so its getters work on it.
+  helpers.assert_weights_close(
+      process.get_teacher_weights(composed.state), plain.state.teacher_weights,
+      rtol=0,
+  )
+
+
+def test_train_model(process, by_id, worker, tmp_path):
+  train_source = tff.program.ClientIdDataSource(sorted(_CLIENTS))
+  metrics = tff.program.MemoryReleaseManager()
+  model_output = tff.program.MemoryReleaseManager()
+  stack = tff.framework.get_context_stack()
+  with stack.install(
+      tff.program.NativeFederatedContext(
+          tff_kd.simulation.build_async_context(worker)
+      )
+  ):
+    asyncio.run(
+        tff.learning.programs.train_model(
+            train_process=by_id,
+            train_data_source=train_source,
+            train_per_round_clients=2,
+            train_total_rounds=2,
+            program_state_manager=tff.program.FileProgramStateManager(
+                os.fspath(tmp_path)
+            ),
+            model_output_manager=model_output,
+            train_metrics_manager=metrics,
+            evaluation_manager=None,
+            evaluation_periodicity=1,
+        )
+    )
+  values = metrics.values()
+  assert len(values) == 2
+  assert np.isfinite(list(values.values())[-1]['loss'])
+  assert len(model_output.values()) >= 1
+
+
+def test_weights_go_into_build_fed_eval(process):
+  state = process.next(process.initialize(), _datasets(sorted(_CLIENTS))).state
+  for spec, weights, units in (
+      (process.student_spec, process.get_model_weights(state), ()),
+      (process.teacher_spec, process.get_teacher_weights(state), (8,)),
+  ):
+    evaluation = tff.learning.algorithms.build_fed_eval(spec.model_fn)
+    eval_state = evaluation.set_model_weights(evaluation.initialize(), weights)
+    output = evaluation.next(eval_state, _datasets(sorted(_CLIENTS)))
+    metrics = output.metrics['client_work']['eval']['current_round_metrics']
+    model = helpers.dense_fn(units)()
+    weights.assign_weights_to(model)
+    x = np.concatenate([x for x, _ in _CLIENTS.values()])
+    y = np.concatenate([y for _, y in _CLIENTS.values()])
+    np.testing.assert_allclose(
+        metrics['accuracy'], np.mean(np.argmax(model(x), -1) == y), rtol=1e-6
+    )
+    assert metrics['num_examples'] == len(y)
+
+
+def test_spec_serves_tffs_own_fed_avg(process):
+  """The wrapped model is a TFF model like any other."""
+  theirs = tff.learning.algorithms.build_weighted_fed_avg(
+      process.student_spec.model_fn, client_optimizer_fn=helpers.sgd()
+  )
+  output = theirs.next(theirs.initialize(), _datasets(['client_0', 'client_2']))
+  metrics = output.metrics['client_work']['train']
+  assert isinstance(metrics, collections.OrderedDict)
+  assert metrics['num_examples'] == 6 + 12

@@ -1,0 +1,188 @@
+"""Validation, rollback, early stop, masks."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+
+import tff_kd
+from tests import helpers
+from tff_kd import knowledge
+from tff_kd import models
+from tff_kd import server_distillation
+
+
+def _spec(name, build):
+  return models.build_model_spec(
+      build, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn, name=name
+  )
+
+
+def _run(distillation, *, labelled=False, validation=8, rate=0.1, payload=None,
+         learner='student', state=None, round_num=0):
+  """One run of a single stage, the student a fixed linear model."""
+  tf.keras.utils.set_random_seed(3)
+  student = _spec('student', helpers.dense_fn())
+  teacher = _spec('teacher', helpers.dense_fn((8,)))
+  x, y = helpers.examples(24, 0)
+  transfer = tff_kd.TransferSet(
+      x, y if labelled else None, validation_size=validation
+  )
+  stage = server_distillation.DistillationStage(
+      learner, helpers.sgd(rate, 0.9), distillation
+  )
+  process = server_distillation.build_server_distillation(
+      student, teacher, transfer, [stage]
+  )
+  weights = server_distillation.ServerModels(
+      student.initial_weights, teacher.initial_weights
+  )
+
+  @tff.federated_computation(process.next.type_signature.parameter)
+  def run(args):
+    return process.next(*[args[i] for i in range(4)])
+
+  output = run(
+      state if state is not None else process.initialize(), weights,
+      payload if payload is not None else (), np.int32(round_num),
+  )
+  return output, weights
+
+
+def test_distillation_that_harms_is_rolled_back():
+  # Defect 8: a rate this high makes any model worse.
+  output, before = _run(
+      tff_kd.Distillation(target='teacher', num_steps=10), rate=1e4
+  )
+  measured = output.measurements['student']
+  assert measured['rolled_back'] == 1 and measured['best_step'] == 0
+  assert (
+      measured['validation_loss_after'] == measured['validation_loss_before'] > 0
+  )
+  helpers.assert_weights_close(output.result.student, before.student, rtol=0)
+  # The optimizer goes back with the weights.
+  assert all(
+      np.abs(w).max() == 0
+      for w in tf.nest.flatten(output.state)
+      if np.ndim(w) > 0
+  )
+
+
+def test_without_validation_only_finite_results_are_kept():
+  output, before = _run(
+      tff_kd.Distillation(target='teacher', num_steps=30, loss='mse'),
+      validation=0, rate=1e30,
+  )
+  assert output.measurements['student']['rolled_back'] == 1
+  helpers.assert_weights_close(output.result.student, before.student, rtol=0)
+
+
+@pytest.mark.parametrize('labelled', [False, True])
+def test_good_distillation_is_kept(labelled):
+  output, before = _run(
+      tff_kd.Distillation(target='teacher', num_steps=50), labelled=labelled
+  )
+  measured = output.measurements['student']
+  if not labelled:
+    assert measured['rolled_back'] == 0
+    assert measured['validation_loss_after'] < measured['validation_loss_before']
+  helpers.assert_weights_close(output.result.teacher, before.teacher, rtol=0)
+
+
+def test_early_stop_keeps_the_best_look():
+  distillation = tff_kd.Distillation(
+      target='teacher', num_steps=1000, batch_size=4, validate_every=5, patience=3
+  )
+  output, _ = _run(distillation, rate=0.2)
+  measured = output.measurements['student']
+  assert measured['num_steps'] < 1000
+  assert measured['num_steps'] == measured['best_step'] + 3 * 5
+
+
+def _payload(x, mask):
+  z = np.random.default_rng(1).normal(size=(len(x), helpers.CLASSES)).astype('f')
+  return z, knowledge.KnowledgePayload(z * mask[:, None], mask)
+
+
+def test_missing_predictions_are_left_out():
+  x, _ = helpers.examples(24, 0)
+  mask = (np.arange(24) % 3 > 0).astype('f')
+  z, payload = _payload(x, mask)
+  output, before = _run(
+      tff_kd.Distillation(target='ensemble', num_steps=1, batch_size=24),
+      validation=0, payload=payload,
+  )
+  measured = output.measurements['student']
+  assert measured['num_targets'] == mask.sum()
+  ids = tff_kd.TransferSet(x).round_ids(0).numpy()
+  logits = x @ before.student.trainable[0] + before.student.trainable[1]
+  expected = np.mean(
+      tff_kd.losses.kl_divergence(z, logits[ids]).numpy()[mask > 0]
+  )
+  np.testing.assert_allclose(measured['first_loss'], expected, rtol=1e-5)
+
+
+def test_a_consensus_that_is_not_finite_teaches_nothing():
+  x, _ = helpers.examples(24, 0)
+  payload = knowledge.KnowledgePayload(
+      np.full([24, helpers.CLASSES], np.nan, 'f'), np.full([24], np.nan, 'f')
+  )
+  output, before = _run(
+      tff_kd.Distillation(target='ensemble'), validation=0, payload=payload
+  )
+  assert output.measurements['student']['num_steps'] == 0
+  helpers.assert_weights_close(output.result.student, before.student, rtol=0)
+
+
+def test_consensus_is_the_weighted_mean_with_masks():
+  rng = np.random.default_rng(0)
+  z = rng.normal(size=(3, 4, 2, 5)).astype('f')  # clients, rows, time, classes
+  mask = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 0]], 'f')
+  w = np.array([1.0, 5.0, 2.0], 'f')
+  payloads = [
+      knowledge.encode(
+          tf.constant(np.where(m[:, None, None] > 0, zk, np.nan).astype('f'))
+      )
+      for zk, m in zip(z, mask)
+  ]
+  mean = tf.nest.map_structure(
+      lambda *p: sum(wk * pk for wk, pk in zip(w, p)) / w.sum(), *payloads
+  )
+  consensus = knowledge.decode(mean)
+  np.testing.assert_array_equal(consensus.mask, [1, 1, 1, 0])
+  weights = (w[:, None] * mask)[..., None, None]
+  with np.errstate(invalid='ignore'):
+    expected = (weights * z).sum(0) / weights.sum(0)
+  np.testing.assert_allclose(consensus.logits[:3], expected[:3], rtol=1e-5)
+  np.testing.assert_array_equal(consensus.logits[3], 0)
+
+
+def test_batch_order_uses_every_row_equally():
+  order = server_distillation._batch_order(
+      7, 60, tf.constant(4), tf.constant([0, 1])
+  ).numpy()
+  counts = np.bincount(order, minlength=7)
+  assert len(order) == 60 and counts.max() - counts.min() <= 1
+  assert sorted(order[:7]) == list(range(7))
+  other = server_distillation._batch_order(
+      7, 60, tf.constant(5), tf.constant([0, 1])
+  ).numpy()
+  assert (order != other).any()
+
+
+def test_prediction_in_batches_equals_prediction_at_once():
+  spec = _spec('student', helpers.dense_fn((6,)))
+  model = spec.model_fn()
+  for n in (3, 512, 513, 1024, 1300):
+    x = helpers.examples(n, n)[0]
+    transfer = tff_kd.TransferSet(x)
+    np.testing.assert_allclose(
+        knowledge.predict_logits(model, transfer, tf.range(n)),
+        model.logits(x),
+        atol=1e-5,
+    )
+
+
+def test_cosine_schedule():
+  values = [float(server_distillation.cosine_schedule(p)) for p in (0.0, 0.5, 1.0)]
+  np.testing.assert_allclose(values, [1.0, 0.5, 0.0], atol=1e-6)
