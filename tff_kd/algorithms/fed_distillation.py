@@ -20,10 +20,10 @@ from tff_kd import server_distillation
 from tff_kd import transfer
 
 DEFAULT_DISTILLATION = server_distillation.Distillation(
-    target='ensemble', temperature=3.0
+    target='ensemble', num_steps=60
 )
 DEFAULT_BACK_DISTILLATION = server_distillation.Distillation(
-    target='teacher', temperature=3.0, reset_optimizer=True
+    target='teacher', num_steps=100, reset_optimizer=True
 )
 
 

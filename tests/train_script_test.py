@@ -1,0 +1,254 @@
+"""`python -m pipelines.train` as a user runs it."""
+
+import csv
+import json
+import os
+import pathlib
+import signal
+import stat
+import subprocess
+import sys
+import time
+
+from absl import flags
+from absl.testing import flagsaver
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from pipelines import train
+from tests import data_test
+import tff_kd
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_TINY = [
+    '--num_clients=4', '--clients_per_round=2', '--client_epochs=1', '--alpha=1',
+    '--server_steps=2', '--back_steps=2', '--teacher=document',
+    '--transfer_size=60', '--transfer_labels=20', '--rounds_per_checkpoint=1',
+]
+
+
+def _command(*args):
+  return [sys.executable, '-m', 'pipelines.train', *args]
+
+
+def _run(*args):
+  """Runs the script with its output in pipes; hangs if a worker keeps them."""
+  return subprocess.run(
+      _command(*args), cwd=_ROOT, capture_output=True, text=True, timeout=240,
+      check=False,
+  )
+
+
+def _children(pid):
+  """Worker processes whose parent is `pid`, or that lost their parent."""
+  found = []
+  for path in pathlib.Path('/proc').glob('[0-9]*/cmdline'):
+    try:
+      if b'worker_binary' not in path.read_bytes():
+        continue
+      parent = (path.parent / 'stat').read_text().rsplit(')', 1)[1].split()[1]
+    except (FileNotFoundError, ProcessLookupError):
+      continue
+    if int(parent) in (pid, 1):
+      found.append(int(path.parent.name))
+  return found
+
+
+def _rows(path):
+  with open(path, newline='') as file:
+    return list(csv.DictReader(file))
+
+
+@pytest.fixture(scope='module')
+def run_dir(tmp_path_factory):
+  """One finished run, and what it printed."""
+  folder = tmp_path_factory.mktemp('run') / 'out'
+  done = _run(
+      *_TINY, '--rounds=2', '--transfer_validation=10', f'--output_dir={folder}'
+  )
+  assert done.returncode == 0, done.stderr
+  (folder / 'stdout.txt').write_text(done.stdout)
+  (folder / 'stderr.txt').write_text(done.stderr)
+  return folder
+
+
+def test_it_leaves_a_whole_run_folder(run_dir):
+  names = {path.name for path in run_dir.iterdir()}
+  assert names >= {
+      'config.json', 'metrics.csv', 'tensorboard', 'curves.png', 'partition.png',
+      'student.keras', 'teacher.keras', 'checkpoints', 'fed_avg_metrics.csv',
+  }
+  config = json.loads((run_dir / 'config.json').read_text())
+  assert config['flags']['alpha'] == 1.0 and config['flags']['seed'] == 0
+  assert config['versions']['tensorflow'] == tf.__version__
+  rows = _rows(run_dir / 'metrics.csv')
+  assert [row['round'] for row in rows] == ['1', '2']
+  assert 0 <= float(rows[1]['test/teacher_accuracy']) <= 1
+  assert float(rows[1]['client_work/participation/num_clients']) == 2
+  assert list((run_dir / 'tensorboard' / 'main').glob('events*'))
+  assert list((run_dir / 'checkpoints').iterdir())
+  for picture in ('curves.png', 'partition.png'):
+    assert (run_dir / picture).read_bytes().startswith(b'\x89PNG')
+
+
+def test_it_prints_the_comparison(run_dir):
+  printed = (run_dir / 'stdout.txt').read_text()
+  for text in (
+      'student', 'teacher', 'student before back-distillation',
+      'FedAvg, same rounds', 'FedAvg, same bytes', 'MB per client and round',
+      'Seconds per round', "student on the server's 20 labels alone",
+  ):
+    assert text in printed
+  # The bar shows round, accuracies and bytes, and nothing else is noisy.
+  errors = (run_dir / 'stderr.txt').read_text()
+  assert 'student=' in errors and 'teacher=' in errors and 'MB/client=' in errors
+  assert 'Traceback' not in errors and 'Warning' not in errors
+
+
+def test_the_saved_models_are_the_best_rounds(run_dir):
+  rows = _rows(run_dir / 'metrics.csv')
+  best = max(rows, key=lambda row: float(row['validation/student_accuracy']))
+  test = tff_kd.data.TASKS['mnist5k'](seed=0, transfer_size=60).test
+  for name in ('student', 'teacher'):
+    model = tf.keras.models.load_model(run_dir / f'{name}.keras')
+    accuracy = np.mean(
+        np.argmax(model.predict(test.inputs, verbose=0), -1) == test.labels
+    )
+    np.testing.assert_allclose(
+        accuracy, float(best[f'test/{name}_accuracy']), atol=1.1e-3
+    )
+
+
+def test_it_resumes_exactly(run_dir, tmp_path):
+  resumed = _run(
+      *_TINY, '--rounds=3', '--transfer_validation=10', '--resume',
+      '--nocompare_with_fed_avg', f'--output_dir={run_dir}',
+  )
+  assert resumed.returncode == 0, resumed.stderr
+  whole = _run(
+      *_TINY, '--rounds=3', '--transfer_validation=10',
+      '--nocompare_with_fed_avg', f'--output_dir={tmp_path / "whole"}',
+  )
+  assert whole.returncode == 0, whole.stderr
+  for a, b in zip(
+      _rows(run_dir / 'metrics.csv'), _rows(tmp_path / 'whole' / 'metrics.csv'),
+      strict=True,
+  ):
+    a.pop('round_seconds'), b.pop('round_seconds')
+    assert a == b
+
+
+def test_a_folder_in_use_is_not_overwritten(run_dir):
+  before = (run_dir / 'metrics.csv').read_text()
+  again = _run(*_TINY, f'--output_dir={run_dir}')
+  assert again.returncode == 1
+  assert 'already holds a run' in again.stderr and '--resume' in again.stderr
+  other = _run(
+      *_TINY, '--transfer_validation=10', '--seed=1', '--resume',
+      f'--output_dir={run_dir}',
+  )
+  assert other.returncode == 1 and '--seed (0)' in other.stderr
+  assert (run_dir / 'metrics.csv').read_text() == before
+
+
+def test_idx_files_fed_df_and_pretraining(tmp_path):
+  data_test._write_idx(tmp_path, n_train=120, n_test=30, zipped=True)
+  done = _run(
+      '--task=idx', f'--data_dir={tmp_path}', '--algorithm=fed_df',
+      '--partition=shards', '--num_clients=5', '--clients_per_round=3',
+      '--client_weighting=uniform', '--transfer_size=30', '--transfer_labels=30',
+      '--validation_size=20', '--pretrain_epochs=1', '--server_steps=2',
+      '--distillation_weight=0.5', '--local_target=student', '--rounds=2',
+      f'--output_dir={tmp_path / "out"}',
+  )
+  assert done.returncode == 0, done.stderr
+  assert "student before the server's distillation" in done.stdout
+  assert 'teacher' not in done.stdout
+  assert not (tmp_path / 'out' / 'teacher.keras').exists()
+
+
+def test_ctrl_c_ends_it_and_its_worker(tmp_path):
+  script = subprocess.Popen(
+      _command(*_TINY, '--rounds=1000', f'--output_dir={tmp_path / "out"}'),
+      cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )
+  metrics = tmp_path / 'out' / 'metrics.csv'
+  deadline = time.monotonic() + 120
+  while not metrics.exists() and time.monotonic() < deadline:
+    assert script.poll() is None, script.stderr.read()
+    time.sleep(0.1)
+  workers = _children(script.pid)
+  assert workers
+  script.send_signal(signal.SIGINT)
+  _, errors = script.communicate(timeout=60)
+  assert script.returncode == 130
+  assert '--resume' in errors and 'Traceback' not in errors
+  assert not [pid for pid in workers if os.path.exists(f'/proc/{pid}')]
+
+
+def test_help_lists_the_algorithms():
+  done = subprocess.run(
+      _command('--help'), cwd=_ROOT, capture_output=True, text=True, timeout=60,
+      check=False,
+  )
+  for name in tff_kd.algorithms.REGISTRY:
+    assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['--temperature=0'], 'temperature'),
+        (['--target=nobody'], '--target'),
+        (['--algorithm=fed_avg', '--temperature=2'], '--temperature has no effect'),
+        (['--algorithm=fed_df', '--teacher=cnn'], '--teacher has no effect'),
+        (['--partition=iid', '--alpha=1'], '--alpha has no effect'),
+        (['--shards_per_client=3'], '--shards_per_client has no effect'),
+        (['--local_weight=0.5'], '--local_weight has no effect'),
+        (['--noback_distillation', '--back_steps=2'], '--back_steps'),
+        (['--data_dir=/nowhere'], '--data_dir has no effect'),
+        (['--task=idx', '--data_dir=/nowhere'], 'data_dir'),
+        (['--clients_per_round=21'], 'only 20 clients'),
+        (['--num_clients=9999'], 'Use fewer clients'),
+        (['--transfer_labels=2000'], '--transfer_labels'),
+        (['--transfer_labels=0', '--pretrain_epochs=1'], 'needs labels'),
+        (['--transfer_labels=0', '--distillation_weight=0.5'], 'needs labels'),
+        (['--transfer_size=4000'], 'leave nothing'),
+        (['--transfer_per_round=2000'], 'subset_size'),
+        (['--server_patience=2'], 'validation part'),
+        (['--alpha=0'], 'alpha'),
+        (['--resume'], '--output_dir'),
+    ],
+)
+def test_bad_flags_are_one_sentence(args, message, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(['test'])
+  parsed = {}
+  for arg in args:
+    name, _, value = arg.removeprefix('--').partition('=')
+    if name.startswith('no') and not value:
+      name, value = name.removeprefix('no'), 'false'
+    parsed[name] = value or 'true'
+  with flagsaver.as_parsed(**parsed):
+    assert train.main(['train']) == 1
+  error = capsys.readouterr().err
+  assert error.startswith('error: ') and message in error
+  assert not list(tmp_path.iterdir())  # Nothing was begun.
+
+
+def test_the_wrong_python_is_one_sentence(tmp_path):
+  fake = tmp_path / 'python'
+  fake.write_text(
+      '#!/bin/sh\ncase "$1" in --version) echo Python 3.12.1;; *) exit 1;; esac\n'
+  )
+  fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
+  done = subprocess.run(
+      ['make', 'install', f'PYTHON={fake}', f'VENV={tmp_path / "venv"}'],
+      cwd=_ROOT, capture_output=True, text=True, timeout=60, check=False,
+  )
+  assert done.returncode != 0
+  lines = done.stderr.strip().splitlines()
+  assert 'needs Python 3.11' in lines[0] and 'Python 3.12.1' in lines[0]
+  assert len(lines) == 2  # That, and make's own line.
