@@ -6,7 +6,8 @@ r"""Trains one algorithm on one task and compares it with FedAvg.
   python -m pipelines.train --task=idx --data_dir=/data/mnist --num_clients=100
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import csv
 import dataclasses
 import datetime
@@ -136,7 +137,7 @@ _LOCAL_WEIGHT = flags.DEFINE_float(
 
 # The server's distillation. Unset: the algorithm's own default.
 _TRANSFER_LABELS = flags.DEFINE_integer(
-    'transfer_labels', 300, 'How many of the transfer examples have labels: the '
+    'transfer_labels', 200, 'How many of the transfer examples have labels: the '
     "server's limited labelled set. 0 for none.", lower_bound=0,
 )
 _TRANSFER_PER_ROUND = flags.DEFINE_integer(
@@ -330,6 +331,11 @@ def _common_arguments(task: tff_kd.data.Task, input_spec: Any) -> dict[str, Any]
   )
 
 
+def _specs(process) -> dict[str, tff_kd.models.ModelSpec]:
+  specs = {'student': process.student_spec, 'teacher': process.teacher_spec}
+  return {name: spec for name, spec in specs.items() if spec is not None}
+
+
 def _build_process(
     algorithm: algorithms.Algorithm, task: tff_kd.data.Task, common: dict[str, Any]
 ) -> tff_kd.DistillationProcess:
@@ -413,6 +419,19 @@ def _train_centrally(
 
 class _Evaluation:
   """Evaluates the models of a process on the validation and the test part."""
+
+  @staticmethod
+  def names(process: tff_kd.DistillationProcess) -> list[str]:
+    """The names of the metrics."""
+    found = list(_specs(process))
+    if process.transfer_set is not None:
+      found.append('student_before')
+    return [
+        f'{part}/{name}_{key}'
+        for part in ('validation', 'test')
+        for name in found
+        for key in ('accuracy', 'loss', 'calibration_error')
+    ]
 
   def __init__(self, process: tff_kd.DistillationProcess, task):
     self._process = process
@@ -560,8 +579,25 @@ def _print_table(rows: list[tuple[str, ...]]) -> None:
       print('  '.join('-' * width for width in widths))
 
 
+@contextlib.contextmanager
+def _errors_for_users() -> Iterator[None]:
+  """Turns refusals of bad settings into one sentence, without a traceback."""
+  try:
+    yield
+  except (ValueError, FileNotFoundError) as error:
+    raise UserError(str(error)) from error
+
+
 def _run() -> None:
   """The whole job."""
+  with _errors_for_users():
+    setup = _set_up()
+  with tff_kd.simulation.local_runtime():
+    _train_and_report(*setup)
+
+
+def _set_up():
+  """All that can be refused, before anything runs."""
   algorithm = algorithms.REGISTRY[_ALGORITHM.value]
   _check_flags(algorithm)
   task = _load_task()
@@ -586,70 +622,80 @@ def _run() -> None:
 
   common = _common_arguments(task, dataset(0, 0).element_spec)
   process = _build_process(algorithm, task, common)
+  tff_kd.simulation.check_monitor(
+      _MONITOR.value,
+      [
+          *tff_kd.simulation.process_metric_names(process),
+          *_Evaluation.names(process),
+      ],
+  )
   run_dir = _open_run_dir()
   plots.plot_partition(
       task.clients.labels, clients, task.num_classes,
       f'{task.name}: {len(task.clients)} examples, {_PARTITION.value}',
       run_dir / 'partition.png',
   )
-  per_round = tff_kd.communication.round_bytes(process)
   print(
       f'{_ALGORITHM.value} on {task.name}: {_NUM_CLIENTS.value} clients with '
       f'{len(task.clients)} examples, {_CLIENTS_PER_ROUND.value} a round; '
       f'transfer {len(task.transfer)} ({_TRANSFER_LABELS.value} with labels), '
       f'validation {len(task.validation)}, test {len(task.test)}.'
   )
-  specs = {'student': process.student_spec, 'teacher': process.teacher_spec}
-  specs = {name: spec for name, spec in specs.items() if spec is not None}
-  for name, spec in specs.items():
+  for name, spec in _specs(process).items():
     size = sum(w.size for w in tf.nest.flatten(spec.initial_weights))
     print(f'{name}: {size:,} weights.')
   print(f'Run folder: {run_dir}', flush=True)
+  return task, clients, process, common, select_clients, run_dir
 
-  with tff_kd.simulation.local_runtime():
-    pretrained = {}
-    if _PRETRAIN_EPOCHS.value:
-      pretrained = {
-          name: _train_centrally(spec, task, _PRETRAIN_EPOCHS.value)
-          for name, spec in specs.items()
-      }
 
-    def initial_state(of_process):
-      state = of_process.initialize()
-      if pretrained:
-        state = of_process.set_model_weights(state, pretrained['student'])
-        if of_process.teacher_spec is not None:
-          state = of_process.set_teacher_weights(state, pretrained['teacher'])
-      return state
+def _train_and_report(
+    task, clients, process, common, select_clients, run_dir
+) -> None:
+  per_round = tff_kd.communication.round_bytes(process)
+  specs = _specs(process)
+  pretrained = {}
+  if _PRETRAIN_EPOCHS.value:
+    pretrained = {
+        name: _train_centrally(spec, task, _PRETRAIN_EPOCHS.value)
+        for name, spec in specs.items()
+    }
 
-    result, history = _train(
-        process, initial_state(process), task, select_clients, run_dir, '',
-        _ROUNDS.value, _PATIENCE.value or None, per_round.total / 1e6,
-        _MONITOR.value,
+  def initial_state(of_process):
+    state = of_process.initialize()
+    if pretrained:
+      state = of_process.set_model_weights(state, pretrained['student'])
+      if of_process.teacher_spec is not None:
+        state = of_process.set_teacher_weights(state, pretrained['teacher'])
+    return state
+
+  result, history = _train(
+      process, initial_state(process), task, select_clients, run_dir, '',
+      _ROUNDS.value, _PATIENCE.value or None, per_round.total / 1e6,
+      _MONITOR.value,
+  )
+  evaluation = _Evaluation(process, task)
+  for name, (_, weights) in evaluation.models(result.best_state).items():
+    if name in specs:
+      _save_keras(specs[name], weights, run_dir / f'{name}.keras')
+
+  baseline = None
+  if _FEDAVG.value and _ALGORITHM.value != 'fed_avg':
+    tf.keras.utils.set_random_seed(_SEED.value)
+    fed_avg = algorithms.build_fed_avg(**common)
+    fed_avg_bytes = tff_kd.communication.round_bytes(fed_avg)
+    more_rounds = max(
+        result.round_num,
+        result.round_num * per_round.total // fed_avg_bytes.total,
     )
-    evaluation = _Evaluation(process, task)
-    for name, (_, weights) in evaluation.models(result.best_state).items():
-      if name in specs:
-        _save_keras(specs[name], weights, run_dir / f'{name}.keras')
-
-    baseline = None
-    if _FEDAVG.value and _ALGORITHM.value != 'fed_avg':
-      tf.keras.utils.set_random_seed(_SEED.value)
-      fed_avg = algorithms.build_fed_avg(**common)
-      fed_avg_bytes = tff_kd.communication.round_bytes(fed_avg)
-      more_rounds = max(
-          result.round_num,
-          result.round_num * per_round.total // fed_avg_bytes.total,
-      )
-      _, baseline = _train(
-          fed_avg, initial_state(fed_avg), task, select_clients, run_dir,
-          'fed_avg_', more_rounds, None, fed_avg_bytes.total / 1e6,
-          'validation/student_accuracy',
-      )
-    _report(
-        task, clients, process, evaluation, result, history, baseline,
-        fed_avg_bytes.total if baseline else 0, run_dir,
+    _, baseline = _train(
+        fed_avg, initial_state(fed_avg), task, select_clients, run_dir,
+        'fed_avg_', more_rounds, None, fed_avg_bytes.total / 1e6,
+        'validation/student_accuracy',
     )
+  _report(
+      task, clients, process, evaluation, result, history, baseline,
+      fed_avg_bytes.total if baseline else 0, run_dir,
+  )
 
 
 def _report(
@@ -677,7 +723,7 @@ def _report(
       'model', 'round', 'accuracy', 'calibration error',
       'clients: mean', '10th pct.', 'worst',
   )]
-  specs = {'teacher': process.teacher_spec}
+  specs = _specs(process)
   for name, (_, weights) in evaluation.models(result.best_state).items():
     test = _best_row(history, result.round_num, _MONITOR.value)
     by_client = tff_kd.evaluation.evaluate_clients(
@@ -720,10 +766,8 @@ def _report(
     )
   if _TRANSFER_LABELS.value:
     # What the server could do without any client: the honest lower bound.
-    for name, (evaluator, _) in evaluation.models(result.best_state).items():
-      spec = {'student': process.student_spec, **specs}.get(name)
-      if spec is None:
-        continue
+    for name, spec in specs.items():
+      evaluator, _ = evaluation.models(result.best_state)[name]
       alone = _train_centrally(spec, task, _ALONE_EPOCHS)
       values = evaluator.evaluate(alone, *task.test)
       rows.append((
@@ -768,7 +812,7 @@ def main(argv: list[str]) -> Optional[int]:
     logging.set_verbosity(logging.WARNING)
   try:
     _run()
-  except (UserError, ValueError, FileNotFoundError) as error:
+  except UserError as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
   except KeyboardInterrupt:

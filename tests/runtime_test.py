@@ -85,16 +85,24 @@ def test_the_worker_is_gone_when_the_script_is_stopped(number):
   _assert_gone(pid)
 
 
-def test_the_context_before_comes_back(worker):
+def test_the_context_before_comes_back(worker, tmp_path):
   import tensorflow_federated as tff  # pylint: disable=g-import-not-at-top
   from tff_kd.simulation import runtime
 
   before = tff.framework.get_context_stack().current
-  with runtime.local_runtime() as inner:
+  log = tmp_path / 'worker.log'
+  with runtime.local_runtime(log_path=log) as inner:
     assert tff.framework.get_context_stack().current is not before
     assert inner.process.pid != worker.process.pid
-    log = inner.log_path
-    assert log.exists()
   assert tff.framework.get_context_stack().current is before
-  assert inner.process.poll() is not None and not log.exists()
+  assert inner.process.poll() is not None and log.exists()
   assert _is_alive(worker.process.pid)
+
+
+def test_a_worker_that_does_not_start_says_why(monkeypatch):
+  from tff_kd.simulation import runtime  # pylint: disable=g-import-not-at-top
+
+  monkeypatch.setattr(runtime, '_worker_path', lambda: '/bin/cat')
+  with pytest.raises(runtime.RuntimeStartError, match='--port'):
+    with runtime.local_runtime():
+      pass

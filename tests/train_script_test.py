@@ -219,6 +219,7 @@ def test_help_lists_the_algorithms():
         (['--server_patience=2'], 'validation part'),
         (['--alpha=0'], 'alpha'),
         (['--resume'], '--output_dir'),
+        (['--monitor=accuracy'], 'validation/teacher_accuracy'),
     ],
 )
 def test_bad_flags_are_one_sentence(args, message, tmp_path, monkeypatch, capsys):
@@ -236,6 +237,18 @@ def test_bad_flags_are_one_sentence(args, message, tmp_path, monkeypatch, capsys
   error = capsys.readouterr().err
   assert error.startswith('error: ') and message in error
   assert not list(tmp_path.iterdir())  # Nothing was begun.
+
+
+def test_the_readmes_python_runs():
+  blocks = (_ROOT / 'README.md').read_text().split('```python\n')[1:]
+  assert len(blocks) == 1
+  code = blocks[0].split('```')[0]
+  done = subprocess.run(
+      [sys.executable, '-c', code], cwd=_ROOT, capture_output=True, text=True,
+      timeout=240, check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout.count('sparse_categorical_accuracy') == 3
 
 
 def test_the_wrong_python_is_one_sentence(tmp_path):

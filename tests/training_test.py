@@ -23,7 +23,7 @@ def _data(round_num):
 
 def _scripted(values):
   """An evaluation that returns a value a round."""
-  return lambda state: {'score': values[int(state.round_num) - 1]}
+  return lambda state: {'score': [0.0, *values][int(state.round_num)]}
 
 
 def test_stops_at_convergence_with_the_best_state(process):
@@ -100,7 +100,7 @@ def test_a_resumed_run_is_exact(process, tmp_path, rounds_per_saving):
         (dict(num_rounds=0), 'num_rounds'),
         (dict(patience=2), 'monitor'),
         (dict(patience=0, monitor='score'), 'patience'),
-        (dict(monitor='scores'), "one of .*'score'"),
+        (dict(monitor='scores'), "one of .*'client_work/train/loss'.*'score'"),
     ],
 )
 def test_bad_arguments_are_refused(process, kwargs, message):
@@ -112,6 +112,14 @@ def test_bad_arguments_are_refused(process, kwargs, message):
             'evaluate': _scripted([0.1]), **kwargs,
         },
     )
+
+
+def test_the_process_own_metrics_can_be_monitored(process):
+  result = simulation.train(
+      process, select_clients=_data, num_rounds=1,
+      monitor='client_work/train/accuracy',
+  )
+  assert result.best_round == 1
 
 
 def test_flatten_metrics():

@@ -4,6 +4,7 @@ from tff_kd import algorithms
 from tff_kd import communication
 from tff_kd import data
 from tff_kd import evaluation
+from tff_kd import keras_models
 from tff_kd import losses
 from tff_kd import models
 from tff_kd import simulation

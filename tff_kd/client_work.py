@@ -100,19 +100,6 @@ def model_update_type(student: models.ModelSpec) -> tff.Type:
     )
 
 
-def knowledge_type(
-    student: models.ModelSpec, transfer_set: transfer.TransferSet
-) -> tff.Type:
-  """The type of the knowledge channel."""
-  rows = transfer_set.num_predictions
-  return tff.types.tensorflow_to_type(
-      knowledge.KnowledgePayload(
-          values=tf.TensorSpec([rows, *student.logits_shape], tf.float32),
-          weights=tf.TensorSpec([rows], tf.float32),
-      )
-  )
-
-
 def build_client_work(
     student: models.ModelSpec,
     *,

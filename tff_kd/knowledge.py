@@ -10,6 +10,7 @@ predicted, and a missing prediction is a zero in both.
 from typing import NamedTuple
 
 import tensorflow as tf
+import tensorflow_federated as tff
 
 from tff_kd import models
 from tff_kd import transfer
@@ -92,6 +93,19 @@ def encode(logits: tf.Tensor) -> KnowledgePayload:
   return KnowledgePayload(
       values=tf.math.multiply_no_nan(logits, _per_row(weights, logits)),
       weights=weights,
+  )
+
+
+def payload_type(
+    logits_shape: tf.TensorShape, transfer_set: transfer.TransferSet
+) -> tff.Type:
+  """The type of a payload for all of a round's predictions."""
+  rows = transfer_set.num_predictions
+  return tff.types.tensorflow_to_type(
+      KnowledgePayload(
+          values=tf.TensorSpec([rows, *logits_shape], tf.float32),
+          weights=tf.TensorSpec([rows], tf.float32),
+      )
   )
 
 

@@ -19,6 +19,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_kd import client_work as client_work_lib
+from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import server_distillation as server_distillation_lib
@@ -210,7 +211,7 @@ def build_distillation_process(
   distributor = tff.learning.templates.build_broadcast_process(broadcast_type)
   model_type = client_work_lib.model_update_type(student)
   knowledge_type = (
-      client_work_lib.knowledge_type(student, transfer_set)
+      knowledge.payload_type(student.logits_shape, transfer_set)
       if uses_ensemble
       else None
   )

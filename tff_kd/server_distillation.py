@@ -234,15 +234,11 @@ def build_server_distillation(
           teacher=teacher.weights_type if teacher is not None else (),
       )
   )
-  rows = transfer_set.num_predictions
-  knowledge_type = tff.to_type(())
-  if uses_ensemble:
-    knowledge_type = tff.types.tensorflow_to_type(
-        knowledge.KnowledgePayload(
-            tf.TensorSpec([rows, *student.logits_shape], tf.float32),
-            tf.TensorSpec([rows], tf.float32),
-        )
-    )
+  knowledge_type = (
+      knowledge.payload_type(student.logits_shape, transfer_set)
+      if uses_ensemble
+      else tff.to_type(())
+  )
 
   @tff.tensorflow.computation
   def init_tf():

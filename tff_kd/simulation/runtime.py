@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from typing import Optional
+from typing import BinaryIO, Optional
 
 import grpc
 import portpicker
@@ -22,6 +22,7 @@ import tensorflow_federated as tff
 
 _START_TIMEOUT_S = 60.0
 _START_ATTEMPTS = 3
+_LOG_TAIL_BYTES = 2000
 _STOP_TIMEOUT_S = 5.0
 _MAX_MESSAGE_MB = 2000
 _CHANNEL_OPTIONS = [
@@ -60,24 +61,32 @@ class Worker:
 
   Attributes:
     process: The `subprocess.Popen` of the worker.
-    log_path: Where its output goes.
   """
 
-  def __init__(self, max_concurrent_calls: int, log_path: pathlib.Path):
-    self.log_path = log_path
+  def __init__(self, max_concurrent_calls: int, log: BinaryIO):
+    """Starts the worker and waits until it answers.
+
+    Args:
+      max_concurrent_calls: How many calls it computes at a time.
+      log: An open file for its output.
+
+    Raises:
+      RuntimeStartError: If it does not come up; with the end of its output.
+    """
     # A free port may be taken before the worker binds it: then try another.
     for _ in range(_START_ATTEMPTS):
       port = portpicker.pick_unused_port()
-      self._start(port, max_concurrent_calls)
+      self._start(port, max_concurrent_calls, log)
       if self._wait_until_ready():
         return
       self.stop()
+    log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
     raise RuntimeStartError(
-        f'The TFF worker did not start in {_START_ATTEMPTS} attempts. Its '
-        f'log is {log_path}.'
+        f'The TFF worker did not start in {_START_ATTEMPTS} attempts. It said:\n'
+        + log.read().decode(errors='replace')
     )
 
-  def _start(self, port: int, max_concurrent_calls: int) -> None:
+  def _start(self, port: int, max_concurrent_calls: int, log: BinaryIO) -> None:
     env = {
         **os.environ,
         # One thread an operation and one call a core beat every other setting.
@@ -91,16 +100,15 @@ class Worker:
         f'--max_concurrent_computation_calls={max_concurrent_calls}',
         f'--grpc_max_message_length_megabytes={_MAX_MESSAGE_MB}',
     ]
-    with open(self.log_path, 'ab') as log:
-      self.process = subprocess.Popen(
-          command,
-          stdin=subprocess.DEVNULL,
-          stdout=log,
-          stderr=log,
-          env=env,
-          # Ctrl-C is for the script, which then stops the worker in order.
-          start_new_session=True,
-      )
+    self.process = subprocess.Popen(
+        command,
+        stdin=subprocess.DEVNULL,
+        stdout=log,
+        stderr=log,
+        env=env,
+        # Ctrl-C is for the script, which then stops the worker in order.
+        start_new_session=True,
+    )
     self.channel = grpc.insecure_channel(f'localhost:{port}', _CHANNEL_OPTIONS)
 
   def _wait_until_ready(self) -> bool:
@@ -162,8 +170,8 @@ def local_runtime(
   Args:
     max_concurrent_calls: How many clients compute at a time; the number of cores
       if `None`.
-    log_path: Where the worker's output goes; a temporary file if `None`, kept
-      only if the worker does not start.
+    log_path: Where the worker's output goes, appended; nowhere that stays if
+      `None`.
 
   Yields:
     The `Worker`.
@@ -173,26 +181,19 @@ def local_runtime(
   """
   if max_concurrent_calls is None:
     max_concurrent_calls = len(os.sched_getaffinity(0))
-  temporary = log_path is None
-  if temporary:
-    handle, log_path = tempfile.mkstemp(prefix='tff_kd_worker_', suffix='.log')
-    os.close(handle)
-  log_path = pathlib.Path(log_path)
-  worker = Worker(max_concurrent_calls, log_path)
-  try:
+  with contextlib.ExitStack() as resources:
+    if log_path is None:
+      log = resources.enter_context(tempfile.TemporaryFile())
+    else:
+      log = resources.enter_context(open(log_path, 'a+b'))
+    worker = Worker(max_concurrent_calls, log)
+    resources.callback(worker.stop)
     stack = tff.framework.get_context_stack()
-    previous = stack.current
+    resources.callback(tff.framework.set_default_context, stack.current)
     tff.framework.set_default_context(
         _context(worker, tff.framework.SyncExecutionContext)
     )
-    try:
-      yield worker
-    finally:
-      tff.framework.set_default_context(previous)
-  finally:
-    worker.stop()
-    if temporary:
-      log_path.unlink(missing_ok=True)
+    yield worker
 
 
 def build_async_context(worker: Worker) -> tff.framework.AsyncExecutionContext:

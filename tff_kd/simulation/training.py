@@ -2,7 +2,7 @@
 
 import asyncio
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import math
 import time
 from typing import Any, NamedTuple, Optional
@@ -120,6 +120,9 @@ def train(
         progress, round_num = saved, version
     saved_round = round_num
     history = []
+    if monitor is not None:
+      evaluated = evaluate(progress.state) if evaluate is not None else ()
+      check_monitor(monitor, [*process_metric_names(process), *evaluated])
 
     def converged() -> bool:
       return (
@@ -160,6 +163,36 @@ def train(
   )
 
 
+def process_metric_names(
+    process: tff.learning.templates.LearningProcess,
+) -> list[str]:
+  """The flat names of the metrics that the process itself reports each round."""
+  return _leaf_names(process.next.type_signature.result.metrics.member)
+
+
+def check_monitor(monitor: str, names: Iterable[str]) -> None:
+  """Refuses the name of a metric that no round will have.
+
+  Raises:
+    ValueError: If `monitor` is not among `names`.
+  """
+  if monitor not in names:
+    raise ValueError(
+        f'`monitor` must be one of {sorted(names)}, found {monitor!r}.'
+    )
+
+
+def _leaf_names(type_spec: tff.Type, prefix: str = '') -> list[str]:
+  """The names that `flatten_metrics` will give to a value of a type."""
+  if not isinstance(type_spec, tff.StructType):
+    return [prefix.rstrip('/')]
+  return [
+      name
+      for key, element in tff.structure.iter_elements(type_spec)
+      for name in _leaf_names(element, f'{prefix}{key}/')
+  ]
+
+
 def _advance(
     progress: _Progress,
     state: Any,
@@ -170,10 +203,6 @@ def _advance(
   """The progress after a round: a better monitored value makes a new best."""
   if monitor is None:
     return _Progress(state, state, np.int32(round_num), progress.best_value)
-  if monitor not in metrics:
-    raise ValueError(
-        f'`monitor` must be one of {sorted(metrics)}, found {monitor!r}.'
-    )
   value = np.float64(metrics[monitor])
   # False for a value that is not a number.
   if value > progress.best_value:
