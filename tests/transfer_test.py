@@ -183,6 +183,11 @@ def test_files_are_kept_in_a_named_folder_and_removed_from_a_temporary_one(tmp_p
             'empty',
         ),
         (lambda: tff_kd.TransferSet(np.zeros([3, 2]), np.zeros([4])), 'one row'),
+        (lambda: tff_kd.TransferSet(np.array([[1.0], [np.nan]])), 'finite'),
+        (
+            lambda: tff_kd.TransferSet(np.zeros([3, 2]), label_mask=[1, 0, 1]),
+            'needs `labels`',
+        ),
         (lambda: tff_kd.TransferSet(np.array(['a', 'b'])), 'numbers and booleans'),
         (
             lambda: tff_kd.TransferSet(np.zeros([3, 2]), subset_size=4),
@@ -211,3 +216,37 @@ def test_a_damaged_file_is_named(tmp_path):
   path.write_bytes(path.read_bytes()[:-50])
   with pytest.raises(ValueError, match='broken.npy'):
     tff_kd.TransferSet.from_files(path)
+
+
+def test_only_known_labels_count():
+  """The cross-entropy is the mean over labelled rows; other entries are ignored."""
+  tf.keras.utils.set_random_seed(0)
+  x, y = helpers.examples(16, 5)
+  mask = np.arange(16) % 4 == 0
+  unknown = np.where(mask, y, -7)
+  process = tff_kd.algorithms.build_fed_distillation(
+      **helpers.common(),
+      teacher_fn=helpers.dense_fn((8,)),
+      transfer_set=tff_kd.TransferSet(x, unknown, label_mask=mask),
+      distillation=tff_kd.Distillation(
+          distillation_weight=0.0, num_steps=1, batch_size=16
+      ),
+      back_distillation=None,
+  )
+  state = process.initialize()
+  teacher = helpers.dense_fn((8,))()
+  process.get_teacher_weights(state).assign_weights_to(teacher)
+  expected = helpers.loss_fn()(y[mask], teacher(x[mask]))
+  output = process.next(state, [helpers.dataset(*helpers.examples(8, 0))])
+  measured = output.metrics['server_distillation']['teacher']
+  np.testing.assert_allclose(measured['first_loss'], expected, rtol=1e-5)
+  assert measured['num_steps'] == 1
+
+
+def test_labels_out_of_range_are_refused():
+  x, y = helpers.examples(16, 5)
+  with pytest.raises(ValueError, match='from 0 to 2, found 0 to 9'):
+    tff_kd.algorithms.build_fed_df(
+        **helpers.common(),
+        transfer_set=tff_kd.TransferSet(x, np.where(y == 2, 9, y)),
+    )

@@ -148,7 +148,7 @@ STUDENTS: dict[str, ModelBuilder] = {
 TEACHERS: dict[str, ModelBuilder] = {
     'document': lambda classes, shape: TeacherModel(classes),
     'cnn': lambda classes, shape: build_cnn(
-        classes, shape, filters=(32, 64), units=64, dropout=0.25
+        classes, shape, filters=(32, 64), units=64
     ),
     'resnet': lambda classes, shape: build_group_norm_resnet(
         classes, shape, blocks=2, width=16

@@ -426,6 +426,21 @@ def _check_transfer_set(
           f"The transfer set's {what} must be like the clients' {what}: expected "
           f'{expected}, found {found}. Convert them to that shape and dtype.'
       )
+  if transfer_set.labelled:
+    rows = tf.range(transfer_set.size)
+    known = tf.boolean_mask(
+        transfer_set.gather_labels(rows),
+        transfer_set.gather_label_weights(rows) > 0.0,
+    )
+    outputs_shape = tf.TensorShape([None]).concatenate(student.logits_shape)
+    _, bad = student.model_fn().usable_labels(known, outputs_shape)
+    if bad:
+      raise ValueError(
+          f"The transfer set's labels must be class numbers from 0 to "
+          f'{student.logits_shape[-1] - 1}, found {known.numpy().min()} to '
+          f'{known.numpy().max()}. Mend them, or mark them as unknown in '
+          '`label_mask`.'
+      )
 
 
 def build_two_channel_aggregator(

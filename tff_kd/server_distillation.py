@@ -270,7 +270,10 @@ def build_server_distillation(
             state[index], consensus, round_num, tf.stack([seed, index])
         )
         new_state.append(stage_state)
-        measurements[stage.learner] = measured
+        name = stage.learner
+        if name in measurements:  # It learns in more than one stage.
+          name = f'{name}_{index + 1}'
+        measurements[name] = measured
       result = ServerModels(
           student=_values(live['student']),
           teacher=_values(live['teacher']) if teacher is not None else (),
@@ -367,10 +370,12 @@ def _build_stage(
           mask,
       )
       if distillation_weight < 1.0:
+        # Where a label is unknown, its entry may be anything.
+        labels, _ = learner.usable_labels(
+            transfer_set.gather_labels(ids), outputs.shape
+        )
         loss += (1.0 - distillation_weight) * learner.supervised_loss(
-            transfer_set.gather_labels(ids),
-            outputs,
-            transfer_set.gather_label_weights(ids),
+            labels, outputs, transfer_set.gather_label_weights(ids)
         )
       loss += learner.regularization_loss()
     return loss, tape.gradient(loss, trainable)

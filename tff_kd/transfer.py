@@ -353,6 +353,11 @@ def _write(
       for file, digest, (_, dtype), values in zip(
           partial, digests, leaf_specs, rows, strict=True
       ):
+        if np.issubdtype(dtype, np.floating) and not np.isfinite(values).all():
+          raise ValueError(
+              'A transfer set must be finite everywhere, found NaN or infinity '
+              f'among its first {size} examples. Mend or drop them.'
+          )
         raw = np.ascontiguousarray(values, dtype).tobytes()
         file.write(raw)
         digest.update(raw)
