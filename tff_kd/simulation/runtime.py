@@ -163,9 +163,11 @@ def local_runtime(
 ) -> Iterator[Worker]:
   """Runs TFF on a worker of its own while the block lasts.
 
-  Sets TFF's default context; afterwards puts back the one before. The worker ends
-  with the block, on an exception and on Ctrl-C, and with this process if that is
-  killed. To be entered from the main thread, which the worker's life is tied to.
+  Sets TFF's default context; afterwards puts back the one before, so call every TFF
+  computation inside the block (a process's `get_model_weights` is one, too). The
+  worker ends with the block, on an exception and on Ctrl-C, and with this process if
+  that is killed. To be entered from the main thread, which the worker's life is tied
+  to.
 
   Args:
     max_concurrent_calls: How many clients compute at a time; the number of cores
