@@ -471,6 +471,22 @@ def test_specs_that_do_not_fit_are_refused():
   )
 
 
+def test_repeatable_dropout():
+  layer = keras_models.RepeatableDropout(0.25)
+  x = np.random.default_rng(0).normal(size=(400, 50)).astype('f')
+  np.testing.assert_array_equal(layer(x), x)
+  first = layer(x, training=True).numpy()
+  np.testing.assert_array_equal(first, layer(x, training=True))
+  kept = first != 0
+  assert abs(kept.mean() - 0.75) < 0.02
+  np.testing.assert_allclose(first[kept], x[kept] / 0.75, rtol=1e-6)
+  other = layer(x + 1e-3, training=True).numpy() != 0
+  # Independent masks agree on .75^2 + .25^2 of the entries.
+  assert abs((kept == other).mean() - 0.625) < 0.02
+  with pytest.raises(ValueError, match='rate'):
+    keras_models.RepeatableDropout(1.0)
+
+
 @pytest.mark.parametrize('name', sorted(keras_models.STUDENTS))
 def test_ready_pairs(name, tmp_path):
   for build in (keras_models.STUDENTS[name], keras_models.TEACHERS[name]):

@@ -12,6 +12,36 @@ _register = tf.keras.saving.register_keras_serializable(package='tff_kd')
 
 
 @_register
+class RepeatableDropout(tf.keras.layers.Layer):
+  """Dropout whose mask is a function of its inputs, so that a run repeats exactly.
+
+  Keras's own layer draws from a generator whose state is not part of a training's
+  state: a resumed run draws other masks. This one seeds each draw with a digest of
+  what it is applied to, which changes from batch to batch and from step to step.
+
+  Source: Srivastava et al., "Dropout" (2014), in the inverted form of Keras.
+  """
+
+  def __init__(self, rate: float, **kwargs):
+    super().__init__(**kwargs)
+    if not 0.0 <= rate < 1.0:
+      raise ValueError(f'`rate` must be at least 0 and below 1, found {rate!r}.')
+    self.rate = rate
+
+  def call(self, inputs, training=False):
+    if not training or self.rate == 0.0:
+      return inputs
+    x = tf.cast(tf.stop_gradient(inputs), tf.float32)
+    digest = tf.stack([tf.reduce_sum(x), tf.reduce_sum(tf.square(x))])
+    return tf.nn.experimental.stateless_dropout(
+        inputs, self.rate, seed=tf.bitcast(digest, tf.int32)
+    )
+
+  def get_config(self):
+    return {**super().get_config(), 'rate': self.rate}
+
+
+@_register
 class DenseModel(tf.keras.Model):
   """Flattens, then dense layers with relu, then logits."""
 
@@ -84,7 +114,7 @@ def build_cnn(
   model.add(layers.Flatten())
   model.add(layers.Dense(units, activation='relu'))
   if dropout:
-    model.add(layers.Dropout(dropout))
+    model.add(RepeatableDropout(dropout))
   model.add(layers.Dense(num_classes))
   return model
 
@@ -148,7 +178,7 @@ STUDENTS: dict[str, ModelBuilder] = {
 TEACHERS: dict[str, ModelBuilder] = {
     'document': lambda classes, shape: TeacherModel(classes),
     'cnn': lambda classes, shape: build_cnn(
-        classes, shape, filters=(32, 64), units=64
+        classes, shape, filters=(32, 64), units=64, dropout=0.25
     ),
     'resnet': lambda classes, shape: build_group_norm_resnet(
         classes, shape, blocks=2, width=16
