@@ -476,7 +476,7 @@ def _train(
 ) -> tuple[tff_kd.simulation.TrainingResult, list[dict[str, float]]]:
   """Trains with a progress bar; metrics, events and checkpoints in `run_dir`."""
   bar = tqdm.tqdm(
-      total=num_rounds, desc=prefix or _ALGORITHM.value, unit='round',
+      total=num_rounds, desc=prefix.rstrip('_') or _ALGORITHM.value, unit='round',
       file=sys.stderr, dynamic_ncols=True,
   )
 

@@ -24,6 +24,11 @@ def _check(labels: np.ndarray, num_clients: int, min_examples: int) -> None:
     )
 
 
+def _check_alpha(alpha: float) -> None:
+  if not 0.0 < alpha < np.inf:
+    raise ValueError(f'`alpha` must be a finite number above 0, found {alpha!r}.')
+
+
 def iid(labels: np.ndarray, num_clients: int, *, seed: int) -> list[np.ndarray]:
   """Shuffles, then deals out equal shares (give or take one example)."""
   _check(labels, num_clients, 1)
@@ -57,8 +62,7 @@ def dirichlet(
       `min_examples`.
   """
   _check(labels, num_clients, min_examples)
-  if not 0.0 < alpha < np.inf:
-    raise ValueError(f'`alpha` must be a finite number above 0, found {alpha!r}.')
+  _check_alpha(alpha)
   labels = np.asarray(labels)
   rng = np.random.default_rng(seed)
   for _ in range(_MAX_DRAWS):
@@ -127,8 +131,7 @@ def quantity_skew(
     min_examples: Given to every client first; the rest is dealt by the shares.
   """
   _check(labels, num_clients, min_examples)
-  if not 0.0 < alpha < np.inf:
-    raise ValueError(f'`alpha` must be a finite number above 0, found {alpha!r}.')
+  _check_alpha(alpha)
   rng = np.random.default_rng(seed)
   order = rng.permutation(len(labels))
   rest = len(labels) - num_clients * min_examples
