@@ -1,6 +1,10 @@
 """The transfer set: rows, rounds, files."""
 
 import collections
+import os
+import pathlib
+import subprocess
+import sys
 
 from hypothesis import given, settings, strategies as st
 import numpy as np
@@ -159,16 +163,29 @@ def test_structures_and_dtypes():
   assert rows['mask'].numpy().all()
 
 
-def test_files_are_kept_in_a_named_folder_and_removed_from_a_temporary_one(tmp_path):
+def test_files_are_kept_in_a_named_folder(tmp_path):
   x = np.ones([4, 2], 'f')
   kept = tff_kd.TransferSet(x, directory=tmp_path)
   again = tff_kd.TransferSet(x, directory=tmp_path)
   assert len(list(tmp_path.iterdir())) == 1  # The same content, one file.
-  temporary = tff_kd.TransferSet(x)
-  folder = temporary._files[0].parent
-  assert folder.exists()
-  del kept, again, temporary
-  assert not folder.exists() and len(list(tmp_path.iterdir())) == 1
+  del kept, again
+  assert len(list(tmp_path.iterdir())) == 1
+
+
+def test_a_temporary_folder_lasts_as_long_as_the_program(tmp_path):
+  code = (
+      'import gc, os, numpy as np, tff_kd\n'
+      'folder = tff_kd.TransferSet(np.ones([4, 2], "f"))._files[0].parent\n'
+      'gc.collect()\n'
+      'print(os.listdir(folder), folder)\n'
+  )
+  done = subprocess.run(
+      [sys.executable, '-c', code], capture_output=True, text=True, check=True,
+      cwd=pathlib.Path(__file__).parent.parent,
+      env={**os.environ, 'TMPDIR': str(tmp_path)},
+  )
+  assert '.bin' in done.stdout and str(tmp_path) in done.stdout
+  assert not list(tmp_path.glob('tff_kd_transfer_*'))
 
 
 @pytest.mark.parametrize(

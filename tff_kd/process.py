@@ -92,7 +92,6 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
     self.update_type = update_type
     self.student_spec = student_spec
     self.teacher_spec = teacher_spec
-    # Keeps the files that the computations read.
     self.transfer_set = transfer_set
 
   @property

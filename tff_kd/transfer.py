@@ -6,6 +6,7 @@ rows that it needs. Which rows a round uses follows from (seed, round number)
 alone, so clients and server agree without sending any.
 """
 
+import atexit
 from collections.abc import Iterable
 import hashlib
 import os
@@ -13,7 +14,6 @@ import pathlib
 import shutil
 import tempfile
 from typing import Any, Optional
-import weakref
 
 import numpy as np
 import tensorflow as tf
@@ -37,8 +37,8 @@ class TransferSet:
     validation_size: How many examples are set aside, the same in every round, to
       judge the server's distillation. They are never trained on.
     seed: With the round number, decides each round's subset.
-    directory: Where the raw files go. A temporary folder, removed with the
-      object, if `None`. For several machines, name a folder that all of them see
+    directory: Where the raw files go. A temporary folder, removed when the
+      program ends, if `None`. For several machines, name a folder that all of them see
       under one path.
   """
 
@@ -154,7 +154,8 @@ class TransferSet:
     self._check_dtypes(spec)
     if directory is None:
       directory = tempfile.mkdtemp(prefix='tff_kd_transfer_')
-      weakref.finalize(self, shutil.rmtree, directory, ignore_errors=True)
+      # Not with the object: computations name the files and may outlive it.
+      atexit.register(shutil.rmtree, directory, ignore_errors=True)
     self._directory = pathlib.Path(directory).absolute()
     self._directory.mkdir(parents=True, exist_ok=True)
     self._leaf_specs = _flatten_spec(spec)
