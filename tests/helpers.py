@@ -1,5 +1,10 @@
 """Small models and data shared by the tests."""
 
+import contextlib
+import pathlib
+import subprocess
+import sys
+
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -63,3 +68,22 @@ def assert_weights_close(actual, expected, **kwargs):
   assert len(actual) == len(expected) > 0
   for a, e in zip(actual, expected):
     np.testing.assert_allclose(a, e, **kwargs)
+
+
+@contextlib.contextmanager
+def running(*python_args):
+  """A Python script in the repository's root, to be sent signals; never left over.
+
+  A test run that was itself started in the background ignores Ctrl-C, and what it
+  starts would inherit that: `env` puts the default back.
+  """
+  script = subprocess.Popen(
+      ['env', '--default-signal=INT', sys.executable, *python_args],
+      cwd=pathlib.Path(__file__).parent.parent,
+      stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+  )
+  try:
+    yield script
+  finally:
+    script.kill()
+    script.communicate()

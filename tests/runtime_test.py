@@ -1,14 +1,11 @@
 """The worker ends with its script, however that ends."""
 
-import pathlib
 import signal
-import subprocess
-import sys
 import time
 
 import pytest
 
-_ROOT = pathlib.Path(__file__).parent.parent
+from tests import helpers
 
 _SCRIPT = """
 import sys, time
@@ -28,10 +25,7 @@ with runtime.local_runtime() as worker:
 
 
 def _start(ending):
-  return subprocess.Popen(
-      [sys.executable, '-c', _SCRIPT.format(ending=ending)],
-      stdout=subprocess.PIPE, stderr=subprocess.PIPE, cwd=_ROOT, text=True,
-  )
+  return helpers.running('-c', _SCRIPT.format(ending=ending))
 
 
 def _worker_pid(script):
@@ -66,22 +60,30 @@ def _assert_gone(pid):
     ],
 )
 def test_the_worker_is_gone_when_the_script_ends(ending, code):
-  script = _start(ending)
-  pid = _worker_pid(script)
-  # Reading to the end returns only if nobody else holds the pipe.
-  script.stdout.read()
-  assert script.wait(30) == code
+  with _start(ending) as script:
+    pid = _worker_pid(script)
+    # Reading to the end returns only if nobody else holds the pipe.
+    script.stdout.read()
+    assert script.wait(30) == code
   _assert_gone(pid)
+
+
+def test_tffs_own_worker_of_a_later_call_ends_too():
+  with _start('pass\nassert total([1, 2]) == 3') as script:
+    _worker_pid(script)
+    script.stdout.read()
+    assert script.wait(30) == 0
+    assert 'Exception ignored' not in script.stderr.read()
 
 
 @pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM, signal.SIGKILL])
 def test_the_worker_is_gone_when_the_script_is_stopped(number):
-  script = _start('time.sleep(60)')
-  pid = _worker_pid(script)
-  assert _is_alive(pid)
-  script.send_signal(number)
-  script.stdout.read()
-  assert script.wait(30) != 0
+  with _start('time.sleep(60)') as script:
+    pid = _worker_pid(script)
+    assert _is_alive(pid)
+    script.send_signal(number)
+    script.stdout.read()
+    assert script.wait(30) != 0
   _assert_gone(pid)
 
 

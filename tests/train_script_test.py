@@ -18,6 +18,7 @@ import tensorflow as tf
 
 from pipelines import train
 from tests import data_test
+from tests import helpers
 import tff_kd
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -169,20 +170,18 @@ def test_idx_files_fed_df_and_pretraining(tmp_path):
 
 
 def test_ctrl_c_ends_it_and_its_worker(tmp_path):
-  script = subprocess.Popen(
-      _command(*_TINY, '--rounds=1000', f'--output_dir={tmp_path / "out"}'),
-      cwd=_ROOT, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
-  )
-  metrics = tmp_path / 'out' / 'metrics.csv'
-  deadline = time.monotonic() + 120
-  while not metrics.exists() and time.monotonic() < deadline:
-    assert script.poll() is None, script.stderr.read()
-    time.sleep(0.1)
-  workers = _children(script.pid)
-  assert workers
-  script.send_signal(signal.SIGINT)
-  _, errors = script.communicate(timeout=60)
-  assert script.returncode == 130
+  args = [*_TINY, '--rounds=1000', f'--output_dir={tmp_path / "out"}']
+  with helpers.running('-m', 'pipelines.train', *args) as script:
+    metrics = tmp_path / 'out' / 'metrics.csv'
+    deadline = time.monotonic() + 120
+    while not metrics.exists() and time.monotonic() < deadline:
+      assert script.poll() is None, script.stderr.read()
+      time.sleep(0.1)
+    workers = _children(script.pid)
+    assert workers
+    script.send_signal(signal.SIGINT)
+    _, errors = script.communicate(timeout=60)
+    assert script.returncode == 130
   assert '--resume' in errors and 'Traceback' not in errors
   assert not [pid for pid in workers if os.path.exists(f'/proc/{pid}')]
 

@@ -5,8 +5,11 @@ outlive it. `local_runtime` starts the same worker as a child that writes to a l
 file, dies with its parent whatever ends that, and is gone when the block ends.
 """
 
+import atexit
 from collections.abc import Iterator
 import contextlib
+import functools
+import gc
 import os
 import pathlib
 import signal
@@ -155,6 +158,28 @@ def _context(worker: Worker, context_type):
   )
 
 
+@functools.cache
+def _end_tffs_own_worker_at_exit() -> None:
+  """Has TFF's default context end before the interpreter takes modules apart.
+
+  TFF ends the worker of that context, if a computation outside the block started
+  one, when the context is collected; at the interpreter's very end that fails, and
+  the worker stays.
+  """
+
+  def retire():
+    tff.framework.set_default_context(
+        tff.framework.SyncExecutionContext(
+            executor_fn=tff.framework.ResourceManagingExecutorFactory(
+                lambda cardinalities: None
+            )
+        )
+    )
+    gc.collect()
+
+  atexit.register(retire)
+
+
 @contextlib.contextmanager
 def local_runtime(
     *,
@@ -164,10 +189,11 @@ def local_runtime(
   """Runs TFF on a worker of its own while the block lasts.
 
   Sets TFF's default context; afterwards puts back the one before, so call every TFF
-  computation inside the block (a process's `get_model_weights` is one, too). The
-  worker ends with the block, on an exception and on Ctrl-C, and with this process if
-  that is killed. To be entered from the main thread, which the worker's life is tied
-  to.
+  computation inside the block (a process's `get_model_weights` is one, too): outside
+  it TFF starts a worker of its own, which ends with the program only if that ends
+  in order. The worker of the block ends with the block, on an exception and on
+  Ctrl-C, and with this process if that is killed. To be entered from the main thread,
+  which the worker's life is tied to.
 
   Args:
     max_concurrent_calls: How many clients compute at a time; the number of cores
@@ -181,6 +207,7 @@ def local_runtime(
   Raises:
     RuntimeStartError: If the worker does not come up.
   """
+  _end_tffs_own_worker_at_exit()
   if max_concurrent_calls is None:
     max_concurrent_calls = len(os.sched_getaffinity(0))
   with contextlib.ExitStack() as resources:
