@@ -141,7 +141,7 @@ def quantity_skew(
   return [np.sort(part) for part in np.split(order, cuts)]
 
 
-# Flag value -> the function and the name of its parameter, if it has one.
+# Flag value -> the function.
 PARTITIONS: dict[str, Callable[..., Sequence[np.ndarray]]] = {
     'dirichlet': dirichlet,
     'shards': shards,
