@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 import os
+from typing import Any
 
 import matplotlib
 
@@ -69,5 +70,50 @@ def plot_curves(
   panels[0].legend(loc='lower right')
   for panel in panels:
     panel.grid(alpha=0.3)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def plot_speed(results: Mapping[str, Any], path: os.PathLike) -> None:
+  """Rounds against the floor, and against the number of clients.
+
+  Args:
+    results: As `pipelines.benchmark` writes them.
+    path: The PNG file to write.
+  """
+  figure, (left, right) = plt.subplots(
+      1, 2, figsize=(13, 4.8), width_ratios=[3, 1], layout='constrained'
+  )
+  cases = results['cases']
+  sides = [
+      ('tff', "TFF's FedAvg"), ('memory', 'tff_kd, datasets in memory'),
+      ('ours', 'tff_kd, data by reference'),
+  ]
+  for offset, (side, label) in enumerate(sides):
+    shown = [
+        (i, c['seconds'][side] / c['seconds']['floor'])
+        for i, c in enumerate(cases) if side in c['seconds']
+    ]
+    bars = left.bar(
+        [i + 0.28 * (offset - 1) for i, _ in shown], [r for _, r in shown], 0.28,
+        label=label,
+    )
+    left.bar_label(bars, fmt='%.1f', fontsize=7)
+  left.axhline(1.0, color='black', linewidth=0.8)
+  left.set(
+      yscale='log', ylabel='time of a round / floor',
+      title=f"Rounds against one compiled loop ({results['cores']} cores)",
+  )
+  left.set_xticks(range(len(cases)), [c['case'] for c in cases], rotation=40, ha='right')
+  left.legend(loc='upper right')
+  scaling = results['scaling']
+  right.plot(
+      [s['clients'] for s in scaling], [s['seconds'] for s in scaling], 'o-'
+  )
+  right.set(
+      xscale='log', xlabel='clients', ylabel='seconds a round',
+      title='The same examples, more clients', ylim=(0, None),
+  )
+  right.grid(alpha=0.3)
   figure.savefig(path, dpi=120)
   plt.close(figure)

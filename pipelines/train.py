@@ -28,6 +28,7 @@ import tensorflow_federated as tff
 import tqdm
 
 from pipelines import plots
+from pipelines import tables
 import tff_kd
 from tff_kd import algorithms
 from tff_kd import keras_models
@@ -569,16 +570,6 @@ def _save_keras(
   model.save(path)
 
 
-def _print_table(rows: list[tuple[str, ...]]) -> None:
-  widths = [max(len(row[i]) for row in rows) for i in range(len(rows[0]))]
-  for number, row in enumerate(rows):
-    cells = [row[0].ljust(widths[0])]
-    cells += [cell.rjust(width) for cell, width in zip(row[1:], widths[1:])]
-    print('  '.join(cells).rstrip())
-    if number == 0:
-      print('  '.join('-' * width for width in widths))
-
-
 @contextlib.contextmanager
 def _errors_for_users() -> Iterator[None]:
   """Turns refusals of bad settings into one sentence, without a traceback."""
@@ -777,7 +768,7 @@ def _report(
       ))
   plots.plot_curves(curves, run_dir / 'curves.png')
   print()
-  _print_table(rows)
+  tables.print_table(rows)
   print()
   ending = 'converged' if result.converged else 'reached the number of rounds'
   print(

@@ -175,7 +175,7 @@ def test_files_are_kept_in_a_named_folder(tmp_path):
 def test_a_temporary_folder_lasts_as_long_as_the_program(tmp_path):
   code = (
       'import gc, os, numpy as np, tff_kd\n'
-      'folder = tff_kd.TransferSet(np.ones([4, 2], "f"))._files[0].parent\n'
+      'folder = tff_kd.TransferSet(np.ones([4, 2], "f"))._arrays.files[0].parent\n'
       'gc.collect()\n'
       'print(os.listdir(folder), folder)\n'
   )

@@ -8,6 +8,8 @@ from tff_kd import keras_models
 from tff_kd import losses
 from tff_kd import models
 from tff_kd import simulation
+from tff_kd.client_data import ClientBatches
+from tff_kd.client_data import FileClientData
 from tff_kd.client_work import LocalDistillation
 from tff_kd.process import DistillationProcess
 from tff_kd.process import DistillationState

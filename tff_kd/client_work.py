@@ -1,9 +1,8 @@
 """Local training, with optional local distillation, and what it sends up.
 
-One `tff.learning.templates.ClientWorkProcess` serves every algorithm: it trains
-the student on the client's data and returns two payloads, the weight delta and,
-where the server distils from an ensemble, the predictions on this round's
-transfer examples.
+One client work serves every algorithm: it trains the student on the client's data
+and returns two payloads, the weight delta and, where the server distils from an
+ensemble, the predictions on this round's transfer examples.
 """
 
 import collections
@@ -14,10 +13,12 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_kd import client_data as client_data_lib
 from tff_kd import knowledge
 from tff_kd import losses
 from tff_kd import models
 from tff_kd import optimizers
+from tff_kd import raw_files
 from tff_kd import transfer
 
 
@@ -27,8 +28,8 @@ class Broadcast(NamedTuple):
   Attributes:
     student: The `ModelWeights` of the global student.
     teacher: The teacher's `ModelWeights` where clients learn from it, else ().
-    round_num: int32 scalar; with the seed, tells the round's transfer examples.
-      () where no transfer set is used.
+    round_num: int32 scalar; with the seeds, tells the round's transfer examples and
+      the order of a client's own. () where neither needs it.
   """
 
   student: Any
@@ -83,10 +84,53 @@ class LocalDistillation:
       )
 
 
+class ClientOutput(NamedTuple):
+  """All that a client's work leaves; every part of it is to be summed over clients.
+
+  Attributes:
+    update: A `ClientUpdate`.
+    weight: A `ClientUpdate` of float32 scalars, the weight in each channel.
+    metrics: The model's unfinalized metrics.
+    participation: Counts: whether it took part, or why it was left out.
+  """
+
+  update: ClientUpdate
+  weight: ClientUpdate
+  metrics: Any
+  participation: Any
+
+
+class ClientWork(NamedTuple):
+  """The client's part of a round, to be mapped over the clients.
+
+  Attributes:
+    initialize: A `tff.Computation` ( -> H@SERVER), the optimizer's hyperparameters.
+    next: A `tff.Computation` (<H, `Broadcast`, D> -> `ClientOutput`), where D is a
+      sequence of batches or a client's number.
+    metric_finalizers: The finalizers of the metrics' sums, by name.
+    get_hparams: A `tff.Computation` (H -> hyperparameters).
+    set_hparams: A `tff.Computation` (<H, hyperparameters> -> H).
+  """
+
+  initialize: tff.Computation
+  next: tff.Computation
+  metric_finalizers: Any
+  get_hparams: tff.Computation
+  set_hparams: tff.Computation
+
+  @property
+  def broadcast_type(self) -> tff.Type:
+    return self.next.type_signature.parameter[1]
+
+  @property
+  def data_type(self) -> tff.Type:
+    return self.next.type_signature.parameter[2]
+
+
 def model_update_type(student: models.ModelSpec) -> tff.Type:
   """The type of the model channel: trainable deltas and statistics' deltas."""
   with tf.Graph().as_default():
-    model = student.model_fn()
+    model = student.blank_model_fn()
     return tff.types.tensorflow_to_type(
         tff.learning.models.ModelWeights(
             trainable=[
@@ -106,19 +150,17 @@ def build_client_work(
     optimizer: optimizers.Optimizer,
     model_weighting: tff.learning.ClientWeighting,
     knowledge_weighting: tff.learning.ClientWeighting,
+    multiplied: ClientUpdate = ClientUpdate(model=False, knowledge=False),
+    client_data: Optional[client_data_lib.ClientBatches] = None,
     transfer_set: Optional[transfer.TransferSet] = None,
     teacher: Optional[models.ModelSpec] = None,
     local_distillation: Optional[LocalDistillation] = None,
-    metrics_aggregator: Optional[Any] = None,
-) -> tff.learning.templates.ClientWorkProcess:
+) -> ClientWork:
   """Builds the client's part of a round.
 
-  `next` has the type (<S@SERVER, {Broadcast}@CLIENTS, {D*}@CLIENTS> ->
-  <S@SERVER, {ClientResult(ClientUpdate, ClientUpdate)}@CLIENTS, metrics@SERVER>);
-  the update weights are one scalar a channel. A client is left out of both
-  channels and of the metrics, and counted, if it has no examples, if its
-  training ends in numbers that are not finite, or if it has class labels out of
-  range.
+  A client is left out of both channels and of the metrics, and counted, if it has
+  no examples, if its training ends in numbers that are not finite (or whose sum is
+  not), or if it has class labels out of range.
 
   Args:
     student: The model to train.
@@ -126,21 +168,16 @@ def build_client_work(
       every client and round.
     model_weighting: The weight of a client's delta: by examples, or 1.
     knowledge_weighting: The weight of a client's predictions, likewise.
+    multiplied: By channel, whether the client multiplies its update by its weight
+      itself; a computation of its own for that would take longer than the product.
+    client_data: Where clients read their examples, if not from datasets in memory.
     transfer_set: On what to send predictions; none are sent if `None`.
     teacher: The teacher, if the local distillation's target is it.
     local_distillation: An optional distillation term in the local loss.
-    metrics_aggregator: As in `tff.learning.algorithms`; sums, then finalizes, if
-      `None`.
 
   Returns:
-    A `tff.learning.templates.ClientWorkProcess`.
+    A `ClientWork`.
   """
-  if metrics_aggregator is None:
-    metrics_aggregator = tff.learning.metrics.sum_then_finalize
-  with tf.Graph().as_default():
-    aggregate_metrics = metrics_aggregator(
-        student.model_fn().metric_finalizers()
-    )
   targets_teacher = (
       local_distillation is not None and local_distillation.target == 'teacher'
   )
@@ -149,24 +186,37 @@ def build_client_work(
       Broadcast(
           student=student.weights_type,
           teacher=teacher.weights_type if targets_teacher else (),
-          round_num=np.int32 if transfer_set is not None else (),
+          round_num=(
+              np.int32
+              if transfer_set is not None or client_data is not None
+              else ()
+          ),
       )
   )
-  data_type = tff.SequenceType(tff.types.tensorflow_to_type(student.input_spec))
+  if client_data is not None:
+    data_type = tff.TensorType(np.int32)
+  else:
+    data_type = tff.SequenceType(
+        tff.types.tensorflow_to_type(student.input_spec)
+    )
+  with tf.Graph().as_default():
+    metric_finalizers = student.blank_model_fn().metric_finalizers()
 
   @tff.federated_computation
-  def init_fn():
+  def initialize():
     return tff.federated_value(hparams, tff.SERVER)
 
-  hparams_type = init_fn.type_signature.result.member
+  hparams_type = initialize.type_signature.result.member
 
   @tff.tensorflow.computation(hparams_type, broadcast_type, data_type)
-  def client_computation(client_hparams, broadcast, dataset):
-    model = student.model_fn()
+  def client_computation(client_hparams, broadcast, data):
+    model = student.blank_model_fn()
     target = None
     if local_distillation is not None:
-      target = (teacher if targets_teacher else student).model_fn()
-    train = _build_training(model, target, optimizer, local_distillation)
+      target = (teacher if targets_teacher else student).blank_model_fn()
+    train = _build_training(
+        model, target, optimizer, local_distillation, client_data
+    )
 
     @tf.function
     def client_update():
@@ -175,75 +225,77 @@ def build_client_work(
       model.assign(received)
       if target is not None:
         target.assign(broadcast.teacher if targets_teacher else received)
-      num_examples, bad_labels = train(client_hparams, dataset)
+      num_examples, bad_labels = train(
+          client_hparams, data, broadcast.round_num
+      )
 
       delta = tf.nest.map_structure(
           tf.subtract, _exchanged(model, received), _exchanged(model)
       )
-      finite = tf.reduce_all(
-          [tf.reduce_all(tf.math.is_finite(d)) for d in tf.nest.flatten(delta)]
-      )
+      # One pass each, where looking at every number would take two.
+      sums = [
+          tf.reduce_sum(tf.cast(d, tf.float32)) for d in tf.nest.flatten(delta)
+      ]
+      finite = tf.reduce_all(tf.math.is_finite(tf.stack(sums)))
       is_empty = tf.equal(num_examples, 0)
       included = finite & ~is_empty & ~bad_labels
-      delta = tf.nest.map_structure(
-          lambda d: tf.where(included, d, tf.zeros_like(d)), delta
-      )
       if not included:
         model.reset_metrics()
 
+      def weight_of(weighting):
+        return _client_weight(weighting, num_examples, included)
+
+      def prepared(update, weighting, is_multiplied):
+        """A channel's update, on its way up."""
+        if not is_multiplied:
+          return update
+        weight = weight_of(weighting)
+        return tf.nest.map_structure(
+            lambda t: t * tf.cast(weight, t.dtype), update
+        )
+
+      model_update = tf.cond(
+          included,
+          lambda: prepared(delta, model_weighting, multiplied.model),
+          lambda: tf.nest.map_structure(tf.zeros_like, delta),
+      )
       payload, knowledge_weight = (), ()
       if transfer_set is not None:
+
+        def predict():
+          logits = knowledge.predict_logits(
+              model,
+              transfer_set,
+              transfer_set.prediction_ids(broadcast.round_num),
+          )
+          return prepared(
+              knowledge.encode(logits), knowledge_weighting, multiplied.knowledge
+          )
+
         payload = tf.cond(
             included,
-            lambda: knowledge.encode(
-                knowledge.predict_logits(
-                    model,
-                    transfer_set,
-                    transfer_set.prediction_ids(broadcast.round_num),
-                )
-            ),
+            predict,
             lambda: knowledge.zero_payload(
                 student.logits_shape, transfer_set.num_predictions
             ),
         )
-        knowledge_weight = _client_weight(
-            knowledge_weighting, num_examples, included
-        )
-      result = tff.learning.templates.ClientResult(
-          update=ClientUpdate(model=delta, knowledge=payload),
-          update_weight=ClientUpdate(
-              model=_client_weight(model_weighting, num_examples, included),
-              knowledge=knowledge_weight,
+        knowledge_weight = weight_of(knowledge_weighting)
+      return ClientOutput(
+          update=ClientUpdate(model=model_update, knowledge=payload),
+          weight=ClientUpdate(
+              model=weight_of(model_weighting), knowledge=knowledge_weight
+          ),
+          metrics=model.report_local_unfinalized_metrics(),
+          participation=collections.OrderedDict(
+              num_clients=tf.constant(1),
+              num_included=tf.cast(included, tf.int32),
+              num_excluded_empty=tf.cast(is_empty, tf.int32),
+              num_excluded_bad_labels=tf.cast(bad_labels, tf.int32),
+              num_excluded_non_finite=tf.cast(~finite & ~bad_labels, tf.int32),
           ),
       )
-      counts = collections.OrderedDict(
-          num_clients=tf.constant(1),
-          num_included=tf.cast(included, tf.int32),
-          num_excluded_empty=tf.cast(is_empty, tf.int32),
-          num_excluded_bad_labels=tf.cast(bad_labels, tf.int32),
-          num_excluded_non_finite=tf.cast(~finite & ~bad_labels, tf.int32),
-      )
-      return result, model.report_local_unfinalized_metrics(), counts
 
     return client_update()
-
-  @tff.federated_computation(
-      init_fn.type_signature.result,
-      tff.FederatedType(broadcast_type, tff.CLIENTS),
-      tff.FederatedType(data_type, tff.CLIENTS),
-  )
-  def next_fn(state, broadcast, client_data):
-    result, unfinalized_metrics, counts = tff.federated_map(
-        client_computation,
-        (tff.federated_broadcast(state), broadcast, client_data),
-    )
-    measurements = tff.federated_zip(
-        collections.OrderedDict(
-            train=aggregate_metrics(unfinalized_metrics),
-            participation=tff.federated_sum(counts),
-        )
-    )
-    return tff.templates.MeasuredProcessOutput(state, result, measurements)
 
   @tff.tensorflow.computation(hparams_type)
   def get_hparams_fn(state):
@@ -254,11 +306,12 @@ def build_client_work(
     del state
     return hparams
 
-  return tff.learning.templates.ClientWorkProcess(
-      init_fn,
-      next_fn,
-      get_hparams_fn=get_hparams_fn,
-      set_hparams_fn=set_hparams_fn,
+  return ClientWork(
+      initialize=initialize,
+      next=client_computation,
+      metric_finalizers=metric_finalizers,
+      get_hparams=get_hparams_fn,
+      set_hparams=set_hparams_fn,
   )
 
 
@@ -299,13 +352,32 @@ def _client_weight(
   return tf.where(included, weight, 0.0)
 
 
+class _Progress(NamedTuple):
+  """What the training loop carries, beside the variables.
+
+  Attributes:
+    carry: The stepper's.
+    loss_sum: float32, over the examples.
+    num_examples: int32.
+    num_batches: int32.
+    bad_labels: Whether there were any so far.
+  """
+
+  carry: Any
+  loss_sum: tf.Tensor
+  num_examples: tf.Tensor
+  num_batches: tf.Tensor
+  bad_labels: tf.Tensor
+
+
 def _build_training(
     model: models.KerasModel,
     target: Optional[models.KerasModel],
     optimizer: optimizers.Optimizer,
     distillation: Optional[LocalDistillation],
+    client_data: Optional[client_data_lib.ClientBatches],
 ):
-  """Returns (hparams, dataset) -> (num_examples int64, bad_labels bool)."""
+  """Returns (hparams, data, round_num) -> (num_examples int64, bad_labels bool)."""
   trainable = model.trainable_variables
   stepper = optimizers.build_stepper(optimizer, trainable)
 
@@ -325,20 +397,52 @@ def _build_training(
             )
         )
       loss += model.regularization_loss()
-    model.update_metrics(labels, outputs, loss)
-    return tape.gradient(loss, trainable), tf.shape(outputs)[0], bad
+    model.update_metrics(labels, outputs)
+    return loss, tape.gradient(loss, trainable), tf.shape(outputs)[0], bad
 
-  def train(hparams: Any, dataset: tf.data.Dataset):
-    carry = stepper.begin(stepper.initialize(hparams))
-    num_examples = tf.constant(0, tf.int64)
-    bad_labels = tf.constant(False)
-    for batch in iter(dataset):
-      gradients, batch_size, bad = gradients_on(batch)
-      # A batch without examples has a mean loss of 0 / 0: it takes no step.
+  def step(progress: _Progress, batch: Any, may_be_empty: bool) -> _Progress:
+    loss, gradients, batch_size, bad = gradients_on(batch)
+    carry = progress.carry
+    loss_sum = loss * tf.cast(batch_size, loss.dtype)
+    if may_be_empty:
+      # Its mean loss is 0 / 0: it takes no step.
+      loss_sum = tf.where(batch_size > 0, loss_sum, 0.0)
       if batch_size > 0:
         carry = stepper.apply(carry, gradients)
-      num_examples += tf.cast(batch_size, tf.int64)
-      bad_labels = tf.logical_or(bad_labels, bad)
-    return num_examples, bad_labels
+    else:
+      carry = stepper.apply(carry, gradients)
+    return _Progress(
+        carry,
+        progress.loss_sum + loss_sum,
+        progress.num_examples + batch_size,
+        progress.num_batches + 1,
+        tf.logical_or(progress.bad_labels, bad),
+    )
+
+  def train(hparams: Any, data: Any, round_num: tf.Tensor):
+    progress = _Progress(
+        carry=stepper.begin(stepper.initialize(hparams)),
+        loss_sum=tf.constant(0.0),
+        num_examples=tf.constant(0),
+        num_batches=tf.constant(0),
+        bad_labels=tf.constant(False),
+    )
+    if client_data is None:
+      for batch in iter(data):
+        progress = step(progress, batch, may_be_empty=True)
+    else:
+      # Slices, not a `tf.data.Dataset`: its iterator costs as much as a small step.
+      examples = client_data.data.open()
+      rows = client_data.rows(data, round_num)
+      start = tf.constant(0)
+      while start < tf.size(rows):
+        end = start + client_data.batch_size
+        batch = raw_files.gather(examples, rows[start:end])
+        progress = step(progress, batch, may_be_empty=False)
+        start = end
+    model.add_totals(
+        progress.loss_sum, progress.num_examples, progress.num_batches
+    )
+    return tf.cast(progress.num_examples, tf.int64), progress.bad_labels
 
   return train

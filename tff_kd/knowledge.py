@@ -59,9 +59,12 @@ def predict_logits(
     float32 `[k, ..., classes]`.
   """
   num_rows = ids.shape[0]
-  logits = [
-      model.logits(transfer_set.gather_inputs(ids[:_PREDICTION_BATCH]))
-  ]
+  examples = transfer_set.open()
+
+  def predict(rows: tf.Tensor) -> tf.Tensor:
+    return model.logits(examples.gather_inputs(rows))
+
+  logits = [predict(ids[:_PREDICTION_BATCH])]
   whole, rest = divmod(max(num_rows - _PREDICTION_BATCH, 0), _PREDICTION_BATCH)
   if whole:
     # One traced body for all further whole batches.
@@ -70,14 +73,14 @@ def predict_logits(
         [whole, _PREDICTION_BATCH],
     )
     more = tf.map_fn(
-        lambda rows: model.logits(transfer_set.gather_inputs(rows)),
+        predict,
         batches,
         fn_output_signature=tf.TensorSpec(logits[0].shape, tf.float32),
         parallel_iterations=1,
     )
     logits.append(tf.reshape(more, tf.concat([[-1], tf.shape(more)[2:]], 0)))
   if rest:
-    logits.append(model.logits(transfer_set.gather_inputs(ids[-rest:])))
+    logits.append(predict(ids[-rest:]))
   result = tf.concat(logits, axis=0)
   return tf.ensure_shape(result, [num_rows, *logits[0].shape[1:]])
 

@@ -10,6 +10,7 @@ several inputs, dropout, batch norm, regularisation losses and frozen layers.
 import collections
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 from typing import Any, Optional
 
 import numpy as np
@@ -54,8 +55,9 @@ class KerasModel(tff.learning.models.VariableModel):
     self._from_logits = from_logits
     self._ignored_label = getattr(loss, '_fn_kwargs', {}).get('ignore_class')
     self._metric_constructors = _metric_constructors(metrics_fn)
-    self._metrics = [make() for make in self._metric_constructors.values()]
-    self._loss_metric = tf.keras.metrics.Mean(name='loss')
+    self._metrics = collections.OrderedDict(
+        (name, make()) for name, make in self._metric_constructors.items()
+    )
 
   @property
   def keras_model(self) -> tf.keras.Model:
@@ -83,18 +85,11 @@ class KerasModel(tff.learning.models.VariableModel):
 
   @property
   def local_variables(self):
-    return [v for m in self._all_metrics().values() for v in m.variables]
+    return [v for m in self._metrics.values() for v in m.variables]
 
   @property
   def input_spec(self):
     return self._input_spec
-
-  def _all_metrics(self) -> dict[str, tf.keras.metrics.Metric]:
-    named = collections.OrderedDict(
-        zip(self._metric_constructors, self._metrics)
-    )
-    named['loss'] = self._loss_metric
-    return named
 
   def weights(self) -> tff.learning.models.ModelWeights:
     return tff.learning.models.ModelWeights.from_model(self)
@@ -169,12 +164,30 @@ class KerasModel(tff.learning.models.VariableModel):
         tf.logical_not(tf.reduce_all(in_range)),
     )
 
-  def update_metrics(
-      self, labels: Any, outputs: tf.Tensor, loss: tf.Tensor
+  def update_metrics(self, labels: Any, outputs: tf.Tensor) -> None:
+    """Updates the user's metrics by a batch."""
+    for name, metric in self._metrics.items():
+      if self._metric_constructors[name] not in _TOTALS:
+        metric.update_state(y_true=labels, y_pred=outputs)
+
+  def add_totals(
+      self, loss_sum: tf.Tensor, num_examples: tf.Tensor, num_batches: tf.Tensor
   ) -> None:
-    for metric in self._metrics:
-      metric.update_state(y_true=labels, y_pred=outputs)
-    self._loss_metric.update_state(loss, sample_weight=tf.shape(outputs)[0])
+    """Adds to the metrics that are plain sums, for one batch or for many.
+
+    Args:
+      loss_sum: The sum over examples of the loss.
+      num_examples: How many.
+      num_batches: In how many batches.
+    """
+    for name, metric in self._metrics.items():
+      make = self._metric_constructors[name]
+      if make is _LossMean:
+        metric.add(loss_sum, num_examples)
+      elif make is tff.learning.metrics.NumExamplesCounter:
+        metric.variables[0].assign_add(tf.cast(num_examples, tf.int64))
+      elif make is tff.learning.metrics.NumBatchesCounter:
+        metric.variables[0].assign_add(tf.cast(num_batches, tf.int64))
 
   @tf.function
   def predict_on_batch(self, batch_input, training=True):
@@ -185,36 +198,58 @@ class KerasModel(tff.learning.models.VariableModel):
     inputs, labels = split_batch(batch_input)
     outputs = self._keras_model(inputs, training=training)
     loss = self.supervised_loss(labels, outputs) + self.regularization_loss()
-    self.update_metrics(labels, outputs, loss)
+    num_examples = tf.shape(outputs)[0]
+    self.update_metrics(labels, outputs)
+    self.add_totals(
+        loss * tf.cast(num_examples, loss.dtype), num_examples, tf.constant(1)
+    )
     return tff.learning.models.BatchOutput(
-        loss=loss, predictions=outputs, num_examples=tf.shape(outputs)[0]
+        loss=loss, predictions=outputs, num_examples=num_examples
     )
 
   @tf.function
   def report_local_unfinalized_metrics(self):
     return collections.OrderedDict(
         (name, [v.read_value() for v in metric.variables])
-        for name, metric in self._all_metrics().items()
+        for name, metric in self._metrics.items()
     )
 
   def metric_finalizers(self):
-    constructors = collections.OrderedDict(self._metric_constructors)
-    constructors['loss'] = lambda: tf.keras.metrics.Mean(name='loss')
     return collections.OrderedDict(
         (name, tff.learning.metrics.create_keras_metric_finalizer(make))
-        for name, make in constructors.items()
+        for name, make in self._metric_constructors.items()
     )
 
   @tf.function
   def reset_metrics(self):
-    for metric in self._all_metrics().values():
+    for metric in self._metrics.values():
       metric.reset_state()
+
+
+class _LossMean(tf.keras.metrics.Mean):
+  """The mean loss of an example."""
+
+  def __init__(self, name='loss', dtype=None):
+    super().__init__(name, dtype)
+
+  def add(self, loss_sum: tf.Tensor, num_examples: tf.Tensor) -> None:
+    self.total.assign_add(tf.cast(loss_sum, self.total.dtype))
+    self.count.assign_add(tf.cast(num_examples, self.count.dtype))
+
+
+# Always reported, unless the user has a metric of that name. As sums they are kept by
+# the training loop itself: in every step they would cost as much as a small layer.
+_TOTALS = (
+    tff.learning.metrics.NumExamplesCounter,
+    tff.learning.metrics.NumBatchesCounter,
+    _LossMean,
+)
 
 
 def _metric_constructors(
     metrics_fn: Optional[MetricsFn],
 ) -> dict[str, Callable[[], tf.keras.metrics.Metric]]:
-  """The user's metrics by name, and TFF's two counters where they are missing."""
+  """The user's metrics by name, and the totals where they are missing."""
   metrics = list(metrics_fn()) if metrics_fn is not None else []
   constructors = collections.OrderedDict()
   for index, metric in enumerate(metrics):
@@ -229,10 +264,7 @@ def _metric_constructors(
           'Give each metric its own `name`; "loss" is always reported.'
       )
     constructors[metric.name] = lambda index=index: list(metrics_fn())[index]
-  for make in (
-      tff.learning.metrics.NumExamplesCounter,
-      tff.learning.metrics.NumBatchesCounter,
-  ):
+  for make in _TOTALS:
     constructors.setdefault(make().name, make)
   return constructors
 
@@ -245,6 +277,8 @@ class ModelSpec:
     name: What error messages call the model ('student', 'teacher').
     model_fn: Returns a fresh `KerasModel`; also fits every `model_fn` argument of
       `tff.learning` (`build_fed_eval`, `build_weighted_fed_avg`).
+    blank_model_fn: The same with trainable weights of zero, for computations that
+      assign them: drawing random ones would take longer than a step.
     input_spec: The (inputs, labels) structure of `tf.TensorSpec`, batched.
     weights_type: The TFF type of the model's `ModelWeights`.
     initial_weights: The builder's own initial weights, as NumPy arrays.
@@ -254,6 +288,7 @@ class ModelSpec:
 
   name: str
   model_fn: Callable[[], KerasModel]
+  blank_model_fn: Callable[[], KerasModel]
   input_spec: Any
   weights_type: tff.StructType
   initial_weights: tff.learning.models.ModelWeights
@@ -347,18 +382,47 @@ def build_model_spec(
         from_logits=from_logits,
     )
 
+  def blank_model_fn() -> KerasModel:
+    blank = []
+    with tf.variable_creator_scope(functools.partial(_create_blank, blank)):
+      model = model_fn()
+    if {v.ref() for v in blank} <= {v.ref() for v in model.keras_model.variables}:
+      return model
+    # The builder keeps a weight where Keras, and so `assign`, does not see it.
+    return model_fn()
+
   with tf.Graph().as_default():
-    weights_type = tff.learning.models.weights_type_from_model(model_fn())
+    weights_type = tff.learning.models.weights_type_from_model(blank_model_fn())
 
   return ModelSpec(
       name=name,
       model_fn=model_fn,
+      blank_model_fn=blank_model_fn,
       input_spec=input_spec,
       weights_type=weights_type,
       initial_weights=weights_of(keras_model),
       logits_shape=outputs.shape[1:],
       from_logits=from_logits,
   )
+
+
+def _create_blank(blank: list[tf.Variable], create_fn, **kwargs) -> tf.Variable:
+  """A variable creator that starts trainable variables at zero."""
+  shape, dtype = kwargs.get('shape'), kwargs.get('dtype')
+  is_blank = (
+      kwargs.get('trainable')
+      and callable(kwargs.get('initial_value'))
+      and dtype is not None
+      and shape is not None
+      and tf.TensorShape(shape).is_fully_defined()
+  )
+  if not is_blank:
+    return create_fn(**kwargs)
+  variable = create_fn(
+      **{**kwargs, 'initial_value': lambda: tf.zeros(shape, dtype)}
+  )
+  blank.append(variable)
+  return variable
 
 
 def weights_of(keras_model: tf.keras.Model) -> tff.learning.models.ModelWeights:

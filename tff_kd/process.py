@@ -12,24 +12,20 @@ parts (see `tff_kd.algorithms`).
 
 import collections
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_kd import aggregation
+from tff_kd import client_data as client_data_lib
 from tff_kd import client_work as client_work_lib
 from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import server_distillation as server_distillation_lib
 from tff_kd import transfer
-
-AggregationFactory = Union[
-    tff.aggregators.WeightedAggregationFactory,
-    tff.aggregators.UnweightedAggregationFactory,
-]
-
 
 class DistillationState(NamedTuple):
   """The state of a distillation process.
@@ -126,6 +122,7 @@ def build_distillation_process(
     student: models.ModelSpec,
     *,
     client_optimizer: optimizers.Optimizer,
+    client_data: Optional[client_data_lib.ClientBatches] = None,
     teacher: Optional[models.ModelSpec] = None,
     transfer_set: Optional[transfer.TransferSet] = None,
     stages: Sequence[server_distillation_lib.DistillationStage] = (),
@@ -135,8 +132,8 @@ def build_distillation_process(
         tff.learning.ClientWeighting.NUM_EXAMPLES
     ),
     knowledge_weighting: Optional[tff.learning.ClientWeighting] = None,
-    model_aggregator: Optional[AggregationFactory] = None,
-    knowledge_aggregator: Optional[AggregationFactory] = None,
+    model_aggregator: Optional[aggregation.AggregationFactory] = None,
+    knowledge_aggregator: Optional[aggregation.AggregationFactory] = None,
     metrics_aggregator: Optional[Any] = None,
     seed: int = 0,
 ) -> DistillationProcess:
@@ -146,6 +143,8 @@ def build_distillation_process(
     student: The model that clients train.
     client_optimizer: The clients' TFF optimizer, or a function that returns a
       Keras one.
+    client_data: Where and how clients read their examples. `next` then takes
+      clients' numbers in place of their datasets; nothing else is as fast.
     teacher: The server's model, if it has one.
     transfer_set: The examples on which knowledge is exchanged, if it is.
     stages: The server's distillation, in order; none if empty.
@@ -156,8 +155,9 @@ def build_distillation_process(
       or 1 (`UNIFORM`).
     knowledge_weighting: Its weight in the consensus; as `client_weighting` if
       `None`.
-    model_aggregator: Aggregates the deltas; `tff.aggregators.MeanFactory()` if
-      `None`. Unweighted factories get no weights.
+    model_aggregator: Aggregates the deltas; the weighted mean if `None`, as
+      `tff.aggregators.MeanFactory()` but with the products made by the clients.
+      Unweighted factories get no weights.
     knowledge_aggregator: Aggregates the predictions, likewise.
     metrics_aggregator: As in `tff.learning.algorithms`.
     seed: With the round number, decides the server's order of examples.
@@ -190,6 +190,8 @@ def build_distillation_process(
         "A local distillation with target='teacher' needs a teacher; pass "
         '`teacher_fn`.'
     )
+  if client_data is not None:
+    _check_client_data(client_data, student)
   optimizers.check_optimizer(client_optimizer, 'client_optimizer')
   if server_optimizer is None:
     server_optimizer = tff.learning.optimizers.build_sgdm(1.0)
@@ -201,24 +203,22 @@ def build_distillation_process(
       optimizer=client_optimizer,
       model_weighting=client_weighting,
       knowledge_weighting=knowledge_weighting or client_weighting,
+      multiplied=client_work_lib.ClientUpdate(
+          model=model_aggregator is None, knowledge=knowledge_aggregator is None
+      ),
+      client_data=client_data,
       transfer_set=transfer_set if uses_ensemble else None,
       teacher=teacher,
       local_distillation=local_distillation,
-      metrics_aggregator=metrics_aggregator,
   )
-  broadcast_type = client_work.next.type_signature.parameter[1].member
+  broadcast_type = client_work.broadcast_type
   distributor = tff.learning.templates.build_broadcast_process(broadcast_type)
-  model_type = client_work_lib.model_update_type(student)
-  knowledge_type = (
-      knowledge.payload_type(student.logits_shape, transfer_set)
-      if uses_ensemble
-      else None
-  )
-  aggregator = build_two_channel_aggregator(
-      model_aggregator or tff.aggregators.MeanFactory(),
-      model_type,
-      knowledge_aggregator or tff.aggregators.MeanFactory(),
-      knowledge_type,
+  aggregator = aggregation.build_client_output_aggregator(
+      client_work.next.type_signature.result,
+      client_work.metric_finalizers,
+      model_factory=model_aggregator,
+      knowledge_factory=knowledge_aggregator,
+      metrics_aggregator=metrics_aggregator,
   )
   finalizer = build_student_finalizer(student, server_optimizer)
   server_distillation = None
@@ -261,7 +261,7 @@ def build_distillation_process(
     )
 
   state_type = init_fn.type_signature.result
-  client_data_type = client_work.next.type_signature.parameter[2]
+  client_data_type = tff.FederatedType(client_work.data_type, tff.CLIENTS)
 
   @tff.tensorflow.computation(np.int32)
   def add_one(x):
@@ -279,11 +279,16 @@ def build_distillation_process(
         )
     )
     distributed = distributor.next(state.distributor, sent)
-    # Local work, and up on two channels.
-    work = client_work.next(state.client_work, distributed.result, client_data)
-    aggregated = aggregator.next(
-        state.aggregator, work.result.update, work.result.update_weight
+    # Local work, and up.
+    output = tff.federated_map(
+        client_work.next,
+        (
+            tff.federated_broadcast(state.client_work),
+            distributed.result,
+            client_data,
+        ),
     )
+    aggregated = aggregator.next(state.aggregator, output)
     # The student moves along the mean delta.
     finalized = finalizer.next(
         state.finalizer, state.global_model_weights, aggregated.result.model
@@ -314,7 +319,7 @@ def build_distillation_process(
             teacher_weights=teacher_weights,
             round_num=tff.federated_map(add_one, state.round_num),
             distributor=distributed.state,
-            client_work=work.state,
+            client_work=state.client_work,
             aggregator=aggregated.state,
             finalizer=finalized.state,
             server_distillation=distillation_state,
@@ -323,8 +328,8 @@ def build_distillation_process(
     metrics = tff.federated_zip(
         collections.OrderedDict(
             distributor=distributed.measurements,
-            client_work=work.measurements,
-            aggregator=aggregated.measurements,
+            client_work=aggregated.measurements.client_work,
+            aggregator=aggregated.measurements.aggregator,
             finalizer=finalized.measurements,
             server_distillation=distillation_metrics,
         )
@@ -378,12 +383,7 @@ def build_distillation_process(
           build_setter('teacher_weights') if teacher is not None else None
       ),
       broadcast_type=broadcast_type,
-      update_type=tff.to_type(
-          client_work_lib.ClientUpdate(
-              model=model_type,
-              knowledge=knowledge_type if uses_ensemble else empty,
-          )
-      ),
+      update_type=client_work.next.type_signature.result.update,
       student_spec=student,
       teacher_spec=teacher,
       transfer_set=transfer_set,
@@ -400,27 +400,46 @@ def _replaced(state: DistillationState, **changes) -> DistillationState:
   )
 
 
+def _is_compatible(expected: Any, found: Any) -> bool:
+  """Whether batches of one spec can stand for batches of the other."""
+  try:
+    tf.nest.assert_same_structure(expected, found)
+  except (TypeError, ValueError):
+    return False
+  return all(
+      e.dtype == f.dtype and e.shape[1:].is_compatible_with(f.shape[1:])
+      for e, f in zip(tf.nest.flatten(expected), tf.nest.flatten(found))
+  )
+
+
+def _check_client_data(
+    client_data: client_data_lib.ClientBatches, student: models.ModelSpec
+) -> None:
+  """Refuses client data that is no `ClientBatches`, or does not fit the model."""
+  if not isinstance(client_data, client_data_lib.ClientBatches):
+    raise TypeError(
+        '`client_data` must be a `tff_kd.ClientBatches`, which says how clients read '
+        f'a `tff_kd.FileClientData`, found {client_data!r}.'
+    )
+  if not _is_compatible(student.input_spec, client_data.element_spec):
+    raise ValueError(
+        '`input_spec` and `client_data` must have batches of one kind, found '
+        f'{student.input_spec} and {client_data.element_spec}. Pass '
+        '`input_spec=client_data.element_spec`.'
+    )
+
+
 def _check_transfer_set(
     transfer_set: transfer.TransferSet, student: models.ModelSpec
 ) -> None:
   """Refuses transfer examples that the models cannot take."""
-
-  def is_compatible(expected, found) -> bool:
-    try:
-      tf.nest.assert_same_structure(expected, found)
-    except (TypeError, ValueError):
-      return False
-    return all(
-        e.dtype == f.dtype and e.shape[1:].is_compatible_with(f.shape[1:])
-        for e, f in zip(tf.nest.flatten(expected), tf.nest.flatten(found))
-    )
 
   inputs_spec, labels_spec = models.split_batch(student.input_spec)
   parts = [('inputs', inputs_spec, transfer_set.inputs_spec)]
   if transfer_set.labelled:
     parts.append(('labels', labels_spec, transfer_set.labels_spec))
   for what, expected, found in parts:
-    if not is_compatible(expected, found):
+    if not _is_compatible(expected, found):
       raise ValueError(
           f"The transfer set's {what} must be like the clients' {what}: expected "
           f'{expected}, found {found}. Convert them to that shape and dtype.'
@@ -440,96 +459,6 @@ def _check_transfer_set(
           f'{known.numpy().max()}. Mend them, or mark them as unknown in '
           '`label_mask`.'
       )
-
-
-def build_two_channel_aggregator(
-    model_factory: AggregationFactory,
-    model_type: tff.Type,
-    knowledge_factory: AggregationFactory,
-    knowledge_type: Optional[tff.Type],
-) -> tff.templates.AggregationProcess:
-  """Aggregates `ClientUpdate`s, each channel by its own factory.
-
-  Args:
-    model_factory: For the weight deltas.
-    model_type: Their type.
-    knowledge_factory: For the predictions.
-    knowledge_type: Their type, or `None` for an algorithm that sends none.
-
-  Returns:
-    A weighted `tff.templates.AggregationProcess`; values and weights are
-    `ClientUpdate`s of one entry a channel.
-  """
-  factories = {'model': (model_factory, model_type)}
-  if knowledge_type is not None:
-    factories['knowledge'] = (knowledge_factory, knowledge_type)
-  channels = {
-      name: _create_aggregator(factory, value_type, f'{name}_aggregator')
-      for name, (factory, value_type) in factories.items()
-  }
-
-  def update_of(entries):
-    return client_work_lib.ClientUpdate(
-        model=entries['model'], knowledge=entries.get('knowledge', ())
-    )
-
-  value_type = tff.to_type(
-      update_of({name: t for name, (_, t) in factories.items()})
-  )
-  # Not `np.float32`: a pair of a dtype and () would read as a tensor's type.
-  scalar = tff.TensorType(np.float32)
-  weight_type = tff.to_type(update_of({name: scalar for name in channels}))
-
-  @tff.federated_computation
-  def init_fn():
-    return tff.federated_zip(
-        collections.OrderedDict(
-            (name, channel.initialize()) for name, channel in channels.items()
-        )
-    )
-
-  @tff.federated_computation(
-      init_fn.type_signature.result,
-      tff.FederatedType(value_type, tff.CLIENTS),
-      tff.FederatedType(weight_type, tff.CLIENTS),
-  )
-  def next_fn(state, value, weight):
-    outputs = collections.OrderedDict()
-    for name, channel in channels.items():
-      args = [state[name], getattr(value, name)]
-      if channel.is_weighted:
-        args.append(getattr(weight, name))
-      outputs[name] = channel.next(*args)
-    results = {name: output.result for name, output in outputs.items()}
-    results.setdefault('knowledge', tff.federated_value((), tff.SERVER))
-    return tff.templates.MeasuredProcessOutput(
-        state=tff.federated_zip(
-            collections.OrderedDict(
-                (name, output.state) for name, output in outputs.items()
-            )
-        ),
-        result=tff.federated_zip(update_of(results)),
-        measurements=tff.federated_zip(
-            collections.OrderedDict(
-                (name, output.measurements) for name, output in outputs.items()
-            )
-        ),
-    )
-
-  return tff.templates.AggregationProcess(init_fn, next_fn)
-
-
-def _create_aggregator(
-    factory: AggregationFactory, value_type: tff.Type, name: str
-) -> tff.templates.AggregationProcess:
-  if isinstance(factory, tff.aggregators.WeightedAggregationFactory):
-    return factory.create(value_type, tff.TensorType(np.float32))
-  if isinstance(factory, tff.aggregators.UnweightedAggregationFactory):
-    return factory.create(value_type)
-  raise TypeError(
-      f'`{name}` must be a `tff.aggregators.WeightedAggregationFactory` or '
-      f'`UnweightedAggregationFactory`, found {factory!r}.'
-  )
 
 
 def build_student_finalizer(
@@ -553,7 +482,7 @@ def build_student_finalizer(
 
   @tff.tensorflow.computation
   def init_tf():
-    model = student.model_fn()
+    model = student.blank_model_fn()
     return optimizers.build_stepper(
         optimizer, model.trainable_variables
     ).initialize()
@@ -562,7 +491,7 @@ def build_student_finalizer(
 
   @tff.tensorflow.computation(state_type, weights_type, update_type)
   def next_tf(state, weights, update):
-    model = student.model_fn()
+    model = student.blank_model_fn()
     stepper = optimizers.build_stepper(optimizer, model.trainable_variables)
 
     @tf.function

@@ -244,7 +244,7 @@ def build_server_distillation(
   def init_tf():
     states = []
     for stage in stages:
-      model = specs[stage.learner].model_fn()
+      model = specs[stage.learner].blank_model_fn()
       stepper = optimizers.build_stepper(
           stage.optimizer, model.trainable_variables
       )
@@ -255,7 +255,7 @@ def build_server_distillation(
 
   @tff.tensorflow.computation(state_type, models_type, knowledge_type, np.int32)
   def next_tf(state, weights, mean_knowledge, round_num):
-    live = {name: spec.model_fn() for name, spec in specs.items()}
+    live = {name: spec.blank_model_fn() for name, spec in specs.items()}
     runs = [_build_stage(stage, live, transfer_set) for stage in stages]
 
     @tf.function
@@ -359,8 +359,8 @@ def _build_stage(
       return learn, _Examples(validation_ids, (), ())
     return learn, _Examples(all_ids[m:], targets[m:], mask[m:])
 
-  def batch_gradients(ids, target_logits, mask):
-    inputs = transfer_set.gather_inputs(ids)
+  def batch_gradients(opened, ids, target_logits, mask):
+    inputs = opened.gather_inputs(ids)
     with tf.GradientTape() as tape:
       outputs = learner.keras_model(inputs, training=True)
       loss = distillation_weight * losses.weighted_mean(
@@ -372,10 +372,10 @@ def _build_stage(
       if distillation_weight < 1.0:
         # Where a label is unknown, its entry may be anything.
         labels, _ = learner.usable_labels(
-            transfer_set.gather_labels(ids), outputs.shape
+            opened.gather_labels(ids), outputs.shape
         )
         loss += (1.0 - distillation_weight) * learner.supervised_loss(
-            labels, outputs, transfer_set.gather_label_weights(ids)
+            labels, outputs, opened.gather_label_weights(ids)
         )
       loss += learner.regularization_loss()
     return loss, tape.gradient(loss, trainable)
@@ -406,6 +406,7 @@ def _build_stage(
   def run(state, consensus, round_num, seed):
     if d.reset_optimizer:
       state = stepper.initialize()
+    opened = transfer_set.open()
     learn, validation = examples(consensus, round_num)
     num_targets = tf.reduce_sum(learn.mask)
     # With neither targets nor labels there is nothing to learn from.
@@ -428,6 +429,7 @@ def _build_stage(
         rows = order[step * batch_size : (step + 1) * batch_size]
         rows = tf.ensure_shape(rows, [batch_size])
         last_loss, gradients = batch_gradients(
+            opened,
             tf.gather(learn.ids, rows),
             tf.gather(learn.target_logits, rows),
             tf.gather(learn.mask, rows),

@@ -6,19 +6,16 @@ rows that it needs. Which rows a round uses follows from (seed, round number)
 alone, so clients and server agree without sending any.
 """
 
-import atexit
 from collections.abc import Iterable
-import hashlib
 import os
-import pathlib
-import shutil
-import tempfile
 from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
 
-_ROWS_PER_WRITE = 4096
+from tff_kd import raw_files
+
+_WHAT = 'A transfer set'
 # A tag that keeps the choice of the validation part apart from every round's.
 _VALIDATION_STREAM = -1
 
@@ -66,15 +63,9 @@ class TransferSet:
           f'arrays of {sorted(sizes)} rows.'
       )
 
-    def chunks():
-      for start in range(0, max(sizes), _ROWS_PER_WRITE):
-        yield tf.nest.map_structure(
-            lambda a: a[start : start + _ROWS_PER_WRITE], data
-        )
-
     self._setup(
-        chunks(),
-        tf.nest.map_structure(lambda a: (a.shape[1:], a.dtype), data),
+        raw_files.chunks_of(data),
+        tf.nest.map_structure(raw_files.row_spec_of, data),
         labels is not None,
         subset_size, validation_size, seed, directory,
     )
@@ -108,12 +99,14 @@ class TransferSet:
         )
     data_spec = tuple(spec) if labelled else (spec,)
     data_spec = tf.nest.map_structure(
-        lambda s: (tuple(s.shape), np.dtype(s.dtype.as_numpy_dtype)),
-        tuple(_as_structure(part) for part in data_spec),
+        lambda s: raw_files.RowSpec(
+            tuple(s.shape), np.dtype(s.dtype.as_numpy_dtype)
+        ),
+        data_spec,
     )
 
     def chunks():
-      for batch in dataset.batch(_ROWS_PER_WRITE).as_numpy_iterator():
+      for batch in dataset.batch(raw_files.ROWS_PER_CHUNK).as_numpy_iterator():
         yield tuple(batch) if labelled else (batch,)
 
     self = cls.__new__(cls)
@@ -151,15 +144,11 @@ class TransferSet:
       self, chunks: Iterable[Any], spec, labelled: bool, subset_size,
       validation_size, seed, directory,
   ):
-    self._check_dtypes(spec)
-    if directory is None:
-      directory = tempfile.mkdtemp(prefix='tff_kd_transfer_')
-      # Not with the object: computations name the files and may outlive it.
-      atexit.register(shutil.rmtree, directory, ignore_errors=True)
-    self._directory = pathlib.Path(directory).absolute()
-    self._directory.mkdir(parents=True, exist_ok=True)
-    self._leaf_specs = _flatten_spec(spec)
-    self._files, self.size = _write(self._directory, chunks, self._leaf_specs)
+    raw_files.check_dtypes(spec, _WHAT)
+    self._arrays = raw_files.RawArrays.write(
+        raw_files.open_directory(directory, 'tff_kd_transfer_'), chunks, spec, _WHAT
+    )
+    self.size = self._arrays.size
     if self.size == 0:
       raise ValueError(
           'The transfer set is empty. Give it at least one example, or use an '
@@ -186,30 +175,17 @@ class TransferSet:
     self.validation_size = validation_size
     self.seed = int(seed)
 
-  @staticmethod
-  def _check_dtypes(spec) -> None:
-    for _, dtype in _flatten_spec(spec):
-      if np.dtype(dtype).kind not in 'fiub':
-        raise ValueError(
-            'A transfer set holds numbers and booleans, found the dtype '
-            f'{np.dtype(dtype)}. Encode the inputs first (for text, with the '
-            "model's own vocabulary)."
-        )
-
   @property
   def inputs_spec(self) -> Any:
     """The structure of `tf.TensorSpec`s of a batch of inputs."""
-    return _map_spec(
-        lambda s: tf.TensorSpec([None, *s[0]], s[1]), self._spec[0]
-    )
+    return raw_files.batch_spec(self._spec[0])
 
   @property
   def labels_spec(self) -> Optional[tf.TensorSpec]:
     """The `tf.TensorSpec` of a batch of labels, `None` without labels."""
     if not self.labelled:
       return None
-    shape, dtype = self._spec[1]
-    return tf.TensorSpec([None, *shape], dtype)
+    return raw_files.batch_spec(self._spec[1])
 
   def _parts(self) -> tuple[tf.Tensor, tf.Tensor]:
     order = tf.random.experimental.stateless_shuffle(
@@ -252,19 +228,50 @@ class TransferSet:
         0 if self.fully_labelled else self.validation_size
     )
 
-  def _gather(self, leaf: int, ids: tf.Tensor) -> tf.Tensor:
-    shape, dtype = self._leaf_specs[leaf]
-    mapped = tf.raw_ops.ImmutableConst(
-        dtype=tf.as_dtype(dtype),
-        shape=[self.size, *shape],
-        memory_region_name=str(self._files[leaf]),
+  def open(self) -> 'OpenTransferSet':
+    """The examples, ready to gather; to be called outside loops.
+
+    Opening maps the files, which costs more than the gather of a batch.
+    """
+    mapped = self._arrays.map()
+    return OpenTransferSet(
+        mapped[0],
+        mapped[1] if self.labelled else None,
+        mapped[2] if len(mapped) == 3 else None,
     )
-    rows = tf.gather(mapped, ids)
-    rows.set_shape([ids.shape[0], *shape])
-    return rows
 
   def gather_inputs(self, ids: tf.Tensor) -> Any:
-    """The inputs of some rows, read where this runs.
+    """As `OpenTransferSet.gather_inputs`, for a single use."""
+    return self.open().gather_inputs(ids)
+
+  def gather_labels(self, ids: tf.Tensor) -> tf.Tensor:
+    """As `OpenTransferSet.gather_labels`, for a single use."""
+    return self.open().gather_labels(ids)
+
+  def gather_label_weights(self, ids: tf.Tensor) -> tf.Tensor:
+    """As `OpenTransferSet.gather_label_weights`, for a single use."""
+    return self.open().gather_label_weights(ids)
+
+
+class OpenTransferSet:
+  """The examples of a transfer set inside a computation, read where it runs."""
+
+  def __init__(
+      self, inputs: Any, labels: Optional[tf.Tensor], known: Optional[tf.Tensor]
+  ):
+    """Not to be called by hand.
+
+    Args:
+      inputs: Mapped inputs.
+      labels: Mapped labels, if there are any.
+      known: Whether each is known, if not all are.
+    """
+    self._inputs = inputs
+    self._labels = labels
+    self._known = known
+
+  def gather_inputs(self, ids: tf.Tensor) -> Any:
+    """The inputs of some rows.
 
     Args:
       ids: An int32 tensor `[k]`.
@@ -272,8 +279,7 @@ class TransferSet:
     Returns:
       The structure of inputs, each `[k, ...]`.
     """
-    leaves = range(len(self._files) - len(self._spec) + 1)
-    return _pack(self._spec[0], [self._gather(leaf, ids) for leaf in leaves])
+    return raw_files.gather(self._inputs, ids)
 
   def gather_labels(self, ids: tf.Tensor) -> tf.Tensor:
     """The labels of some rows, `[k, ...]`.
@@ -281,17 +287,17 @@ class TransferSet:
     Raises:
       ValueError: If the transfer set has no labels.
     """
-    if not self.labelled:
+    if self._labels is None:
       raise ValueError('This transfer set has no labels.')
-    return self._gather(len(self._files) - len(self._spec) + 1, ids)
+    return raw_files.gather(self._labels, ids)
 
   def gather_label_weights(self, ids: tf.Tensor) -> tf.Tensor:
     """float32 `[k]`: 1 for rows whose label is known, else 0."""
-    if not self.labelled:
+    if self._labels is None:
       return tf.zeros(tf.shape(ids))
-    if self.fully_labelled:
+    if self._known is None:
       return tf.ones(tf.shape(ids))
-    return tf.cast(self._gather(len(self._files) - 1, ids), tf.float32)
+    return tf.cast(raw_files.gather(self._known, ids), tf.float32)
 
 
 def _options(
@@ -308,69 +314,3 @@ def _options(
 def _as_structure(inputs: Any) -> Any:
   """A list of numbers is one array; tuples and dicts are several inputs."""
   return np.asarray(inputs) if isinstance(inputs, list) else inputs
-
-
-def _is_leaf(spec) -> bool:
-  return (
-      isinstance(spec, tuple) and len(spec) == 2 and isinstance(spec[1], np.dtype)
-  )
-
-
-def _flatten_spec(spec) -> list[tuple[tuple[int, ...], np.dtype]]:
-  """Leaves of a structure of (shape, dtype), in tf.nest's order."""
-  if _is_leaf(spec):
-    return [spec]
-  if isinstance(spec, dict):
-    return [leaf for key in sorted(spec) for leaf in _flatten_spec(spec[key])]
-  return [leaf for part in spec for leaf in _flatten_spec(part)]
-
-
-def _map_spec(fn, spec):
-  if _is_leaf(spec):
-    return fn(spec)
-  if isinstance(spec, dict):
-    return type(spec)((key, _map_spec(fn, part)) for key, part in spec.items())
-  return tuple(_map_spec(fn, part) for part in spec)
-
-
-def _pack(spec, leaves: list[tf.Tensor]) -> Any:
-  return tf.nest.pack_sequence_as(_map_spec(lambda s: 0, spec), leaves)
-
-
-def _write(
-    directory: pathlib.Path, chunks: Iterable[Any], leaf_specs
-) -> tuple[list[pathlib.Path], int]:
-  """Writes each leaf to its file, named after its contents; whole or not at all."""
-  partial = [
-      tempfile.NamedTemporaryFile(dir=directory, suffix='.partial', delete=False)
-      for _ in leaf_specs
-  ]
-  try:
-    digests = [hashlib.sha256() for _ in leaf_specs]
-    size = 0
-    for chunk in chunks:
-      rows = tf.nest.flatten(chunk)
-      size += len(rows[0])
-      for file, digest, (_, dtype), values in zip(
-          partial, digests, leaf_specs, rows, strict=True
-      ):
-        if np.issubdtype(dtype, np.floating) and not np.isfinite(values).all():
-          raise ValueError(
-              'A transfer set must be finite everywhere, found NaN or infinity '
-              f'among its first {size} examples. Mend or drop them.'
-          )
-        raw = np.ascontiguousarray(values, dtype).tobytes()
-        file.write(raw)
-        digest.update(raw)
-    files = []
-    for file, digest in zip(partial, digests):
-      file.close()
-      final = directory / f'{digest.hexdigest()[:32]}.bin'
-      os.replace(file.name, final)
-      files.append(final)
-    return files, size
-  except BaseException:
-    for file in partial:
-      file.close()
-      pathlib.Path(file.name).unlink(missing_ok=True)
-    raise

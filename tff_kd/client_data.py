@@ -1,0 +1,505 @@
+"""Clients' examples by reference: in files that workers read, chosen by a number.
+
+`FileClientData` keeps all clients' examples in raw files. `ClientBatches` says how a
+client reads its own: shuffling, epochs, batches. A process that is built with one
+takes client numbers in place of datasets, so a round sends no examples, and the order
+of a client's examples follows from (seed, round number, client) alone.
+"""
+
+from collections.abc import Callable, Iterable, Mapping, Sequence
+import dataclasses
+import functools
+import hashlib
+import json
+import os
+import pathlib
+from typing import Any, NamedTuple, Optional, Union
+
+from absl import logging
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+import tqdm
+
+from tff_kd import raw_files
+
+_WHAT = "The clients' data"
+_FORMAT = 1
+_INDEX_SPEC = raw_files.RowSpec((), np.dtype(np.int64))
+# Keeps these random streams apart from others of the same seed.
+_ORDER_STREAM = 1
+
+
+class ClientRound(NamedTuple):
+  """What decides a client's batches, as an argument of a dataset computation.
+
+  Attributes:
+    client: The client's number, int32.
+    round_num: The round, int32.
+  """
+
+  client: Any
+  round_num: Any
+
+
+class FileClientData:
+  """The examples of many clients, in files.
+
+  Built by `from_arrays`, `from_clients` or `from_client_data`. The files are written
+  once: a folder that has them, whole, is used as it is; a damaged file is named in a
+  warning and written again. Their parent folder must be the same on each machine
+  that computes clients.
+
+  Attributes:
+    client_ids: The clients' names, in the order of their numbers.
+    num_examples: int64 `[clients]`, how many examples each has.
+    element_spec: The structure of a batch, for `input_spec`.
+  """
+
+  def __init__(
+      self,
+      client_ids: Sequence[str],
+      num_examples: np.ndarray,
+      examples: raw_files.RawArrays,
+      rows: raw_files.RawArrays,
+      starts: raw_files.RawArrays,
+  ):
+    """Not to be called by hand: client k has the examples rows[starts[k]:starts[k+1]].
+    """
+    self.client_ids = list(client_ids)
+    self.num_examples = num_examples
+    self.element_spec = raw_files.batch_spec(examples.spec)
+    self._examples = examples
+    self._rows = rows
+    self._starts = starts
+
+  @classmethod
+  def from_arrays(
+      cls,
+      examples: Any,
+      rows: Union[Mapping[str, np.ndarray], Sequence[np.ndarray]],
+      *,
+      directory: Optional[os.PathLike] = None,
+  ) -> 'FileClientData':
+    """From one pool of examples and each client's rows of it.
+
+    Args:
+      examples: A pair `(x, y)` or a mapping with keys 'x' and 'y' of arrays of n
+        examples; `x` may be a structure of arrays.
+      rows: Integers in [0, n), by client; a mapping gives the clients their names,
+        which otherwise are '0', '1', ... A partition of `tff_kd.data.partition` fits.
+      directory: Where the files go; a temporary folder if `None`.
+
+    Returns:
+      The `FileClientData`.
+
+    Raises:
+      ValueError: If arrays differ in length, rows are out of range, or numbers are
+        not finite.
+    """
+    examples = tf.nest.map_structure(np.asarray, _as_element(examples))
+    sizes = {len(a) if a.ndim else 0 for a in tf.nest.flatten(examples)}
+    if len(sizes) != 1:
+      raise ValueError(
+          "Every array of the clients' data must have one row an example, found "
+          f'arrays of {sorted(sizes)} rows.'
+      )
+    size = max(sizes)
+    if not isinstance(rows, Mapping):
+      rows = {str(client): its for client, its in enumerate(rows)}
+    rows = {name: np.asarray(its, np.int64).ravel() for name, its in rows.items()}
+    for name, its in rows.items():
+      if len(its) and (its.min() < 0 or its.max() >= size):
+        raise ValueError(
+            f'The rows of client {name!r} must be from 0 to {size - 1}, found '
+            f'{its.min()} to {its.max()}.'
+        )
+    key = raw_files.content_digest((examples, list(rows.values())))
+    return _prepare(
+        directory,
+        f'{key} {list(rows)}',
+        tf.nest.map_structure(raw_files.row_spec_of, examples),
+        lambda: (raw_files.chunks_of(examples), rows),
+        total=size,
+    )
+
+  @classmethod
+  def from_clients(
+      cls,
+      clients: Union[Mapping[str, Any], Sequence[Any]],
+      *,
+      directory: Optional[os.PathLike] = None,
+  ) -> 'FileClientData':
+    """From each client's own arrays.
+
+    Args:
+      clients: By client, its `(x, y)` or `{'x': ..., 'y': ...}`; all of one
+        structure, shape and dtype.
+      directory: Where the files go; a temporary folder if `None`.
+
+    Returns:
+      The `FileClientData`.
+
+    Raises:
+      ValueError: If there are none, or they differ from each other.
+    """
+    if not isinstance(clients, Mapping):
+      clients = {str(client): its for client, its in enumerate(clients)}
+    if not clients:
+      raise ValueError('There must be at least one client, found none.')
+    arrays = [
+        tf.nest.map_structure(np.asarray, _as_element(its))
+        for its in clients.values()
+    ]
+    specs = [tf.nest.map_structure(raw_files.row_spec_of, a) for a in arrays]
+    for name, spec in zip(clients, specs):
+      if spec != specs[0]:
+        raise ValueError(
+            f'Every client must have examples of one kind; {name!r} has {spec}, the '
+            f'first one {specs[0]}.'
+        )
+    pool = tf.nest.map_structure(lambda *parts: np.concatenate(parts), *arrays)
+    ends = np.cumsum([len(tf.nest.flatten(a)[0]) for a in arrays])
+    rows = np.split(np.arange(ends[-1]), ends[:-1])
+    return cls.from_arrays(pool, dict(zip(clients, rows)), directory=directory)
+
+  @classmethod
+  def from_client_data(
+      cls,
+      client_data: tff.simulation.datasets.ClientData,
+      *,
+      directory: Optional[os.PathLike] = None,
+      key: Optional[str] = None,
+      preprocess_fn: Optional[
+          Callable[[tf.data.Dataset], tf.data.Dataset]
+      ] = None,
+  ) -> 'FileClientData':
+    """From any TFF client data, read once, client by client.
+
+    Args:
+      client_data: A `tff.simulation.datasets.ClientData`.
+      directory: Where the files go; a temporary folder if `None`.
+      key: Names what is read: with a `directory` that holds files of this key, the
+        source is not read again. Needed with a `directory`.
+      preprocess_fn: Maps a client's unbatched dataset to one of pairs `(x, y)` or
+        of mappings with keys 'x' and 'y', of fully defined shapes.
+
+    Returns:
+      The `FileClientData`.
+
+    Raises:
+      ValueError: If `key` is missing, or the elements do not fit.
+    """
+    if directory is not None and not key:
+      raise ValueError(
+          '`key` must name what is read, so that files of another source are not '
+          f'taken for it, found {key!r}. For example: key="emnist, digits only".'
+      )
+    preprocess = preprocess_fn or (lambda dataset: dataset)
+
+    def dataset_of(name):
+      return preprocess(client_data.create_tf_dataset_for_client(name))
+
+    names = client_data.client_ids
+    if not names:
+      raise ValueError('There must be at least one client, found none.')
+    element = _as_element(dataset_of(names[0]).element_spec)
+    for leaf in tf.nest.flatten(element):
+      if not isinstance(leaf, tf.TensorSpec) or not leaf.shape.is_fully_defined():
+        raise ValueError(
+            "The elements of a client's dataset must have fully defined shapes, "
+            f'found {leaf}. Pass them unbatched, and padded if their lengths differ.'
+        )
+
+    def read():
+      rows, seen = {}, 0
+
+      def chunks():
+        nonlocal seen
+        for name in names:
+          start = seen
+          batches = dataset_of(name).batch(raw_files.ROWS_PER_CHUNK)
+          for batch in batches.as_numpy_iterator():
+            seen += len(tf.nest.flatten(batch)[0])
+            yield _as_element(batch)
+          rows[name] = np.arange(start, seen)
+
+      return chunks(), rows
+
+    return _prepare(
+        directory,
+        str(key),
+        tf.nest.map_structure(
+            lambda s: raw_files.RowSpec(
+                tuple(s.shape), np.dtype(s.dtype.as_numpy_dtype)
+            ),
+            element,
+        ),
+        read,
+    )
+
+  def numbers(self, client_ids: Iterable[str]) -> list[int]:
+    """The numbers of named clients, for `process.next`.
+
+    Raises:
+      KeyError: If there is no client of that name.
+    """
+    numbers = self._numbers
+    found = []
+    for name in client_ids:
+      if name not in numbers:
+        raise KeyError(
+            f'There is no client {name!r} among the {len(numbers)}; the first is '
+            f'{self.client_ids[0]!r}.'
+        )
+      found.append(numbers[name])
+    return found
+
+  @functools.cached_property
+  def _numbers(self) -> dict[str, int]:
+    return {name: number for number, name in enumerate(self.client_ids)}
+
+  def span(self, client: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """Where a client's rows begin in `rows`, and how many they are; int64 scalars."""
+    num_clients = len(self.client_ids)
+    tf.debugging.assert_equal(
+        (client >= 0) & (client < num_clients), True,
+        message=f'Clients are numbered from 0 to {num_clients - 1}.',
+    )
+    starts = raw_files.gather(self._starts.map(), tf.stack([client, client + 1]))
+    return starts[0], starts[1] - starts[0]
+
+  def rows(self, positions: tf.Tensor) -> tf.Tensor:
+    """The rows of examples at some positions in the list of all clients' rows."""
+    return raw_files.gather(self._rows.map(), positions)
+
+  def open(self) -> Any:
+    """The structure of all examples, mapped; for `raw_files.gather`."""
+    return self._examples.map()
+
+
+def _as_element(element: Any) -> Any:
+  """A pair or the mapping {'x', 'y'}, as `input_spec` knows them."""
+  if isinstance(element, Mapping) and set(element) == {'x', 'y'}:
+    return {'x': element['x'], 'y': element['y']}
+  if isinstance(element, (tuple, list)) and len(element) == 2:
+    return tuple(element)
+  raise ValueError(
+      'Examples must be a pair (x, y) or a mapping with exactly the keys x and y, '
+      f'found {type(element).__name__}.'
+  )
+
+
+def _prepare(
+    directory: Optional[os.PathLike],
+    key: str,
+    spec: Any,
+    read: Callable[[], tuple[Iterable[Any], dict[str, np.ndarray]]],
+    total: Optional[int] = None,
+) -> FileClientData:
+  """Finds the files of a key in a folder, or writes them.
+
+  Args:
+    directory: The folder; a temporary one if `None`.
+    key: Names the data.
+    spec: The structure of `RowSpec`s of the examples.
+    read: Returns the chunks of examples, and each client's rows, which may be filled
+      while the chunks are read.
+    total: How many examples, if known; for the progress bar.
+  """
+  raw_files.check_dtypes(spec, _WHAT)
+  folder = raw_files.open_directory(directory, 'tff_kd_clients_')
+  tag = hashlib.sha256(key.encode()).hexdigest()[:16]
+  path = folder / f'clients-{tag}.json'
+  found = _find(path, key, spec)
+  if found is not None:
+    return found
+
+  bar = tqdm.tqdm(
+      total=total, desc=f'preparing {path.name}', unit='example', delay=1.0
+  )
+
+  def counted(chunks):
+    for chunk in chunks:
+      yield chunk
+      bar.update(len(tf.nest.flatten(chunk)[0]))
+
+  with bar:
+    chunks, rows = read()
+    examples = raw_files.RawArrays.write(folder, counted(chunks), spec, _WHAT)
+  if not rows:
+    raise ValueError('There must be at least one client, found none.')
+  num_examples = np.array([len(its) for its in rows.values()], np.int64)
+  columns = {
+      'rows': np.concatenate(list(rows.values())),
+      'starts': np.concatenate([[0], np.cumsum(num_examples)]),
+  }
+  arrays = {'examples': examples} | {
+      name: raw_files.RawArrays.write(folder, [column], _INDEX_SPEC, _WHAT)
+      for name, column in columns.items()
+  }
+  saved = {
+      'format': _FORMAT,
+      'key': key,
+      'client_ids': list(rows),
+      'num_examples': num_examples.tolist(),
+      'arrays': {name: its.to_json() for name, its in arrays.items()},
+  }
+  partial = path.with_suffix(f'.{os.getpid()}.partial')
+  partial.write_text(json.dumps(saved))
+  os.replace(partial, path)
+  return FileClientData(list(rows), num_examples, **arrays)
+
+
+def _find(path: pathlib.Path, key: str, spec: Any) -> Optional[FileClientData]:
+  """What `_prepare` wrote before; `None`, with a warning, if it is not whole."""
+  if not path.is_file():
+    return None
+  specs = {'examples': spec, 'rows': _INDEX_SPEC, 'starts': _INDEX_SPEC}
+  try:
+    saved = json.loads(path.read_text())
+    if saved['format'] != _FORMAT or saved['key'] != key:
+      return None
+    arrays = {
+        name: raw_files.RawArrays.from_json(saved['arrays'][name], its, path.parent)
+        for name, its in specs.items()
+    }
+    if None in arrays.values():
+      return None
+    damaged = [file for its in arrays.values() for file in its.damaged()]
+    client_ids = list(saved['client_ids'])
+    num_examples = np.array(saved['num_examples'], np.int64)
+  except (ValueError, KeyError, TypeError):
+    damaged = [path]
+  if damaged:
+    logging.warning(
+        "Files of the clients' data are damaged or missing and are written again: "
+        '%s', ', '.join(map(str, damaged)),
+    )
+    return None
+  return FileClientData(client_ids, num_examples, **arrays)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClientBatches:
+  """How a client reads its examples in a round.
+
+  The passes over the examples, each in an order of its own, are laid end to end,
+  cut to `max_elements`, and cut into batches: like `shuffle`, `repeat`, `take` and
+  `batch` of a `tf.data.Dataset`, and as TFF's baselines preprocess.
+
+  Attributes:
+    data: The `FileClientData`.
+    batch_size: Examples a step; the last batch of all may be smaller.
+    num_epochs: Passes over the client's examples.
+    shuffle: Whether each pass has a random order, drawn from (seed, round, client).
+    max_elements: At most so many examples over all passes.
+    max_batches: At most so many batches.
+    drop_remainder: Whether to leave out a last batch that is smaller.
+    seed: Decides the orders.
+  """
+
+  data: FileClientData
+  batch_size: int
+  num_epochs: int = 1
+  shuffle: bool = True
+  max_elements: Optional[int] = None
+  max_batches: Optional[int] = None
+  drop_remainder: bool = False
+  seed: int = 0
+
+  def __post_init__(self):
+    if not isinstance(self.data, FileClientData):
+      raise TypeError(
+          f'`data` must be a `tff_kd.FileClientData`, found {self.data!r}.'
+      )
+    for name in ('batch_size', 'num_epochs', 'max_elements', 'max_batches'):
+      value = getattr(self, name)
+      optional = name.startswith('max_')
+      if not (optional and value is None) and (
+          not isinstance(value, int) or value < 1
+      ):
+        raise ValueError(f'`{name}` must be a positive integer, found {value!r}.')
+
+  @property
+  def element_spec(self) -> Any:
+    """The structure of a batch, for `input_spec`."""
+    return self.data.element_spec
+
+  @property
+  def num_batches(self) -> np.ndarray:
+    """int64 `[clients]`, how many steps each client does in a round."""
+    total = self.data.num_examples * self.num_epochs
+    total = np.minimum(total, self._limit)
+    if self.drop_remainder:
+      return total // self.batch_size
+    return -(-total // self.batch_size)
+
+  @property
+  def _limit(self) -> int:
+    limits = [np.iinfo(np.int32).max]
+    if self.max_elements is not None:
+      limits.append(self.max_elements)
+    if self.max_batches is not None:
+      limits.append(self.max_batches * self.batch_size)
+    return min(limits)
+
+  def rows(self, client: tf.Tensor, round_num: tf.Tensor) -> tf.Tensor:
+    """The client's examples in the order of use, as rows of `data.open()`.
+
+    Args:
+      client: Its number, an int32 scalar.
+      round_num: The round, an int32 scalar.
+
+    Returns:
+      int64 `[n]`; the batches are its parts of `batch_size`.
+    """
+    start, count = self.data.span(client)
+    shape = tf.stack([self.num_epochs, tf.cast(count, tf.int32)])
+    if self.shuffle:
+      seed = tf.stack([self.seed, _ORDER_STREAM])
+      for number in (round_num, client):
+        seed = tf.random.experimental.stateless_fold_in(seed, number)
+      keys = tf.random.stateless_uniform(
+          shape, seed, minval=None, maxval=None, dtype=tf.int32
+      )
+      order = tf.cast(tf.argsort(keys, axis=-1), tf.int64)
+    else:
+      order = tf.broadcast_to(tf.range(count), shape)
+    order = tf.reshape(order, [-1])[: self._limit] + start
+    if self.drop_remainder:
+      whole = tf.size(order) // self.batch_size * self.batch_size
+      order = order[:whole]
+    return self.data.rows(order)
+
+  def dataset(self, client: Any, round_num: Any = 0) -> tf.data.Dataset:
+    """The same batches as a `tf.data.Dataset`, which holds file names only.
+
+    For what takes datasets: TFF's own processes, evaluation, a look at the data.
+
+    Args:
+      client: The client's number.
+      round_num: The round.
+    """
+    rows = self.rows(
+        tf.convert_to_tensor(client, tf.int32),
+        tf.convert_to_tensor(round_num, tf.int32),
+    )
+    return (
+        tf.data.Dataset.from_tensor_slices(rows)
+        .batch(self.batch_size)
+        .map(lambda ids: raw_files.gather(self.data.open(), ids))
+    )
+
+  @functools.cached_property
+  def dataset_computation(self) -> tff.Computation:
+    """A `tff.Computation` (`ClientRound` -> batches*).
+
+    For `tff.simulation.compose_dataset_computation_with_learning_process`.
+    """
+
+    @tff.tensorflow.computation(ClientRound(np.int32, np.int32))
+    def dataset_computation(client_round):
+      return self.dataset(client_round.client, client_round.round_num)
+
+    return dataset_computation

@@ -1,0 +1,255 @@
+"""Examples in raw files that workers map into their memory.
+
+A graph that reads rows holds only file names; a gather touches only the rows that it
+needs, and processes on one machine share the pages. One file an array, named after
+its contents, so that what is there is never written again and a damaged file shows.
+"""
+
+import atexit
+from collections.abc import Iterable
+import hashlib
+import os
+import pathlib
+import shutil
+import tempfile
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import tensorflow as tf
+
+ROWS_PER_CHUNK = 4096
+
+
+class RowSpec(NamedTuple):
+  """One array without its first axis: the shape of a row and the dtype."""
+
+  shape: tuple[int, ...]
+  dtype: np.dtype
+
+
+def row_spec_of(array: np.ndarray) -> RowSpec:
+  return RowSpec(array.shape[1:], array.dtype)
+
+
+def map_spec(fn, spec: Any) -> Any:
+  """`tf.nest.map_structure` over a structure of `RowSpec`s."""
+  if isinstance(spec, RowSpec):
+    return fn(spec)
+  if isinstance(spec, dict):
+    return type(spec)((key, map_spec(fn, part)) for key, part in spec.items())
+  return tuple(map_spec(fn, part) for part in spec)
+
+
+def flatten_spec(spec: Any) -> list[RowSpec]:
+  """The `RowSpec`s of a structure, in tf.nest's order."""
+  if isinstance(spec, RowSpec):
+    return [spec]
+  if isinstance(spec, dict):
+    return [leaf for key in sorted(spec) for leaf in flatten_spec(spec[key])]
+  return [leaf for part in spec for leaf in flatten_spec(part)]
+
+
+def batch_spec(spec: Any) -> Any:
+  """The `tf.TensorSpec`s of a batch."""
+  return map_spec(lambda s: tf.TensorSpec([None, *s.shape], s.dtype), spec)
+
+
+def check_dtypes(spec: Any, what: str) -> None:
+  """Refuses what cannot be mapped.
+
+  Raises:
+    ValueError: If an array holds neither numbers nor booleans.
+  """
+  for leaf in flatten_spec(spec):
+    if leaf.dtype.kind not in 'fiub':
+      raise ValueError(
+          f'{what} holds numbers and booleans, found the dtype {leaf.dtype}. Encode '
+          "the inputs first (for text, with the model's own vocabulary)."
+      )
+
+
+def check_finite(values: np.ndarray, seen: int, what: str) -> None:
+  """Refuses numbers that would spoil every model that meets them.
+
+  Raises:
+    ValueError: If there is one.
+  """
+  if values.dtype.kind == 'f' and not np.isfinite(values).all():
+    raise ValueError(
+        f'{what} must be finite everywhere, found NaN or infinity among its first '
+        f'{seen} examples. Mend or drop them.'
+    )
+
+
+def open_directory(directory: Optional[os.PathLike], prefix: str) -> pathlib.Path:
+  """The folder for the files, absolute; a temporary one if `None`.
+
+  A temporary folder stays until the program ends, because computations name its
+  files and may outlive the object that wrote them.
+  """
+  if directory is None:
+    directory = tempfile.mkdtemp(prefix=prefix)
+    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+  path = pathlib.Path(directory).expanduser().absolute()
+  path.mkdir(parents=True, exist_ok=True)
+  return path
+
+
+def _digest(path: pathlib.Path) -> str:
+  with open(path, 'rb') as file:
+    return hashlib.file_digest(file, 'sha256').hexdigest()[:32]
+
+
+class RawArrays:
+  """Parallel arrays of `size` rows, a structure of them, each in a file.
+
+  Attributes:
+    spec: The structure of `RowSpec`s.
+    size: How many rows.
+    files: The files' paths, in tf.nest's order.
+  """
+
+  def __init__(self, spec: Any, size: int, files: list[pathlib.Path]):
+    self.spec = spec
+    self.size = size
+    self.files = files
+    self._leaves = flatten_spec(spec)
+
+  @classmethod
+  def write(
+      cls,
+      directory: pathlib.Path,
+      chunks: Iterable[Any],
+      spec: Any,
+      what: str,
+  ) -> 'RawArrays':
+    """Writes the files: all of them, or none.
+
+    Args:
+      directory: Where.
+      chunks: Structures of arrays with any number of rows each.
+      spec: The structure of `RowSpec`s.
+      what: What error messages call the whole ('A transfer set').
+
+    Returns:
+      The `RawArrays`.
+
+    Raises:
+      ValueError: If a number is not finite.
+    """
+    leaves = flatten_spec(spec)
+    partial = [
+        tempfile.NamedTemporaryFile(dir=directory, suffix='.partial', delete=False)
+        for _ in leaves
+    ]
+    try:
+      digests = [hashlib.sha256() for _ in leaves]
+      size = 0
+      for chunk in chunks:
+        rows = tf.nest.flatten(chunk)
+        size += len(rows[0])
+        for file, digest, leaf, values in zip(
+            partial, digests, leaves, rows, strict=True
+        ):
+          check_finite(np.asarray(values), size, what)
+          raw = np.ascontiguousarray(values, leaf.dtype).tobytes()
+          file.write(raw)
+          digest.update(raw)
+      files = []
+      for file, digest in zip(partial, digests):
+        file.close()
+        files.append(directory / f'{digest.hexdigest()[:32]}.bin')
+        os.replace(file.name, files[-1])
+      return cls(spec, size, files)
+    except BaseException:
+      for file in partial:
+        file.close()
+        pathlib.Path(file.name).unlink(missing_ok=True)
+      raise
+
+  def damaged(self) -> list[pathlib.Path]:
+    """The files that are missing or do not hold what was written."""
+    return [
+        path for path, leaf in zip(self.files, self._leaves)
+        if not path.is_file()
+        or path.stat().st_size
+        != self.size * leaf.dtype.itemsize * int(np.prod(leaf.shape))
+        or _digest(path) != path.stem
+    ]
+
+  def map(self) -> Any:
+    """The arrays as tensors over the mapped files, in their structure.
+
+    Every run of the op opens and maps the file anew, so call this outside loops and
+    gather rows inside; a gather reads only those.
+    """
+
+    def map_leaf(leaf: RowSpec, path: pathlib.Path) -> tf.Tensor:
+      if not self.size:  # An empty file cannot be mapped.
+        return tf.zeros([0, *leaf.shape], leaf.dtype)
+      return tf.raw_ops.ImmutableConst(
+          dtype=tf.as_dtype(leaf.dtype),
+          shape=[self.size, *leaf.shape],
+          memory_region_name=str(path),
+      )
+
+    return tf.nest.pack_sequence_as(
+        map_spec(lambda _: 0, self.spec),
+        [map_leaf(*its) for its in zip(self._leaves, self.files)],
+    )
+
+  def to_json(self) -> dict[str, Any]:
+    """What `from_json` needs, but for the structure."""
+    return {
+        'size': self.size,
+        'files': [path.name for path in self.files],
+        'rows': [[list(s.shape), s.dtype.str] for s in self._leaves],
+    }
+
+  @classmethod
+  def from_json(
+      cls, saved: dict[str, Any], spec: Any, directory: pathlib.Path
+  ) -> Optional['RawArrays']:
+    """The arrays that `to_json` told of; `None` if they are not of this spec."""
+    leaves = [[list(s.shape), s.dtype.str] for s in flatten_spec(spec)]
+    if saved['rows'] != leaves:
+      return None
+    return cls(spec, saved['size'], [directory / name for name in saved['files']])
+
+
+def gather(mapped: Any, ids: tf.Tensor) -> Any:
+  """Rows of a structure of (mapped) tensors.
+
+  Args:
+    mapped: The structure.
+    ids: An integer tensor `[k]`; a static k stays static.
+
+  Returns:
+    The rows, `[k, ...]` each.
+  """
+
+  def gather_leaf(tensor: tf.Tensor) -> tf.Tensor:
+    rows = tf.gather(tensor, ids)
+    rows.set_shape([ids.shape[0], *tensor.shape[1:]])
+    return rows
+
+  return tf.nest.map_structure(gather_leaf, mapped)
+
+
+def chunks_of(arrays: Any) -> Iterable[Any]:
+  """A structure of arrays, a part at a time."""
+  size = len(tf.nest.flatten(arrays)[0])
+  for start in range(0, size, ROWS_PER_CHUNK):
+    yield tf.nest.map_structure(
+        lambda a: a[start : start + ROWS_PER_CHUNK], arrays
+    )
+
+
+def content_digest(arrays: Any) -> str:
+  """Names the contents of a structure of arrays."""
+  digest = hashlib.sha256()
+  for array in tf.nest.flatten(arrays):
+    digest.update(f'{array.dtype.str}{array.shape}'.encode())
+    for chunk in chunks_of(array):
+      digest.update(np.ascontiguousarray(chunk).data)
+  return digest.hexdigest()[:32]
