@@ -1,18 +1,23 @@
 """Federated knowledge distillation for Keras models, on TensorFlow Federated."""
 
-from tff_kd import algorithms
-from tff_kd import communication
-from tff_kd import data
-from tff_kd import evaluation
-from tff_kd import keras_models
-from tff_kd import losses
-from tff_kd import models
-from tff_kd import simulation
-from tff_kd.client_data import ClientBatches
-from tff_kd.client_data import FileClientData
-from tff_kd.client_work import LocalDistillation
-from tff_kd.process import DistillationProcess
-from tff_kd.process import DistillationState
-from tff_kd.server_distillation import cosine_schedule
-from tff_kd.server_distillation import Distillation
-from tff_kd.transfer import TransferSet
+from tff_kd import _lazy
+
+_MODULES = (
+    'algorithms', 'client_data', 'communication', 'data', 'evaluation',
+    'keras_models', 'losses', 'models', 'simulation',
+)
+
+__getattr__, __dir__ = _lazy.attach(
+    __name__,
+    {
+        **{name: name for name in _MODULES},
+        'ClientBatches': 'client_data',
+        'FileClientData': 'client_data',
+        'LocalDistillation': 'client_work',
+        'DistillationProcess': 'process',
+        'DistillationState': 'process',
+        'cosine_schedule': 'server_distillation',
+        'Distillation': 'server_distillation',
+        'TransferSet': 'transfer',
+    },
+)

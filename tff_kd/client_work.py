@@ -150,7 +150,7 @@ def build_client_work(
     optimizer: optimizers.Optimizer,
     model_weighting: tff.learning.ClientWeighting,
     knowledge_weighting: tff.learning.ClientWeighting,
-    multiplied: ClientUpdate = ClientUpdate(model=False, knowledge=False),
+    multiplied: ClientUpdate,
     client_data: Optional[client_data_lib.ClientBatches] = None,
     transfer_set: Optional[transfer.TransferSet] = None,
     teacher: Optional[models.ModelSpec] = None,

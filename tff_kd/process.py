@@ -21,7 +21,6 @@ import tensorflow_federated as tff
 from tff_kd import aggregation
 from tff_kd import client_data as client_data_lib
 from tff_kd import client_work as client_work_lib
-from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import server_distillation as server_distillation_lib
@@ -228,7 +227,6 @@ def build_distillation_process(
     )
   broadcasts_teacher = len(tff.structure.flatten(broadcast_type.teacher)) > 0
   broadcasts_round = isinstance(broadcast_type.round_num, tff.TensorType)
-  empty = tff.to_type(())
 
   @tff.tensorflow.computation
   def initial_student():

@@ -3,36 +3,43 @@
 import inspect
 from typing import Any, Callable, NamedTuple
 
-from tff_kd.algorithms.fed_avg import build_fed_avg
-from tff_kd.algorithms.fed_df import build_fed_df
-from tff_kd.algorithms.fed_distillation import build_fed_distillation
+from tff_kd import _lazy
 
 
 class Algorithm(NamedTuple):
   """A row of the registry.
 
   Attributes:
-    build: Its `build_*` function.
+    name: That of its module here, and of its `build_*` function.
     summary: One line for a list of algorithms.
   """
 
-  build: Callable[..., Any]
+  name: str
   summary: str
+
+  @property
+  def build(self) -> Callable[..., Any]:
+    """Its `build_*` function."""
+    return __getattr__(f'build_{self.name}')
 
   def takes(self, parameter: str) -> bool:
     """Whether the builder names this parameter, beyond those all have."""
     return parameter in inspect.signature(self.build).parameters
 
 
+# A new algorithm is one file and one line.
 REGISTRY = {
-    'fed_avg': Algorithm(
-        build_fed_avg, 'weighted averaging of the student (FedAvg, FedOpt)'
-    ),
-    'fed_df': Algorithm(
-        build_fed_df, 'the student learns from the clients\' ensemble (FedDF)'
-    ),
-    'fed_distillation': Algorithm(
-        build_fed_distillation,
-        'the fusion: ensemble to teacher, teacher back to student',
-    ),
+    algorithm.name: algorithm
+    for algorithm in (
+        Algorithm('fed_avg', 'weighted averaging of the student (FedAvg, FedOpt)'),
+        Algorithm('fed_df', "the student learns from the clients' ensemble (FedDF)"),
+        Algorithm(
+            'fed_distillation',
+            'the fusion: ensemble to teacher, teacher back to student',
+        ),
+    )
 }
+
+__getattr__, __dir__ = _lazy.attach(
+    __name__, {f'build_{name}': name for name in REGISTRY} | {n: n for n in REGISTRY}
+)

@@ -1,14 +1,22 @@
 """Tasks (one file each) and how their examples are split over clients."""
 
-from tff_kd.data import idx
-from tff_kd.data import mnist5k
+import functools
+import importlib
+from typing import Any
+
+from tff_kd import _lazy
 from tff_kd.data import partition
-from tff_kd.data.tasks import client_dataset
-from tff_kd.data.tasks import Examples
-from tff_kd.data.tasks import Task
+
+
+def _load(name: str, **kwargs) -> Any:
+  return importlib.import_module(f'{__name__}.{name}').load(**kwargs)
+
 
 # Flag value -> the function that loads it. A new task is one file and one line.
-TASKS = {
-    'idx': idx.load,
-    'mnist5k': mnist5k.load,
-}
+TASKS = {name: functools.partial(_load, name) for name in ('idx', 'mnist5k')}
+
+__getattr__, __dir__ = _lazy.attach(
+    __name__,
+    {name: name for name in TASKS}
+    | {name: 'tasks' for name in ('client_dataset', 'Examples', 'Task')},
+)

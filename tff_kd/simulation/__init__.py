@@ -1,10 +1,16 @@
 """Running processes: TFF's runtime and the training loop."""
 
-from tff_kd.simulation.runtime import build_async_context
-from tff_kd.simulation.runtime import local_runtime
-from tff_kd.simulation.training import check_monitor
-from tff_kd.simulation.training import flatten_metrics
-from tff_kd.simulation.training import process_metric_names
-from tff_kd.simulation.training import train
-from tff_kd.simulation.training import TrainingResult
-from tff_kd.simulation.training import ROUND_SECONDS
+from tff_kd import _lazy
+
+__getattr__, __dir__ = _lazy.attach(
+    __name__,
+    {name: name for name in ('runtime', 'training')}
+    | {name: 'runtime' for name in ('build_async_context', 'local_runtime')}
+    | {
+        name: 'training'
+        for name in (
+            'check_monitor', 'flatten_metrics', 'process_metric_names',
+            'ROUND_SECONDS', 'train', 'TrainingResult',
+        )
+    },
+)

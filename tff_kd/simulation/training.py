@@ -3,6 +3,7 @@
 import asyncio
 import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import contextlib
 import math
 import time
 from typing import Any, NamedTuple, Optional
@@ -110,12 +111,16 @@ def train(
         '`patience` must be at least 1 and needs a metric to `monitor`, found '
         f'patience={patience}, monitor={monitor!r}.'
     )
-  with asyncio.Runner() as runner:
+  # Not `asyncio.Runner`: it leaves the thread without the loop that TFF's own
+  # training loop looks for.
+  with contextlib.closing(asyncio.new_event_loop()) as loop:
     state = process.initialize() if initial_state is None else initial_state
     progress = _Progress(state, state, np.int32(0), np.float64(-math.inf))
     round_num = 0
     if program_state_manager is not None:
-      saved, version = runner.run(program_state_manager.load_latest(progress))
+      saved, version = loop.run_until_complete(
+          program_state_manager.load_latest(progress)
+      )
       if saved is not None:
         progress, round_num = saved, version
     saved_round = round_num
@@ -143,16 +148,16 @@ def train(
       history.append(metrics)
       released = collections.OrderedDict(metrics)
       for manager in release_managers:
-        runner.run(manager.release(released, round_num))
+        loop.run_until_complete(manager.release(released, round_num))
       if program_state_manager is not None and (
           round_num % rounds_per_saving == 0
       ):
-        runner.run(program_state_manager.save(progress, round_num))
+        loop.run_until_complete(program_state_manager.save(progress, round_num))
         saved_round = round_num
       if on_round is not None:
         on_round(round_num, metrics)
     if program_state_manager is not None and saved_round != round_num:
-      runner.run(program_state_manager.save(progress, round_num))
+      loop.run_until_complete(program_state_manager.save(progress, round_num))
   return TrainingResult(
       state=progress.state,
       round_num=round_num,

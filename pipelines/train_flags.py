@@ -1,0 +1,193 @@
+"""The flags of `pipelines.train`; imports no TensorFlow, so that `--help` is quick."""
+
+from absl import flags
+
+from tff_kd import algorithms
+from tff_kd import data
+
+# The keys of `keras_models.STUDENTS` and `TEACHERS`, and of the job's tables.
+MODELS = ['cnn', 'document', 'resnet']
+OPTIMIZERS = ['adam', 'sgd']
+SCHEDULES = ['constant', 'cosine']
+
+# What to run.
+ALGORITHM = flags.DEFINE_enum(
+    'algorithm', 'fed_distillation', sorted(algorithms.REGISTRY),
+    'The algorithm. '
+    + '; '.join(f'{n}: {a.summary}' for n, a in algorithms.REGISTRY.items()),
+)
+ROUNDS = flags.DEFINE_integer('rounds', 30, 'Rounds at most.', lower_bound=1)
+PATIENCE = flags.DEFINE_integer(
+    'patience', 15, 'Stop after so many rounds without a better --monitor; '
+    '0 for never.', lower_bound=0,
+)
+MONITOR = flags.DEFINE_string(
+    'monitor', 'validation/student_accuracy',
+    'The metric whose highest value makes the best round, a column of metrics.csv.'
+)
+SEED = flags.DEFINE_integer(
+    'seed', 0, 'Decides the split, the initial weights, who takes part and every '
+    'order of examples.', lower_bound=0,
+)
+FEDAVG = flags.DEFINE_bool(
+    'compare_with_fed_avg', True,
+    'Also train plain FedAvg of the same student, to the same bytes.'
+)
+
+# Data and clients.
+TASK = flags.DEFINE_enum('task', 'mnist5k', sorted(data.TASKS), 'The data.')
+DATA_DIR = flags.DEFINE_string(
+    'data_dir', None, 'The folder with IDX files, for --task=idx.'
+)
+TRANSFER_SIZE = flags.DEFINE_integer(
+    'transfer_size', 1000, 'Examples that the server holds.', lower_bound=1
+)
+VALIDATION_SIZE = flags.DEFINE_integer(
+    'validation_size', 500, 'Labelled examples for choosing the best round.',
+    lower_bound=1,
+)
+NUM_CLIENTS = flags.DEFINE_integer('num_clients', 20, 'Clients.', lower_bound=1)
+CLIENTS_PER_ROUND = flags.DEFINE_integer(
+    'clients_per_round', 8, 'Of these, how many take part.', lower_bound=1
+)
+PARTITION = flags.DEFINE_enum(
+    'partition', 'dirichlet', sorted(data.partition.PARTITIONS),
+    'How the examples are split over clients.',
+)
+ALPHA = flags.DEFINE_float(
+    'alpha', 0.1, 'Concentration, for dirichlet and quantity_skew.'
+)
+SHARDS = flags.DEFINE_integer(
+    'shards_per_client', 2, 'For --partition=shards.', lower_bound=1
+)
+
+# Models and local training.
+STUDENT = flags.DEFINE_enum(
+    'student', 'document', MODELS, 'The student model.'
+)
+TEACHER = flags.DEFINE_enum(
+    'teacher', 'cnn', MODELS, 'The teacher model.'
+)
+PRETRAIN_EPOCHS = flags.DEFINE_integer(
+    'pretrain_epochs', 0, 'Epochs of central training, of student and teacher, on '
+    'the labelled transfer examples, before round 1.', lower_bound=0,
+)
+CLIENT_OPTIMIZER = flags.DEFINE_enum(
+    'client_optimizer', 'sgd', OPTIMIZERS, "The clients' optimizer."
+)
+CLIENT_RATE = flags.DEFINE_float(
+    'client_learning_rate', 0.1, 'Its rate.', lower_bound=0.0
+)
+CLIENT_EPOCHS = flags.DEFINE_integer(
+    'client_epochs', 5, 'Local epochs a round.', lower_bound=1
+)
+BATCH_SIZE = flags.DEFINE_integer(
+    'batch_size', 20, 'Examples a local step.', lower_bound=1
+)
+SERVER_OPTIMIZER = flags.DEFINE_enum(
+    'server_optimizer', 'sgd', OPTIMIZERS,
+    'Applies the mean delta to the student.',
+)
+SERVER_RATE = flags.DEFINE_float(
+    'server_learning_rate', 1.0, 'Its rate.', lower_bound=0.0
+)
+WEIGHTING = flags.DEFINE_enum(
+    'client_weighting', 'num_examples', ['num_examples', 'uniform'],
+    'A client\'s weight in both means.',
+)
+LOCAL_TARGET = flags.DEFINE_enum(
+    'local_target', 'none', ['none', 'student', 'teacher'],
+    'What clients distil from while they train.',
+)
+LOCAL_WEIGHT = flags.DEFINE_float(
+    'local_weight', 0.2, 'The share of that in their loss.'
+)
+
+# The server's distillation. Unset: the algorithm's own default.
+TRANSFER_LABELS = flags.DEFINE_integer(
+    'transfer_labels', 200, 'How many of the transfer examples have labels: the '
+    "server's limited labelled set. 0 for none.", lower_bound=0,
+)
+TRANSFER_PER_ROUND = flags.DEFINE_integer(
+    'transfer_per_round', None, 'Transfer examples a round; all if unset.',
+    lower_bound=1,
+)
+TRANSFER_VALIDATION = flags.DEFINE_integer(
+    'transfer_validation', 0, 'Transfer examples set aside to judge the '
+    "server's distillation and roll it back.", lower_bound=0,
+)
+TARGET = flags.DEFINE_string(
+    'target', None, 'ensemble, student, or a number between 0 (student) and 1 '
+    '(ensemble).'
+)
+TEMPERATURE = flags.DEFINE_float('temperature', None, 'T, in all distillation.')
+DISTILLATION_WEIGHT = flags.DEFINE_float(
+    'distillation_weight', None, 'The share of the distillation in the loss, where '
+    'there are --transfer_labels; the rest is their cross-entropy.'
+)
+SERVER_STEPS = flags.DEFINE_integer(
+    'server_steps', None, 'Steps a round.', lower_bound=1
+)
+SERVER_BATCH = flags.DEFINE_integer(
+    'server_batch_size', None, 'Examples a step.', lower_bound=1
+)
+SCHEDULE = flags.DEFINE_enum(
+    'server_schedule', None, SCHEDULES,
+    "The learning rate's course within a round.",
+)
+VALIDATE_EVERY = flags.DEFINE_integer(
+    'validate_every', None, 'Steps between looks at --transfer_validation.',
+    lower_bound=1,
+)
+SERVER_PATIENCE = flags.DEFINE_integer(
+    'server_patience', None, 'Looks without improvement before stopping.',
+    lower_bound=1,
+)
+TEACHER_RATE = flags.DEFINE_float(
+    'teacher_learning_rate', None, "The teacher's Adam.", lower_bound=0.0
+)
+BACK = flags.DEFINE_bool(
+    'back_distillation', True, 'Refresh the student from the teacher.'
+)
+BACK_STEPS = flags.DEFINE_integer(
+    'back_steps', None, 'Steps of that a round.', lower_bound=1
+)
+STUDENT_RATE = flags.DEFINE_float(
+    'student_learning_rate', None, "The student's Adam on the server.",
+    lower_bound=0.0,
+)
+
+# The run folder.
+OUTPUT_DIR = flags.DEFINE_string(
+    'output_dir', None, 'The run folder; a new one under runs/ if unset.'
+)
+CACHE_DIR = flags.DEFINE_string(
+    'cache_dir', 'runs/cache', "Where the clients' examples are kept for the workers "
+    'to read; shared by runs.'
+)
+RESUME = flags.DEFINE_bool(
+    'resume', False, 'Go on with the run in --output_dir where it was stopped.'
+)
+ROUNDS_PER_CHECKPOINT = flags.DEFINE_integer(
+    'rounds_per_checkpoint', 5, 'Rounds between checkpoints.', lower_bound=1
+)
+
+# Flags that only some algorithms use, by the builder's parameter they feed.
+FLAGS_OF_PARAMETER = {
+    'transfer_set': [
+        'transfer_per_round', 'transfer_validation',
+    ],
+    'distillation': [
+        'target', 'temperature', 'distillation_weight', 'server_steps',
+        'server_batch_size', 'server_schedule', 'validate_every',
+        'server_patience',
+    ],
+    'teacher_fn': ['teacher', 'teacher_learning_rate'],
+    'back_distillation': ['back_distillation', 'back_steps'],
+    'student_optimizer': ['student_learning_rate'],
+}
+# A resumed run may change these: they do not change what a round does.
+FREE_ON_RESUME = {
+    'rounds', 'patience', 'output_dir', 'resume', 'rounds_per_checkpoint',
+    'compare_with_fed_avg', 'cache_dir',
+}

@@ -1,0 +1,603 @@
+"""The job behind `pipelines.train`: trains, compares, reports."""
+
+from collections.abc import Iterator, Mapping
+import contextlib
+import csv
+import dataclasses
+import datetime
+import functools
+import inspect
+import json
+import pathlib
+import sys
+from typing import Any
+
+from absl import flags
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+import tqdm
+
+from pipelines import plots
+from pipelines import tables
+from pipelines import train_flags as args
+import tff_kd
+from tff_kd import algorithms
+from tff_kd import keras_models
+from tff_kd import server_distillation
+
+_OPTIMIZERS = {
+    'sgd': tff.learning.optimizers.build_sgdm,
+    'adam': tff.learning.optimizers.build_adam,
+}
+_SCHEDULES = {'constant': None, 'cosine': server_distillation.cosine_schedule}
+# Of the models trained on the server's labels alone, for the table.
+_ALONE_EPOCHS = 40
+
+
+class UserError(Exception):
+  """Something that the user can mend; shown as one sentence."""
+
+
+def _own_flags() -> dict[str, flags.Flag]:
+  by_module = flags.FLAGS.flags_by_module_dict()
+  return {flag.name: flag for flag in by_module[args.__name__]}
+
+
+def _check_flags(algorithm: algorithms.Algorithm) -> None:
+  """Refuses flags that were set for something that was not chosen."""
+
+  def refuse(name: str, why: str) -> None:
+    if flags.FLAGS[name].present:
+      raise UserError(f'--{name} has no effect {why}. Leave it out.')
+
+  for parameter, names in args.FLAGS_OF_PARAMETER.items():
+    if not algorithm.takes(parameter):
+      for name in names:
+        refuse(name, f'with --algorithm={args.ALGORITHM.value}')
+  if args.PARTITION.value not in ('dirichlet', 'quantity_skew'):
+    refuse('alpha', f'with --partition={args.PARTITION.value}')
+  if args.PARTITION.value != 'shards':
+    refuse('shards_per_client', f'with --partition={args.PARTITION.value}')
+  if args.LOCAL_TARGET.value == 'none':
+    refuse('local_weight', 'without --local_target')
+  if not args.BACK.value:
+    refuse('back_steps', 'with --noback_distillation')
+  if args.TASK.value != 'idx':
+    refuse('data_dir', f'with --task={args.TASK.value}')
+  if args.CLIENTS_PER_ROUND.value > args.NUM_CLIENTS.value:
+    raise UserError(
+        f'--clients_per_round is {args.CLIENTS_PER_ROUND.value}, but there are only '
+        f'{args.NUM_CLIENTS.value} clients. Lower it, or raise --num_clients.'
+    )
+  if args.TRANSFER_LABELS.value > args.TRANSFER_SIZE.value:
+    raise UserError(
+        f'--transfer_labels is {args.TRANSFER_LABELS.value}, but the transfer set has '
+        f'only {args.TRANSFER_SIZE.value} examples. Lower it, or raise --transfer_size.'
+    )
+  if args.PRETRAIN_EPOCHS.value and not args.TRANSFER_LABELS.value:
+    raise UserError('--pretrain_epochs needs labels: set --transfer_labels.')
+  if args.DISTILLATION_WEIGHT.value not in (None, 1.0) and not args.TRANSFER_LABELS.value:
+    raise UserError(
+        '--distillation_weight below 1 needs labels: set --transfer_labels.'
+    )
+  if args.RESUME.value and not args.OUTPUT_DIR.value:
+    raise UserError('--resume needs the --output_dir of the run to go on with.')
+
+
+def _load_task() -> tff_kd.data.Task:
+  kwargs = {'data_dir': args.DATA_DIR.value} if args.TASK.value == 'idx' else {}
+  return tff_kd.data.TASKS[args.TASK.value](
+      seed=args.SEED.value,
+      transfer_size=args.TRANSFER_SIZE.value,
+      validation_size=args.VALIDATION_SIZE.value,
+      **kwargs,
+  )
+
+
+def _partition(task: tff_kd.data.Task) -> list[np.ndarray]:
+  kwargs = {'seed': args.SEED.value}
+  if args.PARTITION.value in ('dirichlet', 'quantity_skew'):
+    kwargs['alpha'] = args.ALPHA.value
+  if args.PARTITION.value == 'shards':
+    kwargs['shards_per_client'] = args.SHARDS.value
+  split = tff_kd.data.partition.PARTITIONS[args.PARTITION.value]
+  return split(task.clients.labels, args.NUM_CLIENTS.value, **kwargs)
+
+
+def _distillation(default: tff_kd.Distillation, **changes) -> tff_kd.Distillation:
+  """The algorithm's default with the flags that were set."""
+  changes = {k: v for k, v in changes.items() if v is not None}
+  return dataclasses.replace(default, **changes)
+
+
+def _target() -> Any:
+  if args.TARGET.value is None or args.TARGET.value in ('ensemble', 'student'):
+    return args.TARGET.value
+  try:
+    return float(args.TARGET.value)
+  except ValueError:
+    raise UserError(
+        '--target must be ensemble, student or a number between 0 and 1, found '
+        f'{args.TARGET.value!r}.'
+    ) from None
+
+
+def _common_arguments(
+    task: tff_kd.data.Task, batches: tff_kd.ClientBatches
+) -> dict[str, Any]:
+  """What every algorithm takes, FedAvg in the comparison too."""
+  return dict(
+      student_fn=functools.partial(
+          keras_models.STUDENTS[args.STUDENT.value], task.num_classes,
+          task.input_shape,
+      ),
+      input_spec=batches.element_spec,
+      client_data=batches,
+      loss_fn=task.loss_fn,
+      metrics_fn=task.metrics_fn,
+      client_optimizer=_OPTIMIZERS[args.CLIENT_OPTIMIZER.value](args.CLIENT_RATE.value),
+      server_optimizer=_OPTIMIZERS[args.SERVER_OPTIMIZER.value](args.SERVER_RATE.value),
+      client_weighting=tff.learning.ClientWeighting[args.WEIGHTING.value.upper()],
+  )
+
+
+def _specs(process) -> dict[str, tff_kd.models.ModelSpec]:
+  specs = {'student': process.student_spec, 'teacher': process.teacher_spec}
+  return {name: spec for name, spec in specs.items() if spec is not None}
+
+
+def _build_process(
+    algorithm: algorithms.Algorithm, task: tff_kd.data.Task, common: dict[str, Any]
+) -> tff_kd.DistillationProcess:
+  """Builds the process from the flags."""
+  kwargs = dict(common, seed=args.SEED.value)
+  if args.LOCAL_TARGET.value != 'none':
+    kwargs['local_distillation'] = tff_kd.LocalDistillation(
+        target=args.LOCAL_TARGET.value,
+        weight=args.LOCAL_WEIGHT.value,
+        temperature=args.TEMPERATURE.value or 1.0,
+    )
+  defaults = {
+      name: parameter.default
+      for name, parameter in inspect.signature(
+          algorithm.build
+      ).parameters.items()
+  }
+  if algorithm.takes('transfer_set'):
+    has_labels = np.arange(len(task.transfer)) < args.TRANSFER_LABELS.value
+    kwargs['transfer_set'] = tff_kd.TransferSet(
+        task.transfer.inputs,
+        task.transfer.labels if has_labels.any() else None,
+        label_mask=None if has_labels.all() or not has_labels.any() else has_labels,
+        subset_size=args.TRANSFER_PER_ROUND.value,
+        validation_size=args.TRANSFER_VALIDATION.value,
+        seed=args.SEED.value,
+    )
+  if algorithm.takes('teacher_fn'):
+    kwargs['teacher_fn'] = functools.partial(
+        keras_models.TEACHERS[args.TEACHER.value], task.num_classes, task.input_shape
+    )
+    if args.TEACHER_RATE.value is not None:
+      kwargs['teacher_optimizer'] = tff.learning.optimizers.build_adam(
+          args.TEACHER_RATE.value
+      )
+  if algorithm.takes('student_optimizer') and args.STUDENT_RATE.value is not None:
+    kwargs['student_optimizer'] = tff.learning.optimizers.build_adam(
+        args.STUDENT_RATE.value
+    )
+  shared = dict(
+      temperature=args.TEMPERATURE.value,
+      distillation_weight=args.DISTILLATION_WEIGHT.value,
+      batch_size=args.SERVER_BATCH.value,
+      validate_every=args.VALIDATE_EVERY.value,
+      patience=args.SERVER_PATIENCE.value,
+  )
+  if algorithm.takes('distillation'):
+    kwargs['distillation'] = _distillation(
+        defaults['distillation'], target=_target(),
+        num_steps=args.SERVER_STEPS.value, **shared,
+    )
+    if args.SCHEDULE.value is not None:
+      kwargs['distillation'] = dataclasses.replace(
+          kwargs['distillation'], schedule=_SCHEDULES[args.SCHEDULE.value]
+      )
+  if algorithm.takes('back_distillation'):
+    kwargs['back_distillation'] = (
+        _distillation(
+            defaults['back_distillation'], num_steps=args.BACK_STEPS.value, **shared
+        )
+        if args.BACK.value
+        else None
+    )
+  # The same initial weights whatever the algorithm, given the seed.
+  tf.keras.utils.set_random_seed(args.SEED.value)
+  return algorithm.build(**kwargs)
+
+
+def _train_centrally(
+    spec: tff_kd.models.ModelSpec, task: tff_kd.data.Task, epochs: int
+) -> tff.learning.models.ModelWeights:
+  """Training by `fit` on the server's labelled examples, from the first weights."""
+  model = spec.model_fn().keras_model
+  tff.learning.models.ModelWeights(*spec.initial_weights).assign_weights_to(model)
+  tf.keras.utils.set_random_seed(args.SEED.value)
+  model.compile('adam', task.loss_fn(), task.metrics_fn())
+  labelled = task.transfer.take(np.arange(args.TRANSFER_LABELS.value))
+  model.fit(*labelled, batch_size=32, epochs=epochs, verbose=0)
+  return tff_kd.models.weights_of(model)
+
+
+class _Evaluation:
+  """Evaluates the models of a process on the validation and the test part."""
+
+  @staticmethod
+  def names(process: tff_kd.DistillationProcess) -> list[str]:
+    """The names of the metrics."""
+    found = list(_specs(process))
+    if process.transfer_set is not None:
+      found.append('student_before')
+    return [
+        f'{part}/{name}_{key}'
+        for part in ('validation', 'test')
+        for name in found
+        for key in ('accuracy', 'loss', 'calibration_error')
+    ]
+
+  def __init__(self, process: tff_kd.DistillationProcess, task):
+    self._process = process
+    self._task = task
+    self._student = tff_kd.evaluation.CentralEvaluator(process.student_spec)
+    self._teacher = None
+    if process.teacher_spec is not None:
+      self._teacher = tff_kd.evaluation.CentralEvaluator(process.teacher_spec)
+
+  def models(self, state) -> dict[str, tuple[Any, Any]]:
+    """Name -> (evaluator, weights) of all models in a state."""
+    found = {'student': (self._student, state.global_model_weights)}
+    if self._teacher is not None:
+      found['teacher'] = (self._teacher, state.teacher_weights)
+    if len(state.aggregated_model_weights):
+      found['student_before'] = (self._student, state.aggregated_model_weights)
+    return found
+
+  def __call__(self, state) -> dict[str, float]:
+    metrics = {}
+    for part in ('validation', 'test'):
+      examples = getattr(self._task, part)
+      for name, (evaluator, weights) in self.models(state).items():
+        values = evaluator.evaluate(weights, *examples)
+        for key, value in values.items():
+          metrics[f'{part}/{name}_{key}'] = value
+    return metrics
+
+
+def _read_history(path: pathlib.Path) -> list[dict[str, float]]:
+  """The rows of metrics.csv, a resumed run's earlier rounds included."""
+  with open(path, newline='') as file:
+    return [
+        {key: float(value) for key, value in row.items() if value != ''}
+        for row in csv.DictReader(file)
+    ]
+
+
+def _train(
+    process, initial_state, task, select_clients, run_dir, prefix, num_rounds,
+    patience, megabytes_per_round, monitor,
+) -> tuple[tff_kd.simulation.TrainingResult, list[dict[str, float]]]:
+  """Trains with a progress bar; metrics, events and checkpoints in `run_dir`."""
+  bar = tqdm.tqdm(
+      total=num_rounds, desc=prefix.rstrip('_') or args.ALGORITHM.value, unit='round',
+      file=sys.stderr, dynamic_ncols=True,
+  )
+
+  def on_round(round_num: int, metrics: Mapping[str, float]) -> None:
+    shown = {'student': f"{metrics['test/student_accuracy']:.3f}"}
+    if 'test/teacher_accuracy' in metrics:
+      shown['teacher'] = f"{metrics['test/teacher_accuracy']:.3f}"
+    shown['MB/client'] = f'{round_num * megabytes_per_round:.1f}'
+    bar.n = round_num
+    bar.set_postfix(shown)
+
+  metrics_path = run_dir / f'{prefix}metrics.csv'
+  try:
+    result = tff_kd.simulation.train(
+        process,
+        initial_state=initial_state,
+        select_clients=select_clients,
+        num_rounds=num_rounds,
+        evaluate=_Evaluation(process, task),
+        monitor=monitor,
+        patience=patience,
+        program_state_manager=tff.program.FileProgramStateManager(
+            run_dir / f'{prefix}checkpoints', keep_total=2, keep_first=False
+        ),
+        rounds_per_saving=args.ROUNDS_PER_CHECKPOINT.value,
+        release_managers=[
+            tff.program.CSVFileReleaseManager(metrics_path, key_fieldname='round'),
+            tff.program.TensorBoardReleaseManager(
+                run_dir / 'tensorboard' / (prefix.rstrip('_') or 'main')
+            ),
+        ],
+        on_round=on_round,
+    )
+  finally:
+    bar.close()
+  return result, _read_history(metrics_path)
+
+
+def _best_row(history: list[dict[str, float]], rounds: int, monitor: str):
+  """The row with the best monitored metric within the first rounds."""
+  return max(
+      (row for row in history if row['round'] <= rounds),
+      key=lambda row: row[monitor],
+  )
+
+
+def _open_run_dir() -> pathlib.Path:
+  """The run folder, with `config.json` in it."""
+  config = {
+      name: flag.value for name, flag in sorted(_own_flags().items())
+  }
+  if args.OUTPUT_DIR.value:
+    run_dir = pathlib.Path(args.OUTPUT_DIR.value)
+  else:
+    now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
+    run_dir = pathlib.Path('runs', f'{now}-{args.ALGORITHM.value}-{args.TASK.value}')
+  path = run_dir / 'config.json'
+  if path.exists():
+    if not args.RESUME.value:
+      raise UserError(
+          f'{run_dir} already holds a run. Pass --resume to go on with it, or '
+          'another --output_dir.'
+      )
+    before = json.loads(path.read_text())['flags']
+    changed = sorted(
+        name for name in config
+        if name not in args.FREE_ON_RESUME and config[name] != before.get(name)
+    )
+    if changed:
+      raise UserError(
+          f'The run in {run_dir} had other values of '
+          + ', '.join(f'--{n} ({before.get(n)!r})' for n in changed)
+          + '. Resume with the same, or start another run.'
+      )
+  elif args.RESUME.value:
+    raise UserError(f'{run_dir} holds no run to resume (no config.json).')
+  run_dir.mkdir(parents=True, exist_ok=True)
+  versions = {m.__name__: m.__version__ for m in (tf, tff, np)}
+  path.write_text(
+      json.dumps({'flags': config, 'versions': versions}, indent=2) + '\n'
+  )
+  return run_dir
+
+
+def _save_keras(
+    spec: tff_kd.models.ModelSpec, weights: Any, path: pathlib.Path
+) -> None:
+  model = spec.model_fn().keras_model
+  weights.assign_weights_to(model)
+  model.save(path)
+
+
+@contextlib.contextmanager
+def _errors_for_users() -> Iterator[None]:
+  """Turns refusals of bad settings into one sentence, without a traceback."""
+  try:
+    yield
+  except (ValueError, FileNotFoundError) as error:
+    raise UserError(str(error)) from error
+
+
+def run() -> None:
+  """The whole job."""
+  with _errors_for_users():
+    setup = _set_up()
+  with tff_kd.simulation.local_runtime():
+    _train_and_report(*setup)
+
+
+def _set_up():
+  """All that can be refused, before anything runs."""
+  algorithm = algorithms.REGISTRY[args.ALGORITHM.value]
+  _check_flags(algorithm)
+  task = _load_task()
+  clients = _partition(task)
+  batches = tff_kd.ClientBatches(
+      data=tff_kd.FileClientData.from_arrays(
+          tuple(task.clients), clients, directory=args.CACHE_DIR.value
+      ),
+      batch_size=args.BATCH_SIZE.value,
+      num_epochs=args.CLIENT_EPOCHS.value,
+      seed=args.SEED.value,
+  )
+  sample = tff.simulation.build_uniform_sampling_fn(
+      range(args.NUM_CLIENTS.value), random_seed=args.SEED.value
+  )
+
+  def select_clients(round_num: int) -> list[int]:
+    return [int(its) for its in sample(round_num, args.CLIENTS_PER_ROUND.value)]
+
+  common = _common_arguments(task, batches)
+  process = _build_process(algorithm, task, common)
+  tff_kd.simulation.check_monitor(
+      args.MONITOR.value,
+      [
+          *tff_kd.simulation.process_metric_names(process),
+          *_Evaluation.names(process),
+      ],
+  )
+  run_dir = _open_run_dir()
+  plots.plot_partition(
+      task.clients.labels, clients, task.num_classes,
+      f'{task.name}: {len(task.clients)} examples, {args.PARTITION.value}',
+      run_dir / 'partition.png',
+  )
+  print(
+      f'{args.ALGORITHM.value} on {task.name}: {args.NUM_CLIENTS.value} clients with '
+      f'{len(task.clients)} examples, {args.CLIENTS_PER_ROUND.value} a round; '
+      f'transfer {len(task.transfer)} ({args.TRANSFER_LABELS.value} with labels), '
+      f'validation {len(task.validation)}, test {len(task.test)}.'
+  )
+  for name, spec in _specs(process).items():
+    size = sum(w.size for w in tf.nest.flatten(spec.initial_weights))
+    print(f'{name}: {size:,} weights.')
+  print(f'Run folder: {run_dir}', flush=True)
+  return task, clients, process, common, select_clients, run_dir
+
+
+def _train_and_report(
+    task, clients, process, common, select_clients, run_dir
+) -> None:
+  per_round = tff_kd.communication.round_bytes(process)
+  specs = _specs(process)
+  pretrained = {}
+  if args.PRETRAIN_EPOCHS.value:
+    pretrained = {
+        name: _train_centrally(spec, task, args.PRETRAIN_EPOCHS.value)
+        for name, spec in specs.items()
+    }
+
+  def initial_state(of_process):
+    state = of_process.initialize()
+    if pretrained:
+      state = of_process.set_model_weights(state, pretrained['student'])
+      if of_process.teacher_spec is not None:
+        state = of_process.set_teacher_weights(state, pretrained['teacher'])
+    return state
+
+  result, history = _train(
+      process, initial_state(process), task, select_clients, run_dir, '',
+      args.ROUNDS.value, args.PATIENCE.value or None, per_round.total / 1e6,
+      args.MONITOR.value,
+  )
+  evaluation = _Evaluation(process, task)
+  for name, (_, weights) in evaluation.models(result.best_state).items():
+    if name in specs:
+      _save_keras(specs[name], weights, run_dir / f'{name}.keras')
+
+  baseline = None
+  if args.FEDAVG.value and args.ALGORITHM.value != 'fed_avg':
+    tf.keras.utils.set_random_seed(args.SEED.value)
+    fed_avg = algorithms.build_fed_avg(**common)
+    fed_avg_bytes = tff_kd.communication.round_bytes(fed_avg)
+    more_rounds = max(
+        result.round_num,
+        result.round_num * per_round.total // fed_avg_bytes.total,
+    )
+    _, baseline = _train(
+        fed_avg, initial_state(fed_avg), task, select_clients, run_dir,
+        'fed_avg_', more_rounds, None, fed_avg_bytes.total / 1e6,
+        'validation/student_accuracy',
+    )
+  _report(
+      task, clients, process, evaluation, result, history, baseline,
+      fed_avg_bytes.total if baseline else 0, run_dir,
+  )
+
+
+def _report(
+    task, clients, process, evaluation, result, history, baseline,
+    baseline_bytes, run_dir,
+) -> None:
+  """Prints the table and draws the curves."""
+  test_split = tff_kd.data.partition.matching(
+      task.clients.labels, clients, task.test.labels, seed=args.SEED.value
+  )
+  client_tests = [
+      tff_kd.data.client_dataset(
+          task.test.take(rows), batch_size=64, epochs=1, seed=[0]
+      )
+      for rows in test_split
+  ]
+  names = {
+      'student': 'student',
+      'teacher': 'teacher',
+      'student_before': 'student before back-distillation',
+  }
+  if not args.BACK.value or process.teacher_spec is None:
+    names['student_before'] = "student before the server's distillation"
+  rows = [(
+      'model', 'round', 'accuracy', 'calibration error',
+      'clients: mean', '10th pct.', 'worst',
+  )]
+  specs = _specs(process)
+  for name, (_, weights) in evaluation.models(result.best_state).items():
+    test = _best_row(history, result.round_num, args.MONITOR.value)
+    by_client = tff_kd.evaluation.evaluate_clients(
+        specs.get(name, process.student_spec), weights, client_tests,
+        metric='accuracy',
+    )
+    rows.append((
+        names[name], str(result.best_round),
+        f"{test[f'test/{name}_accuracy']:.4f}",
+        f"{test[f'test/{name}_calibration_error']:.4f}",
+        f'{by_client.mean:.4f}', f'{by_client.percentile_10:.4f}',
+        f'{by_client.worst:.4f}',
+    ))
+  per_round = tff_kd.communication.round_bytes(process)
+  test_column = 'test/student_accuracy'
+  curves = {
+      names[name]: (
+          [row['round'] for row in history],
+          [row['round'] * per_round.total / 1e6 for row in history],
+          [row[f'test/{name}_accuracy'] for row in history],
+      )
+      for name in names
+      if f'test/{name}_accuracy' in history[0]
+  }
+  if baseline is not None:
+    rounds_at_bytes = int(baseline[-1]['round'])
+    for label, rounds in (
+        ('FedAvg, same rounds', result.round_num),
+        ('FedAvg, same bytes', rounds_at_bytes),
+    ):
+      best = _best_row(baseline, rounds, 'validation/student_accuracy')
+      rows.append((
+          label, f"{best['round']:.0f}", f'{best[test_column]:.4f}',
+          f"{best['test/student_calibration_error']:.4f}", '', '', '',
+      ))
+    curves['FedAvg'] = (
+        [row['round'] for row in baseline],
+        [row['round'] * baseline_bytes / 1e6 for row in baseline],
+        [row[test_column] for row in baseline],
+    )
+  if args.TRANSFER_LABELS.value:
+    # What the server could do without any client: the honest lower bound.
+    for name, spec in specs.items():
+      evaluator, _ = evaluation.models(result.best_state)[name]
+      alone = _train_centrally(spec, task, _ALONE_EPOCHS)
+      values = evaluator.evaluate(alone, *task.test)
+      rows.append((
+          f"{name} on the server's {args.TRANSFER_LABELS.value} labels alone", '',
+          f"{values['accuracy']:.4f}", f"{values['calibration_error']:.4f}",
+          '', '', '',
+      ))
+  plots.plot_curves(curves, run_dir / 'curves.png')
+  print()
+  tables.print_table(rows)
+  print()
+  ending = 'converged' if result.converged else 'reached the number of rounds'
+  print(
+      f'Ended after round {result.round_num} ({ending}); the best round by '
+      f'{args.MONITOR.value} is kept. Accuracy on {len(task.test)} test examples.'
+  )
+  print(
+      f'MB per client and round: {per_round.up / 1e6:.3f} up '
+      f'({per_round.up_knowledge / 1e6:.3f} of them predictions), '
+      f'{per_round.down / 1e6:.3f} down.'
+  )
+  seconds = [row[tff_kd.simulation.ROUND_SECONDS] for row in history]
+  print(f'Seconds per round: {np.median(seconds):.2f} (median).')
+  if baseline is not None:
+    goal = baseline[min(result.round_num, len(baseline)) - 1][test_column]
+    reached = next((r['round'] for r in history if r[test_column] >= goal), None)
+    print(
+        f"FedAvg's accuracy after {result.round_num} rounds is {goal:.4f}; the "
+        + (
+            f'student reached it in round {reached:.0f}.'
+            if reached is not None
+            else 'student did not reach it.'
+        )
+    )
