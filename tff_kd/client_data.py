@@ -262,10 +262,13 @@ class FileClientData:
   def span(self, client: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Where a client's rows begin in `rows`, and how many they are; int64 scalars."""
     num_clients = len(self.client_ids)
-    tf.debugging.assert_equal(
-        (client >= 0) & (client < num_clients), True,
-        message=f'Clients are numbered from 0 to {num_clients - 1}.',
+    check = tf.debugging.Assert(
+        (client >= 0) & (client < num_clients),
+        [f'Clients are numbered from 0 to {num_clients - 1}, found', client],
     )
+    # Before the gather, which has an error of its own. `None` outside of graphs.
+    with tf.control_dependencies([check] if check is not None else []):
+      client = tf.identity(client)
     starts = raw_files.gather(self._starts.map(), tf.stack([client, client + 1]))
     return starts[0], starts[1] - starts[0]
 
