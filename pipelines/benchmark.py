@@ -30,6 +30,8 @@ from typing import Any, Optional
 from absl import app
 from absl import flags
 
+import pipelines
+
 _MODELS = ['mlp', 'cnn', 'batch_norm', 'dropout', 'subclassed', 'fusion']
 _CASES = flags.DEFINE_list(
     'cases',
@@ -510,4 +512,4 @@ def main(argv: list[str]) -> Optional[int]:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  pipelines.run(main)

@@ -13,6 +13,7 @@ from absl import app
 from absl import flags
 from absl import logging
 
+import pipelines
 from pipelines import train_flags
 
 flags.adopt_module_key_flags(train_flags)
@@ -38,4 +39,4 @@ def main(argv: list[str]) -> Optional[int]:
 
 
 if __name__ == '__main__':
-  app.run(main)
+  pipelines.run(main)
