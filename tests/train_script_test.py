@@ -17,14 +17,17 @@ import pytest
 import tensorflow as tf
 
 from pipelines import train
+from pipelines import train_flags
 from tests import data_test
 from tests import helpers
 import tff_kd
+from tff_kd import keras_models
 
 _ROOT = pathlib.Path(__file__).parent.parent
 _TINY = [
     '--num_clients=4', '--clients_per_round=2', '--client_epochs=1', '--alpha=1',
     '--server_steps=2', '--back_steps=2', '--teacher=document',
+    '--student=cnn',
     '--transfer_size=60', '--transfer_labels=20', '--rounds_per_checkpoint=1',
 ]
 
@@ -184,6 +187,18 @@ def test_ctrl_c_ends_it_and_its_worker(tmp_path):
     assert script.returncode == 130
   assert '--resume' in errors and 'Traceback' not in errors
   assert not [pid for pid in workers if os.path.exists(f'/proc/{pid}')]
+
+
+def test_flags_and_help_do_not_wait_for_tensorflow():
+  check = (
+      'import sys; from pipelines import benchmark, train; import tff_kd;'
+      "assert not {'tensorflow', 'tensorflow_federated'} & set(sys.modules)"
+  )
+  subprocess.run([sys.executable, '-c', check], cwd=_ROOT, check=True)
+  models = train_flags.MODELS
+  assert models == sorted(keras_models.STUDENTS) == sorted(keras_models.TEACHERS)
+  for name, algorithm in tff_kd.algorithms.REGISTRY.items():
+    assert callable(algorithm.build) and algorithm.build.__name__ == f'build_{name}'
 
 
 def test_help_lists_the_algorithms():
