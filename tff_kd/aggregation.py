@@ -123,8 +123,8 @@ def build_client_output_aggregator(
       nothing = _nothing(tff.CLIENTS)
       to_sum = tff.federated_zip(
           client_work.ClientOutput(
-              update=_federated_update(output.update, summed, tff.CLIENTS),
-              weight=_federated_update(output.weight, summed, tff.CLIENTS),
+              update=_only(output.update, summed),
+              weight=_only(output.weight, summed),
               metrics=output.metrics if sums_metrics else nothing,
               participation=output.participation,
           )
@@ -167,11 +167,11 @@ def _update_of(entries: dict[str, Any]) -> client_work.ClientUpdate:
   )
 
 
-def _federated_update(update: Any, names: list[str], placement) -> Any:
-  """The named channels of a federated `ClientUpdate`; nothing for the others."""
+def _only(update: tff.Value, names: list[str]) -> client_work.ClientUpdate:
+  """The named channels of the clients' `ClientUpdate`s; nothing for the others."""
   return client_work.ClientUpdate(
       *(
-          getattr(update, name) if name in names else _nothing(placement)
+          getattr(update, name) if name in names else _nothing(tff.CLIENTS)
           for name in client_work.ClientUpdate._fields
       )
   )

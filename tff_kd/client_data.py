@@ -491,6 +491,7 @@ class ClientBatches:
     return (
         tf.data.Dataset.from_tensor_slices(rows)
         .batch(self.batch_size)
+        # Opened in the function: what it captured would be sent with the dataset.
         .map(lambda ids: raw_files.gather(self.data.open(), ids))
     )
 

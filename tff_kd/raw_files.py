@@ -2,7 +2,7 @@
 
 A graph that reads rows holds only file names; a gather touches only the rows that it
 needs, and processes on one machine share the pages. One file an array, named after
-its contents, so that what is there is never written again and a damaged file shows.
+its contents, so that a damaged file shows.
 """
 
 import atexit
