@@ -352,6 +352,16 @@ def _client_weight(
   return tf.where(included, weight, 0.0)
 
 
+def _dataset_options() -> tf.data.Options:
+  """For a few batches that are read once: tuning itself would cost as much."""
+  options = tf.data.Options()
+  options.autotune.enabled = False
+  options.experimental_optimization.apply_default_optimizations = False
+  options.threading.private_threadpool_size = 1
+  options.threading.max_intra_op_parallelism = 1
+  return options
+
+
 class _Progress(NamedTuple):
   """What the training loop carries, beside the variables.
 
@@ -428,7 +438,7 @@ def _build_training(
         bad_labels=tf.constant(False),
     )
     if client_data is None:
-      for batch in iter(data):
+      for batch in iter(data.with_options(_dataset_options())):
         progress = step(progress, batch, may_be_empty=True)
     else:
       # Slices, not a `tf.data.Dataset`: its iterator costs as much as a small step.

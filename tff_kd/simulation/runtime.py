@@ -8,7 +8,6 @@ file, dies with its parent whatever ends that, and is gone when the block ends.
 import atexit
 from collections.abc import Iterator
 import contextlib
-import dataclasses
 import functools
 import gc
 import os
@@ -20,18 +19,18 @@ import tempfile
 import time
 from typing import BinaryIO, Optional
 
-import cachetools
 import grpc
 import portpicker
 import tensorflow_federated as tff
+
+from tff_kd.simulation import contexts
+from tff_kd.simulation import transport
 
 _START_TIMEOUT_S = 60.0
 _START_ATTEMPTS = 3
 _LOG_TAIL_BYTES = 2000
 _STOP_TIMEOUT_S = 5.0
 _MAX_MESSAGE_MB = 2000
-# That an executor keeps on the worker, for one number of clients.
-_MAX_COMPUTATIONS = 32
 _CHANNEL_OPTIONS = [
     (f'grpc.{name}', _MAX_MESSAGE_MB * 1000 * 1000)
     for name in (
@@ -63,78 +62,6 @@ def _worker_path() -> str:
   return str(path)
 
 
-@dataclasses.dataclass
-class Traffic:
-  """What crossed between the script and its worker.
-
-  Attributes:
-    bytes_sent: Values and computations to the worker.
-    bytes_received: Values from it.
-    computations_sent: How many computations it was sent; each one once, as long as
-      the number of clients in a round does not change.
-  """
-
-  bytes_sent: int = 0
-  bytes_received: int = 0
-  computations_sent: int = 0
-
-
-class _CountingStub(tff.framework.RemoteExecutorGrpcStub):
-  """Counts what crosses; all data does in these two calls."""
-
-  def __init__(self, channel: grpc.Channel, traffic: Traffic):
-    super().__init__(channel)
-    self._traffic = traffic
-    self.ended = False
-
-  def create_value(self, request):
-    self._traffic.bytes_sent += request.ByteSize()
-    return super().create_value(request)
-
-  def compute(self, request):
-    response = super().compute(request)
-    self._traffic.bytes_received += response.ByteSize()
-    return response
-
-  def dispose(self, request):
-    # What is left when the worker ends has ended with it.
-    if not self.ended:
-      super().dispose(request)
-
-  def dispose_executor(self, request):
-    if not self.ended:
-      super().dispose_executor(request)
-
-
-class _Executor(tff.framework.RemoteExecutor):
-  """Sends a computation to the worker once, not with every call of it.
-
-  TFF's own sends the whole graph of a round in every round, and the worker reads it
-  anew each time.
-  """
-
-  def __init__(self, stub: _CountingStub, traffic: Traffic):
-    super().__init__(stub)
-    self._traffic = traffic
-    # By identity: TFF's compiler returns the same object for the same computation.
-    self._computations = cachetools.LRUCache(_MAX_COMPUTATIONS)
-
-  async def create_value(self, value, type_spec=None):
-    if not isinstance(value, tff.framework.ConcreteComputation):
-      return await super().create_value(value, type_spec)
-    known = self._computations.get(id(value))
-    if known is None:
-      remote = await super().create_value(value, type_spec)
-      self._traffic.computations_sent += 1
-      # With the computation, so that its identity is not given to another.
-      known = self._computations[id(value)] = (value, remote)
-    return known[1]
-
-  def close(self):
-    super().close()
-    self._computations.clear()
-
-
 class Worker:
   """One TFF worker process on a loopback port.
 
@@ -153,7 +80,7 @@ class Worker:
     Raises:
       RuntimeStartError: If it does not come up; with the end of its output.
     """
-    self.traffic = Traffic()
+    self.traffic = transport.Traffic()
     # A free port may be taken before the worker binds it: then try another.
     for _ in range(_START_ATTEMPTS):
       port = portpicker.pick_unused_port()
@@ -191,7 +118,7 @@ class Worker:
         start_new_session=True,
     )
     self.channel = grpc.insecure_channel(f'localhost:{port}', _CHANNEL_OPTIONS)
-    self._stub = _CountingStub(self.channel, self.traffic)
+    self._stub = transport.CountingStub(self.channel, self.traffic)
 
   def _wait_until_ready(self) -> bool:
     ready = grpc.channel_ready_future(self.channel)
@@ -220,7 +147,7 @@ class Worker:
   def executor_factory(self) -> tff.framework.ExecutorFactory:
     def stack_fn(cardinalities):
       cardinalities.setdefault(tff.CLIENTS, 0)
-      executor = _Executor(self._stub, self.traffic)
+      executor = transport.Executor(self._stub, self.traffic)
       executor.set_cardinalities(cardinalities)
       return executor
 
@@ -229,7 +156,7 @@ class Worker:
 
 def _context(worker: Worker, context_type):
   return context_type(
-      executor_fn=worker.executor_factory(),
+      worker.executor_factory(),
       compiler_fn=tff.backends.native.desugar_and_transform_to_native,
       transform_args=tff.tensorflow.transform_args,
       transform_result=tff.tensorflow.transform_result,
@@ -298,7 +225,7 @@ def local_runtime(
     stack = tff.framework.get_context_stack()
     resources.callback(tff.framework.set_default_context, stack.current)
     tff.framework.set_default_context(
-        _context(worker, tff.framework.SyncExecutionContext)
+        _context(worker, contexts.CohortContext)
     )
     yield worker
 

@@ -1,0 +1,119 @@
+"""The contexts in which TFF's computations run: whole, or over parts of the cohort."""
+
+import math
+from typing import Any, Optional
+
+from absl import logging
+import cachetools
+import numpy as np
+import tensorflow_federated as tff
+
+# What the clients' values of one part may take in the worker.
+_PART_BYTES = 256 * 2**20
+_MIN_PART_CLIENTS = 16
+# The worker holds so many copies of each client's value until all are summed.
+_COPIES = 2
+_MAX_FORMS = 32
+
+
+class CohortContext(tff.framework.SyncExecutionContext):
+  """Runs large cohorts part by part, so that memory does not grow with them.
+
+  TFF's runtime holds what clients return until all of them have returned. Where that
+  would be much, and what clients send is only ever summed (`tff.framework.
+  MergeableCompForm`), the clients of a part are summed before the next part starts.
+  """
+
+  def __init__(
+      self,
+      executor_factory: tff.framework.ExecutorFactory,
+      *,
+      part_bytes: int = _PART_BYTES,
+      **context_args,
+  ):
+    """Initializes the context.
+
+    Args:
+      executor_factory: Makes the executors.
+      part_bytes: What the clients' values of one part may take; a part is never
+        fewer than 16 clients.
+      **context_args: As `tff.framework.AsyncExecutionContext` has them, for all
+        computations.
+    """
+    super().__init__(executor_factory, **context_args)
+    self._part_bytes = part_bytes
+    self._async = tff.framework.AsyncExecutionContext(
+        executor_factory, **context_args
+    )
+    # By identity; with the computation, so that it is not given to another.
+    self._forms = cachetools.LRUCache(_MAX_FORMS)
+    self._in_parts = cachetools.LRUCache(_MAX_FORMS)
+
+  def invoke(self, comp: tff.Computation, arg: Any) -> Any:
+    """Runs a computation, in parts if its cohort is large."""
+    num_clients = _num_clients(arg, comp.type_signature.parameter)
+    if num_clients > _MIN_PART_CLIENTS:
+      # What clients send is unknown yet, but seldom more than what they receive.
+      likely = _num_bytes(comp.type_signature.parameter)
+      if num_clients > self._part_size(likely):
+        form = self._mergeable_form(comp)
+        if form is not None:
+          sent = _num_bytes(form.up_to_merge.type_signature.result)
+          num_parts = math.ceil(num_clients / self._part_size(sent))
+          if num_parts > 1:
+            return self._context_of(num_parts).invoke(form, arg)
+    return super().invoke(comp, arg)
+
+  def _part_size(self, bytes_per_client: int) -> int:
+    fitting = self._part_bytes // max(1, _COPIES * bytes_per_client)
+    return max(_MIN_PART_CLIENTS, fitting)
+
+  def _mergeable_form(
+      self, comp: tff.Computation
+  ) -> Optional[tff.framework.MergeableCompForm]:
+    """The computation in three parts; `None` if it is not one sum, said once."""
+    if id(comp) not in self._forms:
+      try:
+        form = tff.backends.native.compile_to_mergeable_comp_form(comp)
+      except (TypeError, ValueError) as error:
+        form = None
+        logging.warning(
+            'What the clients of a round send is held at once, because it is not '
+            'one sum: %s', str(error).splitlines()[0],
+        )
+      self._forms[id(comp)] = (comp, form)
+    return self._forms[id(comp)][1]
+
+  def _context_of(
+      self, num_parts: int
+  ) -> tff.framework.MergeableCompExecutionContext:
+    if num_parts not in self._in_parts:
+      self._in_parts[num_parts] = tff.framework.MergeableCompExecutionContext(
+          [self._async], num_subrounds=num_parts
+      )
+    return self._in_parts[num_parts]
+
+
+def _num_clients(value: Any, type_spec: Optional[tff.Type]) -> int:
+  """The number of clients of an argument, 0 if it holds no client's value."""
+  if isinstance(type_spec, tff.FederatedType):
+    if type_spec.placement is tff.CLIENTS and isinstance(value, (list, tuple)):
+      return len(value)
+  elif isinstance(type_spec, tff.StructType):
+    elements = tff.structure.from_container(value)
+    return max(
+        (_num_clients(v, t) for v, t in zip(elements, type_spec)), default=0
+    )
+  return 0
+
+
+def _num_bytes(type_spec: tff.Type) -> int:
+  """The bytes of all tensors of known shape in a type, one client's of each."""
+  if isinstance(type_spec, tff.TensorType):
+    shape = [d or 0 for d in type_spec.shape or ()]
+    return math.prod(shape) * np.dtype(type_spec.dtype).itemsize
+  if isinstance(type_spec, tff.FederatedType):
+    return _num_bytes(type_spec.member)
+  if isinstance(type_spec, tff.StructType):
+    return sum(_num_bytes(t) for t in type_spec)
+  return 0
