@@ -74,6 +74,45 @@ def plot_curves(
   plt.close(figure)
 
 
+def plot_comparison(
+    curves: Mapping[
+        str, Sequence[tuple[Sequence[float], Sequence[float], Sequence[float]]]
+    ],
+    path: os.PathLike,
+) -> None:
+  """Test accuracy of several algorithms against rounds and against bytes.
+
+  Args:
+    curves: Name -> a run of each seed: (rounds, MB per client up to that round,
+      accuracy). The line is their mean; the band, one standard deviation.
+    path: The PNG file to write.
+  """
+  figure, panels = plt.subplots(
+      1, 2, figsize=(12, 4.8), sharey=True, layout='constrained'
+  )
+  colors = plt.get_cmap('tab20' if len(curves) > 10 else 'tab10')
+  for number, (name, runs) in enumerate(curves.items()):
+    length = min(len(accuracy) for _, _, accuracy in runs)
+    accuracy = np.array([its[:length] for _, _, its in runs])
+    mean, deviation = accuracy.mean(axis=0), accuracy.std(axis=0)
+    for panel, x in zip(panels, runs[0][:2]):
+      panel.plot(x[:length], mean, color=colors(number), label=name)
+      panel.fill_between(
+          x[:length], mean - deviation, mean + deviation, color=colors(number),
+          alpha=0.15, linewidth=0,
+      )
+  panels[0].xaxis.get_major_locator().set_params(integer=True)
+  panels[0].set(xlabel='round', ylabel="student's test accuracy")
+  panels[1].set(
+      xlabel='MB moved per participating client (up and down)', xscale='log'
+  )
+  panels[0].legend(loc='lower right')
+  for panel in panels:
+    panel.grid(alpha=0.3)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
 def plot_speed(results: Mapping[str, Any], path: os.PathLike) -> None:
   """Rounds against the floor, and against the number of clients.
 

@@ -12,3 +12,10 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
     print('  '.join(cells).rstrip())
     if number == 0:
       print('  '.join('-' * width for width in widths))
+
+
+def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
+  """The same rows as a Markdown table."""
+  head, *body = rows
+  lines = [head, ('---',) * len(head), *body]
+  return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)

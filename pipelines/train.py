@@ -2,7 +2,7 @@ r"""Trains one algorithm on one task and compares it with FedAvg.
 
   python -m pipelines.train
   python -m pipelines.train --alpha=1 --rounds=50 --target=0.5
-  python -m pipelines.train --algorithm=fed_df --teacher= --seed=1
+  python -m pipelines.train --algorithm=fed_df --consensus=era --seed=1
   python -m pipelines.train --task=idx --data_dir=/data/mnist --num_clients=100
 """
 

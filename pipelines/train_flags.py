@@ -8,13 +8,21 @@ from tff_kd import data
 # The keys of `keras_models.STUDENTS` and `TEACHERS`, and of the job's tables.
 MODELS = ['cnn', 'document', 'resnet']
 OPTIMIZERS = ['adam', 'sgd']
+CONSENSUS_RULES = [
+    'confidence', 'enhanced_era', 'entropy', 'era', 'mean_logits',
+    'mean_probabilities', 'variance',
+]
 SCHEDULES = ['constant', 'cosine']
 
 # What to run.
 ALGORITHM = flags.DEFINE_enum(
     'algorithm', 'fed_distillation', sorted(algorithms.REGISTRY),
-    'The algorithm. '
-    + '; '.join(f'{n}: {a.summary}' for n, a in algorithms.REGISTRY.items()),
+    'The algorithm.\n'
+    + '\n'.join(
+        f'{name}: {its.summary}. Up: {its.up}.'
+        + (f" Needs: {', '.join(its.needs)}." if its.needs else '')
+        for name, its in algorithms.REGISTRY.items()
+    ),
 )
 ROUNDS = flags.DEFINE_integer('rounds', 30, 'Rounds at most.', lower_bound=1)
 PATIENCE = flags.DEFINE_integer(
@@ -96,11 +104,29 @@ WEIGHTING = flags.DEFINE_enum(
     'A client\'s weight in both means.',
 )
 LOCAL_TARGET = flags.DEFINE_enum(
-    'local_target', 'none', ['none', 'student', 'teacher'],
-    'What clients distil from while they train.',
+    'local_target', 'none', ['none', 'student', 'student_history', 'teacher'],
+    'What clients distil from while they train, with any algorithm.',
 )
 LOCAL_WEIGHT = flags.DEFINE_float(
-    'local_weight', 0.2, 'The share of that in their loss.'
+    'local_weight', 0.2, 'The share of that in their loss; of fed_gkd, too.'
+)
+LOCAL_TEMPERATURE = flags.DEFINE_float(
+    'local_temperature', 1.0, 'T of that.', lower_bound=0.0
+)
+HISTORY_SIZE = flags.DEFINE_integer(
+    'history_size', 5, 'Of how many global students student_history (and fed_gkd) '
+    'is the mean.', lower_bound=1,
+)
+PROXIMAL_WEIGHT = flags.DEFINE_float(
+    'proximal_weight', None, 'mu of the proximal term; 0.01 with fed_prox, off with '
+    'the others, if unset.', lower_bound=0.0,
+)
+NOT_TRUE_WEIGHT = flags.DEFINE_float(
+    'not_true_weight', None, 'beta of the not-true distillation; 1 with fed_ntd, off '
+    'with the others, if unset.', lower_bound=0.0,
+)
+NOT_TRUE_TEMPERATURE = flags.DEFINE_float(
+    'not_true_temperature', 1.0, 'tau of that.', lower_bound=0.0
 )
 
 # The server's distillation. Unset: the algorithm's own default.
@@ -120,7 +146,15 @@ TARGET = flags.DEFINE_string(
     'target', None, 'ensemble, student, or a number between 0 (student) and 1 '
     '(ensemble).'
 )
-TEMPERATURE = flags.DEFINE_float('temperature', None, 'T, in all distillation.')
+TEMPERATURE = flags.DEFINE_float(
+    'temperature', None, "T, in the server's distillation."
+)
+CONSENSUS = flags.DEFINE_enum(
+    'consensus', 'mean_logits', CONSENSUS_RULES,
+    "How the clients' predictions are combined: their mean, the mean of probabilities "
+    'plain or sharpened (era, enhanced_era), or a mean of logits weighted by certainty '
+    '(variance, confidence, entropy).',
+)
 DISTILLATION_WEIGHT = flags.DEFINE_float(
     'distillation_weight', None, 'The share of the distillation in the loss, where '
     'there are --transfer_labels; the rest is their cross-entropy.'
@@ -175,7 +209,7 @@ ROUNDS_PER_CHECKPOINT = flags.DEFINE_integer(
 # Flags that only some algorithms use, by the builder's parameter they feed.
 FLAGS_OF_PARAMETER = {
     'transfer_set': [
-        'transfer_per_round', 'transfer_validation',
+        'transfer_per_round', 'transfer_validation', 'consensus',
     ],
     'distillation': [
         'target', 'temperature', 'distillation_weight', 'server_steps',

@@ -25,6 +25,7 @@ from pipelines import train_flags as args
 import tff_kd
 from tff_kd import algorithms
 from tff_kd import keras_models
+from tff_kd import knowledge
 from tff_kd import server_distillation
 
 _OPTIMIZERS = {
@@ -32,6 +33,8 @@ _OPTIMIZERS = {
     'adam': tff.learning.optimizers.build_adam,
 }
 _SCHEDULES = {'constant': None, 'cosine': server_distillation.cosine_schedule}
+# Written when a run is over.
+RESULTS = 'results.json'
 # Of the models trained on the server's labels alone, for the table.
 _ALONE_EPOCHS = 40
 
@@ -60,8 +63,15 @@ def _check_flags(algorithm: algorithms.Algorithm) -> None:
     refuse('alpha', f'with --partition={args.PARTITION.value}')
   if args.PARTITION.value != 'shards':
     refuse('shards_per_client', f'with --partition={args.PARTITION.value}')
-  if args.LOCAL_TARGET.value == 'none':
+  if args.LOCAL_TARGET.value == 'none' and not algorithm.takes('local_weight'):
     refuse('local_weight', 'without --local_target')
+    refuse('local_temperature', 'without --local_target')
+  if args.LOCAL_TARGET.value != 'student_history' and not algorithm.takes(
+      'history_size'
+  ):
+    refuse('history_size', 'without --local_target=student_history')
+  if not args.NOT_TRUE_WEIGHT.value and not algorithm.takes('not_true_weight'):
+    refuse('not_true_temperature', 'without --not_true_weight')
   if not args.BACK.value:
     refuse('back_steps', 'with --noback_distillation')
   if args.TASK.value != 'idx':
@@ -148,17 +158,48 @@ def _specs(process) -> dict[str, tff_kd.models.ModelSpec]:
   return {name: spec for name, spec in specs.items() if spec is not None}
 
 
+def _local_arguments(algorithm: algorithms.Algorithm) -> dict[str, Any]:
+  """The terms of the clients' loss: the algorithm's own, and what flags add."""
+  kwargs, terms = {}, []
+  distillation = dict(
+      weight=args.LOCAL_WEIGHT.value, temperature=args.LOCAL_TEMPERATURE.value,
+      history_size=args.HISTORY_SIZE.value,
+  )
+  if algorithm.takes('local_weight'):
+    kwargs |= dict(
+        local_weight=distillation['weight'],
+        local_temperature=distillation['temperature'],
+        history_size=distillation['history_size'],
+    )
+  if args.LOCAL_TARGET.value != 'none':
+    terms.append(
+        tff_kd.LocalDistillation(target=args.LOCAL_TARGET.value, **distillation)
+    )
+  temperature = args.NOT_TRUE_TEMPERATURE.value
+  if algorithm.takes('not_true_weight'):
+    kwargs['not_true_temperature'] = temperature
+    if args.NOT_TRUE_WEIGHT.value is not None:
+      kwargs['not_true_weight'] = args.NOT_TRUE_WEIGHT.value
+  elif args.NOT_TRUE_WEIGHT.value:
+    terms.append(
+        tff_kd.NotTrueDistillation(
+            weight=args.NOT_TRUE_WEIGHT.value, temperature=temperature
+        )
+    )
+  if algorithm.takes('proximal_weight'):
+    if args.PROXIMAL_WEIGHT.value is not None:
+      kwargs['proximal_weight'] = args.PROXIMAL_WEIGHT.value
+  elif args.PROXIMAL_WEIGHT.value:
+    terms.append(tff_kd.ProximalTerm(weight=args.PROXIMAL_WEIGHT.value))
+  return kwargs | {'local_terms': terms}
+
+
 def _build_process(
     algorithm: algorithms.Algorithm, task: tff_kd.data.Task, common: dict[str, Any]
 ) -> tff_kd.DistillationProcess:
   """Builds the process from the flags."""
   kwargs = dict(common, seed=args.SEED.value)
-  if args.LOCAL_TARGET.value != 'none':
-    kwargs['local_distillation'] = tff_kd.LocalDistillation(
-        target=args.LOCAL_TARGET.value,
-        weight=args.LOCAL_WEIGHT.value,
-        temperature=args.TEMPERATURE.value or 1.0,
-    )
+  kwargs |= _local_arguments(algorithm)
   defaults = {
       name: parameter.default
       for name, parameter in inspect.signature(
@@ -175,6 +216,7 @@ def _build_process(
         validation_size=args.TRANSFER_VALIDATION.value,
         seed=args.SEED.value,
     )
+    kwargs['consensus_rule'] = knowledge.CONSENSUS_RULES[args.CONSENSUS.value]
   if algorithm.takes('teacher_fn'):
     kwargs['teacher_fn'] = functools.partial(
         keras_models.TEACHERS[args.TEACHER.value], task.num_classes, task.input_shape
@@ -575,6 +617,19 @@ def _report(
           '', '', '',
       ))
   plots.plot_curves(curves, run_dir / 'curves.png')
+  best = _best_row(history, result.round_num, args.MONITOR.value)
+  (run_dir / RESULTS).write_text(
+      json.dumps(
+          {
+              'rounds': result.round_num,
+              'best_round': result.best_round,
+              'best': best,
+              'bytes_per_round': per_round.total,
+          },
+          indent=2,
+      )
+      + '\n'
+  )
   print()
   tables.print_table(rows)
   print()

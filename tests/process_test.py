@@ -388,9 +388,9 @@ def test_labels_add_their_cross_entropy():
 def test_local_distillation_equals_a_step_by_hand(target):
   tf.keras.utils.set_random_seed(0)
   process = _fusion(
-      local_distillation=tff_kd.LocalDistillation(
-          target=target, weight=0.3, temperature=2.0
-      )
+      local_terms=[
+          tff_kd.LocalDistillation(target=target, weight=0.3, temperature=2.0)
+      ]
   )
   state = process.initialize()
   student, frozen = helpers.dense_fn()(), helpers.dense_fn(

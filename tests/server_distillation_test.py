@@ -135,29 +135,6 @@ def test_a_consensus_that_is_not_finite_teaches_nothing():
   helpers.assert_weights_close(output.result.student, before.student, rtol=0)
 
 
-def test_consensus_is_the_weighted_mean_with_masks():
-  rng = np.random.default_rng(0)
-  z = rng.normal(size=(3, 4, 2, 5)).astype('f')  # clients, rows, time, classes
-  mask = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 0]], 'f')
-  w = np.array([1.0, 5.0, 2.0], 'f')
-  payloads = [
-      knowledge.encode(
-          tf.constant(np.where(m[:, None, None] > 0, zk, np.nan).astype('f'))
-      )
-      for zk, m in zip(z, mask)
-  ]
-  mean = tf.nest.map_structure(
-      lambda *p: sum(wk * pk for wk, pk in zip(w, p)) / w.sum(), *payloads
-  )
-  consensus = knowledge.decode(mean)
-  np.testing.assert_array_equal(consensus.mask, [1, 1, 1, 0])
-  weights = (w[:, None] * mask)[..., None, None]
-  with np.errstate(invalid='ignore'):
-    expected = (weights * z).sum(0) / weights.sum(0)
-  np.testing.assert_allclose(consensus.logits[:3], expected[:3], rtol=1e-5)
-  np.testing.assert_array_equal(consensus.logits[3], 0)
-
-
 def test_batch_order_uses_every_row_equally():
   order = server_distillation._batch_order(
       7, 60, tf.constant(4), tf.constant([0, 1])

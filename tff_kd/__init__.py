@@ -4,7 +4,7 @@ from tff_kd import _lazy
 
 _MODULES = (
     'algorithms', 'client_data', 'communication', 'data', 'evaluation',
-    'keras_models', 'losses', 'models', 'simulation',
+    'keras_models', 'knowledge', 'local_terms', 'losses', 'models', 'simulation',
 )
 
 __getattr__, __dir__ = _lazy.attach(
@@ -13,7 +13,9 @@ __getattr__, __dir__ = _lazy.attach(
         **{name: name for name in _MODULES},
         'ClientBatches': 'client_data',
         'FileClientData': 'client_data',
-        'LocalDistillation': 'client_work',
+        'LocalDistillation': 'local_terms',
+        'NotTrueDistillation': 'local_terms',
+        'ProximalTerm': 'local_terms',
         'DistillationProcess': 'process',
         'DistillationState': 'process',
         'cosine_schedule': 'server_distillation',

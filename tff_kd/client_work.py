@@ -1,4 +1,4 @@
-"""Local training, with optional local distillation, and what it sends up.
+"""Local training, with further terms in its loss, and what it sends up.
 
 One client work serves every algorithm: it trains the student on the client's data
 and returns two payloads, the weight delta and, where the server distils from an
@@ -6,7 +6,7 @@ ensemble, the predictions on this round's transfer examples.
 """
 
 import collections
-import dataclasses
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -15,7 +15,7 @@ import tensorflow_federated as tff
 
 from tff_kd import client_data as client_data_lib
 from tff_kd import knowledge
-from tff_kd import losses
+from tff_kd import local_terms as local_terms_lib
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import raw_files
@@ -28,12 +28,14 @@ class Broadcast(NamedTuple):
   Attributes:
     student: The `ModelWeights` of the global student.
     teacher: The teacher's `ModelWeights` where clients learn from it, else ().
+    student_history: The mean of the last global students, likewise.
     round_num: int32 scalar; with the seeds, tells the round's transfer examples and
       the order of a client's own. () where neither needs it.
   """
 
   student: Any
   teacher: Any
+  student_history: Any
   round_num: Any
 
 
@@ -50,38 +52,6 @@ class ClientUpdate(NamedTuple):
 
   model: Any
   knowledge: Any
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class LocalDistillation:
-  """A client's distillation term: (1 - weight) L(y, z) + weight KL_T(target || z).
-
-  Source: Yao et al., "Local-Global Knowledge Distillation in Heterogeneous
-  Federated Learning" (FedGKD / FedAvg+KD, 2021), equation 4.
-
-  Attributes:
-    target: 'student' (the global student as received) or 'teacher' (its weights
-      are then sent down too, and cost bytes).
-    weight: Between 0 and 1, the share of the distillation term.
-    temperature: Above 0.
-  """
-
-  target: str = 'student'
-  weight: float = 0.2
-  temperature: float = 1.0
-
-  def __post_init__(self):
-    losses.check_temperature(self.temperature)
-    if self.target not in ('student', 'teacher'):
-      raise ValueError(
-          "`target` of a local distillation must be 'student' or 'teacher', "
-          f'found {self.target!r}.'
-      )
-    if not 0.0 < self.weight <= 1.0:
-      raise ValueError(
-          '`weight` of a local distillation must be above 0 and at most 1, found '
-          f'{self.weight!r}. Leave the local distillation out to switch it off.'
-      )
 
 
 class ClientOutput(NamedTuple):
@@ -154,7 +124,8 @@ def build_client_work(
     client_data: Optional[client_data_lib.ClientBatches] = None,
     transfer_set: Optional[transfer.TransferSet] = None,
     teacher: Optional[models.ModelSpec] = None,
-    local_distillation: Optional[LocalDistillation] = None,
+    consensus_rule: knowledge.ConsensusRule = knowledge.MeanLogits(),
+    local_terms: Sequence[local_terms_lib.LocalTerm] = (),
 ) -> ClientWork:
   """Builds the client's part of a round.
 
@@ -172,20 +143,22 @@ def build_client_work(
       itself; a computation of its own for that would take longer than the product.
     client_data: Where clients read their examples, if not from datasets in memory.
     transfer_set: On what to send predictions; none are sent if `None`.
-    teacher: The teacher, if the local distillation's target is it.
-    local_distillation: An optional distillation term in the local loss.
+    teacher: The teacher, if it is the target of a term.
+    consensus_rule: How predictions become a payload.
+    local_terms: Further terms of the local loss.
 
   Returns:
     A `ClientWork`.
   """
-  targets_teacher = (
-      local_distillation is not None and local_distillation.target == 'teacher'
-  )
+  targets = {term.target for term in local_terms if term.target is not None}
   hparams = optimizers.initial_hparams(optimizer)
   broadcast_type = tff.to_type(
       Broadcast(
           student=student.weights_type,
-          teacher=teacher.weights_type if targets_teacher else (),
+          teacher=teacher.weights_type if 'teacher' in targets else (),
+          student_history=(
+              student.weights_type if 'student_history' in targets else ()
+          ),
           round_num=(
               np.int32
               if transfer_set is not None or client_data is not None
@@ -211,11 +184,12 @@ def build_client_work(
   @tff.tensorflow.computation(hparams_type, broadcast_type, data_type)
   def client_computation(client_hparams, broadcast, data):
     model = student.blank_model_fn()
-    target = None
-    if local_distillation is not None:
-      target = (teacher if targets_teacher else student).blank_model_fn()
+    target_models = {
+        name: (teacher if name == 'teacher' else student).blank_model_fn()
+        for name in sorted(targets)
+    }
     train = _build_training(
-        model, target, optimizer, local_distillation, client_data
+        model, target_models, optimizer, local_terms, client_data
     )
 
     @tf.function
@@ -223,10 +197,10 @@ def build_client_work(
       # A read-only view of what came in, before any variable changes.
       received = broadcast.student
       model.assign(received)
-      if target is not None:
-        target.assign(broadcast.teacher if targets_teacher else received)
+      for name, target in target_models.items():
+        target.assign(getattr(broadcast, name))
       num_examples, bad_labels = train(
-          client_hparams, data, broadcast.round_num
+          client_hparams, data, broadcast.round_num, received.trainable
       )
 
       delta = tf.nest.map_structure(
@@ -269,7 +243,9 @@ def build_client_work(
               transfer_set.prediction_ids(broadcast.round_num),
           )
           return prepared(
-              knowledge.encode(logits), knowledge_weighting, multiplied.knowledge
+              consensus_rule.encode(logits),
+              knowledge_weighting,
+              multiplied.knowledge,
           )
 
         payload = tf.cond(
@@ -382,36 +358,43 @@ class _Progress(NamedTuple):
 
 def _build_training(
     model: models.KerasModel,
-    target: Optional[models.KerasModel],
+    target_models: dict[str, models.KerasModel],
     optimizer: optimizers.Optimizer,
-    distillation: Optional[LocalDistillation],
+    local_terms: Sequence[local_terms_lib.LocalTerm],
     client_data: Optional[client_data_lib.ClientBatches],
 ):
-  """Returns (hparams, data, round_num) -> (num_examples int64, bad_labels bool)."""
+  """Returns (hparams, data, round_num, received) -> (num_examples, bad_labels)."""
   trainable = model.trainable_variables
   stepper = optimizers.build_stepper(optimizer, trainable)
 
-  def gradients_on(batch):
+  def gradients_on(batch, received):
     inputs, labels = models.split_batch(batch)
+    target_logits = {
+        name: target.logits(inputs) for name, target in target_models.items()
+    }
     with tf.GradientTape() as tape:
       outputs = model.keras_model(inputs, training=True)
       labels, bad = model.usable_labels(labels, outputs.shape)
       loss = model.supervised_loss(labels, outputs)
-      if target is not None:
-        loss *= 1.0 - distillation.weight
-        loss += distillation.weight * tf.reduce_mean(
-            losses.kl_divergence(
-                target.logits(inputs),
-                model.class_logits(outputs),
-                distillation.temperature,
-            )
+      for term in local_terms:
+        loss = term(
+            loss,
+            local_terms_lib.LocalStep(
+                logits=model.class_logits(outputs),
+                labels=labels,
+                target_logits=target_logits.get(term.target),
+                weights=trainable,
+                received=received,
+            ),
         )
       loss += model.regularization_loss()
     model.update_metrics(labels, outputs)
     return loss, tape.gradient(loss, trainable), tf.shape(outputs)[0], bad
 
-  def step(progress: _Progress, batch: Any, may_be_empty: bool) -> _Progress:
-    loss, gradients, batch_size, bad = gradients_on(batch)
+  def step(
+      progress: _Progress, batch: Any, received: Any, may_be_empty: bool
+  ) -> _Progress:
+    loss, gradients, batch_size, bad = gradients_on(batch, received)
     carry = progress.carry
     loss_sum = loss * tf.cast(batch_size, loss.dtype)
     if may_be_empty:
@@ -429,7 +412,7 @@ def _build_training(
         tf.logical_or(progress.bad_labels, bad),
     )
 
-  def train(hparams: Any, data: Any, round_num: tf.Tensor):
+  def train(hparams: Any, data: Any, round_num: tf.Tensor, received: Any):
     progress = _Progress(
         carry=stepper.begin(stepper.initialize(hparams)),
         loss_sum=tf.constant(0.0),
@@ -439,7 +422,7 @@ def _build_training(
     )
     if client_data is None:
       for batch in iter(data.with_options(_dataset_options())):
-        progress = step(progress, batch, may_be_empty=True)
+        progress = step(progress, batch, received, may_be_empty=True)
     else:
       # Slices, not a `tf.data.Dataset`: its iterator costs as much as a small step.
       examples = client_data.data.open()
@@ -448,7 +431,7 @@ def _build_training(
       while start < tf.size(rows):
         end = start + client_data.batch_size
         batch = raw_files.gather(examples, rows[start:end])
-        progress = step(progress, batch, may_be_empty=False)
+        progress = step(progress, batch, received, may_be_empty=False)
         start = end
     model.add_totals(
         progress.loss_sum, progress.num_examples, progress.num_batches

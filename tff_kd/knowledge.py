@@ -7,11 +7,15 @@ ratio of the two means; the client's weight w_k cancels wherever all clients
 predicted, and a missing prediction is a zero in both.
 """
 
-from typing import NamedTuple
+import abc
+from collections.abc import Callable
+import dataclasses
+from typing import NamedTuple, Optional, Union
 
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_kd import losses
 from tff_kd import models
 from tff_kd import transfer
 
@@ -85,20 +89,6 @@ def predict_logits(
   return tf.ensure_shape(result, [num_rows, *logits[0].shape[1:]])
 
 
-def encode(logits: tf.Tensor) -> KnowledgePayload:
-  """A client's payload from its logits `[m, ..., classes]`: all rows, weight 1.
-
-  A row that is not finite counts as missing.
-  """
-  axes = list(range(1, logits.shape.rank))
-  present = tf.reduce_all(tf.math.is_finite(logits), axis=axes)
-  weights = tf.cast(present, tf.float32)
-  return KnowledgePayload(
-      values=tf.math.multiply_no_nan(logits, _per_row(weights, logits)),
-      weights=weights,
-  )
-
-
 def payload_type(
     logits_shape: tf.TensorShape, transfer_set: transfer.TransferSet
 ) -> tff.Type:
@@ -119,23 +109,175 @@ def zero_payload(logits_shape: tf.TensorShape, num_rows: int) -> KnowledgePayloa
   )
 
 
-def decode(mean_payload: KnowledgePayload) -> Consensus:
-  """The mean consensus: sum_k w_k z_k(x) / sum_k w_k over those who predicted.
+class ConsensusRule(abc.ABC):
+  """How clients' predictions become sums, and how those become a consensus."""
+
+  @abc.abstractmethod
+  def encode(self, logits: tf.Tensor) -> KnowledgePayload:
+    """A client's payload.
+
+    Args:
+      logits: float32 `[m, ..., classes]`. A row that is not finite is missing.
+    """
+
+  @abc.abstractmethod
+  def decode(self, mean_payload: KnowledgePayload) -> Consensus:
+    """The consensus.
+
+    Args:
+      mean_payload: The clients' payloads as aggregated (a mean or a sum: the
+        factor cancels).
+
+    Returns:
+      A `Consensus`. Rows that nobody predicted, or that came out non-finite, have
+      logits 0 and mask 0.
+    """
+
+
+class MeanLogits(ConsensusRule):
+  """sum_k w_k z_k(x) / sum_k w_k over those who predicted x.
 
   Source: Lin et al., "Ensemble Distillation for Robust Model Fusion in Federated
-  Learning" (NeurIPS 2020), equation 2 (there with equal weights).
-
-  Args:
-    mean_payload: The clients' payloads as aggregated (a mean or a sum: the
-      factor cancels).
-
-  Returns:
-    A `Consensus`. Rows that nobody predicted, or that came out non-finite, have
-    logits 0 and mask 0.
+  Learning" (FedDF, NeurIPS 2020), equation 2 (there with equal weights).
   """
-  values, weights = mean_payload
-  logits = tf.math.divide_no_nan(values, _per_row(weights, values))
+
+  def encode(self, logits):
+    return _weighted(logits, tf.ones(tf.shape(logits)[:1]))
+
+  def decode(self, mean_payload):
+    return _consensus(*_mean(mean_payload))
+
+
+@dataclasses.dataclass(frozen=True)
+class MeanProbabilities(ConsensusRule):
+  """The mean of the clients' probabilities, plain or sharpened.
+
+  Source: Itahara et al., "Distillation-Based Semi-Supervised Federated Learning for
+  Communication-Efficient Collaborative Training with Non-IID Private Data" (DS-FL,
+  2020), equation 11 (simple aggregation) and equation 12 (entropy reduction
+  aggregation, ERA).
+
+  Attributes:
+    temperature: ERA: softmax(mean / temperature), 0.1 in the paper; the lower the
+      sharper. Off if `None`.
+    power: Enhanced ERA: mean^power / sum of mean^power; 1 is the plain mean.
+  """
+
+  temperature: Optional[float] = None
+  power: float = 1.0
+
+  def __post_init__(self):
+    if self.temperature is not None:
+      losses.check_temperature(self.temperature)
+    if not 0.0 < self.power < float('inf'):
+      raise ValueError(
+          f'`power` must be a finite number above 0, found {self.power!r}.'
+      )
+    if self.temperature is not None and self.power != 1.0:
+      raise ValueError(
+          'Sharpen by `temperature` (ERA) or by `power` (Enhanced ERA), not by '
+          f'both; found {self.temperature!r} and {self.power!r}.'
+      )
+
+  def encode(self, logits):
+    return _weighted(_probabilities(logits), tf.ones(tf.shape(logits)[:1]))
+
+  def decode(self, mean_payload):
+    mean, weights = _mean(mean_payload)
+    if self.temperature is not None:
+      # As logits: softmax (or sigmoid, of a single one) of them is ERA.
+      logits = (2.0 * mean - 1.0 if mean.shape[-1] == 1 else mean) / self.temperature
+    else:
+      logits = self.power * losses.logits_from_probabilities(mean)
+    return _consensus(logits, weights)
+
+
+@dataclasses.dataclass(frozen=True)
+class CertaintyWeighted(ConsensusRule):
+  """sum_k w_k s_k(x) z_k(x) / sum_k w_k s_k(x), by a certainty s_k of each prediction.
+
+  Source: Cho et al., "Heterogeneous Ensemble Knowledge Transfer for Training Large
+  Models in Federated Learning" (Fed-ET, IJCAI 2022), equation 3, for 'variance' (of
+  the logits over the classes; there all w_k are equal).
+
+  Attributes:
+    certainty: 'variance'; 'confidence' (the highest probability); 'entropy' (how far
+      the prediction's entropy is below the highest possible, as a share of that); or
+      a function from logits `[m, ..., classes]` to finite certainties `[m]`, 0 or
+      more.
+  """
+
+  certainty: Union[str, Callable[[tf.Tensor], tf.Tensor]] = 'variance'
+
+  def __post_init__(self):
+    if not callable(self.certainty) and self.certainty not in _CERTAINTIES:
+      raise ValueError(
+          f'`certainty` must be one of {sorted(_CERTAINTIES)} or a function, found '
+          f'{self.certainty!r}.'
+      )
+
+  def encode(self, logits):
+    score = self.certainty
+    certainty = (score if callable(score) else _CERTAINTIES[score])(logits)
+    # Of sequences: the mean over the positions.
+    axes = list(range(1, certainty.shape.rank))
+    return _weighted(logits, tf.reduce_mean(certainty, axis=axes))
+
+  def decode(self, mean_payload):
+    return _consensus(*_mean(mean_payload))
+
+
+def _entropy_certainty(logits: tf.Tensor) -> tf.Tensor:
+  p = _all_probabilities(logits)
+  entropy = -tf.reduce_sum(tf.math.xlogy(p, p), axis=-1)
+  return 1.0 - entropy / tf.math.log(float(p.shape[-1]))
+
+
+_CERTAINTIES = {
+    'variance': lambda z: tf.math.reduce_variance(losses.two_classes(z), axis=-1),
+    'confidence': lambda z: tf.reduce_max(_all_probabilities(z), axis=-1),
+    'entropy': _entropy_certainty,
+}
+
+# By the name that scripts use.
+CONSENSUS_RULES = {
+    'mean_logits': MeanLogits(),
+    'mean_probabilities': MeanProbabilities(),
+    'era': MeanProbabilities(temperature=0.1),
+    'enhanced_era': MeanProbabilities(power=2.0),
+    'variance': CertaintyWeighted('variance'),
+    'confidence': CertaintyWeighted('confidence'),
+    'entropy': CertaintyWeighted('entropy'),
+}
+
+
+def _probabilities(logits: tf.Tensor) -> tf.Tensor:
+  return tf.sigmoid(logits) if logits.shape[-1] == 1 else tf.nn.softmax(logits)
+
+
+def _all_probabilities(logits: tf.Tensor) -> tf.Tensor:
+  return tf.nn.softmax(losses.two_classes(logits))
+
+
+def _weighted(values: tf.Tensor, weights: tf.Tensor) -> KnowledgePayload:
+  """The payload; rows in which something is not finite are missing."""
   axes = list(range(1, values.shape.rank))
+  present = tf.reduce_all(tf.math.is_finite(values), axis=axes)
+  present = tf.logical_and(present, tf.math.is_finite(weights))
+  weights = tf.where(present, weights, 0.0)
+  return KnowledgePayload(
+      values=tf.math.multiply_no_nan(values, _per_row(weights, values)),
+      weights=weights,
+  )
+
+
+def _mean(mean_payload: KnowledgePayload) -> tuple[tf.Tensor, tf.Tensor]:
+  values, weights = mean_payload
+  return tf.math.divide_no_nan(values, _per_row(weights, values)), weights
+
+
+def _consensus(logits: tf.Tensor, weights: tf.Tensor) -> Consensus:
+  axes = list(range(1, logits.shape.rank))
   valid = tf.logical_and(
       weights > 0.0, tf.reduce_all(tf.math.is_finite(logits), axis=axes)
   )

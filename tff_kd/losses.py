@@ -51,7 +51,8 @@ def logits_from_probabilities(probabilities: tf.Tensor) -> tf.Tensor:
   return tf.math.log(p)
 
 
-def _two_classes(logits: tf.Tensor) -> tf.Tensor:
+def two_classes(logits: tf.Tensor) -> tf.Tensor:
+  """Logits `[..., classes]`; of a single logit z, those of its two classes, [0, z]."""
   if logits.shape[-1] == 1:
     return tf.concat([tf.zeros_like(logits), logits], axis=-1)
   return logits
@@ -76,9 +77,9 @@ def kl_divergence(
   """
   t = check_temperature(temperature)
   target = tf.nn.log_softmax(
-      tf.stop_gradient(_two_classes(target_logits)) / t, axis=-1
+      tf.stop_gradient(two_classes(target_logits)) / t, axis=-1
   )
-  predicted = tf.nn.log_softmax(_two_classes(logits) / t, axis=-1)
+  predicted = tf.nn.log_softmax(two_classes(logits) / t, axis=-1)
   divergence = tf.reduce_sum(tf.exp(target) * (target - predicted), axis=-1)
   return t * t * divergence
 
@@ -147,7 +148,7 @@ def soft_target_cross_entropy(
   if p.shape[-1] == 1:
     p = tf.concat([1.0 - p, p], axis=-1)
   return -tf.reduce_sum(
-      p * tf.nn.log_softmax(_two_classes(logits), axis=-1), axis=-1
+      p * tf.nn.log_softmax(two_classes(logits), axis=-1), axis=-1
   )
 
 

@@ -21,6 +21,8 @@ import tensorflow_federated as tff
 from tff_kd import aggregation
 from tff_kd import client_data as client_data_lib
 from tff_kd import client_work as client_work_lib
+from tff_kd import knowledge
+from tff_kd import local_terms as local_terms_lib
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import server_distillation as server_distillation_lib
@@ -34,6 +36,9 @@ class DistillationState(NamedTuple):
     aggregated_model_weights: The student as plain aggregation left it this round,
       before the server's distillation. () without one.
     teacher_weights: The teacher's `ModelWeights`, or () without a teacher.
+    student_history: The students that were sent out in the last rounds, a
+      `ModelWeights` whose arrays have a leading axis of `history_size`; () unless
+      clients learn from them.
     round_num: int32, the number of finished rounds.
     distributor: State of the distributor.
     client_work: State of the client work (the client optimizer's hyperparameters).
@@ -45,6 +50,7 @@ class DistillationState(NamedTuple):
   global_model_weights: Any
   aggregated_model_weights: Any
   teacher_weights: Any
+  student_history: Any
   round_num: Any
   distributor: Any
   client_work: Any
@@ -125,7 +131,8 @@ def build_distillation_process(
     teacher: Optional[models.ModelSpec] = None,
     transfer_set: Optional[transfer.TransferSet] = None,
     stages: Sequence[server_distillation_lib.DistillationStage] = (),
-    local_distillation: Optional[client_work_lib.LocalDistillation] = None,
+    consensus_rule: knowledge.ConsensusRule = knowledge.MeanLogits(),
+    local_terms: Sequence[local_terms_lib.LocalTerm] = (),
     server_optimizer: Optional[optimizers.Optimizer] = None,
     client_weighting: tff.learning.ClientWeighting = (
         tff.learning.ClientWeighting.NUM_EXAMPLES
@@ -147,7 +154,8 @@ def build_distillation_process(
     teacher: The server's model, if it has one.
     transfer_set: The examples on which knowledge is exchanged, if it is.
     stages: The server's distillation, in order; none if empty.
-    local_distillation: A distillation term in the clients' loss, if any.
+    consensus_rule: How the clients' predictions become the ensemble's.
+    local_terms: Terms of the clients' loss beside the supervised one, in order.
     server_optimizer: Applies the mean delta to the student (FedOpt); plain
       averaging (SGD with rate 1) if `None`.
     client_weighting: A client's weight in the mean delta: its number of examples,
@@ -180,15 +188,7 @@ def build_distillation_process(
         labelled=transfer_set.labelled,
         has_validation=transfer_set.validation_size > 0,
     )
-  if (
-      local_distillation is not None
-      and local_distillation.target == 'teacher'
-      and teacher is None
-  ):
-    raise ValueError(
-        "A local distillation with target='teacher' needs a teacher; pass "
-        '`teacher_fn`.'
-    )
+  history_size = _check_local_terms(local_terms, has_teacher=teacher is not None)
   if client_data is not None:
     _check_client_data(client_data, student)
   optimizers.check_optimizer(client_optimizer, 'client_optimizer')
@@ -208,7 +208,8 @@ def build_distillation_process(
       client_data=client_data,
       transfer_set=transfer_set if uses_ensemble else None,
       teacher=teacher,
-      local_distillation=local_distillation,
+      consensus_rule=consensus_rule,
+      local_terms=local_terms,
   )
   broadcast_type = client_work.broadcast_type
   distributor = tff.learning.templates.build_broadcast_process(broadcast_type)
@@ -223,7 +224,12 @@ def build_distillation_process(
   server_distillation = None
   if stages:
     server_distillation = server_distillation_lib.build_server_distillation(
-        student, teacher, transfer_set, stages, seed=seed
+        student,
+        teacher,
+        transfer_set,
+        stages,
+        consensus_rule=consensus_rule,
+        seed=seed,
     )
   broadcasts_teacher = len(tff.structure.flatten(broadcast_type.teacher)) > 0
   broadcasts_round = isinstance(broadcast_type.round_num, tff.TensorType)
@@ -238,6 +244,8 @@ def build_distillation_process(
       return ()
     return tf.nest.map_structure(tf.constant, teacher.initial_weights)
 
+  initial_history, remember = _build_history(student, history_size)
+
   @tff.federated_computation
   def init_fn():
     weights = tff.federated_eval(initial_student, tff.SERVER)
@@ -247,6 +255,7 @@ def build_distillation_process(
             global_model_weights=weights,
             aggregated_model_weights=weights if stages else nothing,
             teacher_weights=tff.federated_eval(initial_teacher, tff.SERVER),
+            student_history=tff.federated_eval(initial_history, tff.SERVER),
             round_num=tff.federated_value(np.int32(0), tff.SERVER),
             distributor=distributor.initialize(),
             client_work=client_work.initialize(),
@@ -269,10 +278,17 @@ def build_distillation_process(
   def next_fn(state, client_data):
     nothing = tff.federated_value((), tff.SERVER)
     # Down.
+    history, mean_of_history = state.student_history, nothing
+    if history_size:
+      history, mean_of_history = tff.federated_map(
+          remember,
+          (state.student_history, state.global_model_weights, state.round_num),
+      )
     sent = tff.federated_zip(
         client_work_lib.Broadcast(
             student=state.global_model_weights,
             teacher=state.teacher_weights if broadcasts_teacher else nothing,
+            student_history=mean_of_history,
             round_num=state.round_num if broadcasts_round else nothing,
         )
     )
@@ -315,6 +331,7 @@ def build_distillation_process(
             global_model_weights=student_weights,
             aggregated_model_weights=finalized.result if stages else nothing,
             teacher_weights=teacher_weights,
+            student_history=history,
             round_num=tff.federated_map(add_one, state.round_num),
             distributor=distributed.state,
             client_work=state.client_work,
@@ -386,6 +403,75 @@ def build_distillation_process(
       teacher_spec=teacher,
       transfer_set=transfer_set,
   )
+
+
+def _build_history(student: models.ModelSpec, size: int):
+  """The computations that keep the last students: ( -> H), (<H, w, n> -> <H, mean>).
+
+  Args:
+    student: The student.
+    size: How many to keep; with 0 the history is (), and never to be updated.
+  """
+
+  @tff.tensorflow.computation
+  def initial_history():
+    return tf.nest.map_structure(
+        lambda w: tf.zeros([size, *w.shape], w.dtype),
+        student.initial_weights if size else (),
+    )
+
+  if not size:
+    return initial_history, None
+
+  @tff.tensorflow.computation(
+      initial_history.type_signature.result, student.weights_type, np.int32
+  )
+  def remember(history, weights, round_num):
+    place = [[round_num % size]]
+    history = tf.nest.map_structure(
+        lambda its, w: tf.tensor_scatter_nd_update(its, place, [w]), history, weights
+    )
+    count = tf.minimum(round_num + 1, size)
+
+    def mean(its, w):
+      # What is no real number (a counter) has no mean: its last value.
+      if not w.dtype.is_floating:
+        return w
+      return tf.reduce_sum(its, 0) / tf.cast(count, its.dtype)
+
+    return history, tf.nest.map_structure(mean, history, weights)
+
+  return initial_history, remember
+
+
+def _check_local_terms(
+    terms: Sequence[local_terms_lib.LocalTerm], *, has_teacher: bool
+) -> int:
+  """Refuses terms that lack something; returns how many students to remember."""
+  history_sizes = set()
+  for term in terms:
+    if not isinstance(term, local_terms_lib.LocalTerm):
+      raise TypeError(
+          '`local_terms` must be a list of `tff_kd.local_terms.LocalTerm`s, found '
+          f'{term!r}.'
+      )
+    if term.target not in (None, *local_terms_lib.TARGETS):
+      raise ValueError(
+          f'The `target` of a local term must be one of {local_terms_lib.TARGETS} '
+          f'or None, found {term.target!r}.'
+      )
+    if term.target == 'teacher' and not has_teacher:
+      raise ValueError(
+          "A local term with target='teacher' needs a teacher; pass `teacher_fn`."
+      )
+    if term.target == 'student_history':
+      history_sizes.add(term.history_size)
+  if len(history_sizes) > 1:
+    raise ValueError(
+        'Local terms must agree on `history_size`, found '
+        f'{sorted(history_sizes)}.'
+    )
+  return max(history_sizes, default=0)
 
 
 def _replaced(state: DistillationState, **changes) -> DistillationState:

@@ -200,6 +200,7 @@ def build_server_distillation(
     transfer_set: transfer.TransferSet,
     stages: Sequence[DistillationStage],
     *,
+    consensus_rule: knowledge.ConsensusRule = knowledge.MeanLogits(),
     seed: int = 0,
 ) -> tff.templates.MeasuredProcess:
   """Builds the server's distillation.
@@ -214,6 +215,7 @@ def build_server_distillation(
     teacher: The teacher, if a stage uses one.
     transfer_set: Where the examples are read; its `round_ids` are learned from.
     stages: What learns from what, in order.
+    consensus_rule: How the aggregated payload becomes the ensemble's logits.
     seed: With the round number, decides the order of the examples.
 
   Returns:
@@ -263,7 +265,9 @@ def build_server_distillation(
       live['student'].assign(weights.student)
       if teacher is not None:
         live['teacher'].assign(weights.teacher)
-      consensus = knowledge.decode(mean_knowledge) if uses_ensemble else None
+      consensus = None
+      if uses_ensemble:
+        consensus = consensus_rule.decode(mean_knowledge)
       new_state, measurements = [], collections.OrderedDict()
       for index, (stage, run) in enumerate(zip(stages, runs)):
         stage_state, measured = run(

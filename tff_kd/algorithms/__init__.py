@@ -12,10 +12,14 @@ class Algorithm(NamedTuple):
   Attributes:
     name: That of its module here, and of its `build_*` function.
     summary: One line for a list of algorithms.
+    up: What a client sends.
+    needs: What must be there, beside clients and a student.
   """
 
   name: str
   summary: str
+  up: str
+  needs: tuple[str, ...] = ()
 
   @property
   def build(self) -> Callable[..., Any]:
@@ -31,11 +35,31 @@ class Algorithm(NamedTuple):
 REGISTRY = {
     algorithm.name: algorithm
     for algorithm in (
-        Algorithm('fed_avg', 'weighted averaging of the student (FedAvg, FedOpt)'),
-        Algorithm('fed_df', "the student learns from the clients' ensemble (FedDF)"),
+        Algorithm(
+            'fed_avg', 'weighted averaging of the student (FedAvg, FedOpt)', 'weights'
+        ),
+        Algorithm(
+            'fed_prox', 'averaging; clients stay near the global student', 'weights'
+        ),
+        Algorithm(
+            'fed_ntd',
+            'averaging; clients keep what the global student says of other classes',
+            'weights',
+        ),
+        Algorithm(
+            'fed_gkd', 'averaging; clients learn from past global students', 'weights'
+        ),
+        Algorithm(
+            'fed_df',
+            "the student learns from the clients' ensemble",
+            'weights and predictions',
+            needs=('transfer set',),
+        ),
         Algorithm(
             'fed_distillation',
             'the fusion: ensemble to teacher, teacher back to student',
+            'weights and predictions',
+            needs=('transfer set', 'teacher'),
         ),
     )
 }

@@ -34,7 +34,7 @@ def build_fed_avg(
     metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
     **kwargs: Further arguments of `process.build_distillation_process`
       (`server_optimizer`, `client_weighting`, `model_aggregator`,
-      `local_distillation`, ...).
+      `local_terms`, ...).
 
   Returns:
     A `DistillationProcess` without a teacher.

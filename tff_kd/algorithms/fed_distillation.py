@@ -63,7 +63,8 @@ def build_fed_distillation(
     metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
     **kwargs: Further arguments of `process.build_distillation_process`
       (`server_optimizer`, `client_weighting`, `knowledge_weighting`,
-      `model_aggregator`, `knowledge_aggregator`, `local_distillation`, `seed`).
+      `model_aggregator`, `knowledge_aggregator`, `consensus_rule`, `local_terms`,
+      `seed`).
 
   Returns:
     A `DistillationProcess` with a teacher.

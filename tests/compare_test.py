@@ -1,0 +1,103 @@
+"""`python -m pipelines.compare` as a user runs it."""
+
+import csv
+import pathlib
+import subprocess
+import sys
+
+import pytest
+
+from tests import helpers
+
+_ROOT = pathlib.Path(__file__).parent.parent
+_TINY = [
+    '--num_clients=4', '--clients_per_round=2', '--client_epochs=1', '--alpha=1',
+    '--server_steps=2', '--rounds=2', '--transfer_size=60', '--transfer_labels=20',
+    '--rounds_per_checkpoint=1',
+]
+_COMPARED = ['--algorithms=fed_avg,fed_df', '--seeds=0,1']
+
+
+def _run(*args, timeout=400):
+  return subprocess.run(
+      [sys.executable, '-m', 'pipelines.compare', *args],
+      cwd=_ROOT, capture_output=True, text=True, timeout=timeout, check=False,
+  )
+
+
+@pytest.fixture(scope='module')
+def finished(tmp_path_factory):
+  """A comparison that was stopped once, then ended."""
+  folder = tmp_path_factory.mktemp('compare') / 'out'
+  command = [*_COMPARED, *_TINY, f'--output_dir={folder}']
+  with helpers.running('-m', 'pipelines.compare', *command) as script:
+    for line in script.stdout:
+      if line.startswith('[1/4]'):
+        break
+    script.terminate()
+    assert script.wait(60) == 130
+  first = sorted(folder.glob('*/results.json'))
+  assert 1 <= len(first) < 4
+  changed = [path.stat().st_mtime_ns for path in first]
+  done = _run(*command)
+  assert done.returncode == 0, done.stderr
+  assert changed == [path.stat().st_mtime_ns for path in first]
+  return folder, done.stdout
+
+
+def test_it_goes_on_and_ends_with_a_table_and_a_picture(finished):
+  folder, printed = finished
+  assert 'of 4 runs are done already' in printed
+  with open(folder / 'table.csv', newline='') as file:
+    rows = {row['algorithm']: row for row in csv.DictReader(file)}
+  assert set(rows) == {'fed_avg', 'fed_df'}
+  for row in rows.values():
+    assert row['seeds'] == '2' and '±' in row['student'] and row['teacher'] == ''
+  assert float(rows['fed_df']['MB a round']) > float(rows['fed_avg']['MB a round'])
+  markdown = (folder / 'table.md').read_text().splitlines()
+  assert len(markdown) == 4 and markdown[0].startswith('| algorithm | student |')
+  assert (folder / 'curves.png').stat().st_size > 10_000
+
+
+def test_all_met_the_same_problem(finished):
+  folder, _ = finished
+  # After a round, the two differ by the server's distillation only.
+  before = []
+  for name in ('fed_avg', 'fed_df'):
+    with open(folder / f'{name}-1' / 'metrics.csv', newline='') as file:
+      before.append(next(csv.DictReader(file)))
+  clients = [k for k in before[0] if k.startswith('client_work')]
+  assert clients
+  for key in clients:
+    assert float(before[0][key]) == pytest.approx(float(before[1][key]), rel=1e-6)
+
+
+def test_another_problem_needs_another_folder(finished):
+  folder, _ = finished
+  done = _run(*_COMPARED, *_TINY, '--batch_size=7', f'--output_dir={folder}')
+  assert done.returncode != 0
+  assert 'choose another --output_dir' in done.stdout + done.stderr
+
+
+def test_a_run_that_fails_is_named(tmp_path):
+  done = _run(
+      '--algorithms=fed_avg', '--seeds=0', *_TINY[:4], '--monitor=nothing',
+      f'--output_dir={tmp_path}',
+  )
+  assert done.returncode == 1
+  assert 'fed_avg, seed 0 failed' in done.stdout and 'nothing' in done.stdout
+  assert 'error: failed: fed_avg, seed 0.' in done.stderr
+
+
+@pytest.mark.parametrize(
+    'flags, match',
+    [
+        (['--algorithms=fed_avg,magic'], 'magic'),
+        (['--seeds=0,0'], 'different numbers'),
+        (['--seed=3'], '--seed is set for each run'),
+        (['--algorithms=fed_avg', '--teacher=cnn'], '--teacher has no effect'),
+    ],
+)
+def test_bad_flags_are_a_sentence(flags, match):
+  done = _run(*flags)
+  assert done.returncode != 0 and match in done.stdout + done.stderr

@@ -1,0 +1,218 @@
+"""Consensus rules: sums that are what the papers' formulas say."""
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tff_kd import knowledge
+
+_RULES = knowledge.CONSENSUS_RULES
+_NAMES = sorted(_RULES)
+
+
+def _softmax(z):
+  e = np.exp(z - z.max(axis=-1, keepdims=True))
+  return e / e.sum(axis=-1, keepdims=True)
+
+
+def _logits(seed, clients=4, rows=3, classes=5, scale=2.0):
+  rng = np.random.default_rng(seed)
+  return (scale * rng.normal(size=(clients, rows, classes))).astype(np.float32)
+
+
+def _consensus(rule, logits, weights):
+  """What the server makes of the clients' payloads, with clients weighted."""
+  payloads = [rule.encode(tf.constant(z)) for z in logits]
+  mean = knowledge.KnowledgePayload(
+      *(
+          sum(w * part for w, part in zip(weights, parts)) / sum(weights)
+          for parts in zip(*payloads)
+      )
+  )
+  return rule.decode(mean)
+
+
+def _weighted_mean(values, weights):
+  return (weights[..., None] * values).sum(0) / weights.sum(0)[:, None]
+
+
+def _expected(name, logits, client_weights):
+  """Each rule's probabilities, from its formula."""
+  z = logits.astype(np.float64)
+  w = np.array(client_weights, np.float64)[:, None] * np.ones(z.shape[1])
+  p = _softmax(z)
+  mean_p = _weighted_mean(p, w)
+  entropy = -(p * np.log(p)).sum(-1)
+  return {
+      'mean_logits': lambda: _softmax(_weighted_mean(z, w)),
+      'mean_probabilities': lambda: mean_p,
+      'era': lambda: _softmax(mean_p / 0.1),
+      'enhanced_era': lambda: mean_p**2 / (mean_p**2).sum(-1, keepdims=True),
+      'variance': lambda: _softmax(_weighted_mean(z, w * z.var(-1))),
+      'confidence': lambda: _softmax(_weighted_mean(z, w * p.max(-1))),
+      'entropy': lambda: _softmax(
+          _weighted_mean(z, w * (1 - entropy / np.log(z.shape[-1])))
+      ),
+  }[name]()
+
+
+@pytest.mark.parametrize('name', _NAMES)
+def test_against_numpy(name):
+  logits, weights = _logits(0), [3.0, 1.0, 2.0, 5.0]
+  consensus = _consensus(_RULES[name], logits, weights)
+  np.testing.assert_allclose(
+      tf.nn.softmax(consensus.logits), _expected(name, logits, weights),
+      rtol=2e-4, atol=1e-6,
+  )
+  np.testing.assert_array_equal(consensus.mask, 1.0)
+
+
+@settings(max_examples=30, deadline=None)
+@given(st.sampled_from(_NAMES), st.integers(0, 999), st.randoms())
+def test_order_and_splitting_of_clients_do_not_matter(name, seed, random):
+  rule = _RULES[name]
+  logits = _logits(seed)
+  weights = np.random.default_rng(seed).uniform(0.5, 9.0, len(logits))
+  expected = tf.nn.softmax(_consensus(rule, logits, weights).logits)
+  order = list(range(len(logits)))
+  random.shuffle(order)
+  shuffled = _consensus(rule, logits[order], weights[order])
+  np.testing.assert_allclose(
+      tf.nn.softmax(shuffled.logits), expected, rtol=1e-3, atol=1e-5
+  )
+  # The first client twice, with half of its weight each time.
+  twice = _consensus(
+      rule, np.concatenate([logits[:1], logits]),
+      np.concatenate([weights[:1] / 2, weights[:1] / 2, weights[1:]]),
+  )
+  np.testing.assert_allclose(
+      tf.nn.softmax(twice.logits), expected, rtol=1e-3, atol=1e-5
+  )
+
+
+@pytest.mark.parametrize('name', _NAMES)
+def test_missing_rows_leave_the_others_opinion(name):
+  rule = _RULES[name]
+  logits = _logits(1)
+  broken = logits.copy()
+  broken[0, 1] = np.nan
+  broken[1, 1] = np.inf
+  broken[:, 2] = np.nan
+  consensus = _consensus(rule, broken, [1.0] * 4)
+  np.testing.assert_array_equal(consensus.mask, [1, 1, 0])
+  np.testing.assert_array_equal(consensus.logits[2], 0.0)
+  np.testing.assert_allclose(
+      tf.nn.softmax(consensus.logits[1]),
+      tf.nn.softmax(_consensus(rule, logits[2:], [1.0] * 2).logits[1]),
+      rtol=1e-4, atol=1e-6,
+  )
+
+
+def test_consensus_is_the_weighted_mean_with_masks():
+  rule = knowledge.MeanLogits()
+  rng = np.random.default_rng(0)
+  z = rng.normal(size=(3, 4, 2, 5)).astype('f')  # clients, rows, time, classes
+  mask = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 0]], 'f')
+  w = np.array([1.0, 5.0, 2.0], 'f')
+  payloads = [
+      rule.encode(
+          tf.constant(np.where(m[:, None, None] > 0, zk, np.nan).astype('f'))
+      )
+      for zk, m in zip(z, mask)
+  ]
+  mean = tf.nest.map_structure(
+      lambda *p: sum(wk * pk for wk, pk in zip(w, p)) / w.sum(), *payloads
+  )
+  consensus = rule.decode(mean)
+  np.testing.assert_array_equal(consensus.mask, [1, 1, 1, 0])
+  weights = (w[:, None] * mask)[..., None, None]
+  with np.errstate(invalid='ignore'):
+    expected = (weights * z).sum(0) / weights.sum(0)
+  np.testing.assert_allclose(consensus.logits[:3], expected[:3], rtol=1e-5)
+  np.testing.assert_array_equal(consensus.logits[3], 0)
+
+
+def test_limits_of_sharpening():
+  logits = _logits(2)
+  mean = _expected('mean_probabilities', logits, [1.0] * 4)
+
+  def probabilities(rule):
+    return tf.nn.softmax(_consensus(rule, logits, [1.0] * 4).logits).numpy()
+
+  best = np.eye(5)[mean.argmax(-1)]
+  rule = knowledge.MeanProbabilities
+  np.testing.assert_allclose(probabilities(rule(temperature=1e-4)), best, atol=1e-6)
+  np.testing.assert_allclose(probabilities(rule(power=1e3)), best, atol=1e-6)
+  np.testing.assert_allclose(probabilities(rule(temperature=1e4)), 0.2, atol=1e-4)
+  np.testing.assert_allclose(probabilities(rule(power=1e-5)), 0.2, atol=1e-4)
+  np.testing.assert_allclose(probabilities(rule(power=1.0)), mean, rtol=1e-4)
+
+
+@pytest.mark.parametrize('name', _NAMES)
+def test_a_single_logit_is_the_two_class_case(name):
+  z = _logits(3, classes=1)
+  two = np.concatenate([np.zeros_like(z), z], axis=-1)
+  one = _consensus(_RULES[name], z, [1.0, 2.0, 3.0, 4.0])
+  both = _consensus(_RULES[name], two, [1.0, 2.0, 3.0, 4.0])
+  np.testing.assert_allclose(
+      tf.sigmoid(one.logits)[..., 0], tf.nn.softmax(both.logits)[..., 1],
+      rtol=1e-3, atol=1e-5,
+  )
+
+
+@pytest.mark.parametrize('name', _NAMES)
+def test_sequences_have_a_weight_an_example(name):
+  z = np.random.default_rng(0).normal(size=(3, 2, 4, 5)).astype(np.float32)
+  payload = _RULES[name].encode(tf.constant(z[0]))
+  assert payload.values.shape == (2, 4, 5) and payload.weights.shape == (2,)
+  consensus = _consensus(_RULES[name], z, [1.0] * 3)
+  assert np.isfinite(consensus.logits).all() and consensus.mask.shape == (2,)
+
+
+def test_clients_that_all_know_nothing_give_no_target():
+  rule = knowledge.CertaintyWeighted('variance')
+  consensus = _consensus(rule, np.ones((2, 3, 5), np.float32), [1.0, 1.0])
+  np.testing.assert_array_equal(consensus.mask, 0.0)
+
+
+def test_a_certainty_of_ones_own():
+  rule = knowledge.CertaintyWeighted(lambda z: tf.cast(z[:, 0] > 0, tf.float32))
+  logits = np.array([[[1.0, 5.0]], [[-1.0, 7.0]]], np.float32)
+  np.testing.assert_allclose(_consensus(rule, logits, [1, 1]).logits, [[1.0, 5.0]])
+
+
+@pytest.mark.parametrize(
+    'build',
+    [
+        lambda: knowledge.MeanProbabilities(temperature=0.0),
+        lambda: knowledge.MeanProbabilities(power=0.0),
+        lambda: knowledge.MeanProbabilities(temperature=0.1, power=2.0),
+        lambda: knowledge.CertaintyWeighted('guess'),
+    ],
+)
+def test_bad_rules_are_refused(build):
+  with pytest.raises(ValueError, match='found'):
+    build()
+
+
+def test_a_custom_rule_serves_a_whole_round():
+  import tff_kd  # pylint: disable=g-import-not-at-top
+  from tests import helpers  # pylint: disable=g-import-not-at-top
+
+  x, _ = helpers.examples(12, 0)
+  for rule in (_RULES['era'], _RULES['variance']):
+    process = tff_kd.algorithms.build_fed_df(
+        **helpers.common(
+            transfer_set=tff_kd.TransferSet(x),
+            consensus_rule=rule,
+            distillation=tff_kd.Distillation(num_steps=3, batch_size=12),
+        )
+    )
+    clients = [helpers.dataset(*helpers.examples(8, seed)) for seed in (1, 2)]
+    output = process.next(process.initialize(), clients)
+    metrics = output.metrics['server_distillation']['student']
+    assert metrics['num_targets'] == 12
+    assert 0 < metrics['last_loss'] < metrics['first_loss']

@@ -1,0 +1,157 @@
+"""Terms of the clients' loss beside the supervised one; they combine freely.
+
+A term takes the loss so far and returns the loss with its own part: terms apply in
+the order in which they are given.
+"""
+
+import abc
+import dataclasses
+from typing import Any, NamedTuple, Optional
+
+import tensorflow as tf
+
+from tff_kd import losses
+
+# What a term may compare the model with; all but the teacher are students.
+TARGETS = ('student', 'student_history', 'teacher')
+
+
+class LocalStep(NamedTuple):
+  """What a term may look at in one step of local training.
+
+  Attributes:
+    logits: float32 `[batch, ..., classes]`, of the model in training.
+    labels: The batch's labels; class indices are in range.
+    target_logits: Like `logits`, of the term's target; `None` without one.
+    weights: The model's trainable variables.
+    received: Their values as the server sent them.
+  """
+
+  logits: tf.Tensor
+  labels: Any
+  target_logits: Optional[tf.Tensor]
+  weights: list[tf.Variable]
+  received: list[tf.Tensor]
+
+
+class LocalTerm(abc.ABC):
+  """A term of the clients' loss.
+
+  Attributes:
+    target: Whose logits it needs: 'student' (the global one as received),
+      'student_history' (the mean of the last global ones), 'teacher', or `None`.
+      What is not the received student is sent down too, and costs bytes.
+  """
+
+  target: Optional[str] = None
+
+  @abc.abstractmethod
+  def __call__(self, loss: tf.Tensor, step: LocalStep) -> tf.Tensor:
+    """Returns the scalar loss with this term."""
+
+
+def _check_weight(name: str, value: float, at_most: float = float('inf')) -> None:
+  if not 0.0 < value <= at_most or value == float('inf'):
+    limit = 'finite' if at_most == float('inf') else f'at most {at_most:g}'
+    raise ValueError(
+        f'`{name}` must be above 0 and {limit}, found {value!r}. Leave the term '
+        'out to switch it off.'
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class LocalDistillation(LocalTerm):
+  """(1 - weight) L + weight KL_T(target || z).
+
+  Source: Yao et al., "Local-Global Knowledge Distillation in Heterogeneous
+  Federated Learning with Non-IID Data" (FedGKD, 2021), equation 4.
+
+  Attributes:
+    target: 'student', 'student_history' or 'teacher'.
+    weight: Above 0 and at most 1, the share of the distillation term.
+    temperature: Above 0.
+    history_size: M of FedGKD, for 'student_history': how many global students the
+      mean is taken of. The server's state holds that many.
+  """
+
+  target: str = 'student'
+  weight: float = 0.2
+  temperature: float = 1.0
+  history_size: int = 5
+
+  def __post_init__(self):
+    losses.check_temperature(self.temperature)
+    if self.target not in TARGETS:
+      raise ValueError(
+          f'`target` of a local distillation must be one of {TARGETS}, found '
+          f'{self.target!r}.'
+      )
+    _check_weight('weight', self.weight, at_most=1.0)
+    if not isinstance(self.history_size, int) or self.history_size < 1:
+      raise ValueError(
+          f'`history_size` must be a positive integer, found {self.history_size!r}.'
+      )
+
+  def __call__(self, loss, step):
+    divergence = tf.reduce_mean(
+        losses.kl_divergence(step.target_logits, step.logits, self.temperature)
+    )
+    return (1.0 - self.weight) * loss + self.weight * divergence
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NotTrueDistillation(LocalTerm):
+  """L + weight KL_T(received student || z) over all classes but the true one.
+
+  Source: Lee et al., "Preservation of the Global Knowledge by Not-True
+  Distillation in Federated Learning" (FedNTD, NeurIPS 2022), equations 3 and 4.
+
+  Attributes:
+    weight: beta, above 0.
+    temperature: tau, above 0.
+  """
+
+  weight: float = 1.0
+  temperature: float = 1.0
+  target: str = dataclasses.field(default='student', init=False)
+
+  def __post_init__(self):
+    losses.check_temperature(self.temperature)
+    _check_weight('weight', self.weight)
+
+  def __call__(self, loss, step):
+    labels = tf.convert_to_tensor(step.labels)
+    if not labels.dtype.is_integer:
+      raise ValueError(
+          'The not-true distillation needs class indices as labels, found labels '
+          f'of dtype {labels.dtype.name} and shape {labels.shape}.'
+      )
+    return loss + self.weight * tf.reduce_mean(
+        losses.not_true_kl_divergence(
+            step.target_logits, step.logits, labels, self.temperature
+        )
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ProximalTerm(LocalTerm):
+  """L + weight / 2 ||w - w_received||^2, over the trainable weights.
+
+  Source: Li et al., "Federated Optimization in Heterogeneous Networks" (FedProx,
+  MLSys 2020), equation 2.
+
+  Attributes:
+    weight: mu, above 0.
+  """
+
+  weight: float = 0.01
+
+  def __post_init__(self):
+    _check_weight('weight', self.weight)
+
+  def __call__(self, loss, step):
+    squares = [
+        tf.reduce_sum(tf.math.squared_difference(w, tf.stop_gradient(r)))
+        for w, r in zip(step.weights, step.received, strict=True)
+    ]
+    return loss + 0.5 * self.weight * tf.add_n(squares)
