@@ -150,8 +150,8 @@ TEMPERATURE = flags.DEFINE_float(
     'temperature', None, "T, in the server's distillation."
 )
 CONSENSUS = flags.DEFINE_enum(
-    'consensus', 'mean_logits', CONSENSUS_RULES,
-    "How the clients' predictions are combined: their mean, the mean of probabilities "
+    'consensus', None, CONSENSUS_RULES,
+    "Unset: the algorithm's own. How the clients' predictions are combined: their mean, the mean of probabilities "
     'plain or sharpened (era, enhanced_era), or a mean of logits weighted by certainty '
     '(variance, confidence, entropy).',
 )

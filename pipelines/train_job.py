@@ -216,7 +216,8 @@ def _build_process(
         validation_size=args.TRANSFER_VALIDATION.value,
         seed=args.SEED.value,
     )
-    kwargs['consensus_rule'] = knowledge.CONSENSUS_RULES[args.CONSENSUS.value]
+    if args.CONSENSUS.value is not None:
+      kwargs['consensus_rule'] = knowledge.CONSENSUS_RULES[args.CONSENSUS.value]
   if algorithm.takes('teacher_fn'):
     kwargs['teacher_fn'] = functools.partial(
         keras_models.TEACHERS[args.TEACHER.value], task.num_classes, task.input_shape

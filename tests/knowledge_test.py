@@ -7,6 +7,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests import helpers
+import tff_kd
 from tff_kd import knowledge
 
 _RULES = knowledge.CONSENSUS_RULES
@@ -199,9 +201,6 @@ def test_bad_rules_are_refused(build):
 
 
 def test_a_custom_rule_serves_a_whole_round():
-  import tff_kd  # pylint: disable=g-import-not-at-top
-  from tests import helpers  # pylint: disable=g-import-not-at-top
-
   x, _ = helpers.examples(12, 0)
   for rule in (_RULES['era'], _RULES['variance']):
     process = tff_kd.algorithms.build_fed_df(
@@ -216,3 +215,98 @@ def test_a_custom_rule_serves_a_whole_round():
     metrics = output.metrics['server_distillation']['student']
     assert metrics['num_targets'] == 12
     assert 0 < metrics['last_loss'] < metrics['first_loss']
+
+
+@pytest.mark.parametrize('seed', range(4))
+def test_diversity_is_the_opinion_of_those_who_disagree(seed):
+  logits = _logits(seed, clients=6, rows=8, classes=3).astype(np.float64)
+  client_weights = np.random.default_rng(seed).uniform(0.5, 2.0, 6)
+  rule = knowledge.CertaintyWithDiversity()
+  consensus = _consensus(rule, logits.astype(np.float32), client_weights)
+  plain = _consensus(
+      knowledge.CertaintyWeighted(), logits.astype(np.float32), client_weights
+  )
+  np.testing.assert_allclose(consensus.logits, plain.logits, rtol=1e-4, atol=1e-5)
+  np.testing.assert_array_equal(consensus.mask, plain.mask)
+  for row in range(8):
+    weights = client_weights * logits[:, row].var(-1)
+    joint = weights @ logits[:, row] / weights.sum()
+    differ = logits[:, row].argmax(-1) != joint.argmax()
+    assert consensus.diversity.mask[row] == differ.any()
+    expected = np.zeros(3)
+    if differ.any():
+      expected = (weights * differ) @ logits[:, row] / weights[differ].sum()
+    np.testing.assert_allclose(
+        consensus.diversity.logits[row], expected, rtol=1e-4, atol=1e-5
+    )
+
+
+def test_diversity_needs_classes():
+  for shape in ([1], [4, 5]):
+    with pytest.raises(ValueError, match='two classes or more'):
+      knowledge.CertaintyWithDiversity().payload_spec(tf.TensorShape(shape), 3)
+
+
+def test_fed_et_in_numpy():
+  """One round, one server step: the teacher's gradient by hand."""
+  tf.keras.utils.set_random_seed(3)
+  rate, share = 0.1, 0.4
+  x, _ = helpers.examples(20, 0)
+  process = tff_kd.algorithms.build_fed_et(
+      **helpers.common(
+          teacher_fn=helpers.dense_fn(),
+          transfer_set=tff_kd.TransferSet(x),
+          teacher_optimizer=helpers.sgd(rate),
+          client_optimizer=helpers.sgd(1.0),
+          distillation=tff_kd.Distillation(
+              loss='label', diversity_weight=share, num_steps=1, batch_size=20
+          ),
+      )
+  )
+  # Its predictions are sums by class.
+  assert process.update_type.knowledge.values.shape == (20, 3, 3)
+  state = process.initialize()
+  students = []
+  for seed, size in ((1, 4), (2, 12), (5, 8)):
+    cx, cy = helpers.examples(size, seed)
+    w, b = (np.array(v, np.float64) for v in state.global_model_weights.trainable)
+    dz = (_softmax(cx @ w + b) - np.eye(3)[cy]) / size
+    students.append((w - cx.T @ dz, b - dz.sum(0)))
+  output = process.next(
+      state,
+      [
+          helpers.dataset(*helpers.examples(n, seed), batch_size=n)
+          for seed, n in ((1, 4), (2, 12), (5, 8))
+      ],
+  )
+  logits = np.stack([x @ w + b for w, b in students])
+  certainty = logits.var(-1)
+  joint = _weighted_mean(logits, certainty)
+  label = joint.argmax(-1)
+  differ = certainty * (logits.argmax(-1) != label)
+  rows = differ.sum(0) > 0
+  assert 0 < rows.sum() < 20
+  opinion = np.zeros_like(joint)
+  opinion[rows] = _weighted_mean(logits[:, rows], differ[:, rows])
+  w, b = (np.array(v, np.float64) for v in state.teacher_weights.trainable)
+  p = _softmax(x @ w + b)
+  dz = (p - np.eye(3)[label]) / 20
+  dz[rows] += share * (p - _softmax(opinion))[rows] / rows.sum()
+  helpers.assert_weights_close(
+      output.state.teacher_weights.trainable,
+      [w - rate * x.T @ dz, b - rate * dz.sum(0)],
+      rtol=1e-4, atol=1e-5,
+  )
+
+
+def test_diversity_is_refused_without_a_rule_for_it():
+  x, _ = helpers.examples(12, 0)
+  with pytest.raises(ValueError, match='CertaintyWithDiversity'):
+    tff_kd.algorithms.build_fed_df(
+        **helpers.common(
+            transfer_set=tff_kd.TransferSet(x),
+            distillation=tff_kd.Distillation(diversity_weight=0.1),
+        )
+    )
+  with pytest.raises(ValueError, match="target='ensemble'"):
+    tff_kd.Distillation(target='teacher', diversity_weight=0.1)

@@ -89,6 +89,7 @@ def test_soft_target_cross_entropy_of_a_single_logit():
         losses.kl_divergence,
         losses.mean_absolute_error,
         losses.mean_squared_error,
+        losses.hard_label_cross_entropy,
         lambda t, z: losses.soft_target_cross_entropy(tf.nn.softmax(t), z),
         lambda t, z: losses.not_true_kl_divergence(t, z, tf.constant([0, 1, 2])),
     ],
@@ -148,6 +149,20 @@ def test_logit_errors_match_numpy(shape):
   np.testing.assert_allclose(
       losses.mean_squared_error(target, z), ((z - target) ** 2).mean(-1),
       rtol=1e-5,
+  )
+
+
+def test_hard_labels_are_the_targets_most_likely_class():
+  target, z = _logits((6, 4), 0), _logits((6, 4), 1)
+  p = np.exp(z) / np.exp(z).sum(-1, keepdims=True)
+  np.testing.assert_allclose(
+      losses.hard_label_cross_entropy(target, z),
+      -np.log(p[np.arange(6), target.argmax(-1)]), rtol=1e-5,
+  )
+  single = losses.hard_label_cross_entropy(target[:, :1], z[:, :1])
+  q = 1 / (1 + np.exp(-z[:, 0]))
+  np.testing.assert_allclose(
+      single, -np.log(np.where(target[:, 0] > 0, q, 1 - q)), rtol=1e-5
   )
 
 

@@ -251,7 +251,7 @@ def build_client_work(
         payload = tf.cond(
             included,
             predict,
-            lambda: knowledge.zero_payload(
+            lambda: consensus_rule.zero_payload(
                 student.logits_shape, transfer_set.num_predictions
             ),
         )

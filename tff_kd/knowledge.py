@@ -13,7 +13,6 @@ import dataclasses
 from typing import NamedTuple, Optional, Union
 
 import tensorflow as tf
-import tensorflow_federated as tff
 
 from tff_kd import losses
 from tff_kd import models
@@ -27,8 +26,10 @@ class KnowledgePayload(NamedTuple):
   """What one client sends up, or the weighted mean of it over clients.
 
   Attributes:
-    values: float32 `[m, ..., classes]`, the logits times `weights`.
-    weights: float32 `[m]`, how much each prediction counts (0 = missing).
+    values: float32 `[m, ..., classes]`, the predictions times `weights`.
+    weights: float32 `[m]`, how much each prediction counts (0 = missing). A rule
+      may send several such pairs an example: both then have one more axis after the
+      first.
   """
 
   values: tf.Tensor
@@ -41,10 +42,13 @@ class Consensus(NamedTuple):
   Attributes:
     logits: float32 `[m, ..., classes]`, finite everywhere.
     mask: float32 `[m]`, 1 where at least one client predicted, else 0.
+    diversity: The joint opinion of those who do not share it, a `Consensus` with
+      mask 0 where all agree; `None` from rules that do not tell.
   """
 
   logits: tf.Tensor
   mask: tf.Tensor
+  diversity: Optional['Consensus'] = None
 
 
 def predict_logits(
@@ -89,28 +93,37 @@ def predict_logits(
   return tf.ensure_shape(result, [num_rows, *logits[0].shape[1:]])
 
 
-def payload_type(
-    logits_shape: tf.TensorShape, transfer_set: transfer.TransferSet
-) -> tff.Type:
-  """The type of a payload for all of a round's predictions."""
-  rows = transfer_set.num_predictions
-  return tff.types.tensorflow_to_type(
-      KnowledgePayload(
-          values=tf.TensorSpec([rows, *logits_shape], tf.float32),
-          weights=tf.TensorSpec([rows], tf.float32),
-      )
-  )
-
-
-def zero_payload(logits_shape: tf.TensorShape, num_rows: int) -> KnowledgePayload:
-  """The payload of a client that predicted nothing."""
-  return KnowledgePayload(
-      values=tf.zeros([num_rows, *logits_shape]), weights=tf.zeros([num_rows])
-  )
-
-
 class ConsensusRule(abc.ABC):
-  """How clients' predictions become sums, and how those become a consensus."""
+  """How clients' predictions become sums, and how those become a consensus.
+
+  Attributes:
+    has_diversity: Whether its consensus has a `diversity`.
+  """
+
+  has_diversity: bool = False
+
+  def payload_spec(
+      self, logits_shape: tf.TensorShape, num_rows: int
+  ) -> KnowledgePayload:
+    """The `tf.TensorSpec`s of a payload.
+
+    Args:
+      logits_shape: Of one example's logits, `[..., classes]`.
+      num_rows: m.
+    """
+    return KnowledgePayload(
+        values=tf.TensorSpec([num_rows, *logits_shape], tf.float32),
+        weights=tf.TensorSpec([num_rows], tf.float32),
+    )
+
+  def zero_payload(
+      self, logits_shape: tf.TensorShape, num_rows: int
+  ) -> KnowledgePayload:
+    """The payload of a client that predicted nothing."""
+    return tf.nest.map_structure(
+        lambda spec: tf.zeros(spec.shape, spec.dtype),
+        self.payload_spec(logits_shape, num_rows),
+    )
 
   @abc.abstractmethod
   def encode(self, logits: tf.Tensor) -> KnowledgePayload:
@@ -154,8 +167,7 @@ class MeanProbabilities(ConsensusRule):
 
   Source: Itahara et al., "Distillation-Based Semi-Supervised Federated Learning for
   Communication-Efficient Collaborative Training with Non-IID Private Data" (DS-FL,
-  2020), equation 11 (simple aggregation) and equation 12 (entropy reduction
-  aggregation, ERA).
+  2020): simple aggregation, and entropy reduction aggregation (ERA).
 
   Attributes:
     temperature: ERA: softmax(mean / temperature), 0.1 in the paper; the lower the
@@ -197,7 +209,7 @@ class CertaintyWeighted(ConsensusRule):
   """sum_k w_k s_k(x) z_k(x) / sum_k w_k s_k(x), by a certainty s_k of each prediction.
 
   Source: Cho et al., "Heterogeneous Ensemble Knowledge Transfer for Training Large
-  Models in Federated Learning" (Fed-ET, IJCAI 2022), equation 3, for 'variance' (of
+  Models in Federated Learning" (Fed-ET, IJCAI 2022), section 3.2, for 'variance' (of
   the logits over the classes; there all w_k are equal).
 
   Attributes:
@@ -225,6 +237,56 @@ class CertaintyWeighted(ConsensusRule):
 
   def decode(self, mean_payload):
     return _consensus(*_mean(mean_payload))
+
+
+@dataclasses.dataclass(frozen=True)
+class CertaintyWithDiversity(CertaintyWeighted):
+  """`CertaintyWeighted`, and the same mean of those who predict another class.
+
+  Clients add up their predictions by the class that they predict, so that the server
+  can leave out those who agree with the consensus and never sees one client. That
+  costs as many times the bytes as there are classes.
+
+  Source: Cho et al. (Fed-ET, IJCAI 2022), section 3.2, the diversity term.
+  """
+
+  has_diversity = True
+
+  def payload_spec(self, logits_shape, num_rows):
+    if len(logits_shape) != 1 or logits_shape[-1] < 2:
+      raise ValueError(
+          'Diversity needs one prediction over two classes or more an example, found '
+          f'logits of shape {logits_shape}.'
+      )
+    groups = logits_shape[-1]
+    return KnowledgePayload(
+        values=tf.TensorSpec([num_rows, groups, groups], tf.float32),
+        weights=tf.TensorSpec([num_rows, groups], tf.float32),
+    )
+
+  def encode(self, logits):
+    values, weights = super().encode(logits)
+    group = tf.one_hot(tf.argmax(values, axis=-1), values.shape[-1])
+    return KnowledgePayload(
+        values=group[..., tf.newaxis] * values[:, tf.newaxis, :],
+        weights=group * weights[:, tf.newaxis],
+    )
+
+  def decode(self, mean_payload):
+    values, weights = mean_payload
+
+    def mean_over(groups: tf.Tensor) -> Consensus:
+      kept = tf.math.multiply_no_nan(weights, groups)
+      return super(CertaintyWithDiversity, self).decode(
+          KnowledgePayload(
+              tf.einsum('igc,ig->ic', values, groups), tf.reduce_sum(kept, axis=1)
+          )
+      )
+
+    consensus = mean_over(tf.ones_like(weights))
+    label = tf.argmax(consensus.logits, axis=-1)
+    others = 1.0 - tf.one_hot(label, weights.shape[-1])
+    return consensus._replace(diversity=mean_over(others))
 
 
 def _entropy_certainty(logits: tf.Tensor) -> tf.Tensor:

@@ -64,7 +64,7 @@ class LocalDistillation(LocalTerm):
   """(1 - weight) L + weight KL_T(target || z).
 
   Source: Yao et al., "Local-Global Knowledge Distillation in Heterogeneous
-  Federated Learning with Non-IID Data" (FedGKD, 2021), equation 4.
+  Federated Learning with Non-IID Data" (FedGKD, 2021), the local objective.
 
   Attributes:
     target: 'student', 'student_history' or 'teacher'.
@@ -104,7 +104,7 @@ class NotTrueDistillation(LocalTerm):
   """L + weight KL_T(received student || z) over all classes but the true one.
 
   Source: Lee et al., "Preservation of the Global Knowledge by Not-True
-  Distillation in Federated Learning" (FedNTD, NeurIPS 2022), equations 3 and 4.
+  Distillation in Federated Learning" (FedNTD, NeurIPS 2022), section 4.
 
   Attributes:
     weight: beta, above 0.

@@ -152,6 +152,28 @@ def soft_target_cross_entropy(
   )
 
 
+def hard_label_cross_entropy(
+    target_logits: tf.Tensor, logits: tf.Tensor
+) -> tf.Tensor:
+  """Cross-entropy against the target's most likely class, as Fed-ET learns it.
+
+  Source: Cho et al., "Heterogeneous Ensemble Knowledge Transfer for Training Large
+  Models in Federated Learning" (Fed-ET, IJCAI 2022), section 3.2.
+
+  Args:
+    target_logits: A float tensor `[..., classes]`; receives no gradient.
+    logits: A float tensor of the same shape.
+
+  Returns:
+    A float tensor `[...]`.
+  """
+  logits = two_classes(logits)
+  label = tf.argmax(two_classes(target_logits), axis=-1)
+  return soft_target_cross_entropy(
+      tf.one_hot(label, logits.shape[-1], dtype=logits.dtype), logits
+  )
+
+
 def mean_absolute_error(target_logits: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
   """Mean over the classes of |logits - target|, as FedMD fits its consensus.
 

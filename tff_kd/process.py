@@ -187,6 +187,7 @@ def build_distillation_process(
         has_teacher=teacher is not None,
         labelled=transfer_set.labelled,
         has_validation=transfer_set.validation_size > 0,
+        has_diversity=consensus_rule.has_diversity,
     )
   history_size = _check_local_terms(local_terms, has_teacher=teacher is not None)
   if client_data is not None:

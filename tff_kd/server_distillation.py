@@ -29,6 +29,9 @@ _DISTILLATION_LOSSES = {
     'mse': lambda target, logits, temperature: losses.mean_squared_error(
         target, logits
     ),
+    'label': lambda target, logits, temperature: losses.hard_label_cross_entropy(
+        target, logits
+    ),
 }
 
 
@@ -55,8 +58,12 @@ class Distillation:
     temperature: T, above 0.
     distillation_weight: w. If `None`: 0.5 where the transfer set has labels, else
       1. Without labels it must be 1.
-    loss: 'kl', 'mae' or 'mse' (the latter two on logits, without T), or a
-      function (target_logits, logits, temperature) -> one loss an example.
+    loss: 'kl', 'mae' or 'mse' (these two on logits, without T), 'label' (the
+      target's most likely class as label), or a function (target_logits, logits,
+      temperature) -> one loss an example.
+    diversity_weight: Of Fed-ET's diversity term, lambda KL_T(diversity || outputs) on
+      the examples on which clients disagree; part of the distillation term. Needs
+      target 'ensemble' and a consensus rule that tells the diversity.
     num_steps: How many steps a round at most.
     batch_size: Examples a step; the whole subset if it is smaller.
     schedule: Optional; maps the share of steps done, a float32 scalar in [0, 1),
@@ -72,6 +79,7 @@ class Distillation:
   temperature: float = 1.0
   distillation_weight: Optional[float] = None
   loss: Union[str, Callable[[tf.Tensor, tf.Tensor, float], tf.Tensor]] = 'kl'
+  diversity_weight: float = 0.0
   num_steps: int = 100
   batch_size: int = 64
   schedule: Optional[Callable[[tf.Tensor], tf.Tensor]] = None
@@ -104,6 +112,16 @@ class Distillation:
       raise ValueError(
           f'`loss` must be one of {sorted(_DISTILLATION_LOSSES)} or a function, '
           f'found {self.loss!r}.'
+      )
+    if not 0.0 <= self.diversity_weight < float('inf'):
+      raise ValueError(
+          '`diversity_weight` must be finite and not below 0, found '
+          f'{self.diversity_weight!r}.'
+      )
+    if self.diversity_weight and self.target != 'ensemble':
+      raise ValueError(
+          "A `diversity_weight` needs target='ensemble', found "
+          f'{self.target!r}.'
       )
     for name in ('num_steps', 'batch_size', 'validate_every', 'patience'):
       value = getattr(self, name)
@@ -157,6 +175,7 @@ def check_stages(
     has_teacher: bool,
     labelled: bool,
     has_validation: bool,
+    has_diversity: bool = False,
 ) -> None:
   """Refuses stages that lack something they need, before anything is built.
 
@@ -184,6 +203,11 @@ def check_stages(
           f'`distillation_weight` is {d.distillation_weight}, which leaves the '
           'rest of the loss to labels, but the transfer set has none. Give it '
           'labels, or leave the weight at 1.'
+      )
+    if d.diversity_weight and not has_diversity:
+      raise ValueError(
+          '`diversity_weight` needs a `consensus_rule` that tells the diversity, such '
+          'as `tff_kd.knowledge.CertaintyWithDiversity()`.'
       )
     if not has_validation and (
         d.patience is not None or d.validate_every is not None
@@ -237,7 +261,11 @@ def build_server_distillation(
       )
   )
   knowledge_type = (
-      knowledge.payload_type(student.logits_shape, transfer_set)
+      tff.types.tensorflow_to_type(
+          consensus_rule.payload_spec(
+              student.logits_shape, transfer_set.num_predictions
+          )
+      )
       if uses_ensemble
       else tff.to_type(())
   )
@@ -314,8 +342,10 @@ class _Examples(NamedTuple):
   """Rows of the transfer set with their targets, parallel along the first axis."""
 
   ids: tf.Tensor
-  target_logits: tf.Tensor
-  mask: tf.Tensor
+  target_logits: Any = ()
+  mask: Any = ()
+  diversity_logits: Any = ()
+  diversity_mask: Any = ()
 
 
 def _build_stage(
@@ -356,30 +386,38 @@ def _build_stage(
       if d.target != 'ensemble':
         targets = d.target * targets + (1.0 - d.target) * predictions('student')
     learn = _Examples(ids, targets[:m], mask[:m])
+    if d.diversity_weight:
+      learn = learn._replace(
+          diversity_logits=consensus.diversity.logits[:m],
+          diversity_mask=consensus.diversity.mask[:m],
+      )
     if not has_validation:
       return learn, None
     if transfer_set.fully_labelled:
-      validation_ids = transfer_set.validation_ids()
-      return learn, _Examples(validation_ids, (), ())
+      return learn, _Examples(transfer_set.validation_ids())
     return learn, _Examples(all_ids[m:], targets[m:], mask[m:])
 
-  def batch_gradients(opened, ids, target_logits, mask):
-    inputs = opened.gather_inputs(ids)
+  def batch_gradients(opened, batch: _Examples):
+    inputs = opened.gather_inputs(batch.ids)
     with tf.GradientTape() as tape:
       outputs = learner.keras_model(inputs, training=True)
-      loss = distillation_weight * losses.weighted_mean(
-          d.loss_fn(
-              target_logits, learner.class_logits(outputs), d.temperature
-          ),
-          mask,
+      logits = learner.class_logits(outputs)
+      loss = losses.weighted_mean(
+          d.loss_fn(batch.target_logits, logits, d.temperature), batch.mask
       )
+      if d.diversity_weight:
+        loss += d.diversity_weight * losses.weighted_mean(
+            losses.kl_divergence(batch.diversity_logits, logits, d.temperature),
+            batch.diversity_mask,
+        )
+      loss *= distillation_weight
       if distillation_weight < 1.0:
         # Where a label is unknown, its entry may be anything.
         labels, _ = learner.usable_labels(
-            opened.gather_labels(ids), outputs.shape
+            opened.gather_labels(batch.ids), outputs.shape
         )
         loss += (1.0 - distillation_weight) * learner.supervised_loss(
-            labels, outputs, opened.gather_label_weights(ids)
+            labels, outputs, opened.gather_label_weights(batch.ids)
         )
       loss += learner.regularization_loss()
     return loss, tape.gradient(loss, trainable)
@@ -433,10 +471,7 @@ def _build_stage(
         rows = order[step * batch_size : (step + 1) * batch_size]
         rows = tf.ensure_shape(rows, [batch_size])
         last_loss, gradients = batch_gradients(
-            opened,
-            tf.gather(learn.ids, rows),
-            tf.gather(learn.target_logits, rows),
-            tf.gather(learn.mask, rows),
+            opened, tf.nest.map_structure(lambda a: tf.gather(a, rows), learn)
         )
         # Not `==`: outside eager mode that compares Python identities.
         if tf.equal(step, 0):

@@ -56,6 +56,12 @@ REGISTRY = {
             needs=('transfer set',),
         ),
         Algorithm(
+            'fed_et',
+            "a large server model learns from the clients' certainty-weighted ensemble",
+            'weights and predictions',
+            needs=('transfer set', 'teacher'),
+        ),
+        Algorithm(
             'fed_distillation',
             'the fusion: ensemble to teacher, teacher back to student',
             'weights and predictions',

@@ -1,7 +1,7 @@
 """FedGKD: averaging, with clients that distil from past global students.
 
 Yao et al., "Local-Global Knowledge Distillation in Heterogeneous Federated Learning
-with Non-IID Data" (2021), equation 4 and Algorithm 1: the local loss is
+with Non-IID Data" (2021), the local objective:
 (1 - gamma) CE + gamma KL(target || z), with the mean of the last M global students as
 target. With M = 1 that is the global student itself (FedAvg+KD), and nothing more goes
 down. The term, `tff_kd.LocalDistillation`, goes with any algorithm.

@@ -1,7 +1,7 @@
 """FedNTD: averaging, with clients that keep what the global student knows.
 
 Lee et al., "Preservation of the Global Knowledge by Not-True Distillation in
-Federated Learning" (NeurIPS 2022), section 4, equations 3 and 4: the local loss is
+Federated Learning" (NeurIPS 2022), section 4: the local loss is
 CE + beta tau^2 KL over all classes but the true one, with the received student as
 target. Nothing but weights travels; the term itself, `tff_kd.NotTrueDistillation`,
 goes with any algorithm.

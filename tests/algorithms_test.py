@@ -1,0 +1,101 @@
+"""Every algorithm of the registry learns on real data, unbroken and resumed."""
+
+import inspect
+import math
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tests import helpers
+import tff_kd
+from tff_kd import algorithms
+from tff_kd import keras_models
+
+_ROUNDS = 10
+
+
+@pytest.fixture(scope='module')
+def task():
+  return tff_kd.data.TASKS['mnist5k'](seed=0, transfer_size=200, validation_size=200)
+
+
+@pytest.fixture(scope='module')
+def batches(task):
+  split = tff_kd.data.partition.dirichlet(task.clients.labels, 10, alpha=0.5, seed=0)
+  data = tff_kd.FileClientData.from_arrays(tuple(task.clients), split)
+  return tff_kd.ClientBatches(data=data, batch_size=20, seed=0)
+
+
+def _build(name, task, batches):
+  tf.keras.utils.set_random_seed(0)
+  algorithm = algorithms.REGISTRY[name]
+
+  def model_fn():
+    return keras_models.STUDENTS['document'](10, task.input_shape)
+
+  kwargs = dict(
+      student_fn=model_fn,
+      input_spec=batches.element_spec,
+      client_data=batches,
+      loss_fn=task.loss_fn,
+      metrics_fn=task.metrics_fn,
+      client_optimizer=helpers.sgd(0.1),
+  )
+  parts = dict(
+      transfer_set=lambda: tff_kd.TransferSet(task.transfer.inputs),
+      teacher_fn=lambda: model_fn,
+  )
+  kwargs |= {name: make() for name, make in parts.items() if algorithm.takes(name)}
+  return algorithm.build(**kwargs)
+
+
+def _train(process, task, folder, num_rounds):
+  evaluator = tff_kd.evaluation.CentralEvaluator(process.student_spec)
+  sample = tff.simulation.build_uniform_sampling_fn(range(10), random_seed=0)
+  return tff_kd.simulation.train(
+      process,
+      select_clients=lambda round_num: [int(k) for k in sample(round_num, 5)],
+      num_rounds=num_rounds,
+      evaluate=lambda state: evaluator.evaluate(
+          state.global_model_weights, *task.test
+      ),
+      program_state_manager=tff.program.FileProgramStateManager(folder),
+  )
+
+
+@pytest.mark.parametrize('name', sorted(algorithms.REGISTRY))
+def test_ten_rounds_unbroken_and_resumed(name, task, batches, tmp_path):
+  process = _build(name, task, batches)
+  whole = _train(process, task, tmp_path / 'whole', _ROUNDS)
+  accuracy = [metrics['accuracy'] for metrics in whole.history]
+  assert accuracy[-1] > accuracy[0]
+  assert all(
+      math.isfinite(value)
+      for metrics in whole.history for key, value in metrics.items() if 'loss' in key
+  )
+  _train(process, task, tmp_path / 'parts', 4)
+  # As another program would: built anew, from the files alone.
+  resumed = _train(_build(name, task, batches), task, tmp_path / 'parts', _ROUNDS)
+  assert len(resumed.history) == _ROUNDS - 4
+  for found, expected in zip(
+      tf.nest.flatten(resumed.state), tf.nest.flatten(whole.state), strict=True
+  ):
+    np.testing.assert_array_equal(found, expected)
+
+
+def test_the_registry_tells_what_builders_need():
+  for name, algorithm in algorithms.REGISTRY.items():
+    assert algorithm.name == name and algorithm.summary and algorithm.up
+    needed = {
+        'transfer set': 'transfer_set', 'teacher': 'teacher_fn',
+    }
+    required = {
+        parameter.name
+        for parameter in inspect.signature(algorithm.build).parameters.values()
+        if parameter.default is parameter.empty
+    }
+    for what, parameter in needed.items():
+      assert (what in algorithm.needs) == (parameter in required), (name, what)
+    assert inspect.getdoc(inspect.getmodule(algorithm.build))

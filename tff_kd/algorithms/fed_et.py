@@ -1,0 +1,85 @@
+"""Fed-ET: a large server model learns from the clients' variance-weighted ensemble.
+
+Cho et al., "Heterogeneous Ensemble Knowledge Transfer for Training Large Models in
+Federated Learning" (IJCAI 2022), section 3.2: the consensus on a transfer example is the
+mean of the clients' logits, weighted by their variance over the classes; the server
+model learns its most likely class as a label, and, with a small weight, the opinion of
+the clients that disagree,
+
+  CE(argmax z_consensus, z_T) + lambda KL(z_diversity || z_T).
+
+The students are averaged, as there within models of one architecture.
+"""
+
+from typing import Any, Optional
+
+import tensorflow_federated as tff
+
+from tff_kd import knowledge
+from tff_kd import models
+from tff_kd import optimizers
+from tff_kd import process
+from tff_kd import server_distillation
+from tff_kd import transfer
+from tff_kd.algorithms import fed_distillation
+
+DEFAULT_DISTILLATION = server_distillation.Distillation(
+    target='ensemble', loss='label', diversity_weight=0.05, num_steps=60
+)
+
+
+def build_fed_et(
+    *,
+    student_fn: models.KerasModelFn,
+    teacher_fn: models.KerasModelFn,
+    input_spec: Any,
+    loss_fn: models.LossFn,
+    transfer_set: transfer.TransferSet,
+    client_optimizer: optimizers.Optimizer,
+    teacher_optimizer: Optional[optimizers.Optimizer] = None,
+    distillation: server_distillation.Distillation = DEFAULT_DISTILLATION,
+    metrics_fn: Optional[models.MetricsFn] = None,
+    **kwargs,
+) -> process.DistillationProcess:
+  """Builds Fed-ET.
+
+  Predictions are added up by the class that they predict, which the diversity term
+  needs: as many times the bytes as there are classes. Without that term
+  (`diversity_weight=0`) they are plain sums.
+
+  Args:
+    student_fn: Returns a new, small `tf.keras.Model`, which clients train.
+    teacher_fn: Returns a new, large `tf.keras.Model`, the server's.
+    input_spec: The clients' `dataset.element_spec`.
+    loss_fn: Returns a `tf.keras.losses.Loss`, for both models.
+    transfer_set: The examples on which the ensemble is distilled.
+    client_optimizer: The clients' optimizer.
+    teacher_optimizer: The server model's; Adam with rate 1e-3 if `None`.
+    distillation: How the server model learns.
+    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    **kwargs: Further arguments of `process.build_distillation_process`. The clients'
+      predictions weigh the same whatever their examples, as in the paper, unless
+      `knowledge_weighting` says otherwise.
+
+  Returns:
+    A `DistillationProcess` with the server model as teacher.
+  """
+  rule = knowledge.CertaintyWeighted('variance')
+  if distillation.diversity_weight:
+    rule = knowledge.CertaintyWithDiversity('variance')
+  defaults = dict(
+      consensus_rule=rule, knowledge_weighting=tff.learning.ClientWeighting.UNIFORM
+  )
+  return fed_distillation.build_fed_distillation(
+      student_fn=student_fn,
+      teacher_fn=teacher_fn,
+      input_spec=input_spec,
+      loss_fn=loss_fn,
+      transfer_set=transfer_set,
+      client_optimizer=client_optimizer,
+      teacher_optimizer=teacher_optimizer,
+      distillation=distillation,
+      back_distillation=None,
+      metrics_fn=metrics_fn,
+      **(defaults | kwargs),
+  )
