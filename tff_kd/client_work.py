@@ -188,7 +188,7 @@ def build_client_work(
         name: (teacher if name == 'teacher' else student).blank_model_fn()
         for name in sorted(targets)
     }
-    train = _build_training(
+    train = build_training(
         model, target_models, optimizer, local_terms, client_data
     )
 
@@ -217,7 +217,7 @@ def build_client_work(
         model.reset_metrics()
 
       def weight_of(weighting):
-        return _client_weight(weighting, num_examples, included)
+        return client_weight(weighting, num_examples, included)
 
       def prepared(update, weighting, is_multiplied):
         """A channel's update, on its way up."""
@@ -262,13 +262,7 @@ def build_client_work(
               model=weight_of(model_weighting), knowledge=knowledge_weight
           ),
           metrics=model.report_local_unfinalized_metrics(),
-          participation=collections.OrderedDict(
-              num_clients=tf.constant(1),
-              num_included=tf.cast(included, tf.int32),
-              num_excluded_empty=tf.cast(is_empty, tf.int32),
-              num_excluded_bad_labels=tf.cast(bad_labels, tf.int32),
-              num_excluded_non_finite=tf.cast(~finite & ~bad_labels, tf.int32),
-          ),
+          participation=participation(included, is_empty, bad_labels, finite),
       )
 
     return client_update()
@@ -316,11 +310,25 @@ def _exchanged(
   )
 
 
-def _client_weight(
+def participation(
+    included: tf.Tensor, is_empty: tf.Tensor, bad_labels: tf.Tensor, finite: tf.Tensor
+) -> collections.OrderedDict[str, tf.Tensor]:
+  """A client's counts, int32 scalars: that it was there, and in or why not."""
+  return collections.OrderedDict(
+      num_clients=tf.constant(1),
+      num_included=tf.cast(included, tf.int32),
+      num_excluded_empty=tf.cast(is_empty, tf.int32),
+      num_excluded_bad_labels=tf.cast(bad_labels, tf.int32),
+      num_excluded_non_finite=tf.cast(~finite & ~bad_labels, tf.int32),
+  )
+
+
+def client_weight(
     weighting: tff.learning.ClientWeighting,
     num_examples: tf.Tensor,
     included: tf.Tensor,
 ) -> tf.Tensor:
+  """A client's weight in a channel: a float32 scalar, 0 if it is left out."""
   if weighting is tff.learning.ClientWeighting.NUM_EXAMPLES:
     weight = tf.cast(num_examples, tf.float32)
   else:
@@ -356,14 +364,26 @@ class _Progress(NamedTuple):
   bad_labels: tf.Tensor
 
 
-def _build_training(
+def build_training(
     model: models.KerasModel,
     target_models: dict[str, models.KerasModel],
     optimizer: optimizers.Optimizer,
     local_terms: Sequence[local_terms_lib.LocalTerm],
     client_data: Optional[client_data_lib.ClientBatches],
 ):
-  """Returns (hparams, data, round_num, received) -> (num_examples, bad_labels)."""
+  """A client's training as a function, to be called in a `tf.function`.
+
+  Args:
+    model: Is trained in place.
+    target_models: What the terms compare it with, by the name of their target.
+    optimizer: As `build_client_work` takes it.
+    local_terms: Terms of the loss beside the supervised one.
+    client_data: Where clients read their examples, if not from datasets.
+
+  Returns:
+    (hparams, data, round_num, received) -> (num_examples, bad_labels): the client's
+    dataset or number and the trainable weights as sent, to an int64 and a bool.
+  """
   trainable = model.trainable_variables
   stepper = optimizers.build_stepper(optimizer, trainable)
 

@@ -286,7 +286,7 @@ def build_server_distillation(
   @tff.tensorflow.computation(state_type, models_type, knowledge_type, np.int32)
   def next_tf(state, weights, mean_knowledge, round_num):
     live = {name: spec.blank_model_fn() for name, spec in specs.items()}
-    runs = [_build_stage(stage, live, transfer_set) for stage in stages]
+    runs = [build_stage(stage, live, transfer_set) for stage in stages]
 
     @tf.function
     def run_all():
@@ -348,12 +348,22 @@ class _Examples(NamedTuple):
   diversity_mask: Any = ()
 
 
-def _build_stage(
+def build_stage(
     stage: DistillationStage,
     live: dict[str, models.KerasModel],
     transfer_set: transfer.TransferSet,
 ):
-  """Returns (state, consensus, round_num, seed) -> (state, measurements)."""
+  """One stage as a function, to be called in a `tf.function`.
+
+  Args:
+    stage: What learns from what.
+    live: The models by name; the learner among them is changed in place.
+    transfer_set: Where the examples are read.
+
+  Returns:
+    (state, consensus, round_num, seed) -> (state, measurements), where a state of
+    `None` is a fresh one.
+  """
   d = stage.distillation
   learner = live[stage.learner]
   trainable = learner.trainable_variables
@@ -446,7 +456,7 @@ def _build_stage(
     )
 
   def run(state, consensus, round_num, seed):
-    if d.reset_optimizer:
+    if d.reset_optimizer or state is None:
       state = stepper.initialize()
     opened = transfer_set.open()
     learn, validation = examples(consensus, round_num)

@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import tensorflow_federated as tff
 
+from tff_kd.simulation import client_states as client_states_lib
+
 ROUND_SECONDS = 'round_seconds'
 
 
@@ -68,6 +70,7 @@ def train(
     program_state_manager: Optional[tff.program.ProgramStateManager] = None,
     rounds_per_saving: int = 1,
     release_managers: Sequence[tff.program.ReleaseManager] = (),
+    client_states: Optional[client_states_lib.ClientStates] = None,
     on_round: Optional[Callable[[int, Mapping[str, float]], None]] = None,
 ) -> TrainingResult:
   """Runs rounds until a number of them, or until a metric stops getting better.
@@ -92,6 +95,9 @@ def train(
       `tff.program.FileProgramStateManager`.
     rounds_per_saving: After how many rounds; the last one is always saved.
     release_managers: Get each round's flat metrics with the round number as key.
+    client_states: What clients keep for themselves, of a process that takes it
+      (`PrivateProcess`). `select_clients` then returns client numbers. It is part of
+      what is saved: a resumed run goes on with what clients had at its checkpoint.
     on_round: Called with round number and flat metrics, after they are released.
 
   Returns:
@@ -124,6 +130,8 @@ def train(
       if saved is not None:
         progress, round_num = saved, version
     saved_round = round_num
+    if client_states is not None:
+      client_states.rewind(round_num)
     history = []
     if monitor is not None:
       evaluated = evaluate(progress.state) if evaluate is not None else ()
@@ -138,7 +146,15 @@ def train(
     while round_num < num_rounds and not converged():
       round_num += 1
       start = time.perf_counter()
-      output = process.next(progress.state, select_clients(round_num))
+      selected = select_clients(round_num)
+      if client_states is None:
+        output = process.next(progress.state, selected)
+      else:
+        _check_client_numbers(selected)
+        output = process.next(
+            progress.state, selected, client_states.load(selected)
+        )
+        client_states.save(selected, output.client_states, round_num)
       seconds = time.perf_counter() - start
       metrics = flatten_metrics(output.metrics)
       if evaluate is not None:
@@ -154,6 +170,10 @@ def train(
       ):
         loop.run_until_complete(program_state_manager.save(progress, round_num))
         saved_round = round_num
+        if client_states is not None:
+          # No checkpoint goes back further.
+          versions = loop.run_until_complete(program_state_manager.get_versions())
+          client_states.prune(min(versions))
       if on_round is not None:
         on_round(round_num, metrics)
     if program_state_manager is not None and saved_round != round_num:
@@ -166,6 +186,19 @@ def train(
       history=history,
       converged=converged(),
   )
+
+
+def _check_client_numbers(selected: Sequence[Any]) -> None:
+  if not all(isinstance(its, (int, np.integer)) for its in selected):
+    raise TypeError(
+        'With `client_states`, `select_clients` must return client numbers (and the '
+        f'process read its data by reference, `client_data=`), found {selected!r}.'
+    )
+  if len(set(selected)) < len(selected):
+    raise ValueError(
+        'A client can be in a round once only, or one of its states would be lost; '
+        f'found {list(selected)}.'
+    )
 
 
 def process_metric_names(

@@ -1,0 +1,91 @@
+"""Clients' private states in files."""
+
+import numpy as np
+import pytest
+
+from tests import helpers
+from tff_kd.simulation import client_states
+
+
+def _state(value):
+  return {'w': [np.full((2, 3), value, np.float32)], 'n': np.int64(value)}
+
+
+def _value(state):
+  helpers.assert_weights_close(
+      [state['w'][0]], [np.full((2, 3), float(state['n']))], rtol=0
+  )
+  assert state['w'][0].dtype == np.float32
+  return int(state['n'])
+
+
+def _values(store, clients, round_num=None):
+  return [_value(its) for its in store.load(clients, round_num)]
+
+
+def test_by_client_and_round(tmp_path):
+  store = client_states.ClientStates(_state(0), tmp_path / 'new' / 'folder')
+  assert _values(store, [3, 1]) == [0, 0] and store.clients() == []
+  store.save([1, 2], [_state(11), _state(12)], round_num=1)
+  store.save([2, 3], [_state(22), _state(23)], round_num=2)
+  assert _values(store, [3, 2, 1, 7]) == [23, 22, 11, 0]
+  assert _values(store, [3, 2, 1], round_num=1) == [0, 12, 11]
+  assert _values(store, [2], round_num=0) == [0]
+  # Another program sees the same.
+  again = client_states.ClientStates(_state(0), tmp_path / 'new' / 'folder')
+  assert again.clients() == [1, 2, 3]
+  assert _values(again, [3, 2, 1]) == [23, 22, 11]
+
+
+def test_going_back_and_forgetting(tmp_path):
+  store = client_states.ClientStates(_state(0), tmp_path)
+  for round_num in (1, 2, 3, 4):
+    store.save([5], [_state(round_num)], round_num)
+  store.save([6], [_state(1)], 1)
+  store.prune(3)
+  # Round 3 can still be gone back to.
+  assert _values(store, [5, 6], round_num=3) == [3, 1]
+  assert len(list(tmp_path.iterdir())) == 3
+  store.rewind(3)
+  assert _values(store, [5, 6]) == [3, 1]
+  store.rewind(0)
+  assert store.clients() == [] and not list(tmp_path.iterdir())
+  assert _values(store, [5]) == [0]
+
+
+@pytest.mark.parametrize('damage', [b'', b'no zip', None])
+def test_a_damaged_file_is_named(tmp_path, damage):
+  store = client_states.ClientStates(_state(0), tmp_path)
+  store.save([5], [_state(1)], 1)
+  (path,) = tmp_path.iterdir()
+  path.write_bytes(path.read_bytes()[:-40] if damage is None else damage)
+  with pytest.raises(client_states.ClientStatesError, match='client 5.*round 1'):
+    store.load([5])
+
+
+def test_a_file_of_another_model_is_refused(tmp_path):
+  store = client_states.ClientStates(_state(0), tmp_path)
+  store.save([5], [{'w': [np.zeros(3, np.float32)], 'n': np.int64(0)}], 1)
+  with pytest.raises(client_states.ClientStatesError, match='of another model'):
+    store.load([5])
+
+
+def test_a_write_that_broke_off_leaves_what_was_there(tmp_path):
+  store = client_states.ClientStates(_state(0), tmp_path)
+  store.save([5], [_state(1)], 1)
+
+  class Unwritable:
+
+    def __array__(self, *args, **kwargs):
+      raise OSError('no space left on device')
+
+  with pytest.raises(OSError, match='no space'):
+    store.save([5], [{'w': [Unwritable()], 'n': np.int64(2)}], 2)
+  again = client_states.ClientStates(_state(0), tmp_path)
+  assert _values(again, [5]) == [1]
+
+
+def test_states_and_clients_go_together(tmp_path):
+  store = client_states.ClientStates(_state(0), tmp_path)
+  with pytest.raises(ValueError, match='2 clients and 1 states'):
+    store.save([1, 2], [_state(1)], 1)

@@ -1,0 +1,250 @@
+"""Clients that keep their models: whole rounds against NumPy, and resumed."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tests import helpers
+import tff_kd
+from tff_kd.algorithms import ds_fl
+from tff_kd.algorithms import fed_md
+from tff_kd.simulation import client_states
+
+_X, _Y = helpers.examples(10, 77)
+_SIZES = (6, 8, 4)
+_RATE, _DIGEST_RATE = 0.2, 0.3
+
+
+def _softmax(z):
+  e = np.exp(z - z.max(axis=-1, keepdims=True))
+  return e / e.sum(axis=-1, keepdims=True)
+
+
+def _client(k):
+  return helpers.examples(_SIZES[k], k)
+
+
+def _dataset(k):
+  return helpers.dataset(*_client(k), batch_size=_SIZES[k])
+
+
+def _fed_md(labelled=False, **kwargs):
+  tf.keras.utils.set_random_seed(0)
+  return fed_md.build_fed_md(
+      **helpers.common(
+          client_optimizer=helpers.sgd(_RATE),
+          transfer_set=tff_kd.TransferSet(_X, _Y if labelled else None),
+          digest_optimizer=helpers.sgd(_DIGEST_RATE),
+          **kwargs,
+      )
+  )
+
+
+def _ds_fl(**kwargs):
+  tf.keras.utils.set_random_seed(0)
+  return ds_fl.build_ds_fl(
+      **helpers.common(
+          client_optimizer=helpers.sgd(_RATE),
+          transfer_set=tff_kd.TransferSet(_X),
+          student_optimizer=helpers.sgd(_DIGEST_RATE),
+          distillation=tff_kd.Distillation(
+              num_steps=1, batch_size=10, distillation_weight=1.0
+          ),
+          **kwargs,
+      )
+  )
+
+
+def _step(model, x, dz, rate):
+  return [model[0] - rate * x.T @ dz, model[1] - rate * dz.sum(0)]
+
+
+def _logits(model, x):
+  return x @ model[0] + model[1]
+
+
+def _fit(model, x, y, rate=_RATE):
+  dz = (_softmax(_logits(model, x)) - np.eye(helpers.CLASSES)[y]) / len(x)
+  return _step(model, x, dz, rate)
+
+
+def _weights(state):
+  return [np.array(w, np.float64) for w in state.weights.trainable]
+
+
+def _check(found, expected):
+  helpers.assert_weights_close(found, expected, rtol=1e-4, atol=1e-5)
+
+
+def test_fed_md_in_numpy():
+  process = _fed_md()
+  assert process.get_model_weights is None
+  state, first = process.initialize(), process.initialize_client()
+  models = [_weights(first) for _ in _SIZES]
+  consensus, states = None, [first] * 3
+  for taking_part in ([0, 1], [1, 2], [0, 2, 1]):
+    for k in taking_part:
+      if consensus is not None:
+        # The mean over classes and examples of |z - consensus|.
+        sign = np.sign(_logits(models[k], _X) - consensus)
+        dz = sign / sign.size
+        models[k] = _step(models[k], _X, dz, _DIGEST_RATE)
+      models[k] = _fit(models[k], *_client(k))
+    consensus = np.mean([_logits(models[k], _X) for k in taking_part], axis=0)
+    output = process.next(
+        state, [_dataset(k) for k in taking_part], [states[k] for k in taking_part]
+    )
+    state = output.state
+    for k, its in zip(taking_part, output.client_states):
+      states[k] = its
+      _check(_weights(its), models[k])
+  counts = output.metrics['client_work']['participation']
+  assert counts['num_included'] == counts['num_digested'] == 3
+
+
+def test_ds_fl_in_numpy():
+  process = _ds_fl()
+  state, first = process.initialize(), process.initialize_client()
+  models, server = [_weights(first)] * 2, _weights(first)
+  target, states = None, [first] * 2
+
+  def distilled(model):
+    dz = (_softmax(_logits(model, _X)) - target) / len(_X)
+    return _step(model, _X, dz, _DIGEST_RATE)
+
+  for _ in range(3):
+    if target is not None:
+      models = [distilled(its) for its in models]
+    models = [_fit(its, *_client(k)) for k, its in enumerate(models)]
+    mean = np.mean([_softmax(_logits(its, _X)) for its in models], axis=0)
+    target = _softmax(mean / 0.1)
+    server = distilled(server)
+    output = process.next(state, [_dataset(0), _dataset(1)], states)
+    state, states = output.state, output.client_states
+    for its, model in zip(states, models):
+      _check(_weights(its), model)
+    _check(process.get_model_weights(state).trainable, server)
+
+
+def test_only_predictions_travel():
+  bytes_of = tff_kd.communication.round_bytes(_ds_fl())
+  assert bytes_of.up_model == 0
+  assert bytes_of.up_knowledge == 4 * len(_X) * (helpers.CLASSES + 1)
+  # The consensus, its mask and the round's number.
+  assert bytes_of.down == bytes_of.up_knowledge + 4
+
+
+def test_clients_are_pretrained_on_the_labels():
+  process = _fed_md(labelled=True, pretraining_epochs=3)
+  plain = _weights(_fed_md().initialize_client())
+  for _ in range(3):
+    plain = _fit(plain, _X, _Y, _DIGEST_RATE)
+  _check(_weights(process.initialize_client()), plain)
+  with pytest.raises(ValueError, match='labels'):
+    _fed_md(pretraining_epochs=1)
+
+
+def test_a_client_that_cannot_take_part_keeps_its_model():
+  process = _ds_fl()
+  state, first = process.initialize(), process.initialize_client()
+  x, y = _client(1)
+  bad = [
+      helpers.dataset(x[:0], y[:0]),
+      helpers.dataset(x * np.float32(np.nan), y),
+      helpers.dataset(x, y + 50),
+  ]
+  output = process.next(state, [_dataset(0), *bad], [first] * 4)
+  for its in output.client_states[1:]:
+    helpers.assert_weights_close(its.weights, first.weights, rtol=0)
+  counts = output.metrics['client_work']['participation']
+  assert counts['num_included'] == 1
+  assert counts['num_excluded_empty'] == counts['num_excluded_non_finite'] == 1
+  assert counts['num_excluded_bad_labels'] == 1
+  alone = process.next(state, [_dataset(0)], [first])
+  helpers.assert_weights_close(
+      output.state.consensus, alone.state.consensus, rtol=1e-5, atol=1e-6
+  )
+
+
+def test_order_of_clients_does_not_matter():
+  process = _ds_fl()
+  state, first = process.initialize(), process.initialize_client()
+  one = process.next(state, [_dataset(k) for k in (0, 1, 2)], [first] * 3)
+  other = process.next(state, [_dataset(k) for k in (2, 0, 1)], [first] * 3)
+  helpers.assert_weights_close(other.state, one.state, rtol=1e-5, atol=1e-6)
+  for k, its in zip((2, 0, 1), other.client_states):
+    helpers.assert_weights_close(its, one.client_states[k], rtol=1e-5, atol=1e-6)
+
+
+@pytest.fixture(scope='module')
+def batches():
+  data = tff_kd.FileClientData.from_clients(
+      [helpers.examples(10, seed) for seed in range(6)]
+  )
+  return tff_kd.ClientBatches(data=data, batch_size=4, seed=0)
+
+
+def _train(process, folder, num_rounds, **kwargs):
+  return tff_kd.simulation.train(
+      process,
+      select_clients=lambda round_num: [(round_num + k) % 6 for k in range(3)],
+      num_rounds=num_rounds,
+      rounds_per_saving=2,
+      program_state_manager=tff.program.FileProgramStateManager(
+          folder / 'checkpoints', keep_total=2, keep_first=False
+      ),
+      client_states=client_states.ClientStates(
+          process.initialize_client(), folder / 'clients'
+      ),
+      **kwargs,
+  )
+
+
+def test_a_resumed_run_repeats_an_unbroken_one(batches, tmp_path):
+  def process():
+    return _ds_fl(client_data=batches, input_spec=batches.element_spec)
+
+  built = process()
+  whole = _train(built, tmp_path / 'whole', 7)
+
+  class Killed(Exception):
+    pass
+
+  def killed_in_round_5(round_num, metrics):
+    del metrics
+    if round_num == 5:
+      raise Killed
+
+  # The checkpoint is of round 4; clients have been further.
+  with pytest.raises(Killed):
+    _train(built, tmp_path / 'parts', 7, on_round=killed_in_round_5)
+  resumed = _train(process(), tmp_path / 'parts', 7)
+  assert len(resumed.history) == 3
+  for found, expected in zip(
+      tf.nest.flatten(resumed.state), tf.nest.flatten(whole.state), strict=True
+  ):
+    np.testing.assert_array_equal(found, expected)
+  stores = [
+      client_states.ClientStates(built.initialize_client(), tmp_path / its / 'clients')
+      for its in ('whole', 'parts')
+  ]
+  assert stores[0].clients() == stores[1].clients() == list(range(6))
+  for found, expected in zip(*(store.load(range(6)) for store in stores)):
+    helpers.assert_weights_close(found, expected, rtol=0)
+  # Two checkpoints are kept, and of each client what they need: not all 7 rounds.
+  assert len(list((tmp_path / 'whole' / 'clients').iterdir())) <= 6 * 4
+
+
+def test_client_numbers_are_needed_and_come_once(batches, tmp_path):
+  process = _ds_fl(client_data=batches, input_spec=batches.element_spec)
+  store = client_states.ClientStates(process.initialize_client(), tmp_path)
+  for selected, error, match in (
+      ([1, 1], ValueError, 'once only'),
+      ([_dataset(0)], TypeError, 'client numbers'),
+  ):
+    with pytest.raises(error, match=match):
+      tff_kd.simulation.train(
+          process, select_clients=lambda _, its=selected: its, num_rounds=1,
+          client_states=store,
+      )

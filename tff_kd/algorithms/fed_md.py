@@ -1,0 +1,87 @@
+"""FedMD: clients keep their models and learn from the mean of all predictions.
+
+Li & Wang, "FedMD: Heterogenous Federated Learning via Model Distillation" (2019),
+Algorithm 1: a client first learns from the transfer set's labels, if it has any
+("transfer learning"); then, in each round, it digests the consensus (it fits the mean
+logits on the transfer examples, by their absolute error), revisits its own examples, and
+sends its logits on the transfer examples. The server has no model.
+"""
+
+from typing import Any, Optional
+
+import tensorflow_federated as tff
+
+from tff_kd import models
+from tff_kd import optimizers
+from tff_kd import private_process
+from tff_kd import server_distillation
+from tff_kd import transfer
+
+
+def build_fed_md(
+    *,
+    student_fn: models.KerasModelFn,
+    input_spec: Any,
+    loss_fn: models.LossFn,
+    transfer_set: transfer.TransferSet,
+    client_optimizer: optimizers.Optimizer,
+    digest_optimizer: Optional[optimizers.Optimizer] = None,
+    digest_epochs: int = 1,
+    digest_batch_size: int = 256,
+    pretraining_epochs: int = 0,
+    metrics_fn: Optional[models.MetricsFn] = None,
+    **kwargs,
+) -> private_process.PrivateProcess:
+  """Builds FedMD for clients of one architecture.
+
+  Args:
+    student_fn: Returns a new `tf.keras.Model`, of which each client has its own.
+    input_spec: The clients' `dataset.element_spec`.
+    loss_fn: Returns a `tf.keras.losses.Loss`.
+    transfer_set: The examples on which clients predict; 5,000 a round in the paper.
+    client_optimizer: For the clients' own examples.
+    digest_optimizer: For the transfer examples; Adam with the paper's rate 1e-3 if
+      `None`. It starts anew each round.
+    digest_epochs: Passes over the round's transfer examples.
+    digest_batch_size: Examples a step.
+    pretraining_epochs: Passes over the transfer set's labels before a client's first
+      round; with them the transfer set must have labels.
+    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    **kwargs: Further arguments of `private_process.build_private_process`.
+
+  Returns:
+    A `PrivateProcess` without a server model.
+  """
+  student = models.build_model_spec(
+      student_fn,
+      input_spec=input_spec,
+      loss_fn=loss_fn,
+      metrics_fn=metrics_fn,
+      name='student',
+  )
+  optimizer = digest_optimizer or tff.learning.optimizers.build_adam(1e-3)
+  size = transfer_set.subset_size
+
+  def stage(epochs: int, **settings) -> server_distillation.DistillationStage:
+    return server_distillation.DistillationStage(
+        'student',
+        optimizer,
+        server_distillation.Distillation(
+            num_steps=epochs * -(-size // min(digest_batch_size, size)),
+            batch_size=digest_batch_size,
+            reset_optimizer=True,
+            **settings,
+        ),
+    )
+
+  return private_process.build_private_process(
+      student,
+      client_optimizer=client_optimizer,
+      transfer_set=transfer_set,
+      digest=stage(digest_epochs, loss='mae', distillation_weight=1.0),
+      pretraining=(
+          stage(pretraining_epochs, distillation_weight=0.0)
+          if pretraining_epochs else None
+      ),
+      **kwargs,
+  )

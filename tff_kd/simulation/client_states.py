@@ -1,0 +1,139 @@
+"""What clients keep for themselves between rounds, in files, one a client and round."""
+
+from collections.abc import Iterable, Sequence
+import os
+import pathlib
+import re
+from typing import Any, Optional
+import zipfile
+
+import numpy as np
+import tensorflow as tf
+
+_NAME = re.compile(r'client-(\d+)-round-(\d+)\.npz')
+
+
+class ClientStatesError(RuntimeError):
+  """A client's file is damaged."""
+
+
+class ClientStates:
+  """Clients' private states on disk, by client number and round.
+
+  Memory holds those of one round only. A file is written whole or not at all, and
+  never changed: what a client had in some round stays until `prune`, so training can
+  go on from an earlier checkpoint.
+  """
+
+  def __init__(self, initial: Any, directory: os.PathLike):
+    """Opens the folder, and makes it if need be.
+
+    Args:
+      initial: The state of a client that has none yet, a structure of arrays.
+      directory: Where the files are.
+    """
+    self._initial = tf.nest.map_structure(np.asarray, initial)
+    self._directory = pathlib.Path(directory)
+    self._directory.mkdir(parents=True, exist_ok=True)
+    self._rounds: dict[int, list[int]] = {}
+    for path in self._directory.iterdir():
+      match = _NAME.fullmatch(path.name)
+      if match:
+        self._rounds.setdefault(int(match[1]), []).append(int(match[2]))
+    for rounds in self._rounds.values():
+      rounds.sort()
+
+  def clients(self) -> list[int]:
+    """The numbers of the clients that have a state of their own."""
+    return sorted(self._rounds)
+
+  def load(
+      self, clients: Iterable[int], round_num: Optional[int] = None
+  ) -> list[Any]:
+    """The states of some clients, for a process's `next`.
+
+    Args:
+      clients: Their numbers.
+      round_num: As they were after this round; the latest if `None`.
+
+    Returns:
+      A list of structures like the initial one.
+
+    Raises:
+      ClientStatesError: If a file is damaged, or holds something else.
+    """
+    return [self._load_one(int(client), round_num) for client in clients]
+
+  def _load_one(self, client: int, round_num: Optional[int]) -> Any:
+    rounds = [
+        its for its in self._rounds.get(client, ())
+        if round_num is None or its <= round_num
+    ]
+    if not rounds:
+      return self._initial
+    path = self._path(client, rounds[-1])
+    leaves = tf.nest.flatten(self._initial)
+    try:
+      with np.load(path) as file:
+        found = [file[str(i)] for i in range(len(leaves))]
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+      raise ClientStatesError(
+          f"The file of client {client}'s state after round {rounds[-1]} is damaged: "
+          f'{path} ({error}). Resume from an earlier checkpoint, or delete the file '
+          'to take what the client had before.'
+      ) from error
+    for leaf, its in zip(leaves, found):
+      if leaf.shape != its.shape or leaf.dtype != its.dtype:
+        raise ClientStatesError(
+            f'{path} holds an array of {its.dtype} {its.shape} where this process has '
+            f'{leaf.dtype} {leaf.shape}. It is of another model; choose another folder.'
+        )
+    return tf.nest.pack_sequence_as(self._initial, found)
+
+  def save(
+      self, clients: Sequence[int], states: Sequence[Any], round_num: int
+  ) -> None:
+    """Keeps what clients have after a round.
+
+    Args:
+      clients: Their numbers.
+      states: Their states, in the same order.
+      round_num: The round that has just ended.
+    """
+    if len(clients) != len(states):
+      raise ValueError(
+          f'There must be one state a client, found {len(clients)} clients and '
+          f'{len(states)} states.'
+      )
+    for client, state in zip(clients, states):
+      path = self._path(int(client), round_num)
+      partial = path.with_suffix(f'.{os.getpid()}.partial')
+      leaves = tf.nest.flatten(state)
+      with open(partial, 'wb') as file:
+        np.savez(file, **{str(i): leaf for i, leaf in enumerate(leaves)})
+      os.replace(partial, path)
+      rounds = self._rounds.setdefault(int(client), [])
+      if round_num not in rounds:
+        rounds.append(round_num)
+        rounds.sort()
+
+  def rewind(self, round_num: int) -> None:
+    """Forgets what came after a round, to go on from there."""
+    for client, rounds in list(self._rounds.items()):
+      self._drop(client, [its for its in rounds if its > round_num])
+
+  def prune(self, round_num: int) -> None:
+    """Forgets what is needed only to go back to before a round."""
+    for client, rounds in list(self._rounds.items()):
+      before = [its for its in rounds if its <= round_num]
+      self._drop(client, before[:-1])
+
+  def _drop(self, client: int, rounds: Sequence[int]) -> None:
+    for round_num in rounds:
+      self._path(client, round_num).unlink(missing_ok=True)
+      self._rounds[client].remove(round_num)
+    if not self._rounds[client]:
+      del self._rounds[client]
+
+  def _path(self, client: int, round_num: int) -> pathlib.Path:
+    return self._directory / f'client-{client}-round-{round_num}.npz'
