@@ -84,17 +84,10 @@ def _arguments() -> dict[str, list[str]]:
       raise app.UsageError(f'--{name} is set for each run. Leave it out.')
   module = flags.FLAGS.flags_by_module_dict()[train_flags.__name__]
   given = [f for f in module if f.present and f.name not in _PER_RUN]
-  parameters_of = {}
-  for parameter, names in train_flags.FLAGS_OF_PARAMETER.items():
-    for name in names:
-      parameters_of[name] = parameter
   found, used = {}, set()
   for name in _ALGORITHMS.value:
     its = algorithms.REGISTRY[name]
-    taken = [
-        f for f in given
-        if f.name not in parameters_of or its.takes(parameters_of[f.name])
-    ]
+    taken = [f for f in given if train_flags.is_taken(its, f.name)]
     used |= {f.name for f in taken}
     found[name] = [f.serialize() for f in taken]
     if not flags.FLAGS['patience'].present:

@@ -206,6 +206,14 @@ ROUNDS_PER_CHECKPOINT = flags.DEFINE_integer(
     'rounds_per_checkpoint', 5, 'Rounds between checkpoints.', lower_bound=1
 )
 
+DIGEST_EPOCHS = flags.DEFINE_integer(
+    'digest_epochs', None, 'Of fed_md: passes over the consensus a round.',
+    lower_bound=1,
+)
+DIGEST_BATCH = flags.DEFINE_integer(
+    'digest_batch_size', None, 'Of fed_md: examples a step of that.', lower_bound=1
+)
+
 # Flags that only some algorithms use, by the builder's parameter they feed.
 FLAGS_OF_PARAMETER = {
     'transfer_set': [
@@ -219,7 +227,26 @@ FLAGS_OF_PARAMETER = {
     'teacher_fn': ['teacher', 'teacher_learning_rate'],
     'back_distillation': ['back_distillation', 'back_steps'],
     'student_optimizer': ['student_learning_rate'],
+    'digest_epochs': ['digest_epochs', 'digest_batch_size'],
 }
+# And those of the students' averaging, which clients that keep their models have not.
+AVERAGING_FLAGS = [
+    'server_optimizer', 'server_learning_rate', 'client_weighting', 'local_target',
+    'local_weight', 'local_temperature', 'history_size', 'proximal_weight',
+    'not_true_weight', 'not_true_temperature',
+]
+def is_taken(algorithm: algorithms.Algorithm, name: str) -> bool:
+  """Whether a flag has an effect with an algorithm."""
+  if name in AVERAGING_FLAGS:
+    return not algorithm.keeps_client_models
+  if name == 'pretrain_epochs' and algorithm.keeps_client_models:
+    return algorithm.takes('pretraining_epochs')
+  return all(
+      algorithm.takes(parameter)
+      for parameter, names in FLAGS_OF_PARAMETER.items() if name in names
+  )
+
+
 # A resumed run may change these: they do not change what a round does.
 FREE_ON_RESUME = {
     'rounds', 'patience', 'output_dir', 'resume', 'rounds_per_checkpoint',

@@ -10,7 +10,7 @@ import inspect
 import json
 import pathlib
 import sys
-from typing import Any
+from typing import Any, Optional, Union
 
 from absl import flags
 
@@ -55,10 +55,9 @@ def _check_flags(algorithm: algorithms.Algorithm) -> None:
     if flags.FLAGS[name].present:
       raise UserError(f'--{name} has no effect {why}. Leave it out.')
 
-  for parameter, names in args.FLAGS_OF_PARAMETER.items():
-    if not algorithm.takes(parameter):
-      for name in names:
-        refuse(name, f'with --algorithm={args.ALGORITHM.value}')
+  for name in _own_flags():
+    if not args.is_taken(algorithm, name):
+      refuse(name, f'with --algorithm={args.ALGORITHM.value}')
   if args.PARTITION.value not in ('dirichlet', 'quantity_skew'):
     refuse('alpha', f'with --partition={args.PARTITION.value}')
   if args.PARTITION.value != 'shards':
@@ -196,10 +195,21 @@ def _local_arguments(algorithm: algorithms.Algorithm) -> dict[str, Any]:
 
 def _build_process(
     algorithm: algorithms.Algorithm, task: tff_kd.data.Task, common: dict[str, Any]
-) -> tff_kd.DistillationProcess:
+) -> Union[tff_kd.DistillationProcess, tff_kd.PrivateProcess]:
   """Builds the process from the flags."""
   kwargs = dict(common, seed=args.SEED.value)
-  kwargs |= _local_arguments(algorithm)
+  if algorithm.keeps_client_models:
+    # Nothing is averaged but predictions.
+    del kwargs['server_optimizer'], kwargs['client_weighting']
+  else:
+    kwargs |= _local_arguments(algorithm)
+  for name, value in (
+      ('digest_epochs', args.DIGEST_EPOCHS.value),
+      ('digest_batch_size', args.DIGEST_BATCH.value),
+      ('pretraining_epochs', args.PRETRAIN_EPOCHS.value or None),
+  ):
+    if algorithm.takes(name) and value is not None:
+      kwargs[name] = value
   defaults = {
       name: parameter.default
       for name, parameter in inspect.signature(
@@ -273,13 +283,20 @@ def _train_centrally(
 
 
 class _Evaluation:
-  """Evaluates the models of a process on the validation and the test part."""
+  """Evaluates the models of a process on the validation and the test part.
+
+  `student` is the server's; where only clients have models, the mean over theirs. Where
+  both have, `client` is that mean.
+  """
 
   @staticmethod
-  def names(process: tff_kd.DistillationProcess) -> list[str]:
+  def names(process) -> list[str]:
     """The names of the metrics."""
     found = list(_specs(process))
-    if process.transfer_set is not None:
+    if isinstance(process, tff_kd.PrivateProcess):
+      if process.get_model_weights is not None:
+        found.append('client')
+    elif process.transfer_set is not None:
       found.append('student_before')
     return [
         f'{part}/{name}_{key}'
@@ -288,32 +305,53 @@ class _Evaluation:
         for key in ('accuracy', 'loss', 'calibration_error')
     ]
 
-  def __init__(self, process: tff_kd.DistillationProcess, task):
-    self._process = process
+  def __init__(
+      self, process, task,
+      client_states: Optional[tff_kd.simulation.ClientStates] = None,
+  ):
     self._task = task
-    self._student = tff_kd.evaluation.CentralEvaluator(process.student_spec)
-    self._teacher = None
-    if process.teacher_spec is not None:
-      self._teacher = tff_kd.evaluation.CentralEvaluator(process.teacher_spec)
+    self._client_states = client_states
+    self.evaluators = {
+        name: tff_kd.evaluation.CentralEvaluator(spec)
+        for name, spec in _specs(process).items()
+    }
 
   def models(self, state) -> dict[str, tuple[Any, Any]]:
-    """Name -> (evaluator, weights) of all models in a state."""
-    found = {'student': (self._student, state.global_model_weights)}
-    if self._teacher is not None:
-      found['teacher'] = (self._teacher, state.teacher_weights)
-    if len(state.aggregated_model_weights):
-      found['student_before'] = (self._student, state.aggregated_model_weights)
-    return found
+    """Name -> (evaluator, weights) of the server's models in a state."""
+    found = {'student': ('student', state.global_model_weights)}
+    if 'teacher' in self.evaluators:
+      found['teacher'] = ('teacher', state.teacher_weights)
+    before = getattr(state, 'aggregated_model_weights', ())
+    found['student_before'] = ('student', before)
+    return {
+        name: (self.evaluators[kind], weights)
+        for name, (kind, weights) in found.items() if len(weights)
+    }
 
   def __call__(self, state) -> dict[str, float]:
     metrics = {}
+    models = self.models(state)
     for part in ('validation', 'test'):
       examples = getattr(self._task, part)
-      for name, (evaluator, weights) in self.models(state).items():
-        values = evaluator.evaluate(weights, *examples)
+      found = {
+          name: evaluator.evaluate(weights, *examples)
+          for name, (evaluator, weights) in models.items()
+      }
+      if self._client_states is not None:
+        name = 'client' if 'student' in models else 'student'
+        found[name] = self._mean_over_clients(examples)
+      for name, values in found.items():
         for key, value in values.items():
           metrics[f'{part}/{name}_{key}'] = value
     return metrics
+
+  def _mean_over_clients(self, examples) -> dict[str, float]:
+    """Of all clients' own models; one that never took part has the initial one."""
+    states = self._client_states.load(range(args.NUM_CLIENTS.value))
+    values = [
+        self.evaluators['student'].evaluate(its.weights, *examples) for its in states
+    ]
+    return {key: float(np.mean([v[key] for v in values])) for key in values[0]}
 
 
 def _read_history(path: pathlib.Path) -> list[dict[str, float]]:
@@ -344,13 +382,19 @@ def _train(
     bar.set_postfix(shown)
 
   metrics_path = run_dir / f'{prefix}metrics.csv'
+  client_states = None
+  if isinstance(process, tff_kd.PrivateProcess):
+    client_states = tff_kd.simulation.ClientStates(
+        process.initialize_client(), run_dir / f'{prefix}clients'
+    )
   try:
     result = tff_kd.simulation.train(
         process,
         initial_state=initial_state,
         select_clients=select_clients,
         num_rounds=num_rounds,
-        evaluate=_Evaluation(process, task),
+        evaluate=_Evaluation(process, task, client_states),
+        client_states=client_states,
         monitor=monitor,
         patience=patience,
         program_state_manager=tff.program.FileProgramStateManager(
@@ -504,7 +548,7 @@ def _train_and_report(
 
   def initial_state(of_process):
     state = of_process.initialize()
-    if pretrained:
+    if pretrained and not isinstance(of_process, tff_kd.PrivateProcess):
       state = of_process.set_model_weights(state, pretrained['student'])
       if of_process.teacher_spec is not None:
         state = of_process.set_teacher_weights(state, pretrained['teacher'])
@@ -554,8 +598,12 @@ def _report(
       )
       for rows in test_split
   ]
+  server_models = evaluation.models(result.best_state)
   names = {
-      'student': 'student',
+      'student': (
+          'student' if 'student' in server_models else "clients' own models, mean"
+      ),
+      'client': "clients' own models, mean",
       'teacher': 'teacher',
       'student_before': 'student before back-distillation',
   }
@@ -566,8 +614,8 @@ def _report(
       'clients: mean', '10th pct.', 'worst',
   )]
   specs = _specs(process)
-  for name, (_, weights) in evaluation.models(result.best_state).items():
-    test = _best_row(history, result.round_num, args.MONITOR.value)
+  test = _best_row(history, result.round_num, args.MONITOR.value)
+  for name, (_, weights) in server_models.items():
     by_client = tff_kd.evaluation.evaluate_clients(
         specs.get(name, process.student_spec), weights, client_tests,
         metric='accuracy',
@@ -579,6 +627,12 @@ def _report(
         f'{by_client.mean:.4f}', f'{by_client.percentile_10:.4f}',
         f'{by_client.worst:.4f}',
     ))
+  for name in ('student', 'client'):
+    if name not in server_models and f'test/{name}_accuracy' in test:
+      rows.append((
+          names[name], str(result.best_round), f"{test[f'test/{name}_accuracy']:.4f}",
+          f"{test[f'test/{name}_calibration_error']:.4f}", '', '', '',
+      ))
   per_round = tff_kd.communication.round_bytes(process)
   test_column = 'test/student_accuracy'
   curves = {
@@ -609,7 +663,7 @@ def _report(
   if args.TRANSFER_LABELS.value:
     # What the server could do without any client: the honest lower bound.
     for name, spec in specs.items():
-      evaluator, _ = evaluation.models(result.best_state)[name]
+      evaluator = evaluation.evaluators[name]
       alone = _train_centrally(spec, task, _ALONE_EPOCHS)
       values = evaluator.evaluate(alone, *task.test)
       rows.append((
@@ -618,13 +672,12 @@ def _report(
           '', '', '',
       ))
   plots.plot_curves(curves, run_dir / 'curves.png')
-  best = _best_row(history, result.round_num, args.MONITOR.value)
   (run_dir / RESULTS).write_text(
       json.dumps(
           {
               'rounds': result.round_num,
               'best_round': result.best_round,
-              'best': best,
+              'best': test,
               'bytes_per_round': per_round.total,
           },
           indent=2,

@@ -54,14 +54,27 @@ def _build(name, task, batches):
 def _train(process, task, folder, num_rounds):
   evaluator = tff_kd.evaluation.CentralEvaluator(process.student_spec)
   sample = tff.simulation.build_uniform_sampling_fn(range(10), random_seed=0)
+  store = None
+  if isinstance(process, tff_kd.PrivateProcess):
+    store = tff_kd.simulation.ClientStates(
+        process.initialize_client(), folder / 'clients'
+    )
+
+  def evaluate(state):
+    """The server's model, or the mean over the clients' own."""
+    models = [getattr(state, 'global_model_weights', ())]
+    if not len(models[0]):
+      models = [its.weights for its in store.load(range(10))]
+    values = [evaluator.evaluate(weights, *task.test) for weights in models]
+    return {key: np.mean([v[key] for v in values]) for key in values[0]}
+
   return tff_kd.simulation.train(
       process,
       select_clients=lambda round_num: [int(k) for k in sample(round_num, 5)],
       num_rounds=num_rounds,
-      evaluate=lambda state: evaluator.evaluate(
-          state.global_model_weights, *task.test
-      ),
-      program_state_manager=tff.program.FileProgramStateManager(folder),
+      evaluate=evaluate,
+      client_states=store,
+      program_state_manager=tff.program.FileProgramStateManager(folder / 'saved'),
   )
 
 

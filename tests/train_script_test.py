@@ -281,3 +281,27 @@ def test_the_wrong_python_is_one_sentence(tmp_path):
   lines = done.stderr.strip().splitlines()
   assert 'needs Python 3.11' in lines[0] and 'Python 3.12.1' in lines[0]
   assert len(lines) == 2  # That, and make's own line.
+
+
+@pytest.mark.parametrize('name', ['ds_fl', 'fed_md'])
+def test_clients_with_models_of_their_own(name, tmp_path):
+  folder = tmp_path / 'out'
+  tiny = [f for f in _TINY if not f.startswith(('--server_', '--back_', '--teacher'))]
+  flags_of_run = [
+      *tiny, f'--algorithm={name}', f'--output_dir={folder}',
+      '--nocompare_with_fed_avg',
+  ]
+  done = _run(*flags_of_run, '--rounds=1')
+  assert done.returncode == 0, done.stderr
+  done = _run(*flags_of_run, '--rounds=3', '--resume')
+  assert done.returncode == 0, done.stderr
+  assert "clients' own models, mean" in done.stdout
+  rows = _rows(folder / 'metrics.csv')
+  assert [float(row['round']) for row in rows] == [1, 2, 3]
+  # Only fed_md's clients are all there is.
+  assert ('test/client_accuracy' in rows[0]) == (name == 'ds_fl')
+  assert (folder / 'student.keras').exists() == (name == 'ds_fl')
+  assert list((folder / 'clients').glob('client-*-round-*.npz'))
+  refused = _run(*tiny, f'--algorithm={name}', '--server_optimizer=adam')
+  assert refused.returncode == 1
+  assert f'--server_optimizer has no effect with --algorithm={name}' in refused.stderr

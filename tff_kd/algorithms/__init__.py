@@ -22,6 +22,11 @@ class Algorithm(NamedTuple):
   needs: tuple[str, ...] = ()
 
   @property
+  def keeps_client_models(self) -> bool:
+    """Whether it builds a `PrivateProcess`, whose clients keep their models."""
+    return 'client state' in self.needs
+
+  @property
   def build(self) -> Callable[..., Any]:
     """Its `build_*` function."""
     return __getattr__(f'build_{self.name}')
@@ -60,6 +65,19 @@ REGISTRY = {
             "a large server model learns from the clients' certainty-weighted ensemble",
             'weights and predictions',
             needs=('transfer set', 'teacher'),
+        ),
+        Algorithm(
+            'fed_md',
+            'clients keep their models and learn from the mean of all predictions',
+            'predictions',
+            needs=('transfer set', 'client state'),
+        ),
+        Algorithm(
+            'ds_fl',
+            "clients keep their models; a sharpened consensus teaches them and the "
+            "server's",
+            'predictions',
+            needs=('transfer set', 'client state'),
         ),
         Algorithm(
             'fed_distillation',
