@@ -213,6 +213,10 @@ DIGEST_EPOCHS = flags.DEFINE_integer(
 DIGEST_BATCH = flags.DEFINE_integer(
     'digest_batch_size', None, 'Of fed_md: examples a step of that.', lower_bound=1
 )
+REGULARIZER_WEIGHT = flags.DEFINE_float(
+    'regularizer_weight', None, "Of fd: lambda of the term with the classes' logits.",
+    lower_bound=0.0,
+)
 
 # Flags that only some algorithms use, by the builder's parameter they feed.
 FLAGS_OF_PARAMETER = {
@@ -227,6 +231,7 @@ FLAGS_OF_PARAMETER = {
     'teacher_fn': ['teacher', 'teacher_learning_rate'],
     'back_distillation': ['back_distillation', 'back_steps'],
     'student_optimizer': ['student_learning_rate'],
+    'regularizer_weight': ['regularizer_weight'],
     'digest_epochs': ['digest_epochs', 'digest_batch_size'],
 }
 # And those of the students' averaging, which clients that keep their models have not.

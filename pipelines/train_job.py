@@ -206,6 +206,7 @@ def _build_process(
   for name, value in (
       ('digest_epochs', args.DIGEST_EPOCHS.value),
       ('digest_batch_size', args.DIGEST_BATCH.value),
+      ('regularizer_weight', args.REGULARIZER_WEIGHT.value),
       ('pretraining_epochs', args.PRETRAIN_EPOCHS.value or None),
   ):
     if algorithm.takes(name) and value is not None:

@@ -8,6 +8,7 @@ import tensorflow_federated as tff
 from tests import helpers
 import tff_kd
 from tff_kd.algorithms import ds_fl
+from tff_kd.algorithms import fd
 from tff_kd.algorithms import fed_md
 from tff_kd.simulation import client_states
 
@@ -31,29 +32,25 @@ def _dataset(k):
 
 def _fed_md(labelled=False, **kwargs):
   tf.keras.utils.set_random_seed(0)
-  return fed_md.build_fed_md(
-      **helpers.common(
-          client_optimizer=helpers.sgd(_RATE),
-          transfer_set=tff_kd.TransferSet(_X, _Y if labelled else None),
-          digest_optimizer=helpers.sgd(_DIGEST_RATE),
-          **kwargs,
-      )
+  defaults = dict(
+      client_optimizer=helpers.sgd(_RATE),
+      transfer_set=tff_kd.TransferSet(_X, _Y if labelled else None),
+      digest_optimizer=helpers.sgd(_DIGEST_RATE),
   )
+  return fed_md.build_fed_md(**helpers.common(**(defaults | kwargs)))
 
 
 def _ds_fl(**kwargs):
   tf.keras.utils.set_random_seed(0)
-  return ds_fl.build_ds_fl(
-      **helpers.common(
-          client_optimizer=helpers.sgd(_RATE),
-          transfer_set=tff_kd.TransferSet(_X),
-          student_optimizer=helpers.sgd(_DIGEST_RATE),
-          distillation=tff_kd.Distillation(
-              num_steps=1, batch_size=10, distillation_weight=1.0
-          ),
-          **kwargs,
-      )
+  defaults = dict(
+      client_optimizer=helpers.sgd(_RATE),
+      transfer_set=tff_kd.TransferSet(_X),
+      student_optimizer=helpers.sgd(_DIGEST_RATE),
+      distillation=tff_kd.Distillation(
+          num_steps=1, batch_size=10, distillation_weight=1.0
+      ),
   )
+  return ds_fl.build_ds_fl(**helpers.common(**(defaults | kwargs)))
 
 
 def _step(model, x, dz, rate):
@@ -100,7 +97,7 @@ def test_fed_md_in_numpy():
       states[k] = its
       _check(_weights(its), models[k])
   counts = output.metrics['client_work']['participation']
-  assert counts['num_included'] == counts['num_digested'] == 3
+  assert counts['num_included'] == counts['num_taught'] == 3
 
 
 def test_ds_fl_in_numpy():
@@ -125,6 +122,116 @@ def test_ds_fl_in_numpy():
     for its, model in zip(states, models):
       _check(_weights(its), model)
     _check(process.get_model_weights(state).trainable, server)
+
+
+@pytest.mark.parametrize('batch_size', [2, 8])
+def test_fd_in_numpy(batch_size):
+  """Four rounds; who was not in the last one has no part in its sums."""
+  tf.keras.utils.set_random_seed(0)
+  share = 0.6
+  process = fd.build_fd(
+      **helpers.common(client_optimizer=helpers.sgd(_RATE), regularizer_weight=share)
+  )
+  state, first = process.initialize(), process.initialize_client()
+  models, states = [_weights(first) for _ in _SIZES], [first] * 3
+  eye, sums = np.eye(helpers.CLASSES), {}
+  for taking_part in ([0, 1, 2], [0, 1], [2, 1, 0], [2]):
+    new_sums = {}
+    for k in taking_part:
+      others = [its for client, its in sums.items() if client != k]
+      values = sum((v for v, _ in others), np.zeros((3, 3)))
+      counts = sum((n for _, n in others), np.zeros(3))
+      x, y = _client(k)
+      own = [np.zeros((3, 3)), np.zeros(3)]
+      for start in range(0, len(x), batch_size):
+        bx, by = x[start : start + batch_size], y[start : start + batch_size]
+        z = _logits(models[k], bx)
+        dz = _softmax(z) - eye[by]
+        for i, label in enumerate(by):
+          if counts[label]:
+            dz[i] += share * (
+                _softmax(z[i]) - _softmax(values[label] / counts[label])
+            )
+          own[0][label] += z[i]
+          own[1][label] += 1
+        models[k] = _step(models[k], bx, dz / len(bx), _RATE)
+      new_sums[k] = own
+    sums = new_sums
+    output = process.next(
+        state,
+        [helpers.dataset(*_client(k), batch_size=batch_size) for k in taking_part],
+        [states[k] for k in taking_part],
+    )
+    state = output.state
+    for k, its in zip(taking_part, output.client_states):
+      states[k] = its
+      _check(_weights(its), models[k])
+    np.testing.assert_allclose(
+        state.shared.weights, sum(n for _, n in sums.values()), rtol=1e-5
+    )
+
+
+def test_fd_leaves_a_clients_own_part_out():
+  tf.keras.utils.set_random_seed(0)
+  build = dict(helpers.common(client_optimizer=helpers.sgd(_RATE)))
+  process = fd.build_fd(**build, regularizer_weight=5.0)
+  plain = fd.build_fd(**build, regularizer_weight=1e-30)
+  plain_client = process.initialize_client()
+  found = []
+  for its in (process, plain):
+    state, client = its.initialize(), plain_client
+    for _ in range(3):
+      output = its.next(state, [_dataset(0)], [client])
+      state, (client,) = output.state, output.client_states
+    found.append(client.weights)
+  # Alone, it has nobody to learn from, its own past least of all.
+  assert output.metrics['client_work']['participation']['num_taught'] == 0
+  helpers.assert_weights_close(*found, rtol=1e-6)
+
+
+def test_fd_needs_class_indices():
+  x, y = helpers.examples(4, 0)
+  one_hot = helpers.dataset(x, np.eye(helpers.CLASSES, dtype=np.float32)[y])
+  with pytest.raises(ValueError, match='class indices'):
+    fd.build_fd(
+        **helpers.common(
+            input_spec=one_hot.element_spec,
+            loss_fn=lambda: tf.keras.losses.CategoricalCrossentropy(from_logits=True),
+            metrics_fn=None,
+        )
+    )
+  with pytest.raises(ValueError, match='above 0'):
+    fd.build_fd(**helpers.common(regularizer_weight=0.0))
+
+
+@pytest.mark.parametrize('build', [_fed_md, _ds_fl, fd.build_fd])
+def test_keras_optimizers_and_any_keras_model(build):
+  model_fn = lambda: tf.keras.Sequential([  # pylint: disable=g-long-lambda
+      tf.keras.layers.InputLayer((helpers.DIM,)),
+      tf.keras.layers.Dense(6),
+      tf.keras.layers.BatchNormalization(),
+      tf.keras.layers.Dense(helpers.CLASSES),
+  ])
+  kwargs = dict(
+      student_fn=model_fn, client_optimizer=lambda: tf.keras.optimizers.Adam(0.01)
+  )
+  if build is _fed_md:
+    kwargs['digest_optimizer'] = kwargs['client_optimizer']
+  if build is _ds_fl:
+    kwargs['student_optimizer'] = kwargs['client_optimizer']
+  process = build(**(helpers.common(**kwargs) if build is fd.build_fd else kwargs))
+  state, states = process.initialize(), [process.initialize_client()] * 2
+  losses = []
+  for _ in range(6):
+    output = process.next(state, [_dataset(0), _dataset(1)], states)
+    state, states = output.state, output.client_states
+    losses.append(output.metrics['client_work']['train']['loss'])
+  # From the second round on with the term of what was learned from others.
+  assert losses[-1] < losses[1]
+  # Batch norm's statistics are the client's own, too.
+  assert not np.array_equal(
+      states[0].weights.non_trainable[0], states[1].weights.non_trainable[0]
+  )
 
 
 def test_only_predictions_travel():
@@ -163,7 +270,7 @@ def test_a_client_that_cannot_take_part_keeps_its_model():
   assert counts['num_excluded_bad_labels'] == 1
   alone = process.next(state, [_dataset(0)], [first])
   helpers.assert_weights_close(
-      output.state.consensus, alone.state.consensus, rtol=1e-5, atol=1e-6
+      output.state.shared, alone.state.shared, rtol=1e-5, atol=1e-6
   )
 
 

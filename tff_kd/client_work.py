@@ -6,7 +6,7 @@ ensemble, the predictions on this round's transfer examples.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -188,9 +188,7 @@ def build_client_work(
         name: (teacher if name == 'teacher' else student).blank_model_fn()
         for name in sorted(targets)
     }
-    train = build_training(
-        model, target_models, optimizer, local_terms, client_data
-    )
+    train = build_training(model, target_models, optimizer, client_data)
 
     @tf.function
     def client_update():
@@ -199,8 +197,12 @@ def build_client_work(
       model.assign(received)
       for name, target in target_models.items():
         target.assign(getattr(broadcast, name))
-      num_examples, bad_labels = train(
-          client_hparams, data, broadcast.round_num, received.trainable
+      num_examples, bad_labels, _ = train(
+          client_hparams,
+          data,
+          broadcast.round_num,
+          local_terms,
+          received.trainable,
       )
 
       delta = tf.nest.map_structure(
@@ -355,6 +357,7 @@ class _Progress(NamedTuple):
     num_examples: int32.
     num_batches: int32.
     bad_labels: Whether there were any so far.
+    observed: The observer's sums.
   """
 
   carry: Any
@@ -362,14 +365,27 @@ class _Progress(NamedTuple):
   num_examples: tf.Tensor
   num_batches: tf.Tensor
   bad_labels: tf.Tensor
+  observed: Any
+
+
+class Observer(NamedTuple):
+  """What is added up over a client's steps.
+
+  Attributes:
+    zero: () -> the structure of tensors to begin with.
+    observe: (logits, labels) -> what a batch adds to it; class indices are in range.
+  """
+
+  zero: Callable[[], Any]
+  observe: Callable[[tf.Tensor, Any], Any]
 
 
 def build_training(
     model: models.KerasModel,
     target_models: dict[str, models.KerasModel],
     optimizer: optimizers.Optimizer,
-    local_terms: Sequence[local_terms_lib.LocalTerm],
     client_data: Optional[client_data_lib.ClientBatches],
+    observer: Optional[Observer] = None,
 ):
   """A client's training as a function, to be called in a `tf.function`.
 
@@ -377,17 +393,19 @@ def build_training(
     model: Is trained in place.
     target_models: What the terms compare it with, by the name of their target.
     optimizer: As `build_client_work` takes it.
-    local_terms: Terms of the loss beside the supervised one.
     client_data: Where clients read their examples, if not from datasets.
+    observer: Looks at each step, if something is to be added up over them.
 
   Returns:
-    (hparams, data, round_num, received) -> (num_examples, bad_labels): the client's
-    dataset or number and the trainable weights as sent, to an int64 and a bool.
+    (hparams, data, round_num, local_terms, received) -> (num_examples, bad_labels,
+    observed): the client's dataset or number, the terms of the loss beside the
+    supervised one and the trainable weights as sent, to an int64, a bool and the
+    observer's sums, () without one.
   """
   trainable = model.trainable_variables
   stepper = optimizers.build_stepper(optimizer, trainable)
 
-  def gradients_on(batch, received):
+  def gradients_on(batch, local_terms, received):
     inputs, labels = models.split_batch(batch)
     target_logits = {
         name: target.logits(inputs) for name, target in target_models.items()
@@ -409,12 +427,13 @@ def build_training(
         )
       loss += model.regularization_loss()
     model.update_metrics(labels, outputs)
-    return loss, tape.gradient(loss, trainable), tf.shape(outputs)[0], bad
+    seen = ()
+    if observer is not None:
+      seen = observer.observe(model.class_logits(outputs), labels)
+    return loss, tape.gradient(loss, trainable), tf.shape(outputs)[0], bad, seen
 
-  def step(
-      progress: _Progress, batch: Any, received: Any, may_be_empty: bool
-  ) -> _Progress:
-    loss, gradients, batch_size, bad = gradients_on(batch, received)
+  def step(progress: _Progress, batch: Any, extra: Any, may_be_empty: bool):
+    loss, gradients, batch_size, bad, seen = gradients_on(batch, *extra)
     carry = progress.carry
     loss_sum = loss * tf.cast(batch_size, loss.dtype)
     if may_be_empty:
@@ -430,19 +449,28 @@ def build_training(
         progress.num_examples + batch_size,
         progress.num_batches + 1,
         tf.logical_or(progress.bad_labels, bad),
+        tf.nest.map_structure(tf.add, progress.observed, seen),
     )
 
-  def train(hparams: Any, data: Any, round_num: tf.Tensor, received: Any):
+  def train(
+      hparams: Any,
+      data: Any,
+      round_num: tf.Tensor,
+      local_terms: Sequence[local_terms_lib.LocalTerm],
+      received: Sequence[tf.Tensor],
+  ):
+    extra = local_terms, received
     progress = _Progress(
         carry=stepper.begin(stepper.initialize(hparams)),
         loss_sum=tf.constant(0.0),
         num_examples=tf.constant(0),
         num_batches=tf.constant(0),
         bad_labels=tf.constant(False),
+        observed=observer.zero() if observer is not None else (),
     )
     if client_data is None:
       for batch in iter(data.with_options(_dataset_options())):
-        progress = step(progress, batch, received, may_be_empty=True)
+        progress = step(progress, batch, extra, may_be_empty=True)
     else:
       # Slices, not a `tf.data.Dataset`: its iterator costs as much as a small step.
       examples = client_data.data.open()
@@ -451,11 +479,15 @@ def build_training(
       while start < tf.size(rows):
         end = start + client_data.batch_size
         batch = raw_files.gather(examples, rows[start:end])
-        progress = step(progress, batch, received, may_be_empty=False)
+        progress = step(progress, batch, extra, may_be_empty=False)
         start = end
     model.add_totals(
         progress.loss_sum, progress.num_examples, progress.num_batches
     )
-    return tf.cast(progress.num_examples, tf.int64), progress.bad_labels
+    return (
+        tf.cast(progress.num_examples, tf.int64),
+        progress.bad_labels,
+        progress.observed,
+    )
 
   return train

@@ -1,17 +1,19 @@
-"""Clients that keep their model: only predictions travel, and a consensus comes back.
+"""Clients that keep their models: knowledge travels, weights do not.
 
 ```
- state -> consensus -> digest -> local training -> predictions -> rule -> consensus
-             |                                                              |
-             |      each client's own model, in and out         server_distillation
+ state -> what was shared -> learning from it -> local training -> payload -> mean
+             each client's own model, in and out           |                   |
+                                                 server_distillation   what is shared next
 ```
 
-A round of this process ends where the papers' ends in the middle: the consensus of a
-round is digested at the beginning of the client's next one, so that a client computes
-once a round.
+An `Exchange` says what travels and how clients learn from it. A round of this process
+ends where the papers' ends in the middle: what a round leaves is learned at the beginning
+of the client's next one, so that a client computes once a round.
 """
 
+import abc
 import collections
+from collections.abc import Callable
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -22,6 +24,8 @@ from tff_kd import aggregation
 from tff_kd import client_data as client_data_lib
 from tff_kd import client_work as client_work_lib
 from tff_kd import knowledge
+from tff_kd import local_terms as local_terms_lib
+from tff_kd import losses
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import server_distillation as server_distillation_lib
@@ -33,9 +37,13 @@ class ClientState(NamedTuple):
 
   Attributes:
     weights: The `ModelWeights` of its own model.
+    sent: What it sent last, where it must know that; else ().
+    sent_round: int32, the round in which it did, -1 before the first; or ().
   """
 
   weights: Any
+  sent: Any
+  sent_round: Any
 
 
 class PrivateState(NamedTuple):
@@ -43,7 +51,7 @@ class PrivateState(NamedTuple):
 
   Attributes:
     global_model_weights: The server's `ModelWeights`, or () without a server model.
-    consensus: The `Consensus` of the last round, for clients to digest.
+    shared: What the last round's `Exchange` left for clients.
     round_num: int32, the number of finished rounds.
     client_work: The client optimizer's hyperparameters.
     aggregator: The state of the predictions' aggregator.
@@ -51,7 +59,7 @@ class PrivateState(NamedTuple):
   """
 
   global_model_weights: Any
-  consensus: Any
+  shared: Any
   round_num: Any
   client_work: Any
   aggregator: Any
@@ -76,12 +84,221 @@ class PrivateBroadcast(NamedTuple):
   """What goes down to a client.
 
   Attributes:
-    consensus: The `Consensus` on the last round's transfer examples.
+    shared: What the last round's `Exchange` left.
     round_num: int32 scalar.
   """
 
-  consensus: Any
+  shared: Any
   round_num: Any
+
+
+class Exchange(abc.ABC):
+  """What clients exchange in place of weights.
+
+  Attributes:
+    keeps_sent: Whether a client must know what it sent last.
+    transfer_set: The `TransferSet` of the exchange, or `None`.
+  """
+
+  keeps_sent: bool = False
+  transfer_set: Optional[transfer.TransferSet] = None
+
+  @abc.abstractmethod
+  def payload_spec(self) -> knowledge.KnowledgePayload:
+    """The `tf.TensorSpec`s of what a client sends."""
+
+  @abc.abstractmethod
+  def share(
+      self, mean_payload: knowledge.KnowledgePayload, num_included: tf.Tensor
+  ) -> Any:
+    """What goes down in the next round.
+
+    Args:
+      mean_payload: The clients' payloads as aggregated.
+      num_included: float32 scalar, how many clients are in it.
+    """
+
+  @abc.abstractmethod
+  def build_learning(self, model: models.KerasModel) -> Callable[..., Any]:
+    """How a client learns from what was shared.
+
+    Args:
+      model: The client's, to be changed in place.
+
+    Returns:
+      (broadcast, client_state) -> (local_terms, has_learned): runs before the client's
+      own examples; the terms are added to their loss; a bool tensor.
+    """
+
+  def observer(self) -> Optional[client_work_lib.Observer]:
+    """What to add up over the local steps."""
+    return None
+
+  @abc.abstractmethod
+  def payload(
+      self, model: models.KerasModel, round_num: tf.Tensor, observed: Any
+  ) -> knowledge.KnowledgePayload:
+    """What the client sends, after its training."""
+
+
+class TransferExchange(Exchange):
+  """Predictions on the transfer set up; the consensus on them down, to be digested."""
+
+  def __init__(
+      self,
+      student: models.ModelSpec,
+      transfer_set: transfer.TransferSet,
+      rule: knowledge.ConsensusRule,
+      digest: server_distillation_lib.DistillationStage,
+      seed: int = 0,
+  ):
+    """Initializes the exchange.
+
+    Args:
+      student: The clients' model.
+      transfer_set: The examples on which clients predict.
+      rule: How the predictions become the consensus.
+      digest: How a client's model learns from that.
+      seed: With the round number, decides the order of the examples.
+    """
+    self.transfer_set = transfer_set
+    self._rule, self._digest, self._seed = rule, digest, seed
+    self._spec = rule.payload_spec(
+        student.logits_shape, transfer_set.num_predictions
+    )
+
+  def payload_spec(self):
+    return self._spec
+
+  def share(self, mean_payload, num_included):
+    # As ever, the factor cancels. Clients have no use for the diversity.
+    return self._rule.decode(mean_payload)._replace(diversity=())
+
+  def build_learning(self, model):
+    learn = server_distillation_lib.build_stage(
+        self._digest, {'student': model}, self.transfer_set
+    )
+
+    def run(broadcast, client_state):
+      del client_state
+      consensus = knowledge.Consensus(
+          broadcast.shared.logits, broadcast.shared.mask
+      )
+      # On the examples of the round that the consensus comes from.
+      last_round = tf.maximum(broadcast.round_num - 1, 0)
+      _, measured = learn(
+          None, consensus, last_round, tf.constant([self._seed, 1])
+      )
+      return (), measured['num_steps'] > 0
+
+    return run
+
+  def payload(self, model, round_num, observed):
+    return self._rule.encode(
+        knowledge.predict_logits(
+            model, self.transfer_set, self.transfer_set.prediction_ids(round_num)
+        )
+    )
+
+
+class ClassExchange(Exchange):
+  """Each class's mean logits up and down; a client's own part is left out of its target.
+
+  Source: Jeong et al., "Communication-Efficient On-Device Machine Learning: Federated
+  Distillation and Augmentation under Non-IID Private Data" (2018), Algorithm 1.
+  """
+
+  keeps_sent = True
+
+  def __init__(self, student: models.ModelSpec, weight: float):
+    """Initializes the exchange.
+
+    Args:
+      student: The clients' model; one prediction an example or a position.
+      weight: Of the distillation term in the clients' loss.
+
+    Raises:
+      ValueError: If the weight is not above 0, or there are no classes to tell apart.
+    """
+    if not 0.0 < weight < float('inf'):
+      raise ValueError(
+          'The weight of the class knowledge must be finite and above 0, found '
+          f'{weight!r}.'
+      )
+    self._classes, self._weight = student.logits_shape[-1], weight
+    labels = tf.nest.flatten(models.split_batch(student.input_spec)[1])
+    if self._classes < 2 or len(labels) != 1 or not labels[0].dtype.is_integer:
+      raise ValueError(
+          'Knowledge by class needs class indices as labels and two logits or more, '
+          f'found labels {labels} and {self._classes} logits.'
+      )
+
+  def payload_spec(self):
+    return knowledge.KnowledgePayload(
+        values=tf.TensorSpec([self._classes, self._classes], tf.float32),
+        weights=tf.TensorSpec([self._classes], tf.float32),
+    )
+
+  def share(self, mean_payload, num_included):
+    # Sums, so that a client can take its own part out again.
+    return tf.nest.map_structure(lambda t: t * num_included, mean_payload)
+
+  def build_learning(self, model):
+    def run(broadcast, client_state):
+      sums = broadcast.shared
+      is_in = tf.equal(client_state.sent_round, broadcast.round_num - 1)
+      own = tf.cast(is_in, tf.float32)
+      values = sums.values - own * client_state.sent.values
+      counts = sums.weights - own * client_state.sent.weights
+      # Counts are whole numbers, give or take rounding.
+      mask = tf.cast(counts > 0.5, tf.float32)
+      targets = tf.math.divide_no_nan(
+          values, tf.where(counts > 0.5, counts, 0.0)[:, tf.newaxis]
+      )
+      term = _ClassTargets(self._weight, targets, mask)
+      return (term,), tf.reduce_any(mask > 0.0)
+
+    return run
+
+  def observer(self):
+    def observe(logits, labels):
+      one_hot = tf.one_hot(
+          tf.reshape(tf.cast(labels, tf.int32), [-1]), self._classes
+      )
+      flat = tf.reshape(logits, [-1, self._classes])
+      return knowledge.KnowledgePayload(
+          values=tf.matmul(one_hot, flat, transpose_a=True),
+          weights=tf.reduce_sum(one_hot, axis=0),
+      )
+
+    return client_work_lib.Observer(
+        zero=lambda: tf.nest.map_structure(
+            lambda spec: tf.zeros(spec.shape), self.payload_spec()
+        ),
+        observe=observe,
+    )
+
+  def payload(self, model, round_num, observed):
+    return observed
+
+
+class _ClassTargets(local_terms_lib.LocalTerm):
+  """L + weight CE(softmax(the label's class's target), z)."""
+
+  def __init__(self, weight: float, targets: tf.Tensor, mask: tf.Tensor):
+    self._weight, self._targets, self._mask = weight, targets, mask
+
+  def __call__(self, loss, step):
+    labels = tf.cast(step.labels, tf.int32)
+    if labels.shape.rank == step.logits.shape.rank:
+      labels = tf.squeeze(labels, axis=-1)
+    each = losses.soft_target_cross_entropy(
+        tf.nn.softmax(tf.gather(self._targets, labels)), step.logits
+    )
+    # Over the whole batch: an example without a target has no such loss.
+    return loss + self._weight * tf.reduce_mean(
+        each * tf.gather(self._mask, labels)
+    )
 
 
 class PrivateProcess(tff.templates.IterativeProcess):
@@ -97,7 +314,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
     broadcast_type: The `tff.Type` that goes down to each client.
     update_type: The `tff.Type` that comes up.
     student_spec: The `ModelSpec` of the clients' and the server's model.
-    transfer_set: The `TransferSet`.
+    transfer_set: The `TransferSet`, or `None`.
   """
 
   def __init__(
@@ -110,7 +327,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
       broadcast_type: tff.Type,
       update_type: tff.Type,
       student_spec: models.ModelSpec,
-      transfer_set: transfer.TransferSet,
+      transfer_set: Optional[transfer.TransferSet],
   ):
     super().__init__(initialize_fn, next_fn)
     self.initialize_client = initialize_client_fn
@@ -126,10 +343,9 @@ def build_private_process(
     student: models.ModelSpec,
     *,
     client_optimizer: optimizers.Optimizer,
-    transfer_set: transfer.TransferSet,
-    digest: server_distillation_lib.DistillationStage,
-    consensus_rule: knowledge.ConsensusRule = knowledge.MeanLogits(),
+    exchange: Exchange,
     server_stage: Optional[server_distillation_lib.DistillationStage] = None,
+    consensus_rule: knowledge.ConsensusRule = knowledge.MeanLogits(),
     pretraining: Optional[server_distillation_lib.DistillationStage] = None,
     client_data: Optional[client_data_lib.ClientBatches] = None,
     knowledge_weighting: tff.learning.ClientWeighting = (
@@ -144,15 +360,15 @@ def build_private_process(
   Args:
     student: The model of each client, and of the server if it has one.
     client_optimizer: For the clients' own examples.
-    transfer_set: The examples on which knowledge is exchanged.
-    digest: How a client's model learns from the consensus, before its own examples.
-    consensus_rule: How the clients' predictions become the consensus.
-    server_stage: How the server's model learns from it; there is none if `None`.
+    exchange: What travels, and how clients learn from it.
+    server_stage: How a server's model learns from the clients' predictions; there is
+      none if `None`. Needs an exchange on a transfer set.
+    consensus_rule: How the predictions become what that model learns.
     pretraining: How a new client's model, and the server's, learn from the transfer
       set's labels before the first round; not at all if `None`.
     client_data: Where and how clients read their examples; `next` then takes numbers.
-    knowledge_weighting: A client's weight in the consensus.
-    knowledge_aggregator: Aggregates the predictions; their weighted mean if `None`.
+    knowledge_weighting: A client's weight in what is exchanged.
+    knowledge_aggregator: Aggregates that; the weighted mean if `None`.
     metrics_aggregator: As in `tff.learning.algorithms`.
     seed: With the round number, decides the order of the transfer examples.
 
@@ -162,29 +378,20 @@ def build_private_process(
   Raises:
     TypeError, ValueError: If the parts do not fit together.
   """
-  stages = [its for its in (digest, server_stage, pretraining) if its is not None]
-  server_distillation_lib.check_stages(
-      stages,
-      has_teacher=False,
-      labelled=transfer_set.labelled,
-      has_validation=transfer_set.validation_size > 0,
-      has_diversity=consensus_rule.has_diversity,
-  )
+  transfer_set = exchange.transfer_set
+  if transfer_set is None and (server_stage or pretraining):
+    raise ValueError('A server model and pretraining need a transfer set.')
   optimizers.check_optimizer(client_optimizer, 'client_optimizer')
-  logits_shape = student.logits_shape
   hparams = optimizers.initial_hparams(client_optimizer)
-  payload_type = tff.types.tensorflow_to_type(
-      consensus_rule.payload_spec(logits_shape, transfer_set.num_predictions)
-  )
+  payload_spec = exchange.payload_spec()
+  payload_type = tff.types.tensorflow_to_type(payload_spec)
 
-  def nothing_yet() -> knowledge.Consensus:
-    return consensus_rule.decode(
-        consensus_rule.zero_payload(logits_shape, transfer_set.num_predictions)
-    )._replace(diversity=())
+  def zero_payload() -> knowledge.KnowledgePayload:
+    return tf.nest.map_structure(lambda s: tf.zeros(s.shape), payload_spec)
 
   @tff.tensorflow.computation
-  def initial_consensus():
-    return nothing_yet()
+  def initial_shared():
+    return exchange.share(zero_payload(), tf.constant(0.0))
 
   @tff.tensorflow.computation
   def initial_weights():
@@ -199,21 +406,29 @@ def build_private_process(
     def run():
       model.assign(tf.nest.map_structure(tf.constant, student.initial_weights))
       if pretrain is not None:
-        stepper_state, _ = pretrain(
-            None, nothing_yet(), tf.constant(0), tf.constant([seed, 2])
+        # Labels only: no example has a target.
+        nothing = consensus_rule.decode(
+            consensus_rule.zero_payload(
+                student.logits_shape, transfer_set.num_predictions
+            )
         )
-        del stepper_state
+        pretrain(None, nothing, tf.constant(0), tf.constant([seed, 2]))
       return tf.nest.map_structure(tf.convert_to_tensor, model.weights())
 
     return run()
 
   @tff.tensorflow.computation
   def initialize_client():
-    return ClientState(weights=initial_weights())
+    keeps = exchange.keeps_sent
+    return ClientState(
+        weights=initial_weights(),
+        sent=zero_payload() if keeps else (),
+        sent_round=tf.constant(-1) if keeps else (),
+    )
 
   broadcast_type = tff.to_type(
       PrivateBroadcast(
-          consensus=initial_consensus.type_signature.result, round_num=np.int32
+          shared=initial_shared.type_signature.result, round_num=np.int32
       )
   )
   if client_data is not None:
@@ -235,27 +450,18 @@ def build_private_process(
   )
   def client_computation(client_hparams, broadcast, data, client_state):
     model = student.blank_model_fn()
-    learn = server_distillation_lib.build_stage(
-        digest, {'student': model}, transfer_set
-    )
+    learn = exchange.build_learning(model)
     train = client_work_lib.build_training(
-        model, {}, client_optimizer, (), client_data
+        model, {}, client_optimizer, client_data, exchange.observer()
     )
 
     @tf.function
     def client_update():
       before = client_state.weights
       model.assign(before)
-      consensus = knowledge.Consensus(
-          broadcast.consensus.logits, broadcast.consensus.mask
-      )
-      # On the examples of the round that the consensus comes from.
-      last_round = tf.maximum(broadcast.round_num - 1, 0)
-      _, digested = learn(
-          None, consensus, last_round, tf.constant([seed, 1])
-      )
-      num_examples, bad_labels = train(
-          client_hparams, data, broadcast.round_num, ()
+      local_terms, has_learned = learn(broadcast, client_state)
+      num_examples, bad_labels, observed = train(
+          client_hparams, data, broadcast.round_num, local_terms, ()
       )
       after = tf.nest.map_structure(tf.convert_to_tensor, model.weights())
       finite = tf.reduce_all([
@@ -269,37 +475,37 @@ def build_private_process(
       weight = client_work_lib.client_weight(
           knowledge_weighting, num_examples, included
       )
-      multiplied = 1.0 if knowledge_aggregator is not None else weight
       payload = tf.cond(
           included,
-          lambda: tf.nest.map_structure(
-              lambda t: t * multiplied,
-              consensus_rule.encode(
-                  knowledge.predict_logits(
-                      model,
-                      transfer_set,
-                      transfer_set.prediction_ids(broadcast.round_num),
-                  )
-              ),
-          ),
-          lambda: consensus_rule.zero_payload(
-              logits_shape, transfer_set.num_predictions
-          ),
+          lambda: exchange.payload(model, broadcast.round_num, observed),
+          zero_payload,
       )
+      factor = 1.0 if knowledge_aggregator is not None else weight
       kept = tf.nest.map_structure(
           lambda new, old: tf.where(included, new, old), after, before
       )
+      sent, sent_round = (), ()
+      if exchange.keeps_sent:
+        sent = tf.nest.map_structure(
+            lambda new, old: tf.where(included, new, old), payload, client_state.sent
+        )
+        sent_round = tf.where(
+            included, broadcast.round_num, client_state.sent_round
+        )
       metrics = model.report_local_unfinalized_metrics()
       output = client_work_lib.ClientOutput(
-          update=client_work_lib.ClientUpdate(model=(), knowledge=payload),
+          update=client_work_lib.ClientUpdate(
+              model=(),
+              knowledge=tf.nest.map_structure(lambda t: t * factor, payload),
+          ),
           weight=client_work_lib.ClientUpdate(model=weight, knowledge=weight),
           metrics=metrics,
           participation=collections.OrderedDict(
               client_work_lib.participation(included, is_empty, bad_labels, finite),
-              num_digested=tf.cast(digested['num_steps'] > 0, tf.int32),
+              num_taught=tf.cast(has_learned, tf.int32),
           ),
       )
-      return output, ClientState(weights=kept)
+      return output, ClientState(kept, sent, sent_round)
 
     return client_update()
 
@@ -319,11 +525,12 @@ def build_private_process(
         seed=seed,
     )
 
-  @tff.tensorflow.computation(payload_type)
-  def decode(mean_payload):
-    return consensus_rule.decode(
-        knowledge.KnowledgePayload(mean_payload.values, mean_payload.weights)
-    )._replace(diversity=())
+  @tff.tensorflow.computation(payload_type, np.int32)
+  def share(mean_payload, num_included):
+    return exchange.share(
+        knowledge.KnowledgePayload(mean_payload.values, mean_payload.weights),
+        tf.cast(num_included, tf.float32),
+    )
 
   @tff.tensorflow.computation(np.int32)
   def add_one(x):
@@ -338,7 +545,7 @@ def build_private_process(
                 tff.federated_eval(initial_weights, tff.SERVER)
                 if server_stage is not None else nothing
             ),
-            consensus=tff.federated_eval(initial_consensus, tff.SERVER),
+            shared=tff.federated_eval(initial_shared, tff.SERVER),
             round_num=tff.federated_value(np.int32(0), tff.SERVER),
             client_work=initial_hparams(),
             aggregator=aggregator.initialize(),
@@ -359,7 +566,7 @@ def build_private_process(
   def next_fn(state, client_data, client_states):
     nothing = tff.federated_value((), tff.SERVER)
     broadcast = tff.federated_zip(
-        PrivateBroadcast(consensus=state.consensus, round_num=state.round_num)
+        PrivateBroadcast(shared=state.shared, round_num=state.round_num)
     )
     output, new_client_states = tff.federated_map(
         client_computation,
@@ -388,7 +595,15 @@ def build_private_process(
     new_state = tff.federated_zip(
         PrivateState(
             global_model_weights=weights,
-            consensus=tff.federated_map(decode, aggregated.result.knowledge),
+            shared=tff.federated_map(
+                share,
+                (
+                    aggregated.result.knowledge,
+                    aggregated.measurements.client_work['participation'][
+                        'num_included'
+                    ],
+                ),
+            ),
             round_num=tff.federated_map(add_one, state.round_num),
             client_work=state.client_work,
             aggregator=aggregated.state,

@@ -67,6 +67,12 @@ REGISTRY = {
             needs=('transfer set', 'teacher'),
         ),
         Algorithm(
+            'fd',
+            "clients keep their models and exchange each class's mean logits",
+            'logits by class',
+            needs=('client state',),
+        ),
+        Algorithm(
             'fed_md',
             'clients keep their models and learn from the mean of all predictions',
             'predictions',

@@ -36,6 +36,7 @@ def build_ds_fl(
         temperature=0.1
     ),
     metrics_fn: Optional[models.MetricsFn] = None,
+    seed: int = 0,
     **kwargs,
 ) -> private_process.PrivateProcess:
   """Builds DS-FL.
@@ -54,6 +55,7 @@ def build_ds_fl(
     consensus_rule: ERA with the paper's temperature. `MeanProbabilities(power=2.0)` is
       Enhanced ERA; `MeanProbabilities()` is the paper's simple aggregation.
     metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    seed: With the round number, decides the order of the transfer examples.
     **kwargs: Further arguments of `private_process.build_private_process`.
 
   Returns:
@@ -71,12 +73,21 @@ def build_ds_fl(
       student_optimizer or tff.learning.optimizers.build_adam(1e-3),
       distillation,
   )
+  server_distillation.check_stages(
+      [stage],
+      has_teacher=False,
+      labelled=transfer_set.labelled,
+      has_validation=transfer_set.validation_size > 0,
+      has_diversity=consensus_rule.has_diversity,
+  )
   return private_process.build_private_process(
       student,
       client_optimizer=client_optimizer,
-      transfer_set=transfer_set,
-      digest=stage,
+      exchange=private_process.TransferExchange(
+          student, transfer_set, consensus_rule, stage, seed
+      ),
       server_stage=stage,
       consensus_rule=consensus_rule,
+      seed=seed,
       **kwargs,
   )

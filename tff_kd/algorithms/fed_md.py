@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 import tensorflow_federated as tff
 
+from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import private_process
@@ -30,6 +31,7 @@ def build_fed_md(
     digest_batch_size: int = 256,
     pretraining_epochs: int = 0,
     metrics_fn: Optional[models.MetricsFn] = None,
+    seed: int = 0,
     **kwargs,
 ) -> private_process.PrivateProcess:
   """Builds FedMD for clients of one architecture.
@@ -47,6 +49,7 @@ def build_fed_md(
     pretraining_epochs: Passes over the transfer set's labels before a client's first
       round; with them the transfer set must have labels.
     metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    seed: With the round number, decides the order of the transfer examples.
     **kwargs: Further arguments of `private_process.build_private_process`.
 
   Returns:
@@ -74,14 +77,22 @@ def build_fed_md(
         ),
     )
 
+  stages = [stage(digest_epochs, loss='mae', distillation_weight=1.0)]
+  if pretraining_epochs:
+    stages.append(stage(pretraining_epochs, distillation_weight=0.0))
+  server_distillation.check_stages(
+      stages,
+      has_teacher=False,
+      labelled=transfer_set.labelled,
+      has_validation=transfer_set.validation_size > 0,
+  )
   return private_process.build_private_process(
       student,
       client_optimizer=client_optimizer,
-      transfer_set=transfer_set,
-      digest=stage(digest_epochs, loss='mae', distillation_weight=1.0),
-      pretraining=(
-          stage(pretraining_epochs, distillation_weight=0.0)
-          if pretraining_epochs else None
+      exchange=private_process.TransferExchange(
+          student, transfer_set, knowledge.MeanLogits(), stages[0], seed
       ),
+      pretraining=stages[1] if pretraining_epochs else None,
+      seed=seed,
       **kwargs,
   )
