@@ -97,6 +97,19 @@ def test_a_factory_of_its_own_runs_in_parts_too(worker, request):
   assert calls == [3]
 
 
+def test_clients_that_keep_their_models_run_at_once(in_parts, caplog):
+  tf.keras.utils.set_random_seed(1)
+  process = tff_kd.algorithms.build_fd(**helpers.common())
+  first = process.initialize_client()
+  with caplog.at_level(logging.WARNING, 'absl'):
+    output = process.next(process.initialize(), _cohort(), [first] * _CLIENTS)
+  # Each client gets a value of its own back: not a sum.
+  assert not in_parts and 'at once' in caplog.text
+  assert len(output.client_states) == _CLIENTS
+  participation = output.metrics['client_work']['participation']
+  assert participation['num_clients'] == _CLIENTS
+
+
 def test_a_sum_that_needs_another_runs_at_once_and_says_so(in_parts, caplog):
   @tff.tensorflow.computation(np.int32, np.int32)
   def add(x, y):

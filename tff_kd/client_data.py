@@ -114,7 +114,10 @@ class FileClientData:
             f'The rows of client {name!r} must be from 0 to {size - 1}, found '
             f'{its.min()} to {its.max()}.'
         )
-    key = raw_files.content_digest((examples, list(rows.values())))
+    # A temporary folder holds nothing to be found again.
+    key = ''
+    if directory is not None:
+      key = raw_files.content_digest((examples, list(rows.values())))
     return _prepare(
         directory,
         f'{key} {list(rows)}',

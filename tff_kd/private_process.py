@@ -28,6 +28,7 @@ from tff_kd import local_terms as local_terms_lib
 from tff_kd import losses
 from tff_kd import models
 from tff_kd import optimizers
+from tff_kd import process
 from tff_kd import server_distillation as server_distillation_lib
 from tff_kd import transfer
 
@@ -160,7 +161,12 @@ class TransferExchange(Exchange):
       rule: How the predictions become the consensus.
       digest: How a client's model learns from that.
       seed: With the round number, decides the order of the examples.
+
+    Raises:
+      TypeError, ValueError: If the parts do not fit together.
     """
+    process.check_transfer_set(transfer_set, student)
+    _check_stage(digest, transfer_set, rule)
     self.transfer_set = transfer_set
     self._rule, self._digest, self._seed = rule, digest, seed
     self._spec = rule.payload_spec(
@@ -199,6 +205,20 @@ class TransferExchange(Exchange):
             model, self.transfer_set, self.transfer_set.prediction_ids(round_num)
         )
     )
+
+
+def _check_stage(
+    stage: server_distillation_lib.DistillationStage,
+    transfer_set: transfer.TransferSet,
+    rule: knowledge.ConsensusRule,
+) -> None:
+  server_distillation_lib.check_stages(
+      [stage],
+      has_teacher=False,
+      labelled=transfer_set.labelled,
+      has_validation=transfer_set.validation_size > 0,
+      has_diversity=rule.has_diversity,
+  )
 
 
 class ClassExchange(Exchange):
@@ -241,7 +261,10 @@ class ClassExchange(Exchange):
 
   def share(self, mean_payload, num_included):
     # Sums, so that a client can take its own part out again.
-    return tf.nest.map_structure(lambda t: t * num_included, mean_payload)
+    # Without any client the mean is no number.
+    return tf.nest.map_structure(
+        lambda t: tf.math.multiply_no_nan(t, num_included), mean_payload
+    )
 
   def build_learning(self, model):
     def run(broadcast, client_state):
@@ -381,6 +404,11 @@ def build_private_process(
   transfer_set = exchange.transfer_set
   if transfer_set is None and (server_stage or pretraining):
     raise ValueError('A server model and pretraining need a transfer set.')
+  for stage in (server_stage, pretraining):
+    if stage is not None:
+      _check_stage(stage, transfer_set, consensus_rule)
+  if client_data is not None:
+    process.check_client_data(client_data, student)
   optimizers.check_optimizer(client_optimizer, 'client_optimizer')
   hparams = optimizers.initial_hparams(client_optimizer)
   payload_spec = exchange.payload_spec()

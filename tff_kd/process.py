@@ -178,7 +178,7 @@ def build_distillation_process(
   if teacher is not None:
     models.check_same_outputs(student, teacher)
   if transfer_set is not None:
-    _check_transfer_set(transfer_set, student)
+    check_transfer_set(transfer_set, student)
   if stages and transfer_set is None:
     raise ValueError('Distillation on the server needs a `transfer_set`.')
   if stages:
@@ -191,7 +191,7 @@ def build_distillation_process(
     )
   history_size = _check_local_terms(local_terms, has_teacher=teacher is not None)
   if client_data is not None:
-    _check_client_data(client_data, student)
+    check_client_data(client_data, student)
   optimizers.check_optimizer(client_optimizer, 'client_optimizer')
   if server_optimizer is None:
     server_optimizer = tff.learning.optimizers.build_sgdm(1.0)
@@ -497,7 +497,7 @@ def _is_compatible(expected: Any, found: Any) -> bool:
   )
 
 
-def _check_client_data(
+def check_client_data(
     client_data: client_data_lib.ClientBatches, student: models.ModelSpec
 ) -> None:
   """Refuses client data that is no `ClientBatches`, or does not fit the model."""
@@ -514,7 +514,7 @@ def _check_client_data(
     )
 
 
-def _check_transfer_set(
+def check_transfer_set(
     transfer_set: transfer.TransferSet, student: models.ModelSpec
 ) -> None:
   """Refuses transfer examples that the models cannot take."""

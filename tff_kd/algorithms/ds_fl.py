@@ -73,13 +73,6 @@ def build_ds_fl(
       student_optimizer or tff.learning.optimizers.build_adam(1e-3),
       distillation,
   )
-  server_distillation.check_stages(
-      [stage],
-      has_teacher=False,
-      labelled=transfer_set.labelled,
-      has_validation=transfer_set.validation_size > 0,
-      has_diversity=consensus_rule.has_diversity,
-  )
   return private_process.build_private_process(
       student,
       client_optimizer=client_optimizer,

@@ -77,22 +77,20 @@ def build_fed_md(
         ),
     )
 
-  stages = [stage(digest_epochs, loss='mae', distillation_weight=1.0)]
+  pretraining = None
   if pretraining_epochs:
-    stages.append(stage(pretraining_epochs, distillation_weight=0.0))
-  server_distillation.check_stages(
-      stages,
-      has_teacher=False,
-      labelled=transfer_set.labelled,
-      has_validation=transfer_set.validation_size > 0,
-  )
+    pretraining = stage(pretraining_epochs, distillation_weight=0.0)
   return private_process.build_private_process(
       student,
       client_optimizer=client_optimizer,
       exchange=private_process.TransferExchange(
-          student, transfer_set, knowledge.MeanLogits(), stages[0], seed
+          student,
+          transfer_set,
+          knowledge.MeanLogits(),
+          stage(digest_epochs, loss='mae', distillation_weight=1.0),
+          seed,
       ),
-      pretraining=stages[1] if pretraining_epochs else None,
+      pretraining=pretraining,
       seed=seed,
       **kwargs,
   )

@@ -74,12 +74,15 @@ class CohortContext(tff.framework.SyncExecutionContext):
     """The computation in three parts; `None` if it is not one sum, said once."""
     if id(comp) not in self._forms:
       try:
+        if tff.types.contains(comp.type_signature.result, _is_of_clients):
+          # In parts, clients would do their work again for their own results.
+          raise ValueError('It leaves each client a value of its own.')
         form = tff.backends.native.compile_to_mergeable_comp_form(comp)
       except (TypeError, ValueError) as error:
         form = None
         logging.warning(
-            'What the clients of a round send is held at once, because it is not '
-            'one sum: %s', str(error).splitlines()[0],
+            "What a round's clients leave is held at once, because it is not one sum: "
+            '%s', str(error).splitlines()[0],
         )
       self._forms[id(comp)] = (comp, form)
     return self._forms[id(comp)][1]
@@ -105,6 +108,14 @@ def _num_clients(value: Any, type_spec: Optional[tff.Type]) -> int:
         (_num_clients(v, t) for v, t in zip(elements, type_spec)), default=0
     )
   return 0
+
+
+def _is_of_clients(type_spec: tff.Type) -> bool:
+  return (
+      isinstance(type_spec, tff.FederatedType)
+      and type_spec.placement is tff.CLIENTS
+      and not type_spec.all_equal
+  )
 
 
 def _num_bytes(type_spec: tff.Type) -> int:
