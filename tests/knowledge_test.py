@@ -186,9 +186,20 @@ def test_a_certainty_of_ones_own():
   np.testing.assert_allclose(_consensus(rule, logits, [1, 1]).logits, [[1.0, 5.0]])
 
 
+def test_probabilities_by_certainty_as_fed_aux_averages_them():
+  logits, weights = _logits(4), [1.0, 2.0, 0.5, 3.0]
+  rule = knowledge.CertaintyWeighted('confidence', average='probabilities')
+  p = _softmax(logits.astype(np.float64))
+  expected = _weighted_mean(p, np.array(weights)[:, None] * p.max(-1))
+  np.testing.assert_allclose(
+      tf.nn.softmax(_consensus(rule, logits, weights).logits), expected, rtol=1e-4
+  )
+
+
 @pytest.mark.parametrize(
     'build',
     [
+        lambda: knowledge.CertaintyWeighted(average='median'),
         lambda: knowledge.MeanProbabilities(temperature=0.0),
         lambda: knowledge.MeanProbabilities(power=0.0),
         lambda: knowledge.MeanProbabilities(temperature=0.1, power=2.0),

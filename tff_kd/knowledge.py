@@ -217,9 +217,12 @@ class CertaintyWeighted(ConsensusRule):
       the prediction's entropy is below the highest possible, as a share of that); or
       a function from logits `[m, ..., classes]` to finite certainties `[m]`, 0 or
       more.
+    average: What is averaged, 'logits' or 'probabilities' (as FedAUX does: Sattler et
+      al., "FedAUX: Leveraging Unlabeled Auxiliary Data in Federated Learning", 2021).
   """
 
   certainty: Union[str, Callable[[tf.Tensor], tf.Tensor]] = 'variance'
+  average: str = 'logits'
 
   def __post_init__(self):
     if not callable(self.certainty) and self.certainty not in _CERTAINTIES:
@@ -227,16 +230,25 @@ class CertaintyWeighted(ConsensusRule):
           f'`certainty` must be one of {sorted(_CERTAINTIES)} or a function, found '
           f'{self.certainty!r}.'
       )
+    if self.average not in ('logits', 'probabilities'):
+      raise ValueError(
+          "`average` must be 'logits' or 'probabilities', found "
+          f'{self.average!r}.'
+      )
 
   def encode(self, logits):
     score = self.certainty
     certainty = (score if callable(score) else _CERTAINTIES[score])(logits)
     # Of sequences: the mean over the positions.
     axes = list(range(1, certainty.shape.rank))
-    return _weighted(logits, tf.reduce_mean(certainty, axis=axes))
+    values = logits if self.average == 'logits' else _probabilities(logits)
+    return _weighted(values, tf.reduce_mean(certainty, axis=axes))
 
   def decode(self, mean_payload):
-    return _consensus(*_mean(mean_payload))
+    mean, weights = _mean(mean_payload)
+    if self.average == 'probabilities':
+      mean = losses.logits_from_probabilities(mean)
+    return _consensus(mean, weights)
 
 
 @dataclasses.dataclass(frozen=True)
