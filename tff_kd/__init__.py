@@ -16,7 +16,7 @@ __getattr__, __dir__ = _lazy.attach(
         'LocalDistillation': 'local_terms',
         'NotTrueDistillation': 'local_terms',
         'ProximalTerm': 'local_terms',
-        'PrivateProcess': 'private_process',
+        'PrivateProcess': 'process',
         'DistillationProcess': 'process',
         'DistillationState': 'process',
         'cosine_schedule': 'server_distillation',

@@ -14,6 +14,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_kd import client_data as client_data_lib
+from tff_kd import companions
 from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
 from tff_kd import models
@@ -30,13 +31,15 @@ class Broadcast(NamedTuple):
     teacher: The teacher's `ModelWeights` where clients learn from it, else ().
     student_history: The mean of the last global students, likewise.
     round_num: int32 scalar; with the seeds, tells the round's transfer examples and
-      the order of a client's own. () where neither needs it.
+      the order of a client's own. () where nothing needs it.
+    companion: What the companion's server part sends, else ().
   """
 
   student: Any
   teacher: Any
   student_history: Any
   round_num: Any
+  companion: Any
 
 
 class ClientUpdate(NamedTuple):
@@ -70,13 +73,26 @@ class ClientOutput(NamedTuple):
   participation: Any
 
 
+class CompanionOutput(NamedTuple):
+  """What a companion leaves at the client; nothing of it is summed.
+
+  Attributes:
+    client_state: For the client's next round.
+    exchanged: For `Companion.exchange`.
+  """
+
+  client_state: Any
+  exchanged: Any
+
+
 class ClientWork(NamedTuple):
   """The client's part of a round, to be mapped over the clients.
 
   Attributes:
     initialize: A `tff.Computation` ( -> H@SERVER), the optimizer's hyperparameters.
     next: A `tff.Computation` (<H, `Broadcast`, D> -> `ClientOutput`), where D is a
-      sequence of batches or a client's number.
+      sequence of batches or a client's number. With a companion, (<H, `Broadcast`, D,
+      client state> -> <`ClientOutput`, `CompanionOutput`>).
     metric_finalizers: The finalizers of the metrics' sums, by name.
     get_hparams: A `tff.Computation` (H -> hyperparameters).
     set_hparams: A `tff.Computation` (<H, hyperparameters> -> H).
@@ -95,6 +111,12 @@ class ClientWork(NamedTuple):
   @property
   def data_type(self) -> tff.Type:
     return self.next.type_signature.parameter[2]
+
+  @property
+  def output_type(self) -> tff.Type:
+    """The type of its `ClientOutput`."""
+    result = self.next.type_signature.result
+    return result if result.python_container is ClientOutput else result[0]
 
 
 def model_update_type(student: models.ModelSpec) -> tff.Type:
@@ -126,6 +148,7 @@ def build_client_work(
     teacher: Optional[models.ModelSpec] = None,
     consensus_rule: knowledge.ConsensusRule = knowledge.MeanLogits(),
     local_terms: Sequence[local_terms_lib.LocalTerm] = (),
+    companion: Optional[companions.Companion] = None,
 ) -> ClientWork:
   """Builds the client's part of a round.
 
@@ -146,6 +169,7 @@ def build_client_work(
     teacher: The teacher, if it is the target of a term.
     consensus_rule: How predictions become a payload.
     local_terms: Further terms of the local loss.
+    companion: What takes part beside the student; its terms come after those.
 
   Returns:
     A `ClientWork`.
@@ -161,7 +185,14 @@ def build_client_work(
           ),
           round_num=(
               np.int32
-              if transfer_set is not None or client_data is not None
+              if transfer_set is not None
+              or client_data is not None
+              or companion is not None
+              else ()
+          ),
+          companion=companion_type(
+              lambda: companion.broadcast(companion.initial_server_state())
+              if companion is not None
               else ()
           ),
       )
@@ -181,36 +212,55 @@ def build_client_work(
 
   hparams_type = initialize.type_signature.result.member
 
-  @tff.tensorflow.computation(hparams_type, broadcast_type, data_type)
-  def client_computation(client_hparams, broadcast, data):
+  def build_update():
+    """One client's round; returns a function of what the computation gets."""
     model = student.blank_model_fn()
     target_models = {
         name: (teacher if name == 'teacher' else student).blank_model_fn()
         for name in sorted(targets)
     }
-    train = build_training(model, target_models, optimizer, client_data)
+    attached = None
+    if companion is not None:
+      attached = companion.attach(model)
+    train = build_training(
+        model,
+        target_models,
+        optimizer,
+        client_data,
+        observer=attached.observer if attached else None,
+        extra_variables=attached.trainable_variables if attached else (),
+    )
 
-    @tf.function
-    def client_update():
+    def client_update(client_hparams, broadcast, data, client_state=()):
       # A read-only view of what came in, before any variable changes.
       received = broadcast.student
       model.assign(received)
       for name, target in target_models.items():
         target.assign(getattr(broadcast, name))
-      num_examples, bad_labels, _ = train(
+      terms = list(local_terms)
+      if attached is not None:
+        terms += attached.begin(
+            broadcast.companion, client_state, broadcast.round_num
+        )
+      num_examples, bad_labels, observed = train(
           client_hparams,
           data,
           broadcast.round_num,
-          local_terms,
+          terms,
           received.trainable,
       )
 
       delta = tf.nest.map_structure(
           tf.subtract, _exchanged(model, received), _exchanged(model)
       )
+      left = None
+      if attached is not None:
+        left = CompanionOutput(*attached.end(observed))
       # One pass each, where looking at every number would take two.
       sums = [
-          tf.reduce_sum(tf.cast(d, tf.float32)) for d in tf.nest.flatten(delta)
+          tf.reduce_sum(tf.cast(d, tf.float32))
+          for d in tf.nest.flatten([delta, left])
+          if d is not None
       ]
       finite = tf.reduce_all(tf.math.is_finite(tf.stack(sums)))
       is_empty = tf.equal(num_examples, 0)
@@ -258,7 +308,7 @@ def build_client_work(
             ),
         )
         knowledge_weight = weight_of(knowledge_weighting)
-      return ClientOutput(
+      output = ClientOutput(
           update=ClientUpdate(model=model_update, knowledge=payload),
           weight=ClientUpdate(
               model=weight_of(model_weighting), knowledge=knowledge_weight
@@ -266,8 +316,35 @@ def build_client_work(
           metrics=model.report_local_unfinalized_metrics(),
           participation=participation(included, is_empty, bad_labels, finite),
       )
+      if left is None:
+        return output
+      return output, CompanionOutput(
+          client_state=tf.nest.map_structure(
+              lambda new, old: tf.where(included, new, old),
+              left.client_state,
+              client_state,
+          ),
+          exchanged=tf.nest.map_structure(
+              lambda t: tf.where(included, t, tf.zeros_like(t)), left.exchanged
+          ),
+      )
 
-    return client_update()
+    return tf.function(client_update)
+
+  if companion is None:
+
+    @tff.tensorflow.computation(hparams_type, broadcast_type, data_type)
+    def client_computation(client_hparams, broadcast, data):
+      return build_update()(client_hparams, broadcast, data)
+
+  else:
+    client_state_type = companion_type(companion.initial_client_state)
+
+    @tff.tensorflow.computation(
+        hparams_type, broadcast_type, data_type, client_state_type
+    )
+    def client_computation(client_hparams, broadcast, data, client_state):
+      return build_update()(client_hparams, broadcast, data, client_state)
 
   @tff.tensorflow.computation(hparams_type)
   def get_hparams_fn(state):
@@ -285,6 +362,11 @@ def build_client_work(
       get_hparams=get_hparams_fn,
       set_hparams=set_hparams_fn,
   )
+
+
+def companion_type(make: Callable[[], Any]) -> tff.Type:
+  """The type of what a companion's method makes."""
+  return tff.tensorflow.computation(make).type_signature.result
 
 
 def _exchanged(
@@ -368,24 +450,13 @@ class _Progress(NamedTuple):
   observed: Any
 
 
-class Observer(NamedTuple):
-  """What is added up over a client's steps.
-
-  Attributes:
-    zero: () -> the structure of tensors to begin with.
-    observe: (logits, labels) -> what a batch adds to it; class indices are in range.
-  """
-
-  zero: Callable[[], Any]
-  observe: Callable[[tf.Tensor, Any], Any]
-
-
 def build_training(
     model: models.KerasModel,
     target_models: dict[str, models.KerasModel],
     optimizer: optimizers.Optimizer,
     client_data: Optional[client_data_lib.ClientBatches],
-    observer: Optional[Observer] = None,
+    observer: Optional[companions.Observer] = None,
+    extra_variables: Sequence[tf.Variable] = (),
 ):
   """A client's training as a function, to be called in a `tf.function`.
 
@@ -395,6 +466,7 @@ def build_training(
     optimizer: As `build_client_work` takes it.
     client_data: Where clients read their examples, if not from datasets.
     observer: Looks at each step, if something is to be added up over them.
+    extra_variables: Trained, too; some term of the loss must depend on them.
 
   Returns:
     (hparams, data, round_num, local_terms, received) -> (num_examples, bad_labels,
@@ -403,7 +475,8 @@ def build_training(
     observer's sums, () without one.
   """
   trainable = model.trainable_variables
-  stepper = optimizers.build_stepper(optimizer, trainable)
+  all_variables = [*trainable, *extra_variables]
+  stepper = optimizers.build_stepper(optimizer, all_variables)
 
   def gradients_on(batch, local_terms, received):
     inputs, labels = models.split_batch(batch)
@@ -418,6 +491,7 @@ def build_training(
         loss = term(
             loss,
             local_terms_lib.LocalStep(
+                inputs=inputs,
                 logits=model.class_logits(outputs),
                 labels=labels,
                 target_logits=target_logits.get(term.target),
@@ -430,7 +504,8 @@ def build_training(
     seen = ()
     if observer is not None:
       seen = observer.observe(model.class_logits(outputs), labels)
-    return loss, tape.gradient(loss, trainable), tf.shape(outputs)[0], bad, seen
+    gradients = tape.gradient(loss, all_variables)
+    return loss, gradients, tf.shape(outputs)[0], bad, seen
 
   def step(progress: _Progress, batch: Any, extra: Any, may_be_empty: bool):
     loss, gradients, batch_size, bad, seen = gradients_on(batch, *extra)

@@ -20,6 +20,7 @@ class LocalStep(NamedTuple):
   """What a term may look at in one step of local training.
 
   Attributes:
+    inputs: The batch's inputs.
     logits: float32 `[batch, ..., classes]`, of the model in training.
     labels: The batch's labels; class indices are in range.
     target_logits: Like `logits`, of the term's target; `None` without one.
@@ -27,6 +28,7 @@ class LocalStep(NamedTuple):
     received: Their values as the server sent them.
   """
 
+  inputs: Any
   logits: tf.Tensor
   labels: Any
   target_logits: Optional[tf.Tensor]

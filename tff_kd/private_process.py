@@ -23,6 +23,7 @@ import tensorflow_federated as tff
 from tff_kd import aggregation
 from tff_kd import client_data as client_data_lib
 from tff_kd import client_work as client_work_lib
+from tff_kd import companions
 from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
 from tff_kd import losses
@@ -31,20 +32,6 @@ from tff_kd import optimizers
 from tff_kd import process
 from tff_kd import server_distillation as server_distillation_lib
 from tff_kd import transfer
-
-
-class ClientState(NamedTuple):
-  """What a client keeps for itself.
-
-  Attributes:
-    weights: The `ModelWeights` of its own model.
-    sent: What it sent last, where it must know that; else ().
-    sent_round: int32, the round in which it did, -1 before the first; or ().
-  """
-
-  weights: Any
-  sent: Any
-  sent_round: Any
 
 
 class PrivateState(NamedTuple):
@@ -65,20 +52,6 @@ class PrivateState(NamedTuple):
   client_work: Any
   aggregator: Any
   server_distillation: Any
-
-
-class PrivateOutput(NamedTuple):
-  """What a round leaves.
-
-  Attributes:
-    state: The next `PrivateState`.
-    client_states: The clients' next `ClientState`s, in their order.
-    metrics: As of a `LearningProcess`.
-  """
-
-  state: Any
-  client_states: Any
-  metrics: Any
 
 
 class PrivateBroadcast(NamedTuple):
@@ -131,7 +104,7 @@ class Exchange(abc.ABC):
       own examples; the terms are added to their loss; a bool tensor.
     """
 
-  def observer(self) -> Optional[client_work_lib.Observer]:
+  def observer(self) -> Optional[companions.Observer]:
     """What to add up over the local steps."""
     return None
 
@@ -294,7 +267,7 @@ class ClassExchange(Exchange):
           weights=tf.reduce_sum(one_hot, axis=0),
       )
 
-    return client_work_lib.Observer(
+    return companions.Observer(
         zero=lambda: tf.nest.map_structure(
             lambda spec: tf.zeros(spec.shape), self.payload_spec()
         ),
@@ -324,44 +297,6 @@ class _ClassTargets(local_terms_lib.LocalTerm):
     )
 
 
-class PrivateProcess(tff.templates.IterativeProcess):
-  """Rounds of clients with models of their own.
-
-  `next` has the type (<S@SERVER, {D}@CLIENTS, {ClientState}@CLIENTS> ->
-  PrivateOutput). `tff_kd.simulation.ClientStates` keeps the clients' states.
-
-  Attributes:
-    initialize_client: A `tff.Computation` ( -> ClientState).
-    get_model_weights: A `tff.Computation` (S -> the server model's `ModelWeights`), or
-      `None` without a server model.
-    broadcast_type: The `tff.Type` that goes down to each client.
-    update_type: The `tff.Type` that comes up.
-    student_spec: The `ModelSpec` of the clients' and the server's model.
-    transfer_set: The `TransferSet`, or `None`.
-  """
-
-  def __init__(
-      self,
-      initialize_fn: tff.Computation,
-      next_fn: tff.Computation,
-      *,
-      initialize_client_fn: tff.Computation,
-      get_model_weights_fn: Optional[tff.Computation],
-      broadcast_type: tff.Type,
-      update_type: tff.Type,
-      student_spec: models.ModelSpec,
-      transfer_set: Optional[transfer.TransferSet],
-  ):
-    super().__init__(initialize_fn, next_fn)
-    self.initialize_client = initialize_client_fn
-    self.get_model_weights = get_model_weights_fn
-    self.broadcast_type = broadcast_type
-    self.update_type = update_type
-    self.student_spec = student_spec
-    self.transfer_set = transfer_set
-    self.teacher_spec = None
-
-
 def build_private_process(
     student: models.ModelSpec,
     *,
@@ -377,7 +312,7 @@ def build_private_process(
     knowledge_aggregator: Optional[aggregation.AggregationFactory] = None,
     metrics_aggregator: Optional[Any] = None,
     seed: int = 0,
-) -> PrivateProcess:
+) -> process.PrivateProcess:
   """Composes a round of clients that keep their models.
 
   Args:
@@ -448,7 +383,7 @@ def build_private_process(
   @tff.tensorflow.computation
   def initialize_client():
     keeps = exchange.keeps_sent
-    return ClientState(
+    return companions.ClientState(
         weights=initial_weights(),
         sent=zero_payload() if keeps else (),
         sent_round=tf.constant(-1) if keeps else (),
@@ -533,7 +468,7 @@ def build_private_process(
               num_taught=tf.cast(has_learned, tf.int32),
           ),
       )
-      return output, ClientState(kept, sent, sent_round)
+      return output, companions.ClientState(kept, sent, sent_round)
 
     return client_update()
 
@@ -645,7 +580,7 @@ def build_private_process(
             server_distillation=distillation_metrics,
         )
     )
-    return PrivateOutput(new_state, new_client_states, metrics)
+    return process.PrivateOutput(new_state, new_client_states, metrics)
 
   get_model_weights = None
   if server_stage is not None:
@@ -654,10 +589,11 @@ def build_private_process(
     def get_model_weights(state):
       return state.global_model_weights
 
-  return PrivateProcess(
+  return process.PrivateProcess(
       init_fn,
       next_fn,
       initialize_client_fn=initialize_client,
+      client_spec=student,
       get_model_weights_fn=get_model_weights,
       broadcast_type=broadcast_type,
       update_type=output_type.update,

@@ -12,7 +12,7 @@ parts (see `tff_kd.algorithms`).
 
 import collections
 from collections.abc import Sequence
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 import tensorflow as tf
@@ -21,6 +21,7 @@ import tensorflow_federated as tff
 from tff_kd import aggregation
 from tff_kd import client_data as client_data_lib
 from tff_kd import client_work as client_work_lib
+from tff_kd import companions
 from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
 from tff_kd import models
@@ -45,6 +46,7 @@ class DistillationState(NamedTuple):
     aggregator: The states of the two channels' aggregators.
     finalizer: The student server optimizer's state.
     server_distillation: The states of the server's distillation optimizers.
+    companion: The companion's server state, or ().
   """
 
   global_model_weights: Any
@@ -57,6 +59,7 @@ class DistillationState(NamedTuple):
   aggregator: Any
   finalizer: Any
   server_distillation: Any
+  companion: Any
 
 
 class DistillationProcess(tff.learning.templates.LearningProcess):
@@ -123,6 +126,73 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
       )
 
 
+class PrivateOutput(NamedTuple):
+  """What a round leaves, where clients have states of their own.
+
+  Attributes:
+    state: The server's next state.
+    client_states: The clients' next `ClientState`s, in their order.
+    metrics: As of a `LearningProcess`.
+  """
+
+  state: Any
+  client_states: Any
+  metrics: Any
+
+
+class PrivateProcess(tff.templates.IterativeProcess):
+  """Rounds of clients that keep something for themselves.
+
+  `next` has the type (<S@SERVER, {D}@CLIENTS, {ClientState}@CLIENTS> ->
+  PrivateOutput). `tff_kd.simulation.ClientStates` keeps the clients' states.
+
+  Attributes:
+    initialize_client: A `tff.Computation` ( -> ClientState).
+    client_spec: The `ModelSpec` of the model that a client keeps.
+    get_model_weights: A `tff.Computation` (S -> the server's student's
+      `ModelWeights`), or `None` where the server has none.
+    set_model_weights: (<S, `ModelWeights`> -> S), or `None`.
+    get_teacher_weights: Likewise of the teacher, or `None`.
+    set_teacher_weights: Likewise.
+    broadcast_type: The `tff.Type` that goes down to each client.
+    update_type: The `tff.Type` that comes up.
+    student_spec: The `ModelSpec` of the server's student (of the clients' models,
+      where it has none).
+    teacher_spec: The teacher's `ModelSpec`, or `None`.
+    transfer_set: The `TransferSet`, or `None`.
+  """
+
+  def __init__(
+      self,
+      initialize_fn: tff.Computation,
+      next_fn: tff.Computation,
+      *,
+      initialize_client_fn: tff.Computation,
+      client_spec: models.ModelSpec,
+      broadcast_type: tff.Type,
+      update_type: tff.Type,
+      student_spec: models.ModelSpec,
+      transfer_set: Optional[transfer.TransferSet],
+      teacher_spec: Optional[models.ModelSpec] = None,
+      get_model_weights_fn: Optional[tff.Computation] = None,
+      set_model_weights_fn: Optional[tff.Computation] = None,
+      get_teacher_weights_fn: Optional[tff.Computation] = None,
+      set_teacher_weights_fn: Optional[tff.Computation] = None,
+  ):
+    super().__init__(initialize_fn, next_fn)
+    self.initialize_client = initialize_client_fn
+    self.client_spec = client_spec
+    self.get_model_weights = get_model_weights_fn
+    self.set_model_weights = set_model_weights_fn
+    self.get_teacher_weights = get_teacher_weights_fn
+    self.set_teacher_weights = set_teacher_weights_fn
+    self.broadcast_type = broadcast_type
+    self.update_type = update_type
+    self.student_spec = student_spec
+    self.teacher_spec = teacher_spec
+    self.transfer_set = transfer_set
+
+
 def build_distillation_process(
     student: models.ModelSpec,
     *,
@@ -141,8 +211,9 @@ def build_distillation_process(
     model_aggregator: Optional[aggregation.AggregationFactory] = None,
     knowledge_aggregator: Optional[aggregation.AggregationFactory] = None,
     metrics_aggregator: Optional[Any] = None,
+    companion: Optional[companions.Companion] = None,
     seed: int = 0,
-) -> DistillationProcess:
+) -> Union[DistillationProcess, PrivateProcess]:
   """Composes the stages of one round into a learning process.
 
   Args:
@@ -167,10 +238,11 @@ def build_distillation_process(
       Unweighted factories get no weights.
     knowledge_aggregator: Aggregates the predictions, likewise.
     metrics_aggregator: As in `tff.learning.algorithms`.
+    companion: What takes part in a client's round beside the student.
     seed: With the round number, decides the server's order of examples.
 
   Returns:
-    A `DistillationProcess`.
+    A `DistillationProcess`; a `PrivateProcess` if clients keep a companion's state.
 
   Raises:
     TypeError, ValueError: If the parts do not fit together.
@@ -211,11 +283,12 @@ def build_distillation_process(
       teacher=teacher,
       consensus_rule=consensus_rule,
       local_terms=local_terms,
+      companion=companion,
   )
   broadcast_type = client_work.broadcast_type
   distributor = tff.learning.templates.build_broadcast_process(broadcast_type)
   aggregator = aggregation.build_client_output_aggregator(
-      client_work.next.type_signature.result,
+      client_work.output_type,
       client_work.metric_finalizers,
       model_factory=model_aggregator,
       knowledge_factory=knowledge_aggregator,
@@ -247,6 +320,10 @@ def build_distillation_process(
 
   initial_history, remember = _build_history(student, history_size)
 
+  @tff.tensorflow.computation
+  def initial_companion():
+    return companion.initial_server_state() if companion is not None else ()
+
   @tff.federated_computation
   def init_fn():
     weights = tff.federated_eval(initial_student, tff.SERVER)
@@ -265,6 +342,7 @@ def build_distillation_process(
             server_distillation=(
                 server_distillation.initialize() if stages else nothing
             ),
+            companion=tff.federated_eval(initial_companion, tff.SERVER),
         )
     )
 
@@ -275,8 +353,12 @@ def build_distillation_process(
   def add_one(x):
     return x + 1
 
-  @tff.federated_computation(state_type, client_data_type)
-  def next_fn(state, client_data):
+  @tff.tensorflow.computation(state_type.member.companion)
+  def broadcast_companion(server_state):
+    return companion.broadcast(server_state) if companion is not None else ()
+
+  def run_round(state, client_data, client_states):
+    """One round: the next state, what a companion leaves, the metrics."""
     nothing = tff.federated_value((), tff.SERVER)
     # Down.
     history, mean_of_history = state.student_history, nothing
@@ -291,18 +373,31 @@ def build_distillation_process(
             teacher=state.teacher_weights if broadcasts_teacher else nothing,
             student_history=mean_of_history,
             round_num=state.round_num if broadcasts_round else nothing,
+            companion=(
+                tff.federated_map(broadcast_companion, state.companion)
+                if companion is not None
+                else nothing
+            ),
         )
     )
     distributed = distributor.next(state.distributor, sent)
     # Local work, and up.
-    output = tff.federated_map(
-        client_work.next,
-        (
-            tff.federated_broadcast(state.client_work),
-            distributed.result,
-            client_data,
-        ),
+    arguments = (
+        tff.federated_broadcast(state.client_work),
+        distributed.result,
+        client_data,
     )
+    companion_state, companion_metrics, new_client_states = nothing, nothing, None
+    if companion is None:
+      output = tff.federated_map(client_work.next, arguments)
+    else:
+      output, left = tff.federated_map(
+          client_work.next, (*arguments, client_states)
+      )
+      new_client_states = left.client_state
+      companion_state, companion_metrics = companion.exchange(
+          state.companion, left.exchanged, state.round_num
+      )
     aggregated = aggregator.next(state.aggregator, output)
     # The student moves along the mean delta.
     finalized = finalizer.next(
@@ -339,6 +434,7 @@ def build_distillation_process(
             aggregator=aggregated.state,
             finalizer=finalized.state,
             server_distillation=distillation_state,
+            companion=companion_state,
         )
     )
     metrics = tff.federated_zip(
@@ -348,11 +444,33 @@ def build_distillation_process(
             aggregator=aggregated.measurements.aggregator,
             finalizer=finalized.measurements,
             server_distillation=distillation_metrics,
+            companion=companion_metrics,
         )
     )
-    return tff.learning.templates.LearningProcessOutput(new_state, metrics)
+    return new_state, new_client_states, metrics
 
   member = state_type.member
+
+  if companion is not None and companion.client_spec is not None:
+
+    @tff.federated_computation(
+        state_type,
+        client_data_type,
+        tff.FederatedType(
+            client_work_lib.companion_type(companion.initial_client_state),
+            tff.CLIENTS,
+        ),
+    )
+    def next_fn(state, client_data, client_states):
+      return PrivateOutput(*run_round(state, client_data, client_states))
+
+  else:
+
+    @tff.federated_computation(state_type, client_data_type)
+    def next_fn(state, client_data):
+      no_states = tff.federated_value((), tff.CLIENTS)
+      new_state, _, metrics = run_round(state, client_data, no_states)
+      return tff.learning.templates.LearningProcessOutput(new_state, metrics)
 
   def build_getter(field):
     @tff.tensorflow.computation(member)
@@ -385,24 +503,38 @@ def build_distillation_process(
         finalizer=finalizer.set_hparams(state.finalizer, hparams['finalizer']),
     )
 
-  return DistillationProcess(
-      init_fn,
-      next_fn,
-      build_getter('global_model_weights'),
-      build_setter('global_model_weights'),
-      get_hparams_fn=get_hparams_fn,
-      set_hparams_fn=set_hparams_fn,
-      get_teacher_weights_fn=(
-          build_getter('teacher_weights') if teacher is not None else None
-      ),
-      set_teacher_weights_fn=(
-          build_setter('teacher_weights') if teacher is not None else None
-      ),
+  has_teacher = teacher is not None
+  shared = dict(
+      get_teacher_weights_fn=build_getter('teacher_weights') if has_teacher else None,
+      set_teacher_weights_fn=build_setter('teacher_weights') if has_teacher else None,
       broadcast_type=broadcast_type,
-      update_type=client_work.next.type_signature.result.update,
+      update_type=client_work.output_type.update,
       student_spec=student,
       teacher_spec=teacher,
       transfer_set=transfer_set,
+  )
+  get_model_weights = build_getter('global_model_weights')
+  set_model_weights = build_setter('global_model_weights')
+  if companion is not None and companion.client_spec is not None:
+    return PrivateProcess(
+        init_fn,
+        next_fn,
+        initialize_client_fn=tff.tensorflow.computation(
+            companion.initial_client_state
+        ),
+        client_spec=companion.client_spec,
+        get_model_weights_fn=get_model_weights,
+        set_model_weights_fn=set_model_weights,
+        **shared,
+    )
+  return DistillationProcess(
+      init_fn,
+      next_fn,
+      get_model_weights,
+      set_model_weights,
+      get_hparams_fn=get_hparams_fn,
+      set_hparams_fn=set_hparams_fn,
+      **shared,
   )
 
 

@@ -1,0 +1,111 @@
+"""What takes part in a client's round beside the student.
+
+A companion may keep something at the client from round to round (a private model), have
+a state at the server that goes down (a generator), train beside the student, add terms
+to its loss, and exchange further sums after the local training. Any algorithm that
+averages students takes one: `build_distillation_process(companion=...)`.
+"""
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Optional
+
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_kd import local_terms
+from tff_kd import models
+
+
+class Observer(NamedTuple):
+  """What is added up over a client's steps.
+
+  Attributes:
+    zero: () -> the structure of tensors to begin with.
+    observe: (logits, labels) -> what a batch adds to it; class indices are in range.
+  """
+
+  zero: Callable[[], Any]
+  observe: Callable[[tf.Tensor, Any], Any]
+
+
+class ClientState(NamedTuple):
+  """What a client keeps for itself.
+
+  Attributes:
+    weights: The `ModelWeights` of its own model.
+    sent: What it sent last, where it must know that; else ().
+    sent_round: int32, the round in which it did, -1 before the first; or ().
+  """
+
+  weights: Any
+  sent: Any = ()
+  sent_round: Any = ()
+
+
+class Attachment(NamedTuple):
+  """A companion within the computation of one client's round.
+
+  Attributes:
+    begin: (received, client_state, round_num) -> the local terms: called before the
+      local training, with what came down and what the client kept.
+    end: (observed) -> (client_state, exchanged): what the client keeps for its next
+      round, and what `Companion.exchange` gets of it. Called after the training, and
+      also for a client that is left out: then the old client state stays.
+    trainable_variables: Trained beside the student's, by the clients' optimizer.
+    observer: Looks at the steps, if something is to be added up over them.
+  """
+
+  begin: Callable[[Any, Any, tf.Tensor], Sequence[local_terms.LocalTerm]]
+  end: Callable[[Any], tuple[Any, Any]]
+  trainable_variables: Sequence[tf.Variable] = ()
+  observer: Optional[Observer] = None
+
+
+class Companion(abc.ABC):
+  """What takes part beside the student; the parts that it lacks are ().
+
+  Attributes:
+    client_spec: The `ModelSpec` of the model in its `ClientState`; `None` if clients
+      keep nothing.
+  """
+
+  client_spec: Optional[models.ModelSpec] = None
+
+  def initial_client_state(self) -> Any:
+    """What a new client has: a structure of tensors, a `ClientState`, or ()."""
+    return ()
+
+  def initial_server_state(self) -> Any:
+    """The companion's part of the process state: a structure of tensors, or ()."""
+    return ()
+
+  def broadcast(self, server_state: Any) -> Any:
+    """What of the server's part goes down to each client."""
+    del server_state
+    return ()
+
+  @abc.abstractmethod
+  def attach(self, model: models.KerasModel) -> Attachment:
+    """Its part of one client's computation, outside any `tf.function`.
+
+    Args:
+      model: The student that will be trained in place.
+    """
+
+  def exchange(
+      self, server_state: tff.Value, exchanged: tff.Value, round_num: tff.Value
+  ) -> tuple[tff.Value, tff.Value]:
+    """What server and clients do after the local training; federated values.
+
+    Args:
+      server_state: At the server.
+      exchanged: At the clients, from `Attachment.end`; zeros of a client that was
+        left out of the round.
+      round_num: int32, at the server.
+
+    Returns:
+      The next server state and measurements, both at the server.
+    """
+    del exchanged, round_num
+    return server_state, tff.federated_value((), tff.SERVER)
