@@ -13,7 +13,7 @@ train: $(STAMP)
 	$(BIN)/python -m pipelines.train $(FLAGS)
 
 test: $(STAMP)
-	$(BIN)/python -m pytest -q
+	$(BIN)/python -m pytest -q -n auto --dist loadfile
 
 # The long reproductions (about half an hour).
 slow: $(STAMP)

@@ -151,9 +151,9 @@ TEMPERATURE = flags.DEFINE_float(
 )
 CONSENSUS = flags.DEFINE_enum(
     'consensus', None, CONSENSUS_RULES,
-    "Unset: the algorithm's own. How the clients' predictions are combined: their mean, the mean of probabilities "
+    "How the clients' predictions are combined: their mean, the mean of probabilities "
     'plain or sharpened (era, enhanced_era), or a mean of logits weighted by certainty '
-    '(variance, confidence, entropy).',
+    "(variance, confidence, entropy). Unset: the algorithm's own.",
 )
 DISTILLATION_WEIGHT = flags.DEFINE_float(
     'distillation_weight', None, 'The share of the distillation in the loss, where '
