@@ -7,6 +7,7 @@ import tensorflow_federated as tff
 
 import tff_kd
 from tests import helpers
+from tff_kd import cohorts
 from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import server_distillation
@@ -32,7 +33,7 @@ def _run(distillation, *, labelled=False, validation=8, rate=0.1, payload=None,
       learner, helpers.sgd(rate, 0.9), distillation
   )
   process = server_distillation.build_server_distillation(
-      student, teacher, transfer, [stage]
+      cohorts.as_students(student), teacher, transfer, [stage]
   )
   weights = server_distillation.ServerModels(
       student.initial_weights, teacher.initial_weights

@@ -57,16 +57,17 @@ def build_client_output_aggregator(
     A `tff.templates.MeasuredProcess` with `next` of the type (<S@SERVER,
     {ClientOutput}@CLIENTS> -> <S@SERVER, ClientUpdate@SERVER, Measurements@SERVER>).
   """
-  channels = ['model']
-  if len(tff.structure.flatten(output_type.update.knowledge)):
-    channels.append('knowledge')
+  channels = _channels(output_type)
   factories = {'model': model_factory, 'knowledge': knowledge_factory}
   processes = {
-      name: _create_process(
-          factories[name], getattr(output_type.update, name), f'{name}_aggregator'
+      channel: _create_process(
+          factories[channel.field],
+          channel.of(output_type.update),
+          f'{channel.field}_aggregator',
+          has_cohorts=channel.cohort is not None,
       )
-      for name in channels
-      if factories[name] is not None
+      for channel in channels
+      if factories[channel.field] is not None
   }
   sums_metrics = metrics_aggregator is None
   aggregate_metrics = None
@@ -74,16 +75,12 @@ def build_client_output_aggregator(
     aggregate_metrics = metrics_aggregator(
         metric_finalizers, output_type.metrics
     )
-  summed = [name for name in channels if name not in processes]
+  summed = [channel for channel in channels if channel not in processes]
   summed_type = tff.to_type(
       client_work.ClientOutput(
-          update=_update_of(
-              {name: getattr(output_type.update, name) for name in summed}
-          ),
+          update=_update_of({c: c.of(output_type.update) for c in summed}),
           # Not `np.float32`: a pair of a dtype and () reads as a tensor's type.
-          weight=_update_of(
-              {name: tff.TensorType(np.float32) for name in summed}
-          ),
+          weight=_update_of({c: tff.TensorType(np.float32) for c in summed}),
           metrics=output_type.metrics if sums_metrics else (),
           participation=output_type.participation,
       )
@@ -92,11 +89,11 @@ def build_client_output_aggregator(
   @tff.tensorflow.computation(summed_type)
   def finish(sums):
     means = {}
-    for name in summed:
-      weight = getattr(sums.weight, name)
-      means[name] = tf.nest.map_structure(
+    for channel in summed:
+      weight = channel.of(sums.weight)
+      means[channel] = tf.nest.map_structure(
           lambda value: value / tf.cast(weight, value.dtype),
-          getattr(sums.update, name),
+          channel.of(sums.update),
       )
     train = ()
     if sums_metrics:
@@ -109,7 +106,8 @@ def build_client_output_aggregator(
   @tff.federated_computation
   def init_fn():
     states = collections.OrderedDict(
-        (name, process.initialize()) for name, process in processes.items()
+        (channel.name, process.initialize())
+        for channel, process in processes.items()
     )
     return tff.federated_zip(states) if states else _nothing(tff.SERVER)
 
@@ -132,22 +130,21 @@ def build_client_output_aggregator(
     means, train, participation = tff.federated_map(
         finish, tff.federated_sum(to_sum)
     )
-    results = {name: getattr(means, name) for name in summed}
+    results = {channel: channel.of(means) for channel in summed}
     if not sums_metrics:
       train = aggregate_metrics(output.metrics)
     new_states, measurements = collections.OrderedDict(), collections.OrderedDict()
-    for name, process in processes.items():
-      args = [state[name], getattr(output.update, name)]
+    for channel, process in processes.items():
+      args = [state[channel.name], channel.of(output.update)]
       if process.is_weighted:
-        args.append(getattr(output.weight, name))
+        args.append(channel.of(output.weight))
       aggregated = process.next(*args)
-      results[name] = aggregated.result
-      new_states[name] = aggregated.state
-      measurements[name] = aggregated.measurements
-    results.setdefault('knowledge', _nothing(tff.SERVER))
+      results[channel] = aggregated.result
+      new_states[channel.name] = aggregated.state
+      measurements[channel.name] = aggregated.measurements
     return tff.templates.MeasuredProcessOutput(
         state=_zip_or_nothing(new_states),
-        result=tff.federated_zip(_update_of(results)),
+        result=tff.federated_zip(_update_of(results, _nothing(tff.SERVER))),
         measurements=tff.federated_zip(
             Measurements(
                 client_work=collections.OrderedDict(
@@ -161,20 +158,52 @@ def build_client_output_aggregator(
   return tff.templates.MeasuredProcess(init_fn, next_fn, next_is_multi_arg=True)
 
 
-def _update_of(entries: dict[str, Any]) -> client_work.ClientUpdate:
+class _Channel(NamedTuple):
+  """One mean over clients: weights (of one cohort, if there are several), knowledge.
+
+  Attributes:
+    field: That of a `ClientUpdate`.
+    cohort: Whose, or `None` without cohorts.
+  """
+
+  field: str
+  cohort: Optional[int] = None
+
+  @property
+  def name(self) -> str:
+    return self.field if self.cohort is None else f'{self.field}_{self.cohort}'
+
+  def of(self, update: Any) -> Any:
+    value = getattr(update, self.field)
+    return value if self.cohort is None else value[self.cohort]
+
+
+def _channels(output_type: tff.Type) -> list[_Channel]:
+  channels = []
+  weight = output_type.weight.model
+  if isinstance(weight, tff.TensorType):
+    channels.append(_Channel('model'))
+  else:
+    channels += [_Channel('model', i) for i in range(len(weight))]
+  if len(tff.structure.flatten(output_type.update.knowledge)):
+    channels.append(_Channel('knowledge'))
+  return channels
+
+
+def _update_of(
+    entries: dict[_Channel, Any], nothing: Any = ()
+) -> client_work.ClientUpdate:
+  by_cohort = tuple(v for c, v in entries.items() if c.cohort is not None)
+  whole = {c.field: v for c, v in entries.items() if c.cohort is None}
   return client_work.ClientUpdate(
-      model=entries.get('model', ()), knowledge=entries.get('knowledge', ())
+      model=by_cohort or whole.get('model', nothing),
+      knowledge=whole.get('knowledge', nothing),
   )
 
 
-def _only(update: tff.Value, names: list[str]) -> client_work.ClientUpdate:
-  """The named channels of the clients' `ClientUpdate`s; nothing for the others."""
-  return client_work.ClientUpdate(
-      *(
-          getattr(update, name) if name in names else _nothing(tff.CLIENTS)
-          for name in client_work.ClientUpdate._fields
-      )
-  )
+def _only(update: tff.Value, channels: list[_Channel]) -> client_work.ClientUpdate:
+  """The clients' `ClientUpdate`s in these channels; nothing for the others."""
+  return _update_of({c: c.of(update) for c in channels}, _nothing(tff.CLIENTS))
 
 
 def _nothing(placement) -> tff.Value:
@@ -186,11 +215,16 @@ def _zip_or_nothing(values: collections.OrderedDict[str, Any]) -> tff.Value:
 
 
 def _create_process(
-    factory: AggregationFactory, value_type: tff.Type, name: str
+    factory: AggregationFactory, value_type: tff.Type, name: str, has_cohorts: bool
 ) -> tff.templates.AggregationProcess:
   if isinstance(factory, tff.aggregators.WeightedAggregationFactory):
     return factory.create(value_type, tff.TensorType(np.float32))
   if isinstance(factory, tff.aggregators.UnweightedAggregationFactory):
+    if has_cohorts:
+      raise ValueError(
+          f'`{name}` must be weighted where there are several cohorts, found '
+          f'{factory!r}: the clients of other cohorts have weight 0.'
+      )
     return factory.create(value_type)
   raise TypeError(
       f'`{name}` must be a `tff.aggregators.WeightedAggregationFactory` or '

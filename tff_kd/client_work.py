@@ -7,6 +7,7 @@ ensemble, the predictions on this round's transfer examples.
 
 import collections
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -14,6 +15,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_kd import client_data as client_data_lib
+from tff_kd import cohorts
 from tff_kd import companions
 from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
@@ -27,7 +29,8 @@ class Broadcast(NamedTuple):
   """What the server sends down to each client.
 
   Attributes:
-    student: The `ModelWeights` of the global student.
+    student: The `ModelWeights` of the global student; of several cohorts, by cohort,
+      of which a client needs its own.
     teacher: The teacher's `ModelWeights` where clients learn from it, else ().
     student_history: The mean of the last global students, likewise.
     round_num: int32 scalar; with the seeds, tells the round's transfer examples and
@@ -47,8 +50,9 @@ class ClientUpdate(NamedTuple):
 
   Attributes:
     model: A `ModelWeights` of deltas (received minus trained): `trainable`, and
-      in `non_trainable` only the statistics that layers keep (batch norm). As a
-      weight: a float32 scalar.
+      in `non_trainable` only the statistics that layers keep (batch norm); of
+      several cohorts by cohort, with zeros for the others. As a weight: a float32
+      scalar, likewise.
     knowledge: A `knowledge.KnowledgePayload`, or () without that channel. As a
       weight: a float32 scalar or ().
   """
@@ -91,7 +95,8 @@ class ClientWork(NamedTuple):
   Attributes:
     initialize: A `tff.Computation` ( -> H@SERVER), the optimizer's hyperparameters.
     next: A `tff.Computation` (<H, `Broadcast`, D> -> `ClientOutput`), where D is a
-      sequence of batches or a client's number. With a companion, (<H, `Broadcast`, D,
+      sequence of batches or a client's number; where there are cohorts, <cohort=int32,
+      data=that>. With a companion, (<H, `Broadcast`, D,
       client state> -> <`ClientOutput`, `CompanionOutput`>).
     metric_finalizers: The finalizers of the metrics' sums, by name.
     get_hparams: A `tff.Computation` (H -> hyperparameters).
@@ -119,25 +124,20 @@ class ClientWork(NamedTuple):
     return result if result.python_container is ClientOutput else result[0]
 
 
-def model_update_type(student: models.ModelSpec) -> tff.Type:
-  """The type of the model channel: trainable deltas and statistics' deltas."""
+def model_update_spec(student: models.ModelSpec) -> tff.learning.models.ModelWeights:
+  """The `tf.TensorSpec`s of the model channel: deltas of weights and statistics."""
   with tf.Graph().as_default():
     model = student.blank_model_fn()
-    return tff.types.tensorflow_to_type(
-        tff.learning.models.ModelWeights(
-            trainable=[
-                tf.TensorSpec(v.shape, v.dtype)
-                for v in model.trainable_variables
-            ],
-            non_trainable=[
-                tf.TensorSpec(v.shape, v.dtype) for v in model.statistics
-            ],
-        )
+    return tff.learning.models.ModelWeights(
+        trainable=[
+            tf.TensorSpec(v.shape, v.dtype) for v in model.trainable_variables
+        ],
+        non_trainable=[tf.TensorSpec(v.shape, v.dtype) for v in model.statistics],
     )
 
 
 def build_client_work(
-    student: models.ModelSpec,
+    students: cohorts.Students,
     *,
     optimizer: optimizers.Optimizer,
     model_weighting: tff.learning.ClientWeighting,
@@ -157,7 +157,7 @@ def build_client_work(
   not), or if it has class labels out of range.
 
   Args:
-    student: The model to train.
+    students: The model to train, or those of the cohorts.
     optimizer: A TFF optimizer or a function that returns a Keras one; fresh for
       every client and round.
     model_weighting: The weight of a client's delta: by examples, or 1.
@@ -178,10 +178,10 @@ def build_client_work(
   hparams = optimizers.initial_hparams(optimizer)
   broadcast_type = tff.to_type(
       Broadcast(
-          student=student.weights_type,
+          student=students.weights_type,
           teacher=teacher.weights_type if 'teacher' in targets else (),
           student_history=(
-              student.weights_type if 'student_history' in targets else ()
+              students.weights_type if 'student_history' in targets else ()
           ),
           round_num=(
               np.int32
@@ -201,10 +201,12 @@ def build_client_work(
     data_type = tff.TensorType(np.int32)
   else:
     data_type = tff.SequenceType(
-        tff.types.tensorflow_to_type(student.input_spec)
+        tff.types.tensorflow_to_type(students.first.input_spec)
     )
+  data_type = cohorts.client_data_type(students, data_type)
   with tf.Graph().as_default():
-    metric_finalizers = student.blank_model_fn().metric_finalizers()
+    metric_finalizers = students.first.blank_model_fn().metric_finalizers()
+  update_specs = [model_update_spec(spec) for spec in students.specs]
 
   @tff.federated_computation
   def initialize():
@@ -212,8 +214,9 @@ def build_client_work(
 
   hparams_type = initialize.type_signature.result.member
 
-  def build_update():
+  def build_update(cohort: int):
     """One client's round; returns a function of what the computation gets."""
+    student = students.specs[cohort]
     model = student.blank_model_fn()
     target_models = {
         name: (teacher if name == 'teacher' else student).blank_model_fn()
@@ -233,10 +236,11 @@ def build_client_work(
 
     def client_update(client_hparams, broadcast, data, client_state=()):
       # A read-only view of what came in, before any variable changes.
-      received = broadcast.student
+      received = students.unpack(broadcast.student)[cohort]
       model.assign(received)
       for name, target in target_models.items():
-        target.assign(getattr(broadcast, name))
+        sent = getattr(broadcast, name)
+        target.assign(sent if name == 'teacher' else students.unpack(sent)[cohort])
       terms = list(local_terms)
       if attached is not None:
         terms += attached.begin(
@@ -267,6 +271,15 @@ def build_client_work(
       included = finite & ~is_empty & ~bad_labels
       if not included:
         model.reset_metrics()
+
+      def in_cohort(value, specs):
+        """The value at the cohort's place, with zeros for the others."""
+        return students.pack([
+            value
+            if i == cohort
+            else tf.nest.map_structure(lambda t: tf.zeros(t.shape, t.dtype), spec)
+            for i, spec in enumerate(specs)
+        ])
 
       def weight_of(weighting):
         return client_weight(weighting, num_examples, included)
@@ -304,14 +317,19 @@ def build_client_work(
             included,
             predict,
             lambda: consensus_rule.zero_payload(
-                student.logits_shape, transfer_set.num_predictions
+                students.first.logits_shape, transfer_set.num_predictions
             ),
         )
         knowledge_weight = weight_of(knowledge_weighting)
       output = ClientOutput(
-          update=ClientUpdate(model=model_update, knowledge=payload),
+          update=ClientUpdate(
+              model=in_cohort(model_update, update_specs), knowledge=payload
+          ),
           weight=ClientUpdate(
-              model=weight_of(model_weighting), knowledge=knowledge_weight
+              model=in_cohort(
+                  weight_of(model_weighting), [tf.TensorSpec([])] * len(update_specs)
+              ),
+              knowledge=knowledge_weight,
           ),
           metrics=model.report_local_unfinalized_metrics(),
           participation=participation(included, is_empty, bad_labels, finite),
@@ -331,11 +349,25 @@ def build_client_work(
 
     return tf.function(client_update)
 
+  def run(client_hparams, broadcast, data, *client_state):
+    updates = [build_update(i) for i in range(len(students.specs))]
+    if not students.has_cohorts:
+      return updates[0](client_hparams, broadcast, data, *client_state)
+    return students.select(
+        data['cohort'],
+        [
+            functools.partial(
+                update, client_hparams, broadcast, data['data'], *client_state
+            )
+            for update in updates
+        ],
+    )
+
   if companion is None:
 
     @tff.tensorflow.computation(hparams_type, broadcast_type, data_type)
     def client_computation(client_hparams, broadcast, data):
-      return build_update()(client_hparams, broadcast, data)
+      return run(client_hparams, broadcast, data)
 
   else:
     client_state_type = companion_type(companion.initial_client_state)
@@ -344,7 +376,7 @@ def build_client_work(
         hparams_type, broadcast_type, data_type, client_state_type
     )
     def client_computation(client_hparams, broadcast, data, client_state):
-      return build_update()(client_hparams, broadcast, data, client_state)
+      return run(client_hparams, broadcast, data, client_state)
 
   @tff.tensorflow.computation(hparams_type)
   def get_hparams_fn(state):

@@ -433,17 +433,17 @@ def weights_of(keras_model: tf.keras.Model) -> tff.learning.models.ModelWeights:
   )
 
 
-def check_same_outputs(student: ModelSpec, teacher: ModelSpec) -> None:
+def check_same_outputs(first: ModelSpec, second: ModelSpec) -> None:
   """Refuses a pair whose predictions cannot be compared.
 
   Raises:
     ValueError: If the output shapes differ.
   """
-  if student.logits_shape.as_list() != teacher.logits_shape.as_list():
+  if first.logits_shape.as_list() != second.logits_shape.as_list():
     raise ValueError(
-        'Student and teacher must have outputs of the same shape to learn from '
-        f'each other, found {student.logits_shape} for the student and '
-        f'{teacher.logits_shape} for the teacher (an example, without batch).'
+        f'The {first.name} and the {second.name} must have outputs of the same shape '
+        f'to learn from each other, found {first.logits_shape} and '
+        f'{second.logits_shape} (an example, without batch).'
     )
 
 

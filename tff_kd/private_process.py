@@ -23,6 +23,7 @@ import tensorflow_federated as tff
 from tff_kd import aggregation
 from tff_kd import client_data as client_data_lib
 from tff_kd import client_work as client_work_lib
+from tff_kd import cohorts
 from tff_kd import companions
 from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
@@ -484,7 +485,11 @@ def build_private_process(
   server_distillation = None
   if server_stage is not None:
     server_distillation = server_distillation_lib.build_server_distillation(
-        student, None, transfer_set, [server_stage], consensus_rule=consensus_rule,
+        cohorts.as_students(student),
+        None,
+        transfer_set,
+        [server_stage],
+        consensus_rule=consensus_rule,
         seed=seed,
     )
 
@@ -597,6 +602,6 @@ def build_private_process(
       get_model_weights_fn=get_model_weights,
       broadcast_type=broadcast_type,
       update_type=output_type.update,
-      student_spec=student,
+      students=cohorts.as_students(student),
       transfer_set=transfer_set,
   )

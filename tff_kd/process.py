@@ -21,6 +21,7 @@ import tensorflow_federated as tff
 from tff_kd import aggregation
 from tff_kd import client_data as client_data_lib
 from tff_kd import client_work as client_work_lib
+from tff_kd import cohorts
 from tff_kd import companions
 from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
@@ -33,7 +34,8 @@ class DistillationState(NamedTuple):
   """The state of a distillation process.
 
   Attributes:
-    global_model_weights: The student's `ModelWeights`, after distillation.
+    global_model_weights: The student's `ModelWeights`, after distillation. Of several
+      cohorts: a tuple of theirs, here and in the next two.
     aggregated_model_weights: The student as plain aggregation left it this round,
       before the server's distillation. () without one.
     teacher_weights: The teacher's `ModelWeights`, or () without a teacher.
@@ -72,7 +74,8 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
     broadcast_type: The `tff.Type` that goes down to each client.
     update_type: The `tff.Type` that comes up from each client, channel by channel,
       before its aggregator encodes it.
-    student_spec: The student's `ModelSpec`.
+    students: The `cohorts.Students`: one architecture, or one a cohort.
+    student_spec: The (first) student's `ModelSpec`.
     teacher_spec: The teacher's `ModelSpec`, or `None`.
     transfer_set: The `TransferSet`, or `None`.
   """
@@ -84,7 +87,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
       set_teacher_weights_fn: Optional[tff.Computation],
       broadcast_type: tff.Type,
       update_type: tff.Type,
-      student_spec: models.ModelSpec,
+      students: cohorts.Students,
       teacher_spec: Optional[models.ModelSpec],
       transfer_set: Optional[transfer.TransferSet],
       **kwargs,
@@ -94,7 +97,8 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
     self._set_teacher_weights = set_teacher_weights_fn
     self.broadcast_type = broadcast_type
     self.update_type = update_type
-    self.student_spec = student_spec
+    self.students = students
+    self.student_spec = students.first
     self.teacher_spec = teacher_spec
     self.transfer_set = transfer_set
 
@@ -156,8 +160,9 @@ class PrivateProcess(tff.templates.IterativeProcess):
     set_teacher_weights: Likewise.
     broadcast_type: The `tff.Type` that goes down to each client.
     update_type: The `tff.Type` that comes up.
-    student_spec: The `ModelSpec` of the server's student (of the clients' models,
-      where it has none).
+    students: The `cohorts.Students` of the server (of the clients' models, where it
+      has none).
+    student_spec: The first of them.
     teacher_spec: The teacher's `ModelSpec`, or `None`.
     transfer_set: The `TransferSet`, or `None`.
   """
@@ -171,7 +176,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
       client_spec: models.ModelSpec,
       broadcast_type: tff.Type,
       update_type: tff.Type,
-      student_spec: models.ModelSpec,
+      students: cohorts.Students,
       transfer_set: Optional[transfer.TransferSet],
       teacher_spec: Optional[models.ModelSpec] = None,
       get_model_weights_fn: Optional[tff.Computation] = None,
@@ -188,13 +193,14 @@ class PrivateProcess(tff.templates.IterativeProcess):
     self.set_teacher_weights = set_teacher_weights_fn
     self.broadcast_type = broadcast_type
     self.update_type = update_type
-    self.student_spec = student_spec
+    self.students = students
+    self.student_spec = students.first
     self.teacher_spec = teacher_spec
     self.transfer_set = transfer_set
 
 
 def build_distillation_process(
-    student: models.ModelSpec,
+    student: Union[models.ModelSpec, cohorts.Students],
     *,
     client_optimizer: optimizers.Optimizer,
     client_data: Optional[client_data_lib.ClientBatches] = None,
@@ -217,11 +223,12 @@ def build_distillation_process(
   """Composes the stages of one round into a learning process.
 
   Args:
-    student: The model that clients train.
+    student: The model that clients train, or those of the cohorts.
     client_optimizer: The clients' TFF optimizer, or a function that returns a
       Keras one.
     client_data: Where and how clients read their examples. `next` then takes
-      clients' numbers in place of their datasets; nothing else is as fast.
+      clients' numbers in place of their datasets; nothing else is as fast. With
+      cohorts, `next` takes {'cohort': number, 'data': dataset or number} a client.
     teacher: The server's model, if it has one.
     transfer_set: The examples on which knowledge is exchanged, if it is.
     stages: The server's distillation, in order; none if empty.
@@ -247,6 +254,8 @@ def build_distillation_process(
   Raises:
     TypeError, ValueError: If the parts do not fit together.
   """
+  students = cohorts.as_students(student)
+  student = students.first
   if teacher is not None:
     models.check_same_outputs(student, teacher)
   if transfer_set is not None:
@@ -271,7 +280,7 @@ def build_distillation_process(
   uses_ensemble = any(s.distillation.uses_ensemble for s in stages)
 
   client_work = client_work_lib.build_client_work(
-      student,
+      students,
       optimizer=client_optimizer,
       model_weighting=client_weighting,
       knowledge_weighting=knowledge_weighting or client_weighting,
@@ -294,11 +303,11 @@ def build_distillation_process(
       knowledge_factory=knowledge_aggregator,
       metrics_aggregator=metrics_aggregator,
   )
-  finalizer = build_student_finalizer(student, server_optimizer)
+  finalizer = build_student_finalizer(students, server_optimizer)
   server_distillation = None
   if stages:
     server_distillation = server_distillation_lib.build_server_distillation(
-        student,
+        students,
         teacher,
         transfer_set,
         stages,
@@ -310,7 +319,7 @@ def build_distillation_process(
 
   @tff.tensorflow.computation
   def initial_student():
-    return tf.nest.map_structure(tf.constant, student.initial_weights)
+    return tf.nest.map_structure(tf.constant, students.initial_weights)
 
   @tff.tensorflow.computation
   def initial_teacher():
@@ -318,7 +327,7 @@ def build_distillation_process(
       return ()
     return tf.nest.map_structure(tf.constant, teacher.initial_weights)
 
-  initial_history, remember = _build_history(student, history_size)
+  initial_history, remember = _build_history(students, history_size)
 
   @tff.tensorflow.computation
   def initial_companion():
@@ -509,7 +518,7 @@ def build_distillation_process(
       set_teacher_weights_fn=build_setter('teacher_weights') if has_teacher else None,
       broadcast_type=broadcast_type,
       update_type=client_work.output_type.update,
-      student_spec=student,
+      students=students,
       teacher_spec=teacher,
       transfer_set=transfer_set,
   )
@@ -538,11 +547,11 @@ def build_distillation_process(
   )
 
 
-def _build_history(student: models.ModelSpec, size: int):
+def _build_history(students: cohorts.Students, size: int):
   """The computations that keep the last students: ( -> H), (<H, w, n> -> <H, mean>).
 
   Args:
-    student: The student.
+    students: The student, or those of the cohorts.
     size: How many to keep; with 0 the history is (), and never to be updated.
   """
 
@@ -550,14 +559,14 @@ def _build_history(student: models.ModelSpec, size: int):
   def initial_history():
     return tf.nest.map_structure(
         lambda w: tf.zeros([size, *w.shape], w.dtype),
-        student.initial_weights if size else (),
+        students.initial_weights if size else (),
     )
 
   if not size:
     return initial_history, None
 
   @tff.tensorflow.computation(
-      initial_history.type_signature.result, student.weights_type, np.int32
+      initial_history.type_signature.result, students.weights_type, np.int32
   )
   def remember(history, weights, round_num):
     place = [[round_num % size]]
@@ -679,40 +688,45 @@ def check_transfer_set(
 
 
 def build_student_finalizer(
-    student: models.ModelSpec, optimizer: optimizers.Optimizer
+    students: cohorts.Students, optimizer: optimizers.Optimizer
 ) -> tff.learning.templates.FinalizerProcess:
-  """Moves the student along the mean delta.
+  """Moves the student, or each cohort's, along the mean delta.
 
   Trainable weights take a step of the server optimizer (FedOpt); the statistics
   that layers keep (batch norm) take the mean itself. An update that is not
   finite, such as the mean over no client, is rejected whole.
 
   Args:
-    student: The student.
+    students: The student, or those of the cohorts.
     optimizer: A TFF optimizer, or a function that returns a Keras one.
 
   Returns:
-    A `FinalizerProcess`. `update_non_finite` is 1 if the update was rejected.
+    A `FinalizerProcess`. `update_non_finite` is 1 if the update was rejected; with
+    cohorts, it counts those whose update was, also because none of its clients took
+    part.
   """
-  weights_type = student.weights_type
-  update_type = client_work_lib.model_update_type(student)
+  weights_type = students.weights_type
+  update_type = tff.types.tensorflow_to_type(
+      students.pack([client_work_lib.model_update_spec(s) for s in students.specs])
+  )
 
   @tff.tensorflow.computation
   def init_tf():
-    model = student.blank_model_fn()
-    return optimizers.build_stepper(
-        optimizer, model.trainable_variables
-    ).initialize()
+    states = []
+    for spec in students.specs:
+      model = spec.blank_model_fn()
+      stepper = optimizers.build_stepper(optimizer, model.trainable_variables)
+      states.append(stepper.initialize())
+    return students.pack(states)
 
   state_type = init_tf.type_signature.result
 
-  @tff.tensorflow.computation(state_type, weights_type, update_type)
-  def next_tf(state, weights, update):
-    model = student.blank_model_fn()
+  def build_finalize(spec):
+    model = spec.blank_model_fn()
     stepper = optimizers.build_stepper(optimizer, model.trainable_variables)
 
     @tf.function
-    def finalize():
+    def finalize(state, weights, update):
       model.assign(weights)
       finite = tf.reduce_all(
           [tf.reduce_all(tf.math.is_finite(u)) for u in tf.nest.flatten(update)]
@@ -727,12 +741,21 @@ def build_student_finalizer(
         ):
           variable.assign_sub(change)
       result = tf.nest.map_structure(tf.convert_to_tensor, model.weights())
-      measurements = collections.OrderedDict(
-          update_non_finite=tf.cast(~finite, tf.int32)
-      )
-      return new_state, result, measurements
+      return new_state, result, tf.cast(~finite, tf.int32)
 
-    return finalize()
+    return finalize
+
+  @tff.tensorflow.computation(state_type, weights_type, update_type)
+  def next_tf(state, weights, update):
+    results = [
+        build_finalize(spec)(*its)
+        for spec, *its in zip(
+            students.specs, *map(students.unpack, (state, weights, update))
+        )
+    ]
+    states, new_weights, rejected = zip(*results)
+    measurements = collections.OrderedDict(update_non_finite=tf.add_n(rejected))
+    return students.pack(states), students.pack(new_weights), measurements
 
   @tff.federated_computation
   def init_fn():
@@ -753,11 +776,16 @@ def build_student_finalizer(
 
   @tff.tensorflow.computation(state_type)
   def get_hparams_fn(state):
-    return optimizer.get_hparams(state)
+    return students.pack([
+        optimizer.get_hparams(its) for its in students.unpack(state)
+    ])
 
   @tff.tensorflow.computation(state_type, get_hparams_fn.type_signature.result)
   def set_hparams_fn(state, hparams):
-    return optimizer.set_hparams(state, hparams)
+    return students.pack([
+        optimizer.set_hparams(*its)
+        for its in zip(students.unpack(state), students.unpack(hparams))
+    ])
 
   return tff.learning.templates.FinalizerProcess(
       init_fn,

@@ -15,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_kd import cohorts
 from tff_kd import knowledge
 from tff_kd import losses
 from tff_kd import models
@@ -219,7 +220,7 @@ def check_stages(
 
 
 def build_server_distillation(
-    student: models.ModelSpec,
+    students: cohorts.Students,
     teacher: Optional[models.ModelSpec],
     transfer_set: transfer.TransferSet,
     stages: Sequence[DistillationStage],
@@ -235,7 +236,8 @@ def build_server_distillation(
   ensemble. The state holds each stage's optimizer state.
 
   Args:
-    student: The student.
+    students: The student, or those of the cohorts: each of them learns in turn where
+      the student does, and the mean of their logits is the student's target.
     teacher: The teacher, if a stage uses one.
     transfer_set: Where the examples are read; its `round_ids` are learned from.
     stages: What learns from what, in order.
@@ -250,31 +252,36 @@ def build_server_distillation(
     the supervised loss where all transfer examples have labels, else the
     distillation loss against the target.
   """
-  specs = {'student': student}
-  if teacher is not None:
-    specs['teacher'] = teacher
   uses_ensemble = any(s.distillation.uses_ensemble for s in stages)
   models_type = tff.to_type(
       ServerModels(
-          student=student.weights_type,
+          student=students.weights_type,
           teacher=teacher.weights_type if teacher is not None else (),
       )
   )
   knowledge_type = (
       tff.types.tensorflow_to_type(
           consensus_rule.payload_spec(
-              student.logits_shape, transfer_set.num_predictions
+              students.first.logits_shape, transfer_set.num_predictions
           )
       )
       if uses_ensemble
       else tff.to_type(())
   )
 
+  # Each stage once for its learner; the student's once a cohort.
+  lessons = [
+      (stage, cohort)
+      for stage in stages
+      for cohort in range(len(students.specs) if stage.learner == 'student' else 1)
+  ]
+
   @tff.tensorflow.computation
   def init_tf():
     states = []
-    for stage in stages:
-      model = specs[stage.learner].blank_model_fn()
+    for stage, cohort in lessons:
+      spec = teacher if stage.learner == 'teacher' else students.specs[cohort]
+      model = spec.blank_model_fn()
       stepper = optimizers.build_stepper(
           stage.optimizer, model.trainable_variables
       )
@@ -285,30 +292,40 @@ def build_server_distillation(
 
   @tff.tensorflow.computation(state_type, models_type, knowledge_type, np.int32)
   def next_tf(state, weights, mean_knowledge, round_num):
-    live = {name: spec.blank_model_fn() for name, spec in specs.items()}
-    runs = [build_stage(stage, live, transfer_set) for stage in stages]
+    live_students = [spec.blank_model_fn() for spec in students.specs]
+    live_teacher = teacher.blank_model_fn() if teacher is not None else None
+    runs = []
+    for stage, cohort in lessons:
+      student = live_students[cohort]
+      if stage.learner == 'teacher' and students.has_cohorts:
+        student = _MeanModel(live_students)
+      live = {'student': student, 'teacher': live_teacher}
+      runs.append(build_stage(stage, live, transfer_set))
 
     @tf.function
     def run_all():
-      live['student'].assign(weights.student)
+      for model, its in zip(live_students, students.unpack(weights.student)):
+        model.assign(its)
       if teacher is not None:
-        live['teacher'].assign(weights.teacher)
+        live_teacher.assign(weights.teacher)
       consensus = None
       if uses_ensemble:
         consensus = consensus_rule.decode(mean_knowledge)
       new_state, measurements = [], collections.OrderedDict()
-      for index, (stage, run) in enumerate(zip(stages, runs)):
+      for index, ((stage, cohort), run) in enumerate(zip(lessons, runs)):
         stage_state, measured = run(
             state[index], consensus, round_num, tf.stack([seed, index])
         )
         new_state.append(stage_state)
         name = stage.learner
+        if name == 'student' and students.has_cohorts:
+          name = f'student_{cohort}'
         if name in measurements:  # It learns in more than one stage.
           name = f'{name}_{index + 1}'
         measurements[name] = measured
       result = ServerModels(
-          student=_values(live['student']),
-          teacher=_values(live['teacher']) if teacher is not None else (),
+          student=students.pack([_values(model) for model in live_students]),
+          teacher=_values(live_teacher) if teacher is not None else (),
       )
       return tuple(new_state), result, measurements
 
@@ -332,6 +349,16 @@ def build_server_distillation(
     )
 
   return tff.templates.MeasuredProcess(init_fn, next_fn, next_is_multi_arg=True)
+
+
+class _MeanModel:
+  """Several students as one to learn from: the mean of their logits."""
+
+  def __init__(self, students: Sequence[models.KerasModel]):
+    self._students = students
+
+  def logits(self, inputs: Any) -> tf.Tensor:
+    return tf.add_n([s.logits(inputs) for s in self._students]) / len(self._students)
 
 
 def _values(model: models.KerasModel) -> tff.learning.models.ModelWeights:

@@ -7,6 +7,7 @@ Reddi et al., "Adaptive Federated Optimization" (ICLR 2021), Algorithm 1.
 
 from typing import Any, Optional
 
+from tff_kd import cohorts
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import process
@@ -14,7 +15,7 @@ from tff_kd import process
 
 def build_fed_avg(
     *,
-    student_fn: models.KerasModelFn,
+    student_fn: cohorts.StudentFn,
     input_spec: Any,
     loss_fn: models.LossFn,
     client_optimizer: optimizers.Optimizer,
@@ -27,7 +28,7 @@ def build_fed_avg(
   model, and also averages batch norm's statistics.
 
   Args:
-    student_fn: Returns a new `tf.keras.Model`.
+    student_fn: Returns a new `tf.keras.Model`; a list of such functions, one a cohort.
     input_spec: The clients' `dataset.element_spec`.
     loss_fn: Returns a `tf.keras.losses.Loss`.
     client_optimizer: The clients' optimizer.
@@ -39,13 +40,9 @@ def build_fed_avg(
   Returns:
     A `DistillationProcess` without a teacher.
   """
-  student = models.build_model_spec(
-      student_fn,
-      input_spec=input_spec,
-      loss_fn=loss_fn,
-      metrics_fn=metrics_fn,
-      name='student',
+  students = cohorts.build_students(
+      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   return process.build_distillation_process(
-      student, client_optimizer=client_optimizer, **kwargs
+      students, client_optimizer=client_optimizer, **kwargs
   )

@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 import tensorflow_federated as tff
 
+from tff_kd import cohorts
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import process
@@ -30,7 +31,7 @@ DEFAULT_DISTILLATION = server_distillation.Distillation(
 
 def build_fed_df(
     *,
-    student_fn: models.KerasModelFn,
+    student_fn: cohorts.StudentFn,
     input_spec: Any,
     loss_fn: models.LossFn,
     transfer_set: transfer.TransferSet,
@@ -47,7 +48,8 @@ def build_fed_df(
   patience=10, ...)` with a `validation_size` gives that. The default takes 200.
 
   Args:
-    student_fn: Returns a new `tf.keras.Model`.
+    student_fn: Returns a new `tf.keras.Model`; a list of such functions, one a cohort
+      (the paper's prototypes), all of which learn from the ensemble of all clients.
     input_spec: The clients' `dataset.element_spec`.
     loss_fn: Returns a `tf.keras.losses.Loss`.
     transfer_set: The examples on which the ensemble is distilled.
@@ -61,12 +63,8 @@ def build_fed_df(
   Returns:
     A `DistillationProcess` without a teacher.
   """
-  student = models.build_model_spec(
-      student_fn,
-      input_spec=input_spec,
-      loss_fn=loss_fn,
-      metrics_fn=metrics_fn,
-      name='student',
+  students = cohorts.build_students(
+      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   stage = server_distillation.DistillationStage(
       'student',
@@ -74,7 +72,7 @@ def build_fed_df(
       distillation,
   )
   return process.build_distillation_process(
-      student,
+      students,
       client_optimizer=client_optimizer,
       transfer_set=transfer_set,
       stages=[stage],

@@ -13,6 +13,7 @@ from typing import Any, Optional
 
 import tensorflow_federated as tff
 
+from tff_kd import cohorts
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import process
@@ -29,7 +30,7 @@ DEFAULT_BACK_DISTILLATION = server_distillation.Distillation(
 
 def build_fed_distillation(
     *,
-    student_fn: models.KerasModelFn,
+    student_fn: cohorts.StudentFn,
     teacher_fn: models.KerasModelFn,
     input_spec: Any,
     loss_fn: models.LossFn,
@@ -47,7 +48,8 @@ def build_fed_distillation(
   """Builds the fusion of federated averaging and distillation through a teacher.
 
   Args:
-    student_fn: Returns a new, small `tf.keras.Model`, which clients train.
+    student_fn: Returns a new, small `tf.keras.Model`, which clients train; a list of
+      such functions, one a cohort.
     teacher_fn: Returns a new, large `tf.keras.Model`, which stays on the server.
     input_spec: The clients' `dataset.element_spec`.
     loss_fn: Returns a `tf.keras.losses.Loss`, for both models.
@@ -69,16 +71,9 @@ def build_fed_distillation(
   Returns:
     A `DistillationProcess` with a teacher.
   """
-  student, teacher = (
-      models.build_model_spec(
-          fn,
-          input_spec=input_spec,
-          loss_fn=loss_fn,
-          metrics_fn=metrics_fn,
-          name=name,
-      )
-      for name, fn in (('student', student_fn), ('teacher', teacher_fn))
-  )
+  kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
+  students = cohorts.build_students(student_fn, **kinds)
+  teacher = models.build_model_spec(teacher_fn, name='teacher', **kinds)
   stages = [
       server_distillation.DistillationStage(
           'teacher',
@@ -95,7 +90,7 @@ def build_fed_distillation(
         )
     )
   return process.build_distillation_process(
-      student,
+      students,
       teacher=teacher,
       client_optimizer=client_optimizer,
       transfer_set=transfer_set,

@@ -16,6 +16,7 @@ from typing import Any, Optional
 import tensorflow_federated as tff
 
 from tff_kd import knowledge
+from tff_kd import cohorts
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import process
@@ -30,7 +31,7 @@ DEFAULT_DISTILLATION = server_distillation.Distillation(
 
 def build_fed_et(
     *,
-    student_fn: models.KerasModelFn,
+    student_fn: cohorts.StudentFn,
     teacher_fn: models.KerasModelFn,
     input_spec: Any,
     loss_fn: models.LossFn,
@@ -48,7 +49,8 @@ def build_fed_et(
   (`diversity_weight=0`) they are plain sums.
 
   Args:
-    student_fn: Returns a new, small `tf.keras.Model`, which clients train.
+    student_fn: Returns a new, small `tf.keras.Model`, which clients train; a list of
+      such functions, one a cohort.
     teacher_fn: Returns a new, large `tf.keras.Model`, the server's.
     input_spec: The clients' `dataset.element_spec`.
     loss_fn: Returns a `tf.keras.losses.Loss`, for both models.

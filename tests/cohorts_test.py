@@ -1,0 +1,224 @@
+"""Cohorts with architectures of their own: whole rounds against NumPy."""
+
+import numpy as np
+import pytest
+import scipy.special
+import tensorflow as tf
+import tensorflow_federated as tff
+
+import tff_kd
+from tests import helpers
+from tff_kd import cohorts
+
+_SCALES = (1.0, 2.0)
+_COHORTS = [0, 1, 1, 0]
+_SIZES = [8, 4, 12, 5]
+_RATE = 0.1
+_CLOSE = dict(rtol=1e-5, atol=1e-5)
+
+
+def _student_fn(scale):
+  """A linear model of the inputs times a constant: the cohort's architecture."""
+
+  def build():
+    return tf.keras.Sequential([
+        tf.keras.layers.InputLayer((helpers.DIM,)),
+        tf.keras.layers.Rescaling(scale),
+        tf.keras.layers.Dense(helpers.CLASSES),
+    ])
+
+  return build
+
+
+STUDENTS = [_student_fn(scale) for scale in _SCALES]
+
+
+class _Model:
+  """The same, by hand."""
+
+  def __init__(self, scale, weights):
+    self.scale = scale
+    self.w = [np.array(v, np.float64) for v in weights]
+
+  def logits(self, x):
+    return self.scale * x @ self.w[0] + self.w[1]
+
+  def step(self, x, d_logits, rate):
+    gradients = [self.scale * x.T @ d_logits, d_logits.sum(0)]
+    self.w = [w - rate * g for w, g in zip(self.w, gradients)]
+
+  def train(self, x, y):
+    for i in range(0, len(x), 4):
+      xb, yb = x[i : i + 4], y[i : i + 4]
+      p = scipy.special.softmax(self.logits(xb), -1)
+      self.step(xb, (p - np.eye(helpers.CLASSES)[yb]) / len(xb), _RATE)
+    return self
+
+  def learn(self, x, target, rate):
+    p = scipy.special.softmax(target, -1)
+    q = scipy.special.softmax(self.logits(x), -1)
+    self.step(x, (q - p) / len(x), rate)
+
+
+def _clients():
+  return [helpers.examples(n, i) for i, n in enumerate(_SIZES)]
+
+
+def _arguments(clients, numbers=tuple(_COHORTS)):
+  return [
+      {'cohort': cohort, 'data': helpers.dataset(x, y)}
+      for cohort, (x, y) in zip(numbers, clients)
+  ]
+
+
+def _averaged(students, clients):
+  """Each cohort's mean, and the clients' models."""
+  trained = [
+      _Model(_SCALES[c], students[c].w).train(x.astype(np.float64), y)
+      for c, (x, y) in zip(_COHORTS, clients)
+  ]
+  means = []
+  for cohort, student in enumerate(students):
+    own = [k for k, c in enumerate(_COHORTS) if c == cohort]
+    total = sum(_SIZES[k] for k in own)
+    means.append(_Model(student.scale, [
+        sum(_SIZES[k] / total * trained[k].w[i] for k in own) for i in range(2)
+    ]))
+  return means, trained
+
+
+def _models(weights):
+  return [_Model(s, w.trainable) for s, w in zip(_SCALES, weights, strict=True)]
+
+
+def test_prototypes_learn_from_the_ensemble_of_all():
+  public, _ = helpers.examples(9, 99)
+  clients = _clients()
+  process = tff_kd.algorithms.build_fed_df(
+      **helpers.common(student_fn=STUDENTS, client_optimizer=helpers.sgd(_RATE)),
+      transfer_set=tff_kd.TransferSet(public),
+      student_optimizer=helpers.sgd(0.3),
+      distillation=tff_kd.Distillation(
+          distillation_weight=1.0, num_steps=1, batch_size=9
+      ),
+  )
+  state = process.initialize()
+  students = _models(state.global_model_weights)
+  x = public.astype(np.float64)
+  for _ in range(2):
+    output = process.next(state, _arguments(clients))
+    state = output.state
+    students, trained = _averaged(students, clients)
+    for mean, found in zip(students, state.aggregated_model_weights):
+      helpers.assert_weights_close(found.trainable, mean.w, **_CLOSE)
+    weights = np.array(_SIZES) / sum(_SIZES)
+    ensemble = sum(w * model.logits(x) for w, model in zip(weights, trained))
+    for student in students:
+      student.learn(x, ensemble, 0.3)
+    for student, found in zip(students, state.global_model_weights):
+      helpers.assert_weights_close(found.trainable, student.w, **_CLOSE)
+  assert output.metrics['client_work']['train']['num_examples'] == sum(_SIZES)
+  assert set(output.metrics['server_distillation']) == {'student_0', 'student_1'}
+
+
+def test_the_teacher_learns_from_the_mean_of_the_cohorts_students():
+  public, _ = helpers.examples(9, 99)
+  clients = _clients()
+  one_step = dict(num_steps=1, batch_size=9)
+  process = tff_kd.algorithms.build_fed_distillation(
+      **helpers.common(student_fn=STUDENTS, client_optimizer=helpers.sgd(_RATE)),
+      teacher_fn=helpers.dense_fn(),
+      transfer_set=tff_kd.TransferSet(public),
+      teacher_optimizer=helpers.sgd(0.2),
+      student_optimizer=helpers.sgd(0.3),
+      distillation=tff_kd.Distillation(target='student', **one_step),
+      back_distillation=tff_kd.Distillation(target='teacher', **one_step),
+  )
+  state = process.initialize()
+  teacher = _Model(1.0, state.teacher_weights.trainable)
+  students, _ = _averaged(_models(state.global_model_weights), clients)
+  state = process.next(state, _arguments(clients)).state
+  x = public.astype(np.float64)
+  teacher.learn(x, sum(s.logits(x) for s in students) / 2, 0.2)
+  for student in students:
+    student.learn(x, teacher.logits(x), 0.3)
+  helpers.assert_weights_close(state.teacher_weights.trainable, teacher.w, **_CLOSE)
+  for student, found in zip(students, state.global_model_weights):
+    helpers.assert_weights_close(found.trainable, student.w, **_CLOSE)
+
+
+@pytest.fixture(scope='module')
+def fed_avg():
+  return tff_kd.algorithms.build_fed_avg(
+      **helpers.common(student_fn=STUDENTS, server_optimizer=helpers.sgd(1.0, 0.5))
+  )
+
+
+def test_a_cohort_without_clients_stays_and_is_counted(fed_avg):
+  state = fed_avg.initialize()
+  output = fed_avg.next(state, _arguments(_clients(), [1] * 4))
+  first, second = output.state.global_model_weights
+  helpers.assert_weights_close(
+      first, state.global_model_weights[0], rtol=0, atol=0
+  )
+  assert not np.allclose(
+      second.trainable[0], state.global_model_weights[1].trainable[0]
+  )
+  assert output.metrics['finalizer']['update_non_finite'] == 1
+
+
+def test_cohorts_with_an_own_aggregator_equal_the_plain_mean(fed_avg):
+  own = tff_kd.algorithms.build_fed_avg(
+      **helpers.common(student_fn=STUDENTS, server_optimizer=helpers.sgd(1.0, 0.5)),
+      model_aggregator=tff.aggregators.MeanFactory(),
+  )
+  state = fed_avg.initialize()
+  expected = fed_avg.next(state, _arguments(_clients())).state
+  start = own.set_model_weights(own.initialize(), state.global_model_weights)
+  found = own.next(start, _arguments(_clients())).state
+  helpers.assert_weights_close(
+      found.global_model_weights, expected.global_model_weights, **_CLOSE
+  )
+
+
+def test_local_targets_are_the_cohorts_own():
+  process = tff_kd.algorithms.build_fed_gkd(
+      **helpers.common(student_fn=STUDENTS), history_size=2
+  )
+  state = process.initialize()
+  for _ in range(2):
+    output = process.next(state, _arguments(_clients()))
+    state = output.state
+  # The first student sent is the mean's only part; the second, half of it.
+  for place, weights in zip(state.student_history, process.initialize()[0]):
+    np.testing.assert_allclose(place.trainable[0][0], weights.trainable[0])
+  assert np.isfinite(output.metrics['client_work']['train']['loss'])
+
+
+@pytest.mark.parametrize('number', [-1, 2])
+def test_a_cohort_out_of_range_is_refused(fed_avg, number):
+  with pytest.raises(Exception, match='must be a number from 0 to 1'):
+    fed_avg.next(
+        fed_avg.initialize(), _arguments(_clients(), [0, 1, number, 0])
+    )
+
+
+def test_refused_before_anything_is_built():
+  with pytest.raises(ValueError, match='student of cohort 1 must have outputs'):
+    tff_kd.algorithms.build_fed_avg(
+        **helpers.common(student_fn=[STUDENTS[0], helpers.dense_fn(classes=4)])
+    )
+  with pytest.raises(ValueError, match='at least one student'):
+    cohorts.Students([])
+  with pytest.raises(ValueError, match='model_aggregator` must be weighted'):
+    tff_kd.algorithms.build_fed_avg(
+        **helpers.common(student_fn=STUDENTS),
+        model_aggregator=tff.aggregators.SumFactory(),
+    )
+
+
+def test_hyperparameters_of_all_cohorts(fed_avg):
+  state = fed_avg.initialize()
+  hparams = fed_avg.get_hparams(state)
+  changed = fed_avg.set_hparams(state, hparams)
+  np.testing.assert_equal(fed_avg.get_hparams(changed), hparams)

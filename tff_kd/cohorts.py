@@ -1,0 +1,125 @@
+"""The clients' architectures: one for all, or one for each cohort of clients.
+
+With several, a client's cohort is a number beside its data. Weights are averaged within
+a cohort; what crosses cohorts is knowledge.
+"""
+
+import collections
+from collections.abc import Callable, Sequence
+from typing import Any, Optional, Union
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_kd import models
+
+StudentFn = Union[models.KerasModelFn, Sequence[models.KerasModelFn]]
+
+
+class Students:
+  """The checked architectures, and how values of each become one structure.
+
+  With one architecture, values are as they are; with several, tuples by cohort.
+
+  Attributes:
+    specs: Their `ModelSpec`s by cohort.
+  """
+
+  def __init__(self, specs: Sequence[models.ModelSpec]):
+    """Initializes the students.
+
+    Raises:
+      ValueError: If there is none, or if their outputs differ in shape.
+    """
+    self.specs = tuple(specs)
+    if not self.specs:
+      raise ValueError('There must be at least one student, found none.')
+    for other in self.specs[1:]:
+      models.check_same_outputs(self.first, other)
+
+  @property
+  def first(self) -> models.ModelSpec:
+    return self.specs[0]
+
+  @property
+  def has_cohorts(self) -> bool:
+    return len(self.specs) > 1
+
+  @property
+  def weights_type(self) -> tff.Type:
+    return tff.to_type(self.pack([spec.weights_type for spec in self.specs]))
+
+  @property
+  def initial_weights(self) -> Any:
+    return self.pack([spec.initial_weights for spec in self.specs])
+
+  def pack(self, values: Sequence[Any]) -> Any:
+    """The values of all cohorts as one structure."""
+    return tuple(values) if self.has_cohorts else values[0]
+
+  def unpack(self, packed: Any) -> list[Any]:
+    """The values by cohort."""
+    if not self.has_cohorts:
+      return [packed]
+    return [packed[i] for i in range(len(self.specs))]
+
+  def select(self, cohort: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
+    """The result of the cohort's branch; all have results of one structure."""
+    last = len(self.specs) - 1
+
+    @tf.function
+    def switch():
+      tf.debugging.Assert(
+          (cohort >= 0) & (cohort <= last),
+          [f"A client's cohort must be a number from 0 to {last}, found", cohort],
+      )
+      return tf.switch_case(cohort, list(branches))
+
+    return switch()
+
+
+def as_students(student: Union[models.ModelSpec, Students]) -> Students:
+  """One architecture, or those given."""
+  return student if isinstance(student, Students) else Students([student])
+
+
+def build_students(
+    student_fn: StudentFn,
+    *,
+    input_spec: Any,
+    loss_fn: models.LossFn,
+    metrics_fn: Optional[models.MetricsFn] = None,
+) -> Students:
+  """Checks the builders of all cohorts.
+
+  Args:
+    student_fn: Returns a new `tf.keras.Model`; or a list of such functions, one a
+      cohort.
+    input_spec: The clients' `dataset.element_spec`.
+    loss_fn: Returns a `tf.keras.losses.Loss`.
+    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+
+  Returns:
+    The `Students`.
+  """
+  builders = student_fn if isinstance(student_fn, (list, tuple)) else [student_fn]
+  return Students([
+      models.build_model_spec(
+          fn,
+          input_spec=input_spec,
+          loss_fn=loss_fn,
+          metrics_fn=metrics_fn,
+          name='student' if len(builders) == 1 else f'student of cohort {i}',
+      )
+      for i, fn in enumerate(builders)
+  ])
+
+
+def client_data_type(students: Students, data_type: tff.Type) -> tff.Type:
+  """What a client is given: its data; with cohorts <cohort=int32, data=D>."""
+  if not students.has_cohorts:
+    return data_type
+  return tff.to_type(
+      collections.OrderedDict(cohort=tff.TensorType(np.int32), data=data_type)
+  )
