@@ -70,8 +70,13 @@ SHARDS = flags.DEFINE_integer(
 )
 
 # Models and local training.
-STUDENT = flags.DEFINE_enum(
-    'student', 'document', MODELS, 'The student model.'
+STUDENT = flags.DEFINE_list(
+    'student', ['document'], f'The student model, of {MODELS}. Several, separated by '
+    'commas, make cohorts: client k is of cohort k modulo their number.'
+)
+flags.register_validator(
+    STUDENT, lambda names: bool(names) and set(names) <= set(MODELS),
+    f'--student must be of {MODELS}; several are separated by commas.'
 )
 TEACHER = flags.DEFINE_enum(
     'teacher', 'cnn', MODELS, 'The teacher model.'

@@ -1,6 +1,6 @@
 """The job behind `pipelines.train`: trains, compares, reports."""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import csv
 import dataclasses
@@ -24,6 +24,7 @@ from pipelines import tables
 from pipelines import train_flags as args
 import tff_kd
 from tff_kd import algorithms
+from tff_kd import cohorts
 from tff_kd import keras_models
 from tff_kd import knowledge
 from tff_kd import server_distillation
@@ -137,11 +138,12 @@ def _common_arguments(
     task: tff_kd.data.Task, batches: tff_kd.ClientBatches
 ) -> dict[str, Any]:
   """What every algorithm takes, FedAvg in the comparison too."""
+  builders = [
+      functools.partial(keras_models.STUDENTS[name], task.num_classes, task.input_shape)
+      for name in args.STUDENT.value
+  ]
   return dict(
-      student_fn=functools.partial(
-          keras_models.STUDENTS[args.STUDENT.value], task.num_classes,
-          task.input_shape,
-      ),
+      student_fn=builders if len(builders) > 1 else builders[0],
       input_spec=batches.element_spec,
       client_data=batches,
       loss_fn=task.loss_fn,
@@ -153,8 +155,19 @@ def _common_arguments(
 
 
 def _specs(process) -> dict[str, tff_kd.models.ModelSpec]:
-  specs = {'student': process.student_spec, 'teacher': process.teacher_spec}
-  return {name: spec for name, spec in specs.items() if spec is not None}
+  """The models by name; the students of cohorts are `student_0` and so on."""
+  specs = _by_cohort('student', process.students, process.students.specs)
+  if process.teacher_spec is not None:
+    specs['teacher'] = process.teacher_spec
+  return specs
+
+
+def _by_cohort(
+    name: str, students: cohorts.Students, values: Sequence[Any]
+) -> dict[str, Any]:
+  if not students.has_cohorts:
+    return {name: values[0]}
+  return {f'{name}_{i}': value for i, value in enumerate(values)}
 
 
 def _local_arguments(algorithm: algorithms.Algorithm) -> dict[str, Any]:
@@ -287,18 +300,21 @@ class _Evaluation:
   """Evaluates the models of a process on the validation and the test part.
 
   `student` is the server's; where only clients have models, the mean over theirs. Where
-  both have, `client` is that mean.
+  both have, `client` is that mean. Of cohorts, `student` is the mean over their students,
+  which are there too.
   """
 
   @staticmethod
   def names(process) -> list[str]:
     """The names of the metrics."""
-    found = list(_specs(process))
+    found = {**_specs(process), 'student': None}
     if isinstance(process, tff_kd.PrivateProcess):
       if process.get_model_weights is not None:
-        found.append('client')
+        found['client'] = None
     elif process.transfer_set is not None:
-      found.append('student_before')
+      before = process.students.specs
+      found |= _by_cohort('student_before', process.students, before)
+      found['student_before'] = None
     return [
         f'{part}/{name}_{key}'
         for part in ('validation', 'test')
@@ -311,6 +327,7 @@ class _Evaluation:
       client_states: Optional[tff_kd.simulation.ClientStates] = None,
   ):
     self._task = task
+    self._students = process.students
     self._client_states = client_states
     self.evaluators = {
         name: tff_kd.evaluation.CentralEvaluator(spec)
@@ -319,15 +336,22 @@ class _Evaluation:
 
   def models(self, state) -> dict[str, tuple[Any, Any]]:
     """Name -> (evaluator, weights) of the server's models in a state."""
-    found = {'student': ('student', state.global_model_weights)}
+    found = {}
+
+    def add(name: str, kind: str, weights: Any) -> None:
+      if len(weights):
+        of_kind = _by_cohort(kind, self._students, self._students.unpack(weights))
+        names = _by_cohort(name, self._students, list(of_kind))
+        found.update(
+            (its, (self.evaluators[kind], of_kind[kind]))
+            for its, kind in names.items()
+        )
+
+    add('student', 'student', state.global_model_weights)
     if 'teacher' in self.evaluators:
-      found['teacher'] = ('teacher', state.teacher_weights)
-    before = getattr(state, 'aggregated_model_weights', ())
-    found['student_before'] = ('student', before)
-    return {
-        name: (self.evaluators[kind], weights)
-        for name, (kind, weights) in found.items() if len(weights)
-    }
+      found['teacher'] = (self.evaluators['teacher'], state.teacher_weights)
+    add('student_before', 'student', getattr(state, 'aggregated_model_weights', ()))
+    return found
 
   def __call__(self, state) -> dict[str, float]:
     metrics = {}
@@ -341,6 +365,13 @@ class _Evaluation:
       if self._client_states is not None:
         name = 'client' if 'student' in models else 'student'
         found[name] = self._mean_over_clients(examples)
+      for name in ('student', 'student_before'):
+        of_cohorts = [
+            found[f'{name}_{i}']
+            for i in range(len(self._students.specs)) if f'{name}_{i}' in found
+        ]
+        if of_cohorts:
+          found[name] = _mean_of(of_cohorts)
       for name, values in found.items():
         for key, value in values.items():
           metrics[f'{part}/{name}_{key}'] = value
@@ -352,7 +383,11 @@ class _Evaluation:
     values = [
         self.evaluators['student'].evaluate(its.weights, *examples) for its in states
     ]
-    return {key: float(np.mean([v[key] for v in values])) for key in values[0]}
+    return _mean_of(values)
+
+
+def _mean_of(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  return {key: float(np.mean([v[key] for v in values])) for key in values[0]}
 
 
 def _read_history(path: pathlib.Path) -> list[dict[str, float]]:
@@ -504,8 +539,13 @@ def _set_up():
       range(args.NUM_CLIENTS.value), random_seed=args.SEED.value
   )
 
-  def select_clients(round_num: int) -> list[int]:
-    return [int(its) for its in sample(round_num, args.CLIENTS_PER_ROUND.value)]
+  num_cohorts = len(args.STUDENT.value)
+
+  def select_clients(round_num: int) -> list[Any]:
+    numbers = [int(its) for its in sample(round_num, args.CLIENTS_PER_ROUND.value)]
+    if num_cohorts == 1:
+      return numbers
+    return [{'cohort': k % num_cohorts, 'data': k} for k in numbers]
 
   common = _common_arguments(task, batches)
   process = _build_process(algorithm, task, common)
@@ -550,7 +590,10 @@ def _train_and_report(
   def initial_state(of_process):
     state = of_process.initialize()
     if pretrained and not isinstance(of_process, tff_kd.PrivateProcess):
-      state = of_process.set_model_weights(state, pretrained['student'])
+      of_students = [pretrained[n] for n in specs if n.startswith('student')]
+      state = of_process.set_model_weights(
+          state, of_process.students.pack(of_students)
+      )
       if of_process.teacher_spec is not None:
         state = of_process.set_teacher_weights(state, pretrained['teacher'])
     return state
@@ -602,7 +645,9 @@ def _report(
   server_models = evaluation.models(result.best_state)
   names = {
       'student': (
-          'student' if 'student' in server_models else "clients' own models, mean"
+          'student'
+          if process.get_model_weights is not None
+          else "clients' own models, mean"
       ),
       'client': "clients' own models, mean",
       'teacher': 'teacher',
@@ -610,6 +655,12 @@ def _report(
   }
   if not args.BACK.value or process.teacher_spec is None:
     names['student_before'] = "student before the server's distillation"
+  students = process.students
+  if students.has_cohorts:
+    for name in ('student', 'student_before'):
+      for i, model in enumerate(args.STUDENT.value):
+        names[f'{name}_{i}'] = f'{names[name]}, cohort {i} ({model})'
+      names[name] += ', mean of cohorts'
   rows = [(
       'model', 'round', 'accuracy', 'calibration error',
       'clients: mean', '10th pct.', 'worst',
@@ -618,7 +669,7 @@ def _report(
   test = _best_row(history, result.round_num, args.MONITOR.value)
   for name, (_, weights) in server_models.items():
     by_client = tff_kd.evaluation.evaluate_clients(
-        specs.get(name, process.student_spec), weights, client_tests,
+        specs[name.replace('_before', '')], weights, client_tests,
         metric='accuracy',
     )
     rows.append((
@@ -628,7 +679,7 @@ def _report(
         f'{by_client.mean:.4f}', f'{by_client.percentile_10:.4f}',
         f'{by_client.worst:.4f}',
     ))
-  for name in ('student', 'client'):
+  for name in ('student', 'client', 'student_before'):
     if name not in server_models and f'test/{name}_accuracy' in test:
       rows.append((
           names[name], str(result.best_round), f"{test[f'test/{name}_accuracy']:.4f}",

@@ -9,7 +9,7 @@ from tff_kd import process as process_lib
 
 
 class RoundBytes(NamedTuple):
-  """What one client moves in one round, uncompressed.
+  """What one client moves in one round, uncompressed; the mean of several cohorts.
 
   Attributes:
     down: Bytes that the client receives.
@@ -42,12 +42,24 @@ def type_bytes(type_spec: tff.Type) -> int:
 def round_bytes(process: process_lib.DistillationProcess) -> RoundBytes:
   """What each participating client of `process` moves in a round.
 
+  Where there are cohorts, a client moves its own student's weights only: the mean over
+  the cohorts is given.
+
   Read off the types of what is broadcast and of what clients hand to their
   aggregators: an aggregator that compresses moves less. Weights of the weighted
   mean (one scalar a channel) and metrics are left out.
   """
+  count = len(process.students.specs)
+  broadcast, update = process.broadcast_type, process.update_type
+  of_others = 0
+  if count > 1:
+    students = [
+        getattr(broadcast, name, tff.to_type(()))
+        for name in ('student', 'student_history')
+    ]
+    of_others = sum(map(type_bytes, students)) * (count - 1) // count
   return RoundBytes(
-      down=type_bytes(process.broadcast_type),
-      up_model=type_bytes(process.update_type.model),
-      up_knowledge=type_bytes(process.update_type.knowledge),
+      down=type_bytes(broadcast) - of_others,
+      up_model=type_bytes(update.model) // count,
+      up_knowledge=type_bytes(update.knowledge),
   )

@@ -53,10 +53,7 @@ class CentralEvaluator:
       spec: The model whose weights will be evaluated.
     """
     self._model = spec.model_fn()
-
-  @tf.function(reduce_retracing=True)
-  def _logits(self, inputs):
-    return self._model.logits(inputs)
+    self._logits = tf.function(self._model.logits, reduce_retracing=True)
 
   def logits(self, weights: Any, inputs: Any) -> np.ndarray:
     """The model's logits `[n, ..., classes]` under `ModelWeights`."""

@@ -15,6 +15,7 @@ from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import private_process
+from tff_kd import process
 from tff_kd import server_distillation
 from tff_kd import transfer
 
@@ -33,7 +34,7 @@ def build_fed_md(
     metrics_fn: Optional[models.MetricsFn] = None,
     seed: int = 0,
     **kwargs,
-) -> private_process.PrivateProcess:
+) -> process.PrivateProcess:
   """Builds FedMD for clients of one architecture.
 
   Args:
