@@ -53,6 +53,15 @@ def test_going_back_and_forgetting(tmp_path):
   assert _values(store, [5]) == [0]
 
 
+def test_each_cohort_has_its_own_beginning(tmp_path):
+  store = client_states.ClientStates(
+      (_state(0), _state(100)), tmp_path, cohort_fn=lambda client: client % 2
+  )
+  assert _values(store, [4, 5]) == [0, 100]
+  store.save([5], [_state(7)], 1)
+  assert _values(store, [4, 5, 7]) == [0, 7, 100]
+
+
 @pytest.mark.parametrize('damage', [b'', b'no zip', None])
 def test_a_damaged_file_is_named(tmp_path, damage):
   store = client_states.ClientStates(_state(0), tmp_path)

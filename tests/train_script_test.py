@@ -156,7 +156,7 @@ def test_a_folder_in_use_is_not_overwritten(run_dir):
   assert (run_dir / 'metrics.csv').read_text() == before
 
 
-def test_idx_files_fed_df_and_pretraining(tmp_path):
+def test_idx_files_fed_df_cohorts_and_pretraining(tmp_path):
   data_test._write_idx(tmp_path, n_train=120, n_test=30, zipped=True)
   done = _run(
       '--task=idx', f'--data_dir={tmp_path}', '--algorithm=fed_df',
@@ -164,12 +164,23 @@ def test_idx_files_fed_df_and_pretraining(tmp_path):
       '--client_weighting=uniform', '--transfer_size=30', '--transfer_labels=30',
       '--validation_size=20', '--pretrain_epochs=1', '--server_steps=2',
       '--distillation_weight=0.5', '--local_target=student', '--rounds=2',
-      f'--output_dir={tmp_path / "out"}',
+      '--student=document,cnn', f'--output_dir={tmp_path / "out"}',
   )
   assert done.returncode == 0, done.stderr
   assert "student before the server's distillation" in done.stdout
   assert 'teacher' not in done.stdout
   assert not (tmp_path / 'out' / 'teacher.keras').exists()
+  # Clients 0, 2, 4 have the one architecture, 1 and 3 the other.
+  assert 'student, cohort 1 (cnn)' in done.stdout
+  for row in _rows(tmp_path / 'out' / 'metrics.csv'):
+    each = [float(row[f'test/student_{i}_accuracy']) for i in (0, 1)]
+    assert float(row['test/student_accuracy']) == pytest.approx(np.mean(each))
+  first, second = (
+      tf.keras.models.load_model(tmp_path / 'out' / f'student_{i}.keras')
+      for i in (0, 1)
+  )
+  assert isinstance(first, keras_models.StudentModel)
+  assert isinstance(second, tf.keras.Sequential)
 
 
 def test_ctrl_c_ends_it_and_its_worker(tmp_path):

@@ -1,6 +1,6 @@
 """What clients keep for themselves between rounds, in files, one a client and round."""
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 import os
 import pathlib
 import re
@@ -25,14 +25,22 @@ class ClientStates:
   go on from an earlier checkpoint.
   """
 
-  def __init__(self, initial: Any, directory: os.PathLike):
+  def __init__(
+      self,
+      initial: Any,
+      directory: os.PathLike,
+      cohort_fn: Optional[Callable[[int], int]] = None,
+  ):
     """Opens the folder, and makes it if need be.
 
     Args:
-      initial: The state of a client that has none yet, a structure of arrays.
+      initial: The state of a client that has none yet, a structure of arrays; with
+        cohorts, a tuple of such, one a cohort.
       directory: Where the files are.
+      cohort_fn: A client's number -> its cohort's; `None` without cohorts.
     """
     self._initial = tf.nest.map_structure(np.asarray, initial)
+    self._cohort_fn = cohort_fn
     self._directory = pathlib.Path(directory)
     self._directory.mkdir(parents=True, exist_ok=True)
     self._rounds: dict[int, list[int]] = {}
@@ -65,14 +73,17 @@ class ClientStates:
     return [self._load_one(int(client), round_num) for client in clients]
 
   def _load_one(self, client: int, round_num: Optional[int]) -> Any:
+    initial = self._initial
+    if self._cohort_fn is not None:
+      initial = initial[self._cohort_fn(client)]
     rounds = [
         its for its in self._rounds.get(client, ())
         if round_num is None or its <= round_num
     ]
     if not rounds:
-      return self._initial
+      return initial
     path = self._path(client, rounds[-1])
-    leaves = tf.nest.flatten(self._initial)
+    leaves = tf.nest.flatten(initial)
     try:
       with np.load(path) as file:
         found = [file[str(i)] for i in range(len(leaves))]
@@ -88,7 +99,7 @@ class ClientStates:
             f'{path} holds an array of {its.dtype} {its.shape} where this process has '
             f'{leaf.dtype} {leaf.shape}. It is of another model; choose another folder.'
         )
-    return tf.nest.pack_sequence_as(self._initial, found)
+    return tf.nest.pack_sequence_as(initial, found)
 
   def save(
       self, clients: Sequence[int], states: Sequence[Any], round_num: int

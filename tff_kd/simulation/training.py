@@ -150,11 +150,11 @@ def train(
       if client_states is None:
         output = process.next(progress.state, selected)
       else:
-        _check_client_numbers(selected)
+        numbers = _client_numbers(selected)
         output = process.next(
-            progress.state, selected, client_states.load(selected)
+            progress.state, selected, client_states.load(numbers)
         )
-        client_states.save(selected, output.client_states, round_num)
+        client_states.save(numbers, output.client_states, round_num)
       seconds = time.perf_counter() - start
       metrics = flatten_metrics(output.metrics)
       if evaluate is not None:
@@ -188,17 +188,22 @@ def train(
   )
 
 
-def _check_client_numbers(selected: Sequence[Any]) -> None:
-  if not all(isinstance(its, (int, np.integer)) for its in selected):
+def _client_numbers(selected: Sequence[Any]) -> list[int]:
+  """The numbers of the clients, also where they stand beside cohorts."""
+  numbers = [
+      its['data'] if isinstance(its, Mapping) else its for its in selected
+  ]
+  if not all(isinstance(its, (int, np.integer)) for its in numbers):
     raise TypeError(
         'With `client_states`, `select_clients` must return client numbers (and the '
         f'process read its data by reference, `client_data=`), found {selected!r}.'
     )
-  if len(set(selected)) < len(selected):
+  if len(set(numbers)) < len(numbers):
     raise ValueError(
         'A client can be in a round once only, or one of its states would be lost; '
-        f'found {list(selected)}.'
+        f'found {numbers}.'
     )
+  return numbers
 
 
 def process_metric_names(
