@@ -1,4 +1,4 @@
-"""Bytes per client and round, read off the computations' own types."""
+"""Bytes per client and round, read off the computations' own types, or their code's."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from tff_kd import process as process_lib
 
 
 class RoundBytes(NamedTuple):
-  """What one client moves in one round, uncompressed.
+  """What one client moves in one round.
 
   Attributes:
     down: Bytes that the client receives.
@@ -45,9 +45,22 @@ def round_bytes(process: process_lib.DistillationProcess) -> RoundBytes:
   Read off the types of what is broadcast and of what clients hand to their
   aggregators: an aggregator that compresses moves less. Weights of the weighted
   mean (one scalar a channel) and metrics are left out.
+
+  Quantised predictions (`knowledge.Quantized`) count as the code of a message of all
+  rows without a previous one, which depends on no values; a message coded against the
+  last one is shorter where little changed, and never longer by more than the number of
+  changed rows. What clients really send is measured in each round:
+  `metrics['client_work']['participation']['knowledge_bits']`, summed over them.
   """
+  coded = process.coded_bytes
+  down = type_bytes(process.broadcast_type)
+  if coded.shared is not None:
+    down = coded.shared + type_bytes(process.broadcast_type.round_num)
+  up_knowledge = type_bytes(process.update_type.knowledge)
+  if coded.knowledge is not None:
+    up_knowledge = coded.knowledge
   return RoundBytes(
-      down=type_bytes(process.broadcast_type),
+      down=down,
       up_model=type_bytes(process.update_type.model),
-      up_knowledge=type_bytes(process.update_type.knowledge),
+      up_knowledge=up_knowledge,
   )

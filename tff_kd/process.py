@@ -62,6 +62,21 @@ class DistillationState(NamedTuple):
   companion: Any
 
 
+class CodedBytes(NamedTuple):
+  """The sizes of what is coded, of which the types tell nothing; `None`: not coded.
+
+  Attributes:
+    shared: Of what goes down beside the round's number.
+    knowledge: Of a client's predictions.
+  """
+
+  shared: Optional[int] = None
+  knowledge: Optional[int] = None
+
+
+_NOT_CODED = CodedBytes()
+
+
 class DistillationProcess(tff.learning.templates.LearningProcess):
   """A `LearningProcess` for a student that may also carry a teacher.
 
@@ -75,6 +90,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
     student_spec: The student's `ModelSpec`.
     teacher_spec: The teacher's `ModelSpec`, or `None`.
     transfer_set: The `TransferSet`, or `None`.
+    coded_bytes: The `CodedBytes` of one message without a previous one.
   """
 
   def __init__(
@@ -87,6 +103,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
       student_spec: models.ModelSpec,
       teacher_spec: Optional[models.ModelSpec],
       transfer_set: Optional[transfer.TransferSet],
+      coded_bytes: CodedBytes = _NOT_CODED,
       **kwargs,
   ):
     super().__init__(*args, **kwargs)
@@ -97,6 +114,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
     self.student_spec = student_spec
     self.teacher_spec = teacher_spec
     self.transfer_set = transfer_set
+    self.coded_bytes = coded_bytes
 
   @property
   def get_teacher_weights(self) -> tff.Computation:
@@ -148,7 +166,8 @@ class PrivateProcess(tff.templates.IterativeProcess):
 
   Attributes:
     initialize_client: A `tff.Computation` ( -> ClientState).
-    client_spec: The `ModelSpec` of the model that a client keeps.
+    client_spec: The `ModelSpec` of the model that a client keeps, `None` if it keeps
+      none.
     get_model_weights: A `tff.Computation` (S -> the server's student's
       `ModelWeights`), or `None` where the server has none.
     set_model_weights: (<S, `ModelWeights`> -> S), or `None`.
@@ -160,6 +179,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
       where it has none).
     teacher_spec: The teacher's `ModelSpec`, or `None`.
     transfer_set: The `TransferSet`, or `None`.
+    coded_bytes: The `CodedBytes` of one message without a previous one.
   """
 
   def __init__(
@@ -168,7 +188,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
       next_fn: tff.Computation,
       *,
       initialize_client_fn: tff.Computation,
-      client_spec: models.ModelSpec,
+      client_spec: Optional[models.ModelSpec],
       broadcast_type: tff.Type,
       update_type: tff.Type,
       student_spec: models.ModelSpec,
@@ -178,6 +198,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
       set_model_weights_fn: Optional[tff.Computation] = None,
       get_teacher_weights_fn: Optional[tff.Computation] = None,
       set_teacher_weights_fn: Optional[tff.Computation] = None,
+      coded_bytes: CodedBytes = _NOT_CODED,
   ):
     super().__init__(initialize_fn, next_fn)
     self.initialize_client = initialize_client_fn
@@ -191,6 +212,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
     self.student_spec = student_spec
     self.teacher_spec = teacher_spec
     self.transfer_set = transfer_set
+    self.coded_bytes = coded_bytes
 
 
 def build_distillation_process(
@@ -304,6 +326,13 @@ def build_distillation_process(
         stages,
         consensus_rule=consensus_rule,
         seed=seed,
+    )
+  coded_bytes = _NOT_CODED
+  if uses_ensemble and isinstance(consensus_rule, knowledge.Quantized):
+    coded_bytes = CodedBytes(
+        knowledge=consensus_rule.first_message_bytes(
+            student.logits_shape, transfer_set.num_predictions
+        )
     )
   broadcasts_teacher = len(tff.structure.flatten(broadcast_type.teacher)) > 0
   broadcasts_round = isinstance(broadcast_type.round_num, tff.TensorType)
@@ -512,6 +541,7 @@ def build_distillation_process(
       student_spec=student,
       teacher_spec=teacher,
       transfer_set=transfer_set,
+      coded_bytes=coded_bytes,
   )
   get_model_weights = build_getter('global_model_weights')
   set_model_weights = build_setter('global_model_weights')

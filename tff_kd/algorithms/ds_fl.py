@@ -15,6 +15,7 @@ from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import private_process
+from tff_kd import process
 from tff_kd import server_distillation
 from tff_kd import transfer
 
@@ -38,7 +39,7 @@ def build_ds_fl(
     metrics_fn: Optional[models.MetricsFn] = None,
     seed: int = 0,
     **kwargs,
-) -> private_process.PrivateProcess:
+) -> process.PrivateProcess:
   """Builds DS-FL.
 
   Args:

@@ -15,6 +15,7 @@ from typing import Any, Optional
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import private_process
+from tff_kd import process
 
 
 def build_fd(
@@ -26,7 +27,7 @@ def build_fd(
     regularizer_weight: float = 1.0,
     metrics_fn: Optional[models.MetricsFn] = None,
     **kwargs,
-) -> private_process.PrivateProcess:
+) -> process.PrivateProcess:
   """Builds FD.
 
   Args:
