@@ -160,6 +160,15 @@ CONSENSUS = flags.DEFINE_enum(
     'plain or sharpened (era, enhanced_era), or a mean of logits weighted by certainty '
     "(variance, confidence, entropy). Unset: the algorithm's own.",
 )
+PREDICTION_BITS = flags.DEFINE_integer(
+    'prediction_bits', None, "Bits of a class's probability in what clients send, 1 "
+    '(the most likely class only) to 8; floats if unset. Needs a consensus of '
+    'probabilities (mean_probabilities, era, enhanced_era). Of cfd: 1 if unset, 32 for '
+    'floats.', lower_bound=1,
+)
+DOWN_BITS = flags.DEFINE_integer(
+    'down_bits', None, "Of cfd: likewise, of the server's labels.", lower_bound=1
+)
 DISTILLATION_WEIGHT = flags.DEFINE_float(
     'distillation_weight', None, 'The share of the distillation in the loss, where '
     'there are --transfer_labels; the rest is their cross-entropy.'
@@ -226,8 +235,9 @@ REGULARIZER_WEIGHT = flags.DEFINE_float(
 # Flags that only some algorithms use, by the builder's parameter they feed.
 FLAGS_OF_PARAMETER = {
     'transfer_set': [
-        'transfer_per_round', 'transfer_validation', 'consensus',
+        'transfer_per_round', 'transfer_validation', 'consensus', 'prediction_bits',
     ],
+    'down_bits': ['down_bits'],
     'distillation': [
         'target', 'temperature', 'distillation_weight', 'server_steps',
         'server_batch_size', 'server_schedule', 'validate_every',
@@ -251,6 +261,8 @@ def is_taken(algorithm: algorithms.Algorithm, name: str) -> bool:
     return not algorithm.keeps_client_models
   if name == 'pretrain_epochs' and algorithm.keeps_client_models:
     return algorithm.takes('pretraining_epochs')
+  if name == 'consensus' and algorithm.takes('up_bits'):
+    return False  # It has its own.
   return all(
       algorithm.takes(parameter)
       for parameter, names in FLAGS_OF_PARAMETER.items() if name in names

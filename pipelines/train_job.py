@@ -36,6 +36,8 @@ _OPTIMIZERS = {
 _SCHEDULES = {'constant': None, 'cosine': server_distillation.cosine_schedule}
 # Written when a run is over.
 RESULTS = 'results.json'
+# The sum of the lengths of clients' coded messages, where predictions are quantised.
+_KNOWLEDGE_BITS = 'client_work/participation/knowledge_bits'
 # Of the models trained on the server's labels alone, for the table.
 _ALONE_EPOCHS = 40
 
@@ -170,6 +172,11 @@ def _by_cohort(
   return {f'{name}_{i}': value for i, value in enumerate(values)}
 
 
+def _client_spec(process) -> Optional[tff_kd.models.ModelSpec]:
+  """Of the model that a client keeps, if it keeps one."""
+  return getattr(process, 'client_spec', None)
+
+
 def _local_arguments(algorithm: algorithms.Algorithm) -> dict[str, Any]:
   """The terms of the clients' loss: the algorithm's own, and what flags add."""
   kwargs, terms = {}, []
@@ -206,6 +213,27 @@ def _local_arguments(algorithm: algorithms.Algorithm) -> dict[str, Any]:
   return kwargs | {'local_terms': terms}
 
 
+def _prediction_arguments(
+    algorithm: algorithms.Algorithm, own_rule: Optional[knowledge.ConsensusRule]
+) -> dict[str, Any]:
+  """How clients' predictions are combined, and how coarse they are."""
+  bits = args.PREDICTION_BITS.value
+  if algorithm.takes('up_bits'):
+    return {} if bits is None else {'up_bits': bits}
+  rule = own_rule
+  if args.CONSENSUS.value is not None:
+    rule = knowledge.CONSENSUS_RULES[args.CONSENSUS.value]
+  if bits is not None:
+    if not getattr(rule, 'over_probabilities', False):
+      raise UserError(
+          '--prediction_bits rounds probabilities, and here the predictions are '
+          'combined as logits. Add --consensus=mean_probabilities, era or '
+          'enhanced_era.'
+      )
+    rule = knowledge.Quantized(rule, bits)
+  return {} if rule is own_rule else {'consensus_rule': rule}
+
+
 def _build_process(
     algorithm: algorithms.Algorithm, task: tff_kd.data.Task, common: dict[str, Any]
 ) -> Union[tff_kd.DistillationProcess, tff_kd.PrivateProcess]:
@@ -218,6 +246,7 @@ def _build_process(
     kwargs |= _local_arguments(algorithm)
   for name, value in (
       ('digest_epochs', args.DIGEST_EPOCHS.value),
+      ('down_bits', args.DOWN_BITS.value),
       ('digest_batch_size', args.DIGEST_BATCH.value),
       ('regularizer_weight', args.REGULARIZER_WEIGHT.value),
       ('pretraining_epochs', args.PRETRAIN_EPOCHS.value or None),
@@ -240,8 +269,7 @@ def _build_process(
         validation_size=args.TRANSFER_VALIDATION.value,
         seed=args.SEED.value,
     )
-    if args.CONSENSUS.value is not None:
-      kwargs['consensus_rule'] = knowledge.CONSENSUS_RULES[args.CONSENSUS.value]
+    kwargs |= _prediction_arguments(algorithm, defaults.get('consensus_rule'))
   if algorithm.takes('teacher_fn'):
     kwargs['teacher_fn'] = functools.partial(
         keras_models.TEACHERS[args.TEACHER.value], task.num_classes, task.input_shape
@@ -309,7 +337,7 @@ class _Evaluation:
     """The names of the metrics."""
     found = {**_specs(process), 'student': None}
     if isinstance(process, tff_kd.PrivateProcess):
-      if process.get_model_weights is not None:
+      if process.get_model_weights is not None and process.client_spec is not None:
         found['client'] = None
     elif process.transfer_set is not None:
       before = process.students.specs
@@ -328,7 +356,8 @@ class _Evaluation:
   ):
     self._task = task
     self._students = process.students
-    self._client_states = client_states
+    # Where clients keep models.
+    self._client_states = client_states if _client_spec(process) else None
     self.evaluators = {
         name: tff_kd.evaluation.CentralEvaluator(spec)
         for name, spec in _specs(process).items()
@@ -749,6 +778,15 @@ def _report(
       f'({per_round.up_knowledge / 1e6:.3f} of them predictions), '
       f'{per_round.down / 1e6:.3f} down.'
   )
+  if _KNOWLEDGE_BITS in history[0]:
+    bits = sum(row[_KNOWLEDGE_BITS] for row in history)
+    clients_in = sum(
+        row['client_work/participation/num_included'] for row in history
+    )
+    print(
+        'Predictions as coded, measured: '
+        f'{bits / 8e6 / max(clients_in, 1):.6f} MB per client and round up.'
+    )
   seconds = [row[tff_kd.simulation.ROUND_SECONDS] for row in history]
   print(f'Seconds per round: {np.median(seconds):.2f} (median).')
   if baseline is not None:

@@ -7,6 +7,10 @@ import tensorflow_federated as tff
 
 from tests import helpers
 import tff_kd
+from tff_kd import codecs
+from tff_kd import knowledge
+from tff_kd import server_distillation
+from tff_kd.algorithms import cfd
 from tff_kd.algorithms import ds_fl
 from tff_kd.algorithms import fd
 from tff_kd.algorithms import fed_md
@@ -51,6 +55,19 @@ def _ds_fl(**kwargs):
       ),
   )
   return ds_fl.build_ds_fl(**helpers.common(**(defaults | kwargs)))
+
+
+def _cfd(**kwargs):
+  tf.keras.utils.set_random_seed(0)
+  defaults = dict(
+      client_optimizer=helpers.sgd(_RATE),
+      transfer_set=tff_kd.TransferSet(_X),
+      student_optimizer=helpers.sgd(_DIGEST_RATE),
+      distillation=tff_kd.Distillation(
+          num_steps=2, batch_size=10, distillation_weight=1.0
+      ),
+  )
+  return cfd.build_cfd(**helpers.common(**(defaults | kwargs)))
 
 
 def _step(model, x, dz, rate):
@@ -122,6 +139,154 @@ def test_ds_fl_in_numpy():
     for its, model in zip(states, models):
       _check(_weights(its), model)
     _check(process.get_model_weights(state).trainable, server)
+
+
+def _units(p, bits):
+  """Largest remainders, row by row."""
+  total = 2**bits - 1
+  units = np.floor(total * p).astype(np.int32)
+  for row, its in zip(p, units):
+    remainders = total * row - its
+    its[np.argsort(-remainders, kind='stable')[: total - its.sum()]] += 1
+  return units
+
+
+@pytest.mark.parametrize('up_bits, down_bits', [(1, 1), (2, 32), (32, 3)])
+def test_cfd_in_numpy(up_bits, down_bits):
+  """Who takes part changes; each codes against what it sent itself."""
+  process = _cfd(up_bits=up_bits, down_bits=down_bits)
+  assert process.client_spec is None
+  state, first = process.initialize(), process.initialize_client()
+  assert first.weights == ()
+  initial = [
+      np.array(w, np.float64) for w in process.get_model_weights(state).trainable
+  ]
+  server, labels = initial, None
+  states, sent = [first] * 3, {}
+  rows = process.transfer_set.prediction_ids(0).numpy()
+
+  def distilled(model, target):
+    for _ in range(2):
+      dz = (_softmax(_logits(model, _X)) - target) / len(_X)
+      model = _step(model, _X, dz, _DIGEST_RATE)
+    return model
+
+  for taking_part in ([0, 1], [1, 2], [2, 0, 1], [1]):
+    said, bits = [], 0
+    for k in taking_part:
+      model = initial if labels is None else distilled(initial, labels)
+      p = _softmax(_logits(_fit(model, *_client(k)), _X))
+      if up_bits < 32:
+        units = _units(p, up_bits)
+        p = units / (2**up_bits - 1)
+        message = codecs.encode(units, up_bits, sent.get(k))
+        bits += 8 * len(message)
+        sent[k] = units
+      said.append(p)
+    server = distilled(server, np.mean(said, axis=0))
+    labels = _softmax(_logits(server, _X))
+    if down_bits < 32:
+      labels = _units(labels, down_bits) / (2**down_bits - 1)
+    output = process.next(
+        state, [_dataset(k) for k in taking_part], [states[k] for k in taking_part]
+    )
+    state = output.state
+    for k, its in zip(taking_part, output.client_states):
+      states[k] = its
+    _check(process.get_model_weights(state).trainable, server)
+    np.testing.assert_allclose(
+        _softmax(state.shared.logits), labels[rows], rtol=1e-4, atol=1e-5
+    )
+    counts = output.metrics['client_work']['participation']
+    if up_bits < 32:
+      # Each message is within a byte of its code.
+      assert 0 <= bits - counts['knowledge_bits'] + 1 < 9 * len(taking_part)
+      found = [states[k].sent.values for k in taking_part]
+      np.testing.assert_allclose(found, np.array(said)[:, rows], atol=1e-5)
+      assert all(states[k].sent_round >= 0 for k in taking_part)
+    else:
+      assert 'knowledge_bits' not in counts
+  assert counts['num_taught'] == 1
+
+
+def test_cfd_over_rows_that_change_codes_each_message_alone(tmp_path):
+  process = _cfd(transfer_set=tff_kd.TransferSet(_X, subset_size=6))
+  state, client = process.initialize(), process.initialize_client()
+  assert not tf.nest.flatten(client)
+  store = client_states.ClientStates(client, tmp_path)
+  alone = codecs.first_message_bits(6, helpers.CLASSES, 1)
+  for round_num in range(1, 4):
+    output = process.next(state, [_dataset(0), _dataset(1)], store.load([0, 1]))
+    state = output.state
+    store.save([0, 1], output.client_states, round_num)
+    counts = output.metrics['client_work']['participation']
+    assert counts['knowledge_bits'] == 2 * alone
+  assert store.clients() == [0, 1]
+
+
+def test_cfd_counts_the_bytes_of_the_code():
+  process = _cfd(up_bits=1, down_bits=3)
+  bytes_of = tff_kd.communication.round_bytes(process)
+  size = lambda bits: -(-codecs.first_message_bits(10, helpers.CLASSES, bits) // 8)
+  assert bytes_of.up_knowledge == bytes_of.up == size(1) == 3
+  assert bytes_of.down == size(3) + 4
+  state, client = process.initialize(), process.initialize_client()
+  for round_num in range(2):
+    output = process.next(state, [_dataset(0)], [client])
+    (client,) = output.client_states
+    bits = output.metrics['client_work']['participation']['knowledge_bits']
+    # The second message, from the same state, says the same again.
+    assert bits == (1 + 4 if round_num else codecs.first_message_bits(10, 3, 1))
+
+
+def test_a_cfd_round_without_clients_teaches_nothing():
+  process = _cfd()
+  state, client = process.initialize(), process.initialize_client()
+  x, y = _client(0)
+  output = process.next(state, [helpers.dataset(x[:0], y[:0])], [client])
+  counts = output.metrics['client_work']['participation']
+  assert counts['knowledge_bits'] == counts['num_included'] == 0
+  assert output.client_states[0].sent_round == -1
+  helpers.assert_weights_close(
+      output.state.global_model_weights, state.global_model_weights, rtol=0
+  )
+  output = process.next(output.state, [_dataset(0)], [client])
+  assert output.metrics['client_work']['participation']['num_taught'] == 0
+
+
+def test_cfd_refuses_bits_and_parts_without_a_meaning():
+  for bits in ({'up_bits': 0}, {'down_bits': 9}, {'up_bits': 31}):
+    with pytest.raises(ValueError, match='_bits.*from 1 .* to 8.* 32 is for none'):
+      _cfd(**bits)
+  stage = server_distillation.DistillationStage(
+      'student', helpers.sgd(), tff_kd.Distillation()
+  )
+  with pytest.raises(ValueError, match='Pretraining needs clients that keep'):
+    _cfd(transfer_set=tff_kd.TransferSet(_X, _Y), pretraining=stage)
+
+
+def test_clients_that_keep_models_code_against_what_they_sent():
+  """DS-FL with labels of two bits."""
+  rule = knowledge.Quantized(knowledge.MeanProbabilities(temperature=0.1), 2)
+  process = _ds_fl(consensus_rule=rule)
+  state, states = process.initialize(), [process.initialize_client()] * 2
+  sent = [None, None]
+  rows = process.transfer_set.prediction_ids(0).numpy()
+  for _ in range(3):
+    output = process.next(state, [_dataset(0), _dataset(1)], states)
+    state, states = output.state, output.client_states
+    bits = 0
+    for k, its in enumerate(states):
+      p = _softmax(_logits(_weights(its), _X))
+      units = _units(p, 2)
+      np.testing.assert_allclose(its.sent.values, units[rows] / 3, atol=1e-5)
+      bits += 8 * len(codecs.encode(units, 2, sent[k]))
+      sent[k] = units
+    found = output.metrics['client_work']['participation']['knowledge_bits']
+    assert 0 <= bits - found + 1 < 18
+  bytes_of = tff_kd.communication.round_bytes(process)
+  assert bytes_of.up == rule.first_message_bytes(tf.TensorShape([3]), 10)
+  assert bytes_of.down == 4 * len(_X) * (helpers.CLASSES + 1) + 4
 
 
 @pytest.mark.parametrize('batch_size', [2, 8])

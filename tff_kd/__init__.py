@@ -3,7 +3,7 @@
 from tff_kd import _lazy
 
 _MODULES = (
-    'algorithms', 'client_data', 'communication', 'data', 'evaluation',
+    'algorithms', 'client_data', 'codecs', 'communication', 'data', 'evaluation',
     'keras_models', 'knowledge', 'local_terms', 'losses', 'models', 'simulation',
 )
 

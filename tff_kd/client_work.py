@@ -68,7 +68,8 @@ class ClientOutput(NamedTuple):
     update: A `ClientUpdate`.
     weight: A `ClientUpdate` of float32 scalars, the weight in each channel.
     metrics: The model's unfinalized metrics.
-    participation: Counts: whether it took part, or why it was left out.
+    participation: Counts: whether it took part, or why it was left out; with
+      quantised predictions also `knowledge_bits`, the length of its coded message.
   """
 
   update: ClientUpdate
@@ -299,6 +300,7 @@ def build_client_work(
           lambda: tf.nest.map_structure(tf.zeros_like, delta),
       )
       payload, knowledge_weight = (), ()
+      counts = participation(included, is_empty, bad_labels, finite)
       if transfer_set is not None:
 
         def predict():
@@ -321,6 +323,10 @@ def build_client_work(
             ),
         )
         knowledge_weight = weight_of(knowledge_weighting)
+        if isinstance(consensus_rule, knowledge.Quantized):
+          # Clients keep nothing here: there is no message to code it against.
+          bits = consensus_rule.message_bits(payload)
+          counts['knowledge_bits'] = tf.where(included, bits, tf.zeros_like(bits))
       output = ClientOutput(
           update=ClientUpdate(
               model=in_cohort(model_update, update_specs), knowledge=payload
@@ -332,7 +338,7 @@ def build_client_work(
               knowledge=knowledge_weight,
           ),
           metrics=model.report_local_unfinalized_metrics(),
-          participation=participation(included, is_empty, bad_labels, finite),
+          participation=counts,
       )
       if left is None:
         return output

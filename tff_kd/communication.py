@@ -1,4 +1,4 @@
-"""Bytes per client and round, read off the computations' own types."""
+"""Bytes per client and round, read off the computations' own types, or their code's."""
 
 from typing import NamedTuple
 
@@ -9,7 +9,7 @@ from tff_kd import process as process_lib
 
 
 class RoundBytes(NamedTuple):
-  """What one client moves in one round, uncompressed; the mean of several cohorts.
+  """What one client moves in one round; of several cohorts, the mean.
 
   Attributes:
     down: Bytes that the client receives.
@@ -48,18 +48,30 @@ def round_bytes(process: process_lib.DistillationProcess) -> RoundBytes:
   Read off the types of what is broadcast and of what clients hand to their
   aggregators: an aggregator that compresses moves less. Weights of the weighted
   mean (one scalar a channel) and metrics are left out.
+
+  Quantised predictions (`knowledge.Quantized`) count as the code of a message of all
+  rows without a previous one, which depends on no values; a message coded against the
+  last one is shorter where little changed, and never longer by more than the number of
+  changed rows. What clients really send is measured in each round:
+  `metrics['client_work']['participation']['knowledge_bits']`, summed over them.
   """
   count = len(process.students.specs)
   broadcast, update = process.broadcast_type, process.update_type
-  of_others = 0
+  down = type_bytes(broadcast)
   if count > 1:
     students = [
         getattr(broadcast, name, tff.to_type(()))
         for name in ('student', 'student_history')
     ]
-    of_others = sum(map(type_bytes, students)) * (count - 1) // count
+    down -= sum(map(type_bytes, students)) * (count - 1) // count
+  coded = process.coded_bytes
+  if coded.shared is not None:
+    down = coded.shared + type_bytes(broadcast.round_num)
+  up_knowledge = type_bytes(update.knowledge)
+  if coded.knowledge is not None:
+    up_knowledge = coded.knowledge
   return RoundBytes(
-      down=type_bytes(broadcast) - of_others,
+      down=down,
       up_model=type_bytes(update.model) // count,
-      up_knowledge=type_bytes(update.knowledge),
+      up_knowledge=up_knowledge,
   )

@@ -10,10 +10,12 @@ predicted, and a missing prediction is a zero in both.
 import abc
 from collections.abc import Callable
 import dataclasses
+import math
 from typing import NamedTuple, Optional, Union
 
 import tensorflow as tf
 
+from tff_kd import codecs
 from tff_kd import losses
 from tff_kd import models
 from tff_kd import transfer
@@ -98,9 +100,11 @@ class ConsensusRule(abc.ABC):
 
   Attributes:
     has_diversity: Whether its consensus has a `diversity`.
+    over_probabilities: Whether its sums are of probabilities, not of logits.
   """
 
   has_diversity: bool = False
+  over_probabilities: bool = False
 
   def payload_spec(
       self, logits_shape: tf.TensorShape, num_rows: int
@@ -178,6 +182,8 @@ class MeanProbabilities(ConsensusRule):
   temperature: Optional[float] = None
   power: float = 1.0
 
+  over_probabilities = True
+
   def __post_init__(self):
     if self.temperature is not None:
       losses.check_temperature(self.temperature)
@@ -235,6 +241,10 @@ class CertaintyWeighted(ConsensusRule):
           "`average` must be 'logits' or 'probabilities', found "
           f'{self.average!r}.'
       )
+
+  @property
+  def over_probabilities(self):
+    return self.average == 'probabilities'
 
   def encode(self, logits):
     score = self.certainty
@@ -299,6 +309,110 @@ class CertaintyWithDiversity(CertaintyWeighted):
     label = tf.argmax(consensus.logits, axis=-1)
     others = 1.0 - tf.one_hot(label, weights.shape[-1])
     return consensus._replace(diversity=mean_over(others))
+
+
+@dataclasses.dataclass(frozen=True)
+class Quantized(ConsensusRule):
+  """Another rule, over predictions that clients round to a few bits a class.
+
+  A client rounds its probabilities to the nearest point of the quantised simplex before
+  the other rule's `encode`: it says less, and its payload is one as ever, which every
+  aggregator can sum. How many bytes the message takes in the code of `tff_kd.codecs`, the
+  process measures (`knowledge_bits`). That code is for one client's message on its way to
+  the server; what adds up masked values (secure aggregation) cannot use it.
+
+  Rules over logits are refused: rounding makes probabilities of 0, and the mean of logits
+  would be that of arbitrary floors.
+
+  Source: Sattler et al., "CFD: Communication-Efficient Federated Distillation via
+  Soft-Label Quantization and Delta Coding" (2021).
+
+  Attributes:
+    rule: What is done with them, a rule over probabilities.
+    bits: 1 (the most likely class only) to 8: multiples of 1 / (2^bits - 1).
+  """
+
+  rule: ConsensusRule = MeanProbabilities()
+  bits: int = 1
+
+  def __post_init__(self):
+    codecs.num_units(self.bits)
+    if not getattr(self.rule, 'over_probabilities', False):
+      raise ValueError(
+          '`Quantized` needs a rule over probabilities, such as '
+          f'`tff_kd.knowledge.MeanProbabilities()`, found {self.rule!r}: a probability '
+          'rounded to 0 has no logit.'
+      )
+
+  @property
+  def has_diversity(self):
+    return self.rule.has_diversity
+
+  def payload_spec(self, logits_shape, num_rows):
+    return self.rule.payload_spec(logits_shape, num_rows)
+
+  def encode(self, logits):
+    units = codecs.quantize(_all_probabilities(logits), self.bits)
+    p = tf.cast(units, tf.float32) / codecs.num_units(self.bits)
+    if logits.shape[-1] == 1:
+      p = p[..., 1:]
+    # What is not finite has no units: it stays so, and is missing.
+    rounded = losses.logits_from_probabilities(p)
+    return self.rule.encode(
+        tf.where(tf.math.is_finite(logits), rounded, float('nan'))
+    )
+
+  def decode(self, mean_payload):
+    return self.rule.decode(mean_payload)
+
+  def units(self, payload: KnowledgePayload) -> tf.Tensor:
+    """What one client's payload says, as `codecs` takes it.
+
+    Args:
+      payload: As `encode` makes it, also times a number above 0.
+
+    Returns:
+      int32 `[m, ..., classes]` (two classes of a single logit); 0 in missing rows.
+    """
+    if self.has_diversity:
+      payload = KnowledgePayload(*(tf.reduce_sum(its, axis=1) for its in payload))
+    p, weights = _mean(payload)
+    if p.shape[-1] == 1:
+      p = tf.concat([1.0 - p, p], axis=-1)
+    present = _per_row(weights, p) > 0.0
+    units = codecs.quantize(tf.where(present, p, 1.0), self.bits)
+    return tf.where(present, units, 0)
+
+  def message_bits(
+      self, payload: KnowledgePayload, previous: Optional[KnowledgePayload] = None
+  ) -> tf.Tensor:
+    """The length of one client's message in the code of `tff_kd.codecs`.
+
+    Args:
+      payload: As in `units`.
+      previous: The client's last one about the same rows, to be coded against.
+
+    Returns:
+      int64 scalar.
+    """
+    return codecs.message_bits(
+        self.units(payload),
+        self.bits,
+        self.units(previous) if previous is not None else None,
+    )
+
+  def first_message_bytes(self, logits_shape: tf.TensorShape, num_rows: int) -> int:
+    """Bytes of a message of all rows without a previous one.
+
+    Args:
+      logits_shape: Of one example's logits, `[..., classes]`.
+      num_rows: m.
+    """
+    *positions, classes = logits_shape
+    bits = codecs.first_message_bits(
+        num_rows * math.prod(positions), max(classes, 2), self.bits
+    )
+    return -(-bits // 8)
 
 
 def _entropy_certainty(logits: tf.Tensor) -> tf.Tensor:

@@ -72,10 +72,12 @@ class Exchange(abc.ABC):
 
   Attributes:
     keeps_sent: Whether a client must know what it sent last.
+    needs_server_model: Whether what goes down is made by the server's model.
     transfer_set: The `TransferSet` of the exchange, or `None`.
   """
 
   keeps_sent: bool = False
+  needs_server_model: bool = False
   transfer_set: Optional[transfer.TransferSet] = None
 
   @abc.abstractmethod
@@ -83,14 +85,25 @@ class Exchange(abc.ABC):
     """The `tf.TensorSpec`s of what a client sends."""
 
   @abc.abstractmethod
+  def initial_shared(self) -> Any:
+    """What goes down in the first round, a structure of tensors."""
+
+  @abc.abstractmethod
   def share(
-      self, mean_payload: knowledge.KnowledgePayload, num_included: tf.Tensor
+      self,
+      mean_payload: knowledge.KnowledgePayload,
+      num_included: tf.Tensor,
+      server_model: Optional[models.KerasModel],
+      round_num: tf.Tensor,
   ) -> Any:
     """What goes down in the next round.
 
     Args:
       mean_payload: The clients' payloads as aggregated.
       num_included: float32 scalar, how many clients are in it.
+      server_model: The server's, after it has learned from them; `None` unless
+        `needs_server_model`.
+      round_num: int32 scalar, of the round that ends.
     """
 
   @abc.abstractmethod
@@ -115,9 +128,24 @@ class Exchange(abc.ABC):
   ) -> knowledge.KnowledgePayload:
     """What the client sends, after its training."""
 
+  def message_bits(
+      self, payload: knowledge.KnowledgePayload, client_state: companions.ClientState
+  ) -> Optional[tf.Tensor]:
+    """How long the payload's code is, an int64 scalar; `None` if it is not coded."""
+    return None
+
+  def coded_bytes(self) -> process.CodedBytes:
+    """The sizes of what is coded."""
+    return process.CodedBytes()
+
 
 class TransferExchange(Exchange):
-  """Predictions on the transfer set up; the consensus on them down, to be digested."""
+  """Predictions on the transfer set up; the consensus on them down, to be digested.
+
+  Quantised predictions (`knowledge.Quantized`) are coded against those that the client
+  sent last, which it keeps for that, if the transfer set has the same rows in every
+  round (no `subset_size`); else each message stands for itself.
+  """
 
   def __init__(
       self,
@@ -126,6 +154,7 @@ class TransferExchange(Exchange):
       rule: knowledge.ConsensusRule,
       digest: server_distillation_lib.DistillationStage,
       seed: int = 0,
+      relabelling: Optional[knowledge.ConsensusRule] = None,
   ):
     """Initializes the exchange.
 
@@ -135,6 +164,8 @@ class TransferExchange(Exchange):
       rule: How the predictions become the consensus.
       digest: How a client's model learns from that.
       seed: With the round number, decides the order of the examples.
+      relabelling: What goes down is then not the consensus, but what this rule makes of
+        the predictions of the server's model alone.
 
     Raises:
       TypeError, ValueError: If the parts do not fit together.
@@ -143,16 +174,29 @@ class TransferExchange(Exchange):
     _check_stage(digest, transfer_set, rule)
     self.transfer_set = transfer_set
     self._rule, self._digest, self._seed = rule, digest, seed
-    self._spec = rule.payload_spec(
-        student.logits_shape, transfer_set.num_predictions
+    self._relabelling = relabelling
+    self._shape = student.logits_shape, transfer_set.num_predictions
+    self.needs_server_model = relabelling is not None
+    self.keeps_sent = (
+        isinstance(rule, knowledge.Quantized) and transfer_set.is_same_every_round
     )
 
   def payload_spec(self):
-    return self._spec
+    return self._rule.payload_spec(*self._shape)
 
-  def share(self, mean_payload, num_included):
-    # As ever, the factor cancels. Clients have no use for the diversity.
-    return self._rule.decode(mean_payload)._replace(diversity=())
+  def initial_shared(self):
+    nothing = self._rule.zero_payload(*self._shape)
+    return self._rule.decode(nothing)._replace(diversity=())
+
+  def share(self, mean_payload, num_included, server_model, round_num):
+    if self._relabelling is None:
+      # As ever, the factor cancels. Clients have no use for the diversity.
+      return self._rule.decode(mean_payload)._replace(diversity=())
+    own = self._relabelling.encode(self._predict(server_model, round_num))
+    labels = self._relabelling.decode(own)
+    # Without any client there is nothing new to learn.
+    mask = tf.where(num_included > 0.0, labels.mask, 0.0)
+    return labels._replace(mask=mask, diversity=())
 
   def build_learning(self, model):
     learn = server_distillation_lib.build_stage(
@@ -174,11 +218,31 @@ class TransferExchange(Exchange):
     return run
 
   def payload(self, model, round_num, observed):
-    return self._rule.encode(
-        knowledge.predict_logits(
-            model, self.transfer_set, self.transfer_set.prediction_ids(round_num)
-        )
+    return self._rule.encode(self._predict(model, round_num))
+
+  def _predict(self, model, round_num):
+    return knowledge.predict_logits(
+        model, self.transfer_set, self.transfer_set.prediction_ids(round_num)
     )
+
+  def message_bits(self, payload, client_state):
+    if not isinstance(self._rule, knowledge.Quantized):
+      return None
+    alone = self._rule.message_bits(payload)
+    if not self.keeps_sent:
+      return alone
+    return tf.where(
+        client_state.sent_round < 0,
+        alone,
+        self._rule.message_bits(payload, client_state.sent),
+    )
+
+  def coded_bytes(self):
+    return process.CodedBytes(*(
+        rule.first_message_bytes(*self._shape)
+        if isinstance(rule, knowledge.Quantized) else None
+        for rule in (self._relabelling, self._rule)
+    ))
 
 
 def _check_stage(
@@ -233,7 +297,12 @@ class ClassExchange(Exchange):
         weights=tf.TensorSpec([self._classes], tf.float32),
     )
 
-  def share(self, mean_payload, num_included):
+  def initial_shared(self):
+    return tf.nest.map_structure(
+        lambda spec: tf.zeros(spec.shape), self.payload_spec()
+    )
+
+  def share(self, mean_payload, num_included, server_model, round_num):
     # Sums, so that a client can take its own part out again.
     # Without any client the mean is no number.
     return tf.nest.map_structure(
@@ -269,9 +338,7 @@ class ClassExchange(Exchange):
       )
 
     return companions.Observer(
-        zero=lambda: tf.nest.map_structure(
-            lambda spec: tf.zeros(spec.shape), self.payload_spec()
-        ),
+        zero=self.initial_shared,
         observe=observe,
     )
 
@@ -312,6 +379,7 @@ def build_private_process(
     ),
     knowledge_aggregator: Optional[aggregation.AggregationFactory] = None,
     metrics_aggregator: Optional[Any] = None,
+    keeps_models: bool = True,
     seed: int = 0,
 ) -> process.PrivateProcess:
   """Composes a round of clients that keep their models.
@@ -329,6 +397,8 @@ def build_private_process(
     knowledge_weighting: A client's weight in what is exchanged.
     knowledge_aggregator: Aggregates that; the weighted mean if `None`.
     metrics_aggregator: As in `tff.learning.algorithms`.
+    keeps_models: Whether a client goes on with its model of its last round; else it
+      begins every round with the initial weights, and keeps none.
     seed: With the round number, decides the order of the transfer examples.
 
   Returns:
@@ -340,6 +410,16 @@ def build_private_process(
   transfer_set = exchange.transfer_set
   if transfer_set is None and (server_stage or pretraining):
     raise ValueError('A server model and pretraining need a transfer set.')
+  if exchange.needs_server_model and server_stage is None:
+    raise ValueError(
+        "What this exchange sends down is made by the server's model: give it a "
+        '`server_stage`.'
+    )
+  if pretraining is not None and not keeps_models:
+    raise ValueError(
+        'Pretraining needs clients that keep their models: with `keeps_models=False` '
+        'they begin every round with the initial weights.'
+    )
   for stage in (server_stage, pretraining):
     if stage is not None:
       _check_stage(stage, transfer_set, consensus_rule)
@@ -355,7 +435,7 @@ def build_private_process(
 
   @tff.tensorflow.computation
   def initial_shared():
-    return exchange.share(zero_payload(), tf.constant(0.0))
+    return exchange.initial_shared()
 
   @tff.tensorflow.computation
   def initial_weights():
@@ -385,7 +465,7 @@ def build_private_process(
   def initialize_client():
     keeps = exchange.keeps_sent
     return companions.ClientState(
-        weights=initial_weights(),
+        weights=initial_weights() if keeps_models else (),
         sent=zero_payload() if keeps else (),
         sent_round=tf.constant(-1) if keeps else (),
     )
@@ -422,7 +502,11 @@ def build_private_process(
     @tf.function
     def client_update():
       before = client_state.weights
-      model.assign(before)
+      model.assign(
+          before
+          if keeps_models
+          else tf.nest.map_structure(tf.constant, student.initial_weights)
+      )
       local_terms, has_learned = learn(broadcast, client_state)
       num_examples, bad_labels, observed = train(
           client_hparams, data, broadcast.round_num, local_terms, ()
@@ -445,9 +529,11 @@ def build_private_process(
           zero_payload,
       )
       factor = 1.0 if knowledge_aggregator is not None else weight
-      kept = tf.nest.map_structure(
-          lambda new, old: tf.where(included, new, old), after, before
-      )
+      kept = ()
+      if keeps_models:
+        kept = tf.nest.map_structure(
+            lambda new, old: tf.where(included, new, old), after, before
+        )
       sent, sent_round = (), ()
       if exchange.keeps_sent:
         sent = tf.nest.map_structure(
@@ -456,6 +542,13 @@ def build_private_process(
         sent_round = tf.where(
             included, broadcast.round_num, client_state.sent_round
         )
+      counts = collections.OrderedDict(
+          client_work_lib.participation(included, is_empty, bad_labels, finite),
+          num_taught=tf.cast(has_learned, tf.int32),
+      )
+      bits = exchange.message_bits(payload, client_state)
+      if bits is not None:
+        counts['knowledge_bits'] = tf.where(included, bits, tf.zeros_like(bits))
       metrics = model.report_local_unfinalized_metrics()
       output = client_work_lib.ClientOutput(
           update=client_work_lib.ClientUpdate(
@@ -464,10 +557,7 @@ def build_private_process(
           ),
           weight=client_work_lib.ClientUpdate(model=weight, knowledge=weight),
           metrics=metrics,
-          participation=collections.OrderedDict(
-              client_work_lib.participation(included, is_empty, bad_labels, finite),
-              num_taught=tf.cast(has_learned, tf.int32),
-          ),
+          participation=counts,
       )
       return output, companions.ClientState(kept, sent, sent_round)
 
@@ -493,12 +583,29 @@ def build_private_process(
         seed=seed,
     )
 
-  @tff.tensorflow.computation(payload_type, np.int32)
-  def share(mean_payload, num_included):
-    return exchange.share(
-        knowledge.KnowledgePayload(mean_payload.values, mean_payload.weights),
-        tf.cast(num_included, tf.float32),
-    )
+  needs_model = exchange.needs_server_model
+
+  @tff.tensorflow.computation(
+      payload_type,
+      np.int32,
+      student.weights_type if needs_model else tff.to_type(()),
+      np.int32,
+  )
+  def share(mean_payload, num_included, server_weights, round_num):
+    server_model = student.blank_model_fn() if needs_model else None
+
+    @tf.function
+    def run():
+      if needs_model:
+        server_model.assign(server_weights)
+      return exchange.share(
+          knowledge.KnowledgePayload(mean_payload.values, mean_payload.weights),
+          tf.cast(num_included, tf.float32),
+          server_model,
+          round_num,
+      )
+
+    return run()
 
   @tff.tensorflow.computation(np.int32)
   def add_one(x):
@@ -570,6 +677,8 @@ def build_private_process(
                     aggregated.measurements.client_work['participation'][
                         'num_included'
                     ],
+                    weights if needs_model else nothing,
+                    state.round_num,
                 ),
             ),
             round_num=tff.federated_map(add_one, state.round_num),
@@ -598,10 +707,11 @@ def build_private_process(
       init_fn,
       next_fn,
       initialize_client_fn=initialize_client,
-      client_spec=student,
+      client_spec=student if keeps_models else None,
       get_model_weights_fn=get_model_weights,
       broadcast_type=broadcast_type,
       update_type=output_type.update,
       students=cohorts.as_students(student),
       transfer_set=transfer_set,
+      coded_bytes=exchange.coded_bytes(),
   )

@@ -64,6 +64,21 @@ class DistillationState(NamedTuple):
   companion: Any
 
 
+class CodedBytes(NamedTuple):
+  """The sizes of what is coded, of which the types tell nothing; `None`: not coded.
+
+  Attributes:
+    shared: Of what goes down beside the round's number.
+    knowledge: Of a client's predictions.
+  """
+
+  shared: Optional[int] = None
+  knowledge: Optional[int] = None
+
+
+_NOT_CODED = CodedBytes()
+
+
 class DistillationProcess(tff.learning.templates.LearningProcess):
   """A `LearningProcess` for a student that may also carry a teacher.
 
@@ -78,6 +93,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
     student_spec: The (first) student's `ModelSpec`.
     teacher_spec: The teacher's `ModelSpec`, or `None`.
     transfer_set: The `TransferSet`, or `None`.
+    coded_bytes: The `CodedBytes` of one message without a previous one.
   """
 
   def __init__(
@@ -90,6 +106,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
       students: cohorts.Students,
       teacher_spec: Optional[models.ModelSpec],
       transfer_set: Optional[transfer.TransferSet],
+      coded_bytes: CodedBytes = _NOT_CODED,
       **kwargs,
   ):
     super().__init__(*args, **kwargs)
@@ -101,6 +118,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
     self.student_spec = students.first
     self.teacher_spec = teacher_spec
     self.transfer_set = transfer_set
+    self.coded_bytes = coded_bytes
 
   @property
   def get_teacher_weights(self) -> tff.Computation:
@@ -152,7 +170,8 @@ class PrivateProcess(tff.templates.IterativeProcess):
 
   Attributes:
     initialize_client: A `tff.Computation` ( -> ClientState).
-    client_spec: The `ModelSpec` of the model that a client keeps.
+    client_spec: The `ModelSpec` of the model that a client keeps, `None` if it keeps
+      none.
     get_model_weights: A `tff.Computation` (S -> the server's student's
       `ModelWeights`), or `None` where the server has none.
     set_model_weights: (<S, `ModelWeights`> -> S), or `None`.
@@ -165,6 +184,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
     student_spec: The first of them.
     teacher_spec: The teacher's `ModelSpec`, or `None`.
     transfer_set: The `TransferSet`, or `None`.
+    coded_bytes: The `CodedBytes` of one message without a previous one.
   """
 
   def __init__(
@@ -173,7 +193,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
       next_fn: tff.Computation,
       *,
       initialize_client_fn: tff.Computation,
-      client_spec: models.ModelSpec,
+      client_spec: Optional[models.ModelSpec],
       broadcast_type: tff.Type,
       update_type: tff.Type,
       students: cohorts.Students,
@@ -183,6 +203,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
       set_model_weights_fn: Optional[tff.Computation] = None,
       get_teacher_weights_fn: Optional[tff.Computation] = None,
       set_teacher_weights_fn: Optional[tff.Computation] = None,
+      coded_bytes: CodedBytes = _NOT_CODED,
   ):
     super().__init__(initialize_fn, next_fn)
     self.initialize_client = initialize_client_fn
@@ -197,6 +218,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
     self.student_spec = students.first
     self.teacher_spec = teacher_spec
     self.transfer_set = transfer_set
+    self.coded_bytes = coded_bytes
 
 
 def build_distillation_process(
@@ -313,6 +335,13 @@ def build_distillation_process(
         stages,
         consensus_rule=consensus_rule,
         seed=seed,
+    )
+  coded_bytes = _NOT_CODED
+  if uses_ensemble and isinstance(consensus_rule, knowledge.Quantized):
+    coded_bytes = CodedBytes(
+        knowledge=consensus_rule.first_message_bytes(
+            student.logits_shape, transfer_set.num_predictions
+        )
     )
   broadcasts_teacher = len(tff.structure.flatten(broadcast_type.teacher)) > 0
   broadcasts_round = isinstance(broadcast_type.round_num, tff.TensorType)
@@ -521,6 +550,7 @@ def build_distillation_process(
       students=students,
       teacher_spec=teacher,
       transfer_set=transfer_set,
+      coded_bytes=coded_bytes,
   )
   get_model_weights = build_getter('global_model_weights')
   set_model_weights = build_setter('global_model_weights')

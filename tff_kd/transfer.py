@@ -197,6 +197,11 @@ class TransferSet:
     """The rows set aside for validation, int32 `[validation_size]`."""
     return self._parts()[0]
 
+  @property
+  def is_same_every_round(self) -> bool:
+    """Whether every round uses the same rows, in the same order."""
+    return self.subset_size == self.size - self.validation_size
+
   def round_ids(self, round_num: tf.Tensor) -> tf.Tensor:
     """The rows that a round learns from, int32 `[subset_size]`.
 
@@ -204,7 +209,7 @@ class TransferSet:
       round_num: An integer scalar.
     """
     _, training = self._parts()
-    if self.subset_size == self.size - self.validation_size:
+    if self.is_same_every_round:
       return training
     shuffled = tf.random.experimental.stateless_shuffle(
         training, tf.stack([self.seed, tf.cast(round_num, tf.int32)])

@@ -23,7 +23,7 @@ class Algorithm(NamedTuple):
 
   @property
   def keeps_client_models(self) -> bool:
-    """Whether it builds a `PrivateProcess`, whose clients keep their models."""
+    """Whether it builds a `PrivateProcess`, whose clients keep something of theirs."""
     return 'client state' in self.needs
 
   @property
@@ -83,6 +83,13 @@ REGISTRY = {
             "clients keep their models; a sharpened consensus teaches them and the "
             "server's",
             'predictions',
+            needs=('transfer set', 'client state'),
+        ),
+        Algorithm(
+            'cfd',
+            "clients begin anew each round and learn the server's labels; labels of a "
+            'few bits',
+            'quantised predictions',
             needs=('transfer set', 'client state'),
         ),
         Algorithm(

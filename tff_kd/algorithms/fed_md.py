@@ -31,6 +31,7 @@ def build_fed_md(
     digest_epochs: int = 1,
     digest_batch_size: int = 256,
     pretraining_epochs: int = 0,
+    consensus_rule: knowledge.ConsensusRule = knowledge.MeanLogits(),
     metrics_fn: Optional[models.MetricsFn] = None,
     seed: int = 0,
     **kwargs,
@@ -49,6 +50,8 @@ def build_fed_md(
     digest_batch_size: Examples a step.
     pretraining_epochs: Passes over the transfer set's labels before a client's first
       round; with them the transfer set must have labels.
+    consensus_rule: How the predictions become what clients fit; the mean logits, as in
+      the paper.
     metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
     seed: With the round number, decides the order of the transfer examples.
     **kwargs: Further arguments of `private_process.build_private_process`.
@@ -87,7 +90,7 @@ def build_fed_md(
       exchange=private_process.TransferExchange(
           student,
           transfer_set,
-          knowledge.MeanLogits(),
+          consensus_rule,
           stage(digest_epochs, loss='mae', distillation_weight=1.0),
           seed,
       ),

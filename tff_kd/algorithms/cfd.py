@@ -1,0 +1,113 @@
+"""CFD: labels of a few bits up and down; clients begin every round anew.
+
+Sattler, Marban, Rischke & Samek, "CFD: Communication-Efficient Federated Distillation
+via Soft-Label Quantization and Delta Coding" (2021), the algorithm with dual
+distillation: in each round a client begins with the initial weights, learns the labels
+that came down on the transfer examples, trains on its own examples, and sends its labels
+for the transfer examples, quantised and coded against those that it sent last. The
+server's model learns the mean of the clients' labels and labels the transfer examples
+anew; these labels, quantised, go down in the next round.
+"""
+
+from typing import Any, Optional
+
+import tensorflow_federated as tff
+
+from tff_kd import knowledge
+from tff_kd import models
+from tff_kd import optimizers
+from tff_kd import private_process
+from tff_kd import process
+from tff_kd import server_distillation
+from tff_kd import transfer
+
+# The number of bits that stands for labels as they are, floats.
+NOT_QUANTIZED = 32
+
+DEFAULT_DISTILLATION = server_distillation.Distillation(
+    distillation_weight=1.0, num_steps=100, reset_optimizer=True
+)
+
+
+def build_cfd(
+    *,
+    student_fn: models.KerasModelFn,
+    input_spec: Any,
+    loss_fn: models.LossFn,
+    transfer_set: transfer.TransferSet,
+    client_optimizer: optimizers.Optimizer,
+    student_optimizer: Optional[optimizers.Optimizer] = None,
+    distillation: server_distillation.Distillation = DEFAULT_DISTILLATION,
+    up_bits: int = 1,
+    down_bits: int = 1,
+    metrics_fn: Optional[models.MetricsFn] = None,
+    seed: int = 0,
+    **kwargs,
+) -> process.PrivateProcess:
+  """Builds CFD.
+
+  What a client keeps is what it sent last, and only if the transfer set has the same rows
+  in every round: with a `subset_size` it keeps nothing, and each message is coded alone.
+  Coding each client's message against its last one means that the server sees each
+  client's labels; the process itself only adds them up, and counts the code's bits.
+
+  Args:
+    student_fn: Returns a new `tf.keras.Model`; its first weights are those with which
+      every client begins each round.
+    input_spec: The clients' `dataset.element_spec`.
+    loss_fn: Returns a `tf.keras.losses.Loss`.
+    transfer_set: The examples on which labels are exchanged.
+    client_optimizer: For the clients' own examples.
+    student_optimizer: For the transfer examples, of the clients and of the server; Adam
+      with rate 1e-3 if `None`.
+    distillation: How both learn labels; a client all of them in each round. (KL's
+      gradient is that of cross-entropy against the soft labels.)
+    up_bits: Bits of a class's probability in what clients send: 1 (the most likely class
+      only) to 8, or 32: not quantised.
+    down_bits: Likewise in what goes down.
+    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    seed: With the round number, decides the order of the transfer examples.
+    **kwargs: Further arguments of `private_process.build_private_process`.
+
+  Returns:
+    A `PrivateProcess` with a server model, whose clients keep no model.
+
+  Raises:
+    ValueError: If a number of bits has no meaning.
+  """
+  up, down = _labels('up_bits', up_bits), _labels('down_bits', down_bits)
+  student = models.build_model_spec(
+      student_fn,
+      input_spec=input_spec,
+      loss_fn=loss_fn,
+      metrics_fn=metrics_fn,
+      name='student',
+  )
+  stage = server_distillation.DistillationStage(
+      'student',
+      student_optimizer or tff.learning.optimizers.build_adam(1e-3),
+      distillation,
+  )
+  return private_process.build_private_process(
+      student,
+      client_optimizer=client_optimizer,
+      exchange=private_process.TransferExchange(
+          student, transfer_set, up, stage, seed, relabelling=down
+      ),
+      server_stage=stage,
+      consensus_rule=up,
+      keeps_models=False,
+      seed=seed,
+      **kwargs,
+  )
+
+
+def _labels(name: str, bits: int) -> knowledge.ConsensusRule:
+  """The rule for labels of so many bits."""
+  mean = knowledge.MeanProbabilities()
+  if bits == NOT_QUANTIZED:
+    return mean
+  try:
+    return knowledge.Quantized(mean, bits)
+  except ValueError as error:
+    raise ValueError(f'`{name}`: {error} {NOT_QUANTIZED} is for none.') from error
