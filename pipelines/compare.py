@@ -9,23 +9,19 @@ algorithms meet the same. One run a core at a time. Stopped and started again, i
 on where it was. Leaves table.md, table.csv and curves.png, and each run's own folder.
 """
 
-import concurrent.futures
 import csv
 import json
-import os
 import pathlib
-import queue
 import signal
 import statistics
-import subprocess
 import sys
-import time
 from typing import Any, NamedTuple, Optional
 
 from absl import app
 from absl import flags
 
 import pipelines
+from pipelines import parallel
 from pipelines import train_flags
 from tff_kd import algorithms
 
@@ -105,15 +101,8 @@ def _is_done(run: _Run) -> bool:
   return (run.folder / 'results.json').is_file()
 
 
-def _train(
-    run: _Run, arguments: list[str], core: Optional[int],
-    running: set[subprocess.Popen],
-) -> float:
-  """Runs or resumes one training; returns its seconds.
-
-  Raises:
-    RuntimeError: If it fails; with the end of what it said.
-  """
+def _job(run: _Run, arguments: list[str]) -> parallel.Job:
+  """The training, or the rest of it."""
   command = [
       sys.executable, '-m', 'pipelines.train', f'--algorithm={run.algorithm}',
       f'--seed={run.seed}', f'--output_dir={run.folder}', '--nocompare_with_fed_avg',
@@ -121,22 +110,7 @@ def _train(
   ]
   if (run.folder / 'config.json').is_file():
     command.append('--resume')
-  pin = None if core is None else lambda: os.sched_setaffinity(0, {core})
-  log = run.folder.with_suffix('.log')
-  start = time.perf_counter()
-  with open(log, 'w') as file:
-    process = subprocess.Popen(
-        command, stdout=file, stderr=file, stdin=subprocess.DEVNULL, preexec_fn=pin
-    )
-    running.add(process)
-    code = process.wait()
-    running.discard(process)
-  if code:
-    said = [
-        line for line in log.read_text().splitlines() if line.startswith('error:')
-    ] or log.read_text().splitlines()[-5:]
-    raise RuntimeError('\n'.join(said) + f'\n(the whole: {log})')
-  return time.perf_counter() - start
+  return parallel.Job(run.name, command, run.folder.with_suffix('.log'))
 
 
 def _check_same_problem(runs: list[_Run], arguments: dict[str, list[str]]) -> None:
@@ -156,48 +130,16 @@ def _check_same_problem(runs: list[_Run], arguments: dict[str, list[str]]) -> No
 
 def _train_all(runs: list[_Run], arguments: dict[str, list[str]]) -> list[str]:
   """Runs what is not done yet, so many at a time; returns what failed."""
-  todo = [run for run in runs if not _is_done(run)]
+  todo = {run.name: run for run in runs if not _is_done(run)}
   if len(todo) < len(runs):
     print(f'{len(runs) - len(todo)} of {len(runs)} runs are done already.')
-  available = sorted(os.sched_getaffinity(0))
-  jobs = min(_JOBS.value or len(available), max(1, len(todo)))
-  free, running = queue.SimpleQueue(), set()
-  for job in range(jobs):
-    # A core for each; the usual freedom where there are fewer runs, or more.
-    free.put(available[job] if jobs == len(available) > 1 else None)
 
-  def train(run: _Run) -> float:
-    core = free.get()
-    try:
-      return _train(run, arguments[run.algorithm], core, running)
-    finally:
-      free.put(core)
+  def line(job: parallel.Job, seconds: float) -> str:
+    best = _results(todo[job.name])['best']
+    return f"student {best['test/student_accuracy']:.3f}, {seconds:.0f} s"
 
-  failed = []
-  with concurrent.futures.ThreadPoolExecutor(jobs) as pool:
-    started = {pool.submit(train, run): run for run in todo}
-    try:
-      for number, future in enumerate(concurrent.futures.as_completed(started), 1):
-        run = started[future]
-        try:
-          seconds = future.result()
-        except RuntimeError as error:
-          failed.append(run.name)
-          print(f'[{number}/{len(todo)}] {run.name} failed: {error}', flush=True)
-          continue
-        best = _results(run)['best']
-        print(
-            f'[{number}/{len(todo)}] {run.name}: student '
-            f"{best['test/student_accuracy']:.3f}, {seconds:.0f} s",
-            flush=True,
-        )
-    except KeyboardInterrupt:
-      pool.shutdown(wait=False, cancel_futures=True)
-      # They keep their checkpoints. From a terminal they have had the signal, too.
-      for process in list(running):
-        process.send_signal(signal.SIGINT)
-      raise
-  return failed
+  jobs = [_job(run, arguments[run.algorithm]) for run in todo.values()]
+  return parallel.run_all(jobs, _JOBS.value, line)
 
 
 def _results(run: _Run) -> dict[str, Any]:
@@ -292,7 +234,7 @@ def _report(runs: list[_Run], folder: pathlib.Path) -> None:
   print(
       '\nTest accuracy in the round that is best by validation, mean ± standard '
       'deviation over the\nseeds; MB up and down per participating client; seconds '
-      f'with {_JOBS.value or len(os.sched_getaffinity(0))} runs at a time.\n'
+      f'with {_JOBS.value or parallel.num_cores()} runs at a time.\n'
       f"{folder / 'table.md'}, {folder / 'table.csv'}, {folder / 'curves.png'}"
   )
 

@@ -461,7 +461,10 @@ class ClientBatches:
       int64 `[n]`; the batches are its parts of `batch_size`.
     """
     start, count = self.data.span(client)
-    shape = tf.stack([self.num_epochs, tf.cast(count, tf.int32)])
+    # Not more passes than the limits leave.
+    needed = -(-self._limit // tf.maximum(count, 1))
+    num_epochs = tf.minimum(tf.cast(needed, tf.int32), self.num_epochs)
+    shape = tf.stack([num_epochs, tf.cast(count, tf.int32)])
     if self.shuffle:
       seed = tf.stack([self.seed, _ORDER_STREAM])
       for number in (round_num, client):

@@ -24,6 +24,9 @@ from tff_kd import optimizers
 from tff_kd import raw_files
 from tff_kd import transfer
 
+# The round's number, from 0 -> a learning rate; as TFF's optimizer schedules.
+LearningRateFn = Callable[[tf.Tensor], Any]
+
 
 class Broadcast(NamedTuple):
   """What the server sends down to each client.
@@ -150,6 +153,7 @@ def build_client_work(
     consensus_rule: knowledge.ConsensusRule = knowledge.MeanLogits(),
     local_terms: Sequence[local_terms_lib.LocalTerm] = (),
     companion: Optional[companions.Companion] = None,
+    learning_rate_fn: Optional[LearningRateFn] = None,
 ) -> ClientWork:
   """Builds the client's part of a round.
 
@@ -171,6 +175,7 @@ def build_client_work(
     consensus_rule: How predictions become a payload.
     local_terms: Further terms of the local loss.
     companion: What takes part beside the student; its terms come after those.
+    learning_rate_fn: The optimizer's rate in a round, int32 from 0; constant if `None`.
 
   Returns:
     A `ClientWork`.
@@ -189,6 +194,7 @@ def build_client_work(
               if transfer_set is not None
               or client_data is not None
               or companion is not None
+              or learning_rate_fn is not None
               else ()
           ),
           companion=companion_type(
@@ -233,6 +239,7 @@ def build_client_work(
         client_data,
         observer=attached.observer if attached else None,
         extra_variables=attached.trainable_variables if attached else (),
+        learning_rate_fn=learning_rate_fn,
     )
 
     def client_update(client_hparams, broadcast, data, client_state=()):
@@ -495,6 +502,7 @@ def build_training(
     client_data: Optional[client_data_lib.ClientBatches],
     observer: Optional[companions.Observer] = None,
     extra_variables: Sequence[tf.Variable] = (),
+    learning_rate_fn: Optional[LearningRateFn] = None,
 ):
   """A client's training as a function, to be called in a `tf.function`.
 
@@ -505,6 +513,7 @@ def build_training(
     client_data: Where clients read their examples, if not from datasets.
     observer: Looks at each step, if something is to be added up over them.
     extra_variables: Trained, too; some term of the loss must depend on them.
+    learning_rate_fn: The optimizer's rate in a round, if it changes.
 
   Returns:
     (hparams, data, round_num, local_terms, received) -> (num_examples, bad_labels,
@@ -573,6 +582,8 @@ def build_training(
       received: Sequence[tf.Tensor],
   ):
     extra = local_terms, received
+    if learning_rate_fn is not None:
+      hparams = optimizers.with_learning_rate(hparams, learning_rate_fn(round_num))
     progress = _Progress(
         carry=stepper.begin(stepper.initialize(hparams)),
         loss_sum=tf.constant(0.0),

@@ -72,6 +72,30 @@ def initial_hparams(optimizer: Optimizer) -> collections.OrderedDict[str, Any]:
   return collections.OrderedDict()
 
 
+def check_learning_rate_fn(
+    learning_rate_fn: Optional[Callable[[Any], Any]], optimizer: Optimizer
+) -> None:
+  """Refuses a schedule over rounds for an optimizer whose rate cannot be set.
+
+  Raises:
+    ValueError: If there is a schedule, and the optimizer has no rate to set.
+  """
+  if learning_rate_fn is not None and _LEARNING_RATE not in initial_hparams(optimizer):
+    raise ValueError(
+        '`learning_rate_fn` needs a TFF optimizer with a learning rate, such as '
+        f'`tff.learning.optimizers.build_sgdm()`, found {optimizer!r}.'
+    )
+
+
+def with_learning_rate(
+    hparams: collections.OrderedDict[str, Any], learning_rate: Any
+) -> collections.OrderedDict[str, Any]:
+  """The hyperparameters of a TFF optimizer with another learning rate."""
+  changed = collections.OrderedDict(hparams)
+  changed[_LEARNING_RATE] = tf.cast(learning_rate, tf.float32)
+  return changed
+
+
 def build_stepper(
     optimizer: Optimizer, variables: Sequence[tf.Variable]
 ) -> Union['_TffStepper', '_KerasStepper']:

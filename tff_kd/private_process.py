@@ -380,6 +380,7 @@ def build_private_process(
     knowledge_aggregator: Optional[aggregation.AggregationFactory] = None,
     metrics_aggregator: Optional[Any] = None,
     keeps_models: bool = True,
+    learning_rate_fn: Optional[client_work_lib.LearningRateFn] = None,
     seed: int = 0,
 ) -> process.PrivateProcess:
   """Composes a round of clients that keep their models.
@@ -399,6 +400,8 @@ def build_private_process(
     metrics_aggregator: As in `tff.learning.algorithms`.
     keeps_models: Whether a client goes on with its model of its last round; else it
       begins every round with the initial weights, and keeps none.
+    learning_rate_fn: Maps a round's number, an int32 tensor from 0, to the clients'
+      learning rate in it; needs a TFF optimizer.
     seed: With the round number, decides the order of the transfer examples.
 
   Returns:
@@ -426,6 +429,7 @@ def build_private_process(
   if client_data is not None:
     process.check_client_data(client_data, student)
   optimizers.check_optimizer(client_optimizer, 'client_optimizer')
+  optimizers.check_learning_rate_fn(learning_rate_fn, client_optimizer)
   hparams = optimizers.initial_hparams(client_optimizer)
   payload_spec = exchange.payload_spec()
   payload_type = tff.types.tensorflow_to_type(payload_spec)
@@ -496,7 +500,12 @@ def build_private_process(
     model = student.blank_model_fn()
     learn = exchange.build_learning(model)
     train = client_work_lib.build_training(
-        model, {}, client_optimizer, client_data, exchange.observer()
+        model,
+        {},
+        client_optimizer,
+        client_data,
+        exchange.observer(),
+        learning_rate_fn=learning_rate_fn,
     )
 
     @tf.function

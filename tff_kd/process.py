@@ -240,6 +240,7 @@ def build_distillation_process(
     knowledge_aggregator: Optional[aggregation.AggregationFactory] = None,
     metrics_aggregator: Optional[Any] = None,
     companion: Optional[companions.Companion] = None,
+    learning_rate_fn: Optional[client_work_lib.LearningRateFn] = None,
     seed: int = 0,
 ) -> Union[DistillationProcess, PrivateProcess]:
   """Composes the stages of one round into a learning process.
@@ -268,6 +269,9 @@ def build_distillation_process(
     knowledge_aggregator: Aggregates the predictions, likewise.
     metrics_aggregator: As in `tff.learning.algorithms`.
     companion: What takes part in a client's round beside the student.
+    learning_rate_fn: Maps a round's number, an int32 tensor from 0, to the clients'
+      learning rate in it, as in TFF's
+      `build_weighted_fed_avg_with_optimizer_schedule`; needs a TFF optimizer.
     seed: With the round number, decides the server's order of examples.
 
   Returns:
@@ -296,6 +300,7 @@ def build_distillation_process(
   if client_data is not None:
     check_client_data(client_data, student)
   optimizers.check_optimizer(client_optimizer, 'client_optimizer')
+  optimizers.check_learning_rate_fn(learning_rate_fn, client_optimizer)
   if server_optimizer is None:
     server_optimizer = tff.learning.optimizers.build_sgdm(1.0)
   optimizers.check_optimizer(server_optimizer, 'server_optimizer')
@@ -315,6 +320,7 @@ def build_distillation_process(
       consensus_rule=consensus_rule,
       local_terms=local_terms,
       companion=companion,
+      learning_rate_fn=learning_rate_fn,
   )
   broadcast_type = client_work.broadcast_type
   distributor = tff.learning.templates.build_broadcast_process(broadcast_type)

@@ -43,6 +43,7 @@ def dirichlet(
     alpha: float,
     seed: int,
     min_examples: int = 1,
+    balanced: bool = False,
 ) -> list[np.ndarray]:
   """Deals out each class by proportions drawn from a symmetric Dirichlet.
 
@@ -56,6 +57,8 @@ def dirichlet(
     alpha: Concentration, above 0: the smaller, the fewer classes a client has.
     seed: Decides the draw.
     min_examples: The least that any client must get.
+    balanced: A client that has an equal share of all examples already gets none of the
+      classes still to be dealt out, as in Li et al.'s own code and many others'.
 
   Raises:
     ValueError: If an argument is out of range, or no draw gives every client
@@ -70,12 +73,19 @@ def dirichlet(
     for label in np.unique(labels):
       members = rng.permutation(np.flatnonzero(labels == label))
       shares = rng.dirichlet(np.full(num_clients, alpha))
+      if balanced:
+        sizes = np.array([sum(map(len, part)) for part in parts])
+        shares *= sizes < len(labels) / num_clients
+        if shares.sum() == 0.0:
+          break
+        shares /= shares.sum()
       cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(int)
       for part, chunk in zip(parts, np.split(members, cuts)):
         part.append(chunk)
-    clients = [np.sort(np.concatenate(part)) for part in parts]
-    if min(len(client) for client in clients) >= min_examples:
-      return clients
+    else:
+      clients = [np.sort(np.concatenate(part)) for part in parts]
+      if min(len(client) for client in clients) >= min_examples:
+        return clients
   raise ValueError(
       f'No draw of Dirichlet({alpha}) gave each of {num_clients} clients at least '
       f'{min_examples} of {len(labels)} examples in {_MAX_DRAWS} tries. Use a '

@@ -1,0 +1,107 @@
+"""Several runs of scripts at once, one a core."""
+
+from collections.abc import Callable, Sequence
+import concurrent.futures
+import os
+import pathlib
+import queue
+import signal
+import subprocess
+import time
+from typing import NamedTuple, Optional
+
+
+class Job(NamedTuple):
+  """One run.
+
+  Attributes:
+    name: What messages call it.
+    command: The program and its arguments.
+    log: Where its output goes.
+  """
+
+  name: str
+  command: Sequence[str]
+  log: pathlib.Path
+
+
+def num_cores() -> int:
+  """How many cores this process may use."""
+  return len(os.sched_getaffinity(0))
+
+
+def run_all(
+    jobs: Sequence[Job],
+    num_at_once: Optional[int] = None,
+    on_done: Callable[[Job, float], str] = lambda job, seconds: '',
+) -> list[str]:
+  """Runs jobs, so many at a time, and prints a line for each that ends.
+
+  A job that fails does not stop the others. Ctrl-C is passed on to those that run.
+
+  Args:
+    jobs: What to run.
+    num_at_once: How many at a time; one a core, pinned to it, if `None`.
+    on_done: Maps a job and its seconds to what its line says.
+
+  Returns:
+    The names of the jobs that failed.
+  """
+  available = sorted(os.sched_getaffinity(0))
+  count = min(num_at_once or len(available), max(1, len(jobs)))
+  free, running = queue.SimpleQueue(), set()
+  for place in range(count):
+    # A core for each; the usual freedom where there are fewer jobs, or more.
+    free.put(available[place] if count == len(available) > 1 else None)
+
+  def run(job: Job) -> float:
+    core = free.get()
+    try:
+      return _run(job, core, running)
+    finally:
+      free.put(core)
+
+  failed = []
+  with concurrent.futures.ThreadPoolExecutor(count) as pool:
+    started = {pool.submit(run, job): job for job in jobs}
+    try:
+      for number, future in enumerate(concurrent.futures.as_completed(started), 1):
+        job = started[future]
+        try:
+          line = f'{job.name}: {on_done(job, future.result())}'
+        except RuntimeError as error:
+          failed.append(job.name)
+          line = f'{job.name} failed: {error}'
+        print(f'[{number}/{len(jobs)}] {line}', flush=True)
+    except KeyboardInterrupt:
+      pool.shutdown(wait=False, cancel_futures=True)
+      # From a terminal they have had the signal, too.
+      for process in list(running):
+        process.send_signal(signal.SIGINT)
+      raise
+  return failed
+
+
+def _run(
+    job: Job, core: Optional[int], running: set[subprocess.Popen]
+) -> float:
+  """Runs one job; returns its seconds.
+
+  Raises:
+    RuntimeError: If it fails; with the end of what it said.
+  """
+  pin = None if core is None else lambda: os.sched_setaffinity(0, {core})
+  start = time.perf_counter()
+  with open(job.log, 'w') as file:
+    process = subprocess.Popen(
+        job.command, stdout=file, stderr=file, stdin=subprocess.DEVNULL,
+        preexec_fn=pin,
+    )
+    running.add(process)
+    code = process.wait()
+    running.discard(process)
+  if code:
+    lines = job.log.read_text().splitlines()
+    said = [line for line in lines if line.startswith('error:')] or lines[-5:]
+    raise RuntimeError('\n'.join(said) + f'\n(the whole: {job.log})')
+  return time.perf_counter() - start

@@ -1,0 +1,205 @@
+r"""FedGen's Table 1 on full MNIST, with our implementations beside the paper's numbers.
+
+  python -m pipelines.reproduce_fedgen_table --data_dir=/data/mnist
+
+The setting of Zhu, Hong & Zhou, "Data-Free Knowledge Distillation for Heterogeneous
+Federated Learning" (ICML 2021), section 5: 20 users, 10 a round, 200 rounds of 20 steps
+of 32 examples, a small network with batch norm, Dirichlet over 15,000 training images.
+--data_dir is a folder with MNIST's IDX files, plain or gzipped. One run a core at a time;
+stopped and started again, it goes on. Leaves table.md, table.csv and each run's results.
+"""
+
+import json
+import pathlib
+import signal
+import sys
+from typing import Any, NamedTuple, Optional
+
+from absl import app
+from absl import flags
+from absl import logging
+
+import pipelines
+from pipelines import parallel
+
+# The paper's Table 1, MNIST, in percent, by algorithm and alpha.
+PAPER = {
+    'fed_avg': {0.05: 87.70, 0.1: 90.16, 1.0: 93.84},
+    'fd': {0.05: 70.56, 0.1: 64.11, 1.0: 79.88},
+    'fed_df': {0.05: 90.02, 0.1: 91.11, 1.0: 93.37},
+    'fed_gen': {0.05: 91.30, 0.1: 93.03, 1.0: 95.52},
+    'fed_distillation': {},
+}
+
+_DATA_DIR = flags.DEFINE_string('data_dir', None, "The folder with MNIST's IDX files.")
+_OUTPUT_DIR = flags.DEFINE_string(
+    'output_dir', 'runs/fedgen_table', 'Where the runs and the table are.'
+)
+_ALGORITHMS = flags.DEFINE_list('algorithms', list(PAPER), 'Which rows.')
+_ALPHAS = flags.DEFINE_list('alphas', ['0.05', '0.1', '1'], 'Which columns.')
+_SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'One run of each a seed.')
+_ROUNDS = flags.DEFINE_integer('rounds', 200, 'Rounds of each run.', lower_bound=1)
+_ROUNDS_PER_EVALUATION = flags.DEFINE_integer(
+    'rounds_per_evaluation', 20, 'Rounds between two looks at the test images.',
+    lower_bound=1,
+)
+_JOBS = flags.DEFINE_integer(
+    'jobs', None, 'Runs at a time; one a core if unset.', lower_bound=1
+)
+# How the script calls itself for one run.
+_ONLY = flags.DEFINE_string('only', None, 'One run, as algorithm:alpha:seed.')
+
+
+class _Run(NamedTuple):
+  algorithm: str
+  alpha: float
+  seed: int
+
+  @property
+  def name(self) -> str:
+    return f'{self.algorithm}:{self.alpha:g}:{self.seed}'
+
+  @property
+  def folder(self) -> pathlib.Path:
+    return pathlib.Path(_OUTPUT_DIR.value, self.name.replace(':', '-'))
+
+  @property
+  def results(self) -> pathlib.Path:
+    return self.folder / f'results-{_ROUNDS.value}.json'
+
+
+def _runs() -> list[_Run]:
+  """All runs, those of one seed and alpha together."""
+  unknown = sorted(set(_ALGORITHMS.value) - set(PAPER))
+  if unknown or not _ALGORITHMS.value:
+    raise app.UsageError(f'--algorithms: {unknown} not among {", ".join(PAPER)}.')
+  try:
+    alphas, seeds = [float(a) for a in _ALPHAS.value], [int(s) for s in _SEEDS.value]
+    if min(alphas, default=0) <= 0 or min(seeds, default=-1) < 0:
+      raise ValueError
+  except ValueError:
+    raise app.UsageError(
+        '--alphas must be numbers above 0 and --seeds numbers from 0, found '
+        f'{",".join(_ALPHAS.value)!r} and {",".join(_SEEDS.value)!r}.'
+    ) from None
+  return [
+      _Run(algorithm, alpha, seed)
+      for seed in seeds for alpha in alphas for algorithm in _ALGORITHMS.value
+  ]
+
+
+def _spread(values: list[float]) -> str:
+  import numpy as np
+
+  text = f'{np.mean(values):.2f}'
+  return text + f' ± {np.std(values, ddof=1):.2f}' if len(values) > 1 else text
+
+
+def _table(runs: list[_Run]) -> list[tuple[str, ...]]:
+  """The rows: algorithm, model and way of testing; ours beside the paper's."""
+  done: dict[tuple[str, float], list[dict[str, Any]]] = {}
+  for run in runs:
+    if run.results.is_file():
+      done.setdefault((run.algorithm, run.alpha), []).append(
+          json.loads(run.results.read_text())
+      )
+  alphas = sorted({run.alpha for run in runs})
+  rows = [('algorithm', 'test', *(f'alpha {alpha:g}' for alpha in alphas), 'paper')]
+  for algorithm in _ALGORITHMS.value:
+    of_paper = PAPER[algorithm]
+    keys = sorted({
+        key for (name, _), its in done.items() if name == algorithm
+        for result in its for key in result['last']
+    })
+    for key in keys:
+      model, test = key.split('/')
+      name = algorithm if model == 'student' else f'{algorithm}, {model}'
+      cells = [
+          _spread([100 * its['last'][key] for its in done.get((algorithm, alpha), ())])
+          if done.get((algorithm, alpha)) else ''
+          for alpha in alphas
+      ]
+      paper = ''
+      if model == 'student' and test == 'own classes' and of_paper:
+        paper = ' / '.join(
+            f'{of_paper[a]:.2f}' if a in of_paper else '-' for a in alphas
+        )
+      rows.append((name, test, *cells, paper))
+  return rows
+
+
+def _report(runs: list[_Run]) -> None:
+  import csv
+
+  from pipelines import tables
+
+  rows = _table(runs)
+  folder = pathlib.Path(_OUTPUT_DIR.value)
+  with open(folder / 'table.csv', 'w', newline='') as file:
+    csv.writer(file).writerows(rows)
+  (folder / 'table.md').write_text(tables.markdown_table(rows))
+  print()
+  tables.print_table(rows)
+  print(
+      f'\nTest accuracy in percent after {_ROUNDS.value} rounds, mean ± standard '
+      f'deviation over the seeds.\n{folder / "table.md"}, {folder / "table.csv"}'
+  )
+
+
+def main(argv: list[str]) -> Optional[int]:
+  if len(argv) > 1:
+    raise app.UsageError(f'Not a flag: {argv[1:]}.')
+  if not _DATA_DIR.value or not pathlib.Path(_DATA_DIR.value).is_dir():
+    raise app.UsageError(
+        "--data_dir must be a folder with MNIST's IDX files, found "
+        f'{_DATA_DIR.value!r}.'
+    )
+  runs = _runs()
+  if _ONLY.value:
+    from pipelines import fedgen_table_job
+
+    logging.set_verbosity(logging.WARNING)
+    (run,) = [its for its in runs if its.name == _ONLY.value]
+    fedgen_table_job.run(
+        run.algorithm, run.alpha, run.seed, data_dir=_DATA_DIR.value,
+        folder=run.folder, results=run.results, num_rounds=_ROUNDS.value,
+        rounds_per_evaluation=_ROUNDS_PER_EVALUATION.value,
+    )
+    return 0
+  todo = {run.name: run for run in runs if not run.results.is_file()}
+  if len(todo) < len(runs):
+    print(f'{len(runs) - len(todo)} of {len(runs)} runs are done already.')
+  jobs = []
+  for run in todo.values():
+    run.folder.mkdir(parents=True, exist_ok=True)
+    command = [
+        sys.executable, '-m', 'pipelines.reproduce_fedgen_table', f'--only={run.name}',
+        *(f'--{flag.name}={flag.value}' for flag in (
+            _DATA_DIR, _OUTPUT_DIR, _ROUNDS, _ROUNDS_PER_EVALUATION,
+        )),
+        f'--algorithms={run.algorithm}', f'--alphas={run.alpha}', f'--seeds={run.seed}',
+    ]
+    jobs.append(parallel.Job(run.name, command, run.folder / 'log'))
+
+  def line(job: parallel.Job, seconds: float) -> str:
+    last = json.loads(todo[job.name].results.read_text())['last']
+    found = ', '.join(f'{key} {value:.4f}' for key, value in sorted(last.items()))
+    return f'{found}, {seconds:.0f} s'
+
+  # As Ctrl-C: the runs are stopped, too.
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  try:
+    failed = parallel.run_all(jobs, _JOBS.value, line)
+  except KeyboardInterrupt:
+    print('Stopped. The same command goes on.', file=sys.stderr)
+    return 130
+  if len(failed) < len(runs):
+    _report(runs)
+  if failed:
+    print(f'error: failed: {"; ".join(failed)}.', file=sys.stderr)
+    return 1
+  return 0
+
+
+if __name__ == '__main__':
+  pipelines.run(main)
