@@ -156,7 +156,7 @@ def test_the_not_true_term_ignores_the_true_class(seed, tau, shift):
 
   def value(logits):
     step = local_terms.LocalStep(
-        None, tf.constant(logits), tf.constant(labels), tf.constant(target), [], []
+        None, tf.constant(logits), tf.constant(labels), tf.constant(target), 0, [], []
     )
     return float(term(tf.constant(0.0), step))
 

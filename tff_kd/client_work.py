@@ -525,7 +525,7 @@ def build_training(
   all_variables = [*trainable, *extra_variables]
   stepper = optimizers.build_stepper(optimizer, all_variables)
 
-  def gradients_on(batch, local_terms, received):
+  def gradients_on(batch, step_num, local_terms, received):
     inputs, labels = models.split_batch(batch)
     target_logits = {
         name: target.logits(inputs) for name, target in target_models.items()
@@ -542,6 +542,7 @@ def build_training(
                 logits=model.class_logits(outputs),
                 labels=labels,
                 target_logits=target_logits.get(term.target),
+                step_num=step_num,
                 weights=trainable,
                 received=received,
             ),
@@ -555,7 +556,9 @@ def build_training(
     return loss, gradients, tf.shape(outputs)[0], bad, seen
 
   def step(progress: _Progress, batch: Any, extra: Any, may_be_empty: bool):
-    loss, gradients, batch_size, bad, seen = gradients_on(batch, *extra)
+    loss, gradients, batch_size, bad, seen = gradients_on(
+        batch, progress.num_batches, *extra
+    )
     carry = progress.carry
     loss_sum = loss * tf.cast(batch_size, loss.dtype)
     if may_be_empty:

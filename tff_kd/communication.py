@@ -15,15 +15,17 @@ class RoundBytes(NamedTuple):
     down: Bytes that the client receives.
     up_model: Bytes of its weight delta and statistics.
     up_knowledge: Bytes of its predictions.
+    up_companion: Bytes of what a companion exchanges after the local training.
   """
 
   down: int
   up_model: int
   up_knowledge: int
+  up_companion: int = 0
 
   @property
   def up(self) -> int:
-    return self.up_model + self.up_knowledge
+    return self.up_model + self.up_knowledge + self.up_companion
 
   @property
   def total(self) -> int:
@@ -70,8 +72,10 @@ def round_bytes(process: process_lib.DistillationProcess) -> RoundBytes:
   up_knowledge = type_bytes(update.knowledge)
   if coded.knowledge is not None:
     up_knowledge = coded.knowledge
+  exchanged_down, exchanged_up = process.exchanged_bytes
   return RoundBytes(
-      down=down,
+      down=down + exchanged_down,
       up_model=type_bytes(update.model) // count,
       up_knowledge=up_knowledge,
+      up_companion=exchanged_up,
   )

@@ -94,6 +94,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
     teacher_spec: The teacher's `ModelSpec`, or `None`.
     transfer_set: The `TransferSet`, or `None`.
     coded_bytes: The `CodedBytes` of one message without a previous one.
+    exchanged_bytes: What a client moves down and up in a companion's exchange.
   """
 
   def __init__(
@@ -107,6 +108,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
       teacher_spec: Optional[models.ModelSpec],
       transfer_set: Optional[transfer.TransferSet],
       coded_bytes: CodedBytes = _NOT_CODED,
+      exchanged_bytes: tuple[int, int] = (0, 0),
       **kwargs,
   ):
     super().__init__(*args, **kwargs)
@@ -119,6 +121,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
     self.teacher_spec = teacher_spec
     self.transfer_set = transfer_set
     self.coded_bytes = coded_bytes
+    self.exchanged_bytes = exchanged_bytes
 
   @property
   def get_teacher_weights(self) -> tff.Computation:
@@ -185,6 +188,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
     teacher_spec: The teacher's `ModelSpec`, or `None`.
     transfer_set: The `TransferSet`, or `None`.
     coded_bytes: The `CodedBytes` of one message without a previous one.
+    exchanged_bytes: What a client moves down and up in a companion's exchange.
   """
 
   def __init__(
@@ -204,6 +208,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
       get_teacher_weights_fn: Optional[tff.Computation] = None,
       set_teacher_weights_fn: Optional[tff.Computation] = None,
       coded_bytes: CodedBytes = _NOT_CODED,
+      exchanged_bytes: tuple[int, int] = (0, 0),
   ):
     super().__init__(initialize_fn, next_fn)
     self.initialize_client = initialize_client_fn
@@ -219,6 +224,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
     self.teacher_spec = teacher_spec
     self.transfer_set = transfer_set
     self.coded_bytes = coded_bytes
+    self.exchanged_bytes = exchanged_bytes
 
 
 def build_distillation_process(
@@ -557,6 +563,7 @@ def build_distillation_process(
       teacher_spec=teacher,
       transfer_set=transfer_set,
       coded_bytes=coded_bytes,
+      exchanged_bytes=companion.exchange_bytes() if companion is not None else (0, 0),
   )
   get_model_weights = build_getter('global_model_weights')
   set_model_weights = build_setter('global_model_weights')

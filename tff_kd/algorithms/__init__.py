@@ -67,6 +67,12 @@ REGISTRY = {
             needs=('transfer set', 'teacher'),
         ),
         Algorithm(
+            'fed_gen',
+            'averaging; a generator of features carries what all clients know',
+            'weights, label counts, gradients by generated features',
+            needs=('layer to split at',),
+        ),
+        Algorithm(
             'fd',
             "clients keep their models and exchange each class's mean logits",
             'logits by class',

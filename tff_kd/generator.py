@@ -1,0 +1,511 @@
+"""FedGen's generator: knowledge that comes down as made-up features, without any data.
+
+A generator G(noise, label) in the space of one layer's outputs learns on the server to
+please the clients' heads (what their students do after that layer), and clients learn
+from its features while they train. No head leaves its client: in each of the generator's
+steps the server sends generated features down, and what comes up, added over the clients,
+is the gradient of their losses by these features. That is the gradient of the paper's
+objective, exactly; its price is one exchange a step, of as many floats both ways as the
+generated batch has.
+
+Source: Zhu, Hong & Zhou, "Data-Free Knowledge Distillation for Heterogeneous Federated
+Learning" (FedGen, ICML 2021), section 4 and Algorithm 1.
+"""
+
+from collections.abc import Callable
+import inspect
+import math
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_kd import companions
+from tff_kd import local_terms
+from tff_kd import losses
+from tff_kd import models
+from tff_kd import optimizers
+
+_CLIENT_STREAM, _SERVER_STREAM = 21, 22
+_TOLERANCE = 1e-4
+
+GeneratorFn = Callable[[], tf.keras.Model]
+
+
+class GeneratorState(NamedTuple):
+  """What the server keeps.
+
+  Attributes:
+    weights: The generator's variables.
+    optimizer: Its optimizer's state.
+    seen: float32 `[classes]`, 1 for each class that some client has had.
+  """
+
+  weights: Any
+  optimizer: Any
+  seen: tf.Tensor
+
+
+class _Broadcast(NamedTuple):
+  weights: Any
+  seen: tf.Tensor
+
+
+class _Kept(NamedTuple):
+  """What a client holds for the exchange.
+
+  Attributes:
+    head: The trained variables of its head.
+    counts: float32 `[classes]`, how often it has seen each class in this round.
+  """
+
+  head: Any
+  counts: tf.Tensor
+
+
+class _Generated(NamedTuple):
+  """A generated batch.
+
+  Attributes:
+    features: float32 `[batch, features]`.
+    labels: int32 `[batch]`.
+  """
+
+  features: tf.Tensor
+  labels: tf.Tensor
+
+
+class _Answer(NamedTuple):
+  """What clients say of a generated batch; a sum over clients.
+
+  Attributes:
+    gradients: float32 `[batch, features]`, of `losses` by the features.
+    losses: float32 `[batch]`, each client's cross-entropy times its count of the label.
+  """
+
+  gradients: tf.Tensor
+  losses: tf.Tensor
+
+
+def split_model(
+    keras_model: tf.keras.Model, split_layer: Optional[str]
+) -> tuple[list[tf.keras.layers.Layer], list[tf.keras.layers.Layer]]:
+  """The layers up to and with the split layer, and those after it: the head.
+
+  Args:
+    keras_model: A model that applies its layers one after the other.
+    split_layer: The name of the layer whose outputs are the features; if `None`, the one
+      before the last with weights.
+
+  Raises:
+    ValueError: If there is no such layer, or nothing before or in the head.
+  """
+  layers = [
+      layer for layer in keras_model.layers
+      if not isinstance(layer, tf.keras.layers.InputLayer)
+  ]
+  names = [layer.name for layer in layers]
+  if split_layer is None:
+    index = max((i for i, its in enumerate(layers) if its.weights), default=0) - 1
+  elif split_layer in names:
+    index = names.index(split_layer)
+  else:
+    raise ValueError(
+        f"`split_layer` must be one of the student's layers {names}, found "
+        f'{split_layer!r}.'
+    )
+  body, head = layers[: index + 1], layers[index + 1 :]
+  if not body or not any(layer.trainable_weights for layer in head):
+    raise ValueError(
+        'The student must have layers before the split, and weights to train after it; '
+        f'found the layers {[layer.name for layer in body]} and '
+        f'{[layer.name for layer in head]}. Choose another `split_layer`.'
+    )
+  return body, head
+
+
+def _apply(layers: list[tf.keras.layers.Layer], inputs: tf.Tensor) -> tf.Tensor:
+  """In inference mode: statistics are of real examples only."""
+  outputs = inputs
+  for layer in layers:
+    takes_training = 'training' in inspect.signature(layer.call).parameters
+    outputs = layer(outputs, training=False) if takes_training else layer(outputs)
+  return outputs
+
+
+def diversity_loss(noise: tf.Tensor, features: tf.Tensor) -> tf.Tensor:
+  """exp(-mean over pairs of the noise's distance times the features').
+
+  Distances are the mean square and the mean absolute difference of the entries, as in the
+  authors' implementation.
+
+  Args:
+    noise: float32 `[batch, noise_dim]`.
+    features: float32 `[batch, features]`.
+  """
+  noise_distance = tf.reduce_mean(
+      tf.math.squared_difference(noise[:, tf.newaxis], noise[tf.newaxis]), axis=-1
+  )
+  distance = tf.reduce_mean(
+      tf.abs(features[:, tf.newaxis] - features[tf.newaxis]), axis=-1
+  )
+  return tf.exp(-tf.reduce_mean(noise_distance * distance))
+
+
+class FeatureGenerator(companions.Companion):
+  """The generator, as what takes part beside the student."""
+
+  def __init__(
+      self,
+      student: models.ModelSpec,
+      *,
+      optimizer: optimizers.Optimizer,
+      split_layer: Optional[str] = None,
+      generator_fn: Optional[GeneratorFn] = None,
+      noise_dim: int = 32,
+      hidden_units: int = 256,
+      num_steps: int = 50,
+      batch_size: int = 32,
+      weight: float = 10.0,
+      decay: float = 0.98,
+      seed: int = 0,
+  ):
+    """Initializes the generator.
+
+    Args:
+      student: The clients' model.
+      optimizer: The generator's; its state lives in the process state.
+      split_layer: As `split_model` has it.
+      generator_fn: Returns a new Keras model from `[batch, noise_dim + classes]` (noise,
+        then the label as one-hot) to `[batch, features]`, the features flattened; one
+        hidden layer with relu if `None`. (The authors' has batch norm after it.)
+      noise_dim: How many normally distributed numbers a generated example begins with.
+      hidden_units: Of the generator's hidden layer.
+      num_steps: The generator's steps a round, each an exchange with all clients.
+      batch_size: Generated examples a step.
+      weight: alpha = beta of the clients' terms in the second round; they begin there.
+      decay: Their factor from round to round.
+      seed: With the round number, decides what is generated.
+
+    Raises:
+      ValueError: If a number is out of range, labels are no class indices, or the student
+        cannot be split.
+    """
+    optimizers.check_optimizer(optimizer, 'generator_optimizer')
+    for name, value in (
+        ('noise_dim', noise_dim), ('hidden_units', hidden_units),
+        ('generator_steps', num_steps), ('generator_batch_size', batch_size),
+    ):
+      if not isinstance(value, int) or value < 1:
+        raise ValueError(f'`{name}` must be a positive integer, found {value!r}.')
+    if not 0.0 < weight < math.inf or not 0.0 < decay <= 1.0:
+      raise ValueError(
+          '`generative_weight` must be above 0 and finite, and `generative_decay` above '
+          f'0 and at most 1, found {weight!r} and {decay!r}.'
+      )
+    labels = tf.nest.flatten(models.split_batch(student.input_spec)[1])
+    self._classes = student.logits_shape[-1]
+    if (
+        len(student.logits_shape) != 1
+        or self._classes < 2
+        or len(labels) != 1
+        or not labels[0].dtype.is_integer
+    ):
+      raise ValueError(
+          'The generator needs class indices as labels and one prediction over two '
+          f'classes or more an example, found labels {labels} and logits of shape '
+          f'{student.logits_shape}.'
+      )
+    self._student, self._split_layer = student, split_layer
+    self._feature_shape = self._checked_feature_shape()
+    self._generator_fn = generator_fn or self._default_generator
+    self._noise_dim, self._hidden_units = noise_dim, hidden_units
+    self._num_steps, self._batch_size = num_steps, batch_size
+    self._weight, self._decay = weight, decay
+    self._optimizer, self._seed = optimizer, seed
+    self._initial_weights = [v.numpy() for v in self._build_generator().variables]
+
+  @property
+  def _num_features(self) -> int:
+    return math.prod(self._feature_shape)
+
+  def _checked_feature_shape(self) -> tuple[int, ...]:
+    """The shape of one example's features; refuses what is no chain of layers."""
+    model = self._student.model_fn().keras_model
+    body, head = split_model(model, self._split_layer)
+    inputs_spec = models.split_batch(self._student.input_spec)[0]
+    refusal = (
+        'To be split, the student must apply its layers one after the other; here '
+        f'{[layer.name for layer in body + head]} in turn are not the model. Use a '
+        'sequential model, or one whose `layers` are in the order of their use.'
+    )
+    if not isinstance(inputs_spec, tf.TensorSpec):
+      raise ValueError(refusal)
+    shape = [8] + [d or 1 for d in inputs_spec.shape[1:]]
+    inputs = np.random.default_rng(0).standard_normal(shape)
+    inputs = tf.cast(inputs, inputs_spec.dtype)
+    try:
+      features = _apply(body, inputs)
+      outputs = _apply(head, features)
+    except (TypeError, ValueError) as error:
+      raise ValueError(f'{refusal} Keras says: {error}') from error
+    expected = model(inputs, training=False)
+    if outputs.shape != expected.shape or not np.allclose(
+        outputs, expected, atol=_TOLERANCE
+    ):
+      raise ValueError(refusal)
+    return tuple(features.shape[1:])
+
+  def _default_generator(self) -> tf.keras.Model:
+    return tf.keras.Sequential([
+        tf.keras.layers.InputLayer((self._noise_dim + self._classes,)),
+        tf.keras.layers.Dense(self._hidden_units, activation='relu'),
+        tf.keras.layers.Dense(self._num_features),
+    ])
+
+  def _build_generator(self) -> tf.keras.Model:
+    generator = self._generator_fn()
+    outputs = generator(tf.zeros([2, self._noise_dim + self._classes]))
+    if outputs.shape[1:].as_list() != [self._num_features]:
+      raise ValueError(
+          '`generator_fn` must return a model with outputs of shape [batch, '
+          f'{self._num_features}] (the features of one example), found '
+          f'{outputs.shape}.'
+      )
+    return generator
+
+  def _generate(
+      self, generator: tf.keras.Model, noise: tf.Tensor, labels: tf.Tensor
+  ) -> tf.Tensor:
+    one_hot = tf.one_hot(labels, self._classes)
+    return generator(tf.concat([noise, one_hot], axis=-1), training=False)
+
+  def initial_server_state(self):
+    generator = self._build_generator()
+    stepper = optimizers.build_stepper(self._optimizer, generator.trainable_variables)
+    return GeneratorState(
+        weights=[tf.constant(w) for w in self._initial_weights],
+        optimizer=stepper.initialize(),
+        seen=tf.zeros([self._classes]),
+    )
+
+  def broadcast(self, server_state):
+    return _Broadcast(list(server_state.weights), server_state.seen)
+
+  def attach(self, model):
+    generator = self._build_generator()
+    _, head = split_model(model.keras_model, self._split_layer)
+
+    def head_logits(features: tf.Tensor) -> tf.Tensor:
+      shaped = tf.reshape(features, [-1, *self._feature_shape])
+      return model.class_logits(_apply(head, shaped))
+
+    def begin(received, client_state, round_num):
+      del client_state
+      _assign(generator.variables, received.weights)
+      seed = tf.random.experimental.stateless_fold_in(
+          tf.constant([self._seed, _CLIENT_STREAM]), round_num
+      )
+      return [
+          _GeneratorTerm(
+              lambda noise, labels: head_logits(
+                  self._generate(generator, noise, labels)
+              ),
+              noise_dim=self._noise_dim,
+              weight=self._weight
+              * self._decay ** tf.cast(round_num - 1, tf.float32),
+              is_on=round_num > 0,
+              seen=received.seen,
+              seed=seed,
+          )
+      ]
+
+    def end(observed):
+      return (), _Kept([tf.convert_to_tensor(v) for v in _variables(head)], observed)
+
+    def count(logits, labels):
+      del logits
+      flat = tf.reshape(tf.cast(labels, tf.int32), [-1])
+      return tf.reduce_sum(tf.one_hot(flat, self._classes), axis=0)
+
+    return companions.Attachment(
+        begin,
+        end,
+        observer=companions.Observer(lambda: tf.zeros([self._classes]), count),
+    )
+
+  def exchange(self, server_state, exchanged, round_num):
+    kept_type = exchanged.type_signature.member
+    state_type = server_state.type_signature.member
+    counts_type = tff.TensorType(np.float32, [self._classes])
+
+    def draw(step, round_num, counts):
+      """The noise and labels of a step: labels that some client has, alike."""
+      seed = tf.constant([self._seed, _SERVER_STREAM])
+      for number in (round_num, step):
+        seed = tf.random.experimental.stateless_fold_in(seed, number)
+      noise = tf.random.stateless_normal([self._batch_size, self._noise_dim], seed)
+      labels = tf.random.stateless_categorical(
+          tf.math.log(tf.cast(counts > 0.0, tf.float32))[tf.newaxis],
+          self._batch_size,
+          seed,
+          dtype=tf.int32,
+      )[0]
+      # Out of range where there is no label at all; then nothing is learned either.
+      return noise, tf.minimum(labels, self._classes - 1)
+
+    @tff.tensorflow.computation(state_type, counts_type, np.int32)
+    def start(state, counts, round_num):
+      generator = self._build_generator()
+
+      @tf.function
+      def run():
+        _assign(generator.variables, state.weights)
+        noise, labels = draw(0, round_num, counts)
+        features = self._generate(generator, noise, labels)
+        return _Generated(features, labels)
+
+      return run()
+
+    generated_type = start.type_signature.result
+
+    @tff.tensorflow.computation(kept_type, generated_type)
+    def answer(kept, generated):
+      model = self._student.blank_model_fn()
+      _, head = split_model(model.keras_model, self._split_layer)
+
+      @tf.function
+      def run():
+        _assign(_variables(head), kept.head)
+        with tf.GradientTape() as tape:
+          tape.watch(generated.features)
+          shaped = tf.reshape(generated.features, [-1, *self._feature_shape])
+          logits = model.class_logits(_apply(head, shaped))
+          each = tf.nn.sparse_softmax_cross_entropy_with_logits(
+              generated.labels, logits
+          ) * tf.gather(kept.counts, generated.labels)
+        return _Answer(tape.gradient(each, generated.features), each)
+
+      return run()
+
+    @tff.tensorflow.computation(
+        state_type, counts_type, np.int32, np.int32, answer.type_signature.result
+    )
+    def advance(state, counts, round_num, step, answers):
+      generator = self._build_generator()
+      variables = generator.trainable_variables
+      stepper = optimizers.build_stepper(self._optimizer, variables)
+
+      @tf.function
+      def run():
+        _assign(generator.variables, state.weights)
+        noise, labels = draw(step, round_num, counts)
+        # Each client's share of its label, and the mean over the batch.
+        share = tf.math.divide_no_nan(
+            1.0 / self._batch_size, tf.gather(counts, labels)
+        )
+        with tf.GradientTape() as tape:
+          features = self._generate(generator, noise, labels)
+          diversity = diversity_loss(noise, features)
+          # Its gradient by the features is the clients'.
+          surrogate = tf.reduce_sum(
+              features * answers.gradients * share[:, tf.newaxis]
+          )
+          loss = surrogate + diversity
+        new_optimizer = state.optimizer
+        if tf.reduce_sum(counts) > 0.0:
+          gradients = tape.gradient(loss, variables)
+          carry = stepper.apply(stepper.begin(state.optimizer), gradients)
+          new_optimizer = stepper.end(carry)
+        next_noise, next_labels = draw(step + 1, round_num, counts)
+        new_state = GeneratorState(
+            [tf.convert_to_tensor(v) for v in generator.variables],
+            new_optimizer,
+            tf.maximum(state.seen, tf.cast(counts > 0.0, tf.float32)),
+        )
+        return (
+            new_state,
+            _Generated(
+                self._generate(generator, next_noise, next_labels), next_labels
+            ),
+            tf.reduce_sum(answers.losses * share),
+            diversity,
+        )
+
+      return run()
+
+    counts = tff.federated_sum(exchanged.counts)
+    generated = tff.federated_map(start, (server_state, counts, round_num))
+    state = server_state
+    loss, diversity = None, None
+    for step in range(self._num_steps):
+      answers = tff.federated_sum(
+          tff.federated_map(answer, (exchanged, tff.federated_broadcast(generated)))
+      )
+      place = tff.federated_value(np.int32(step), tff.SERVER)
+      state, generated, loss, diversity = tff.federated_map(
+          advance, (state, counts, round_num, place, answers)
+      )
+    return state, tff.federated_zip(
+        dict(generator_loss=loss, diversity_loss=diversity)
+    )
+
+  def exchange_bytes(self):
+    features = 4 * self._batch_size * self._num_features
+    down = self._num_steps * (features + 4 * self._batch_size)
+    up = self._num_steps * (features + 4 * self._batch_size) + 4 * self._classes
+    return down, up
+
+
+def _variables(layers: list[tf.keras.layers.Layer]) -> list[tf.Variable]:
+  return [v for layer in layers for v in layer.variables]
+
+
+def _assign(variables: list[tf.Variable], values: Any) -> None:
+  for variable, value in zip(variables, values, strict=True):
+    variable.assign(value)
+
+
+class _GeneratorTerm(local_terms.LocalTerm):
+  """L + a CE(h(G(noise', y')), y') + a KL(h(G(noise, y)) || z), y' of classes seen."""
+
+  def __init__(
+      self,
+      logits_fn: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+      *,
+      noise_dim: int,
+      weight: tf.Tensor,
+      is_on: tf.Tensor,
+      seen: tf.Tensor,
+      seed: tf.Tensor,
+  ):
+    self._logits_fn, self._noise_dim = logits_fn, noise_dim
+    self._weight, self._is_on = weight, is_on
+    self._seen, self._seed = seen, seed
+
+  def __call__(self, loss, step):
+    labels = tf.reshape(tf.cast(step.labels, tf.int32), [-1])
+    size = tf.shape(step.logits)[0]
+    seed = self._seed
+    # The labels make it differ from client to client.
+    for number in (step.step_num, tf.reduce_sum(labels * tf.range(1, size + 1))):
+      seed = tf.random.experimental.stateless_fold_in(seed, number)
+    seeds = tf.random.experimental.stateless_split(seed, 3)
+
+    def noise(seed: tf.Tensor) -> tf.Tensor:
+      return tf.random.stateless_normal([size, self._noise_dim], seed)
+
+    def terms() -> tf.Tensor:
+      others = tf.random.stateless_categorical(
+          tf.math.log(self._seen)[tf.newaxis], size, seeds[0], dtype=tf.int32
+      )[0]
+      taught = tf.nn.sparse_softmax_cross_entropy_with_logits(
+          others, self._logits_fn(noise(seeds[1]), others)
+      )
+      near = losses.kl_divergence(
+          self._logits_fn(noise(seeds[2]), labels), step.logits
+      )
+      return loss + self._weight * (tf.reduce_mean(taught) + tf.reduce_mean(near))
+
+    return tf.cond(self._is_on & (tf.reduce_sum(self._seen) > 0.0), terms, lambda: loss)
