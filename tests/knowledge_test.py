@@ -282,7 +282,7 @@ def test_quantized_single_logits_and_positions():
   payload = rule.encode(tf.constant(z))
   units = rule.units(payload).numpy()
   assert units.shape == z.shape
-  np.testing.assert_array_equal(units.sum(-1), 3 * np.array([1, 0, 1, 1])[:, None] + [0] * 3)
+  np.testing.assert_array_equal(units.sum(-1), [[3] * 3, [0] * 3, [3] * 3, [3] * 3])
   exact = int(rule.message_bits(rule.encode(tf.zeros_like(z))))
   assert -(-exact // 8) == rule.first_message_bytes(tf.TensorShape([3, 5]), 4)
 
