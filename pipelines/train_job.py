@@ -774,9 +774,9 @@ def _report(
       f'{args.MONITOR.value} is kept. Accuracy on {len(task.test)} test examples.'
   )
   print(
-      f'MB per client and round: {per_round.up / 1e6:.3f} up '
-      f'({per_round.up_knowledge / 1e6:.3f} of them predictions), '
-      f'{per_round.down / 1e6:.3f} down.'
+      f'MB per client and round: {per_round.up / 1e6:.3g} up '
+      f'({per_round.up_knowledge / 1e6:.3g} of them predictions), '
+      f'{per_round.down / 1e6:.3g} down.'
   )
   if _KNOWLEDGE_BITS in history[0]:
     bits = sum(row[_KNOWLEDGE_BITS] for row in history)
@@ -784,8 +784,8 @@ def _report(
         row['client_work/participation/num_included'] for row in history
     )
     print(
-        'Predictions as coded, measured: '
-        f'{bits / 8e6 / max(clients_in, 1):.6f} MB per client and round up.'
+        'Measured, of predictions as coded: '
+        f'{bits / 8e6 / max(clients_in, 1):.3g} MB per client and round up.'
     )
   seconds = [row[tff_kd.simulation.ROUND_SECONDS] for row in history]
   print(f'Seconds per round: {np.median(seconds):.2f} (median).')

@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from tests import helpers
 import tff_kd
+from tff_kd import codecs
 from tff_kd import knowledge
 
 _RULES = knowledge.CONSENSUS_RULES
@@ -204,6 +205,10 @@ def test_probabilities_by_certainty_as_fed_aux_averages_them():
         lambda: knowledge.MeanProbabilities(power=0.0),
         lambda: knowledge.MeanProbabilities(temperature=0.1, power=2.0),
         lambda: knowledge.CertaintyWeighted('guess'),
+        lambda: knowledge.Quantized(bits=0),
+        lambda: knowledge.Quantized(bits=9),
+        lambda: knowledge.Quantized(knowledge.MeanLogits()),
+        lambda: knowledge.Quantized(knowledge.CertaintyWeighted()),
     ],
 )
 def test_bad_rules_are_refused(build):
@@ -226,6 +231,105 @@ def test_a_custom_rule_serves_a_whole_round():
     metrics = output.metrics['server_distillation']['student']
     assert metrics['num_targets'] == 12
     assert 0 < metrics['last_loss'] < metrics['first_loss']
+
+
+_QUANTIZABLE = [
+    knowledge.MeanProbabilities(),
+    knowledge.CertaintyWeighted('confidence', average='probabilities'),
+    knowledge.CertaintyWithDiversity('confidence', average='probabilities'),
+]
+
+
+@pytest.mark.parametrize('rule', _QUANTIZABLE, ids=lambda its: type(its).__name__)
+def test_quantized_rules_say_a_point_of_the_simplex(rule):
+  (logits,) = _logits(0, clients=1, rows=6)
+  logits[2, 1], logits[4, 0] = np.nan, np.inf
+  rows = [0, 1, 3, 5]
+  for bits in (1, 3, 8):
+    quantized = knowledge.Quantized(rule, bits)
+    assert quantized.has_diversity == rule.has_diversity
+    assert quantized.payload_spec(tf.TensorShape([5]), 6) == rule.payload_spec(
+        tf.TensorShape([5]), 6
+    )
+    payload = quantized.encode(tf.constant(logits))
+    units = codecs.quantize(_softmax(logits[rows]), bits).numpy()
+    heavier = tf.nest.map_structure(lambda its: 7.0 * its, payload)
+    for its in (payload, heavier):
+      found = quantized.units(its).numpy()
+      np.testing.assert_array_equal(found[rows], units)
+      assert not found[[2, 4]].any()
+    consensus = quantized.decode(payload)
+    np.testing.assert_allclose(
+        _softmax(consensus.logits.numpy()[rows]),
+        units / codecs.num_units(bits), atol=1e-5,
+    )
+    np.testing.assert_array_equal(consensus.mask, [1, 1, 0, 1, 0, 1])
+    assert int(quantized.message_bits(payload, payload)) == 1 + 3
+
+
+def test_quantized_single_logits_and_positions():
+  rng = np.random.default_rng(0)
+  rule = knowledge.Quantized(bits=2)
+  z = rng.normal(size=(9, 1)).astype(np.float32)
+  payload = rule.encode(tf.constant(z))
+  p = 1 / (1 + np.exp(-z))
+  units = codecs.quantize(np.concatenate([1 - p, p], -1), 2)
+  np.testing.assert_array_equal(rule.units(payload), units)
+  np.testing.assert_allclose(payload.values, units.numpy()[:, 1:] / 3, atol=1e-5)
+  assert rule.first_message_bytes(tf.TensorShape([1]), 9) == 3  # 1 + 9 * 2 bits.
+  z = rng.normal(size=(4, 3, 5)).astype(np.float32)
+  z[1, 2, 0] = np.nan
+  payload = rule.encode(tf.constant(z))
+  units = rule.units(payload).numpy()
+  assert units.shape == z.shape
+  np.testing.assert_array_equal(units.sum(-1), [[3] * 3, [0] * 3, [3] * 3, [3] * 3])
+  exact = int(rule.message_bits(rule.encode(tf.zeros_like(z))))
+  assert -(-exact // 8) == rule.first_message_bytes(tf.TensorShape([3, 5]), 4)
+
+
+def test_fed_df_with_quantized_predictions_in_numpy():
+  """One round, one server step, from the mean of labels of one bit."""
+  tf.keras.utils.set_random_seed(0)
+  x, _ = helpers.examples(20, 0)
+  process = tff_kd.algorithms.build_fed_df(
+      **helpers.common(
+          client_optimizer=helpers.sgd(0.5),
+          student_optimizer=helpers.sgd(0.3),
+          transfer_set=tff_kd.TransferSet(x),
+          consensus_rule=knowledge.Quantized(bits=1),
+          distillation=tff_kd.Distillation(num_steps=1, batch_size=20),
+      )
+  )
+  state, sizes = process.initialize(), (6, 10)
+  w, b = (np.array(v, np.float64) for v in state.global_model_weights.trainable)
+  students, target = [], 0
+  for seed, n in enumerate(sizes):
+    cx, cy = helpers.examples(n, seed)
+    dz = (_softmax(cx @ w + b) - np.eye(3)[cy]) / n
+    its = (w - 0.5 * cx.T @ dz, b - 0.5 * dz.sum(0))
+    students.append(its)
+    target = target + n / 16 * np.eye(3)[(x @ its[0] + its[1]).argmax(-1)]
+  w, b = (np.average(its, axis=0, weights=sizes) for its in zip(*students))
+  dz = (_softmax(x @ w + b) - target) / 20
+  output = process.next(
+      state,
+      [
+          helpers.dataset(*helpers.examples(n, seed), batch_size=n)
+          for seed, n in enumerate(sizes)
+      ],
+  )
+  helpers.assert_weights_close(
+      output.state.global_model_weights.trainable,
+      [w - 0.3 * x.T @ dz, b - 0.3 * dz.sum(0)],
+      rtol=1e-4, atol=1e-5,
+  )
+  bits = codecs.first_message_bits(20, 3, 1)
+  counts = output.metrics['client_work']['participation']
+  assert counts['knowledge_bits'] == 2 * bits
+  assert tff_kd.communication.round_bytes(process).up_knowledge == -(-bits // 8)
+  empty = helpers.dataset(*helpers.examples(4, 0)).take(0)
+  counts = process.next(state, [empty]).metrics['client_work']['participation']
+  assert counts['knowledge_bits'] == 0
 
 
 @pytest.mark.parametrize('seed', range(4))

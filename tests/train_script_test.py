@@ -244,6 +244,12 @@ def test_help_lists_the_algorithms():
         (['--transfer_per_round=2000'], 'subset_size'),
         (['--server_patience=2'], 'validation part'),
         (['--alpha=0'], 'alpha'),
+        (['--algorithm=cfd', '--prediction_bits=9'], '`up_bits`'),
+        (['--algorithm=cfd', '--down_bits=12'], '`down_bits`'),
+        (['--algorithm=cfd', '--consensus=era'], '--consensus has no effect'),
+        (['--algorithm=fed_df', '--prediction_bits=1'], '--consensus=mean_probabilities'),
+        (['--algorithm=ds_fl', '--prediction_bits=9'], 'from 1'),
+        (['--algorithm=fed_avg', '--prediction_bits=1'], '--prediction_bits has no'),
         (['--resume'], '--output_dir'),
         (['--monitor=accuracy'], 'validation/teacher_accuracy'),
     ],
@@ -316,6 +322,20 @@ def test_clients_with_models_of_their_own(name, tmp_path):
   assert ('test/client_accuracy' in rows[0]) == (name == 'ds_fl')
   assert (folder / 'student.keras').exists() == (name == 'ds_fl')
   assert list((folder / 'clients').glob('client-*-round-*.npz'))
+
+
+def test_clients_without_models_of_their_own(tmp_path):
+  tiny = [f for f in _TINY if not f.startswith(('--server_', '--back_', '--teacher'))]
+  done = _run(
+      *tiny, '--algorithm=cfd', '--prediction_bits=2', '--rounds=2',
+      f'--output_dir={tmp_path}', '--nocompare_with_fed_avg',
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'Measured, of predictions as coded' in done.stdout
+  rows = _rows(tmp_path / 'metrics.csv')
+  assert len(rows) == 2 and (tmp_path / 'student.keras').exists()
+  assert 'test/student_accuracy' in rows[0]
+  assert not any('client_accuracy' in name for name in rows[0])
 
 
 def test_flags_of_averaging_are_refused_where_nothing_is_averaged():

@@ -8,8 +8,7 @@ code), so that its length is a formula and no statistics need to be sent.
 
 Sources: Sattler, Marban, Rischke & Samek, "CFD: Communication-Efficient Federated
 Distillation via Soft-Label Quantization and Delta Coding" (2021), for the quantiser and
-for coding differences; Cover, "Enumerative Source Encoding" (1973), for the code (the
-paper has an arithmetic coder in its place).
+for sending what changed; Cover, "Enumerative Source Encoding" (1973), for the code.
 
 The code of m rows, in bits, where A is the number of points, plus one for "missing" if a
 row of the message or of the previous one is missing:

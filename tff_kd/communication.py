@@ -52,9 +52,9 @@ def round_bytes(process: process_lib.DistillationProcess) -> RoundBytes:
   mean (one scalar a channel) and metrics are left out.
 
   Quantised predictions (`knowledge.Quantized`) count as the code of a message of all
-  rows without a previous one, which depends on no values; a message coded against the
-  last one is shorter where little changed, and never longer by more than the number of
-  changed rows. What clients really send is measured in each round:
+  rows without a previous one, which depends on no values. Coded against the last one a
+  message is shorter where little changed, and else longer by two bytes or so at most.
+  What clients really send is measured in each round:
   `metrics['client_work']['participation']['knowledge_bits']`, summed over them.
   """
   count = len(process.students.specs)

@@ -1,11 +1,12 @@
-"""Clients that keep their models: knowledge travels, weights do not.
+"""Clients that keep something for themselves: knowledge travels, weights do not.
 
 ```
  state -> what was shared -> learning from it -> local training -> payload -> mean
-             each client's own model, in and out           |                   |
+             each client's own state, in and out           |                   |
                                                  server_distillation   what is shared next
 ```
 
+A client keeps its model, unless it begins every round anew (`keeps_models=False`).
 An `Exchange` says what travels and how clients learn from it. A round of this process
 ends where the papers' ends in the middle: what a round leaves is learned at the beginning
 of the client's next one, so that a client computes once a round.
@@ -383,7 +384,7 @@ def build_private_process(
     learning_rate_fn: Optional[client_work_lib.LearningRateFn] = None,
     seed: int = 0,
 ) -> process.PrivateProcess:
-  """Composes a round of clients that keep their models.
+  """Composes a round of clients that keep their models, or what they sent.
 
   Args:
     student: The model of each client, and of the server if it has one.
