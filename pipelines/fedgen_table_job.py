@@ -87,7 +87,7 @@ def _build(
         **steps,
     )
   if algorithm.takes('split_layer'):
-    kwargs['split_layer'] = _SPLIT_LAYER
+    kwargs |= dict(split_layer=_SPLIT_LAYER, generative_weight=10.0)
   tf.keras.utils.set_random_seed(seed)
   return algorithm.build(**kwargs)
 

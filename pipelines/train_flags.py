@@ -81,6 +81,10 @@ flags.register_validator(
 TEACHER = flags.DEFINE_enum(
     'teacher', 'cnn', MODELS, 'The teacher model.'
 )
+MENTOR = flags.DEFINE_enum(
+    'mentor', 'document', MODELS, 'Of fml and fed_kd: the model that each client keeps '
+    'for itself, one of the teachers.'
+)
 PRETRAIN_EPOCHS = flags.DEFINE_integer(
     'pretrain_epochs', 0, 'Epochs of central training, of student and teacher, on '
     'the labelled transfer examples, before round 1.', lower_bound=0,
@@ -232,6 +236,26 @@ REGULARIZER_WEIGHT = flags.DEFINE_float(
     lower_bound=0.0,
 )
 
+SPLIT_LAYER = flags.DEFINE_string(
+    'split_layer', None, 'Of fed_gen: the name of the layer whose outputs are generated; '
+    'the one before the last with weights if unset.'
+)
+GENERATOR_STEPS = flags.DEFINE_integer(
+    'generator_steps', None, 'Of fed_gen: steps a round, each an exchange with all '
+    'clients.', lower_bound=1,
+)
+GENERATOR_RATE = flags.DEFINE_float(
+    'generator_learning_rate', None, "Of fed_gen: the generator's Adam.", lower_bound=0.0
+)
+GENERATIVE_WEIGHT = flags.DEFINE_float(
+    'generative_weight', None, "Of fed_gen: of its terms in the clients' loss.",
+    lower_bound=0.0,
+)
+ENERGY_ROUNDS = flags.DEFINE_integer(
+    'energy_rounds', None, 'Of fed_kd: from which round on the most of the energy of '
+    'updates is sent.', lower_bound=1,
+)
+
 # Flags that only some algorithms use, by the builder's parameter they feed.
 FLAGS_OF_PARAMETER = {
     'transfer_set': [
@@ -248,8 +272,14 @@ FLAGS_OF_PARAMETER = {
     'student_optimizer': ['student_learning_rate'],
     'regularizer_weight': ['regularizer_weight'],
     'digest_epochs': ['digest_epochs', 'digest_batch_size'],
+    'mentor_fn': ['mentor'],
+    'split_layer': [
+        'split_layer', 'generator_steps', 'generator_learning_rate',
+        'generative_weight',
+    ],
+    'energy_rounds': ['energy_rounds'],
 }
-# And those of the students' averaging, which clients that keep their models have not.
+# And those of the students' averaging.
 AVERAGING_FLAGS = [
     'server_optimizer', 'server_learning_rate', 'client_weighting', 'local_target',
     'local_weight', 'local_temperature', 'history_size', 'proximal_weight',
@@ -258,8 +288,8 @@ AVERAGING_FLAGS = [
 def is_taken(algorithm: algorithms.Algorithm, name: str) -> bool:
   """Whether a flag has an effect with an algorithm."""
   if name in AVERAGING_FLAGS:
-    return not algorithm.keeps_client_models
-  if name == 'pretrain_epochs' and algorithm.keeps_client_models:
+    return algorithm.averages
+  if name == 'pretrain_epochs' and not algorithm.averages:
     return algorithm.takes('pretraining_epochs')
   if name == 'consensus' and algorithm.takes('up_bits'):
     return False  # It has its own.

@@ -172,9 +172,9 @@ def _by_cohort(
   return {f'{name}_{i}': value for i, value in enumerate(values)}
 
 
-def _client_spec(process) -> Optional[tff_kd.models.ModelSpec]:
-  """Of the model that a client keeps, if it keeps one."""
-  return getattr(process, 'client_spec', None)
+def _clients(process) -> Optional[cohorts.Students]:
+  """The models that clients keep, if they do."""
+  return getattr(process, 'clients', None)
 
 
 def _local_arguments(algorithm: algorithms.Algorithm) -> dict[str, Any]:
@@ -239,16 +239,19 @@ def _build_process(
 ) -> Union[tff_kd.DistillationProcess, tff_kd.PrivateProcess]:
   """Builds the process from the flags."""
   kwargs = dict(common, seed=args.SEED.value)
-  if algorithm.keeps_client_models:
-    # Nothing is averaged but predictions.
-    del kwargs['server_optimizer'], kwargs['client_weighting']
-  else:
+  if algorithm.averages:
     kwargs |= _local_arguments(algorithm)
+  else:
+    del kwargs['server_optimizer'], kwargs['client_weighting']
   for name, value in (
       ('digest_epochs', args.DIGEST_EPOCHS.value),
       ('down_bits', args.DOWN_BITS.value),
       ('digest_batch_size', args.DIGEST_BATCH.value),
       ('regularizer_weight', args.REGULARIZER_WEIGHT.value),
+      ('split_layer', args.SPLIT_LAYER.value),
+      ('generator_steps', args.GENERATOR_STEPS.value),
+      ('generative_weight', args.GENERATIVE_WEIGHT.value),
+      ('energy_rounds', args.ENERGY_ROUNDS.value),
       ('pretraining_epochs', args.PRETRAIN_EPOCHS.value or None),
   ):
     if algorithm.takes(name) and value is not None:
@@ -270,6 +273,14 @@ def _build_process(
         seed=args.SEED.value,
     )
     kwargs |= _prediction_arguments(algorithm, defaults.get('consensus_rule'))
+  if algorithm.takes('mentor_fn'):
+    kwargs['mentor_fn'] = functools.partial(
+        keras_models.TEACHERS[args.MENTOR.value], task.num_classes, task.input_shape
+    )
+  if algorithm.takes('split_layer') and args.GENERATOR_RATE.value is not None:
+    kwargs['generator_optimizer'] = tff.learning.optimizers.build_adam(
+        args.GENERATOR_RATE.value
+    )
   if algorithm.takes('teacher_fn'):
     kwargs['teacher_fn'] = functools.partial(
         keras_models.TEACHERS[args.TEACHER.value], task.num_classes, task.input_shape
@@ -336,10 +347,9 @@ class _Evaluation:
   def names(process) -> list[str]:
     """The names of the metrics."""
     found = {**_specs(process), 'student': None}
-    if isinstance(process, tff_kd.PrivateProcess):
-      if process.get_model_weights is not None and process.client_spec is not None:
-        found['client'] = None
-    elif process.transfer_set is not None:
+    if _clients(process) is not None and process.get_model_weights is not None:
+      found['client'] = None
+    if process.transfer_set is not None and process.set_model_weights is not None:
       before = process.students.specs
       found |= _by_cohort('student_before', process.students, before)
       found['student_before'] = None
@@ -356,8 +366,13 @@ class _Evaluation:
   ):
     self._task = task
     self._students = process.students
+    self._clients = _clients(process)
     # Where clients keep models.
-    self._client_states = client_states if _client_spec(process) else None
+    self._client_states = client_states if self._clients is not None else None
+    if self._client_states is not None:
+      self._client_evaluators = [
+          tff_kd.evaluation.CentralEvaluator(spec) for spec in self._clients.specs
+      ]
     self.evaluators = {
         name: tff_kd.evaluation.CentralEvaluator(spec)
         for name, spec in _specs(process).items()
@@ -408,10 +423,13 @@ class _Evaluation:
 
   def _mean_over_clients(self, examples) -> dict[str, float]:
     """Of all clients' own models; one that never took part has the initial one."""
-    states = self._client_states.load(range(args.NUM_CLIENTS.value))
-    values = [
-        self.evaluators['student'].evaluate(its.weights, *examples) for its in states
-    ]
+    values = []
+    for number in range(args.NUM_CLIENTS.value):
+      (state,) = self._client_states.load([number])
+      cohort = number % len(self._clients.specs)
+      weights = self._clients.unpack(state.weights)[cohort]
+      evaluator = self._client_evaluators[cohort]
+      values.append(evaluator.evaluate(weights, *examples))
     return _mean_of(values)
 
 
@@ -449,8 +467,10 @@ def _train(
   metrics_path = run_dir / f'{prefix}metrics.csv'
   client_states = None
   if isinstance(process, tff_kd.PrivateProcess):
+    count = len(process.clients.specs) if process.clients is not None else 1
     client_states = tff_kd.simulation.ClientStates(
-        process.initialize_client(), run_dir / f'{prefix}clients'
+        process.initialize_client(), run_dir / f'{prefix}clients',
+        cohort_fn=(lambda client: client % count) if count > 1 else None,
     )
   try:
     result = tff_kd.simulation.train(
@@ -618,7 +638,7 @@ def _train_and_report(
 
   def initial_state(of_process):
     state = of_process.initialize()
-    if pretrained and not isinstance(of_process, tff_kd.PrivateProcess):
+    if pretrained and of_process.set_model_weights is not None:
       of_students = [pretrained[n] for n in specs if n.startswith('student')]
       state = of_process.set_model_weights(
           state, of_process.students.pack(of_students)

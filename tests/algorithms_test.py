@@ -46,6 +46,8 @@ def _build(name, task, batches):
   parts = dict(
       transfer_set=lambda: tff_kd.TransferSet(task.transfer.inputs),
       teacher_fn=lambda: model_fn,
+      mentor_fn=lambda: model_fn,
+      generator_steps=lambda: 5,
   )
   kwargs |= {name: make() for name, make in parts.items() if algorithm.takes(name)}
   return algorithm.build(**kwargs)
@@ -102,7 +104,7 @@ def test_the_registry_tells_what_builders_need():
   for name, algorithm in algorithms.REGISTRY.items():
     assert algorithm.name == name and algorithm.summary and algorithm.up
     needed = {
-        'transfer set': 'transfer_set', 'teacher': 'teacher_fn',
+        'transfer set': 'transfer_set', 'teacher': 'teacher_fn', 'mentor': 'mentor_fn',
     }
     required = {
         parameter.name

@@ -138,7 +138,7 @@ def test_three_rounds_equal_the_objective_with_all_heads_in_one_place(process):
     clients[1] = (clients[1][0], np.zeros_like(clients[1][1]))
     output = process.next(state, [helpers.dataset(x, y) for x, y in clients])
     state = output.state
-    weight = 10.0 * 0.98 ** (round_num - 1)
+    weight = 0.98 ** (round_num - 1)
     trained = [
         _train(student, gen, seen, data, round_num, weight) for data in clients
     ]

@@ -167,7 +167,7 @@ class FeatureGenerator(companions.Companion):
       hidden_units: int = 256,
       num_steps: int = 50,
       batch_size: int = 32,
-      weight: float = 10.0,
+      weight: float = 1.0,
       decay: float = 0.98,
       seed: int = 0,
   ):

@@ -15,7 +15,8 @@ of the client's next one, so that a client computes once a round.
 import abc
 import collections
 from collections.abc import Callable
-from typing import Any, NamedTuple, Optional
+import functools
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 import tensorflow as tf
@@ -367,7 +368,7 @@ class _ClassTargets(local_terms_lib.LocalTerm):
 
 
 def build_private_process(
-    student: models.ModelSpec,
+    student: Union[models.ModelSpec, cohorts.Students],
     *,
     client_optimizer: optimizers.Optimizer,
     exchange: Exchange,
@@ -387,7 +388,8 @@ def build_private_process(
   """Composes a round of clients that keep their models, or what they sent.
 
   Args:
-    student: The model of each client, and of the server if it has one.
+    student: The model of each client, and of the server if it has one; or those of the
+      cohorts, the first of which is the server's.
     client_optimizer: For the clients' own examples.
     exchange: What travels, and how clients learn from it.
     server_stage: How a server's model learns from the clients' predictions; there is
@@ -396,6 +398,7 @@ def build_private_process(
     pretraining: How a new client's model, and the server's, learn from the transfer
       set's labels before the first round; not at all if `None`.
     client_data: Where and how clients read their examples; `next` then takes numbers.
+      With cohorts, `next` takes {'cohort': number, 'data': dataset or number} a client.
     knowledge_weighting: A client's weight in what is exchanged.
     knowledge_aggregator: Aggregates that; the weighted mean if `None`.
     metrics_aggregator: As in `tff.learning.algorithms`.
@@ -411,6 +414,8 @@ def build_private_process(
   Raises:
     TypeError, ValueError: If the parts do not fit together.
   """
+  students = cohorts.as_students(student)
+  student = students.first
   transfer_set = exchange.transfer_set
   if transfer_set is None and (server_stage or pretraining):
     raise ValueError('A server model and pretraining need a transfer set.')
@@ -442,38 +447,58 @@ def build_private_process(
   def initial_shared():
     return exchange.initial_shared()
 
-  @tff.tensorflow.computation
-  def initial_weights():
-    model = student.blank_model_fn()
-    pretrain = None
-    if pretraining is not None:
-      pretrain = server_distillation_lib.build_stage(
-          pretraining, {'student': model}, transfer_set
-      )
+  def build_initial_weights(spec: models.ModelSpec) -> tff.Computation:
 
-    @tf.function
-    def run():
-      model.assign(tf.nest.map_structure(tf.constant, student.initial_weights))
-      if pretrain is not None:
-        # Labels only: no example has a target.
-        nothing = consensus_rule.decode(
-            consensus_rule.zero_payload(
-                student.logits_shape, transfer_set.num_predictions
-            )
+    @tff.tensorflow.computation
+    def initial_weights():
+      model = spec.blank_model_fn()
+      pretrain = None
+      if pretraining is not None:
+        pretrain = server_distillation_lib.build_stage(
+            pretraining, {'student': model}, transfer_set
         )
-        pretrain(None, nothing, tf.constant(0), tf.constant([seed, 2]))
-      return tf.nest.map_structure(tf.convert_to_tensor, model.weights())
 
-    return run()
+      @tf.function
+      def run():
+        model.assign(tf.nest.map_structure(tf.constant, spec.initial_weights))
+        if pretrain is not None:
+          # Labels only: no example has a target.
+          nothing = consensus_rule.decode(
+              consensus_rule.zero_payload(
+                  spec.logits_shape, transfer_set.num_predictions
+              )
+          )
+          pretrain(None, nothing, tf.constant(0), tf.constant([seed, 2]))
+        return tf.nest.map_structure(tf.convert_to_tensor, model.weights())
+
+      return run()
+
+    return initial_weights
+
+  initial_weights = [build_initial_weights(spec) for spec in students.specs]
+
+  def in_cohort(cohort: int, weights: Any) -> Any:
+    """A cohort's weights at its place; arrays without entries for the others."""
+    return students.pack([
+        weights
+        if i == cohort
+        else tf.nest.map_structure(
+            lambda w: tf.zeros([0] * len(w.shape), w.dtype), spec.initial_weights
+        )
+        for i, spec in enumerate(students.specs)
+    ])
 
   @tff.tensorflow.computation
   def initialize_client():
     keeps = exchange.keeps_sent
-    return companions.ClientState(
-        weights=initial_weights() if keeps_models else (),
-        sent=zero_payload() if keeps else (),
-        sent_round=tf.constant(-1) if keeps else (),
-    )
+    return students.pack([
+        companions.ClientState(
+            weights=in_cohort(i, initial_weights[i]()) if keeps_models else (),
+            sent=zero_payload() if keeps else (),
+            sent_round=tf.constant(-1) if keeps else (),
+        )
+        for i in range(len(students.specs))
+    ])
 
   broadcast_type = tff.to_type(
       PrivateBroadcast(
@@ -486,7 +511,22 @@ def build_private_process(
     data_type = tff.SequenceType(
         tff.types.tensorflow_to_type(student.input_spec)
     )
+  data_type = cohorts.client_data_type(students, data_type)
   client_state_type = initialize_client.type_signature.result
+  if students.has_cohorts:
+    # One type for all cohorts: arrays of any size.
+    client_state_type = tff.to_type(
+        client_state_type[0].python_container(
+            weights=tff.types.tensorflow_to_type(
+                tf.nest.map_structure(
+                    lambda w: tf.TensorSpec([None] * np.ndim(w), w.dtype),
+                    students.initial_weights if keeps_models else (),
+                )
+            ),
+            sent=client_state_type[0].sent,
+            sent_round=client_state_type[0].sent_round,
+        )
+    )
 
   @tff.federated_computation
   def initial_hparams():
@@ -494,11 +534,10 @@ def build_private_process(
 
   hparams_type = initial_hparams.type_signature.result.member
 
-  @tff.tensorflow.computation(
-      hparams_type, broadcast_type, data_type, client_state_type
-  )
-  def client_computation(client_hparams, broadcast, data, client_state):
-    model = student.blank_model_fn()
+  def build_update(cohort: int):
+    """One client's round; returns a function of what the computation gets."""
+    spec = students.specs[cohort]
+    model = spec.blank_model_fn()
     learn = exchange.build_learning(model)
     train = client_work_lib.build_training(
         model,
@@ -510,13 +549,15 @@ def build_private_process(
     )
 
     @tf.function
-    def client_update():
-      before = client_state.weights
-      model.assign(
-          before
-          if keeps_models
-          else tf.nest.map_structure(tf.constant, student.initial_weights)
-      )
+    def client_update(client_hparams, broadcast, data, client_state):
+      before = tf.nest.map_structure(tf.constant, spec.initial_weights)
+      if keeps_models:
+        before = tf.nest.map_structure(
+            lambda its, w: tf.ensure_shape(its, np.shape(w)),
+            students.unpack(client_state.weights)[cohort],
+            spec.initial_weights,
+        )
+      model.assign(before)
       local_terms, has_learned = learn(broadcast, client_state)
       num_examples, bad_labels, observed = train(
           client_hparams, data, broadcast.round_num, local_terms, ()
@@ -541,8 +582,11 @@ def build_private_process(
       factor = 1.0 if knowledge_aggregator is not None else weight
       kept = ()
       if keeps_models:
-        kept = tf.nest.map_structure(
-            lambda new, old: tf.where(included, new, old), after, before
+        kept = in_cohort(
+            cohort,
+            tf.nest.map_structure(
+                lambda new, old: tf.where(included, new, old), after, before
+            ),
         )
       sent, sent_round = (), ()
       if exchange.keeps_sent:
@@ -571,7 +615,24 @@ def build_private_process(
       )
       return output, companions.ClientState(kept, sent, sent_round)
 
-    return client_update()
+    return client_update
+
+  @tff.tensorflow.computation(
+      hparams_type, broadcast_type, data_type, client_state_type
+  )
+  def client_computation(client_hparams, broadcast, data, client_state):
+    updates = [build_update(i) for i in range(len(students.specs))]
+    if not students.has_cohorts:
+      return updates[0](client_hparams, broadcast, data, client_state)
+    return students.select(
+        data['cohort'],
+        [
+            functools.partial(
+                update, client_hparams, broadcast, data['data'], client_state
+            )
+            for update in updates
+        ],
+    )
 
   output_type, _ = client_computation.type_signature.result
   with tf.Graph().as_default():
@@ -585,7 +646,7 @@ def build_private_process(
   server_distillation = None
   if server_stage is not None:
     server_distillation = server_distillation_lib.build_server_distillation(
-        cohorts.as_students(student),
+        cohorts.as_students(student),  # The server's is of the first cohort.
         None,
         transfer_set,
         [server_stage],
@@ -627,7 +688,7 @@ def build_private_process(
     return tff.federated_zip(
         PrivateState(
             global_model_weights=(
-                tff.federated_eval(initial_weights, tff.SERVER)
+                tff.federated_eval(initial_weights[0], tff.SERVER)
                 if server_stage is not None else nothing
             ),
             shared=tff.federated_eval(initial_shared, tff.SERVER),
@@ -717,11 +778,13 @@ def build_private_process(
       init_fn,
       next_fn,
       initialize_client_fn=initialize_client,
-      client_spec=student if keeps_models else None,
+      clients=students if keeps_models else None,
       get_model_weights_fn=get_model_weights,
       broadcast_type=broadcast_type,
       update_type=output_type.update,
-      students=cohorts.as_students(student),
+      students=(
+          cohorts.as_students(student) if server_stage is not None else students
+      ),
       transfer_set=transfer_set,
       coded_bytes=exchange.coded_bytes(),
   )

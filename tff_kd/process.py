@@ -172,9 +172,11 @@ class PrivateProcess(tff.templates.IterativeProcess):
   PrivateOutput). `tff_kd.simulation.ClientStates` keeps the clients' states.
 
   Attributes:
-    initialize_client: A `tff.Computation` ( -> ClientState).
-    client_spec: The `ModelSpec` of the model that a client keeps, `None` if it keeps
-      none.
+    initialize_client: A `tff.Computation` ( -> ClientState); where `clients` are of
+      several cohorts, a tuple of such, by cohort.
+    clients: The `cohorts.Students` of the models that clients keep; `None` if they keep
+      something else. A state's `weights` then are a tuple, too, of which a client has
+      its cohort's.
     get_model_weights: A `tff.Computation` (S -> the server's student's
       `ModelWeights`), or `None` where the server has none.
     set_model_weights: (<S, `ModelWeights`> -> S), or `None`.
@@ -197,7 +199,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
       next_fn: tff.Computation,
       *,
       initialize_client_fn: tff.Computation,
-      client_spec: Optional[models.ModelSpec],
+      clients: Optional[cohorts.Students],
       broadcast_type: tff.Type,
       update_type: tff.Type,
       students: cohorts.Students,
@@ -212,7 +214,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
   ):
     super().__init__(initialize_fn, next_fn)
     self.initialize_client = initialize_client_fn
-    self.client_spec = client_spec
+    self.clients = clients
     self.get_model_weights = get_model_weights_fn
     self.set_model_weights = set_model_weights_fn
     self.get_teacher_weights = get_teacher_weights_fn
@@ -574,7 +576,7 @@ def build_distillation_process(
         initialize_client_fn=tff.tensorflow.computation(
             companion.initial_client_state
         ),
-        client_spec=companion.client_spec,
+        clients=cohorts.as_students(companion.client_spec),
         get_model_weights_fn=get_model_weights,
         set_model_weights_fn=set_model_weights,
         **shared,

@@ -22,9 +22,9 @@ class Algorithm(NamedTuple):
   needs: tuple[str, ...] = ()
 
   @property
-  def keeps_client_models(self) -> bool:
-    """Whether it builds a `PrivateProcess`, whose clients keep something of theirs."""
-    return 'client state' in self.needs
+  def averages(self) -> bool:
+    """Whether the student's weights go up and are averaged."""
+    return self.up.startswith('weights')
 
   @property
   def build(self) -> Callable[..., Any]:
@@ -71,6 +71,18 @@ REGISTRY = {
             'averaging; a generator of features carries what all clients know',
             'weights, label counts, gradients by generated features',
             needs=('layer to split at',),
+        ),
+        Algorithm(
+            'fml',
+            "averaging; clients' private mentors and the student teach each other",
+            'weights',
+            needs=('mentor', 'client state'),
+        ),
+        Algorithm(
+            'fed_kd',
+            'as fml, adaptive; updates travel as truncated decompositions',
+            'weights of low rank',
+            needs=('mentor', 'client state'),
         ),
         Algorithm(
             'fd',

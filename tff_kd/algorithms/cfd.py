@@ -13,6 +13,7 @@ from typing import Any, Optional
 
 import tensorflow_federated as tff
 
+from tff_kd import cohorts
 from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
@@ -31,7 +32,7 @@ DEFAULT_DISTILLATION = server_distillation.Distillation(
 
 def build_cfd(
     *,
-    student_fn: models.KerasModelFn,
+    student_fn: cohorts.StudentFn,
     input_spec: Any,
     loss_fn: models.LossFn,
     transfer_set: transfer.TransferSet,
@@ -53,7 +54,8 @@ def build_cfd(
 
   Args:
     student_fn: Returns a new `tf.keras.Model`; its first weights are those with which
-      every client begins each round.
+      every client begins each round. A list of such functions, one a cohort, of which
+      the first is the server's.
     input_spec: The clients' `dataset.element_spec`.
     loss_fn: Returns a `tf.keras.losses.Loss`.
     transfer_set: The examples on which labels are exchanged.
@@ -76,12 +78,8 @@ def build_cfd(
     ValueError: If a number of bits has no meaning.
   """
   up, down = _labels('up_bits', up_bits), _labels('down_bits', down_bits)
-  student = models.build_model_spec(
-      student_fn,
-      input_spec=input_spec,
-      loss_fn=loss_fn,
-      metrics_fn=metrics_fn,
-      name='student',
+  students = cohorts.build_students(
+      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   stage = server_distillation.DistillationStage(
       'student',
@@ -89,10 +87,10 @@ def build_cfd(
       distillation,
   )
   return private_process.build_private_process(
-      student,
+      students,
       client_optimizer=client_optimizer,
       exchange=private_process.TransferExchange(
-          student, transfer_set, up, stage, seed, relabelling=down
+          students.first, transfer_set, up, stage, seed, relabelling=down
       ),
       server_stage=stage,
       consensus_rule=up,

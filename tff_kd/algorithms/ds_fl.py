@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 import tensorflow_federated as tff
 
+from tff_kd import cohorts
 from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
@@ -26,7 +27,7 @@ DEFAULT_DISTILLATION = server_distillation.Distillation(
 
 def build_ds_fl(
     *,
-    student_fn: models.KerasModelFn,
+    student_fn: cohorts.StudentFn,
     input_spec: Any,
     loss_fn: models.LossFn,
     transfer_set: transfer.TransferSet,
@@ -44,7 +45,8 @@ def build_ds_fl(
 
   Args:
     student_fn: Returns a new `tf.keras.Model`, of which each client has its own, and
-      the server one.
+      the server one; a list of such functions, one a cohort, of which the first is the
+      server's.
     input_spec: The clients' `dataset.element_spec`.
     loss_fn: Returns a `tf.keras.losses.Loss`.
     transfer_set: The examples on which clients predict.
@@ -62,12 +64,8 @@ def build_ds_fl(
   Returns:
     A `PrivateProcess` with a server model.
   """
-  student = models.build_model_spec(
-      student_fn,
-      input_spec=input_spec,
-      loss_fn=loss_fn,
-      metrics_fn=metrics_fn,
-      name='student',
+  students = cohorts.build_students(
+      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   stage = server_distillation.DistillationStage(
       'student',
@@ -75,10 +73,10 @@ def build_ds_fl(
       distillation,
   )
   return private_process.build_private_process(
-      student,
+      students,
       client_optimizer=client_optimizer,
       exchange=private_process.TransferExchange(
-          student, transfer_set, consensus_rule, stage, seed
+          students.first, transfer_set, consensus_rule, stage, seed
       ),
       server_stage=stage,
       consensus_rule=consensus_rule,

@@ -12,6 +12,7 @@ transfer set, no server model, and a few hundred bytes a round.
 
 from typing import Any, Optional
 
+from tff_kd import cohorts
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import private_process
@@ -20,7 +21,7 @@ from tff_kd import process
 
 def build_fd(
     *,
-    student_fn: models.KerasModelFn,
+    student_fn: cohorts.StudentFn,
     input_spec: Any,
     loss_fn: models.LossFn,
     client_optimizer: optimizers.Optimizer,
@@ -31,7 +32,8 @@ def build_fd(
   """Builds FD.
 
   Args:
-    student_fn: Returns a new `tf.keras.Model`, of which each client has its own.
+    student_fn: Returns a new `tf.keras.Model`, of which each client has its own; a list
+      of such functions, one a cohort.
     input_spec: The clients' `dataset.element_spec`; labels are class indices.
     loss_fn: Returns a `tf.keras.losses.Loss`.
     client_optimizer: The clients' optimizer.
@@ -42,16 +44,12 @@ def build_fd(
   Returns:
     A `PrivateProcess` without a server model.
   """
-  student = models.build_model_spec(
-      student_fn,
-      input_spec=input_spec,
-      loss_fn=loss_fn,
-      metrics_fn=metrics_fn,
-      name='student',
+  students = cohorts.build_students(
+      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   return private_process.build_private_process(
-      student,
+      students,
       client_optimizer=client_optimizer,
-      exchange=private_process.ClassExchange(student, regularizer_weight),
+      exchange=private_process.ClassExchange(students.first, regularizer_weight),
       **kwargs,
   )

@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 import tensorflow_federated as tff
 
+from tff_kd import cohorts
 from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
@@ -22,7 +23,7 @@ from tff_kd import transfer
 
 def build_fed_md(
     *,
-    student_fn: models.KerasModelFn,
+    student_fn: cohorts.StudentFn,
     input_spec: Any,
     loss_fn: models.LossFn,
     transfer_set: transfer.TransferSet,
@@ -36,10 +37,11 @@ def build_fed_md(
     seed: int = 0,
     **kwargs,
 ) -> process.PrivateProcess:
-  """Builds FedMD for clients of one architecture.
+  """Builds FedMD.
 
   Args:
-    student_fn: Returns a new `tf.keras.Model`, of which each client has its own.
+    student_fn: Returns a new `tf.keras.Model`, of which each client has its own; a list
+      of such functions, one a cohort.
     input_spec: The clients' `dataset.element_spec`.
     loss_fn: Returns a `tf.keras.losses.Loss`.
     transfer_set: The examples on which clients predict; 5,000 a round in the paper.
@@ -59,12 +61,8 @@ def build_fed_md(
   Returns:
     A `PrivateProcess` without a server model.
   """
-  student = models.build_model_spec(
-      student_fn,
-      input_spec=input_spec,
-      loss_fn=loss_fn,
-      metrics_fn=metrics_fn,
-      name='student',
+  students = cohorts.build_students(
+      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   optimizer = digest_optimizer or tff.learning.optimizers.build_adam(1e-3)
   size = transfer_set.subset_size
@@ -85,10 +83,10 @@ def build_fed_md(
   if pretraining_epochs:
     pretraining = stage(pretraining_epochs, distillation_weight=0.0)
   return private_process.build_private_process(
-      student,
+      students,
       client_optimizer=client_optimizer,
       exchange=private_process.TransferExchange(
-          student,
+          students.first,
           transfer_set,
           consensus_rule,
           stage(digest_epochs, loss='mae', distillation_weight=1.0),

@@ -1,0 +1,164 @@
+"""Mutual learning: whole rounds against NumPy, with clients that come and go."""
+
+import numpy as np
+import pytest
+import scipy.special
+import tensorflow as tf
+
+import tff_kd
+from tests import helpers
+from tff_kd import models
+from tff_kd import mutual
+
+_RATE = 0.1
+_CLOSE = dict(rtol=1e-4, atol=1e-5)
+_softmax = lambda z: scipy.special.softmax(z, axis=-1)
+
+
+def _logits(w, x):
+  return x @ w[0] + w[1]
+
+
+def _train(student, mentor, x, y, weights, t):
+  """Local steps of both linear models, simultaneous; `weights` None is adaptive."""
+  one_hot = np.eye(helpers.CLASSES)
+  for i in range(0, len(x), 4):
+    xb, yb = x[i : i + 4].astype(np.float64), y[i : i + 4]
+    z, m = _logits(student, xb), _logits(mentor, xb)
+    p, q = _softmax(z), _softmax(m)
+    rows = np.arange(len(yb))
+    ce = [-np.mean(np.log(its[rows, yb])) for its in (p, q)]
+    # Of T^2 KL(target || own): T (softmax(own / T) - softmax(target / T)).
+    pt, qt = _softmax(z / t), _softmax(m / t)
+    if weights is None:
+      (a, b), (c, d) = [(1.0, 1.0 / sum(ce))] * 2
+    else:
+      (a, b), (c, d) = [(1.0 - w, w) for w in weights]
+    dz = (a * (p - one_hot[yb]) + b * t * (pt - qt)) / len(yb)
+    dm = (c * (q - one_hot[yb]) + d * t * (qt - pt)) / len(yb)
+    student = [student[0] - _RATE * xb.T @ dz, student[1] - _RATE * dz.sum(0)]
+    mentor = [mentor[0] - _RATE * xb.T @ dm, mentor[1] - _RATE * dm.sum(0)]
+  return student, mentor
+
+
+def _build(name, **kwargs):
+  tf.keras.utils.set_random_seed(2)
+  algorithm = getattr(tff_kd.algorithms, f'build_{name}')
+  return algorithm(
+      **helpers.common(client_optimizer=helpers.sgd(_RATE)),
+      mentor_fn=helpers.dense_fn(),
+      **kwargs,
+  )
+
+
+@pytest.mark.parametrize(
+    'name, kwargs, weights',
+    [
+        ('fml', dict(student_weight=0.3, mentor_weight=0.6, temperature=2.0), (0.3, 0.6)),
+        ('fed_kd', dict(start_energy=1.0, end_energy=1.0), None),
+    ],
+)
+def test_rounds_equal_numpy(name, kwargs, weights):
+  process = _build(name, **kwargs)
+  t = kwargs.get('temperature', 1.0)
+  clients = {k: helpers.examples(n, k) for k, n in enumerate([8, 4, 12])}
+  state = process.initialize()
+  initial = process.initialize_client()
+  student = [np.float64(w) for w in state.global_model_weights.trainable]
+  mentors = {k: [np.float64(w) for w in initial.weights.trainable] for k in clients}
+  states = {k: initial for k in clients}
+  # Clients miss rounds, and go on with the mentor that they had.
+  for present in ([0, 1], [2, 0], [1, 2]):
+    output = process.next(
+        state,
+        [helpers.dataset(*clients[k]) for k in present],
+        [states[k] for k in present],
+    )
+    state = output.state
+    total = sum(len(clients[k][1]) for k in present)
+    trained = []
+    for k, kept in zip(present, output.client_states):
+      own, mentors[k] = _train(student, mentors[k], *clients[k], weights, t)
+      trained.append(own)
+      states[k] = kept
+      helpers.assert_weights_close(kept.weights.trainable, mentors[k], **_CLOSE)
+    student = [
+        sum(len(clients[k][1]) / total * w[i] for k, w in zip(present, trained))
+        for i in range(2)
+    ]
+    helpers.assert_weights_close(
+        state.global_model_weights.trainable, student, **_CLOSE
+    )
+
+
+def test_a_client_that_is_left_out_keeps_its_mentor():
+  process = _build('fml')
+  initial = process.initialize_client()
+  x, y = helpers.examples(4, 0)
+  bad = np.full_like(x, np.nan)
+  output = process.next(
+      process.initialize(),
+      [helpers.dataset(bad, y), helpers.dataset(x[:0], y[:0]), helpers.dataset(x, y)],
+      [initial] * 3,
+  )
+  for kept in output.client_states[:2]:
+    helpers.assert_weights_close(kept.weights, initial.weights, rtol=0)
+  assert not np.allclose(
+      output.client_states[2].weights.trainable[0], initial.weights.trainable[0]
+  )
+  assert output.metrics['client_work']['participation']['num_included'] == 1
+
+
+def test_mentors_with_batch_norm_beside_fed_df():
+  tf.keras.utils.set_random_seed(3)
+  common = helpers.common()
+  del common['client_optimizer'], common['student_fn']
+
+  def mentor_fn():
+    return tf.keras.Sequential([
+        tf.keras.layers.InputLayer((helpers.DIM,)),
+        tf.keras.layers.Dense(4, kernel_regularizer='l2'),
+        tf.keras.layers.BatchNormalization(momentum=0.5),
+        tf.keras.layers.Dense(helpers.CLASSES),
+    ])
+
+  student, mentor = (
+      models.build_model_spec(fn, name=name, **common)
+      for name, fn in (('student', helpers.dense_fn()), ('mentor', mentor_fn))
+  )
+  process = tff_kd.algorithms.build_fed_df(
+      **helpers.common(),
+      transfer_set=tff_kd.TransferSet(helpers.examples(8, 9)[0]),
+      distillation=tff_kd.Distillation(num_steps=2),
+      companion=mutual.MutualLearning(student, mentor),
+  )
+  initial = process.initialize_client()
+  data = [helpers.dataset(*helpers.examples(8, k)) for k in range(2)]
+  output = process.next(process.initialize(), data, [initial] * 2)
+  assert output.metrics['server_distillation']['student']['num_steps'] == 2
+  first, second = output.client_states
+  # The statistics are the client's own.
+  assert not np.allclose(first.weights.non_trainable[0], 0.0)
+  assert not np.allclose(
+      first.weights.non_trainable[0], second.weights.non_trainable[0]
+  )
+  weights = process.get_model_weights(output.state)
+  again = process.set_model_weights(output.state, weights)
+  helpers.assert_weights_close(again.global_model_weights, weights, rtol=0)
+
+
+@pytest.mark.parametrize(
+    'kwargs, match',
+    [
+        (dict(student_weight=1.5), 'must be between 0 and 1'),
+        (dict(student_weight=None), 'or both None'),
+        (dict(temperature=0.0), '`temperature` must be'),
+        (dict(mentor_fn=helpers.dense_fn(classes=4)), 'student and the mentor'),
+    ],
+)
+def test_refused_before_anything_is_built(kwargs, match):
+  arguments = dict(
+      **helpers.common(), **{'mentor_fn': helpers.dense_fn(), **kwargs}
+  )
+  with pytest.raises(ValueError, match=match):
+    tff_kd.algorithms.build_fml(**arguments)

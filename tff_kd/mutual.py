@@ -1,0 +1,118 @@
+"""Mutual learning: a private mentor and the shared student teach each other.
+
+Each client has a model of its own beside the student, of any architecture, which never
+leaves it. In every local step both learn from the same batch and from each other.
+
+Sources: Shen et al., "Federated Mutual Learning" (FML, 2020), the local loss of its
+"meme" (here the student) and its personal model (the mentor); Wu et al.,
+"Communication-efficient federated learning via knowledge distillation" (FedKD, Nature
+Communications 2022), adaptive mutual distillation, here of the predictions (the paper
+also has a loss on hidden states, which asks for models of one kind).
+"""
+
+from typing import Optional
+
+import tensorflow as tf
+
+from tff_kd import companions
+from tff_kd import local_terms
+from tff_kd import losses
+from tff_kd import models
+
+
+class MutualLearning(companions.Companion):
+  """The mentor, as what takes part beside the student.
+
+  With weights w the losses are (1 - w) L + w KL_T(other || own), of student and mentor
+  each with its own w; adaptive, L + KL_T(other || own) / (L_student + L_mentor), whose
+  divisor receives no gradient: the better both know the labels, the more they trust each
+  other. Both take the steps of the clients' optimizer, fresh in each round.
+  """
+
+  def __init__(
+      self,
+      student: models.ModelSpec,
+      mentor: models.ModelSpec,
+      *,
+      student_weight: Optional[float] = 0.5,
+      mentor_weight: Optional[float] = 0.5,
+      temperature: float = 1.0,
+  ):
+    """Initializes mutual learning.
+
+    Args:
+      student: The shared model.
+      mentor: The private one; a new client's has its initial weights.
+      student_weight: w of the student, between 0 and 1; adaptive if both are `None`.
+      mentor_weight: w of the mentor.
+      temperature: T, above 0.
+
+    Raises:
+      ValueError: If a number is out of range or the models' outputs differ in shape.
+    """
+    models.check_same_outputs(student, mentor)
+    losses.check_temperature(temperature)
+    weights = student_weight, mentor_weight
+    is_adaptive = weights == (None, None)
+    if not is_adaptive and any(w is None or not 0.0 <= w <= 1.0 for w in weights):
+      raise ValueError(
+          '`student_weight` and `mentor_weight` must be between 0 and 1, or both None '
+          f'(adaptive), found {student_weight!r} and {mentor_weight!r}.'
+      )
+    self.client_spec = mentor
+    self._weights = None if is_adaptive else weights
+    self._temperature = temperature
+
+  def initial_client_state(self):
+    return companions.ClientState(
+        weights=tf.nest.map_structure(tf.constant, self.client_spec.initial_weights)
+    )
+
+  def attach(self, model):
+    mentor = self.client_spec.blank_model_fn()
+    term = _MutualTerm(mentor, self._weights, self._temperature)
+
+    def begin(received, client_state, round_num):
+      del received, round_num
+      mentor.assign(client_state.weights)
+      return [term]
+
+    def end(observed):
+      del observed
+      kept = tf.nest.map_structure(tf.convert_to_tensor, mentor.weights())
+      return companions.ClientState(weights=kept), ()
+
+    return companions.Attachment(
+        begin, end, trainable_variables=mentor.trainable_variables
+    )
+
+
+class _MutualTerm(local_terms.LocalTerm):
+  """Both losses in one: neither depends on the other's variables."""
+
+  def __init__(
+      self,
+      mentor: models.KerasModel,
+      weights: Optional[tuple[float, float]],
+      temperature: float,
+  ):
+    self._mentor, self._weights = mentor, weights
+    self._temperature = temperature
+
+  def __call__(self, loss, step):
+    outputs = self._mentor.keras_model(step.inputs, training=True)
+    mentor_loss = self._mentor.supervised_loss(step.labels, outputs)
+    logits = self._mentor.class_logits(outputs)
+
+    def divergence(target: tf.Tensor, own: tf.Tensor) -> tf.Tensor:
+      return tf.reduce_mean(losses.kl_divergence(target, own, self._temperature))
+
+    to_student = divergence(logits, step.logits)
+    to_mentor = divergence(step.logits, logits)
+    if self._weights is None:
+      trust = tf.stop_gradient(1.0 / (loss + mentor_loss))
+      both = loss + mentor_loss + trust * (to_student + to_mentor)
+    else:
+      w, v = self._weights
+      both = (1 - w) * loss + w * to_student + (1 - v) * mentor_loss + v * to_mentor
+    return both + self._mentor.regularization_loss()
