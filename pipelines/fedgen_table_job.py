@@ -1,5 +1,6 @@
 """One run of `pipelines.reproduce_fedgen_table`."""
 
+import csv
 import dataclasses
 import json
 import os
@@ -18,6 +19,8 @@ from tff_kd.data import tasks
 _USERS, _USERS_PER_ROUND = 20, 10
 _BATCH_SIZE, _STEPS = 32, 20
 _EXAMPLES_PER_CLASS = 1500
+# A user that has so many images gets none of the classes still to be dealt out.
+_CAP = 1500
 _RATE, _RATE_DECAY = 0.01, 0.99
 # Ours: what of the 15,000 images a round distils on, and in how many steps.
 _TRANSFER_PER_ROUND, _SERVER_STEPS, _SERVER_BATCH = 640, 50, 64
@@ -145,7 +148,8 @@ def run(
     alpha: Of the Dirichlet split.
     seed: Decides the images, the split, the initial weights and who takes part.
     data_dir: Holds the IDX files.
-    folder: For checkpoints; a run that was stopped goes on from them.
+    folder: For checkpoints and each round's metrics; a run that was stopped goes on
+      from them.
     results: The file to write.
     num_rounds: Rounds.
     rounds_per_evaluation: Rounds between two tests; the last round is tested, too.
@@ -166,7 +170,7 @@ def run(
   )
   task = dataclasses.replace(task, clients=train, test=test)
   split = tff_kd.data.partition.dirichlet(
-      train.labels, _USERS, alpha=alpha, seed=seed, min_examples=10, balanced=True
+      train.labels, _USERS, alpha=alpha, seed=seed, min_examples=10, cap=_CAP
   )
   fewest = min(map(len, split))
   batches = tff_kd.ClientBatches(
@@ -208,6 +212,7 @@ def run(
         for test, value in test_fn(evaluators[name], its).items()
     }
 
+  metrics_path = folder / 'metrics.csv'
   with tff_kd.simulation.local_runtime():
     result = tff_kd.simulation.train(
         process,
@@ -219,20 +224,29 @@ def run(
             folder / 'checkpoints', keep_total=1, keep_first=False
         ),
         rounds_per_saving=rounds_per_evaluation,
+        release_managers=[
+            tff.program.CSVFileReleaseManager(metrics_path, key_fieldname='round')
+        ],
     )
     last = evaluate(result.state)
-  curve = [
-      {k: v for k, v in metrics.items() if k in last} for metrics in result.history
-  ]
+  # The rounds before a stop, too.
+  with open(metrics_path, newline='') as file:
+    rounds = [
+        {key: float(value) for key, value in row.items() if value}
+        for row in csv.DictReader(file)
+    ]
   partial = results.with_suffix('.partial')
   partial.write_text(
       json.dumps(
           {
               'last': last,
-              'curve': [row for row in curve if row],
-              'seconds_per_round': float(np.median([
-                  m[tff_kd.simulation.ROUND_SECONDS] for m in result.history
-              ] or [0.0])),
+              'curve': [
+                  {key: row[key] for key in ('round', *last)}
+                  for row in rounds if last.keys() <= row.keys()
+              ],
+              'seconds_per_round': float(
+                  np.median([row[tff_kd.simulation.ROUND_SECONDS] for row in rounds])
+              ),
           },
           indent=2,
       )

@@ -60,6 +60,29 @@ def test_dirichlet_skews_as_alpha_says():
   assert classes_held(0.1) < 4 < 8 < classes_held(100.0)
 
 
+@settings(max_examples=40, deadline=None)
+@given(cap=st.integers(100, 400), alpha=st.floats(0.1, 10.0), seed=st.integers(0, 1000))
+def test_a_client_that_has_its_cap_gets_no_further_class(cap, alpha, seed):
+  labels = np.arange(1000) % 10
+  clients = partition.dirichlet(labels, 10, alpha=alpha, seed=seed, cap=cap)
+  np.testing.assert_array_equal(np.sort(np.concatenate(clients)), np.arange(1000))
+  for rows in clients:
+    counts = np.bincount(labels[rows], minlength=10)
+    # Classes are dealt out in their order.
+    before = np.concatenate([[0], np.cumsum(counts)[:-1]])
+    assert not counts[before >= cap].any()
+
+
+def test_a_cap_that_is_never_reached_changes_nothing():
+  labels = np.arange(500) % 10
+  kwargs = dict(alpha=0.3, seed=3)
+  for a, b in zip(
+      partition.dirichlet(labels, 8, **kwargs),
+      partition.dirichlet(labels, 8, cap=500, **kwargs),
+  ):
+    np.testing.assert_array_equal(a, b)
+
+
 def test_shards_limit_the_classes():
   labels = np.arange(1000) % 10
   clients = partition.shards(labels, 10, shards_per_client=2, seed=0)
@@ -94,6 +117,7 @@ def test_matching_deals_out_by_the_clients_classes():
         (lambda y: partition.iid(y[:0], 2, seed=0), 'non-empty'),
         (lambda y: partition.dirichlet(y, 5, alpha=0.0, seed=0), 'alpha'),
         (lambda y: partition.dirichlet(y, 5, alpha=np.nan, seed=0), 'alpha'),
+        (lambda y: partition.dirichlet(y, 5, alpha=1, seed=0, cap=19), 'at least 20'),
         (lambda y: partition.quantity_skew(y, 5, alpha=-1, seed=0), 'alpha'),
         (
             lambda y: partition.shards(y, 5, shards_per_client=0, seed=0),

@@ -1,6 +1,8 @@
-"""The README's result, from its own command. Long: `make slow`."""
+"""Published results, from their own commands. Long: `make slow`."""
 
 import csv
+import json
+import os
 import pathlib
 import subprocess
 import sys
@@ -34,3 +36,27 @@ def test_the_fusion_needs_half_the_rounds_and_lifts_the_teacher(seed, tmp_path):
   fed_avg = _column(folder / 'fed_avg_metrics.csv', column)[:_ROUNDS]
   assert student[: _ROUNDS // 2].max() >= fed_avg[-1]
   assert teacher[-1] > student[-1]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(
+    'TFF_KD_MNIST_DIR' not in os.environ,
+    reason="needs TFF_KD_MNIST_DIR, a folder with MNIST's IDX files",
+)
+def test_the_fedgen_table_in_its_first_rounds(tmp_path):
+  subprocess.run(
+      [
+          sys.executable, '-m', 'pipelines.reproduce_fedgen_table',
+          f"--data_dir={os.environ['TFF_KD_MNIST_DIR']}", f'--output_dir={tmp_path}',
+          '--algorithms=fed_avg,fed_df,fd', '--alphas=0.1', '--seeds=0', '--rounds=40',
+          '--rounds_per_evaluation=20',
+      ],
+      cwd=_ROOT, check=True, timeout=1200,
+  )
+  found = {
+      (cell['algorithm'], cell['test']): cell['last'][0]
+      for cell in json.loads((tmp_path / 'table.json').read_text())
+  }
+  # A model for all gets ahead on all classes; a user's own knows the user's.
+  assert found['fed_df', 'all'] > found['fed_avg', 'all'] > 60.0
+  assert found['fd', 'own classes'] > 2 * found['fd', 'all']

@@ -5,6 +5,7 @@ depends only on its arguments.
 """
 
 from collections.abc import Callable, Sequence
+from typing import Optional
 
 import numpy as np
 
@@ -43,7 +44,7 @@ def dirichlet(
     alpha: float,
     seed: int,
     min_examples: int = 1,
-    balanced: bool = False,
+    cap: Optional[int] = None,
 ) -> list[np.ndarray]:
   """Deals out each class by proportions drawn from a symmetric Dirichlet.
 
@@ -57,8 +58,9 @@ def dirichlet(
     alpha: Concentration, above 0: the smaller, the fewer classes a client has.
     seed: Decides the draw.
     min_examples: The least that any client must get.
-    balanced: A client that has an equal share of all examples already gets none of the
-      classes still to be dealt out, as in Li et al.'s own code and many others'.
+    cap: A client that has so many examples already gets none of the classes still to
+      be dealt out; it can end above. Li et al.'s own code takes an equal share of all
+      examples, others take more.
 
   Raises:
     ValueError: If an argument is out of range, or no draw gives every client
@@ -66,6 +68,11 @@ def dirichlet(
   """
   _check(labels, num_clients, min_examples)
   _check_alpha(alpha)
+  if cap is not None and cap * num_clients < len(labels):
+    raise ValueError(
+        f'`cap` must be at least {len(labels) / num_clients:g}, an equal share of '
+        f'{len(labels)} examples over {num_clients} clients, found {cap!r}.'
+    )
   labels = np.asarray(labels)
   rng = np.random.default_rng(seed)
   for _ in range(_MAX_DRAWS):
@@ -73,10 +80,9 @@ def dirichlet(
     for label in np.unique(labels):
       members = rng.permutation(np.flatnonzero(labels == label))
       shares = rng.dirichlet(np.full(num_clients, alpha))
-      if balanced:
-        sizes = np.array([sum(map(len, part)) for part in parts])
-        shares *= sizes < len(labels) / num_clients
-        if shares.sum() == 0.0:
+      if cap is not None:
+        shares *= np.array([sum(map(len, part)) for part in parts]) < cap
+        if shares.sum() == 0.0:  # Draws can be too small to be told from 0.
           break
         shares /= shares.sum()
       cuts = np.round(np.cumsum(shares)[:-1] * len(members)).astype(int)

@@ -1,0 +1,113 @@
+"""Learning rates that follow the rounds."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+
+import tff_kd
+from tests import helpers
+
+RATES = (0.3, 0.02, 0.1)
+# Of different sizes: fewer than a batch, and several.
+DATA = [helpers.examples(n, n) for n in (3, 9)]
+
+
+def _learning_rate(round_num):
+  return tf.gather(tf.constant(RATES), round_num)
+
+
+@pytest.fixture(scope='module')
+def batches():
+  return tff_kd.ClientBatches(
+      data=tff_kd.FileClientData.from_clients(DATA), batch_size=4, num_epochs=2
+  )
+
+
+def _build(build, batches, rate, **kwargs):
+  tf.keras.utils.set_random_seed(0)
+  return build(**helpers.common(
+      client_optimizer=helpers.sgd(rate), client_data=batches, **kwargs
+  ))
+
+
+@pytest.mark.parametrize('name', ['fed_avg', 'fd'])
+def test_each_round_has_its_rate(name, batches):
+  build = tff_kd.algorithms.REGISTRY[name].build
+  scheduled = _build(build, batches, 123.0, learning_rate_fn=_learning_rate)
+  is_private = isinstance(scheduled, tff_kd.PrivateProcess)
+
+  def advance(process, state, clients):
+    if is_private:
+      output = process.next(state, [0, 1], clients)
+      return output.state, output.client_states
+    return process.next(state, [0, 1]).state, clients
+
+  def models(state, clients):
+    return [c.weights for c in clients] if is_private else state.global_model_weights
+
+  state, clients = scheduled.initialize(), None
+  if is_private:
+    clients = [scheduled.initialize_client()] * 2
+  for rate in RATES:
+    # The same round with a constant rate, from the same place.
+    constant = _build(build, batches, rate)
+    # A state carries the optimizer's own rate.
+    same = state._replace(client_work=constant.initialize().client_work)
+    expected = models(*advance(constant, same, clients))
+    start = models(state, clients)
+    state, clients = advance(scheduled, state, clients)
+    found = models(state, clients)
+    helpers.assert_weights_close(found, expected, rtol=1e-5, atol=1e-6)
+    moved = [
+        np.abs(a - b).max()
+        for a, b in zip(tf.nest.flatten(found), tf.nest.flatten(start))
+    ]
+    assert max(moved) > 1e-3
+
+
+def test_the_rate_reaches_clients_that_get_datasets():
+  tf.keras.utils.set_random_seed(0)
+  process = tff_kd.algorithms.build_fed_avg(**helpers.common(
+      learning_rate_fn=lambda n: tf.where(n < 1, 0.1, 0.0)
+  ))
+  data = [helpers.dataset(*its) for its in DATA]
+  first = process.next(process.initialize(), data).state
+  second = process.next(first, data).state
+  before = process.initialize().global_model_weights
+  assert np.abs(first.global_model_weights.trainable[0] - before.trainable[0]).max() > 0
+  helpers.assert_weights_close(
+      second.global_model_weights, first.global_model_weights, rtol=0
+  )
+
+
+@pytest.mark.parametrize('name', ['fed_avg', 'fd'])
+@pytest.mark.parametrize(
+    'optimizer',
+    [
+        lambda: tf.keras.optimizers.SGD(0.1),
+        tff.learning.optimizers.schedule_learning_rate(
+            helpers.sgd(), lambda step: 0.1 / (1.0 + tf.cast(step, tf.float32))
+        ),
+    ],
+)
+def test_an_optimizer_without_a_rate_to_set_is_refused(name, optimizer):
+  with pytest.raises(ValueError, match='`learning_rate_fn` needs a TFF optimizer'):
+    tff_kd.algorithms.REGISTRY[name].build(**helpers.common(
+        client_optimizer=optimizer, learning_rate_fn=_learning_rate
+    ))
+
+
+def test_small_and_large_clients_do_equally_many_steps():
+  data = tff_kd.FileClientData.from_clients(
+      [helpers.examples(n, n) for n in (3, 50, 700)]
+  )
+  batches = tff_kd.ClientBatches(
+      data=data, batch_size=32, num_epochs=300, max_batches=20
+  )
+  np.testing.assert_array_equal(batches.num_batches, [20, 20, 20])
+  for client, (start, size) in enumerate([(0, 3), (3, 50), (53, 700)]):
+    rows = batches.rows(tf.constant(client), tf.constant(0)).numpy() - start
+    assert len(rows) == 640
+    for pass_ in np.split(rows, np.arange(size, 640, size)):
+      assert len(set(pass_)) == len(pass_) and pass_.max() < size

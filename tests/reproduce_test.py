@@ -1,0 +1,128 @@
+"""`python -m pipelines.reproduce_fedgen_table` as a user runs it, on a toy MNIST."""
+
+import csv
+import json
+import pathlib
+import struct
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+_ROOT = pathlib.Path(__file__).parent.parent
+
+
+def _run(*args):
+  return subprocess.run(
+      [sys.executable, '-m', 'pipelines.reproduce_fedgen_table', *args],
+      cwd=_ROOT, capture_output=True, text=True, timeout=400, check=False,
+  )
+
+
+def _write_idx(path, values):
+  shape = struct.pack(f'>{values.ndim}I', *values.shape)
+  path.write_bytes(bytes([0, 0, 8, values.ndim]) + shape + values.tobytes())
+
+
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory):
+  """Ten classes, each a pattern with noise."""
+  folder = tmp_path_factory.mktemp('mnist')
+  rng = np.random.default_rng(0)
+  patterns = rng.integers(0, 200, (10, 28, 28))
+  for split, per_class in (('train', 60), ('t10k', 10)):
+    labels = np.repeat(np.arange(10), per_class).astype(np.uint8)
+    noise = rng.integers(0, 55, (len(labels), 28, 28))
+    images = (patterns[labels] + noise).astype(np.uint8)
+    _write_idx(folder / f'{split}-images-idx3-ubyte', images)
+    _write_idx(folder / f'{split}-labels-idx1-ubyte', labels)
+  return folder
+
+
+@pytest.fixture(scope='module')
+def finished(data_dir, tmp_path_factory):
+  """FedAvg for a round, then FedAvg from there and FD to the second."""
+  folder = tmp_path_factory.mktemp('table') / 'out'
+  flags = [
+      f'--data_dir={data_dir}', f'--output_dir={folder}', '--alphas=1', '--seeds=0',
+      '--rounds_per_evaluation=1',
+  ]
+  first = _run(*flags, '--algorithms=fed_avg', '--rounds=1')
+  assert first.returncode == 0, first.stderr + first.stdout
+  flags += ['--algorithms=fed_avg,fd', '--rounds=2']
+  second = _run(*flags)
+  assert second.returncode == 0, second.stderr + second.stdout
+  return folder, flags
+
+
+def test_the_table_has_ours_beside_the_papers(finished):
+  folder, _ = finished
+  with open(folder / 'table.csv', newline='') as file:
+    rows = {
+        (row['algorithm'], row['test'], row['rounds']): row['alpha 1']
+        for row in csv.DictReader(file)
+    }
+  assert rows.pop(('fed_avg, paper', 'own classes', '')) == '93.84'
+  assert rows.pop(('fd, paper', 'own classes', '')) == '79.88'
+  assert set(rows) == {
+      (name, test, rounds)
+      for name in ('fed_avg', "fd, users' own models")
+      for test in ('all', 'own classes') for rounds in ('last', 'best five')
+  }
+  assert all(0 <= float(value) <= 100 for value in rows.values())
+  cells = json.loads((folder / 'table.json').read_text())
+  assert len(cells) == 4
+  for cell in cells:
+    assert cell['seeds'] == [0] and cell['alpha'] == 1
+    label = 'fed_avg' if cell['algorithm'] == 'fed_avg' else "fd, users' own models"
+    for rounds in ('last', 'best five'):
+      assert f'{cell[rounds][0]:.2f}' == rows[label, cell['test'], rounds]
+  markdown = (folder / 'table.md').read_text().splitlines()
+  assert markdown[0] == '| algorithm | test | rounds | alpha 1 |'
+  assert len(markdown) == 2 + 10
+
+
+def test_a_run_that_goes_on_keeps_its_first_rounds(finished):
+  folder, _ = finished
+  results = json.loads((folder / 'fed_avg-1-0' / 'results-2.json').read_text())
+  before = json.loads((folder / 'fed_avg-1-0' / 'results-1.json').read_text())
+  assert [row['round'] for row in results['curve']] == [1, 2]
+  assert results['curve'][0] == before['curve'][0]
+  assert results['last'].items() <= results['curve'][1].items()
+  assert results['seconds_per_round'] > 0
+
+
+def test_users_of_their_own_models_are_better_at_their_own_classes(finished):
+  folder, _ = finished
+  results = json.loads((folder / 'fd-1-0' / 'results-2.json').read_text())
+  last = results['last']
+  assert last['student/own classes'] > last['student/all']
+
+
+def test_a_second_start_runs_nothing_again(finished):
+  folder, flags = finished
+  paths = sorted(folder.glob('*/results-2.json'))
+  assert len(paths) == 2
+  before = [path.stat().st_mtime_ns for path in paths]
+  table = (folder / 'table.md').read_text()
+  (folder / 'table.md').unlink()
+  done = _run(*flags)
+  assert done.returncode == 0, done.stderr
+  assert '2 of 2 runs are done already' in done.stdout
+  assert before == [path.stat().st_mtime_ns for path in paths]
+  assert table == (folder / 'table.md').read_text()
+
+
+@pytest.mark.parametrize(
+    'flags, match',
+    [
+        ([], '--data_dir must be a folder'),
+        (['--data_dir=.', '--algorithms=magic'], 'magic'),
+        (['--data_dir=.', '--seeds=0,0'], 'different numbers'),
+        (['--data_dir=.', '--alphas=0'], 'above 0'),
+    ],
+)
+def test_bad_flags_are_a_sentence(flags, match):
+  done = _run(*flags)
+  assert done.returncode != 0 and match in done.stdout + done.stderr
