@@ -135,7 +135,7 @@ def _spread(values: list[float], num_seeds: int) -> str:
 def _label(algorithm: str, model: str) -> str:
   if model != 'student':
     return f'{algorithm}, {model}'
-  if algorithms.REGISTRY[algorithm].keeps_client_models:
+  if not algorithms.REGISTRY[algorithm].averages:
     return f"{algorithm}, users' own models"
   return algorithm
 
