@@ -22,9 +22,9 @@ class Algorithm(NamedTuple):
   needs: tuple[str, ...] = ()
 
   @property
-  def keeps_client_models(self) -> bool:
-    """Whether it builds a `PrivateProcess`, whose clients keep something of theirs."""
-    return 'client state' in self.needs
+  def averages(self) -> bool:
+    """Whether clients' weights are averaged into a global student."""
+    return 'weights' in self.up
 
   @property
   def build(self) -> Callable[..., Any]:
@@ -65,6 +65,13 @@ REGISTRY = {
             "a large server model learns from the clients' certainty-weighted ensemble",
             'weights and predictions',
             needs=('transfer set', 'teacher'),
+        ),
+        Algorithm(
+            'fed_aux',
+            "fed_df, each client's predictions weighted by how much the example looks "
+            'like its own, under differential privacy',
+            'weights and predictions',
+            needs=('transfer set', 'negatives', 'client state'),
         ),
         Algorithm(
             'fd',
