@@ -88,6 +88,17 @@ def _check_flags(algorithm: algorithms.Algorithm) -> None:
         f'--transfer_labels is {args.TRANSFER_LABELS.value}, but the transfer set has '
         f'only {args.TRANSFER_SIZE.value} examples. Lower it, or raise --transfer_size.'
     )
+  if (
+      algorithm.takes('negatives')
+      and args.NUM_NEGATIVES.value
+      >= args.TRANSFER_SIZE.value - args.TRANSFER_LABELS.value
+  ):
+    raise UserError(
+        f'--num_negatives is {args.NUM_NEGATIVES.value}, to be taken from the '
+        f'{args.TRANSFER_SIZE.value} transfer examples beside the '
+        f'{args.TRANSFER_LABELS.value} with labels, and some must be left. Lower it, or '
+        'raise --transfer_size.'
+    )
   if args.PRETRAIN_EPOCHS.value and not args.TRANSFER_LABELS.value:
     raise UserError('--pretrain_epochs needs labels: set --transfer_labels.')
   if args.DISTILLATION_WEIGHT.value not in (None, 1.0) and not args.TRANSFER_LABELS.value:
@@ -239,11 +250,11 @@ def _build_process(
 ) -> Union[tff_kd.DistillationProcess, tff_kd.PrivateProcess]:
   """Builds the process from the flags."""
   kwargs = dict(common, seed=args.SEED.value)
-  if algorithm.keeps_client_models:
+  if algorithm.averages:
+    kwargs |= _local_arguments(algorithm)
+  else:
     # Nothing is averaged but predictions.
     del kwargs['server_optimizer'], kwargs['client_weighting']
-  else:
-    kwargs |= _local_arguments(algorithm)
   for name, value in (
       ('digest_epochs', args.DIGEST_EPOCHS.value),
       ('down_bits', args.DOWN_BITS.value),
@@ -259,11 +270,21 @@ def _build_process(
           algorithm.build
       ).parameters.items()
   }
+  public = task.transfer
+  if algorithm.takes('negatives'):
+    left = len(public) - args.NUM_NEGATIVES.value
+    kwargs['negatives'] = public.inputs[left:]
+    public = public.take(np.arange(left))
+    if args.CERTAINTY_EPSILON.value is not None:
+      epsilon = args.CERTAINTY_EPSILON.value
+      kwargs['epsilon'] = None if np.isposinf(epsilon) else epsilon
+    if args.CERTAINTY_DELTA.value is not None:
+      kwargs['delta'] = args.CERTAINTY_DELTA.value
   if algorithm.takes('transfer_set'):
-    has_labels = np.arange(len(task.transfer)) < args.TRANSFER_LABELS.value
+    has_labels = np.arange(len(public)) < args.TRANSFER_LABELS.value
     kwargs['transfer_set'] = tff_kd.TransferSet(
-        task.transfer.inputs,
-        task.transfer.labels if has_labels.any() else None,
+        public.inputs,
+        public.labels if has_labels.any() else None,
         label_mask=None if has_labels.all() or not has_labels.any() else has_labels,
         subset_size=args.TRANSFER_PER_ROUND.value,
         validation_size=args.TRANSFER_VALIDATION.value,
@@ -336,10 +357,10 @@ class _Evaluation:
   def names(process) -> list[str]:
     """The names of the metrics."""
     found = {**_specs(process), 'student': None}
-    if isinstance(process, tff_kd.PrivateProcess):
-      if process.get_model_weights is not None and process.client_spec is not None:
-        found['client'] = None
-    elif process.transfer_set is not None:
+    if _client_spec(process) is not None and process.get_model_weights is not None:
+      found['client'] = None
+    state_type = process.initialize.type_signature.result.member
+    if len(getattr(state_type, 'aggregated_model_weights', ())):
       before = process.students.specs
       found |= _by_cohort('student_before', process.students, before)
       found['student_before'] = None
@@ -607,6 +628,7 @@ def _set_up():
 def _train_and_report(
     task, clients, process, common, select_clients, run_dir
 ) -> None:
+  algorithm = algorithms.REGISTRY[args.ALGORITHM.value]
   per_round = tff_kd.communication.round_bytes(process)
   specs = _specs(process)
   pretrained = {}
@@ -618,7 +640,9 @@ def _train_and_report(
 
   def initial_state(of_process):
     state = of_process.initialize()
-    if pretrained and not isinstance(of_process, tff_kd.PrivateProcess):
+    # Others pretrain by themselves.
+    averages = of_process is not process or algorithm.averages
+    if pretrained and averages:
       of_students = [pretrained[n] for n in specs if n.startswith('student')]
       state = of_process.set_model_weights(
           state, of_process.students.pack(of_students)

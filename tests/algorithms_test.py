@@ -45,6 +45,7 @@ def _build(name, task, batches):
   )
   parts = dict(
       transfer_set=lambda: tff_kd.TransferSet(task.transfer.inputs),
+      negatives=lambda: task.validation.inputs,
       teacher_fn=lambda: model_fn,
   )
   kwargs |= {name: make() for name, make in parts.items() if algorithm.takes(name)}
@@ -103,6 +104,7 @@ def test_the_registry_tells_what_builders_need():
     assert algorithm.name == name and algorithm.summary and algorithm.up
     needed = {
         'transfer set': 'transfer_set', 'teacher': 'teacher_fn',
+        'negatives': 'negatives',
     }
     required = {
         parameter.name

@@ -82,12 +82,15 @@ def bounded_features(features: tf.Tensor) -> tf.Tensor:
 
 def num_steps(regularization: float) -> int:
   """Steps after which `fit` is within `FIT_TOLERANCE` of the minimiser."""
-  # Nesterov's method: the objective's excess shrinks by 1 - sqrt(modulus / smoothness)
-  # a step from at most 2 log 2, and bounds modulus / 2 ||w - minimiser||^2.
-  root = math.sqrt((0.25 + regularization) / regularization)
-  return math.ceil(
-      root * math.log(4 * math.log(2) / (regularization * FIT_TOLERANCE**2))
-  )
+  # The objective's excess is at most log 2 (1 - 1 / root)^steps, as it is log 2 at 0, and
+  # at least regularization / 2 times the squared distance.
+  excess = regularization / 2 * FIT_TOLERANCE**2
+  return math.ceil(_root(regularization) * math.log(math.log(2) / excess))
+
+
+def _root(regularization: float) -> float:
+  """The root of the condition number: a logistic loss bends by 1/4 at most."""
+  return math.sqrt((0.25 + regularization) / regularization)
 
 
 def fit(
@@ -112,7 +115,7 @@ def fit(
   signed = tf.ensure_shape(signed, [None, positives.shape[1]])
   n = tf.cast(tf.shape(signed)[0], tf.float64)
   smoothness = 0.25 + regularization
-  root = math.sqrt(smoothness / regularization)
+  root = _root(regularization)
   momentum = (root - 1.0) / (root + 1.0)
 
   def step(w, ahead):
@@ -125,7 +128,7 @@ def fit(
 
   start = tf.zeros([signed.shape[1]], tf.float64)
   return tf.while_loop(
-      lambda *_: True,
+      lambda *_: tf.constant(True),
       step,
       (start, start),
       maximum_iterations=num_steps(regularization),
@@ -198,7 +201,6 @@ class CertaintyScorer(companions.Companion):
       self,
       *,
       input_spec: Any,
-      transfer_set: transfer.TransferSet,
       negatives: Any,
       feature_fn: FeatureFn = flat_inputs,
       epsilon: Optional[float],
@@ -210,7 +212,6 @@ class CertaintyScorer(companions.Companion):
 
     Args:
       input_spec: The clients' `dataset.element_spec`.
-      transfer_set: The examples that clients predict.
       negatives: Public inputs unlike any one client's, arrays `[n, ...]`; not those of
         the transfer set, of which clients would become uncertain.
       feature_fn: Inputs to features, float `[n, d]`: what the scorer sees of an
@@ -235,7 +236,6 @@ class CertaintyScorer(companions.Companion):
     self.needs_client_number = epsilon is not None
     self._regularization = regularization
     self._feature_fn, self._seed = feature_fn, seed
-    self._transfer_set = transfer_set
     inputs_spec, _ = models.split_batch(input_spec)
     self._negatives = transfer.TransferSet(negatives)
     _check_same_inputs(inputs_spec, self._negatives.inputs_spec)
@@ -259,17 +259,12 @@ class CertaintyScorer(companions.Companion):
       )
       return ()
 
-    def certainty(ids):
-      return self._transfer_set.map_inputs(
-          lambda inputs: score(scorer, self._features(inputs)), ids
-      )
-
     return companions.Attachment(
         begin=begin,
         end=lambda observed: (
             ScorerState(tf.identity(scorer), tf.constant(True)), ()
         ),
-        certainty=certainty,
+        certainty=lambda inputs: score(scorer, self._features(inputs)),
     )
 
   def _features(self, inputs: Any) -> tf.Tensor:

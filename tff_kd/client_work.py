@@ -310,7 +310,7 @@ def build_client_work(
           ids = transfer_set.prediction_ids(broadcast.round_num)
           predictions = [knowledge.predict_logits(model, transfer_set, ids)]
           if consensus_rule.needs_certainty:
-            predictions.append(attached.certainty(ids))
+            predictions.append(transfer_set.map_inputs(attached.certainty, ids))
           return prepared(
               consensus_rule.encode(*predictions),
               knowledge_weighting,
@@ -411,7 +411,10 @@ def _client_examples(
   if client_data is None:
 
     def map_dataset(fn):
-      parts = data.map(lambda batch: fn(models.split_batch(batch)[0]))
+      def map_batch(*batch):  # Of a pair, `map` hands over the parts.
+        return fn(models.split_batch(batch if len(batch) > 1 else batch[0])[0])
+
+      parts = data.map(map_batch)
       empty = tf.zeros([0, *parts.element_spec.shape[1:]], parts.element_spec.dtype)
       return parts.reduce(empty, lambda all_, part: tf.concat([all_, part], 0))
 

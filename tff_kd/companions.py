@@ -69,8 +69,8 @@ class Attachment(NamedTuple):
       also for a client that is left out: then the old client state stays.
     trainable_variables: Trained beside the student's, by the clients' optimizer.
     observer: Looks at the steps, if something is to be added up over them.
-    certainty: (ids) -> float32 `[m]`, 0 or more: how certain the client is of rows of
-      the transfer set. There if the companion `gives_certainty`.
+    certainty: (inputs) -> float32 `[batch]`, 0 or more: how certain the client is of
+      its predictions on them. There if the companion `gives_certainty`.
   """
 
   begin: Callable[

@@ -300,10 +300,7 @@ def build_distillation_process(
     server_optimizer = tff.learning.optimizers.build_sgdm(1.0)
   optimizers.check_optimizer(server_optimizer, 'server_optimizer')
   uses_ensemble = any(s.distillation.uses_ensemble for s in stages)
-  if companion is not None or (uses_ensemble and consensus_rule.needs_certainty):
-    _check_companion(
-        companion, consensus_rule if uses_ensemble else None, client_data
-    )
+  _check_companion(companion, consensus_rule if uses_ensemble else None, client_data)
   has_client_state = companion is not None and companion.has_client_state
 
   client_work = client_work_lib.build_client_work(

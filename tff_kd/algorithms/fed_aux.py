@@ -88,7 +88,6 @@ def build_fed_aux(
   """
   scorer = certainty.CertaintyScorer(
       input_spec=input_spec,
-      transfer_set=transfer_set,
       negatives=negatives,
       feature_fn=feature_fn,
       epsilon=epsilon,
