@@ -302,13 +302,12 @@ def test_datasets_without_noise_and_a_client_without_examples():
   process = _fed_aux(
       client_data=None, epsilon=None, feature_fn=lambda x: tf.tanh(x * scale)
   )
-  state, first = process.initialize(), process.initialize_client()
-  student = [np.array(w, np.float64) for w in state.global_model_weights.trainable]
+  first = process.initialize_client()
   empty = tuple(a[:0] for a in _client(2))
   output = process.next(
-      state,
-      # In batches, of which only the scorer must not mind.
-      [helpers.dataset(*_client(0), 100), helpers.dataset(*_client(1), 100),
+      process.initialize(),
+      # Batches of 3, 3, 2 examples are read together.
+      [helpers.dataset(*_client(0), 100), helpers.dataset(*_client(1), 3),
        helpers.dataset(*empty)],
       [first] * 3,
   )
@@ -316,25 +315,13 @@ def test_datasets_without_noise_and_a_client_without_examples():
   def features(x):
     return _features(np.tanh(x * scale))
 
-  scorers = [
-      _minimiser(features(_client(k)[0]), features(_NEGATIVES), _LAMBDA)
-      for k in range(2)
-  ]
-  for found, expected in zip(output.client_states, scorers):
-    np.testing.assert_allclose(found.weights, expected, atol=1e-4)
+  for k in range(2):
+    expected = _minimiser(features(_client(k)[0]), features(_NEGATIVES), _LAMBDA)
+    np.testing.assert_allclose(
+        output.client_states[k].weights, expected, atol=1e-4
+    )
   assert not output.client_states[2].is_fitted
   assert output.metrics['client_work']['participation']['num_excluded_empty'] == 1
-
-
-def test_batches_of_a_dataset_are_read_together():
-  process = _fed_aux(client_data=None, epsilon=None)
-  state, first = process.initialize(), process.initialize_client()
-  x, y = _client(1)
-  found = [
-      process.next(state, [helpers.dataset(x, y, size)], [first]).client_states[0]
-      for size in (3, 8)
-  ]
-  np.testing.assert_allclose(found[0].weights, found[1].weights, atol=1e-6)
 
 
 def test_quantised_predictions_keep_their_certainty():
@@ -371,7 +358,13 @@ _GIVEN = knowledge.CertaintyWeighted('given')
             r"CertaintyWeighted\('given'\), found MeanProb",
         ),
         (
-            lambda: _fed_aux(distillation=tff_kd.Distillation(target='student')),
+            lambda: tff_kd.algorithms.build_fed_distillation(
+                **helpers.common(
+                    transfer_set=tff_kd.TransferSet(_PUBLIC), consensus_rule=_GIVEN,
+                    teacher_fn=helpers.dense_fn(), companion=_scorer(epsilon=None),
+                    distillation=tff_kd.Distillation(target='student'),
+                )
+            ),
             'distillation from the ensemble',
         ),
         (
@@ -398,10 +391,9 @@ def test_refused_before_anything_is_built(build, match):
     build()
 
 
-def test_any_algorithm_with_an_ensemble_takes_the_scorer():
-  process = tff_kd.algorithms.build_fed_distillation(
+def test_cohorts_of_another_algorithm_take_the_scorer():
+  process = tff_kd.algorithms.build_fed_df(
       **helpers.common(student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))]),
-      teacher_fn=helpers.dense_fn((4,)),
       transfer_set=tff_kd.TransferSet(_PUBLIC),
       client_data=_batches(),
       consensus_rule=_GIVEN,

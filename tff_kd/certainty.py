@@ -30,7 +30,6 @@ from typing import Any, NamedTuple, Optional
 
 from dp_accounting.pld import accountant
 from dp_accounting.pld import common
-import numpy as np
 import tensorflow as tf
 
 from tff_kd import companions
