@@ -79,7 +79,7 @@ class Attachment(NamedTuple):
   end: Callable[[Any], tuple[Any, Any]]
   trainable_variables: Sequence[tf.Variable] = ()
   observer: Optional[Observer] = None
-  certainty: Optional[Callable[[tf.Tensor], tf.Tensor]] = None
+  certainty: Optional[Callable[[Any], tf.Tensor]] = None
 
 
 class Companion(abc.ABC):
