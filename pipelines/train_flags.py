@@ -173,6 +173,15 @@ PREDICTION_BITS = flags.DEFINE_integer(
 DOWN_BITS = flags.DEFINE_integer(
     'down_bits', None, "Of cfd: likewise, of the server's labels.", lower_bound=1
 )
+NUM_NEGATIVES = flags.DEFINE_integer(
+    'num_negatives', 400, 'Of fed_aux: how many of the transfer examples, from the end, '
+    "are set aside to stand for what is not a client's own.", lower_bound=1,
+)
+CERTAINTY_EPSILON = flags.DEFINE_float(
+    'certainty_epsilon', None, "Of fed_aux: the privacy that clients' certainty scores "
+    'cost, and nothing else of what they send; inf for no noise.',
+)
+CERTAINTY_DELTA = flags.DEFINE_float('certainty_delta', None, 'The delta of that.')
 DISTILLATION_WEIGHT = flags.DEFINE_float(
     'distillation_weight', None, 'The share of the distillation in the loss, where '
     'there are --transfer_labels; the rest is their cross-entropy.'
@@ -262,6 +271,7 @@ FLAGS_OF_PARAMETER = {
         'transfer_per_round', 'transfer_validation', 'consensus', 'prediction_bits',
     ],
     'down_bits': ['down_bits'],
+    'negatives': ['num_negatives', 'certainty_epsilon', 'certainty_delta'],
     'distillation': [
         'target', 'temperature', 'distillation_weight', 'server_steps',
         'server_batch_size', 'server_schedule', 'validate_every',
@@ -291,7 +301,9 @@ def is_taken(algorithm: algorithms.Algorithm, name: str) -> bool:
     return algorithm.averages
   if name == 'pretrain_epochs' and not algorithm.averages:
     return algorithm.takes('pretraining_epochs')
-  if name == 'consensus' and algorithm.takes('up_bits'):
+  if name == 'consensus' and (
+      algorithm.takes('up_bits') or algorithm.takes('negatives')
+  ):
     return False  # It has its own.
   return all(
       algorithm.takes(parameter)

@@ -88,6 +88,17 @@ def _check_flags(algorithm: algorithms.Algorithm) -> None:
         f'--transfer_labels is {args.TRANSFER_LABELS.value}, but the transfer set has '
         f'only {args.TRANSFER_SIZE.value} examples. Lower it, or raise --transfer_size.'
     )
+  if (
+      algorithm.takes('negatives')
+      and args.NUM_NEGATIVES.value
+      >= args.TRANSFER_SIZE.value - args.TRANSFER_LABELS.value
+  ):
+    raise UserError(
+        f'--num_negatives is {args.NUM_NEGATIVES.value}, to be taken from the '
+        f'{args.TRANSFER_SIZE.value} transfer examples beside the '
+        f'{args.TRANSFER_LABELS.value} with labels, and some must be left. Lower it, or '
+        'raise --transfer_size.'
+    )
   if args.PRETRAIN_EPOCHS.value and not args.TRANSFER_LABELS.value:
     raise UserError('--pretrain_epochs needs labels: set --transfer_labels.')
   if args.DISTILLATION_WEIGHT.value not in (None, 1.0) and not args.TRANSFER_LABELS.value:
@@ -262,11 +273,21 @@ def _build_process(
           algorithm.build
       ).parameters.items()
   }
+  public = task.transfer
+  if algorithm.takes('negatives'):
+    left = len(public) - args.NUM_NEGATIVES.value
+    kwargs['negatives'] = public.inputs[left:]
+    public = public.take(np.arange(left))
+    if args.CERTAINTY_EPSILON.value is not None:
+      epsilon = args.CERTAINTY_EPSILON.value
+      kwargs['epsilon'] = None if np.isposinf(epsilon) else epsilon
+    if args.CERTAINTY_DELTA.value is not None:
+      kwargs['delta'] = args.CERTAINTY_DELTA.value
   if algorithm.takes('transfer_set'):
-    has_labels = np.arange(len(task.transfer)) < args.TRANSFER_LABELS.value
+    has_labels = np.arange(len(public)) < args.TRANSFER_LABELS.value
     kwargs['transfer_set'] = tff_kd.TransferSet(
-        task.transfer.inputs,
-        task.transfer.labels if has_labels.any() else None,
+        public.inputs,
+        public.labels if has_labels.any() else None,
         label_mask=None if has_labels.all() or not has_labels.any() else has_labels,
         subset_size=args.TRANSFER_PER_ROUND.value,
         validation_size=args.TRANSFER_VALIDATION.value,
@@ -349,7 +370,8 @@ class _Evaluation:
     found = {**_specs(process), 'student': None}
     if _clients(process) is not None and process.get_model_weights is not None:
       found['client'] = None
-    if process.transfer_set is not None and process.set_model_weights is not None:
+    state_type = process.initialize.type_signature.result.member
+    if len(getattr(state_type, 'aggregated_model_weights', ())):
       before = process.students.specs
       found |= _by_cohort('student_before', process.students, before)
       found['student_before'] = None

@@ -45,6 +45,7 @@ def _build(name, task, batches):
   )
   parts = dict(
       transfer_set=lambda: tff_kd.TransferSet(task.transfer.inputs),
+      negatives=lambda: task.validation.inputs,
       teacher_fn=lambda: model_fn,
       mentor_fn=lambda: model_fn,
       generator_steps=lambda: 5,
@@ -105,6 +106,7 @@ def test_the_registry_tells_what_builders_need():
     assert algorithm.name == name and algorithm.summary and algorithm.up
     needed = {
         'transfer set': 'transfer_set', 'teacher': 'teacher_fn', 'mentor': 'mentor_fn',
+        'negatives': 'negatives',
     }
     required = {
         parameter.name

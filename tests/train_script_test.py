@@ -252,6 +252,10 @@ def test_help_lists_the_algorithms():
         (['--algorithm=fed_avg', '--prediction_bits=1'], '--prediction_bits has no'),
         (['--resume'], '--output_dir'),
         (['--monitor=accuracy'], 'validation/teacher_accuracy'),
+        (['--num_negatives=5'], '--num_negatives has no effect'),
+        (['--algorithm=fed_aux', '--num_negatives=800'], '--num_negatives is 800'),
+        (['--algorithm=fed_aux', '--consensus=era'], '--consensus has no effect'),
+        (['--algorithm=fed_aux', '--certainty_epsilon=0'], '`epsilon` must be'),
     ],
 )
 def test_bad_flags_are_one_sentence(args, message, tmp_path, monkeypatch, capsys):

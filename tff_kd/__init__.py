@@ -3,8 +3,9 @@
 from tff_kd import _lazy
 
 _MODULES = (
-    'algorithms', 'client_data', 'codecs', 'communication', 'data', 'evaluation',
-    'keras_models', 'knowledge', 'local_terms', 'losses', 'models', 'simulation',
+    'algorithms', 'certainty', 'client_data', 'codecs', 'communication', 'data',
+    'evaluation', 'keras_models', 'knowledge', 'local_terms', 'losses', 'models',
+    'simulation',
 )
 
 __getattr__, __dir__ = _lazy.attach(

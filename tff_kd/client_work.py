@@ -252,7 +252,10 @@ def build_client_work(
       terms = list(local_terms)
       if attached is not None:
         terms += attached.begin(
-            broadcast.companion, client_state, broadcast.round_num
+            broadcast.companion,
+            client_state,
+            broadcast.round_num,
+            _client_examples(client_data, data),
         )
       num_examples, bad_labels, observed = train(
           client_hparams,
@@ -311,13 +314,12 @@ def build_client_work(
       if transfer_set is not None:
 
         def predict():
-          logits = knowledge.predict_logits(
-              model,
-              transfer_set,
-              transfer_set.prediction_ids(broadcast.round_num),
-          )
+          ids = transfer_set.prediction_ids(broadcast.round_num)
+          predictions = [knowledge.predict_logits(model, transfer_set, ids)]
+          if consensus_rule.needs_certainty:
+            predictions.append(transfer_set.map_inputs(attached.certainty, ids))
           return prepared(
-              consensus_rule.encode(logits),
+              consensus_rule.encode(*predictions),
               knowledge_weighting,
               multiplied.knowledge,
           )
@@ -407,6 +409,31 @@ def build_client_work(
       get_hparams=get_hparams_fn,
       set_hparams=set_hparams_fn,
   )
+
+
+def _client_examples(
+    client_data: Optional[client_data_lib.ClientBatches], data: Any
+) -> companions.ClientExamples:
+  """A client's examples, from its number or its dataset."""
+  if client_data is None:
+
+    def map_dataset(fn):
+      def map_batch(*batch):  # Of a pair, `map` hands over the parts.
+        return fn(models.split_batch(batch if len(batch) > 1 else batch[0])[0])
+
+      parts = data.map(map_batch)
+      empty = tf.zeros([0, *parts.element_spec.shape[1:]], parts.element_spec.dtype)
+      return parts.reduce(empty, lambda all_, part: tf.concat([all_, part], 0))
+
+    return companions.ClientExamples(None, map_dataset)
+
+  def map_rows(fn):
+    start, count = client_data.data.span(data)
+    rows = client_data.data.rows(start + tf.range(count))
+    batch = raw_files.gather(client_data.data.open(), rows)
+    return fn(models.split_batch(batch)[0])
+
+  return companions.ClientExamples(data, map_rows)
 
 
 def companion_type(make: Callable[[], Any]) -> tff.Type:

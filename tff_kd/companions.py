@@ -43,23 +43,43 @@ class ClientState(NamedTuple):
   sent_round: Any = ()
 
 
+class ClientExamples(NamedTuple):
+  """A client's own examples, for what looks at them beside the training.
+
+  Attributes:
+    client: The client's number, int32; `None` where its data is a dataset.
+    map_inputs: (fn) -> what fn, from a batch of inputs to a tensor `[batch, ...]`, makes
+      of all of them, concatenated. Read by reference, each counts once whatever the
+      epochs; of a dataset, as often as it is there.
+  """
+
+  client: Optional[tf.Tensor]
+  map_inputs: Callable[[Callable[[Any], tf.Tensor]], tf.Tensor]
+
+
 class Attachment(NamedTuple):
   """A companion within the computation of one client's round.
 
   Attributes:
-    begin: (received, client_state, round_num) -> the local terms: called before the
-      local training, with what came down and what the client kept.
+    begin: (received, client_state, round_num, examples) -> the local terms: called
+      before the local training, with what came down, what the client kept, and its
+      `ClientExamples`.
     end: (observed) -> (client_state, exchanged): what the client keeps for its next
       round, and what `Companion.exchange` gets of it. Called after the training, and
       also for a client that is left out: then the old client state stays.
     trainable_variables: Trained beside the student's, by the clients' optimizer.
     observer: Looks at the steps, if something is to be added up over them.
+    certainty: (inputs) -> float32 `[batch]`, 0 or more: how certain the client is of
+      its predictions on them. There if the companion `gives_certainty`.
   """
 
-  begin: Callable[[Any, Any, tf.Tensor], Sequence[local_terms.LocalTerm]]
+  begin: Callable[
+      [Any, Any, tf.Tensor, ClientExamples], Sequence[local_terms.LocalTerm]
+  ]
   end: Callable[[Any], tuple[Any, Any]]
   trainable_variables: Sequence[tf.Variable] = ()
   observer: Optional[Observer] = None
+  certainty: Optional[Callable[[Any], tf.Tensor]] = None
 
 
 class Companion(abc.ABC):
@@ -67,10 +87,21 @@ class Companion(abc.ABC):
 
   Attributes:
     client_spec: The `ModelSpec` of the model in its `ClientState`; `None` if clients
-      keep nothing.
+      keep none.
+    gives_certainty: Whether it tells a client's certainty, for a consensus rule that
+      weighs by a given one.
+    needs_client_number: Whether it works only where clients read their examples by
+      reference (`client_data`), and so have a number.
   """
 
   client_spec: Optional[models.ModelSpec] = None
+  gives_certainty: bool = False
+  needs_client_number: bool = False
+
+  @property
+  def has_client_state(self) -> bool:
+    """Whether clients keep something from round to round."""
+    return self.client_spec is not None
 
   def initial_client_state(self) -> Any:
     """What a new client has: a structure of tensors, a `ClientState`, or ()."""

@@ -301,8 +301,8 @@ class FeatureGenerator(companions.Companion):
       shaped = tf.reshape(features, [-1, *self._feature_shape])
       return model.class_logits(_apply(head, shaped))
 
-    def begin(received, client_state, round_num):
-      del client_state
+    def begin(received, client_state, round_num, examples):
+      del client_state, examples
       _assign(generator.variables, received.weights)
       seed = tf.random.experimental.stateless_fold_in(
           tf.constant([self._seed, _CLIENT_STREAM]), round_num

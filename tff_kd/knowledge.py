@@ -20,9 +20,6 @@ from tff_kd import losses
 from tff_kd import models
 from tff_kd import transfer
 
-# Rows predicted at a time: bounds the memory of a pass over the transfer set.
-_PREDICTION_BATCH = 512
-
 
 class KnowledgePayload(NamedTuple):
   """What one client sends up, or the weighted mean of it over clients.
@@ -68,31 +65,7 @@ def predict_logits(
   Returns:
     float32 `[k, ..., classes]`.
   """
-  num_rows = ids.shape[0]
-  examples = transfer_set.open()
-
-  def predict(rows: tf.Tensor) -> tf.Tensor:
-    return model.logits(examples.gather_inputs(rows))
-
-  logits = [predict(ids[:_PREDICTION_BATCH])]
-  whole, rest = divmod(max(num_rows - _PREDICTION_BATCH, 0), _PREDICTION_BATCH)
-  if whole:
-    # One traced body for all further whole batches.
-    batches = tf.reshape(
-        ids[_PREDICTION_BATCH : _PREDICTION_BATCH * (1 + whole)],
-        [whole, _PREDICTION_BATCH],
-    )
-    more = tf.map_fn(
-        predict,
-        batches,
-        fn_output_signature=tf.TensorSpec(logits[0].shape, tf.float32),
-        parallel_iterations=1,
-    )
-    logits.append(tf.reshape(more, tf.concat([[-1], tf.shape(more)[2:]], 0)))
-  if rest:
-    logits.append(predict(ids[-rest:]))
-  result = tf.concat(logits, axis=0)
-  return tf.ensure_shape(result, [num_rows, *logits[0].shape[1:]])
+  return transfer_set.map_inputs(model.logits, ids)
 
 
 class ConsensusRule(abc.ABC):
@@ -101,10 +74,13 @@ class ConsensusRule(abc.ABC):
   Attributes:
     has_diversity: Whether its consensus has a `diversity`.
     over_probabilities: Whether its sums are of probabilities, not of logits.
+    needs_certainty: Whether its `encode` also takes the client's certainties, float32
+      `[m]`, which a companion gives.
   """
 
   has_diversity: bool = False
   over_probabilities: bool = False
+  needs_certainty: bool = False
 
   def payload_spec(
       self, logits_shape: tf.TensorShape, num_rows: int
@@ -220,9 +196,9 @@ class CertaintyWeighted(ConsensusRule):
 
   Attributes:
     certainty: 'variance'; 'confidence' (the highest probability); 'entropy' (how far
-      the prediction's entropy is below the highest possible, as a share of that); or
-      a function from logits `[m, ..., classes]` to finite certainties `[m]`, 0 or
-      more.
+      the prediction's entropy is below the highest possible, as a share of that);
+      'given' (what a companion says, such as `certainty.CertaintyScorer`); or a
+      function from logits `[m, ..., classes]` to finite certainties `[m]`, 0 or more.
     average: What is averaged, 'logits' or 'probabilities' (as FedAUX does: Sattler et
       al., "FedAUX: Leveraging Unlabeled Auxiliary Data in Federated Learning", 2021).
   """
@@ -231,9 +207,10 @@ class CertaintyWeighted(ConsensusRule):
   average: str = 'logits'
 
   def __post_init__(self):
-    if not callable(self.certainty) and self.certainty not in _CERTAINTIES:
+    names = sorted([*_CERTAINTIES, 'given'])
+    if not callable(self.certainty) and self.certainty not in names:
       raise ValueError(
-          f'`certainty` must be one of {sorted(_CERTAINTIES)} or a function, found '
+          f'`certainty` must be one of {names} or a function, found '
           f'{self.certainty!r}.'
       )
     if self.average not in ('logits', 'probabilities'):
@@ -246,9 +223,14 @@ class CertaintyWeighted(ConsensusRule):
   def over_probabilities(self):
     return self.average == 'probabilities'
 
-  def encode(self, logits):
+  @property
+  def needs_certainty(self):
+    return self.certainty == 'given'
+
+  def encode(self, logits, certainty=None):
     score = self.certainty
-    certainty = (score if callable(score) else _CERTAINTIES[score])(logits)
+    if not self.needs_certainty:
+      certainty = (score if callable(score) else _CERTAINTIES[score])(logits)
     # Of sequences: the mean over the positions.
     axes = list(range(1, certainty.shape.rank))
     values = logits if self.average == 'logits' else _probabilities(logits)
@@ -286,8 +268,8 @@ class CertaintyWithDiversity(CertaintyWeighted):
         weights=tf.TensorSpec([num_rows, groups], tf.float32),
     )
 
-  def encode(self, logits):
-    values, weights = super().encode(logits)
+  def encode(self, logits, certainty=None):
+    values, weights = super().encode(logits, certainty)
     group = tf.one_hot(tf.argmax(values, axis=-1), values.shape[-1])
     return KnowledgePayload(
         values=group[..., tf.newaxis] * values[:, tf.newaxis, :],
@@ -348,10 +330,14 @@ class Quantized(ConsensusRule):
   def has_diversity(self):
     return self.rule.has_diversity
 
+  @property
+  def needs_certainty(self):
+    return self.rule.needs_certainty
+
   def payload_spec(self, logits_shape, num_rows):
     return self.rule.payload_spec(logits_shape, num_rows)
 
-  def encode(self, logits):
+  def encode(self, logits, *certainty):
     units = codecs.quantize(_all_probabilities(logits), self.bits)
     p = tf.cast(units, tf.float32) / codecs.num_units(self.bits)
     if logits.shape[-1] == 1:
@@ -359,7 +345,7 @@ class Quantized(ConsensusRule):
     # What is not finite has no units: it stays so, and is missing.
     rounded = losses.logits_from_probabilities(p)
     return self.rule.encode(
-        tf.where(tf.math.is_finite(logits), rounded, float('nan'))
+        tf.where(tf.math.is_finite(logits), rounded, float('nan')), *certainty
     )
 
   def decode(self, mean_payload):

@@ -72,8 +72,8 @@ class MutualLearning(companions.Companion):
     mentor = self.client_spec.blank_model_fn()
     term = _MutualTerm(mentor, self._weights, self._temperature)
 
-    def begin(received, client_state, round_num):
-      del received, round_num
+    def begin(received, client_state, round_num, examples):
+      del received, round_num, examples
       mentor.assign(client_state.weights)
       return [term]
 

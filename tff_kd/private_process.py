@@ -252,6 +252,12 @@ def _check_stage(
     transfer_set: transfer.TransferSet,
     rule: knowledge.ConsensusRule,
 ) -> None:
+  if rule.needs_certainty:
+    raise ValueError(
+        f'The rule {rule!r} weighs by a certainty that is given, which clients that '
+        'keep their models do not have. Take a rule that weighs by the predictions, '
+        "such as CertaintyWeighted('variance')."
+    )
   server_distillation_lib.check_stages(
       [stage],
       has_teacher=False,

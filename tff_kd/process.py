@@ -313,6 +313,8 @@ def build_distillation_process(
     server_optimizer = tff.learning.optimizers.build_sgdm(1.0)
   optimizers.check_optimizer(server_optimizer, 'server_optimizer')
   uses_ensemble = any(s.distillation.uses_ensemble for s in stages)
+  _check_companion(companion, consensus_rule if uses_ensemble else None, client_data)
+  has_client_state = companion is not None and companion.has_client_state
 
   client_work = client_work_lib.build_client_work(
       students,
@@ -503,7 +505,7 @@ def build_distillation_process(
 
   member = state_type.member
 
-  if companion is not None and companion.client_spec is not None:
+  if has_client_state:
 
     @tff.federated_computation(
         state_type,
@@ -569,14 +571,18 @@ def build_distillation_process(
   )
   get_model_weights = build_getter('global_model_weights')
   set_model_weights = build_setter('global_model_weights')
-  if companion is not None and companion.client_spec is not None:
+  if has_client_state:
     return PrivateProcess(
         init_fn,
         next_fn,
         initialize_client_fn=tff.tensorflow.computation(
             companion.initial_client_state
         ),
-        clients=cohorts.as_students(companion.client_spec),
+        clients=(
+            cohorts.as_students(companion.client_spec)
+            if companion.client_spec is not None
+            else None
+        ),
         get_model_weights_fn=get_model_weights,
         set_model_weights_fn=set_model_weights,
         **shared,
@@ -659,6 +665,41 @@ def _check_local_terms(
         f'{sorted(history_sizes)}.'
     )
   return max(history_sizes, default=0)
+
+
+def _check_companion(
+    companion: Optional[companions.Companion],
+    rule: Optional[knowledge.ConsensusRule],
+    client_data: Optional[client_data_lib.ClientBatches],
+) -> None:
+  """Refuses a companion, or none, that does not go with the rest.
+
+  Args:
+    companion: The companion.
+    rule: How the clients' predictions are combined; `None` if they are not used.
+    client_data: Where clients read their examples, if not from datasets.
+  """
+  gives = companion is not None and companion.gives_certainty
+  needs = rule is not None and rule.needs_certainty
+  if needs and not gives:
+    raise ValueError(
+        f'The rule {rule!r} weighs by a certainty that is given, but no companion '
+        'gives one. Pass `companion=tff_kd.certainty.CertaintyScorer(...)`, or a rule '
+        "that takes it from the predictions, such as CertaintyWeighted('variance')."
+    )
+  if gives and not needs:
+    raise ValueError(
+        "A companion that gives clients' certainties needs a distillation from the "
+        f"ensemble and a rule that weighs by them, CertaintyWeighted('given'), found "
+        f'{rule!r}.'
+    )
+  if companion is not None and companion.needs_client_number and client_data is None:
+    raise ValueError(
+        'This companion needs clients that read their examples by reference: pass '
+        '`client_data=`. (For a private certainty: a dataset may hold an example '
+        'several times, and the noise covers one.) Without noise, epsilon=None, '
+        'datasets will do.'
+    )
 
 
 def _replaced(state: DistillationState, **changes) -> DistillationState:

@@ -6,7 +6,7 @@ rows that it needs. Which rows a round uses follows from (seed, round number)
 alone, so clients and server agree without sending any.
 """
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 import os
 from typing import Any, Optional
 
@@ -18,6 +18,8 @@ from tff_kd import raw_files
 _WHAT = 'A transfer set'
 # A tag that keeps the choice of the validation part apart from every round's.
 _VALIDATION_STREAM = -1
+# Rows looked at together: bounds the memory of a pass over the examples.
+_PASS_BATCH = 512
 
 
 class TransferSet:
@@ -244,6 +246,43 @@ class TransferSet:
         mapped[1] if self.labelled else None,
         mapped[2] if len(mapped) == 3 else None,
     )
+
+  def map_inputs(
+      self, fn: Callable[[Any], tf.Tensor], ids: tf.Tensor
+  ) -> tf.Tensor:
+    """What a function makes of the inputs of some rows, a few hundred at a time.
+
+    Args:
+      fn: A batch of inputs -> a tensor `[batch, ...]`.
+      ids: int32 `[k]` with a static k.
+
+    Returns:
+      A tensor `[k, ...]`.
+    """
+    num_rows = ids.shape[0]
+    examples = self.open()
+
+    def map_batch(rows: tf.Tensor) -> tf.Tensor:
+      return fn(examples.gather_inputs(rows))
+
+    parts = [map_batch(ids[:_PASS_BATCH])]
+    whole, rest = divmod(max(num_rows - _PASS_BATCH, 0), _PASS_BATCH)
+    if whole:
+      # One traced body for all further whole batches.
+      batches = tf.reshape(
+          ids[_PASS_BATCH : _PASS_BATCH * (1 + whole)], [whole, _PASS_BATCH]
+      )
+      more = tf.map_fn(
+          map_batch,
+          batches,
+          fn_output_signature=tf.TensorSpec(parts[0].shape, parts[0].dtype),
+          parallel_iterations=1,
+      )
+      parts.append(tf.reshape(more, tf.concat([[-1], tf.shape(more)[2:]], 0)))
+    if rest:
+      parts.append(map_batch(ids[-rest:]))
+    result = tf.concat(parts, axis=0)
+    return tf.ensure_shape(result, [num_rows, *parts[0].shape[1:]])
 
   def gather_inputs(self, ids: tf.Tensor) -> Any:
     """As `OpenTransferSet.gather_inputs`, for a single use."""

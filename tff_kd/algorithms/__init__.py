@@ -85,6 +85,13 @@ REGISTRY = {
             needs=('mentor', 'client state'),
         ),
         Algorithm(
+            'fed_aux',
+            "fed_df, each client's predictions weighted by how much the example looks "
+            'like its own, under differential privacy',
+            'weights and predictions',
+            needs=('transfer set', 'negatives', 'client state'),
+        ),
+        Algorithm(
             'fd',
             "clients keep their models and exchange each class's mean logits",
             'logits by class',

@@ -1,0 +1,112 @@
+"""FedAUX: each client's predictions count as much as the example looks like its own.
+
+Sattler et al., "FedAUX: Leveraging Unlabeled Auxiliary Data in Federated Learning"
+(2021). As FedDF, but the student learns from
+
+  sum_k s_k(x) p_k(x) / sum_k s_k(x),
+
+where p_k are a client's probabilities and s_k its certainty: what a logistic regression,
+fitted once to the client's own examples against public negatives, says of x
+(`tff_kd.certainty`), with noise for (epsilon, delta)-differential privacy. The paper's
+other part, self-supervised pre-training on the auxiliary data, is left to the user: pass
+the extractor as `feature_fn`, and start the student from it in `student_fn`.
+"""
+
+from typing import Any, Optional
+
+import tensorflow_federated as tff
+
+from tff_kd import certainty
+from tff_kd import cohorts
+from tff_kd import knowledge
+from tff_kd import models
+from tff_kd import optimizers
+from tff_kd import process
+from tff_kd import server_distillation
+from tff_kd import transfer
+from tff_kd.algorithms import fed_df
+
+
+def build_fed_aux(
+    *,
+    student_fn: cohorts.StudentFn,
+    input_spec: Any,
+    loss_fn: models.LossFn,
+    transfer_set: transfer.TransferSet,
+    negatives: Any,
+    client_optimizer: optimizers.Optimizer,
+    student_optimizer: Optional[optimizers.Optimizer] = None,
+    distillation: server_distillation.Distillation = fed_df.DEFAULT_DISTILLATION,
+    consensus_rule: knowledge.ConsensusRule = knowledge.CertaintyWeighted(
+        'given', average='probabilities'
+    ),
+    feature_fn: certainty.FeatureFn = certainty.flat_inputs,
+    epsilon: Optional[float] = 0.5,
+    delta: float = 1e-5,
+    regularization: float = 0.01,
+    metrics_fn: Optional[models.MetricsFn] = None,
+    seed: int = 0,
+    **kwargs,
+) -> process.PrivateProcess:
+  """Builds FedAUX.
+
+  (epsilon, delta) is the price of a client's certainty scores, of all rounds together,
+  for replacing one of its examples. Its weights and predictions go up as in FedDF and
+  are NOT covered; `model_aggregator` and `knowledge_aggregator` may be private ones.
+
+  The noise in w_k has a standard deviation a coordinate of about
+  (7 at epsilon 0.5) * 2 / (regularization n), where n counts the client's examples and
+  the negatives; the scores say little where that is much above 1. More negatives, a
+  larger `regularization` or a larger `epsilon` lower it.
+
+  Args:
+    student_fn: Returns a new `tf.keras.Model`; a list of such functions, one a cohort.
+    input_spec: The clients' `dataset.element_spec`.
+    loss_fn: Returns a `tf.keras.losses.Loss`.
+    transfer_set: The examples on which the ensemble is distilled.
+    negatives: Further public inputs, arrays `[n, ...]`, that stand for what is not a
+      client's own; not those of the transfer set.
+    client_optimizer: The clients' optimizer.
+    student_optimizer: The server's, for the distillation; Adam with rate 1e-3 if
+      `None`.
+    distillation: How the student learns from the ensemble; FedDF's if not given.
+    consensus_rule: A rule over given certainties.
+    feature_fn: Inputs to features, float `[n, d]`, in plain TensorFlow; rows of a norm
+      above 1 are scaled down to 1. The flattened inputs if not given.
+    epsilon: Of the scores; no noise, and no privacy, if `None`. Needs `client_data`.
+    delta: Of the scores.
+    regularization: lambda of the logistic regression.
+    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    seed: Decides the server's order of examples, and, with a client's number, its noise:
+      in a simulation only; a deployment draws it in secret, at the client.
+    **kwargs: Further arguments of `process.build_distillation_process`. Clients'
+      predictions weigh the same whatever their number of examples, unless
+      `knowledge_weighting` says otherwise.
+
+  Returns:
+    A `PrivateProcess` whose clients keep their scorers.
+  """
+  scorer = certainty.CertaintyScorer(
+      input_spec=input_spec,
+      negatives=negatives,
+      feature_fn=feature_fn,
+      epsilon=epsilon,
+      delta=delta,
+      regularization=regularization,
+      seed=seed,
+  )
+  defaults = dict(knowledge_weighting=tff.learning.ClientWeighting.UNIFORM)
+  return fed_df.build_fed_df(
+      student_fn=student_fn,
+      input_spec=input_spec,
+      loss_fn=loss_fn,
+      transfer_set=transfer_set,
+      client_optimizer=client_optimizer,
+      student_optimizer=student_optimizer,
+      distillation=distillation,
+      metrics_fn=metrics_fn,
+      consensus_rule=consensus_rule,
+      companion=scorer,
+      seed=seed,
+      **(defaults | kwargs),
+  )
