@@ -222,3 +222,65 @@ def test_hyperparameters_of_all_cohorts(fed_avg):
   hparams = fed_avg.get_hparams(state)
   changed = fed_avg.set_hparams(state, hparams)
   np.testing.assert_equal(fed_avg.get_hparams(changed), hparams)
+
+
+def test_private_models_of_different_architectures(tmp_path):
+  public, _ = helpers.examples(6, 99)
+  x = public.astype(np.float64)
+  process = tff_kd.algorithms.build_fed_md(
+      **helpers.common(student_fn=STUDENTS, client_optimizer=helpers.sgd(_RATE)),
+      transfer_set=tff_kd.TransferSet(public),
+      digest_optimizer=helpers.sgd(0.3),
+      digest_batch_size=6,
+  )
+  clients = _clients()
+  store = tff_kd.simulation.ClientStates(
+      process.initialize_client(), tmp_path, cohort_fn=lambda k: _COHORTS[k]
+  )
+  own = [
+      _Model(_SCALES[c], store.load([k])[0].weights[c].trainable)
+      for k, c in enumerate(_COHORTS)
+  ]
+  state, consensus = process.initialize(), None
+  # Client 0 misses a round, and goes on with the model that it had.
+  for round_num, present in enumerate([[0, 1, 2], [1, 2, 3], [0, 3]], 1):
+    output = process.next(
+        state,
+        [_arguments(clients)[k] for k in present],
+        store.load(present),
+    )
+    state = output.state
+    store.save(present, output.client_states, round_num)
+    for k in present:
+      model = own[k]
+      if consensus is not None:
+        sign = np.sign(model.logits(x) - consensus)
+        model.step(x, sign / sign.size, 0.3)
+      model.train(clients[k][0].astype(np.float64), clients[k][1])
+    consensus = np.mean([own[k].logits(x) for k in present], axis=0)
+    np.testing.assert_allclose(state.shared.logits, consensus, **_CLOSE)
+    for k in present:
+      (kept,) = store.load([k])
+      mine, others = _COHORTS[k], 1 - _COHORTS[k]
+      helpers.assert_weights_close(
+          kept.weights[mine].trainable, own[k].w, **_CLOSE
+      )
+      # Of the other architecture it holds nothing.
+      assert not any(w.size for w in kept.weights[others].trainable)
+
+
+def test_a_server_model_of_the_first_cohort():
+  process = tff_kd.algorithms.build_ds_fl(
+      **helpers.common(student_fn=STUDENTS),
+      transfer_set=tff_kd.TransferSet(helpers.examples(6, 99)[0]),
+      distillation=tff_kd.Distillation(distillation_weight=1.0, num_steps=1),
+  )
+  assert len(process.students.specs) == 1 and len(process.clients.specs) == 2
+  initial = process.initialize_client()
+  output = process.next(
+      process.initialize(), _arguments(_clients()), [initial[c] for c in _COHORTS]
+  )
+  weights = process.get_model_weights(output.state)
+  assert [w.shape for w in weights.trainable] == [
+      (helpers.DIM, helpers.CLASSES), (helpers.CLASSES,)
+  ]

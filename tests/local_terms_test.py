@@ -156,7 +156,9 @@ def test_the_not_true_term_ignores_the_true_class(seed, tau, shift):
 
   def value(logits):
     step = local_terms.LocalStep(
-        None, tf.constant(logits), tf.constant(labels), tf.constant(target), 0, [], []
+        inputs=None, logits=tf.constant(logits), labels=tf.constant(labels),
+        target_logits=tf.constant(target), supervised_loss=tf.constant(0.0),
+        step_num=tf.constant(0), weights=[], received=[],
     )
     return float(term(tf.constant(0.0), step))
 

@@ -59,4 +59,4 @@ def test_the_fedgen_table_in_its_first_rounds(tmp_path):
   }
   # A model for all gets ahead on all classes; a user's own knows the user's.
   assert found['fed_df', 'all'] > found['fed_avg', 'all'] > 60.0
-  assert found['fd', 'own classes'] > 2 * found['fd', 'all']
+  assert found['fd', 'own classes'] > 1.5 * found['fd', 'all']

@@ -560,7 +560,8 @@ def build_training(
     with tf.GradientTape() as tape:
       outputs = model.keras_model(inputs, training=True)
       labels, bad = model.usable_labels(labels, outputs.shape)
-      loss = model.supervised_loss(labels, outputs)
+      supervised_loss = model.supervised_loss(labels, outputs)
+      loss = supervised_loss
       for term in local_terms:
         loss = term(
             loss,
@@ -569,6 +570,7 @@ def build_training(
                 logits=model.class_logits(outputs),
                 labels=labels,
                 target_logits=target_logits.get(term.target),
+                supervised_loss=supervised_loss,
                 step_num=step_num,
                 weights=trainable,
                 received=received,

@@ -24,6 +24,7 @@ class LocalStep(NamedTuple):
     logits: float32 `[batch, ..., classes]`, of the model in training.
     labels: The batch's labels; class indices are in range.
     target_logits: Like `logits`, of the term's target; `None` without one.
+    supervised_loss: float32 scalar, the loss on the labels alone.
     step_num: int32, how many of the client's steps in this round came before.
     weights: The model's trainable variables.
     received: Their values as the server sent them.
@@ -33,6 +34,7 @@ class LocalStep(NamedTuple):
   logits: tf.Tensor
   labels: Any
   target_logits: Optional[tf.Tensor]
+  supervised_loss: tf.Tensor
   step_num: tf.Tensor
   weights: list[tf.Variable]
   received: list[tf.Tensor]

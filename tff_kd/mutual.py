@@ -110,8 +110,9 @@ class _MutualTerm(local_terms.LocalTerm):
     to_student = divergence(logits, step.logits)
     to_mentor = divergence(step.logits, logits)
     if self._weights is None:
-      trust = tf.stop_gradient(1.0 / (loss + mentor_loss))
-      both = loss + mentor_loss + trust * (to_student + to_mentor)
+      # Of the labels only, whatever other terms there are.
+      doubt = tf.stop_gradient(step.supervised_loss + mentor_loss)
+      both = loss + mentor_loss + tf.math.divide_no_nan(to_student + to_mentor, doubt)
     else:
       w, v = self._weights
       both = (1 - w) * loss + w * to_student + (1 - v) * mentor_loss + v * to_mentor

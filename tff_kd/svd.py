@@ -23,9 +23,12 @@ def energy_rank(singular_values: tf.Tensor, energy: tf.Tensor) -> tf.Tensor:
   Returns:
     int32 scalar from 1 to n.
   """
-  cumulative = tf.cumsum(tf.square(singular_values))
+  # In double precision: squares of floats overflow early.
+  cumulative = tf.cumsum(tf.square(tf.cast(singular_values, tf.float64)))
   count = tf.shape(singular_values)[0]
-  enough = tf.cast(cumulative < energy * cumulative[-1], tf.int32)
+  enough = tf.cast(
+      cumulative < tf.cast(energy, tf.float64) * cumulative[-1], tf.int32
+  )
   # Rounding may leave the last sum just below the whole.
   rank = tf.minimum(tf.reduce_sum(enough) + 1, count)
   return tf.where(energy >= 1.0, count, rank)
