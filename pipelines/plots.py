@@ -88,25 +88,26 @@ def plot_comparison(
     path: The PNG file to write.
   """
   figure, panels = plt.subplots(
-      1, 2, figsize=(12, 4.8), sharey=True, layout='constrained'
+      1, 2, figsize=(13, 4.8), sharey=True, layout='constrained'
   )
-  colors = plt.get_cmap('tab20' if len(curves) > 10 else 'tab10')
+  colors, styles = plt.get_cmap('tab10'), ('-', '--', ':')
   for number, (name, runs) in enumerate(curves.items()):
     length = min(len(accuracy) for _, _, accuracy in runs)
     accuracy = np.array([its[:length] for _, _, its in runs])
     mean, deviation = accuracy.mean(axis=0), accuracy.std(axis=0)
     for panel, x in zip(panels, runs[0][:2]):
-      panel.plot(x[:length], mean, color=colors(number), label=name)
+      color, style = colors(number % 10), styles[number // 10 % len(styles)]
+      panel.plot(x[:length], mean, style, color=color, label=name)
       panel.fill_between(
-          x[:length], mean - deviation, mean + deviation, color=colors(number),
-          alpha=0.15, linewidth=0,
+          x[:length], mean - deviation, mean + deviation, color=color, alpha=0.12,
+          linewidth=0,
       )
   panels[0].xaxis.get_major_locator().set_params(integer=True)
   panels[0].set(xlabel='round', ylabel="student's test accuracy")
   panels[1].set(
       xlabel='MB moved per participating client (up and down)', xscale='log'
   )
-  panels[0].legend(loc='lower right')
+  figure.legend(*panels[0].get_legend_handles_labels(), loc='outside right center')
   for panel in panels:
     panel.grid(alpha=0.3)
   figure.savefig(path, dpi=120)

@@ -250,6 +250,8 @@ def test_help_lists_the_algorithms():
         (['--algorithm=fed_df', '--prediction_bits=1'], '--consensus=mean_probabilities'),
         (['--algorithm=ds_fl', '--prediction_bits=9'], 'from 1'),
         (['--algorithm=fed_avg', '--prediction_bits=1'], '--prediction_bits has no'),
+        (['--algorithm=fed_gen', '--split_layer=x'], '`split_layer` must be one of'),
+        (['--mentor=cnn'], '--mentor has no effect'),
         (['--resume'], '--output_dir'),
         (['--monitor=accuracy'], 'validation/teacher_accuracy'),
         (['--num_negatives=5'], '--num_negatives has no effect'),
