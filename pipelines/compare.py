@@ -244,7 +244,14 @@ def main(argv: list[str]) -> Optional[int]:
     raise app.UsageError(f'Not a flag: {argv[1:]}.')
   seeds, arguments = _seeds(), _arguments()
   folder = pathlib.Path(train_flags.OUTPUT_DIR.value or _DEFAULT_DIR)
-  folder.mkdir(parents=True, exist_ok=True)
+  with parallel.only_user(folder):
+    return _compare(folder, seeds, arguments)
+
+
+def _compare(
+    folder: pathlib.Path, seeds: list[int], arguments: dict[str, list[str]]
+) -> int:
+  """Trains what is missing, and reports; returns the exit status."""
   runs = [
       _Run(name, seed, folder / f'{name}-{seed}')
       for seed in seeds for name in arguments

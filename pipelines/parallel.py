@@ -1,7 +1,9 @@
 """Several runs of scripts at once, one a core."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
+import contextlib
+import fcntl
 import os
 import pathlib
 import queue
@@ -9,6 +11,8 @@ import signal
 import subprocess
 import time
 from typing import NamedTuple, Optional
+
+from absl import app
 
 
 class Job(NamedTuple):
@@ -28,6 +32,25 @@ class Job(NamedTuple):
 def num_cores() -> int:
   """How many cores this process may use."""
   return len(os.sched_getaffinity(0))
+
+
+@contextlib.contextmanager
+def only_user(folder: pathlib.Path) -> Iterator[None]:
+  """Holds a folder, so that no second script runs the same jobs in it.
+
+  Raises:
+    app.UsageError: If another script holds it.
+  """
+  folder.mkdir(parents=True, exist_ok=True)
+  with open(folder / 'lock', 'w') as file:
+    try:
+      fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+      raise app.UsageError(
+          f'{folder} is in use by another run of a script. Wait for it, or choose '
+          'another --output_dir.'
+      ) from None
+    yield
 
 
 def run_all(

@@ -208,6 +208,12 @@ def main(argv: list[str]) -> Optional[int]:
         rounds_per_evaluation=_ROUNDS_PER_EVALUATION.value,
     )
     return 0
+  with parallel.only_user(pathlib.Path(_OUTPUT_DIR.value)):
+    return _run_all(runs)
+
+
+def _run_all(runs: list[_Run]) -> int:
+  """Runs what is missing, and reports; returns the exit status."""
   todo = {run.name: run for run in runs if not run.results.is_file()}
   if len(todo) < len(runs):
     print(f'{len(runs) - len(todo)} of {len(runs)} runs are done already.')

@@ -7,6 +7,7 @@ import sys
 
 import pytest
 
+from pipelines import parallel
 from tests import helpers
 
 _ROOT = pathlib.Path(__file__).parent.parent
@@ -77,6 +78,12 @@ def test_another_problem_needs_another_folder(finished):
   done = _run(*_COMPARED, *_TINY, '--batch_size=7', f'--output_dir={folder}')
   assert done.returncode != 0
   assert 'choose another --output_dir' in done.stdout + done.stderr
+
+
+def test_a_folder_has_one_user_at_a_time(tmp_path):
+  with parallel.only_user(tmp_path):
+    done = _run(*_COMPARED, *_TINY, f'--output_dir={tmp_path}', timeout=60)
+  assert done.returncode == 1 and 'in use by another' in done.stdout + done.stderr
 
 
 def test_a_run_that_fails_is_named(tmp_path):
