@@ -522,7 +522,7 @@ def build_private_process(
   if students.has_cohorts:
     # One type for all cohorts: arrays of any size.
     client_state_type = tff.to_type(
-        client_state_type[0].python_container(
+        companions.ClientState(
             weights=tff.types.tensorflow_to_type(
                 tf.nest.map_structure(
                     lambda w: tf.TensorSpec([None] * np.ndim(w), w.dtype),
