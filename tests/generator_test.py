@@ -267,6 +267,7 @@ class _Skip(tf.keras.Model):
             'outputs of shape',
         ),
         (dict(student_fn=_Skip), 'one after the other'),
+        (dict(student_fn=[_student_fn, _student_fn]), 'one architecture'),
         (dict(student_fn=helpers.dense_fn()), 'must have layers before the split'),
     ],
 )

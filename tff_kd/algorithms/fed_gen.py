@@ -69,7 +69,15 @@ def build_fed_gen(
 
   Returns:
     A `DistillationProcess` without a teacher.
+
+  Raises:
+    ValueError: If there are several architectures, or the student cannot be split.
   """
+  if isinstance(student_fn, (list, tuple)):
+    raise ValueError(
+        'FedGen has one architecture, in whose features the generator works; found '
+        f'{len(student_fn)} builders in `student_fn`.'
+    )
   student = models.build_model_spec(
       student_fn,
       input_spec=input_spec,
