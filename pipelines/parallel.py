@@ -7,7 +7,6 @@ import fcntl
 import os
 import pathlib
 import queue
-import signal
 import subprocess
 import time
 from typing import NamedTuple, Optional
@@ -60,7 +59,7 @@ def run_all(
 ) -> list[str]:
   """Runs jobs, so many at a time, and prints a line for each that ends.
 
-  A job that fails does not stop the others. Ctrl-C is passed on to those that run.
+  A job that fails does not stop the others. Ctrl-C ends those that run.
 
   Args:
     jobs: What to run.
@@ -98,9 +97,9 @@ def run_all(
         print(f'[{number}/{len(jobs)}] {line}', flush=True)
     except KeyboardInterrupt:
       pool.shutdown(wait=False, cancel_futures=True)
-      # From a terminal they have had the signal, too.
+      # Not Ctrl-C: what a shell starts in the background ignores it, and so do its runs.
       for process in list(running):
-        process.send_signal(signal.SIGINT)
+        process.terminate()
       raise
   return failed
 
