@@ -96,7 +96,7 @@ def _build(
 
 
 class _Test:
-  """The two ways of testing, from the accuracy in each class.
+  """The ways of testing, from the accuracy in each class.
 
   'all': the whole test part. 'own classes', as the paper's: each user is tested on an
   equal part of the test images of each class that it has, and all users' answers are
@@ -118,16 +118,48 @@ class _Test:
         right[self._task.test.labels == c].mean() for c in range(len(self._share))
     ])
 
+  def _answers(
+      self, evaluator: tff_kd.evaluation.CentralEvaluator, weights: list[Any]
+  ) -> np.ndarray:
+    return np.array([
+        self._by_class(evaluator.logits(its, self._task.test.inputs))
+        for its in weights
+    ])
+
+  def _of_own_classes(self, by_class: np.ndarray) -> float:
+    return (by_class * self._own).sum() / self._own.sum()
+
   def __call__(
       self, evaluator: tff_kd.evaluation.CentralEvaluator, weights: list[Any]
   ) -> dict[str, float]:
     """Of one model for all users, or of each user's."""
-    by_class = np.array([
-        self._by_class(evaluator.logits(its, self._task.test.inputs))
-        for its in weights
-    ])
-    own = (by_class * self._own).sum() / self._own.sum()
-    return {'all': (by_class @ self._share).mean(), 'own classes': own}
+    by_class = self._answers(evaluator, weights)
+    return {
+        'all': (by_class @ self._share).mean(),
+        'own classes': self._of_own_classes(by_class),
+    }
+
+  def with_own_statistics(
+      self,
+      evaluator: tff_kd.evaluation.CentralEvaluator,
+      spec: tff_kd.models.ModelSpec,
+      weights: Any,
+      batches: tff_kd.ClientBatches,
+      round_num: int,
+  ) -> float:
+    """On own classes, of one model with each user's batch-norm statistics.
+
+    As the paper's: there the statistics stay with the users. Training does not see them,
+    so it is the same; a round's batches bring them to the user's.
+    """
+    model = spec.model_fn().keras_model
+    of_users = []
+    for user in range(_USERS):
+      weights.assign_weights_to(model)
+      for inputs, _ in batches.dataset(user, round_num):
+        model(inputs, training=True)
+      of_users.append(tff_kd.models.weights_of(model))
+    return self._of_own_classes(self._answers(evaluator, of_users))
 
 
 def run(
@@ -229,6 +261,14 @@ def run(
         ],
     )
     last = evaluate(result.state)
+    tested = [*last]
+    if store is None:
+      last['student/own statistics'] = float(
+          test_fn.with_own_statistics(
+              evaluators['student'], process.student_spec,
+              result.state.global_model_weights, batches, num_rounds,
+          )
+      )
   # The rounds before a stop, too.
   with open(metrics_path, newline='') as file:
     rounds = [
@@ -241,8 +281,8 @@ def run(
           {
               'last': last,
               'curve': [
-                  {key: row[key] for key in ('round', *last)}
-                  for row in rounds if last.keys() <= row.keys()
+                  {key: row[key] for key in ('round', *tested)}
+                  for row in rounds if set(tested) <= row.keys()
               ],
               'seconds_per_round': float(
                   np.median([row[tff_kd.simulation.ROUND_SECONDS] for row in rounds])

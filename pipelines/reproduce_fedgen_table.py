@@ -10,10 +10,11 @@ stopped and started again, it goes on. Leaves table.md, table.csv, table.json an
 run's results.
 
 Tests on 'all' classes (the 10,000 test images) and, as the paper, on 'own classes' (every
-user on test images of the classes that it has). 'last' is the accuracy after the last
-round. What the paper's own plotting code prints is the mean over each run's five best
-rounds by test accuracy, which the numbers in its table may be, too: 'best five' is that,
-of the rounds that were tested.
+user on test images of the classes that it has). At the end also on own classes with each
+user's own batch-norm statistics, as the paper's code tests. 'last' is the accuracy after
+the last round. What the paper's own plotting code prints is the mean over each run's five
+best rounds by test accuracy, which the numbers in its table may be, too: 'best five' is
+that, of the rounds that were tested.
 """
 
 import csv
@@ -113,10 +114,11 @@ def _cells(runs: list[_Run]) -> list[dict[str, Any]]:
           'algorithm': run.algorithm, 'model': model, 'test': test,
           'alpha': run.alpha, 'seeds': [], 'last': [], 'best five': [], 'paper': None,
       })
-      tested = sorted(row[key] for row in results['curve'])
+      tested = sorted(row[key] for row in results['curve'] if key in row)
       cell['seeds'].append(run.seed)
       cell['last'].append(100 * value)
-      cell['best five'].append(100 * statistics.mean(tested[-5:]))
+      if tested:
+        cell['best five'].append(100 * statistics.mean(tested[-5:]))
       if model == 'student' and test == 'own classes':
         cell['paper'] = PAPER[run.algorithm].get(run.alpha)
   return list(found.values())
@@ -153,6 +155,8 @@ def _rows(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
   ):
     line = lines[algorithm, model, test]
     for rounds in ('last', 'best five'):
+      if not any(cell[rounds] for cell in line.values()):
+        continue
       rows.append((
           _label(algorithm, model), test, rounds,
           *(
