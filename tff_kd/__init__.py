@@ -3,7 +3,8 @@
 from tff_kd import _lazy
 
 _MODULES = (
-    'algorithms', 'certainty', 'client_data', 'codecs', 'communication', 'data',
+    'algorithms', 'certainty', 'client_data', 'codecs', 'communication',
+    'conditions', 'data',
     'evaluation', 'keras_models', 'knowledge', 'local_terms', 'losses', 'models',
     'simulation',
 )
@@ -13,6 +14,8 @@ __getattr__, __dir__ = _lazy.attach(
     {
         **{name: name for name in _MODULES},
         'ClientBatches': 'client_data',
+        'ClientConditions': 'conditions',
+        'Reporting': 'conditions',
         'FileClientData': 'client_data',
         'LocalDistillation': 'local_terms',
         'NotTrueDistillation': 'local_terms',

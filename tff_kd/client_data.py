@@ -21,6 +21,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 import tqdm
 
+from tff_kd import models
 from tff_kd import raw_files
 
 _WHAT = "The clients' data"
@@ -28,6 +29,7 @@ _FORMAT = 1
 _INDEX_SPEC = raw_files.RowSpec((), np.dtype(np.int64))
 # Keeps these random streams apart from others of the same seed.
 _ORDER_STREAM = 1
+_LABEL_STREAM, _INPUT_STREAM = 31, 32
 
 
 class ClientRound(NamedTuple):
@@ -386,6 +388,15 @@ def _find(path: pathlib.Path, key: str, spec: Any) -> Optional[FileClientData]:
   return FileClientData(client_ids, num_examples, **arrays)
 
 
+def masked_inputs(batch: Any, mask: Any) -> Any:
+  """A batch whose inputs are 0 where a mask of `ClientBatches.input_mask` is."""
+  if mask is None:
+    return batch
+  inputs, labels = models.split_batch(batch)
+  inputs = tf.nest.map_structure(tf.multiply, inputs, mask)
+  return {'x': inputs, 'y': labels} if isinstance(batch, Mapping) else (inputs, labels)
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClientBatches:
   """How a client reads its examples in a round.
@@ -402,7 +413,12 @@ class ClientBatches:
     max_elements: At most so many examples over all passes.
     max_batches: At most so many batches.
     drop_remainder: Whether to leave out a last batch that is smaller.
-    seed: Decides the orders.
+    label_share: The part of its examples whose labels a client knows, above 0; which
+      these are follows from (seed, client). The others take part in the terms of the
+      loss that need no label, such as `LocalDistillation`, and in those only.
+    input_share: The part of the (floating-point) input features that a client observes,
+      above 0; which these are follows from (seed, client). The others are 0.
+    seed: Decides the orders, and what is missing.
   """
 
   data: FileClientData
@@ -412,6 +428,8 @@ class ClientBatches:
   max_elements: Optional[int] = None
   max_batches: Optional[int] = None
   drop_remainder: bool = False
+  label_share: float = 1.0
+  input_share: float = 1.0
   seed: int = 0
 
   def __post_init__(self):
@@ -426,6 +444,10 @@ class ClientBatches:
           not isinstance(value, int) or value < 1
       ):
         raise ValueError(f'`{name}` must be a positive integer, found {value!r}.')
+    for name in ('label_share', 'input_share'):
+      value = getattr(self, name)
+      if not 0.0 < value <= 1.0:
+        raise ValueError(f'`{name}` must be above 0 and at most 1, found {value!r}.')
 
   @property
   def element_spec(self) -> Any:
@@ -460,26 +482,76 @@ class ClientBatches:
     Returns:
       int64 `[n]`; the batches are its parts of `batch_size`.
     """
+    return self.rows_and_labelled(client, round_num)[0]
+
+  def rows_and_labelled(
+      self, client: tf.Tensor, round_num: tf.Tensor
+  ) -> tuple[tf.Tensor, Optional[tf.Tensor]]:
+    """As `rows`, and float32 `[n]`: 1 where the client knows the label; `None`: all."""
     start, count = self.data.span(client)
     # Not more passes than the limits leave.
     needed = -(-self._limit // tf.maximum(count, 1))
     num_epochs = tf.minimum(tf.cast(needed, tf.int32), self.num_epochs)
     shape = tf.stack([num_epochs, tf.cast(count, tf.int32)])
     if self.shuffle:
-      seed = tf.stack([self.seed, _ORDER_STREAM])
-      for number in (round_num, client):
-        seed = tf.random.experimental.stateless_fold_in(seed, number)
+      seed = self._seed_of(_ORDER_STREAM, round_num, client)
       keys = tf.random.stateless_uniform(
           shape, seed, minval=None, maxval=None, dtype=tf.int32
       )
       order = tf.cast(tf.argsort(keys, axis=-1), tf.int64)
     else:
       order = tf.broadcast_to(tf.range(count), shape)
-    order = tf.reshape(order, [-1])[: self._limit] + start
+    order = tf.reshape(order, [-1])[: self._limit]
     if self.drop_remainder:
       whole = tf.size(order) // self.batch_size * self.batch_size
       order = order[:whole]
-    return self.data.rows(order)
+    labelled = None
+    if self.label_share < 1.0:
+      draws = tf.random.stateless_uniform(
+          count[tf.newaxis], self._seed_of(_LABEL_STREAM, client)
+      )
+      labelled = tf.gather(tf.cast(draws < self.label_share, tf.float32), order)
+    return self.data.rows(order + start), labelled
+
+  def _seed_of(self, stream: int, *numbers: tf.Tensor) -> tf.Tensor:
+    seed = tf.stack([self.seed, stream])
+    for number in numbers:
+      seed = tf.random.experimental.stateless_fold_in(seed, number)
+    return seed
+
+  def num_elements(self, total: tf.Tensor, step_share: tf.Tensor) -> tf.Tensor:
+    """Of how many examples a part of the steps is; at least one step's.
+
+    Args:
+      total: int32, the examples of all steps.
+      step_share: float32, the part.
+    """
+    steps = tf.cast(tf.math.ceil(total / self.batch_size), tf.float32)
+    # What is a whole number but for rounding is that.
+    steps = tf.math.ceil(steps * step_share - 1e-4)
+    return tf.minimum(tf.cast(steps, tf.int32) * self.batch_size, total)
+
+  def input_mask(self, client: tf.Tensor) -> Any:
+    """Which features a client observes, a structure like the inputs of one example.
+
+    Args:
+      client: Its number, an int32 scalar.
+
+    Returns:
+      0/1 of the inputs' dtype; of integers (indices) all 1; `None` if all are observed.
+    """
+    if self.input_share == 1.0:
+      return None
+    specs, _ = models.split_batch(self.element_spec)
+    masks = []
+    for i, spec in enumerate(tf.nest.flatten(specs)):
+      mask = tf.ones(spec.shape[1:], spec.dtype)
+      if spec.dtype.is_floating:
+        seed = self._seed_of(_INPUT_STREAM, client, tf.constant(i))
+        draws = tf.random.stateless_uniform(spec.shape[1:], seed)
+        mask = tf.cast(draws < self.input_share, spec.dtype)
+      masks.append(mask)
+    return tf.nest.pack_sequence_as(specs, masks)
 
   def dataset(self, client: Any, round_num: Any = 0) -> tf.data.Dataset:
     """The same batches as a `tf.data.Dataset`, which holds file names only.
@@ -489,17 +561,24 @@ class ClientBatches:
     Args:
       client: The client's number.
       round_num: The round.
+
+    Raises:
+      ValueError: If some labels are unknown, which a dataset cannot say.
     """
-    rows = self.rows(
-        tf.convert_to_tensor(client, tf.int32),
-        tf.convert_to_tensor(round_num, tf.int32),
-    )
-    return (
-        tf.data.Dataset.from_tensor_slices(rows)
-        .batch(self.batch_size)
-        # Opened in the function: what it captured would be sent with the dataset.
-        .map(lambda ids: raw_files.gather(self.data.open(), ids))
-    )
+    if self.label_share < 1.0:
+      raise ValueError(
+          'A dataset cannot say which labels are unknown: `label_share` must be 1 here, '
+          f'found {self.label_share}.'
+      )
+    client = tf.convert_to_tensor(client, tf.int32)
+    rows = self.rows(client, tf.convert_to_tensor(round_num, tf.int32))
+
+    def read(ids):
+      # Opened in the function: what it captured would be sent with the dataset.
+      batch = raw_files.gather(self.data.open(), ids)
+      return masked_inputs(batch, self.input_mask(client))
+
+    return tf.data.Dataset.from_tensor_slices(rows).batch(self.batch_size).map(read)
 
   @functools.cached_property
   def dataset_computation(self) -> tff.Computation:

@@ -7,7 +7,6 @@ ensemble, the predictions on this round's transfer examples.
 
 import collections
 from collections.abc import Callable, Sequence
-import functools
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -17,6 +16,7 @@ import tensorflow_federated as tff
 from tff_kd import client_data as client_data_lib
 from tff_kd import cohorts
 from tff_kd import companions
+from tff_kd import conditions as conditions_lib
 from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
 from tff_kd import models
@@ -100,8 +100,10 @@ class ClientWork(NamedTuple):
     initialize: A `tff.Computation` ( -> H@SERVER), the optimizer's hyperparameters.
     next: A `tff.Computation` (<H, `Broadcast`, D> -> `ClientOutput`), where D is a
       sequence of batches or a client's number; where there are cohorts, <cohort=int32,
-      data=that>. With a companion, (<H, `Broadcast`, D,
+      data=that>, and with conditions these, too. With a companion, (<H, `Broadcast`, D,
       client state> -> <`ClientOutput`, `CompanionOutput`>).
+    broadcast_type: The `tff.Type` of a `Broadcast`.
+    broadcast_history: What makes a `Broadcast` into what `next` takes.
     metric_finalizers: The finalizers of the metrics' sums, by name.
     get_hparams: A `tff.Computation` (H -> hyperparameters).
     set_hparams: A `tff.Computation` (<H, hyperparameters> -> H).
@@ -109,13 +111,11 @@ class ClientWork(NamedTuple):
 
   initialize: tff.Computation
   next: tff.Computation
+  broadcast_type: tff.Type
+  broadcast_history: conditions_lib.BroadcastHistory
   metric_finalizers: Any
   get_hparams: tff.Computation
   set_hparams: tff.Computation
-
-  @property
-  def broadcast_type(self) -> tff.Type:
-    return self.next.type_signature.parameter[1]
 
   @property
   def data_type(self) -> tff.Type:
@@ -154,6 +154,7 @@ def build_client_work(
     local_terms: Sequence[local_terms_lib.LocalTerm] = (),
     companion: Optional[companions.Companion] = None,
     learning_rate_fn: Optional[LearningRateFn] = None,
+    reporting: Optional[conditions_lib.Reporting] = None,
 ) -> ClientWork:
   """Builds the client's part of a round.
 
@@ -176,10 +177,18 @@ def build_client_work(
     local_terms: Further terms of the local loss.
     companion: What takes part beside the student; its terms come after those.
     learning_rate_fn: The optimizer's rate in a round, int32 from 0; constant if `None`.
+    reporting: How what comes late or in part is taken; clients then come with their
+      `ClientConditions`. Needs `client_data`.
 
   Returns:
     A `ClientWork`.
   """
+  for term in local_terms:
+    if term.needs_labels and client_data is not None and client_data.label_share < 1.0:
+      raise ValueError(
+          f'{term} needs the label of every example: `label_share` must be 1, found '
+          f'{client_data.label_share}.'
+      )
   targets = {term.target for term in local_terms if term.target is not None}
   hparams = optimizers.initial_hparams(optimizer)
   broadcast_type = tff.to_type(
@@ -210,7 +219,12 @@ def build_client_work(
     data_type = tff.SequenceType(
         tff.types.tensorflow_to_type(students.first.input_spec)
     )
-  data_type = cohorts.client_data_type(students, data_type)
+  data_type = conditions_lib.client_data_type(
+      cohorts.client_data_type(students, data_type), reporting
+  )
+  broadcast_history = conditions_lib.BroadcastHistory(
+      broadcast_type, reporting.max_delay if reporting is not None else 0
+  )
   with tf.Graph().as_default():
     metric_finalizers = students.first.blank_model_fn().metric_finalizers()
   update_specs = [model_update_spec(spec) for spec in students.specs]
@@ -242,7 +256,12 @@ def build_client_work(
         learning_rate_fn=learning_rate_fn,
     )
 
-    def client_update(client_hparams, broadcast, data, client_state=()):
+    def client_update(client_hparams, sent, data, client_state=(), conditions=None):
+      broadcast, step_share = sent, None
+      if reporting is not None:
+        conditions_lib.check_conditions(reporting, conditions)
+        broadcast = broadcast_history.received(sent, conditions.delay)
+        step_share = conditions.step_share
       # A read-only view of what came in, before any variable changes.
       received = students.unpack(broadcast.student)[cohort]
       model.assign(received)
@@ -263,6 +282,7 @@ def build_client_work(
           broadcast.round_num,
           terms,
           received.trainable,
+          step_share,
       )
 
       delta = tf.nest.map_structure(
@@ -279,7 +299,10 @@ def build_client_work(
       ]
       finite = tf.reduce_all(tf.math.is_finite(tf.stack(sums)))
       is_empty = tf.equal(num_examples, 0)
-      included = finite & ~is_empty & ~bad_labels
+      valid = finite & ~is_empty & ~bad_labels
+      included = valid
+      if reporting is not None:
+        included = valid & conditions.reports
       if not included:
         model.reset_metrics()
 
@@ -293,7 +316,10 @@ def build_client_work(
         ])
 
       def weight_of(weighting):
-        return client_weight(weighting, num_examples, included)
+        weight = client_weight(weighting, num_examples, included)
+        if reporting is not None:
+          weight *= reporting.weight(conditions.delay)
+        return weight
 
       def prepared(update, weighting, is_multiplied):
         """A channel's update, on its way up."""
@@ -311,11 +337,22 @@ def build_client_work(
       )
       payload, knowledge_weight = (), ()
       counts = participation(included, is_empty, bad_labels, finite)
+      if reporting is not None:
+        counts.update(conditions_lib.condition_counts(conditions, valid))
       if transfer_set is not None:
 
         def predict():
-          ids = transfer_set.prediction_ids(broadcast.round_num)
-          predictions = [knowledge.predict_logits(model, transfer_set, ids)]
+          round_num = broadcast.round_num
+          if reporting is not None:
+            round_num = broadcast_history.current(sent).round_num
+          ids = transfer_set.prediction_ids(round_num)
+          logits = knowledge.predict_logits(model, transfer_set, ids)
+          if reporting is not None:
+            covered = conditions_lib.covered_rows(
+                transfer_set, conditions, broadcast.round_num, round_num
+            )
+            logits = knowledge.without_rows(logits, covered)
+          predictions = [logits]
           if consensus_rule.needs_certainty:
             predictions.append(transfer_set.map_inputs(attached.certainty, ids))
           return prepared(
@@ -353,7 +390,7 @@ def build_client_work(
         return output
       return output, CompanionOutput(
           client_state=tf.nest.map_structure(
-              lambda new, old: tf.where(included, new, old),
+              lambda new, old: tf.where(valid, new, old),
               left.client_state,
               client_state,
           ),
@@ -364,23 +401,21 @@ def build_client_work(
 
     return tf.function(client_update)
 
-  def run(client_hparams, broadcast, data, *client_state):
+  def run(client_hparams, broadcast, client, client_state=()):
     updates = [build_update(i) for i in range(len(students.specs))]
-    if not students.has_cohorts:
-      return updates[0](client_hparams, broadcast, data, *client_state)
-    return students.select(
-        data['cohort'],
-        [
-            functools.partial(
-                update, client_hparams, broadcast, data['data'], *client_state
-            )
-            for update in updates
-        ],
+    return students.run_client(
+        client,
+        updates,
+        (client_hparams, broadcast),
+        client_state,
+        has_conditions=reporting is not None,
     )
 
   if companion is None:
 
-    @tff.tensorflow.computation(hparams_type, broadcast_type, data_type)
+    @tff.tensorflow.computation(
+        hparams_type, broadcast_history.sent_type, data_type
+    )
     def client_computation(client_hparams, broadcast, data):
       return run(client_hparams, broadcast, data)
 
@@ -388,7 +423,7 @@ def build_client_work(
     client_state_type = companion_type(companion.initial_client_state)
 
     @tff.tensorflow.computation(
-        hparams_type, broadcast_type, data_type, client_state_type
+        hparams_type, broadcast_history.sent_type, data_type, client_state_type
     )
     def client_computation(client_hparams, broadcast, data, client_state):
       return run(client_hparams, broadcast, data, client_state)
@@ -405,6 +440,8 @@ def build_client_work(
   return ClientWork(
       initialize=initialize,
       next=client_computation,
+      broadcast_type=broadcast_type,
+      broadcast_history=broadcast_history,
       metric_finalizers=metric_finalizers,
       get_hparams=get_hparams_fn,
       set_hparams=set_hparams_fn,
@@ -431,6 +468,7 @@ def _client_examples(
     start, count = client_data.data.span(data)
     rows = client_data.data.rows(start + tf.range(count))
     batch = raw_files.gather(client_data.data.open(), rows)
+    batch = client_data_lib.masked_inputs(batch, client_data.input_mask(data))
     return fn(models.split_batch(batch)[0])
 
   return companions.ClientExamples(data, map_rows)
@@ -543,16 +581,21 @@ def build_training(
     learning_rate_fn: The optimizer's rate in a round, if it changes.
 
   Returns:
-    (hparams, data, round_num, local_terms, received) -> (num_examples, bad_labels,
-    observed): the client's dataset or number, the terms of the loss beside the
-    supervised one and the trainable weights as sent, to an int64, a bool and the
-    observer's sums, () without one.
+    (hparams, data, round_num, local_terms, received, step_share) -> (num_examples,
+    bad_labels, observed): the client's dataset or number, the terms of the loss beside
+    the supervised one, the trainable weights as sent and the part of its steps that it
+    does (all if `None`), to an int64, a bool and the observer's sums, () without one.
   """
+  if client_data is not None and client_data.label_share < 1.0 and observer is not None:
+    raise ValueError(
+        'This algorithm adds up something by label over the steps, so all labels must be '
+        f'known: `label_share` must be 1, found {client_data.label_share}.'
+    )
   trainable = model.trainable_variables
   all_variables = [*trainable, *extra_variables]
   stepper = optimizers.build_stepper(optimizer, all_variables)
 
-  def gradients_on(batch, step_num, local_terms, received):
+  def gradients_on(batch, step_num, labelled, local_terms, received):
     inputs, labels = models.split_batch(batch)
     target_logits = {
         name: target.logits(inputs) for name, target in target_models.items()
@@ -560,7 +603,7 @@ def build_training(
     with tf.GradientTape() as tape:
       outputs = model.keras_model(inputs, training=True)
       labels, bad = model.usable_labels(labels, outputs.shape)
-      supervised_loss = model.supervised_loss(labels, outputs)
+      supervised_loss = model.supervised_loss(labels, outputs, labelled)
       loss = supervised_loss
       for term in local_terms:
         loss = term(
@@ -569,6 +612,7 @@ def build_training(
                 inputs=inputs,
                 logits=model.class_logits(outputs),
                 labels=labels,
+                labelled=labelled,
                 target_logits=target_logits.get(term.target),
                 supervised_loss=supervised_loss,
                 step_num=step_num,
@@ -577,16 +621,19 @@ def build_training(
             ),
         )
       loss += model.regularization_loss()
-    model.update_metrics(labels, outputs)
+    model.update_metrics(labels, outputs, labelled)
     seen = ()
     if observer is not None:
       seen = observer.observe(model.class_logits(outputs), labels)
     gradients = tape.gradient(loss, all_variables)
     return loss, gradients, tf.shape(outputs)[0], bad, seen
 
-  def step(progress: _Progress, batch: Any, extra: Any, may_be_empty: bool):
+  def step(
+      progress: _Progress, batch: Any, extra: Any, may_be_empty: bool,
+      labelled: Optional[tf.Tensor] = None,
+  ):
     loss, gradients, batch_size, bad, seen = gradients_on(
-        batch, progress.num_batches, *extra
+        batch, progress.num_batches, labelled, *extra
     )
     carry = progress.carry
     loss_sum = loss * tf.cast(batch_size, loss.dtype)
@@ -612,6 +659,7 @@ def build_training(
       round_num: tf.Tensor,
       local_terms: Sequence[local_terms_lib.LocalTerm],
       received: Sequence[tf.Tensor],
+      step_share: Optional[tf.Tensor] = None,
   ):
     extra = local_terms, received
     if learning_rate_fn is not None:
@@ -630,12 +678,18 @@ def build_training(
     else:
       # Slices, not a `tf.data.Dataset`: its iterator costs as much as a small step.
       examples = client_data.data.open()
-      rows = client_data.rows(data, round_num)
+      rows, labelled = client_data.rows_and_labelled(data, round_num)
+      if step_share is not None:
+        rows = rows[: client_data.num_elements(tf.size(rows), step_share)]
+      observed_inputs = client_data.input_mask(data)
       start = tf.constant(0)
       while start < tf.size(rows):
         end = start + client_data.batch_size
-        batch = raw_files.gather(examples, rows[start:end])
-        progress = step(progress, batch, extra, may_be_empty=False)
+        batch = client_data_lib.masked_inputs(
+            raw_files.gather(examples, rows[start:end]), observed_inputs
+        )
+        mask = None if labelled is None else labelled[start:end]
+        progress = step(progress, batch, extra, may_be_empty=False, labelled=mask)
         start = end
     model.add_totals(
         progress.loss_sum, progress.num_examples, progress.num_batches

@@ -6,6 +6,7 @@ a cohort; what crosses cohorts is knowledge.
 
 import collections
 from collections.abc import Callable, Sequence
+import functools
 from typing import Any, Optional, Union
 
 import numpy as np
@@ -77,6 +78,36 @@ class Students:
       return tf.switch_case(cohort, list(branches))
 
     return switch()
+
+  def run_client(
+      self,
+      client: Any,
+      updates: Sequence[Callable[..., Any]],
+      received: Sequence[Any],
+      client_state: Any,
+      *,
+      has_conditions: bool,
+  ) -> Any:
+    """One client's round, by the update of its cohort.
+
+    Args:
+      client: What the computation is given for it: its data, and beside that its cohort
+        and conditions where there are such.
+      updates: By cohort, (*received, data, client_state, conditions) -> the result; all
+        of one structure.
+      received: What came down.
+      client_state: What the client kept.
+      has_conditions: Whether it comes with conditions.
+    """
+    conditions = client['conditions'] if has_conditions else None
+    data = client['data'] if has_conditions or self.has_cohorts else client
+    calls = [
+        functools.partial(update, *received, data, client_state, conditions)
+        for update in updates
+    ]
+    if not self.has_cohorts:
+      return calls[0]()
+    return self.select(client['cohort'], calls)
 
 
 def as_students(student: Union[models.ModelSpec, Students]) -> Students:

@@ -68,6 +68,11 @@ def predict_logits(
   return transfer_set.map_inputs(model.logits, ids)
 
 
+def without_rows(logits: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
+  """Logits in which other rows than those of a bool mask `[m]` are missing."""
+  return tf.where(_per_row(kept, logits), logits, float('nan'))
+
+
 class ConsensusRule(abc.ABC):
   """How clients' predictions become sums, and how those become a consensus.
 

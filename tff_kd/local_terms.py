@@ -23,6 +23,7 @@ class LocalStep(NamedTuple):
     inputs: The batch's inputs.
     logits: float32 `[batch, ..., classes]`, of the model in training.
     labels: The batch's labels; class indices are in range.
+    labelled: float32 `[batch]`, 1 where the label is known; `None` if all are.
     target_logits: Like `logits`, of the term's target; `None` without one.
     supervised_loss: float32 scalar, the loss on the labels alone.
     step_num: int32, how many of the client's steps in this round came before.
@@ -33,6 +34,7 @@ class LocalStep(NamedTuple):
   inputs: Any
   logits: tf.Tensor
   labels: Any
+  labelled: Optional[tf.Tensor]
   target_logits: Optional[tf.Tensor]
   supervised_loss: tf.Tensor
   step_num: tf.Tensor
@@ -47,9 +49,11 @@ class LocalTerm(abc.ABC):
     target: Whose logits it needs: 'student' (the global one as received),
       'student_history' (the mean of the last global ones), 'teacher', or `None`.
       What is not the received student is sent down too, and costs bytes.
+    needs_labels: Whether it needs the label of every example.
   """
 
   target: Optional[str] = None
+  needs_labels: bool = False
 
   @abc.abstractmethod
   def __call__(self, loss: tf.Tensor, step: LocalStep) -> tf.Tensor:
@@ -120,6 +124,8 @@ class NotTrueDistillation(LocalTerm):
   weight: float = 1.0
   temperature: float = 1.0
   target: str = dataclasses.field(default='student', init=False)
+
+  needs_labels = True
 
   def __post_init__(self):
     losses.check_temperature(self.temperature)

@@ -164,11 +164,20 @@ class KerasModel(tff.learning.models.VariableModel):
         tf.logical_not(tf.reduce_all(in_range)),
     )
 
-  def update_metrics(self, labels: Any, outputs: tf.Tensor) -> None:
-    """Updates the user's metrics by a batch."""
+  def update_metrics(
+      self, labels: Any, outputs: tf.Tensor, mask: Optional[tf.Tensor] = None
+  ) -> None:
+    """Updates the user's metrics by a batch.
+
+    Args:
+      labels: The labels of the batch.
+      outputs: The model's outputs for it.
+      mask: Optional 0/1 float32 `[batch]`: which labels count.
+    """
+    weights = {} if mask is None else {'sample_weight': mask}
     for name, metric in self._metrics.items():
       if self._metric_constructors[name] not in _TOTALS:
-        metric.update_state(y_true=labels, y_pred=outputs)
+        metric.update_state(y_true=labels, y_pred=outputs, **weights)
 
   def add_totals(
       self, loss_sum: tf.Tensor, num_examples: tf.Tensor, num_batches: tf.Tensor

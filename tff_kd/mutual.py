@@ -101,7 +101,9 @@ class _MutualTerm(local_terms.LocalTerm):
 
   def __call__(self, loss, step):
     outputs = self._mentor.keras_model(step.inputs, training=True)
-    mentor_loss = self._mentor.supervised_loss(step.labels, outputs)
+    mentor_loss = self._mentor.supervised_loss(
+        step.labels, outputs, step.labelled
+    )
     logits = self._mentor.class_logits(outputs)
 
     def divergence(target: tf.Tensor, own: tf.Tensor) -> tf.Tensor:

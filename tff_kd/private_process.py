@@ -15,7 +15,6 @@ of the client's next one, so that a client computes once a round.
 import abc
 import collections
 from collections.abc import Callable
-import functools
 from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
@@ -27,6 +26,7 @@ from tff_kd import client_data as client_data_lib
 from tff_kd import client_work as client_work_lib
 from tff_kd import cohorts
 from tff_kd import companions
+from tff_kd import conditions as conditions_lib
 from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
 from tff_kd import losses
@@ -43,18 +43,22 @@ class PrivateState(NamedTuple):
   Attributes:
     global_model_weights: The server's `ModelWeights`, or () without a server model.
     shared: What the last round's `Exchange` left for clients.
+    shared_round: int32, the round that left it, -1 before the first.
     round_num: int32, the number of finished rounds.
     client_work: The client optimizer's hyperparameters.
     aggregator: The state of the predictions' aggregator.
     server_distillation: The state of the server model's optimizer.
+    broadcasts: What was sent in the last rounds, where clients may be late; else ().
   """
 
   global_model_weights: Any
   shared: Any
+  shared_round: Any
   round_num: Any
   client_work: Any
   aggregator: Any
   server_distillation: Any
+  broadcasts: Any
 
 
 class PrivateBroadcast(NamedTuple):
@@ -62,10 +66,12 @@ class PrivateBroadcast(NamedTuple):
 
   Attributes:
     shared: What the last round's `Exchange` left.
+    shared_round: int32 scalar, that round; -1 before the first.
     round_num: int32 scalar.
   """
 
   shared: Any
+  shared_round: Any
   round_num: Any
 
 
@@ -74,11 +80,13 @@ class Exchange(abc.ABC):
 
   Attributes:
     keeps_sent: Whether a client must know what it sent last.
+    needs_equal_weights: Whether late clients must weigh as much as others.
     needs_server_model: Whether what goes down is made by the server's model.
     transfer_set: The `TransferSet` of the exchange, or `None`.
   """
 
   keeps_sent: bool = False
+  needs_equal_weights: bool = False
   needs_server_model: bool = False
   transfer_set: Optional[transfer.TransferSet] = None
 
@@ -126,9 +134,21 @@ class Exchange(abc.ABC):
 
   @abc.abstractmethod
   def payload(
-      self, model: models.KerasModel, round_num: tf.Tensor, observed: Any
+      self,
+      model: models.KerasModel,
+      round_num: tf.Tensor,
+      observed: Any,
+      covered: Optional[tf.Tensor],
   ) -> knowledge.KnowledgePayload:
-    """What the client sends, after its training."""
+    """What the client sends, after its training.
+
+    Args:
+      model: The client's.
+      round_num: int32 scalar, the round in which it reports.
+      observed: The observer's sums.
+      covered: bool `[m]`, on which of the round's transfer examples it has predictions;
+        `None`: on all.
+    """
 
   def message_bits(
       self, payload: knowledge.KnowledgePayload, client_state: companions.ClientState
@@ -211,16 +231,19 @@ class TransferExchange(Exchange):
           broadcast.shared.logits, broadcast.shared.mask
       )
       # On the examples of the round that the consensus comes from.
-      last_round = tf.maximum(broadcast.round_num - 1, 0)
+      shared_round = tf.maximum(broadcast.shared_round, 0)
       _, measured = learn(
-          None, consensus, last_round, tf.constant([self._seed, 1])
+          None, consensus, shared_round, tf.constant([self._seed, 1])
       )
       return (), measured['num_steps'] > 0
 
     return run
 
-  def payload(self, model, round_num, observed):
-    return self._rule.encode(self._predict(model, round_num))
+  def payload(self, model, round_num, observed, covered):
+    logits = self._predict(model, round_num)
+    if covered is not None:
+      logits = knowledge.without_rows(logits, covered)
+    return self._rule.encode(logits)
 
   def _predict(self, model, round_num):
     return knowledge.predict_logits(
@@ -275,6 +298,8 @@ class ClassExchange(Exchange):
   """
 
   keeps_sent = True
+  # A client's own part is left out of sums, as it sent it.
+  needs_equal_weights = True
 
   def __init__(self, student: models.ModelSpec, weight: float):
     """Initializes the exchange.
@@ -320,7 +345,8 @@ class ClassExchange(Exchange):
   def build_learning(self, model):
     def run(broadcast, client_state):
       sums = broadcast.shared
-      is_in = tf.equal(client_state.sent_round, broadcast.round_num - 1)
+      # Before the first round both are -1, and the client has sent nothing.
+      is_in = tf.equal(client_state.sent_round, broadcast.shared_round)
       own = tf.cast(is_in, tf.float32)
       values = sums.values - own * client_state.sent.values
       counts = sums.weights - own * client_state.sent.weights
@@ -350,7 +376,7 @@ class ClassExchange(Exchange):
         observe=observe,
     )
 
-  def payload(self, model, round_num, observed):
+  def payload(self, model, round_num, observed, covered):
     return observed
 
 
@@ -389,6 +415,7 @@ def build_private_process(
     metrics_aggregator: Optional[Any] = None,
     keeps_models: bool = True,
     learning_rate_fn: Optional[client_work_lib.LearningRateFn] = None,
+    reporting: Optional[conditions_lib.Reporting] = None,
     seed: int = 0,
 ) -> process.PrivateProcess:
   """Composes a round of clients that keep their models, or what they sent.
@@ -412,6 +439,7 @@ def build_private_process(
       begins every round with the initial weights, and keeps none.
     learning_rate_fn: Maps a round's number, an int32 tensor from 0, to the clients'
       learning rate in it; needs a TFF optimizer.
+    reporting: As of `build_distillation_process`.
     seed: With the round number, decides the order of the transfer examples.
 
   Returns:
@@ -442,6 +470,14 @@ def build_private_process(
     process.check_client_data(client_data, student)
   optimizers.check_optimizer(client_optimizer, 'client_optimizer')
   optimizers.check_learning_rate_fn(learning_rate_fn, client_optimizer)
+  process.check_reporting(reporting, client_data)
+  if exchange.needs_equal_weights and reporting is not None:
+    if reporting.max_delay and reporting.staleness_power:
+      raise ValueError(
+          "This exchange leaves a client's own part out of a sum, so that late clients "
+          'must weigh as much as others: `staleness_power` must be 0, found '
+          f'{reporting.staleness_power}.'
+      )
   hparams = optimizers.initial_hparams(client_optimizer)
   payload_spec = exchange.payload_spec()
   payload_type = tff.types.tensorflow_to_type(payload_spec)
@@ -508,8 +544,13 @@ def build_private_process(
 
   broadcast_type = tff.to_type(
       PrivateBroadcast(
-          shared=initial_shared.type_signature.result, round_num=np.int32
+          shared=initial_shared.type_signature.result,
+          shared_round=np.int32,
+          round_num=np.int32,
       )
+  )
+  broadcasts = conditions_lib.BroadcastHistory(
+      broadcast_type, reporting.max_delay if reporting is not None else 0
   )
   if client_data is not None:
     data_type = tff.TensorType(np.int32)
@@ -517,7 +558,9 @@ def build_private_process(
     data_type = tff.SequenceType(
         tff.types.tensorflow_to_type(student.input_spec)
     )
-  data_type = cohorts.client_data_type(students, data_type)
+  data_type = conditions_lib.client_data_type(
+      cohorts.client_data_type(students, data_type), reporting
+  )
   client_state_type = initialize_client.type_signature.result
   if students.has_cohorts:
     # One type for all cohorts: arrays of any size.
@@ -555,7 +598,12 @@ def build_private_process(
     )
 
     @tf.function
-    def client_update(client_hparams, broadcast, data, client_state):
+    def client_update(client_hparams, sent, data, client_state, conditions):
+      broadcast, step_share = sent, None
+      if reporting is not None:
+        conditions_lib.check_conditions(reporting, conditions)
+        broadcast = broadcasts.received(sent, conditions.delay)
+        step_share = conditions.step_share
       before = tf.nest.map_structure(tf.constant, spec.initial_weights)
       if keeps_models:
         before = tf.nest.map_structure(
@@ -566,7 +614,7 @@ def build_private_process(
       model.assign(before)
       local_terms, has_learned = learn(broadcast, client_state)
       num_examples, bad_labels, observed = train(
-          client_hparams, data, broadcast.round_num, local_terms, ()
+          client_hparams, data, broadcast.round_num, local_terms, (), step_share
       )
       after = tf.nest.map_structure(tf.convert_to_tensor, model.weights())
       finite = tf.reduce_all([
@@ -574,15 +622,28 @@ def build_private_process(
           for w in tf.nest.flatten(after) if w.dtype.is_floating
       ])
       is_empty = tf.equal(num_examples, 0)
-      included = finite & ~is_empty & ~bad_labels
+      valid = finite & ~is_empty & ~bad_labels
+      included, covered = valid, None
+      round_num = broadcast.round_num
+      counts = collections.OrderedDict()
+      if reporting is not None:
+        included = valid & conditions.reports
+        round_num = broadcasts.current(sent).round_num
+        counts = conditions_lib.condition_counts(conditions, valid)
+        if transfer_set is not None:
+          covered = conditions_lib.covered_rows(
+              transfer_set, conditions, broadcast.round_num, round_num
+          )
       if not included:
         model.reset_metrics()
       weight = client_work_lib.client_weight(
           knowledge_weighting, num_examples, included
       )
+      if reporting is not None:
+        weight *= reporting.weight(conditions.delay)
       payload = tf.cond(
           included,
-          lambda: exchange.payload(model, broadcast.round_num, observed),
+          lambda: exchange.payload(model, round_num, observed, covered),
           zero_payload,
       )
       factor = 1.0 if knowledge_aggregator is not None else weight
@@ -591,20 +652,20 @@ def build_private_process(
         kept = in_cohort(
             cohort,
             tf.nest.map_structure(
-                lambda new, old: tf.where(included, new, old), after, before
+                lambda new, old: tf.where(valid, new, old), after, before
             ),
         )
-      sent, sent_round = (), ()
+      last_sent, sent_round = (), ()
       if exchange.keeps_sent:
-        sent = tf.nest.map_structure(
+        # What was lost on the way is in no sum.
+        last_sent = tf.nest.map_structure(
             lambda new, old: tf.where(included, new, old), payload, client_state.sent
         )
-        sent_round = tf.where(
-            included, broadcast.round_num, client_state.sent_round
-        )
+        sent_round = tf.where(included, round_num, client_state.sent_round)
       counts = collections.OrderedDict(
           client_work_lib.participation(included, is_empty, bad_labels, finite),
           num_taught=tf.cast(has_learned, tf.int32),
+          **counts,
       )
       bits = exchange.message_bits(payload, client_state)
       if bits is not None:
@@ -619,25 +680,20 @@ def build_private_process(
           metrics=metrics,
           participation=counts,
       )
-      return output, companions.ClientState(kept, sent, sent_round)
+      return output, companions.ClientState(kept, last_sent, sent_round)
 
     return client_update
 
   @tff.tensorflow.computation(
-      hparams_type, broadcast_type, data_type, client_state_type
+      hparams_type, broadcasts.sent_type, data_type, client_state_type
   )
-  def client_computation(client_hparams, broadcast, data, client_state):
-    updates = [build_update(i) for i in range(len(students.specs))]
-    if not students.has_cohorts:
-      return updates[0](client_hparams, broadcast, data, client_state)
-    return students.select(
-        data['cohort'],
-        [
-            functools.partial(
-                update, client_hparams, broadcast, data['data'], client_state
-            )
-            for update in updates
-        ],
+  def client_computation(client_hparams, sent, client, client_state):
+    return students.run_client(
+        client,
+        [build_update(i) for i in range(len(students.specs))],
+        (client_hparams, sent),
+        client_state,
+        has_conditions=reporting is not None,
     )
 
   output_type, _ = client_computation.type_signature.result
@@ -698,6 +754,7 @@ def build_private_process(
                 if server_stage is not None else nothing
             ),
             shared=tff.federated_eval(initial_shared, tff.SERVER),
+            shared_round=tff.federated_value(np.int32(-1), tff.SERVER),
             round_num=tff.federated_value(np.int32(0), tff.SERVER),
             client_work=initial_hparams(),
             aggregator=aggregator.initialize(),
@@ -705,10 +762,16 @@ def build_private_process(
                 server_distillation.initialize()
                 if server_stage is not None else nothing
             ),
+            broadcasts=tff.federated_eval(broadcasts.initial, tff.SERVER),
         )
     )
 
   state_type = init_fn.type_signature.result
+  keep_or_skip = None
+  if reporting is not None and reporting.min_reports:
+    keep_or_skip = process.build_skipping(
+        state_type.member, reporting.min_reports, ('round_num', 'broadcasts')
+    )
 
   @tff.federated_computation(
       state_type,
@@ -717,14 +780,23 @@ def build_private_process(
   )
   def next_fn(state, client_data, client_states):
     nothing = tff.federated_value((), tff.SERVER)
-    broadcast = tff.federated_zip(
-        PrivateBroadcast(shared=state.shared, round_num=state.round_num)
+    sent = tff.federated_zip(
+        PrivateBroadcast(
+            shared=state.shared,
+            shared_round=state.shared_round,
+            round_num=state.round_num,
+        )
     )
+    new_broadcasts = nothing
+    if broadcasts.max_delay:
+      new_broadcasts, sent = tff.federated_map(
+          broadcasts.push, (state.broadcasts, sent)
+      )
     output, new_client_states = tff.federated_map(
         client_computation,
         (
             tff.federated_broadcast(state.client_work),
-            tff.federated_broadcast(broadcast),
+            tff.federated_broadcast(sent),
             client_data,
             client_states,
         ),
@@ -758,17 +830,26 @@ def build_private_process(
                     state.round_num,
                 ),
             ),
+            shared_round=state.round_num,
             round_num=tff.federated_map(add_one, state.round_num),
             client_work=state.client_work,
             aggregator=aggregated.state,
             server_distillation=distillation_state,
+            broadcasts=new_broadcasts,
         )
     )
+    skipped = nothing
+    if keep_or_skip is not None:
+      participation = aggregated.measurements.client_work['participation']
+      new_state, skipped = tff.federated_map(
+          keep_or_skip, (state, new_state, participation['num_included'])
+      )
     metrics = tff.federated_zip(
         collections.OrderedDict(
             client_work=aggregated.measurements.client_work,
             aggregator=aggregated.measurements.aggregator,
             server_distillation=distillation_metrics,
+            round_skipped=skipped,
         )
     )
     return process.PrivateOutput(new_state, new_client_states, metrics)

@@ -23,6 +23,7 @@ from tff_kd import client_data as client_data_lib
 from tff_kd import client_work as client_work_lib
 from tff_kd import cohorts
 from tff_kd import companions
+from tff_kd import conditions as conditions_lib
 from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
 from tff_kd import models
@@ -49,6 +50,7 @@ class DistillationState(NamedTuple):
     finalizer: The student server optimizer's state.
     server_distillation: The states of the server's distillation optimizers.
     companion: The companion's server state, or ().
+    broadcasts: What was sent in the last rounds, where clients may be late; else ().
   """
 
   global_model_weights: Any
@@ -62,6 +64,7 @@ class DistillationState(NamedTuple):
   finalizer: Any
   server_distillation: Any
   companion: Any
+  broadcasts: Any
 
 
 class CodedBytes(NamedTuple):
@@ -249,6 +252,7 @@ def build_distillation_process(
     metrics_aggregator: Optional[Any] = None,
     companion: Optional[companions.Companion] = None,
     learning_rate_fn: Optional[client_work_lib.LearningRateFn] = None,
+    reporting: Optional[conditions_lib.Reporting] = None,
     seed: int = 0,
 ) -> Union[DistillationProcess, PrivateProcess]:
   """Composes the stages of one round into a learning process.
@@ -280,6 +284,8 @@ def build_distillation_process(
     learning_rate_fn: Maps a round's number, an int32 tensor from 0, to the clients'
       learning rate in it, as in TFF's
       `build_weighted_fed_avg_with_optimizer_schedule`; needs a TFF optimizer.
+    reporting: How late, partial and too few reports are taken. `next` then takes
+      {'data': number, 'conditions': `ClientConditions`} a client. Needs `client_data`.
     seed: With the round number, decides the server's order of examples.
 
   Returns:
@@ -309,6 +315,7 @@ def build_distillation_process(
     check_client_data(client_data, student)
   optimizers.check_optimizer(client_optimizer, 'client_optimizer')
   optimizers.check_learning_rate_fn(learning_rate_fn, client_optimizer)
+  check_reporting(reporting, client_data)
   if server_optimizer is None:
     server_optimizer = tff.learning.optimizers.build_sgdm(1.0)
   optimizers.check_optimizer(server_optimizer, 'server_optimizer')
@@ -331,9 +338,11 @@ def build_distillation_process(
       local_terms=local_terms,
       companion=companion,
       learning_rate_fn=learning_rate_fn,
+      reporting=reporting,
   )
   broadcast_type = client_work.broadcast_type
-  distributor = tff.learning.templates.build_broadcast_process(broadcast_type)
+  broadcasts = client_work.broadcast_history
+  distributor = tff.learning.templates.build_broadcast_process(broadcasts.sent_type)
   aggregator = aggregation.build_client_output_aggregator(
       client_work.output_type,
       client_work.metric_finalizers,
@@ -397,6 +406,7 @@ def build_distillation_process(
                 server_distillation.initialize() if stages else nothing
             ),
             companion=tff.federated_eval(initial_companion, tff.SERVER),
+            broadcasts=tff.federated_eval(broadcasts.initial, tff.SERVER),
         )
     )
 
@@ -410,6 +420,12 @@ def build_distillation_process(
   @tff.tensorflow.computation(state_type.member.companion)
   def broadcast_companion(server_state):
     return companion.broadcast(server_state) if companion is not None else ()
+
+  keep_or_skip = None
+  if reporting is not None and reporting.min_reports:
+    keep_or_skip = build_skipping(
+        state_type.member, reporting.min_reports, ('round_num', 'broadcasts')
+    )
 
   def run_round(state, client_data, client_states):
     """One round: the next state, what a companion leaves, the metrics."""
@@ -434,6 +450,11 @@ def build_distillation_process(
             ),
         )
     )
+    new_broadcasts = nothing
+    if broadcasts.max_delay:
+      new_broadcasts, sent = tff.federated_map(
+          broadcasts.push, (state.broadcasts, sent)
+      )
     distributed = distributor.next(state.distributor, sent)
     # Local work, and up.
     arguments = (
@@ -489,8 +510,15 @@ def build_distillation_process(
             finalizer=finalized.state,
             server_distillation=distillation_state,
             companion=companion_state,
+            broadcasts=new_broadcasts,
         )
     )
+    participation = aggregated.measurements.client_work['participation']
+    skipped = nothing
+    if reporting is not None and reporting.min_reports:
+      new_state, skipped = tff.federated_map(
+          keep_or_skip, (state, new_state, participation['num_included'])
+      )
     metrics = tff.federated_zip(
         collections.OrderedDict(
             distributor=distributed.measurements,
@@ -499,6 +527,7 @@ def build_distillation_process(
             finalizer=finalized.measurements,
             server_distillation=distillation_metrics,
             companion=companion_metrics,
+            round_skipped=skipped,
         )
     )
     return new_state, new_client_states, metrics
@@ -635,6 +664,53 @@ def _build_history(students: cohorts.Students, size: int):
     return history, tf.nest.map_structure(mean, history, weights)
 
   return initial_history, remember
+
+
+def build_skipping(
+    state_type: tff.Type, min_reports: int, kept: Sequence[str]
+) -> tff.Computation:
+  """What skips a round with too few reports.
+
+  Args:
+    state_type: The type of the server's state, a NamedTuple.
+    min_reports: How many are enough.
+    kept: The fields that a skipped round changes all the same.
+
+  Returns:
+    A `tff.Computation` (<state before, state after, number of reports> -> <next state,
+    int32 1 if the round is skipped>).
+  """
+
+  @tff.tensorflow.computation(state_type, state_type, np.int32)
+  def keep_or_skip(before, after, num_reports):
+    skipped = num_reports < min_reports
+    fields = {}
+    for name in state_type.python_container._fields:
+      new = getattr(after, name)
+      fields[name] = new
+      if name not in kept:
+        fields[name] = tf.nest.map_structure(
+            lambda old, new: tf.where(skipped, old, new), getattr(before, name), new
+        )
+    return state_type.python_container(**fields), tf.cast(skipped, tf.int32)
+
+  return keep_or_skip
+
+
+def check_reporting(
+    reporting: Optional[conditions_lib.Reporting],
+    client_data: Optional[client_data_lib.ClientBatches],
+) -> None:
+  """Refuses a `Reporting` that is none, or that lacks clients' numbers."""
+  if reporting is None:
+    return
+  if not isinstance(reporting, conditions_lib.Reporting):
+    raise TypeError(f'`reporting` must be a `tff_kd.Reporting`, found {reporting!r}.')
+  if client_data is None:
+    raise ValueError(
+        '`reporting` needs clients that read their examples by reference: pass '
+        '`client_data=`.'
+    )
 
 
 def _check_local_terms(

@@ -4,8 +4,12 @@ from tff_kd import _lazy
 
 __getattr__, __dir__ = _lazy.attach(
     __name__,
-    {name: name for name in ('client_states', 'runtime', 'training')}
+    {
+        name: name
+        for name in ('client_states', 'participation', 'runtime', 'training')
+    }
     | {name: 'client_states' for name in ('ClientStates', 'ClientStatesError')}
+    | {name: 'participation' for name in ('Availability', 'Participation')}
     | {name: 'runtime' for name in ('build_async_context', 'local_runtime')}
     | {
         name: 'training'

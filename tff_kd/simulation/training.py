@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow_federated as tff
 
 from tff_kd.simulation import client_states as client_states_lib
+from tff_kd.simulation import participation
 
 ROUND_SECONDS = 'round_seconds'
 
@@ -83,7 +84,8 @@ def train(
 
   Args:
     process: Any `LearningProcess`.
-    select_clients: Maps the round number, from 1, to the round's client data.
+    select_clients: Maps the round number, from 1, to the round's client data. Of a
+      `Participation`, its counts are among the metrics.
     num_rounds: The last round.
     evaluate: Maps the state after a round to metrics.
     monitor: The metric, of `evaluate` or of the process, whose maximum is the
@@ -154,9 +156,15 @@ def train(
         output = process.next(
             progress.state, selected, client_states.load(numbers)
         )
-        client_states.save(numbers, output.client_states, round_num)
+        # What clients did in a round that was skipped is lost, too.
+        if not output.metrics.get('round_skipped'):
+          client_states.save(numbers, output.client_states, round_num)
       seconds = time.perf_counter() - start
       metrics = flatten_metrics(output.metrics)
+      if isinstance(select_clients, participation.Participation):
+        metrics |= flatten_metrics(
+            select_clients.counts(round_num), 'participation/'
+        )
       if evaluate is not None:
         metrics.update(evaluate(output.state))
       metrics[ROUND_SECONDS] = seconds

@@ -1,0 +1,223 @@
+"""What hinders clients in a round, and how a process takes what they report.
+
+Devices are late, stop early, vanish after their work, and answer in part. Here such
+conditions come to a process with each client, as a value beside its number; who draws
+them (`tff_kd.simulation.Participation`) is no concern of the process.
+"""
+
+import collections
+import dataclasses
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_kd import transfer
+
+
+class ClientConditions(NamedTuple):
+  """How one client fares in a round. The defaults: nothing hinders it.
+
+  Attributes:
+    delay: int32, how many rounds ago the client began: it has what was sent then, and
+      reports in this round.
+    step_share: float32, the part of its local steps that it does, above 0 and at most 1;
+      at least one step.
+    reports: Whether what it sends arrives.
+    coverage: float32, the part of this round's transfer examples on which it predicts.
+    seed: int32 `[2]`, decides which part.
+  """
+
+  delay: Any = np.int32(0)
+  step_share: Any = np.float32(1.0)
+  reports: Any = np.bool_(True)
+  coverage: Any = np.float32(1.0)
+  seed: Any = np.zeros([2], np.int32)
+
+
+CONDITIONS_TYPE = tff.to_type(
+    ClientConditions(
+        delay=tff.TensorType(np.int32),
+        step_share=tff.TensorType(np.float32),
+        reports=tff.TensorType(np.bool_),
+        coverage=tff.TensorType(np.float32),
+        seed=tff.TensorType(np.int32, [2]),
+    )
+)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Reporting:
+  """How a process takes what clients report: late, in part, or too few of them.
+
+  A process that is built with one is given `{'data': number, 'conditions':
+  ClientConditions}` a client.
+
+  Attributes:
+    max_delay: The largest `ClientConditions.delay`. The server's state holds what was
+      sent in so many rounds, and a round sends it all to the runtime (which a real client
+      of course does not get).
+    staleness_power: a of the factor (1 + delay)^-a of a late client's weight, in weights
+      and in predictions; 0 for none. Source: Xie et al., "Asynchronous Federated
+      Optimization" (2019), the polynomial staleness function.
+    min_reports: With fewer clients whose reports count, the round is skipped: its server
+      state is the one before, with the next round number.
+  """
+
+  max_delay: int = 0
+  staleness_power: float = 0.5
+  min_reports: int = 0
+
+  def __post_init__(self):
+    for name in ('max_delay', 'min_reports'):
+      value = getattr(self, name)
+      if not isinstance(value, int) or value < 0:
+        raise ValueError(f'`{name}` must be an integer, 0 or more, found {value!r}.')
+    if not 0.0 <= self.staleness_power < float('inf'):
+      raise ValueError(
+          '`staleness_power` must be a finite number, 0 or more, found '
+          f'{self.staleness_power!r}.'
+      )
+
+  def weight(self, delay: tf.Tensor) -> tf.Tensor:
+    """The factor of a client's weight, float32."""
+    return (1.0 + tf.cast(delay, tf.float32)) ** -self.staleness_power
+
+
+class BroadcastHistory:
+  """What the server sent in the last rounds, for clients that began in one of them.
+
+  With `max_delay=0` nothing is kept and what is sent is as it is.
+  """
+
+  def __init__(self, broadcast_type: tff.Type, max_delay: int):
+    """Initializes the history.
+
+    Args:
+      broadcast_type: Of what is sent in one round; tensors of known shapes.
+      max_delay: How many earlier rounds to keep.
+    """
+    self.max_delay = max_delay
+    specs = tff.types.type_to_tf_tensor_specs(broadcast_type)
+
+    def stacked(size: int) -> tff.Computation:
+      @tff.tensorflow.computation
+      def zeros():
+        return tf.nest.map_structure(
+            lambda spec: tf.zeros([size, *spec.shape], spec.dtype), specs
+        )
+
+      return zeros
+
+    self.initial = _nothing
+    self.sent_type = broadcast_type
+    self.push = None
+    if max_delay:
+      self.initial = stacked(max_delay)
+      self.sent_type = stacked(max_delay + 1).type_signature.result
+
+      @tff.tensorflow.computation(self.initial.type_signature.result, broadcast_type)
+      def push(kept, current):
+        sent = tf.nest.map_structure(
+            lambda its, new: tf.concat([new[tf.newaxis], its], axis=0), kept, current
+        )
+        return tf.nest.map_structure(lambda its: its[:-1], sent), sent
+
+      self.push = push
+
+  def received(self, sent: Any, delay: tf.Tensor) -> Any:
+    """What a client received that began `delay` rounds ago; in its computation."""
+    if not self.max_delay:
+      return sent
+    return tf.nest.map_structure(lambda its: its[delay], sent)
+
+  def current(self, sent: Any) -> Any:
+    """What is sent in this round."""
+    return self.received(sent, tf.constant(0))
+
+
+@tff.tensorflow.computation
+def _nothing():
+  return ()
+
+
+def check_conditions(reporting: Reporting, conditions: ClientConditions) -> tf.Operation:
+  """Ends a client's computation if its conditions make no sense."""
+  return tf.debugging.Assert(
+      (conditions.delay >= 0)
+      & (conditions.delay <= reporting.max_delay)
+      & (conditions.step_share > 0.0)
+      & (conditions.step_share <= 1.0)
+      & (conditions.coverage >= 0.0)
+      & (conditions.coverage <= 1.0),
+      [
+          f"A client's conditions must be a delay from 0 to {reporting.max_delay}, a "
+          'step_share above 0 and at most 1, and a coverage from 0 to 1; found',
+          conditions.delay, conditions.step_share, conditions.coverage,
+      ],
+  )
+
+
+def covered_rows(
+    transfer_set: transfer.TransferSet,
+    conditions: ClientConditions,
+    began: tf.Tensor,
+    round_num: tf.Tensor,
+) -> tf.Tensor:
+  """On which of a round's transfer examples a client has predictions.
+
+  A late client predicted in the round in which it began: what it says counts where that
+  round's examples are also this round's.
+
+  Args:
+    transfer_set: The examples.
+    conditions: The client's.
+    began: int32, the round in which it began.
+    round_num: int32, the round in which it reports.
+
+  Returns:
+    bool `[m]`, for the rows of `transfer_set.prediction_ids(round_num)`.
+  """
+  ids = transfer_set.prediction_ids(round_num)
+  covered = (
+      tf.random.stateless_uniform([transfer_set.num_predictions], conditions.seed)
+      < conditions.coverage
+  )
+  if transfer_set.is_same_every_round:
+    return covered
+  then = transfer_set.prediction_ids(began)
+  predicted = tf.scatter_nd(
+      then[:, tf.newaxis], tf.ones_like(then), [transfer_set.size]
+  )
+  return covered & (tf.gather(predicted, ids) > 0)
+
+
+def condition_counts(
+    conditions: ClientConditions, valid: tf.Tensor
+) -> collections.OrderedDict[str, tf.Tensor]:
+  """A client's counts, int32 scalars, beside those of `client_work.participation`.
+
+  Args:
+    conditions: Its conditions.
+    valid: Whether there was nothing else to leave it out for.
+  """
+  arrives = valid & conditions.reports
+  return collections.OrderedDict(
+      num_dropped_after_training=tf.cast(valid & ~conditions.reports, tf.int32),
+      num_late=tf.cast(arrives & (conditions.delay > 0), tf.int32),
+      num_stragglers=tf.cast(arrives & (conditions.step_share < 1.0), tf.int32),
+  )
+
+
+def client_data_type(data_type: tff.Type, reporting: Optional[Reporting]) -> tff.Type:
+  """What a client is given: its data; with conditions <data=D, conditions=...>."""
+  if reporting is None:
+    return data_type
+  elements = collections.OrderedDict(data=data_type)
+  if isinstance(data_type, tff.StructType):
+    # Of cohorts.
+    elements = collections.OrderedDict(tff.structure.to_elements(data_type))
+  return tff.to_type(
+      collections.OrderedDict(elements, conditions=CONDITIONS_TYPE)
+  )

@@ -1,0 +1,277 @@
+"""Who takes part in each round, and what hinders them, from (seed, round, client)."""
+
+from collections.abc import Callable
+import csv
+import dataclasses
+import os
+from typing import Any, NamedTuple, Optional, Union
+
+import numpy as np
+import tensorflow_federated as tff
+
+from tff_kd import conditions
+
+SAMPLINGS = ('uniform', 'weighted', 'cyclic')
+# Keep the random streams of one seed apart.
+_SAMPLE_STREAM, _CLIENT_STREAM = 41, 42
+
+
+class _Beginning(NamedTuple):
+  """A client that begins to work in some round.
+
+  Attributes:
+    client: Its number.
+    reports_in: The round in which what it sends arrives.
+    step_share: Of its conditions.
+    reports: Likewise.
+    seed: Likewise.
+  """
+
+  client: int
+  reports_in: int
+  step_share: float
+  reports: bool
+  seed: tuple[int, int]
+
+
+class Availability:
+  """When each client can be reached."""
+
+  def __init__(self, intervals: dict[int, list[tuple[int, int]]]):
+    """Initializes the trace.
+
+    Args:
+      intervals: By client, its (first, last) rounds, both included; clients that are not
+        there can never be reached.
+    """
+    self._intervals = intervals
+
+  @classmethod
+  def from_csv(cls, path: os.PathLike, num_clients: int) -> 'Availability':
+    """Reads a trace: lines of client, first round, last round, below a header.
+
+    Args:
+      path: The file.
+      num_clients: Clients are numbered from 0 to one below this.
+
+    Raises:
+      ValueError: If a line is no such one; names it.
+    """
+    intervals = {}
+    with open(path, newline='') as file:
+      for number, row in enumerate(csv.reader(file), 1):
+        if number == 1 or not row:
+          continue
+        try:
+          client, first, last = map(int, row)
+          if not 0 <= client < num_clients or not 1 <= first <= last:
+            raise ValueError
+        except ValueError:
+          raise ValueError(
+              f'Line {number} of {os.fspath(path)} must be a client from 0 to '
+              f'{num_clients - 1}, its first round (from 1) and its last, found '
+              f'{",".join(row)!r}.'
+          ) from None
+        intervals.setdefault(client, []).append((first, last))
+    if not intervals:
+      raise ValueError(f'{os.fspath(path)} has no line of client, first, last round.')
+    return cls(intervals)
+
+  def __contains__(self, client_and_round: tuple[int, int]) -> bool:
+    client, round_num = client_and_round
+    return any(
+        first <= round_num <= last for first, last in self._intervals.get(client, ())
+    )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Participation:
+  """Chooses the clients of each round and draws what hinders each of them.
+
+  Called with a round's number, from 1, it returns what a process's `next` takes: client
+  numbers; with `has_conditions`, {'data': number, 'conditions': `ClientConditions`} each,
+  for a process that is built with a `tff_kd.Reporting`. A client that is late works on
+  what was sent when it began, and is in the round in which it reports; until then it is
+  not chosen again.
+
+  Attributes:
+    num_clients: Clients are numbered from 0.
+    clients_per_round: How many are chosen to begin in a round; fewer where fewer can be.
+    sampling: 'uniform'; 'weighted' by `weights`; 'cyclic', one after the other.
+    weights: Numbers above 0 `[clients]`, for 'weighted', such as numbers of examples.
+    availability: Which clients can be reached when; all always if `None`.
+    dropout_before: The probability that a chosen client is gone before it begins.
+    dropout_after: That what it sends does not arrive, though it has done its work.
+    straggler_share: The probability that a client does only a part of its steps.
+    straggler_steps: The smallest such part; it is drawn evenly from there to 1.
+    delay_share: The probability that a client reports late.
+    max_delay: By how many rounds at most; drawn evenly from 1.
+    coverage: The part of the transfer examples on which each client predicts.
+    cohort_fn: A client's number -> its cohort's, where there are cohorts.
+    seed: With round and client, decides everything.
+  """
+
+  num_clients: int
+  clients_per_round: int
+  sampling: str = 'uniform'
+  weights: Optional[np.ndarray] = None
+  availability: Optional[Availability] = None
+  dropout_before: float = 0.0
+  dropout_after: float = 0.0
+  straggler_share: float = 0.0
+  straggler_steps: float = 0.5
+  delay_share: float = 0.0
+  max_delay: int = 0
+  coverage: float = 1.0
+  cohort_fn: Optional[Callable[[int], int]] = None
+  seed: int = 0
+  _begun: dict[int, tuple[list[_Beginning], dict[str, int]]] = dataclasses.field(
+      default_factory=dict, init=False, repr=False, compare=False
+  )
+
+  def __post_init__(self):
+    if not 1 <= self.clients_per_round <= self.num_clients:
+      raise ValueError(
+          f'`clients_per_round` must be from 1 to the {self.num_clients} clients, found '
+          f'{self.clients_per_round}.'
+      )
+    if self.sampling not in SAMPLINGS:
+      raise ValueError(
+          f'`sampling` must be one of {SAMPLINGS}, found {self.sampling!r}.'
+      )
+    if (self.weights is not None) != (self.sampling == 'weighted'):
+      raise ValueError("`weights` go with sampling='weighted', and it with them.")
+    if self.weights is not None and (
+        len(self.weights) != self.num_clients
+        or not np.all(np.isfinite(self.weights))
+        or np.min(self.weights) <= 0
+    ):
+      raise ValueError(
+          f'`weights` must be {self.num_clients} finite numbers above 0, found '
+          f'{self.weights!r}.'
+      )
+    for name in (
+        'dropout_before', 'dropout_after', 'straggler_share', 'delay_share', 'coverage'
+    ):
+      value = getattr(self, name)
+      if not 0.0 <= value <= 1.0:
+        raise ValueError(f'`{name}` must be from 0 to 1, found {value!r}.')
+    if not 0.0 < self.straggler_steps <= 1.0:
+      raise ValueError(
+          '`straggler_steps` must be above 0 and at most 1, found '
+          f'{self.straggler_steps!r}.'
+      )
+    if not isinstance(self.max_delay, int) or self.max_delay < 0:
+      raise ValueError(
+          f'`max_delay` must be an integer, 0 or more, found {self.max_delay!r}.'
+      )
+    if (self.max_delay > 0) != (self.delay_share > 0.0):
+      raise ValueError(
+          '`delay_share` and `max_delay` must both be above 0, or both be 0, found '
+          f'{self.delay_share} and {self.max_delay}.'
+      )
+
+  @property
+  def has_conditions(self) -> bool:
+    """Whether clients come with conditions, so that the process needs a `Reporting`."""
+    return bool(
+        self.dropout_after or self.straggler_share or self.max_delay
+        or self.coverage < 1.0
+    )
+
+  def __call__(self, round_num: int) -> list[Any]:
+    """What the round's clients are, for `next`: those that report in it."""
+    found = []
+    for began in range(max(1, round_num - self.max_delay), round_num + 1):
+      for its in self._begin(began)[0]:
+        if its.reports_in == round_num:
+          found.append(self._client(its, round_num - began))
+    return found
+
+  def counts(self, round_num: int) -> dict[str, int]:
+    """What hindered clients before they began, or before the process saw them.
+
+    Args:
+      round_num: From 1.
+
+    Returns:
+      `num_chosen`; `num_missing`, how many fewer than `clients_per_round` could be
+      chosen; `num_dropped_before_training`; `num_begun_late`, how many of those that
+      begin will report in a later round.
+    """
+    return dict(self._begin(round_num)[1])
+
+  def _client(self, its: _Beginning, delay: int) -> Union[int, dict[str, Any]]:
+    parts = {}
+    if self.cohort_fn is not None:
+      parts['cohort'] = int(self.cohort_fn(its.client))
+    parts['data'] = its.client
+    if self.has_conditions:
+      parts['conditions'] = conditions.ClientConditions(
+          delay=np.int32(delay),
+          step_share=np.float32(its.step_share),
+          reports=np.bool_(its.reports),
+          coverage=np.float32(self.coverage),
+          seed=np.array(its.seed, np.int32),
+      )
+    return parts if len(parts) > 1 else its.client
+
+  def _begin(self, round_num: int) -> tuple[list[_Beginning], dict[str, int]]:
+    """The clients that begin in a round, and its counts."""
+    for number in range(1, round_num + 1):
+      if number not in self._begun:
+        self._begun[number] = self._draw_round(number)
+    return self._begun[round_num]
+
+  def _draw_round(self, round_num: int) -> tuple[list[_Beginning], dict[str, int]]:
+    busy = {
+        its.client
+        for began in range(max(1, round_num - self.max_delay), round_num)
+        for its in self._begun[began][0]
+        if its.reports_in >= round_num
+    }
+    chosen = self._choose(round_num, busy)
+    begun = []
+    for client in chosen:
+      rng = np.random.default_rng([self.seed, _CLIENT_STREAM, round_num, client])
+      gone, lost, slow, late = rng.random(4)
+      share = rng.uniform(self.straggler_steps, 1.0)
+      delay = int(rng.integers(1, self.max_delay + 1)) if self.max_delay else 0
+      seed = tuple(int(its) for its in rng.integers(0, 2**31, 2))
+      if gone < self.dropout_before:
+        continue
+      begun.append(
+          _Beginning(
+              client=client,
+              reports_in=round_num + (delay if late < self.delay_share else 0),
+              step_share=share if slow < self.straggler_share else 1.0,
+              reports=lost >= self.dropout_after,
+              seed=seed,
+          )
+      )
+    return begun, {
+        'num_chosen': len(chosen),
+        'num_missing': self.clients_per_round - len(chosen),
+        'num_dropped_before_training': len(chosen) - len(begun),
+        'num_begun_late': sum(its.reports_in > round_num for its in begun),
+    }
+
+  def _choose(self, round_num: int, busy: set[int]) -> list[int]:
+    free = [
+        client for client in range(self.num_clients)
+        if client not in busy
+        and (self.availability is None or (client, round_num) in self.availability)
+    ]
+    size = min(self.clients_per_round, len(free))
+    if self.sampling == 'cyclic':
+      first = (round_num - 1) * self.clients_per_round % self.num_clients
+      return sorted(free, key=lambda its: (its - first) % self.num_clients)[:size]
+    if self.sampling == 'uniform' and len(free) == self.num_clients:
+      sample = tff.simulation.build_uniform_sampling_fn(free, random_seed=self.seed)
+      return [int(its) for its in sample(round_num, size)]
+    rng = np.random.default_rng([self.seed, _SAMPLE_STREAM, round_num])
+    odds = None
+    if self.weights is not None and size:
+      odds = np.asarray(self.weights, np.float64)[free]
+      odds /= odds.sum()
+    return [int(its) for its in rng.choice(free, size, replace=False, p=odds)]
