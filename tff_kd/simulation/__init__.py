@@ -4,9 +4,10 @@ from tff_kd import _lazy
 
 __getattr__, __dir__ = _lazy.attach(
     __name__,
-    {name: name for name in ('client_states', 'runtime', 'training')}
+    {name: name for name in ('client_states', 'runtime', 'several_workers', 'training')}
     | {name: 'client_states' for name in ('ClientStates', 'ClientStatesError')}
     | {name: 'runtime' for name in ('build_async_context', 'local_runtime')}
+    | {name: 'several_workers' for name in ('NoWorkerError', 'remote_runtime')}
     | {
         name: 'training'
         for name in (
