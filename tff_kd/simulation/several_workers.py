@@ -30,7 +30,7 @@ from tff_kd.simulation import transport
 
 _START_TIMEOUT_S = 10.0
 _CHECK_TIMEOUT_S = 2.0
-_STOP_TIMEOUT_S = 5.0
+_STOP_TIMEOUT_S = 2.0
 _MAX_PLANS = 32
 # After so many losses within one computation, a worker does not get another part of it.
 _MAX_LOSSES = 2
@@ -208,6 +208,7 @@ class _Run:
   def __init__(self, remotes: Sequence[_Remote]):
     self._remotes = remotes
     self._losses = collections.Counter()
+    self._last_error: Optional[transport.WorkerLostError] = None
 
   def whole(
       self, comp: tff.framework.ConcreteComputation, argument: Any, num_clients: int
@@ -316,14 +317,14 @@ class _Run:
     live = [r for r in may_work if not r.lost]
     if not live:
       checks = [remote.check() for remote in may_work]
-      concurrent.futures.wait(checks, _STOP_TIMEOUT_S)
+      concurrent.futures.wait(checks, 2 * _CHECK_TIMEOUT_S)
       live = [r for r in may_work if not r.lost]
     if not live:
       names = ', '.join(r.worker.name for r in self._remotes)
       raise NoWorkerError(
           f'None of the workers is left ({names}). Start them again, and go on from '
           'the last checkpoint.'
-      )
+      ) from self._last_error
     return live
 
 
