@@ -131,14 +131,14 @@ class _Remote:
 
 @dataclasses.dataclass(eq=False)
 class _Part:
-  """Some of a round's clients.
+  """Some of a round's clients; or the server, which is none of them.
 
   Attributes:
     start: The first one's index.
     stop: The index after the last one's.
     remote: Who does their work.
     session: The worker's when it began.
-    kept: What stays with the clients between stages, by name, on the worker.
+    kept: What stays on the worker between stages, by name.
   """
 
   start: int
@@ -148,6 +148,22 @@ class _Part:
   kept: dict[str, executor_value_base.ExecutorValue] = dataclasses.field(
       default_factory=dict
   )
+
+
+@dataclasses.dataclass
+class _Sum:
+  """A sum over clients: its parts' accumulators, and what merges two."""
+
+  merge: tff.framework.ConcreteComputation
+  accumulators: Sequence[Any]
+
+
+@dataclasses.dataclass
+class _Work:
+  """What a stage needs: its inputs, of all clients, and sums."""
+
+  inputs: Sequence[Any]
+  sums: Sequence[_Sum]
 
 
 class _Pool:
@@ -223,35 +239,36 @@ class _Run:
     return self._on_one(num_clients, task)
 
   def in_stages(
-      self,
-      plan: stages.Plan,
-      argument: Any,
-      parts: Sequence[_Part],
+      self, plan: stages.Plan, argument: Any, parts: Sequence[_Part]
   ) -> Any:
-    # What the server's stages gave, the parts' sums, and the clients' results.
+    # What the server's stages gave and the clients' results; the sums of the parts.
     values: dict[str, Any] = {}
-    sums: dict[str, list[Any]] = {}
-    done: list[stages.Stage] = []
-    for stage in plan.stages:
-      if not stage.of_clients:
-        merged = [(plan.merges[name], sums[name]) for name in stage.held]
-        inputs = _inputs(stage, argument, values)
-        fetched = self._on_one(
-            0, functools.partial(_server_work, stage, inputs, merged)
-        )
-        values.update(zip(stage.fetched, fetched, strict=True))
-        continue
-      done.append(stage)
-      inputs = {s: _inputs(s, argument, values) for s in done if s is stage or s.kept}
-      from_parts = self._on_parts(parts, inputs)
-      for i, name in enumerate(stage.fetched):
-        of_parts = [fetched[i] for fetched in from_parts]
-        if name not in plan.client_results:
-          sums[name] = of_parts
-        elif plan.client_results[name]:
+    sums: dict[str, _Sum] = {}
+    server = [_Part(0, 0)]
+    for i, stage in enumerate(plan.stages):
+      places = parts if stage.of_clients else server
+      # With those that kept something, for a place whose worker is lost.
+      work = {
+          before: _Work(
+              _inputs(before, argument, values),
+              [sums[name] for name in before.sums],
+          )
+          for before in plan.stages[: i + 1]
+          if before is stage
+          or before.kept
+          and before.of_clients == stage.of_clients
+      }
+      fetched = self._on_parts(places, work)
+      for name, of_parts in zip(stage.fetched, zip(*fetched), strict=True):
+        if stage.of_clients and name in plan.merges:
+          sums[name] = _Sum(plan.merges[name], of_parts)
+        elif plan.client_results.get(name, True):
           values[name] = of_parts[0]
         else:
           values[name] = [value for part in of_parts for value in part]
+      needed = {name for later in plan.stages[i + 1 :] for name in later.held}
+      for place in places:
+        place.kept = {n: ref for n, ref in place.kept.items() if n in needed}
     return _assemble(plan.result, values)
 
   def _on_one(self, num_clients: int, task: _Task) -> Any:
@@ -264,19 +281,17 @@ class _Run:
         self._note_loss(remote, error)
 
   def _on_parts(
-      self,
-      parts: Sequence[_Part],
-      inputs: Mapping[stages.Stage, Sequence[Any]],
+      self, parts: Sequence[_Part], work: Mapping[stages.Stage, _Work]
   ) -> list[Any]:
     """Runs the last of some stages on all parts.
 
     Args:
       parts: The parts.
-      inputs: The stages with their inputs; those before the last one are for parts
-        whose worker is lost, with all that their clients kept.
+      work: Stages and what they need; those before the last one are for parts whose
+        worker is lost, with all that it kept.
 
     Returns:
-      What the stage gave, by part.
+      What the last stage gave, by part.
     """
     results = {}
     while len(results) < len(parts):
@@ -285,15 +300,15 @@ class _Run:
       for i, part in enumerate(parts):
         if i in results:
           continue
-        todo = list(inputs)[-1:]
+        todo = list(work)[-1:]
         if part.remote not in live or part.session is not part.remote.session:
           part.remote = live[i % len(live)]
           part.session = part.remote.session
           part.kept = {}
-          todo = list(inputs)
+          todo = list(work)
         futures[i] = part.remote.submit(
             part.stop - part.start,
-            functools.partial(_client_work, part, {s: inputs[s] for s in todo}),
+            functools.partial(_run_stages, part, {s: work[s] for s in todo}),
         )
       concurrent.futures.wait(futures.values())
       lost = {}
@@ -349,63 +364,66 @@ def _inputs(
   return found
 
 
-async def _call(
-    executor: executor_base.Executor,
-    stage: stages.Stage,
-    inputs: Sequence[Any],
-    held: Sequence[executor_value_base.ExecutorValue],
-) -> tuple[Any, executor_value_base.ExecutorValue]:
-  """Runs a stage; returns what it gives, and a reference to what stays."""
-  comp = await executor.create_value(stage.comp, stage.comp.type_signature)
-  sent = await executor.create_value(
-      tff.structure.Struct.unnamed(*inputs), stage.comp.type_signature.parameter[0]
-  )
-  argument = await executor.create_struct(
-      [sent, await executor.create_struct(list(held))]
-  )
-  result = await executor.create_call(comp, argument)
-  fetched = await (await executor.create_selection(result, 0)).compute()
-  return fetched, await executor.create_selection(result, 1)
-
-
-async def _server_work(
-    stage: stages.Stage,
-    inputs: Sequence[Any],
-    sums: Sequence[tuple[tff.framework.ConcreteComputation, Sequence[Any]]],
-    executor: executor_base.Executor,
-) -> Any:
-  """Merges the sums of the parts, in their order, and runs a stage of the server."""
-  merged = []
-  for merge, accumulators in sums:
-    type_spec = merge.type_signature.result
-    fn = await executor.create_value(merge, merge.type_signature)
-    total = await executor.create_value(accumulators[0], type_spec)
-    for accumulator in accumulators[1:]:
-      other = await executor.create_value(accumulator, type_spec)
-      total = await executor.create_call(
-          fn, await executor.create_struct([total, other])
-      )
-    merged.append(total)
-  fetched, _ = await _call(executor, stage, inputs, merged)
-  return fetched
-
-
-async def _client_work(
+async def _run_stages(
     part: _Part,
-    inputs: Mapping[stages.Stage, Sequence[Any]],
+    work: Mapping[stages.Stage, _Work],
     executor: executor_base.Executor,
 ) -> Any:
-  """Runs stages of a part's clients; returns what the last one gives."""
-  for stage, values in inputs.items():
-    own = [
-        value[part.start : part.stop] if _is_by_client(its.type_spec) else value
-        for its, value in zip(stage.inputs, values, strict=True)
+  """Runs stages of one part, or of the server; returns what the last one gives."""
+  for stage, its in work.items():
+    inputs = [
+        value[part.start : part.stop] if _is_by_client(given.type_spec) else value
+        for given, value in zip(stage.inputs, its.inputs, strict=True)
     ]
-    held = [part.kept[name] for name in stage.held]
-    fetched, kept = await _call(executor, stage, own, held)
-    for i, name in enumerate(stage.kept):
-      part.kept[name] = await executor.create_selection(kept, i)
+    sums = [await _merge(each, executor) for each in its.sums]
+    fetched = await _run_stage(stage, inputs, sums, part.kept, executor)
   return fetched
+
+
+async def _run_stage(
+    stage: stages.Stage,
+    inputs: Sequence[Any],
+    sums: Sequence[executor_value_base.ExecutorValue],
+    kept: dict[str, executor_value_base.ExecutorValue],
+    executor: executor_base.Executor,
+) -> Any:
+  # With few calls: each is a way there and back.
+  fn = await executor.create_value(stage.comp, stage.comp.type_signature)
+  type_spec = stage.comp.type_signature.parameter
+  sent = tff.structure.Struct.unnamed(*inputs)
+  if sums or stage.held:
+    argument = await executor.create_struct([
+        await executor.create_value(sent, type_spec[0]),
+        await executor.create_struct(list(sums)),
+        await executor.create_struct([kept[name] for name in stage.held]),
+    ])
+  else:
+    nothing = tff.structure.Struct([])
+    argument = await executor.create_value(
+        tff.structure.Struct.unnamed(sent, nothing, nothing), type_spec
+    )
+  result = await executor.create_call(fn, argument)
+  if not stage.kept:
+    return (await result.compute())[0]
+  stays = await executor.create_selection(result, 1)
+  for i, name in enumerate(stage.kept):
+    kept[name] = await executor.create_selection(stays, i)
+  return await (await executor.create_selection(result, 0)).compute()
+
+
+async def _merge(
+    its: _Sum, executor: executor_base.Executor
+) -> executor_value_base.ExecutorValue:
+  """Merges the parts' accumulators, in the parts' order."""
+  type_spec = its.merge.type_signature.result
+  fn = await executor.create_value(its.merge, its.merge.type_signature)
+  total = await executor.create_value(its.accumulators[0], type_spec)
+  for accumulator in its.accumulators[1:]:
+    other = await executor.create_value(accumulator, type_spec)
+    total = await executor.create_call(
+        fn, await executor.create_struct([total, other])
+    )
+  return total
 
 
 def _is_by_client(type_spec: tff.Type) -> bool:

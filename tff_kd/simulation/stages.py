@@ -78,19 +78,20 @@ class Stage:
   """A part of the computation, all on the server or all with the clients.
 
   Attributes:
-    comp: Takes `<inputs, held>`, returns `<fetched, kept>`.
+    comp: Takes `<inputs, sums, held>`, returns `<fetched, kept>`.
     of_clients: Whether it is the clients'.
     inputs: What it is sent.
-    held: Names of what is there already: on the server the merged accumulators, at the
-      clients what earlier stages kept.
+    sums: Names of the sums whose merged accumulators it is given.
+    held: Names of what earlier stages of the same place kept.
     fetched: Names of what comes back: values on the server, accumulators of the
       clients' sums, and what each client gets as a result.
-    kept: Names of the clients' values that stay for later stages.
+    kept: Names of the values that stay for later stages of the same place.
   """
 
   comp: tff.framework.ConcreteComputation
   of_clients: bool
   inputs: Sequence[Input]
+  sums: Sequence[str]
   held: Sequence[str]
   fetched: Sequence[str]
   kept: Sequence[str]
@@ -475,6 +476,7 @@ class _StageBuilder:
     self._number = number
     self._of_clients = bool(number % 2)
     self._inputs: dict[str, Input] = {}
+    self._sums: dict[str, tff.Type] = {}
     self._held: dict[str, tff.Type] = {}
     # By name in the computation, under which name and type it is in the stage. Names
     # are given in order: stages that do the same are then the same computation.
@@ -487,16 +489,17 @@ class _StageBuilder:
     fetched = list(splitter.fetched.get(self._number, ()))
     kept = list(splitter.kept.get(self._number, ()))
     outputs = [self._output(name) for name in fetched + kept]
-    argument = _framework.Reference(
-        'argument',
-        tff.StructType([
-            tff.StructType([its.type_spec for its in self._inputs.values()]),
-            tff.StructType(list(self._held.values())),
-        ]),
-    )
     given = [
+        {name: its.type_spec for name, its in self._inputs.items()},
+        {f'merged {name}': type_spec for name, type_spec in self._sums.items()},
+        self._held,
+    ]
+    argument = _framework.Reference(
+        'argument', tff.StructType([tff.StructType(list(its.values())) for its in given])
+    )
+    selections = [
         (self._refs[name].name, _select(argument, i, j))
-        for i, names in enumerate([self._inputs, self._held])
+        for i, names in enumerate(given)
         for j, name in enumerate(names)
     ]
     result = _framework.Struct([
@@ -508,12 +511,13 @@ class _StageBuilder:
             _framework.Lambda(
                 argument.name,
                 argument.type_signature,
-                _framework.Block(given + self._locals, result),
+                _framework.Block(selections + self._locals, result),
             )
         ),
         of_clients=self._of_clients,
         inputs=list(self._inputs.values()),
-        held=[name.removeprefix('merged ') for name in self._held],
+        sums=list(self._sums),
+        held=list(self._held),
         fetched=fetched,
         kept=kept,
     )
@@ -544,17 +548,18 @@ class _StageBuilder:
       self._add_input(
           name, Input(Source.CONSTANT, expr.type_signature, splitter.constants[name])
       )
-    elif made != self._number and expr.type_signature.placement is tff.CLIENTS:
+    elif made != self._number and made % 2 == self._number % 2:
       splitter.kept.setdefault(made, {})[name] = None
-      self._add_held(name, expr.type_signature)
+      self._held[name] = expr.type_signature
+      self._new_ref(name, expr.type_signature)
     elif made != self._number:
       splitter.fetched.setdefault(made, {})[name] = None
       self._add_input(name, Input(Source.SERVER, expr.type_signature, name))
     elif name in splitter.sums:
       splitter.fetched.setdefault(splitter.sums[name], {})[name] = None
-      merged = f'merged {name}'
-      self._add_held(merged, expr.argument[3].type_signature.result)
-      self._add_local(name, _reported(expr, self._refs[merged]))
+      self._sums[name] = expr.argument[3].type_signature.result
+      self._new_ref(f'merged {name}', self._sums[name])
+      self._add_local(name, _reported(expr, self._refs[f'merged {name}']))
     else:
       for needed in _free_names(expr):
         self._add(needed)
@@ -563,10 +568,6 @@ class _StageBuilder:
   def _add_input(self, name: str, its: Input) -> None:
     self._inputs[name] = its
     self._new_ref(name, its.type_spec)
-
-  def _add_held(self, name: str, type_spec: tff.Type) -> None:
-    self._held[name] = type_spec
-    self._new_ref(name, type_spec)
 
   def _add_local(self, name: str, expr) -> None:
     self._locals.append((self._new_ref(name, expr.type_signature), expr))
