@@ -394,20 +394,16 @@ async def _run_stage(
   if sums or stage.held:
     argument = await executor.create_struct([
         await executor.create_value(sent, type_spec[0]),
-        await executor.create_struct(list(sums)),
-        await executor.create_struct([kept[name] for name in stage.held]),
+        *sums,
+        *(kept[name] for name in stage.held),
     ])
   else:
-    nothing = tff.structure.Struct([])
     argument = await executor.create_value(
-        tff.structure.Struct.unnamed(sent, nothing, nothing), type_spec
+        tff.structure.Struct.unnamed(sent), type_spec
     )
   result = await executor.create_call(fn, argument)
-  if not stage.kept:
-    return (await result.compute())[0]
-  stays = await executor.create_selection(result, 1)
-  for i, name in enumerate(stage.kept):
-    kept[name] = await executor.create_selection(stays, i)
+  for i, name in enumerate(stage.kept, 1):
+    kept[name] = await executor.create_selection(result, i)
   return await (await executor.create_selection(result, 0)).compute()
 
 
@@ -416,13 +412,20 @@ async def _merge(
 ) -> executor_value_base.ExecutorValue:
   """Merges the parts' accumulators, in the parts' order."""
   type_spec = its.merge.type_signature.result
+  first, *others = its.accumulators
+  if not others:
+    return await executor.create_value(first, type_spec)
   fn = await executor.create_value(its.merge, its.merge.type_signature)
-  total = await executor.create_value(its.accumulators[0], type_spec)
-  for accumulator in its.accumulators[1:]:
-    other = await executor.create_value(accumulator, type_spec)
-    total = await executor.create_call(
-        fn, await executor.create_struct([total, other])
+  pair = await executor.create_value(
+      tff.structure.Struct.unnamed(first, others[0]),
+      tff.StructType([type_spec, type_spec]),
+  )
+  total = await executor.create_call(fn, pair)
+  for other in others[1:]:
+    pair = await executor.create_struct(
+        [total, await executor.create_value(other, type_spec)]
     )
+    total = await executor.create_call(fn, pair)
   return total
 
 

@@ -78,7 +78,7 @@ class Stage:
   """A part of the computation, all on the server or all with the clients.
 
   Attributes:
-    comp: Takes `<inputs, sums, held>`, returns `<fetched, kept>`.
+    comp: Takes `<<inputs>, sums, held>`, returns `<<fetched>, kept>`.
     of_clients: Whether it is the clients'.
     inputs: What it is sent.
     sums: Names of the sums whose merged accumulators it is given.
@@ -489,29 +489,31 @@ class _StageBuilder:
     fetched = list(splitter.fetched.get(self._number, ()))
     kept = list(splitter.kept.get(self._number, ()))
     outputs = [self._output(name) for name in fetched + kept]
-    given = [
-        {name: its.type_spec for name, its in self._inputs.items()},
-        {f'merged {name}': type_spec for name, type_spec in self._sums.items()},
-        self._held,
-    ]
+    there = [f'merged {name}' for name in self._sums] + list(self._held)
     argument = _framework.Reference(
-        'argument', tff.StructType([tff.StructType(list(its.values())) for its in given])
+        'argument',
+        tff.StructType([
+            tff.StructType([its.type_spec for its in self._inputs.values()]),
+            *(self._refs[name].type_signature for name in there),
+        ]),
     )
-    selections = [
-        (self._refs[name].name, _select(argument, i, j))
-        for i, names in enumerate(given)
-        for j, name in enumerate(names)
+    sent = _framework.Selection(argument, index=0)
+    given = [
+        (self._refs[name].name, _framework.Selection(sent, index=i))
+        for i, name in enumerate(self._inputs)
+    ] + [
+        (self._refs[name].name, _framework.Selection(argument, index=i))
+        for i, name in enumerate(there, 1)
     ]
-    result = _framework.Struct([
-        _framework.Struct(outputs[: len(fetched)]),
-        _framework.Struct(outputs[len(fetched) :]),
-    ])
+    result = _framework.Struct(
+        [_framework.Struct(outputs[: len(fetched)]), *outputs[len(fetched) :]]
+    )
     return Stage(
         comp=splitter.computation(
             _framework.Lambda(
                 argument.name,
                 argument.type_signature,
-                _framework.Block(selections + self._locals, result),
+                _framework.Block(given + self._locals, result),
             )
         ),
         of_clients=self._of_clients,
@@ -576,6 +578,3 @@ class _StageBuilder:
     self._refs[name] = _framework.Reference(f'v{len(self._refs)}', type_spec)
     return self._refs[name].name
 
-
-def _select(argument: tff.framework.Reference, i: int, j: int):
-  return _framework.Selection(_framework.Selection(argument, index=i), index=j)
