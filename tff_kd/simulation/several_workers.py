@@ -52,7 +52,11 @@ class WorkerLike(Protocol):
   name: str
 
   def executor_factory(self) -> tff.framework.ExecutorFactory:
-    """Makes executors whose calls block; `transport.WorkerLostError` ends them."""
+    """Makes executors whose calls block; `transport.WorkerLostError` ends them.
+
+    After a loss it is called again. To release what a lost worker held must then be
+    no error.
+    """
 
   def answers(self, timeout_s: float) -> bool:
     """Whether it is there."""
