@@ -249,20 +249,17 @@ class _Run:
     values: dict[str, Any] = {}
     sums: dict[str, _Sum] = {}
     server = [_Part(0, 0)]
+    # The stages that kept something, for a place whose worker is lost.
+    keeping: dict[bool, dict[stages.Stage, _Work]] = {True: {}, False: {}}
     for i, stage in enumerate(plan.stages):
       places = parts if stage.of_clients else server
-      # With those that kept something, for a place whose worker is lost.
-      work = {
-          before: _Work(
-              _inputs(before, argument, values),
-              [sums[name] for name in before.sums],
-          )
-          for before in plan.stages[: i + 1]
-          if before is stage
-          or before.kept
-          and before.of_clients == stage.of_clients
-      }
+      work = keeping[stage.of_clients]
+      work[stage] = _Work(
+          _inputs(stage, argument, values), [sums[name] for name in stage.sums]
+      )
       fetched = self._on_parts(places, work)
+      if not stage.kept:
+        del work[stage]
       for name, of_parts in zip(stage.fetched, zip(*fetched), strict=True):
         if stage.of_clients and name in plan.merges:
           sums[name] = _Sum(plan.merges[name], of_parts)
@@ -376,7 +373,7 @@ async def _run_stages(
   """Runs stages of one part, or of the server; returns what the last one gives."""
   for stage, its in work.items():
     inputs = [
-        value[part.start : part.stop] if _is_by_client(given.type_spec) else value
+        list(value[part.start : part.stop]) if _is_by_client(given.type_spec) else value
         for given, value in zip(stage.inputs, its.inputs, strict=True)
     ]
     sums = [await _merge(each, executor) for each in its.sums]

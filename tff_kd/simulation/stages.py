@@ -108,7 +108,8 @@ class Plan:
     client_results: Names of the results that are a value for each client; with them
       whether it is the same one for all.
     result: A `tff.structure.Struct` of names, or one name.
-    client_bytes: What one client gives to the sums, in bytes, as far as types tell.
+    client_bytes: What one client gives to the sums and gets as results, in bytes, as
+      far as types tell.
   """
 
   stages: Sequence[Stage]
@@ -223,7 +224,10 @@ def _selection(expr) -> Optional[tuple[str, tuple[int, ...]]]:
   while isinstance(selected, _framework.Selection):
     indices.insert(0, selected.as_index())
     selected = selected.source
-  if not isinstance(selected, _framework.Reference):
+  if (
+      not isinstance(selected, _framework.Reference)
+      or selected.name != fn.parameter_name
+  ):
     return None
   return source.name, tuple(indices)
 
@@ -301,7 +305,7 @@ class _Splitter:
     self.constants: dict[str, Any] = {}
     # The stages in which clients add up, by the sum's name.
     self.sums: dict[str, int] = {}
-    # What has to come back from a stage, and what has to stay with its clients.
+    # What has to come back from a stage, and what has to stay for later ones.
     self.fetched: dict[int, dict[str, None]] = {}
     self.kept: dict[int, dict[str, None]] = {}
     self._comps: dict[bytes, tff.framework.ConcreteComputation] = {}
@@ -365,7 +369,7 @@ class _Splitter:
     results = dict(self._result_types(self._result))
     self._settle(results)
     stages = []
-    for number in range(max(self.fetched), -1, -1):
+    for number in range(max(self.fetched, default=-1), -1, -1):
       if number in self.fetched or number in self.kept:
         stages.insert(0, _StageBuilder(self, number).build())
     return Plan(
@@ -384,8 +388,11 @@ class _Splitter:
         },
         result=self._names(self._result),
         client_bytes=sum(
-            contexts.num_bytes(self.steps[name].argument[0].type_signature)
-            for name in self.sums
+            contexts.num_bytes(type_spec)
+            for type_spec in (
+                *(self.steps[name].argument[0].type_signature for name in self.sums),
+                *(t for t in results.values() if t.placement is tff.CLIENTS),
+            )
         ),
     )
 
