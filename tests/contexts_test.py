@@ -137,9 +137,8 @@ def test_small_cohorts_and_small_values_run_at_once(in_parts):
   assert in_parts == [3]
 
 
-def test_memory_decides(worker):
-  context = contexts.CohortContext(worker.executor_factory(), part_bytes=1000)
+def test_memory_decides():
   # Two copies of 10 float32 each, 80 bytes a client: fewer than the minimum fit.
-  assert context._part_size(40) == 16
-  assert context._part_size(4) == 125
-  assert context._part_size(0) == 1000
+  assert contexts.part_size(40, 1000) == 16
+  assert contexts.part_size(4, 1000) == 125
+  assert contexts.part_size(0, 1000) == 1000

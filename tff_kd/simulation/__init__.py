@@ -6,11 +6,14 @@ __getattr__, __dir__ = _lazy.attach(
     __name__,
     {
         name: name
-        for name in ('client_states', 'participation', 'runtime', 'training')
+        for name in (
+            'client_states', 'participation', 'runtime', 'several_workers', 'training',
+        )
     }
     | {name: 'client_states' for name in ('ClientStates', 'ClientStatesError')}
     | {name: 'participation' for name in ('Availability', 'Participation')}
     | {name: 'runtime' for name in ('build_async_context', 'local_runtime')}
+    | {name: 'several_workers' for name in ('NoWorkerError', 'remote_runtime')}
     | {
         name: 'training'
         for name in (

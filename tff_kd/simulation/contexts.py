@@ -9,7 +9,7 @@ import numpy as np
 import tensorflow_federated as tff
 
 # What the clients' values of one part may take in the worker.
-_PART_BYTES = 256 * 2**20
+PART_BYTES = 256 * 2**20
 _MIN_PART_CLIENTS = 16
 # The worker holds so many copies of each client's value until all are summed.
 _COPIES = 2
@@ -28,7 +28,7 @@ class CohortContext(tff.framework.SyncExecutionContext):
       self,
       executor_factory: tff.framework.ExecutorFactory,
       *,
-      part_bytes: int = _PART_BYTES,
+      part_bytes: int = PART_BYTES,
       **context_args,
   ):
     """Initializes the context.
@@ -51,22 +51,18 @@ class CohortContext(tff.framework.SyncExecutionContext):
 
   def invoke(self, comp: tff.Computation, arg: Any) -> Any:
     """Runs a computation, in parts if its cohort is large."""
-    num_clients = _num_clients(arg, comp.type_signature.parameter)
-    if num_clients > _MIN_PART_CLIENTS:
+    cohort = num_clients(arg, comp.type_signature.parameter)
+    if cohort > _MIN_PART_CLIENTS:
       # What clients send is unknown yet, but seldom more than what they receive.
-      likely = _num_bytes(comp.type_signature.parameter)
-      if num_clients > self._part_size(likely):
+      likely = num_bytes(comp.type_signature.parameter)
+      if cohort > part_size(likely, self._part_bytes):
         form = self._mergeable_form(comp)
         if form is not None:
-          sent = _num_bytes(form.up_to_merge.type_signature.result)
-          num_parts = math.ceil(num_clients / self._part_size(sent))
+          sent = num_bytes(form.up_to_merge.type_signature.result)
+          num_parts = math.ceil(cohort / part_size(sent, self._part_bytes))
           if num_parts > 1:
             return self._context_of(num_parts).invoke(form, arg)
     return super().invoke(comp, arg)
-
-  def _part_size(self, bytes_per_client: int) -> int:
-    fitting = self._part_bytes // max(1, _COPIES * bytes_per_client)
-    return max(_MIN_PART_CLIENTS, fitting)
 
   def _mergeable_form(
       self, comp: tff.Computation
@@ -97,7 +93,18 @@ class CohortContext(tff.framework.SyncExecutionContext):
     return self._in_parts[num_parts]
 
 
-def _num_clients(value: Any, type_spec: Optional[tff.Type]) -> int:
+def part_size(client_bytes: int, part_bytes: int) -> int:
+  """How many clients are in one part.
+
+  Args:
+    client_bytes: What each of them returns, in bytes.
+    part_bytes: What all of them may take.
+  """
+  fitting = part_bytes // max(1, _COPIES * client_bytes)
+  return max(_MIN_PART_CLIENTS, fitting)
+
+
+def num_clients(value: Any, type_spec: Optional[tff.Type]) -> int:
   """The number of clients of an argument, 0 if it holds no client's value."""
   if isinstance(type_spec, tff.FederatedType):
     if type_spec.placement is tff.CLIENTS and isinstance(value, (list, tuple)):
@@ -105,7 +112,7 @@ def _num_clients(value: Any, type_spec: Optional[tff.Type]) -> int:
   elif isinstance(type_spec, tff.StructType):
     elements = tff.structure.from_container(value)
     return max(
-        (_num_clients(v, t) for v, t in zip(elements, type_spec)), default=0
+        (num_clients(v, t) for v, t in zip(elements, type_spec)), default=0
     )
   return 0
 
@@ -118,13 +125,13 @@ def _is_of_clients(type_spec: tff.Type) -> bool:
   )
 
 
-def _num_bytes(type_spec: tff.Type) -> int:
+def num_bytes(type_spec: tff.Type) -> int:
   """The bytes of all tensors of known shape in a type, one client's of each."""
   if isinstance(type_spec, tff.TensorType):
     shape = [d or 0 for d in type_spec.shape or ()]
     return math.prod(shape) * np.dtype(type_spec.dtype).itemsize
   if isinstance(type_spec, tff.FederatedType):
-    return _num_bytes(type_spec.member)
+    return num_bytes(type_spec.member)
   if isinstance(type_spec, tff.StructType):
-    return sum(_num_bytes(t) for t in type_spec)
+    return sum(num_bytes(t) for t in type_spec)
   return 0

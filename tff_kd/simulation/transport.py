@@ -25,6 +25,18 @@ _SCALAR_FIELDS = {
 }
 
 
+class WorkerLostError(RuntimeError):
+  """A worker is gone, or answers no more.
+
+  Attributes:
+    worker: Its name.
+  """
+
+  def __init__(self, worker: str, reason: str):
+    super().__init__(f'The worker {worker} is lost: {reason}')
+    self.worker = worker
+
+
 @dataclasses.dataclass
 class Traffic:
   """What crossed between the script and its worker.
