@@ -69,6 +69,52 @@ SHARDS = flags.DEFINE_integer(
     'shards_per_client', 2, 'For --partition=shards.', lower_bound=1
 )
 
+# What hinders clients; all is drawn from the seed, the round and the client.
+SAMPLINGS = ['cyclic', 'uniform', 'weighted']
+SAMPLING = flags.DEFINE_enum(
+    'sampling', 'uniform', SAMPLINGS,
+    "How a round's clients are chosen; weighted: by their number of examples."
+)
+AVAILABILITY = flags.DEFINE_string(
+    'availability', None, 'A CSV file of when clients can be reached: lines of client, '
+    'first round, last round, below a header. Always if unset.'
+)
+DROPOUT_BEFORE = flags.DEFINE_float(
+    'dropout_before', 0.0, 'Probability that a chosen client is gone before it begins.'
+)
+DROPOUT_AFTER = flags.DEFINE_float(
+    'dropout_after', 0.0, 'Probability that what a client sends does not arrive.'
+)
+STRAGGLER_SHARE = flags.DEFINE_float(
+    'straggler_share', 0.0, 'Probability that a client does only a part of its steps.'
+)
+STRAGGLER_STEPS = flags.DEFINE_float(
+    'straggler_steps', 0.5, 'The smallest such part.'
+)
+DELAY_SHARE = flags.DEFINE_float(
+    'delay_share', 0.0, 'Probability that a client reports in a later round.'
+)
+MAX_DELAY = flags.DEFINE_integer(
+    'max_delay', 0, 'By how many rounds at most; drawn evenly from 1.', lower_bound=0
+)
+STALENESS_POWER = flags.DEFINE_float(
+    'staleness_power', 0.5, "a of the factor (1 + delay)^-a of a late client's weight.",
+    lower_bound=0.0,
+)
+COVERAGE = flags.DEFINE_float(
+    'coverage', 1.0, 'The part of the transfer examples on which each client predicts.'
+)
+MIN_REPORTS = flags.DEFINE_integer(
+    'min_reports', 0, 'A round with fewer reports is skipped.', lower_bound=0
+)
+LABEL_SHARE = flags.DEFINE_float(
+    'label_share', 1.0, "The part of a client's examples whose labels it knows; the "
+    'others serve a --local_target only.'
+)
+INPUT_SHARE = flags.DEFINE_float(
+    'input_share', 1.0, 'The part of the input features that a client observes.'
+)
+
 # Models and local training.
 STUDENT = flags.DEFINE_list(
     'student', ['document'], f'The student model, of {MODELS}. Several, separated by '
@@ -268,6 +314,7 @@ ENERGY_ROUNDS = flags.DEFINE_integer(
 # Flags that only some algorithms use, by the builder's parameter they feed.
 FLAGS_OF_PARAMETER = {
     'transfer_set': [
+        'coverage',
         'transfer_per_round', 'transfer_validation', 'consensus', 'prediction_bits',
     ],
     'down_bits': ['down_bits'],

@@ -105,6 +105,10 @@ def _check_flags(algorithm: algorithms.Algorithm) -> None:
     raise UserError(
         '--distillation_weight below 1 needs labels: set --transfer_labels.'
     )
+  if not args.STRAGGLER_SHARE.value:
+    refuse('straggler_steps', 'without --straggler_share')
+  if not args.MAX_DELAY.value:
+    refuse('staleness_power', 'without --max_delay')
   if args.RESUME.value and not args.OUTPUT_DIR.value:
     raise UserError('--resume needs the --output_dir of the run to go on with.')
 
@@ -127,6 +131,50 @@ def _partition(task: tff_kd.data.Task) -> list[np.ndarray]:
     kwargs['shards_per_client'] = args.SHARDS.value
   split = tff_kd.data.partition.PARTITIONS[args.PARTITION.value]
   return split(task.clients.labels, args.NUM_CLIENTS.value, **kwargs)
+
+
+def _participation(
+    batches: tff_kd.ClientBatches,
+) -> tff_kd.simulation.Participation:
+  """Who takes part, and what hinders them, from the flags."""
+  num_cohorts = len(args.STUDENT.value)
+  trace = args.AVAILABILITY.value
+  if trace is not None:
+    trace = tff_kd.simulation.Availability.from_csv(trace, args.NUM_CLIENTS.value)
+  weights = None
+  if args.SAMPLING.value == 'weighted':
+    # A client without examples could never be chosen.
+    weights = np.maximum(batches.data.num_examples, 1)
+  return tff_kd.simulation.Participation(
+      num_clients=args.NUM_CLIENTS.value,
+      clients_per_round=args.CLIENTS_PER_ROUND.value,
+      sampling=args.SAMPLING.value,
+      weights=weights,
+      availability=trace,
+      dropout_before=args.DROPOUT_BEFORE.value,
+      dropout_after=args.DROPOUT_AFTER.value,
+      straggler_share=args.STRAGGLER_SHARE.value,
+      straggler_steps=args.STRAGGLER_STEPS.value,
+      delay_share=args.DELAY_SHARE.value,
+      max_delay=args.MAX_DELAY.value,
+      coverage=args.COVERAGE.value,
+      cohort_fn=(lambda client: client % num_cohorts) if num_cohorts > 1 else None,
+      gives_conditions=args.MIN_REPORTS.value > 0,
+      seed=args.SEED.value,
+  )
+
+
+def _reporting(
+    participation: tff_kd.simulation.Participation,
+) -> Optional[tff_kd.Reporting]:
+  """How the process takes what comes late or in part; `None` where nothing does."""
+  if not participation.has_conditions:
+    return None
+  return tff_kd.Reporting(
+      max_delay=args.MAX_DELAY.value,
+      staleness_power=args.STALENESS_POWER.value,
+      min_reports=args.MIN_REPORTS.value,
+  )
 
 
 def _distillation(default: tff_kd.Distillation, **changes) -> tff_kd.Distillation:
@@ -588,7 +636,8 @@ def run() -> None:
   """The whole job."""
   with _errors_for_users():
     setup = _set_up()
-  with tff_kd.simulation.local_runtime():
+  run_dir = setup[-1]
+  with tff_kd.simulation.local_runtime(log_path=run_dir / 'worker.log'):
     _train_and_report(*setup)
 
 
@@ -604,21 +653,13 @@ def _set_up():
       ),
       batch_size=args.BATCH_SIZE.value,
       num_epochs=args.CLIENT_EPOCHS.value,
+      label_share=args.LABEL_SHARE.value,
+      input_share=args.INPUT_SHARE.value,
       seed=args.SEED.value,
   )
-  sample = tff.simulation.build_uniform_sampling_fn(
-      range(args.NUM_CLIENTS.value), random_seed=args.SEED.value
-  )
-
-  num_cohorts = len(args.STUDENT.value)
-
-  def select_clients(round_num: int) -> list[Any]:
-    numbers = [int(its) for its in sample(round_num, args.CLIENTS_PER_ROUND.value)]
-    if num_cohorts == 1:
-      return numbers
-    return [{'cohort': k % num_cohorts, 'data': k} for k in numbers]
-
+  participation = _participation(batches)
   common = _common_arguments(task, batches)
+  common['reporting'] = _reporting(participation)
   process = _build_process(algorithm, task, common)
   tff_kd.simulation.check_monitor(
       args.MONITOR.value,
@@ -643,7 +684,7 @@ def _set_up():
     size = sum(w.size for w in tf.nest.flatten(spec.initial_weights))
     print(f'{name}: {size:,} weights.')
   print(f'Run folder: {run_dir}', flush=True)
-  return task, clients, process, common, select_clients, run_dir
+  return task, clients, process, common, participation, run_dir
 
 
 def _train_and_report(

@@ -1,4 +1,4 @@
-"""Late, slow, lost and partly informed clients: whole rounds, and what they must equal."""
+"""Late, slow, lost and partly informed clients: whole rounds and what they equal."""
 
 import numpy as np
 import pytest

@@ -349,3 +349,31 @@ def test_flags_of_averaging_are_refused_where_nothing_is_averaged():
     done = _run('--algorithm=fd', flag)
     assert done.returncode == 1
     assert f'{flag.split("=")[0]} has no effect with --algorithm=fd' in done.stderr
+
+
+def test_hindered_clients_are_counted_and_a_resumed_run_repeats(tmp_path):
+  hindered = [
+      *_TINY, '--nocompare_with_fed_avg', '--dropout_before=0.2', '--dropout_after=0.2',
+      '--straggler_share=0.5', '--delay_share=0.5', '--max_delay=1', '--coverage=0.5',
+      '--min_reports=1', '--label_share=0.5', '--local_target=student', '--seed=4',
+  ]
+  whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
+  for folder, rounds in ((whole, 4), (resumed, 2), (resumed, 4)):
+    done = _run(*hindered, f'--rounds={rounds}', f'--output_dir={folder}', *(
+        ['--resume'] if (folder, rounds) == (resumed, 4) else []
+    ))
+    assert done.returncode == 0, done.stderr
+  rows = _rows(whole / 'metrics.csv')
+  assert sum(float(row['participation/num_begun_late']) for row in rows) > 0
+  for cause in ('dropped_after_training', 'late', 'stragglers'):
+    assert f'client_work/participation/num_{cause}' in rows[0]
+  assert 'round_skipped' in rows[0]
+  differing = {'round_seconds'}
+  for row, again in zip(rows, _rows(resumed / 'metrics.csv'), strict=True):
+    assert {k for k in row if row[k] != again[k]} <= differing
+
+
+def test_a_share_out_of_range_is_a_sentence():
+  done = _run(*_TINY, '--dropout_before=2')
+  assert done.returncode == 1
+  assert done.stderr.splitlines()[-1].startswith('error: `dropout_before` must be from')

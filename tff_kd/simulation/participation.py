@@ -108,6 +108,8 @@ class Participation:
     max_delay: By how many rounds at most; drawn evenly from 1.
     coverage: The part of the transfer examples on which each client predicts.
     cohort_fn: A client's number -> its cohort's, where there are cohorts.
+    gives_conditions: Whether clients come with conditions even if nothing here hinders
+      them, for a process with a `Reporting`.
     seed: With round and client, decides everything.
   """
 
@@ -124,6 +126,7 @@ class Participation:
   max_delay: int = 0
   coverage: float = 1.0
   cohort_fn: Optional[Callable[[int], int]] = None
+  gives_conditions: bool = False
   seed: int = 0
   _begun: dict[int, tuple[list[_Beginning], dict[str, int]]] = dataclasses.field(
       default_factory=dict, init=False, repr=False, compare=False
@@ -175,8 +178,8 @@ class Participation:
   def has_conditions(self) -> bool:
     """Whether clients come with conditions, so that the process needs a `Reporting`."""
     return bool(
-        self.dropout_after or self.straggler_share or self.max_delay
-        or self.coverage < 1.0
+        self.gives_conditions or self.dropout_after or self.straggler_share
+        or self.max_delay or self.coverage < 1.0
     )
 
   def __call__(self, round_num: int) -> list[Any]:
