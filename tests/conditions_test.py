@@ -309,5 +309,5 @@ def test_refusals(data, make, message):
 )
 def test_conditions_that_make_no_sense(data, bad):
   process = _build('fed_avg', _batches(data), reporting=tff_kd.Reporting(max_delay=1))
-  with pytest.raises(Exception, match="A client's conditions must be a delay from 0"):
+  with pytest.raises(Exception, match='conditions of a client must be a delay from 0'):
     process.next(process.initialize(), [_client(0, **bad)])

@@ -280,8 +280,8 @@ def test_bad_flags_are_one_sentence(args, message, tmp_path, monkeypatch, capsys
 
 def test_the_readmes_python_runs(tmp_path):
   blocks = (_ROOT / 'README.md').read_text().split('```python\n')[1:]
-  # The second goes on where the first ends.
-  assert len(blocks) == 2
+  # The others go on where the first ends.
+  assert len(blocks) == 3
   code = '\n'.join(block.split('```')[0] for block in blocks)
   done = subprocess.run(
       [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,

@@ -152,8 +152,8 @@ def check_conditions(reporting: Reporting, conditions: ClientConditions) -> tf.O
       & (conditions.coverage >= 0.0)
       & (conditions.coverage <= 1.0),
       [
-          f"A client's conditions must be a delay from 0 to {reporting.max_delay}, a "
-          'step_share above 0 and at most 1, and a coverage from 0 to 1; found',
+          f'The conditions of a client must be a delay from 0 to {reporting.max_delay}, '
+          'a step_share above 0 and at most 1, and a coverage from 0 to 1; found',
           conditions.delay, conditions.step_share, conditions.coverage,
       ],
   )
