@@ -266,8 +266,10 @@ def build_client_work(
       received = students.unpack(broadcast.student)[cohort]
       model.assign(received)
       for name, target in target_models.items():
-        sent = getattr(broadcast, name)
-        target.assign(sent if name == 'teacher' else students.unpack(sent)[cohort])
+        weights = getattr(broadcast, name)
+        if name != 'teacher':
+          weights = students.unpack(weights)[cohort]
+        target.assign(weights)
       terms = list(local_terms)
       if attached is not None:
         terms += attached.begin(
