@@ -376,4 +376,4 @@ def test_hindered_clients_are_counted_and_a_resumed_run_repeats(tmp_path):
 def test_a_share_out_of_range_is_a_sentence():
   done = _run(*_TINY, '--dropout_before=2')
   assert done.returncode == 1
-  assert done.stderr.splitlines()[-1].startswith('error: `dropout_before` must be from')
+  assert 'error: `dropout_before` must be from 0 to 1, found 2.0.' in done.stderr

@@ -164,7 +164,7 @@ def _context(worker: Worker, context_type):
 
 
 @functools.cache
-def end_tffs_own_worker_at_exit() -> None:
+def _end_tffs_own_worker_at_exit() -> None:
   """Has TFF's default context end before the interpreter takes modules apart.
 
   TFF ends the worker of that context, if a computation outside the block started
@@ -212,7 +212,7 @@ def local_runtime(
   Raises:
     RuntimeStartError: If the worker does not come up.
   """
-  end_tffs_own_worker_at_exit()
+  _end_tffs_own_worker_at_exit()
   if max_concurrent_calls is None:
     max_concurrent_calls = len(os.sched_getaffinity(0))
   with contextlib.ExitStack() as resources:
