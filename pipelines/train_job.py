@@ -552,8 +552,8 @@ def _train(
         client_states=client_states,
         monitor=monitor,
         patience=patience,
-        program_state_manager=tff.program.FileProgramStateManager(
-            run_dir / f'{prefix}checkpoints', keep_total=2, keep_first=False
+        program_state_manager=tff_kd.simulation.Checkpoints(
+            run_dir / f'{prefix}checkpoints'
         ),
         rounds_per_saving=args.ROUNDS_PER_CHECKPOINT.value,
         release_managers=[
@@ -638,7 +638,10 @@ def run() -> None:
     setup = _set_up()
   run_dir = setup[-1]
   with tff_kd.simulation.local_runtime(log_path=run_dir / 'worker.log'):
-    _train_and_report(*setup)
+    try:
+      _train_and_report(*setup)
+    except tff_kd.simulation.CheckpointError as error:
+      raise UserError(str(error)) from error
 
 
 def _set_up():

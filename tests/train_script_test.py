@@ -351,18 +351,22 @@ def test_flags_of_averaging_are_refused_where_nothing_is_averaged():
     assert f'{flag.split("=")[0]} has no effect with --algorithm=fd' in done.stderr
 
 
-def test_hindered_clients_are_counted_and_a_resumed_run_repeats(tmp_path):
+def test_hindered_clients_are_counted_and_a_damaged_run_repeats(tmp_path):
   hindered = [
       *_TINY, '--nocompare_with_fed_avg', '--dropout_before=0.2', '--dropout_after=0.2',
       '--straggler_share=0.5', '--delay_share=0.5', '--max_delay=1', '--coverage=0.5',
       '--min_reports=1', '--label_share=0.5', '--local_target=student', '--seed=4',
   ]
   whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
-  for folder, rounds in ((whole, 4), (resumed, 2), (resumed, 4)):
-    done = _run(*hindered, f'--rounds={rounds}', f'--output_dir={folder}', *(
-        ['--resume'] if (folder, rounds) == (resumed, 4) else []
-    ))
+  for folder, rounds in ((whole, 4), (resumed, 3)):
+    done = _run(*hindered, f'--rounds={rounds}', f'--output_dir={folder}')
     assert done.returncode == 0, done.stderr
+  # The newest checkpoint is damaged: the round after the one before comes again.
+  (newest,) = resumed.glob('checkpoints/program_state_3/variables/*.data*')
+  os.truncate(newest, newest.stat().st_size // 2)
+  done = _run(*hindered, '--rounds=4', f'--output_dir={resumed}', '--resume')
+  assert done.returncode == 0, done.stderr
+  assert 'checkpoint of round 3 is damaged' in done.stderr
   rows = _rows(whole / 'metrics.csv')
   assert sum(float(row['participation/num_begun_late']) for row in rows) > 0
   for cause in ('dropped_after_training', 'late', 'stragglers'):

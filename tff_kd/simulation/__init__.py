@@ -7,9 +7,11 @@ __getattr__, __dir__ = _lazy.attach(
     {
         name: name
         for name in (
-            'client_states', 'participation', 'runtime', 'several_workers', 'training',
+            'checkpoints', 'client_states', 'participation', 'runtime',
+            'several_workers', 'training',
         )
     }
+    | {name: 'checkpoints' for name in ('CheckpointError', 'Checkpoints')}
     | {name: 'client_states' for name in ('ClientStates', 'ClientStatesError')}
     | {name: 'participation' for name in ('Availability', 'Participation')}
     | {name: 'runtime' for name in ('build_async_context', 'local_runtime')}
