@@ -6,16 +6,13 @@ import shutil
 from typing import Any, Optional
 
 from absl import logging
-from google.protobuf import message
 import tensorflow as tf
 import tensorflow_federated as tff
 
 _PREFIX = 'program_state_'
 _DAMAGED = 'damaged_'
-_ERRORS = (
-    OSError, ValueError, KeyError, AttributeError, message.DecodeError,
-    tf.errors.OpError,
-)
+# What TensorFlow raises where a disk is full or a folder is not ours.
+_WRITE_ERRORS = (OSError, tf.errors.OpError)
 
 
 class CheckpointError(RuntimeError):
@@ -47,7 +44,7 @@ class Checkpoints(tff.program.FileProgramStateManager):
       probe = self._folder / f'probe_{os.getpid()}'
       probe.touch()
       probe.unlink()
-    except _ERRORS as error:
+    except _WRITE_ERRORS as error:
       raise CheckpointError(
           f'Checkpoints cannot be written to {root_dir} ({error}). Choose another '
           'folder, or mend its permissions.'
@@ -66,11 +63,12 @@ class Checkpoints(tff.program.FileProgramStateManager):
     for version in reversed(versions):
       try:
         return await self.load(version, structure), version
-      except _ERRORS as error:
+      # TensorFlow reads a damaged file with errors of any kind.
+      except Exception as error:  # pylint: disable=broad-except
         aside = self._put_aside(version)
         logging.warning(
             'The checkpoint of round %d is damaged (%s); it is now %s.',
-            version, str(error).splitlines()[0] if str(error) else error, aside,
+            version, _first_line(error), aside,
         )
     if versions:
       raise CheckpointError(
@@ -87,11 +85,11 @@ class Checkpoints(tff.program.FileProgramStateManager):
     """
     try:
       await super().save(program_state, version)
-    except _ERRORS as error:
+    except _WRITE_ERRORS as error:
       self._remove_unfinished()
       raise CheckpointError(
           f'The checkpoint of round {version} cannot be written to {self._folder} '
-          f'({str(error).splitlines()[0]}). The one before it is whole: make room, or '
+          f'({_first_line(error)}). The one before it is whole: make room, or '
           'mend the folder, and resume.'
       ) from error
 
@@ -105,3 +103,7 @@ class Checkpoints(tff.program.FileProgramStateManager):
     """What a killed or failed run has begun to write."""
     for path in self._folder.glob(f'{_PREFIX}*_temp*'):
       shutil.rmtree(path, ignore_errors=True)
+
+
+def _first_line(error: Exception) -> str:
+  return (str(error) or type(error).__name__).splitlines()[0]
