@@ -157,6 +157,7 @@ def test_the_not_true_term_ignores_the_true_class(seed, tau, shift):
   def value(logits):
     step = local_terms.LocalStep(
         inputs=None, logits=tf.constant(logits), labels=tf.constant(labels),
+        labelled=None,
         target_logits=tf.constant(target), supervised_loss=tf.constant(0.0),
         step_num=tf.constant(0), weights=[], received=[],
     )

@@ -229,7 +229,7 @@ def test_cfd_counts_the_bytes_of_the_code():
   bytes_of = tff_kd.communication.round_bytes(process)
   size = lambda bits: -(-codecs.first_message_bits(10, helpers.CLASSES, bits) // 8)
   assert bytes_of.up_knowledge == bytes_of.up == size(1) == 3
-  assert bytes_of.down == size(3) + 4
+  assert bytes_of.down == size(3) + 8
   state, client = process.initialize(), process.initialize_client()
   for round_num in range(2):
     output = process.next(state, [_dataset(0)], [client])
@@ -286,7 +286,7 @@ def test_clients_that_keep_models_code_against_what_they_sent():
     assert 0 <= bits - found + 1 < 18
   bytes_of = tff_kd.communication.round_bytes(process)
   assert bytes_of.up == rule.first_message_bytes(tf.TensorShape([3]), 10)
-  assert bytes_of.down == 4 * len(_X) * (helpers.CLASSES + 1) + 4
+  assert bytes_of.down == 4 * len(_X) * (helpers.CLASSES + 1) + 8
 
 
 @pytest.mark.parametrize('batch_size', [2, 8])
@@ -404,7 +404,7 @@ def test_only_predictions_travel():
   assert bytes_of.up_model == 0
   assert bytes_of.up_knowledge == 4 * len(_X) * (helpers.CLASSES + 1)
   # The consensus, its mask and the round's number.
-  assert bytes_of.down == bytes_of.up_knowledge + 4
+  assert bytes_of.down == bytes_of.up_knowledge + 8
 
 
 def test_clients_are_pretrained_on_the_labels():

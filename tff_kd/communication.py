@@ -68,7 +68,9 @@ def round_bytes(process: process_lib.DistillationProcess) -> RoundBytes:
     down -= sum(map(type_bytes, students)) * (count - 1) // count
   coded = process.coded_bytes
   if coded.shared is not None:
-    down = coded.shared + type_bytes(broadcast.round_num)
+    down = coded.shared + sum(
+        type_bytes(its) for its in (broadcast.shared_round, broadcast.round_num)
+    )
   up_knowledge = type_bytes(update.knowledge)
   if coded.knowledge is not None:
     up_knowledge = coded.knowledge
