@@ -69,18 +69,21 @@ def test_the_table_has_ours_beside_the_papers(finished):
       (name, test, rounds)
       for name in ('fed_avg', "fd, users' own models")
       for test in ('all', 'own classes') for rounds in ('last', 'best five')
-  }
+  } | {('fed_avg', 'own statistics', 'last')}
   assert all(0 <= float(value) <= 100 for value in rows.values())
   cells = json.loads((folder / 'table.json').read_text())
-  assert len(cells) == 4
+  assert len(cells) == 5
   for cell in cells:
     assert cell['seeds'] == [0] and cell['alpha'] == 1
     label = 'fed_avg' if cell['algorithm'] == 'fed_avg' else "fd, users' own models"
     for rounds in ('last', 'best five'):
+      if cell['test'] == 'own statistics' and rounds == 'best five':
+        assert not cell[rounds]  # Only at the end.
+        continue
       assert f'{cell[rounds][0]:.2f}' == rows[label, cell['test'], rounds]
   markdown = (folder / 'table.md').read_text().splitlines()
   assert markdown[0] == '| algorithm | test | rounds | alpha 1 |'
-  assert len(markdown) == 2 + 10
+  assert len(markdown) == 2 + 11
 
 
 def test_a_run_that_goes_on_keeps_its_first_rounds(finished):
@@ -89,6 +92,8 @@ def test_a_run_that_goes_on_keeps_its_first_rounds(finished):
   before = json.loads((folder / 'fed_avg-1-0' / 'results-1.json').read_text())
   assert [row['round'] for row in results['curve']] == [1, 2]
   assert results['curve'][0] == before['curve'][0]
+  # Only at the end, and of the model that all have.
+  assert 0.0 <= results['last'].pop('student/own statistics') <= 1.0
   assert results['last'].items() <= results['curve'][1].items()
   assert results['seconds_per_round'] > 0
 

@@ -130,6 +130,8 @@ class BroadcastHistory:
     """What a client received that began `delay` rounds ago; in its computation."""
     if not self.max_delay:
       return sent
+    # `check_conditions` tells; a slice out of range would, too, and less clearly.
+    delay = tf.clip_by_value(delay, 0, self.max_delay)
     return tf.nest.map_structure(lambda its: its[delay], sent)
 
   def current(self, sent: Any) -> Any:
