@@ -1,6 +1,5 @@
 """Checkpoints: damaged ones, full disks, folders that cannot be written."""
 
-import asyncio
 import errno
 import os
 
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests import helpers
 from tff_kd import simulation
 
 
@@ -18,12 +18,12 @@ def _state(number):
 def _saved(folder, numbers, **kwargs):
   checkpoints = simulation.Checkpoints(folder, **kwargs)
   for number in numbers:
-    asyncio.run(checkpoints.save(_state(number), number))
+    helpers.run(checkpoints.save(_state(number), number))
   return checkpoints
 
 
 def _latest(folder):
-  return asyncio.run(simulation.Checkpoints(folder).load_latest(_state(0)))
+  return helpers.run(simulation.Checkpoints(folder).load_latest(_state(0)))
 
 
 def _files(folder, version):
@@ -36,7 +36,7 @@ def _files(folder, version):
 def test_it_keeps_the_newest(tmp_path):
   assert _latest(tmp_path) == (None, 0)
   checkpoints = _saved(tmp_path, [1, 2, 5], keep_total=2)
-  assert asyncio.run(checkpoints.get_versions()) == [2, 5]
+  assert helpers.run(checkpoints.get_versions()) == [2, 5]
   state, version = _latest(tmp_path)
   assert version == 5
   np.testing.assert_array_equal(state['weights'], _state(5)['weights'])
@@ -66,12 +66,12 @@ def test_of_a_damaged_one_the_one_before_is_used(tmp_path, name, damage):
     middle = len(content) // 2
     flipped = bytes([content[middle] ^ 0xFF])
     path.write_bytes(content[:middle] + flipped + content[middle + 1 :])
-  state, version = asyncio.run(checkpoints.load_latest(_state(0)))
+  state, version = helpers.run(checkpoints.load_latest(_state(0)))
   assert version == 3
   np.testing.assert_array_equal(state['weights'], _state(3)['weights'])
   assert (tmp_path / 'damaged_4').is_dir()
   # Its round comes again.
-  asyncio.run(checkpoints.save(_state(4), 4))
+  helpers.run(checkpoints.save(_state(4), 4))
   assert _latest(tmp_path)[1] == 4
 
 
@@ -93,7 +93,7 @@ def test_a_full_disk_leaves_the_last_one(tmp_path, monkeypatch):
 
   monkeypatch.setattr(tf.saved_model, 'save', full)
   with pytest.raises(simulation.CheckpointError, match='No space left.*make room'):
-    asyncio.run(checkpoints.save(_state(2), 2))
+    helpers.run(checkpoints.save(_state(2), 2))
   assert not list(tmp_path.glob('*_temp*'))
   assert _latest(tmp_path)[1] == 1
 

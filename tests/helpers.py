@@ -1,5 +1,6 @@
 """Small models and data shared by the tests."""
 
+import asyncio
 import contextlib
 import pathlib
 import subprocess
@@ -34,6 +35,12 @@ def examples(n, seed, dim=DIM, classes=CLASSES):
 
 def dataset(x, y, batch_size=4):
   return tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size)
+
+
+def run(coroutine):
+  """As `asyncio.run`, which leaves the thread without the loop that TFF wants."""
+  with contextlib.closing(asyncio.new_event_loop()) as loop:
+    return loop.run_until_complete(coroutine)
 
 
 def loss_fn():

@@ -1,6 +1,5 @@
 """The process runs unchanged under TFF's own loops, programs and evaluation."""
 
-import asyncio
 import collections
 import os
 
@@ -99,7 +98,7 @@ def test_train_model(process, by_id, worker, tmp_path):
           tff_kd.simulation.build_async_context(worker)
       )
   ):
-    asyncio.run(
+    helpers.run(
         tff.learning.programs.train_model(
             train_process=by_id,
             train_data_source=train_source,
