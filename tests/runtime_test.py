@@ -103,8 +103,9 @@ def test_the_context_before_comes_back(worker, tmp_path):
 
 def test_a_worker_that_does_not_start_says_why(monkeypatch):
   from tff_kd.simulation import runtime  # pylint: disable=g-import-not-at-top
+  from tff_kd.simulation import worker_process
 
-  monkeypatch.setattr(runtime, '_worker_path', lambda: '/bin/cat')
+  monkeypatch.setattr(worker_process, 'worker_path', lambda: '/bin/cat')
   with pytest.raises(runtime.RuntimeStartError, match='--port'):
     with runtime.local_runtime():
       pass

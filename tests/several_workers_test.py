@@ -1,6 +1,7 @@
 """Rounds over several workers give what they give on one, whatever happens to these."""
 
 import logging
+import signal
 import tempfile
 import time
 
@@ -12,98 +13,69 @@ import tensorflow_federated as tff
 
 import tff_kd
 from tests import helpers
-from tff_kd.simulation import runtime
+from tff_kd.simulation import connections
 from tff_kd.simulation import several_workers
 from tff_kd.simulation import transport
+from tff_kd.simulation import worker_process
 
 _CLIENTS = 5
 
 
-class _Stub(transport.CountingStub):
+class _Connection(transport.Connection):
   """Lets a test do something before the worker is asked to compute."""
 
-  def __init__(self, channel, worker):
-    super().__init__(channel, worker.traffic)
-    self._worker = worker
+  def __init__(self, worker):
+    port = worker.process.port
+    channel = connections.insecure_channel(f'127.0.0.1:{port}')
+    super().__init__(worker.name, channel, worker.traffic, silence_s=2.0)
+    for name in ('create_call', 'compute'):
+      setattr(self.stub, name, self._before(worker, getattr(self.stub, name)))
 
-  def create_call(self, request):
-    self._worker.before_call()
-    return super().create_call(request)
+  def _before(self, worker, call):
+    def wrapped(request):
+      worker.before_call()
+      return call(request)
 
-  def compute(self, request):
-    self._worker.before_call()
-    return super().compute(request)
-
-
-class _Process(runtime.Worker):
-  """A worker process on a given port."""
-
-  def __init__(self, port, log):
-    self.traffic = transport.Traffic()
-    self._start(port, 1, log)
-    assert self._wait_until_ready()
+    return wrapped
 
 
-class _LoopbackWorker:
-  """A worker that can be killed, started again, and made to seem frozen."""
+class _LoopbackWorker(connections.RemoteWorker):
+  """A worker that can be killed, frozen, and started again."""
 
   def __init__(self, name, log):
-    self.name = name
-    self.traffic = transport.Traffic()
-    self._port = portpicker.pick_unused_port()
     self._log = log
-    self._process = None
-    self._stubs = []
+    self._port = portpicker.pick_unused_port()
+    super().__init__(f'127.0.0.1:{self._port}')
+    self.name = name
     self.start()
 
   def start(self):
-    self._process = _Process(self._port, self._log)
-    self.frozen = False
+    self.process = worker_process.WorkerProcess(
+        self._port, max_concurrent_calls=1, log=self._log
+    )
     self.lose_at_call = None
 
   def before_call(self):
     if self.lose_at_call is not None:
       call, how = self.lose_at_call
       self.lose_at_call = (call - 1, how)
-      if call == 1 and how == 'killed':
-        self.kill()
-      elif call == 1:
-        self._end_stubs()
-        self.frozen = True
-    if self.frozen:
-      raise transport.WorkerLostError(self.name, 'it is frozen.')
+      if call == 1:
+        self.kill() if how == 'killed' else self.freeze()
 
   def kill(self):
-    self._end_stubs()
-    self._process.process.kill()
-    self._process.process.wait()
+    self.process.process.kill()
+    self.process.process.wait()
 
-  def _end_stubs(self):
-    # What a lost worker held needs no release.
-    for stub in self._stubs:
-      stub.ended = True
+  def freeze(self):
+    self.process.process.send_signal(signal.SIGSTOP)
 
-  def answers(self, timeout_s):
-    del timeout_s
-    return not self.frozen and self._process.process.poll() is None
-
-  def executor_factory(self):
-    stub = _Stub(self._process.channel, self)
-    self._stubs.append(stub)
-
-    def stack_fn(cardinalities):
-      executor = transport.Executor(stub, self.traffic)
-      executor.set_cardinalities({tff.CLIENTS: 0, **cardinalities})
-      return executor
-
-    return tff.framework.ResourceManagingExecutorFactory(stack_fn)
-
-  def close(self):
-    pass
+  def _connect(self):
+    return _Connection(self)
 
   def stop(self):
-    self._end_stubs()
-    self._process.stop()
+    self.close()
+    self.kill()
+    self.process.stop()
 
 
 @pytest.fixture(scope='module')
@@ -119,7 +91,7 @@ def processes():
 def workers(processes):
   """Both workers, alive."""
   for worker in processes:
-    if not worker.answers(0):
+    if worker.why_silent(1.0) is not None:
       worker.kill()
       worker.start()
     worker.lose_at_call = None

@@ -10,157 +10,188 @@ from collections.abc import Iterator
 import contextlib
 import functools
 import gc
+import inspect
 import os
-import pathlib
-import signal
-import subprocess
-import sys
 import tempfile
-import time
-from typing import BinaryIO, Optional
+from typing import Any, BinaryIO, Optional
 
-import grpc
+from absl import logging
 import portpicker
 import tensorflow_federated as tff
 
+from tff_kd.simulation import connections
 from tff_kd.simulation import contexts
 from tff_kd.simulation import transport
+from tff_kd.simulation import worker_process
 
-_START_TIMEOUT_S = 60.0
+RuntimeStartError = worker_process.RuntimeStartError
 _START_ATTEMPTS = 3
-_LOG_TAIL_BYTES = 2000
-_STOP_TIMEOUT_S = 5.0
-_MAX_MESSAGE_MB = 2000
-_CHANNEL_OPTIONS = [
-    (f'grpc.{name}', _MAX_MESSAGE_MB * 1000 * 1000)
-    for name in (
-        'max_message_length',
-        'max_receive_message_length',
-        'max_send_message_length',
-    )
-]
-# Runs in a bare interpreter that turns into the worker: asks the kernel to kill
-# it with its parent (option 1 of prctl is PR_SET_PDEATHSIG), unless that is gone.
-_LAUNCHER = """
-import ctypes, os, signal, sys
-ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-if os.getppid() != int(sys.argv[1]): sys.exit(1)
-os.execv(sys.argv[2], sys.argv[2:])
-"""
-
-
-class RuntimeStartError(RuntimeError):
-  """The worker did not come up."""
-
-
-def _worker_path() -> str:
-  path = pathlib.Path(tff.__file__).parent / 'data' / 'worker_binary'
-  if not path.is_file():
-    raise RuntimeStartError(
-        f'TFF has no worker at {path}. Install the locked requirements again.'
-    )
-  return str(path)
+_START_TIMEOUT_S = 60.0
+# So often a computation may lose its worker before it is given up.
+_MAX_LOSSES = 3
+_CONTEXT_ARGS = dict(
+    compiler_fn=tff.backends.native.desugar_and_transform_to_native,
+    transform_args=tff.tensorflow.transform_args,
+    transform_result=tff.tensorflow.transform_result,
+)
 
 
 class Worker:
-  """One TFF worker process on a loopback port.
+  """A TFF worker on this machine, which is started again when it is lost.
 
   Attributes:
     process: The `subprocess.Popen` of the worker.
     traffic: What has crossed so far.
   """
 
-  def __init__(self, max_concurrent_calls: int, log: BinaryIO):
+  def __init__(
+      self,
+      max_concurrent_calls: int,
+      log: BinaryIO,
+      *,
+      silence_s: float = transport.SILENCE_S,
+      allow_open: bool = False,
+  ):
     """Starts the worker and waits until it answers.
 
     Args:
       max_concurrent_calls: How many calls it computes at a time.
       log: An open file for its output.
+      silence_s: After so many seconds without an answer it is lost.
+      allow_open: Whether other machines may reach it.
 
     Raises:
       RuntimeStartError: If it does not come up; with the end of its output.
     """
     self.traffic = transport.Traffic()
+    self._max_concurrent_calls = max_concurrent_calls
+    self._log = log
+    self._silence_s = silence_s
+    self._allow_open = allow_open
+    self._start()
+
+  def _start(self) -> None:
     # A free port may be taken before the worker binds it: then try another.
-    for _ in range(_START_ATTEMPTS):
-      port = portpicker.pick_unused_port()
-      self._start(port, max_concurrent_calls, log)
-      if self._wait_until_ready():
-        return
-      self.stop()
-    log.seek(max(0, log.seek(0, os.SEEK_END) - _LOG_TAIL_BYTES))
-    raise RuntimeStartError(
-        f'The TFF worker did not start in {_START_ATTEMPTS} attempts. It said:\n'
-        + log.read().decode(errors='replace')
-    )
-
-  def _start(self, port: int, max_concurrent_calls: int, log: BinaryIO) -> None:
-    env = {
-        **os.environ,
-        # One thread an operation and one call a core beat every other setting.
-        'TF_NUM_INTRAOP_THREADS': '1',
-        'TF_CPP_MIN_LOG_LEVEL': os.environ.get('TF_CPP_MIN_LOG_LEVEL', '2'),
-    }
-    command = [
-        sys.executable, '-I', '-S', '-c', _LAUNCHER, str(os.getpid()),
-        _worker_path(),
-        f'--port={port}',
-        f'--max_concurrent_computation_calls={max_concurrent_calls}',
-        f'--grpc_max_message_length_megabytes={_MAX_MESSAGE_MB}',
-    ]
-    self.process = subprocess.Popen(
-        command,
-        stdin=subprocess.DEVNULL,
-        stdout=log,
-        stderr=log,
-        env=env,
-        # Ctrl-C is for the script, which then stops the worker in order.
-        start_new_session=True,
-    )
-    self.channel = grpc.insecure_channel(f'localhost:{port}', _CHANNEL_OPTIONS)
-    self._stub = transport.CountingStub(self.channel, self.traffic)
-
-  def _wait_until_ready(self) -> bool:
-    ready = grpc.channel_ready_future(self.channel)
-    deadline = time.monotonic() + _START_TIMEOUT_S
-    while time.monotonic() < deadline and self.process.poll() is None:
+    for attempt in range(1, _START_ATTEMPTS + 1):
       try:
-        ready.result(timeout=0.2)
-        return True
-      except grpc.FutureTimeoutError:
-        continue
-    ready.cancel()
-    return False
+        self._process = worker_process.WorkerProcess(
+            portpicker.pick_unused_port(),
+            max_concurrent_calls=self._max_concurrent_calls,
+            log=self._log,
+            allow_open=self._allow_open,
+        )
+        break
+      except RuntimeStartError:
+        if attempt == _START_ATTEMPTS:
+          raise
+    self.process = self._process.process
+    address = f'{worker_process.LOOPBACK}:{self._process.port}'
+    self._connection = transport.Connection(
+        f'of this machine (process {self.process.pid})',
+        connections.insecure_channel(address),
+        self.traffic,
+        silence_s=self._silence_s,
+    )
+    self._factory = self._connection.executor_factory()
+    reason = self._connection.why_silent(_START_TIMEOUT_S, wait=True)
+    if reason is not None:
+      self.stop()
+      raise RuntimeStartError(
+          f'The TFF worker started, but {reason} It said:\n{self._process.log_tail()}'
+      )
+
+  def restart(self, error: transport.WorkerLostError, losses: int) -> None:
+    """Starts the worker anew after a loss.
+
+    Args:
+      error: The loss.
+      losses: How many there were in the same computation.
+
+    Raises:
+      transport.WorkerLostError: If there were too many; with the end of its output.
+      RuntimeStartError: If it does not come up again.
+    """
+    self._process.wait(1.0)
+    how = self._process.ending() or error.reason
+    if losses >= _MAX_LOSSES:
+      raise transport.WorkerLostError(
+          error.worker,
+          f'{how.rstrip(".")}, and so were the others that one computation was given '
+          f'({losses} in all). The worker said:\n{self._process.log_tail()}',
+      ) from error
+    logging.warning(
+        'The worker %s is lost: %s. It is started again, and the computation is done '
+        'again from its beginning. Its output: %s',
+        error.worker, how.rstrip('.'), self._log.name,
+    )
+    self.stop()
+    self._start()
 
   def stop(self) -> None:
     """Ends the worker; returns when it is gone."""
-    self._stub.ended = True
-    self.channel.close()
-    if self.process.poll() is None:
-      self.process.terminate()
-      try:
-        self.process.wait(_STOP_TIMEOUT_S)
-      except subprocess.TimeoutExpired:
-        self.process.send_signal(signal.SIGKILL)
-    self.process.wait()
+    self._connection.close()
+    self._process.stop()
 
   def executor_factory(self) -> tff.framework.ExecutorFactory:
-    def stack_fn(cardinalities):
-      cardinalities.setdefault(tff.CLIENTS, 0)
-      executor = transport.Executor(self._stub, self.traffic)
-      executor.set_cardinalities(cardinalities)
-      return executor
+    """Makes executors on the worker that is there at the time."""
+    return _ExecutorFactory(self)
 
-    return tff.framework.ResourceManagingExecutorFactory(stack_fn)
+  @property
+  def current_factory(self) -> tff.framework.ExecutorFactory:
+    """Makes executors on this worker until it is lost."""
+    return self._factory
 
 
-def _context(worker: Worker, context_type):
-  return context_type(
-      worker.executor_factory(),
-      compiler_fn=tff.backends.native.desugar_and_transform_to_native,
-      transform_args=tff.tensorflow.transform_args,
-      transform_result=tff.tensorflow.transform_result,
-  )
+class _ExecutorFactory(tff.framework.ExecutorFactory):
+  """Leaves nothing of a lost worker for the next one."""
+
+  def __init__(self, worker: Worker):
+    self._worker = worker
+
+  def create_executor(self, cardinalities):
+    return self._worker.current_factory.create_executor(cardinalities)
+
+  def clean_up_executor(self, cardinalities):
+    self._worker.current_factory.clean_up_executor(cardinalities)
+
+
+class _Context(contexts.CohortContext):
+  """Does a computation again if its worker is lost."""
+
+  def __init__(self, worker: Worker):
+    super().__init__(worker.executor_factory(), **_CONTEXT_ARGS)
+    self._worker = worker
+
+  def invoke(self, comp: tff.Computation, arg: Any) -> Any:
+    losses = 0
+    while True:
+      try:
+        return super().invoke(comp, arg)
+      except transport.WorkerLostError as error:
+        losses += 1
+        self._worker.restart(error, losses)
+
+
+class _AsyncContext(tff.framework.AsyncExecutionContext):
+  """Does a computation again if its worker is lost."""
+
+  def __init__(self, worker: Worker):
+    super().__init__(worker.executor_factory(), **_CONTEXT_ARGS)
+    self._worker = worker
+
+  async def invoke(self, comp: tff.Computation, arg: Any) -> Any:
+    if inspect.isawaitable(arg):
+      arg = await arg
+    losses = 0
+    while True:
+      process = self._worker.process
+      try:
+        return await super().invoke(comp, arg)
+      except transport.WorkerLostError as error:
+        losses += 1
+        # Another computation may have had it started already.
+        if self._worker.process is process:
+          self._worker.restart(error, losses)
 
 
 @functools.cache
@@ -190,6 +221,8 @@ def local_runtime(
     *,
     max_concurrent_calls: Optional[int] = None,
     log_path: Optional[os.PathLike] = None,
+    silence_s: float = transport.SILENCE_S,
+    allow_open: bool = False,
 ) -> Iterator[Worker]:
   """Runs TFF on a worker of its own while the block lasts.
 
@@ -197,20 +230,27 @@ def local_runtime(
   computation inside the block (a process's `get_model_weights` is one, too): outside
   it TFF starts a worker of its own, which ends with the program only if that ends
   in order. The worker of the block ends with the block, on an exception and on
-  Ctrl-C, and with this process if that is killed. To be entered from the main thread,
-  which the worker's life is tied to.
+  Ctrl-C, and with this process if that is killed. Only this machine can reach it.
+
+  If the worker dies or freezes, that is a warning, another one is started, and the
+  computation that ran is done again from its arguments, three times at most.
 
   Args:
     max_concurrent_calls: How many clients compute at a time; the number of cores
       if `None`.
     log_path: Where the worker's output goes, appended; nowhere that stays if
       `None`.
+    silence_s: After so many seconds without an answer the worker is lost.
+    allow_open: Whether it may be reached from other machines, where it cannot be
+      hidden from them; whoever reaches it can run what they like here.
 
   Yields:
     The `Worker`.
 
   Raises:
     RuntimeStartError: If the worker does not come up.
+    transport.WorkerLostError: From a computation in the block that lost its worker
+      three times.
   """
   _end_tffs_own_worker_at_exit()
   if max_concurrent_calls is None:
@@ -220,13 +260,13 @@ def local_runtime(
       log = resources.enter_context(tempfile.TemporaryFile())
     else:
       log = resources.enter_context(open(log_path, 'a+b'))
-    worker = Worker(max_concurrent_calls, log)
+    worker = Worker(
+        max_concurrent_calls, log, silence_s=silence_s, allow_open=allow_open
+    )
     resources.callback(worker.stop)
     stack = tff.framework.get_context_stack()
     resources.callback(tff.framework.set_default_context, stack.current)
-    tff.framework.set_default_context(
-        _context(worker, contexts.CohortContext)
-    )
+    tff.framework.set_default_context(_Context(worker))
     yield worker
 
 
@@ -236,4 +276,4 @@ def build_async_context(worker: Worker) -> tff.framework.AsyncExecutionContext:
   Args:
     worker: The `Worker` of a `local_runtime` block.
   """
-  return _context(worker, tff.framework.AsyncExecutionContext)
+  return _AsyncContext(worker)

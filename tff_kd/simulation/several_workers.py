@@ -58,8 +58,8 @@ class WorkerLike(Protocol):
     no error.
     """
 
-  def answers(self, timeout_s: float) -> bool:
-    """Whether it is there."""
+  def why_silent(self, timeout_s: float) -> Optional[str]:
+    """Why it does not answer; `None` if it does."""
 
   def close(self) -> None:
     """Ends the connection."""
@@ -97,10 +97,6 @@ class _Remote:
     except transport.WorkerLostError:
       self._lose()
       raise
-    except tff.framework.RetryableError as error:
-      # It is another process than before, or there is none.
-      self._lose()
-      raise transport.WorkerLostError(name, str(error)) from error
 
   def _lose(self) -> None:
     self.lost = True
@@ -115,7 +111,7 @@ class _Remote:
     return self._check
 
   def _look(self) -> None:
-    if self.lost and self.worker.answers(_CHECK_TIMEOUT_S):
+    if self.lost and self.worker.why_silent(_CHECK_TIMEOUT_S) is None:
       self.lost = False
       logging.info('The worker %s is back.', self.worker.name)
 
@@ -523,13 +519,12 @@ def _check_workers(workers: Sequence[WorkerLike]) -> None:
         f'{names}.'
     )
   with concurrent.futures.ThreadPoolExecutor(len(workers)) as threads:
-    there = threads.map(lambda worker: worker.answers(_START_TIMEOUT_S), workers)
-    missing = [name for name, answers in zip(names, there) if not answers]
+    reasons = threads.map(lambda worker: worker.why_silent(_START_TIMEOUT_S), workers)
+    missing = {name: why for name, why in zip(names, reasons) if why is not None}
   if missing:
     raise transport.WorkerLostError(
         ', '.join(missing),
-        f'it does not answer at the start, in {_START_TIMEOUT_S:.0f} s. Start it, or '
-        'leave it out.',
+        f'{"; ".join(missing.values())} Start it, or leave it out.',
     )
 
 

@@ -1,18 +1,33 @@
-"""What crosses between the script and its worker: counted, sent once, copied little.
+"""What crosses between the script and a worker: counted, sent once, copied little.
+
+A worker that is gone, or answers no more, is an error soon.
 """
 
+from collections.abc import Callable
+import contextlib
 import dataclasses
 import functools
-from typing import Any
+import threading
+from typing import Any, Optional
 
 import cachetools
 import grpc
 import numpy as np
 import tensorflow_federated as tff
 from tensorflow_federated.proto.v0 import executor_pb2
+from tensorflow_federated.proto.v0 import executor_pb2_grpc
 # Not public, and the release that has it is the last: `RemoteValue`.
 from tensorflow_federated.python.core.impl.executors import remote_executor
 
+# After so many seconds without an answer a worker is lost.
+SILENCE_S = 30.0
+# How often it is asked in that time.
+_BEATS = 6
+# A request that changes nothing.
+_NOTHING = executor_pb2.DisposeRequest(
+    executor=executor_pb2.ExecutorId(id='heartbeat')
+)
+_UNKNOWN_EXECUTOR = 'No executor found'
 # That an executor keeps on the worker, for one number of clients.
 _MAX_COMPUTATIONS = 32
 # Where a message holds a scalar.
@@ -30,11 +45,13 @@ class WorkerLostError(RuntimeError):
 
   Attributes:
     worker: Its name.
+    reason: Why.
   """
 
   def __init__(self, worker: str, reason: str):
     super().__init__(f'The worker {worker} is lost: {reason}')
     self.worker = worker
+    self.reason = reason
 
 
 @dataclasses.dataclass
@@ -53,31 +70,176 @@ class Traffic:
   computations_sent: int = 0
 
 
-class CountingStub(tff.framework.RemoteExecutorGrpcStub):
-  """Counts what crosses; all data does in these two calls."""
+class Stub(tff.framework.RemoteExecutorStub):
+  """The calls of a worker's service: counted; none goes on once the worker is lost.
 
-  def __init__(self, channel: grpc.Channel, traffic: Traffic):
-    super().__init__(channel)
-    self._traffic = traffic
+  Unlike TFF's, a call to a lost worker is an error at once, not tried for ever.
+
+  Attributes:
+    lost: Why the worker is lost; `None` while it is not.
+    ended: Whether what it holds needs no release any more.
+  """
+
+  def __init__(self, name: str, channel: grpc.Channel, traffic: Traffic):
+    """Initializes the stub.
+
+    Args:
+      name: What the worker is called.
+      channel: To the worker.
+      traffic: What counts what crosses.
+    """
+    self.lost: Optional[str] = None
     self.ended = False
+    self._name = name
+    self._service = executor_pb2_grpc.ExecutorGroupStub(channel)
+    self._traffic = traffic
+
+  def lose(self, reason: str) -> None:
+    """Says that the worker is lost, unless that is known."""
+    self.lost = self.lost or reason
+
+  def _call(self, method: Callable[[Any], Any], request: Any) -> Any:
+    if self.lost is None:
+      try:
+        return method(request)
+      except grpc.RpcError as error:
+        if error.code() is grpc.StatusCode.UNAVAILABLE or (
+            # Another process than before is there.
+            error.code() is grpc.StatusCode.FAILED_PRECONDITION
+            and _UNKNOWN_EXECUTOR in error.details()
+        ):
+          self.lose(error.details())
+        elif self.lost is None:
+          raise
+      except ValueError:  # The channel is closed.
+        if self.lost is None:
+          raise
+    raise WorkerLostError(self._name, self.lost)
+
+  def get_executor(self, request):
+    return self._call(self._service.GetExecutor, request)
 
   def create_value(self, request):
     self._traffic.bytes_sent += request.ByteSize()
-    return super().create_value(request)
+    return self._call(self._service.CreateValue, request)
+
+  def create_struct(self, request):
+    return self._call(self._service.CreateStruct, request)
+
+  def create_call(self, request):
+    return self._call(self._service.CreateCall, request)
+
+  def create_selection(self, request):
+    return self._call(self._service.CreateSelection, request)
 
   def compute(self, request):
-    response = super().compute(request)
+    response = self._call(self._service.Compute, request)
     self._traffic.bytes_received += response.ByteSize()
     return response
 
   def dispose(self, request):
-    # What is left when the worker ends has ended with it.
-    if not self.ended:
-      super().dispose(request)
+    self._release(self._service.Dispose, request)
 
   def dispose_executor(self, request):
-    if not self.ended:
-      super().dispose_executor(request)
+    self._release(self._service.DisposeExecutor, request)
+
+  def _release(self, method: Callable[[Any], Any], request: Any) -> None:
+    # What is left when the worker ends has ended with it.
+    if not self.ended and self.lost is None:
+      with contextlib.suppress(WorkerLostError):
+        self._call(method, request)
+
+  @property
+  def is_ready(self) -> bool:
+    return self.lost is None
+
+
+class Connection:
+  """A channel to a worker, with a heartbeat; once lost, it stays lost.
+
+  A worker that is frozen, or whose machine is gone, answers no call and breaks no
+  connection. So it is asked every few seconds for something that costs nothing, which
+  TFF's worker answers also while it computes; without an answer, all calls end.
+
+  Attributes:
+    channel: The `grpc.Channel`.
+    stub: The `Stub`.
+  """
+
+  def __init__(
+      self,
+      name: str,
+      channel: grpc.Channel,
+      traffic: Traffic,
+      *,
+      silence_s: float = SILENCE_S,
+  ):
+    """Initializes the connection; does not wait for the worker.
+
+    Args:
+      name: What the worker is called in messages.
+      channel: To the worker; is closed with the connection.
+      traffic: What counts what crosses.
+      silence_s: After so many seconds without an answer the worker is lost.
+    """
+    self.channel = channel
+    self.stub = Stub(name, channel, traffic)
+    self._traffic = traffic
+    self._silence_s = silence_s
+    self._service = executor_pb2_grpc.ExecutorGroupStub(channel)
+    self._closed = threading.Event()
+    self._heart = threading.Thread(
+        target=self._beat, name=f'heartbeat of {name}', daemon=True
+    )
+    self._heart.start()
+
+  def why_silent(self, timeout_s: float, wait: bool = False) -> Optional[str]:
+    """Asks the worker for nothing.
+
+    Args:
+      timeout_s: How long the answer may take.
+      wait: Whether to wait so long for the connection, too.
+
+    Returns:
+      What went wrong; `None` if it answered.
+    """
+    try:
+      self._service.Dispose(_NOTHING, timeout=timeout_s, wait_for_ready=wait)
+    except grpc.RpcError as error:
+      if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+        return f'it has not answered for {timeout_s:g} s.'
+      return error.details()
+    except ValueError:
+      return 'its connection is closed.'
+    return None
+
+  def _beat(self) -> None:
+    while not self._closed.wait(self._silence_s / _BEATS):
+      # Asked twice: this process may have slept meanwhile.
+      if self.why_silent(self._silence_s / 2) is not None:
+        reason = self.why_silent(self._silence_s / 2)
+        if reason is not None and not self._closed.is_set():
+          self.stub.lose(reason)
+          # Ends the calls that wait.
+          self.channel.close()
+          return
+
+  def executor_factory(self) -> tff.framework.ExecutorFactory:
+    """Makes executors on the worker."""
+
+    def stack_fn(cardinalities):
+      executor = Executor(self.stub, self._traffic)
+      executor.set_cardinalities({tff.CLIENTS: 0, **cardinalities})
+      return executor
+
+    return tff.framework.ResourceManagingExecutorFactory(stack_fn)
+
+  def close(self) -> None:
+    """Ends the connection, and the calls that wait."""
+    self._closed.set()
+    self.stub.ended = True
+    self.channel.close()
+    self._heart.join()
 
 
 class Executor(tff.framework.RemoteExecutor):
@@ -87,7 +249,7 @@ class Executor(tff.framework.RemoteExecutor):
   anew each time; and it copies a value once for each level of its nesting.
   """
 
-  def __init__(self, stub: CountingStub, traffic: Traffic):
+  def __init__(self, stub: Stub, traffic: Traffic):
     super().__init__(stub)
     self._traffic = traffic
     # By identity: TFF's compiler returns the same object for the same computation.
