@@ -108,8 +108,6 @@ def _job(run: _Run, arguments: list[str]) -> parallel.Job:
       f'--seed={run.seed}', f'--output_dir={run.folder}', '--nocompare_with_fed_avg',
       *arguments,
   ]
-  if (run.folder / 'config.json').is_file():
-    command.append('--resume')
   return parallel.Job(run.name, command, run.folder.with_suffix('.log'))
 
 

@@ -33,7 +33,7 @@ def main(argv: list[str]) -> Optional[int]:
     print(f'error: {error}', file=sys.stderr)
     return 1
   except KeyboardInterrupt:
-    print('Stopped. Checkpoints are kept; --resume goes on.', file=sys.stderr)
+    print('Stopped. The run goes on if --output_dir names its folder.', file=sys.stderr)
     return 130
   return 0
 

@@ -273,10 +273,30 @@ CACHE_DIR = flags.DEFINE_string(
     'to read; shared by runs.'
 )
 RESUME = flags.DEFINE_bool(
-    'resume', False, 'Go on with the run in --output_dir where it was stopped.'
+    'resume', True, 'Go on with the run in --output_dir, if it holds one, where it was '
+    'stopped; --noresume refuses such a folder.'
 )
 ROUNDS_PER_CHECKPOINT = flags.DEFINE_integer(
     'rounds_per_checkpoint', 5, 'Rounds between checkpoints.', lower_bound=1
+)
+
+# Where it runs.
+WORKERS = flags.DEFINE_list(
+    'workers', [], 'host:port of workers (pipelines.worker) over which the clients of '
+    'each round are spread; --cache_dir must be the same folder for all of them. One '
+    'worker of its own on this machine if unset.'
+)
+TLS_DIR = flags.DEFINE_string(
+    'tls_dir', None, 'The folder `script` that pipelines.certificates has made, for '
+    '--workers on other machines.'
+)
+ALLOW_OPEN = flags.DEFINE_bool(
+    'allow_open', False, 'Use workers that other machines can reach without '
+    'certificates.'
+)
+SILENCE = flags.DEFINE_float(
+    'silence_s', 30.0, 'A worker that does not answer for so many seconds is lost.',
+    lower_bound=0.1,
 )
 
 DIGEST_EPOCHS = flags.DEFINE_integer(
@@ -361,5 +381,6 @@ def is_taken(algorithm: algorithms.Algorithm, name: str) -> bool:
 # A resumed run may change these: they do not change what a round does.
 FREE_ON_RESUME = {
     'rounds', 'patience', 'output_dir', 'resume', 'rounds_per_checkpoint',
-    'compare_with_fed_avg', 'cache_dir',
+    'compare_with_fed_avg', 'cache_dir', 'workers', 'tls_dir', 'allow_open',
+    'silence_s',
 }

@@ -109,8 +109,16 @@ def _check_flags(algorithm: algorithms.Algorithm) -> None:
     refuse('straggler_steps', 'without --straggler_share')
   if not args.MAX_DELAY.value:
     refuse('staleness_power', 'without --max_delay')
-  if args.RESUME.value and not args.OUTPUT_DIR.value:
+  if _must_resume() and not args.OUTPUT_DIR.value:
     raise UserError('--resume needs the --output_dir of the run to go on with.')
+  if not args.WORKERS.value:
+    refuse('tls_dir', 'without --workers')
+  if args.TLS_DIR.value:
+    refuse('allow_open', 'with --tls_dir')
+
+
+def _must_resume() -> bool:
+  return args.RESUME.value and flags.FLAGS['resume'].present
 
 
 def _load_task() -> tff_kd.data.Task:
@@ -591,8 +599,8 @@ def _open_run_dir() -> pathlib.Path:
   if path.exists():
     if not args.RESUME.value:
       raise UserError(
-          f'{run_dir} already holds a run. Pass --resume to go on with it, or '
-          'another --output_dir.'
+          f'{run_dir} already holds a run. Leave out --noresume to go on with it, or '
+          'name another --output_dir.'
       )
     before = json.loads(path.read_text())['flags']
     changed = sorted(
@@ -603,9 +611,9 @@ def _open_run_dir() -> pathlib.Path:
       raise UserError(
           f'The run in {run_dir} had other values of '
           + ', '.join(f'--{n} ({before.get(n)!r})' for n in changed)
-          + '. Resume with the same, or start another run.'
+          + '. Go on with the same, or name another --output_dir.'
       )
-  elif args.RESUME.value:
+  elif _must_resume():
     raise UserError(f'{run_dir} holds no run to resume (no config.json).')
   run_dir.mkdir(parents=True, exist_ok=True)
   versions = {m.__name__: m.__version__ for m in (tf, tff, np)}
@@ -637,17 +645,45 @@ def run() -> None:
   with _errors_for_users():
     setup = _set_up()
   run_dir = setup[-1]
-  with tff_kd.simulation.local_runtime(log_path=run_dir / 'worker.log'):
-    try:
+  try:
+    with _runtime(run_dir):
       _train_and_report(*setup)
-    except tff_kd.simulation.CheckpointError as error:
-      raise UserError(str(error)) from error
+  except (
+      tff_kd.simulation.CheckpointError,
+      tff_kd.simulation.NoWorkerError,
+      tff_kd.simulation.WorkerLostError,
+      tff_kd.simulation.RuntimeStartError,
+  ) as error:
+    raise UserError(str(error)) from error
+
+
+def _runtime(run_dir: pathlib.Path) -> contextlib.AbstractContextManager:
+  if not args.WORKERS.value:
+    return tff_kd.simulation.local_runtime(
+        log_path=run_dir / 'worker.log',
+        silence_s=args.SILENCE.value,
+        allow_open=args.ALLOW_OPEN.value,
+    )
+  return tff_kd.simulation.remote_runtime(_workers())
+
+
+def _workers() -> list[tff_kd.simulation.RemoteWorker]:
+  return [
+      tff_kd.simulation.RemoteWorker(
+          address,
+          tls_dir=args.TLS_DIR.value,
+          allow_open=args.ALLOW_OPEN.value,
+          silence_s=args.SILENCE.value,
+      )
+      for address in args.WORKERS.value
+  ]
 
 
 def _set_up():
   """All that can be refused, before anything runs."""
   algorithm = algorithms.REGISTRY[args.ALGORITHM.value]
   _check_flags(algorithm)
+  _workers()
   task = _load_task()
   clients = _partition(task)
   batches = tff_kd.ClientBatches(

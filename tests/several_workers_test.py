@@ -13,6 +13,7 @@ import tensorflow_federated as tff
 
 import tff_kd
 from tests import helpers
+from tff_kd.simulation import channels
 from tff_kd.simulation import connections
 from tff_kd.simulation import several_workers
 from tff_kd.simulation import transport
@@ -26,7 +27,7 @@ class _Connection(transport.Connection):
 
   def __init__(self, worker):
     port = worker.process.port
-    channel = connections.insecure_channel(f'127.0.0.1:{port}')
+    channel = channels.insecure_channel(f'127.0.0.1:{port}')
     super().__init__(worker.name, channel, worker.traffic, silence_s=2.0)
     for name in ('create_call', 'compute'):
       setattr(self.stub, name, self._before(worker, getattr(self.stub, name)))

@@ -15,7 +15,10 @@ __getattr__, __dir__ = _lazy.attach(
     | {name: 'client_states' for name in ('ClientStates', 'ClientStatesError')}
     | {'RemoteWorker': 'connections'}
     | {name: 'participation' for name in ('Availability', 'Participation')}
-    | {name: 'runtime' for name in ('build_async_context', 'local_runtime')}
+    | {
+        name: 'runtime'
+        for name in ('build_async_context', 'local_runtime', 'RuntimeStartError')
+    }
     | {'WorkerLostError': 'transport'}
     | {name: 'several_workers' for name in ('NoWorkerError', 'remote_runtime')}
     | {

@@ -8,31 +8,11 @@ from typing import Optional
 import grpc
 import tensorflow_federated as tff
 
+from tff_kd.simulation import channels
 from tff_kd.simulation import tls
 from tff_kd.simulation import transport
-from tff_kd.simulation import worker_process
 
 _CONNECT_TIMEOUT_S = 10.0
-CHANNEL_OPTIONS = [
-    *(
-        (f'grpc.{name}', worker_process.MAX_MESSAGE_MB * 1000 * 1000)
-        for name in (
-            'max_message_length',
-            'max_receive_message_length',
-            'max_send_message_length',
-        )
-    ),
-    # A worker that is back is found soon, and never through an old connection.
-    ('grpc.use_local_subchannel_pool', 1),
-    ('grpc.initial_reconnect_backoff_ms', 100),
-    ('grpc.min_reconnect_backoff_ms', 1000),
-    ('grpc.max_reconnect_backoff_ms', 1000),
-]
-
-
-def insecure_channel(address: str) -> grpc.Channel:
-  """A channel without encryption, for this machine's own workers and tunnels."""
-  return grpc.insecure_channel(address, CHANNEL_OPTIONS)
 
 
 class RemoteWorker:
@@ -83,11 +63,10 @@ class RemoteWorker:
 
   def _connect(self) -> transport.Connection:
     if self._credentials is None:
-      channel = insecure_channel(self.name)
+      channel = channels.insecure_channel(self.name)
     else:
-      channel = grpc.secure_channel(
-          self.name, self._credentials, [*CHANNEL_OPTIONS, *tls.CLIENT_OPTIONS]
-      )
+      options = [*channels.CHANNEL_OPTIONS, *tls.CLIENT_OPTIONS]
+      channel = grpc.secure_channel(self.name, self._credentials, options)
     return transport.Connection(
         self.name, channel, self.traffic, silence_s=self._silence_s
     )

@@ -19,7 +19,7 @@ from absl import logging
 import portpicker
 import tensorflow_federated as tff
 
-from tff_kd.simulation import connections
+from tff_kd.simulation import channels
 from tff_kd.simulation import contexts
 from tff_kd.simulation import transport
 from tff_kd.simulation import worker_process
@@ -85,10 +85,10 @@ class Worker:
         if attempt == _START_ATTEMPTS:
           raise
     self.process = self._process.process
-    address = f'{worker_process.LOOPBACK}:{self._process.port}'
+    address = f'{channels.LOOPBACK}:{self._process.port}'
     self._connection = transport.Connection(
         f'of this machine (process {self.process.pid})',
-        connections.insecure_channel(address),
+        channels.insecure_channel(address),
         self.traffic,
         silence_s=self._silence_s,
     )

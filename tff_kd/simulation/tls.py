@@ -18,6 +18,8 @@ from cryptography.x509.oid import ExtendedKeyUsageOID
 from cryptography.x509.oid import NameOID
 import grpc
 
+from tff_kd.simulation import channels
+
 # All workers have this name, so that a certificate does for any host.
 _SERVER_NAME = 'tff-kd-worker'
 CLIENT_OPTIONS = [('grpc.ssl_target_name_override', _SERVER_NAME)]
@@ -155,19 +157,16 @@ def channel_credentials(tls_dir: os.PathLike) -> grpc.ChannelCredentials:
   return grpc.ssl_channel_credentials(*_read(tls_dir))
 
 
-def serve(
-    address: str, tls_dir: os.PathLike, backend: grpc.Channel, channel_options: list
-) -> tuple[grpc.Server, int]:
+def serve(address: str, tls_dir: os.PathLike, backend: grpc.Channel) -> grpc.Server:
   """Starts a front that lets certified scripts through to a worker.
 
   Args:
     address: `host:port` to listen on.
     tls_dir: The folder for workers that `make_certificates` has made.
     backend: To the worker.
-    channel_options: As `grpc.server` takes them, of the messages' sizes.
 
   Returns:
-    The server, started, and its port.
+    The server, started.
 
   Raises:
     FileNotFoundError: If the folder lacks a file.
@@ -178,16 +177,16 @@ def serve(
       concurrent.futures.ThreadPoolExecutor(_NUM_THREADS),
       handlers=[_Forward(backend)],
       # Two fronts on one port would each get some of the calls.
-      options=[*channel_options, ('grpc.so_reuseport', 0)],
+      options=[*channels.MESSAGE_OPTIONS, ('grpc.so_reuseport', 0)],
   )
-  port = server.add_secure_port(
+  server.add_secure_port(
       address,
       grpc.ssl_server_credentials(
           [(key, certificate)], authority, require_client_auth=True
       ),
   )
   server.start()
-  return server, port
+  return server
 
 
 class _Forward(grpc.GenericRpcHandler):

@@ -9,6 +9,7 @@ nobody watches fails.
 import concurrent.futures
 import contextlib
 import ctypes
+import importlib.util
 import ipaddress
 import os
 import pathlib
@@ -21,10 +22,9 @@ import time
 from typing import BinaryIO
 
 import psutil
-import tensorflow_federated as tff
 
-LOOPBACK = '127.0.0.1'
-MAX_MESSAGE_MB = 2000
+from tff_kd.simulation import channels
+
 _START_TIMEOUT_S = 60.0
 _STOP_TIMEOUT_S = 5.0
 _LOG_TAIL_BYTES = 2000
@@ -37,8 +37,8 @@ _BIND, _LISTEN = 49, 50
 # Where `sockaddr_in` and `sockaddr_in6` hold the address.
 _ADDRESS_AT = {socket.AF_INET: 4, socket.AF_INET6: 8}
 _LOOPBACKS = {
-    socket.AF_INET: socket.inet_pton(socket.AF_INET, LOOPBACK),
-    socket.AF_INET6: socket.inet_pton(socket.AF_INET6, f'::ffff:{LOOPBACK}'),
+    socket.AF_INET: socket.inet_pton(socket.AF_INET, channels.LOOPBACK),
+    socket.AF_INET6: socket.inet_pton(socket.AF_INET6, f'::ffff:{channels.LOOPBACK}'),
 }
 
 # Runs in a bare interpreter that turns into the worker. It asks the kernel to kill it
@@ -81,7 +81,9 @@ def worker_path() -> str:
   Raises:
     RuntimeStartError: If it is not there.
   """
-  path = pathlib.Path(tff.__file__).parent / 'data' / 'worker_binary'
+  # Not imported: that takes seconds, which `pipelines.worker` need not wait.
+  package = importlib.util.find_spec('tensorflow_federated')
+  path = pathlib.Path(package.origin).parent / 'data' / 'worker_binary'
   if not path.is_file():
     raise RuntimeStartError(
         f'TFF has no worker at {path}. Install the locked requirements again.'
@@ -149,7 +151,7 @@ class WorkerProcess:
         worker_path(),
         f'--port={self.port}',
         f'--max_concurrent_computation_calls={max_concurrent_calls}',
-        f'--grpc_max_message_length_megabytes={MAX_MESSAGE_MB}',
+        f'--grpc_max_message_length_megabytes={channels.MAX_MESSAGE_MB}',
     ]
     self.process = subprocess.Popen(
         command,
@@ -172,7 +174,7 @@ class WorkerProcess:
     deadline = time.monotonic() + _START_TIMEOUT_S
     while time.monotonic() < deadline and self.process.poll() is None:
       try:
-        socket.create_connection((LOOPBACK, self.port), 1.0).close()
+        socket.create_connection((channels.LOOPBACK, self.port), 1.0).close()
         return
       except OSError:
         time.sleep(0.005)
