@@ -195,7 +195,7 @@ class _AsyncContext(tff.framework.AsyncExecutionContext):
 
 
 @functools.cache
-def _end_tffs_own_worker_at_exit() -> None:
+def end_tffs_own_worker_at_exit() -> None:
   """Has TFF's default context end before the interpreter takes modules apart.
 
   TFF ends the worker of that context, if a computation outside the block started
@@ -252,7 +252,7 @@ def local_runtime(
     transport.WorkerLostError: From a computation in the block that lost its worker
       three times.
   """
-  _end_tffs_own_worker_at_exit()
+  end_tffs_own_worker_at_exit()
   if max_concurrent_calls is None:
     max_concurrent_calls = len(os.sched_getaffinity(0))
   with contextlib.ExitStack() as resources:

@@ -202,7 +202,8 @@ class _Forward(grpc.GenericRpcHandler):
     forward = self._backend.unary_unary(method)
 
     def handle(request: bytes, context: grpc.ServicerContext) -> bytes:
-      call = forward.future(request, timeout=context.time_remaining())
+      call = forward.future(request)
+      # Also when the script's deadline has passed.
       context.add_callback(call.cancel)
       try:
         return call.result()
