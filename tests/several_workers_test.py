@@ -313,6 +313,16 @@ def test_what_cannot_be_split_runs_on_one_worker_and_says_so(workers, caplog):
   assert workers[1].traffic.bytes_sent == 0
 
 
+def test_a_sum_that_grows(workers):
+  """Its zero has length 0, the sum any: the values of a sample."""
+  values = tff.aggregators.UnweightedReservoirSamplingFactory(
+      sample_size=3
+  ).create(tff.TensorType(np.int32))
+  with several_workers.remote_runtime(workers):
+    output = values.next(values.initialize(), [4, 7])
+  assert sorted(output.result) == [4, 7]
+
+
 def test_computations_without_clients(workers, fml):
   process, (state, _, _) = fml
   expected = process.get_model_weights(state)

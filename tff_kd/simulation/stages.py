@@ -246,15 +246,15 @@ def _part_sum(aggregate: tff.framework.Call) -> tff.framework.Call:
   value, zero, accumulate, merge, _ = aggregate.argument
   type_spec = merge.type_signature.result
   report = _framework.Lambda('x', type_spec, _framework.Reference('x', type_spec))
-  arguments = _framework.Struct([value, zero, accumulate, merge, report])
+  # The types that it takes, which may leave open lengths that those given have.
+  types = list(aggregate.function.type_signature.parameter)
+  types[-1] = report.type_signature
   return _framework.Call(
       _framework.Intrinsic(
           _AGGREGATE,
-          tff.FunctionType(
-              arguments.type_signature, tff.FederatedType(type_spec, tff.SERVER)
-          ),
+          tff.FunctionType(types, tff.FederatedType(type_spec, tff.SERVER)),
       ),
-      arguments,
+      _framework.Struct([value, zero, accumulate, merge, report]),
   )
 
 
