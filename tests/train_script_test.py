@@ -145,11 +145,11 @@ def test_it_resumes_exactly(run_dir, tmp_path):
 
 def test_a_folder_in_use_is_not_overwritten(run_dir):
   before = (run_dir / 'metrics.csv').read_text()
-  again = _run(*_TINY, f'--output_dir={run_dir}')
+  again = _run(*_TINY, f'--output_dir={run_dir}', '--noresume')
   assert again.returncode == 1
-  assert 'already holds a run' in again.stderr and '--resume' in again.stderr
+  assert 'already holds a run' in again.stderr and '--noresume' in again.stderr
   other = _run(
-      *_TINY, '--transfer_validation=10', '--seed=1', '--resume',
+      *_TINY, '--transfer_validation=10', '--seed=1',
       f'--output_dir={run_dir}',
   )
   assert other.returncode == 1 and '--seed (0)' in other.stderr
@@ -196,7 +196,7 @@ def test_ctrl_c_ends_it_and_its_worker(tmp_path):
     script.send_signal(signal.SIGINT)
     _, errors = script.communicate(timeout=60)
     assert script.returncode == 130
-  assert '--resume' in errors and 'Traceback' not in errors
+  assert '--output_dir' in errors and 'Traceback' not in errors
   assert not [pid for pid in workers if os.path.exists(f'/proc/{pid}')]
 
 

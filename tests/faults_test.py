@@ -1,0 +1,357 @@
+"""What dies, freezes or knocks, with real processes, and what then becomes of a round."""
+
+import contextlib
+import csv
+import logging
+import os
+import pathlib
+import signal
+import socket
+import tempfile
+import time
+
+import grpc
+import numpy as np
+import portpicker
+import psutil
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+
+import tff_kd
+from tests import helpers
+from tff_kd.simulation import connections
+from tff_kd.simulation import runtime
+from tff_kd.simulation import tls
+from tff_kd.simulation import transport
+
+_TINY = [
+    '--num_clients=4', '--clients_per_round=2', '--client_epochs=1', '--alpha=1',
+    '--server_steps=2', '--back_steps=2', '--teacher=document', '--student=cnn',
+    '--transfer_size=60', '--transfer_labels=20', '--rounds_per_checkpoint=1',
+    '--nocompare_with_fed_avg',
+]
+
+
+@tff.federated_computation(tff.FederatedType(np.int32, tff.CLIENTS))
+def _total(values):
+  return tff.federated_sum(values)
+
+
+def _rounds(process, between=lambda: None):
+  state = process.initialize()
+  for _ in range(3):
+    cohort = [helpers.dataset(*helpers.examples(4 + k, k)) for k in range(3)]
+    state = process.next(state, cohort).state
+    between()
+  return state
+
+
+def _process():
+  return tff_kd.algorithms.build_fed_distillation(
+      **helpers.common(),
+      teacher_fn=helpers.dense_fn((7,)),
+      transfer_set=tff_kd.TransferSet(helpers.examples(12, 99)[0]),
+      teacher_optimizer=helpers.sgd(),
+      student_optimizer=helpers.sgd(),
+      distillation=tff_kd.Distillation(num_steps=2, batch_size=4),
+  )
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
+def test_a_lost_local_worker_is_started_again(number, worker, tmp_path, caplog):
+  process = _process()
+  expected = _rounds(process)
+  log = tmp_path / 'worker.log'
+  with (
+      runtime.local_runtime(silence_s=1.0, log_path=log) as started,
+      caplog.at_level(logging.WARNING),
+  ):
+    lost = started.process
+    found = _rounds(process, lambda: lost.send_signal(number))
+    assert started.process.pid != lost.pid
+  for a, b in zip(tf.nest.flatten(found), tf.nest.flatten(expected), strict=True):
+    np.testing.assert_array_equal(a, b)
+  assert lost.poll() is not None
+  reason = 'SIGKILL' if number == signal.SIGKILL else 'has not answered'
+  (said,) = [r.getMessage() for r in caplog.records if 'is lost' in r.getMessage()]
+  assert reason in said and f'process {lost.pid}' in said and str(log) in said
+
+
+def test_a_worker_that_dies_again_and_again_is_given_up():
+  @tff.tensorflow.computation(np.int32)
+  def add_one(value):
+    return value + 1
+
+  @tff.federated_computation(tff.FederatedType(np.int32, tff.CLIENTS))
+  def added(values):
+    return tff.federated_sum(tff.federated_map(add_one, values))
+
+  with runtime.local_runtime() as worker:
+    assert added([1]) == 2
+    start = worker._start  # pylint: disable=protected-access
+
+    def start_and_kill():
+      start()
+      worker.process.kill()
+
+    worker._start = start_and_kill  # pylint: disable=protected-access
+    worker.process.kill()
+    with pytest.raises(transport.WorkerLostError, match=r'SIGKILL.*3 in all.*said'):
+      added([1])
+    worker._start = start  # pylint: disable=protected-access
+    # The next computation has its own tries.
+    assert added([1, 2]) == 5
+
+
+def _own_addresses():
+  """This machine's addresses that others may know."""
+  return [
+      its.address
+      for of_interface in psutil.net_if_addrs().values()
+      for its in of_interface
+      if its.family == socket.AF_INET and not its.address.startswith('127.')
+  ]
+
+
+def _listening(pid):
+  return [
+      s.laddr for s in psutil.Process(pid).net_connections('inet')
+      if s.status == psutil.CONN_LISTEN
+  ]
+
+
+def _reaches(host, port):
+  try:
+    socket.create_connection((host, port), 2.0).close()
+    return True
+  except OSError:
+    return False
+
+
+@pytest.mark.parametrize('allow_open', [False, True])
+def test_strangers_reach_a_worker_only_by_choice(allow_open):
+  with runtime.local_runtime(allow_open=allow_open) as worker:
+    (address,) = _listening(worker.process.pid)
+    assert _total([1, 2]) == 3
+    assert ('127.0.0.1' in address.ip) != allow_open
+    for host in _own_addresses():
+      assert _reaches(host, address.port) == allow_open
+
+
+def test_a_hundred_starts_leave_nothing(tmp_path):
+  def left():
+    mine = psutil.Process()
+    return (
+        mine.num_fds(), mine.num_threads(), len(mine.children(recursive=True)),
+        len(os.listdir(tempfile.gettempdir())),
+    )
+
+  def cycle():
+    with runtime.local_runtime() as worker:
+      assert _total([1, 2]) == 3
+      (address,) = _listening(worker.process.pid)
+    assert not _reaches('127.0.0.1', address.port)
+
+  cycle()
+  before = left()
+  for _ in range(100):
+    cycle()
+  for now, then in zip(left(), before):
+    assert now <= then + 3
+
+
+@contextlib.contextmanager
+def _worker_script(*args):
+  """`pipelines.worker` on a free port, ready."""
+  port = portpicker.pick_unused_port()
+  with helpers.running('-m', 'pipelines.worker', f'--port={port}', *args) as script:
+    said = script.stdout.readline()
+    assert said.startswith('Worker on'), script.stderr.read()
+    yield port, script
+
+
+def _binary(script):
+  (found,) = psutil.Process(script.pid).children()
+  return found
+
+
+@pytest.fixture(scope='module')
+def certificates(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('certificates')
+  made = {}
+  for name in ('ours', 'theirs'):
+    tls.make_certificates(folder / name)
+    made[name] = folder / name
+  return made
+
+
+def test_only_holders_of_our_certificates_are_let_in(certificates):
+  ours = certificates['ours']
+  with _worker_script(f'--tls_dir={ours / "worker"}') as (port, script):
+    address = f'127.0.0.1:{port}'
+    # Only the front is open to other machines.
+    (front,) = [its for its in _listening(script.pid)]
+    assert front.port == port
+    assert all('127.0.0.1' in its.ip for its in _listening(_binary(script).pid))
+
+    def silent(**kwargs):
+      return connections.RemoteWorker(address, **kwargs).why_silent(5.0)
+
+    assert silent(tls_dir=ours / 'script') is None
+    assert silent() is not None
+    assert silent(tls_dir=certificates['theirs'] / 'script') is not None
+    # A worker's certificate is none for a script.
+    assert silent(tls_dir=ours / 'worker') is not None
+    authority = (ours / 'script' / 'authority.pem').read_bytes()
+    with grpc.secure_channel(
+        address, grpc.ssl_channel_credentials(authority), tls.CLIENT_OPTIONS
+    ) as channel:
+      without = transport.Connection('', channel, transport.Traffic())
+      assert without.why_silent(5.0) is not None
+      without.close()
+    with tff_kd.simulation.remote_runtime(
+        [connections.RemoteWorker(address, tls_dir=ours / 'script')]
+    ):
+      assert _total([1, 2, 3]) == 6
+
+
+def test_private_keys_are_for_their_owner_only_and_are_not_overwritten(certificates):
+  for folder in ('worker', 'script'):
+    key = certificates['ours'] / folder / 'key.pem'
+    assert key.stat().st_mode & 0o077 == 0
+  with pytest.raises(FileExistsError, match='are kept'):
+    tls.make_certificates(certificates['ours'])
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_a_worker_script_ends_with_its_worker(number):
+  with _worker_script() as (port, script):
+    binary = _binary(script)
+    script.send_signal(number)
+    assert script.wait(20) == (-9 if number == signal.SIGKILL else 0)
+    psutil.wait_procs([binary], 10)
+    assert not binary.is_running()
+    assert not _reaches('127.0.0.1', port)
+
+
+def test_a_worker_script_starts_its_worker_again():
+  with _worker_script() as (port, script):
+    worker = connections.RemoteWorker(f'127.0.0.1:{port}')
+    with tff_kd.simulation.remote_runtime([worker]):
+      assert _total([1, 2]) == 3
+      _binary(script).kill()
+      assert script.stdout.readline().startswith('Worker on')
+      deadline = time.monotonic() + 20
+      while worker.why_silent(1.0) and time.monotonic() < deadline:
+        time.sleep(0.1)
+      assert _total([1, 2]) == 3
+
+
+@pytest.mark.parametrize(
+    'address, said',
+    [
+        ('localhost', 'host:port'),
+        ('localhost:x', 'host:port'),
+        ('192.0.2.1:8000', 'on another machine, and without certificates'),
+        ('no.such.host.invalid:8000', 'is not known'),
+    ],
+)
+def test_addresses_that_will_not_do(address, said):
+  with pytest.raises(ValueError, match=said):
+    connections.RemoteWorker(address)
+
+
+def test_a_taken_port_is_a_sentence():
+  with socket.socket() as taken:
+    taken.bind(('127.0.0.1', 0))
+    taken.listen()
+    with helpers.running(
+        '-m', 'pipelines.worker', f'--port={taken.getsockname()[1]}'
+    ) as script:
+      _, errors = script.communicate(timeout=60)
+  assert script.returncode == 1
+  assert errors.startswith('error: Port') and 'Traceback' not in errors
+
+
+def _metrics(folder):
+  with open(pathlib.Path(folder, 'metrics.csv')) as file:
+    return [
+        {k: float(v) for k, v in row.items() if k != 'round_seconds'}
+        for row in csv.DictReader(file)
+    ]
+
+
+def _wait_for_rounds(folder, count, script):
+  path = pathlib.Path(folder, 'metrics.csv')
+  deadline = time.monotonic() + 120
+  while time.monotonic() < deadline:
+    assert script.poll() is None, script.stderr.read()
+    if path.exists() and len(path.read_text().splitlines()) > count:
+      return
+    time.sleep(0.02)
+  raise AssertionError('No round in two minutes.')
+
+
+def _train(folder, *args):
+  return ['-m', 'pipelines.train', *_TINY, f'--output_dir={folder}', *args]
+
+
+@pytest.fixture(scope='module')
+def undisturbed(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('undisturbed')
+  with helpers.running(*_train(folder, '--rounds=8')) as script:
+    _, errors = script.communicate(timeout=240)
+  assert script.returncode == 0, errors
+  return _metrics(folder)
+
+
+def test_a_script_killed_in_mid_run_goes_on_exactly(undisturbed, tmp_path):
+  with helpers.running(*_train(tmp_path, '--rounds=8')) as script:
+    _wait_for_rounds(tmp_path, 2, script)
+    script.kill()
+  with helpers.running(*_train(tmp_path, '--rounds=8')) as script:
+    _, errors = script.communicate(timeout=240)
+  assert script.returncode == 0, errors
+  assert _metrics(tmp_path) == undisturbed
+
+
+def test_a_run_whose_worker_is_killed_goes_on_exactly(undisturbed, tmp_path):
+  with helpers.running(*_train(tmp_path, '--rounds=8')) as script:
+    _wait_for_rounds(tmp_path, 2, script)
+    _binary(script).kill()
+    _, errors = script.communicate(timeout=240)
+  assert script.returncode == 0, errors
+  assert 'SIGKILL' in errors and 'worker.log' in errors
+  assert _metrics(tmp_path) == undisturbed
+
+
+@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
+def test_a_run_loses_one_of_two_workers(number, undisturbed, certificates, tmp_path):
+  worker_dir = f'--tls_dir={certificates["ours"] / "worker"}'
+  with _worker_script(worker_dir) as (a, _), _worker_script(worker_dir) as (b, second):
+    arguments = _train(
+        tmp_path, '--rounds=8', f'--workers=127.0.0.1:{a},127.0.0.1:{b}',
+        f'--tls_dir={certificates["ours"] / "script"}', '--silence_s=3',
+    )
+    with helpers.running(*arguments) as script:
+      _wait_for_rounds(tmp_path, 2, script)
+      binary = _binary(second)
+      # The front dies, too, or TFF's worker would soon be there again.
+      second.send_signal(number)
+      binary.send_signal(number)
+      _, errors = script.communicate(timeout=240)
+  assert script.returncode == 0, errors
+  assert f'The worker 127.0.0.1:{b} is lost' in errors
+  assert 'Its work goes to another worker' in errors
+  for row, expected in zip(_metrics(tmp_path), undisturbed, strict=True):
+    assert row == pytest.approx(expected, abs=2e-3, rel=1e-3)
+
+
+def test_a_worker_that_is_down_is_named_before_a_round(tmp_path):
+  port = portpicker.pick_unused_port()
+  with helpers.running(*_train(tmp_path, f'--workers=127.0.0.1:{port}')) as script:
+    _, errors = script.communicate(timeout=120)
+  assert script.returncode == 1
+  assert f'error: The worker 127.0.0.1:{port} is lost' in errors
+  assert 'Traceback' not in errors and not (tmp_path / 'metrics.csv').exists()
