@@ -14,6 +14,7 @@ _MIN_PART_CLIENTS = 16
 # The worker holds so many copies of each client's value until all are summed.
 _COPIES = 2
 _MAX_FORMS = 32
+_STOP_TIMEOUT_S = 5.0
 
 
 class CohortContext(tff.framework.SyncExecutionContext):
@@ -91,6 +92,29 @@ class CohortContext(tff.framework.SyncExecutionContext):
           [self._async], num_subrounds=num_parts
       )
     return self._in_parts[num_parts]
+
+  def close(self) -> None:
+    """Ends its threads."""
+    for context in (self, *self._in_parts.values()):
+      end_thread(context)
+
+
+def end_thread(context: Any) -> None:
+  """Ends the thread of one of TFF's synchronous contexts.
+
+  TFF means to end it when the context is collected, which it never is: the running
+  thread refers to it.
+
+  Args:
+    context: A `tff.framework.SyncExecutionContext` or `MergeableCompExecutionContext`
+      with no computation running, or none that will end.
+  """
+  # pylint: disable=protected-access
+  loop = context._async_runner._event_loop
+  thread = context._async_runner._thread
+  # pylint: enable=protected-access
+  loop.call_soon_threadsafe(loop.stop)
+  thread.join(_STOP_TIMEOUT_S)
 
 
 def part_size(client_bytes: int, part_bytes: int) -> int:

@@ -263,10 +263,13 @@ def local_runtime(
     worker = Worker(
         max_concurrent_calls, log, silence_s=silence_s, allow_open=allow_open
     )
+    context = _Context(worker)
+    # Calls that still run end with the worker.
+    resources.callback(context.close)
     resources.callback(worker.stop)
     stack = tff.framework.get_context_stack()
     resources.callback(tff.framework.set_default_context, stack.current)
-    tff.framework.set_default_context(_Context(worker))
+    tff.framework.set_default_context(context)
     yield worker
 
 

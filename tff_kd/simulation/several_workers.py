@@ -565,15 +565,15 @@ def remote_runtime(
   _check_workers(workers)
   with contextlib.ExitStack() as resources:
     pool = _Pool(workers, part_bytes)
+    context = tff.framework.SyncExecutionContext(
+        _ExecutorFactory(pool),
+        compiler_fn=tff.backends.native.desugar_and_transform_to_native,
+        transform_args=tff.tensorflow.transform_args,
+        transform_result=tff.tensorflow.transform_result,
+    )
+    resources.callback(contexts.end_thread, context)
     resources.callback(pool.close)
     stack = tff.framework.get_context_stack()
     resources.callback(tff.framework.set_default_context, stack.current)
-    tff.framework.set_default_context(
-        tff.framework.SyncExecutionContext(
-            _ExecutorFactory(pool),
-            compiler_fn=tff.backends.native.desugar_and_transform_to_native,
-            transform_args=tff.tensorflow.transform_args,
-            transform_result=tff.tensorflow.transform_result,
-        )
-    )
+    tff.framework.set_default_context(context)
     yield
