@@ -115,6 +115,35 @@ INPUT_SHARE = flags.DEFINE_float(
     'input_share', 1.0, 'The part of the input features that a client observes.'
 )
 
+# What a few bad clients may do.
+ROBUST_MODEL = flags.DEFINE_list(
+    'robust_model', [], "How clients' weights are combined: TFF's adaptive zeroing "
+    'and clipping, one or both; or, number by number, median or trimmed_mean, for which '
+    'the server holds the weights of single clients. Their weighted mean if unset.'
+)
+ROBUST_KNOWLEDGE = flags.DEFINE_list(
+    'robust_knowledge', [], "Likewise, of clients' predictions."
+)
+for _flag in (ROBUST_MODEL, ROBUST_KNOWLEDGE):
+  flags.register_validator(
+      _flag,
+      lambda its: set(its) <= {'zeroing', 'clipping'}
+      or its in (['median'], ['trimmed_mean']),
+      f'--{_flag.name} must be of zeroing and clipping, or one of median and '
+      'trimmed_mean.'
+  )
+TRIMMED_SHARE = flags.DEFINE_float(
+    'trimmed_share', 0.1, 'Of trimmed_mean: the share of clients left out at each end.',
+    lower_bound=0.0, upper_bound=0.5,
+)
+MODEL_NORM_BOUND = flags.DEFINE_float(
+    'model_norm_bound', None, 'A client whose weights have moved further than this (L2 '
+    'norm) is left out of their mean, and counted.'
+)
+KNOWLEDGE_NORM_BOUND = flags.DEFINE_float(
+    'knowledge_norm_bound', None, 'Likewise, of the L2 norm of all its predictions.'
+)
+
 # Models and local training.
 STUDENT = flags.DEFINE_list(
     'student', ['document'], f'The student model, of {MODELS}. Several, separated by '
@@ -336,6 +365,7 @@ FLAGS_OF_PARAMETER = {
     'transfer_set': [
         'coverage',
         'transfer_per_round', 'transfer_validation', 'consensus', 'prediction_bits',
+        'robust_knowledge', 'knowledge_norm_bound',
     ],
     'down_bits': ['down_bits'],
     'negatives': ['num_negatives', 'certainty_epsilon', 'certainty_delta'],
@@ -360,8 +390,10 @@ FLAGS_OF_PARAMETER = {
 AVERAGING_FLAGS = [
     'server_optimizer', 'server_learning_rate', 'client_weighting', 'local_target',
     'local_weight', 'local_temperature', 'history_size', 'proximal_weight',
-    'not_true_weight', 'not_true_temperature',
+    'not_true_weight', 'not_true_temperature', 'robust_model', 'model_norm_bound',
 ]
+
+
 def is_taken(algorithm: algorithms.Algorithm, name: str) -> bool:
   """Whether a flag has an effect with an algorithm."""
   if name in AVERAGING_FLAGS:

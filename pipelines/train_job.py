@@ -27,6 +27,7 @@ from tff_kd import algorithms
 from tff_kd import cohorts
 from tff_kd import keras_models
 from tff_kd import knowledge
+from tff_kd import robust
 from tff_kd import server_distillation
 
 _OPTIMIZERS = {
@@ -107,6 +108,8 @@ def _check_flags(algorithm: algorithms.Algorithm) -> None:
     )
   if not args.STRAGGLER_SHARE.value:
     refuse('straggler_steps', 'without --straggler_share')
+  if 'trimmed_mean' not in args.ROBUST_MODEL.value + args.ROBUST_KNOWLEDGE.value:
+    refuse('trimmed_share', 'without trimmed_mean')
   if not args.MAX_DELAY.value:
     refuse('staleness_power', 'without --max_delay')
   if _must_resume() and not args.OUTPUT_DIR.value:
@@ -185,6 +188,25 @@ def _reporting(
   )
 
 
+def _aggregator(
+    methods: Sequence[str], norm_bound: Optional[float]
+) -> Optional[tff.aggregators.WeightedAggregationFactory]:
+  """How one channel is made robust; `None` where it is not."""
+  factory = None
+  if 'median' in methods or 'trimmed_mean' in methods:
+    factory = robust.TrimmedMeanFactory(
+        sample_size=args.CLIENTS_PER_ROUND.value,
+        trimmed_share=0.5 if 'median' in methods else args.TRIMMED_SHARE.value,
+    )
+  elif methods:
+    factory = tff.learning.robust_aggregator(
+        zeroing='zeroing' in methods, clipping='clipping' in methods
+    )
+  if norm_bound is not None:
+    factory = robust.NormBoundFactory(norm_bound, factory)
+  return factory
+
+
 def _distillation(default: tff_kd.Distillation, **changes) -> tff_kd.Distillation:
   """The algorithm's default with the flags that were set."""
   changes = {k: v for k, v in changes.items() if v is not None}
@@ -220,6 +242,9 @@ def _common_arguments(
       client_optimizer=_OPTIMIZERS[args.CLIENT_OPTIMIZER.value](args.CLIENT_RATE.value),
       server_optimizer=_OPTIMIZERS[args.SERVER_OPTIMIZER.value](args.SERVER_RATE.value),
       client_weighting=tff.learning.ClientWeighting[args.WEIGHTING.value.upper()],
+      model_aggregator=_aggregator(
+          args.ROBUST_MODEL.value, args.MODEL_NORM_BOUND.value
+      ),
   )
 
 
@@ -309,7 +334,8 @@ def _build_process(
   if algorithm.averages:
     kwargs |= _local_arguments(algorithm)
   else:
-    del kwargs['server_optimizer'], kwargs['client_weighting']
+    for name in ('server_optimizer', 'client_weighting', 'model_aggregator'):
+      del kwargs[name]
   for name, value in (
       ('digest_epochs', args.DIGEST_EPOCHS.value),
       ('down_bits', args.DOWN_BITS.value),
@@ -350,6 +376,9 @@ def _build_process(
         seed=args.SEED.value,
     )
     kwargs |= _prediction_arguments(algorithm, defaults.get('consensus_rule'))
+    kwargs['knowledge_aggregator'] = _aggregator(
+        args.ROBUST_KNOWLEDGE.value, args.KNOWLEDGE_NORM_BOUND.value
+    )
   if algorithm.takes('mentor_fn'):
     kwargs['mentor_fn'] = functools.partial(
         keras_models.TEACHERS[args.MENTOR.value], task.num_classes, task.input_shape

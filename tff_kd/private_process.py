@@ -33,6 +33,7 @@ from tff_kd import losses
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import process
+from tff_kd import robust
 from tff_kd import server_distillation as server_distillation_lib
 from tff_kd import transfer
 
@@ -471,6 +472,13 @@ def build_private_process(
   optimizers.check_optimizer(client_optimizer, 'client_optimizer')
   optimizers.check_learning_rate_fn(learning_rate_fn, client_optimizer)
   process.check_reporting(reporting, client_data)
+  if exchange.needs_equal_weights and isinstance(
+      knowledge_aggregator, (robust.NormBoundFactory, robust.TrimmedMeanFactory)
+  ):
+    raise ValueError(
+        "This exchange leaves a client's own part out of a sum, so that all parts must "
+        f'be in it: `knowledge_aggregator` cannot be {knowledge_aggregator!r}.'
+    )
   if exchange.needs_equal_weights and reporting is not None:
     if reporting.max_delay and reporting.staleness_power:
       raise ValueError(

@@ -320,6 +320,11 @@ def build_distillation_process(
     server_optimizer = tff.learning.optimizers.build_sgdm(1.0)
   optimizers.check_optimizer(server_optimizer, 'server_optimizer')
   uses_ensemble = any(s.distillation.uses_ensemble for s in stages)
+  if knowledge_aggregator is not None and not uses_ensemble:
+    raise ValueError(
+        'There are no predictions for `knowledge_aggregator` to aggregate: no stage '
+        'distils from the ensemble.'
+    )
   _check_companion(companion, consensus_rule if uses_ensemble else None, client_data)
   has_client_state = companion is not None and companion.has_client_state
 

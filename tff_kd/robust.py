@@ -1,0 +1,241 @@
+"""Means that a few bad clients cannot spoil, of weights and of predictions.
+
+Aggregation factories for the `model_aggregator` and `knowledge_aggregator` of a
+process. TFF's own `tff.learning.robust_aggregator` (adaptive zeroing and clipping) goes
+there, too.
+"""
+
+import collections
+from typing import Optional
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tff_kd import knowledge
+
+
+class NormBoundFactory(tff.aggregators.WeightedAggregationFactory):
+  """Wraps another factory: values beyond a norm, or not finite, are left out.
+
+  A client that is left out has the weight 0, where TFF's zeroing counts it with zeros.
+  The `measurements` are `num_left_out`, int32, of clients whose weight was above 0, and
+  `inner`, those of the wrapped factory.
+
+  The norm is that of all numbers of the value together, as in `tff.aggregators.
+  clipping_factory`: of weights, how far a client went in the round; of predictions, of
+  all that it says about the transfer examples.
+
+  Source: Sun et al., "Can You Really Backdoor Federated Learning?" (2019), section 5
+  (norm thresholding of updates, there by scaling down).
+  """
+
+  def __init__(
+      self,
+      norm_bound: float,
+      inner_factory: Optional[tff.aggregators.WeightedAggregationFactory] = None,
+  ):
+    """Initializes the factory.
+
+    Args:
+      norm_bound: The highest L2 norm that is taken, above 0.
+      inner_factory: What aggregates then; `tff.aggregators.MeanFactory()` if `None`.
+
+    Raises:
+      ValueError: If the bound is not above 0.
+    """
+    if not norm_bound > 0.0:
+      raise ValueError(f'`norm_bound` must be above 0, found {norm_bound!r}.')
+    self._norm_bound = norm_bound
+    self._inner = inner_factory or tff.aggregators.MeanFactory()
+
+  def create(self, value_type, weight_type):
+    inner = self._inner.create(value_type, weight_type)
+
+    @tff.tensorflow.computation(value_type, weight_type)
+    def keep_within(value, weight):
+      norm = tf.linalg.global_norm(
+          [tf.cast(leaf, tf.float32) for leaf in tf.nest.flatten(value)]
+      )
+      within = norm <= self._norm_bound  # Not so if it is no number.
+      is_left_out = tf.logical_and(weight > 0, tf.logical_not(within))
+      return (
+          tf.nest.map_structure(
+              lambda leaf: tf.where(within, leaf, tf.zeros_like(leaf)), value
+          ),
+          tf.where(within, weight, tf.zeros_like(weight)),
+          tf.cast(is_left_out, tf.int32),
+      )
+
+    @tff.federated_computation(
+        inner.initialize.type_signature.result,
+        tff.FederatedType(value_type, tff.CLIENTS),
+        tff.FederatedType(weight_type, tff.CLIENTS),
+    )
+    def next_fn(state, value, weight):
+      kept, kept_weight, is_left_out = tff.federated_map(
+          keep_within, (value, weight)
+      )
+      aggregated = inner.next(state, kept, kept_weight)
+      return tff.templates.MeasuredProcessOutput(
+          state=aggregated.state,
+          result=aggregated.result,
+          measurements=tff.federated_zip(
+              collections.OrderedDict(
+                  num_left_out=tff.federated_sum(is_left_out),
+                  inner=aggregated.measurements,
+              )
+          ),
+      )
+
+    return tff.templates.AggregationProcess(inner.initialize, next_fn)
+
+
+class TrimmedMeanFactory(tff.aggregators.WeightedAggregationFactory):
+  """The mean of the middle of clients' values, number by number; or their median.
+
+  Of each number the highest and the lowest share of clients is left out. Every client
+  counts the same: of a weight only whether it is above 0 matters, because a weight is
+  what a client claims. Of predictions (a `knowledge.KnowledgePayload`), only the clients
+  that predicted an example count there; their certainties, where the consensus rule has
+  any, weigh those in the middle. Numbers that are not finite are missing.
+
+  This is not a sum: the server gets the values of single clients, of all of them or of
+  a uniform sample (TFF's reservoir). It can go with no secure aggregation, and hides no
+  client from the server. `measurements` is `num_clients`, int32: of how many it is.
+
+  Source: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical
+  Rates" (ICML 2018), definitions 1 and 2.
+  """
+
+  def __init__(self, sample_size: int, trimmed_share: float = 0.5):
+    """Initializes the factory.
+
+    Args:
+      sample_size: How many clients' values the server holds at most, 1 or more. It is
+        exact, and equal in every repetition, for cohorts up to this size.
+      trimmed_share: The share left out at each end, rounded down to whole clients, from
+        0 (the plain mean) to .5 (the median).
+
+    Raises:
+      ValueError: If a number is out of range.
+    """
+    if not isinstance(sample_size, int) or sample_size < 1:
+      raise ValueError(
+          f'`sample_size` must be a positive integer, found {sample_size!r}.'
+      )
+    if not 0.0 <= trimmed_share <= 0.5:
+      raise ValueError(
+          f'`trimmed_share` must be from 0 to .5, found {trimmed_share!r}.'
+      )
+    self._sample_size = sample_size
+    self._trimmed_share = trimmed_share
+
+  def create(self, value_type, weight_type):
+    value_type = tff.to_type(value_type)
+    for leaf in tff.structure.flatten(value_type):
+      if not np.issubdtype(leaf.dtype, np.floating):
+        raise TypeError(f'Only floating numbers can be trimmed, found {value_type}.')
+    sampling = tff.aggregators.UnweightedReservoirSamplingFactory(
+        self._sample_size
+    ).create(
+        tff.to_type(collections.OrderedDict(value=value_type, weight=weight_type))
+    )
+    sample_type = sampling.next.type_signature.result.result.member
+    is_knowledge = (
+        getattr(value_type, 'python_container', None) is knowledge.KnowledgePayload
+    )
+    if is_knowledge and len(value_type.weights.shape) > 1:
+      raise ValueError(
+          'A consensus rule with several predictions an example, such as '
+          '`CertaintyWithDiversity`, needs sums over clients: it cannot be trimmed.'
+      )
+
+    @tff.tensorflow.computation(sample_type)
+    def combine(sample):
+      takes_part = sample['weight'] > 0
+
+      def trimmed(values, is_there=takes_part, weights=None):
+        return trimmed_mean(values, is_there, self._trimmed_share, weights)
+
+      if is_knowledge:
+        values, weights = sample['value']
+        predicted = _expand(takes_part, weights) & (weights > 0)
+        weight = trimmed(weights, predicted)
+        prediction = trimmed(
+            tf.math.divide_no_nan(values, _expand(weights, values)),
+            predicted & tf.math.is_finite(weights),
+            weights,
+        )
+        result = knowledge.KnowledgePayload(
+            values=prediction * _expand(weight, prediction), weights=weight
+        )
+      else:
+        result = tf.nest.map_structure(trimmed, sample['value'])
+      return result, tf.reduce_sum(tf.cast(takes_part, tf.int32))
+
+    @tff.federated_computation(
+        sampling.initialize.type_signature.result,
+        tff.FederatedType(value_type, tff.CLIENTS),
+        tff.FederatedType(weight_type, tff.CLIENTS),
+    )
+    def next_fn(state, value, weight):
+      sampled = sampling.next(
+          state,
+          tff.federated_zip(collections.OrderedDict(value=value, weight=weight)),
+      )
+      result, num_clients = tff.federated_map(combine, sampled.result)
+      return tff.templates.MeasuredProcessOutput(
+          state=sampled.state,
+          result=result,
+          measurements=tff.federated_zip(
+              collections.OrderedDict(num_clients=num_clients)
+          ),
+      )
+
+    return tff.templates.AggregationProcess(sampling.initialize, next_fn)
+
+
+def trimmed_mean(
+    values: tf.Tensor,
+    is_there: tf.Tensor,
+    trimmed_share: float,
+    weights: Optional[tf.Tensor] = None,
+) -> tf.Tensor:
+  """The mean of the middle of values, number by number.
+
+  Args:
+    values: float `[n, ...]`. What is not finite is missing.
+    is_there: bool, the first dimensions of `values`: the others are missing.
+    trimmed_share: Of those there, the share left out at each end; .5 for the median, of
+      an even number the mean of both in the middle.
+    weights: Those of the mean, like `is_there`, above 0; equal if `None`.
+
+  Returns:
+    float `[...]`; 0 where nothing is there.
+  """
+  is_there = tf.logical_and(_expand(is_there, values), tf.math.is_finite(values))
+  count = tf.reduce_sum(tf.cast(is_there, tf.int32), axis=0)
+  # A share of .3 of 10 is 3, whatever the product's last digit.
+  share = tf.cast(trimmed_share * tf.cast(count, tf.float64) + 1e-9, tf.int32)
+  cut = tf.minimum(share, tf.maximum(count - 1, 0) // 2)
+  # What is missing is ranked last.
+  missing = tf.constant(float('inf'), values.dtype)
+  order = tf.argsort(tf.where(is_there, values, missing), axis=0, stable=True)
+  rank = tf.argsort(order, axis=0)
+  is_middle = tf.logical_and(rank >= cut, rank < count - cut)
+  weight = tf.ones_like(values)
+  if weights is not None:
+    weight *= tf.cast(_expand(weights, values), values.dtype)
+  weight = tf.where(is_middle, weight, tf.zeros_like(weight))
+  return tf.math.divide_no_nan(
+      tf.reduce_sum(tf.math.multiply_no_nan(values, weight), axis=0),
+      tf.reduce_sum(weight, axis=0),
+  )
+
+
+def _expand(tensor: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
+  """A tensor with as many dimensions as another, by ones at the end."""
+  for _ in range(like.shape.rank - tensor.shape.rank):
+    tensor = tensor[..., tf.newaxis]
+  return tensor
