@@ -298,8 +298,8 @@ OUTPUT_DIR = flags.DEFINE_string(
     'output_dir', None, 'The run folder; a new one under runs/ if unset.'
 )
 CACHE_DIR = flags.DEFINE_string(
-    'cache_dir', 'runs/cache', "Where the clients' examples are kept for the workers "
-    'to read; shared by runs.'
+    'cache_dir', 'runs/cache', "Where the clients' examples and the transfer set are "
+    'kept for the workers to read; shared by runs.'
 )
 RESUME = flags.DEFINE_bool(
     'resume', True, 'Go on with the run in --output_dir, if it holds one, where it was '

@@ -358,7 +358,9 @@ def _build_process(
   public = task.transfer
   if algorithm.takes('negatives'):
     left = len(public) - args.NUM_NEGATIVES.value
-    kwargs['negatives'] = public.inputs[left:]
+    kwargs['negatives'] = tff_kd.TransferSet(
+        public.inputs[left:], directory=args.CACHE_DIR.value
+    )
     public = public.take(np.arange(left))
     if args.CERTAINTY_EPSILON.value is not None:
       epsilon = args.CERTAINTY_EPSILON.value
@@ -374,6 +376,7 @@ def _build_process(
         subset_size=args.TRANSFER_PER_ROUND.value,
         validation_size=args.TRANSFER_VALIDATION.value,
         seed=args.SEED.value,
+        directory=args.CACHE_DIR.value,
     )
     kwargs |= _prediction_arguments(algorithm, defaults.get('consensus_rule'))
     kwargs['knowledge_aggregator'] = _aggregator(

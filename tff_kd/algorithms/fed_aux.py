@@ -64,7 +64,7 @@ def build_fed_aux(
     input_spec: The clients' `dataset.element_spec`.
     loss_fn: Returns a `tf.keras.losses.Loss`.
     transfer_set: The examples on which the ensemble is distilled.
-    negatives: Further public inputs, arrays `[n, ...]`, that stand for what is not a
+    negatives: Further public inputs, arrays or a `TransferSet`, for what is not a
       client's own; not those of the transfer set.
     client_optimizer: The clients' optimizer.
     student_optimizer: The server's, for the distillation; Adam with rate 1e-3 if
