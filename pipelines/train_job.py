@@ -649,9 +649,12 @@ def _open_run_dir() -> pathlib.Path:
     raise UserError(f'{run_dir} holds no run to resume (no config.json).')
   run_dir.mkdir(parents=True, exist_ok=True)
   versions = {m.__name__: m.__version__ for m in (tf, tff, np)}
-  path.write_text(
+  # Not in its place: a full disk would leave half of it.
+  partial = path.with_suffix('.partial')
+  partial.write_text(
       json.dumps({'flags': config, 'versions': versions}, indent=2) + '\n'
   )
+  partial.replace(path)
   return run_dir
 
 
@@ -668,8 +671,12 @@ def _errors_for_users() -> Iterator[None]:
   """Turns refusals of bad settings into one sentence, without a traceback."""
   try:
     yield
-  except (ValueError, FileNotFoundError) as error:
+  except ValueError as error:
     raise UserError(str(error)) from error
+  except OSError as error:
+    # A full disk does not name the file.
+    where = '' if error.filename or error.errno is None else f' ({args.OUTPUT_DIR.value})'
+    raise UserError(f'{error}{where}') from error
 
 
 def run() -> None:
@@ -688,6 +695,13 @@ def run() -> None:
       tff_kd.simulation.RuntimeStartError,
   ) as error:
     raise UserError(str(error)) from error
+  # Both of them where a disk is full.
+  except (OSError, tf.errors.ResourceExhaustedError) as error:
+    reason = str(error).splitlines()[0]
+    raise UserError(
+        f'The run cannot go on: {reason}. Its last checkpoint in {run_dir} is whole: '
+        'make room, or mend what is said here, and start it again.'
+    ) from error
 
 
 def _runtime(run_dir: pathlib.Path) -> contextlib.AbstractContextManager:

@@ -26,14 +26,6 @@ from tff_kd.simulation import runtime
 from tff_kd.simulation import tls
 from tff_kd.simulation import transport
 
-_TINY = [
-    '--num_clients=4', '--clients_per_round=2', '--client_epochs=1', '--alpha=1',
-    '--server_steps=2', '--back_steps=2', '--teacher=document', '--student=cnn',
-    '--transfer_size=60', '--transfer_labels=20', '--rounds_per_checkpoint=1',
-    '--nocompare_with_fed_avg',
-]
-
-
 @tff.federated_computation(tff.FederatedType(np.int32, tff.CLIENTS))
 def _total(values):
   return tff.federated_sum(values)
@@ -296,30 +288,30 @@ def _wait_for_rounds(folder, count, script):
 
 
 def _train(folder, *args):
-  return ['-m', 'pipelines.train', *_TINY, f'--output_dir={folder}', *args]
+  return ['-m', 'pipelines.train', *helpers.TINY_RUN, f'--output_dir={folder}', *args]
 
 
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
   folder = tmp_path_factory.mktemp('undisturbed')
-  with helpers.running(*_train(folder, '--rounds=8')) as script:
+  with helpers.running(*_train(folder, '--rounds=5')) as script:
     _, errors = script.communicate(timeout=240)
   assert script.returncode == 0, errors
   return _metrics(folder)
 
 
 def test_a_script_killed_in_mid_run_goes_on_exactly(undisturbed, tmp_path):
-  with helpers.running(*_train(tmp_path, '--rounds=8')) as script:
+  with helpers.running(*_train(tmp_path, '--rounds=5')) as script:
     _wait_for_rounds(tmp_path, 2, script)
     script.kill()
-  with helpers.running(*_train(tmp_path, '--rounds=8')) as script:
+  with helpers.running(*_train(tmp_path, '--rounds=5')) as script:
     _, errors = script.communicate(timeout=240)
   assert script.returncode == 0, errors
   assert _metrics(tmp_path) == undisturbed
 
 
 def test_a_run_whose_worker_is_killed_goes_on_exactly(undisturbed, tmp_path):
-  with helpers.running(*_train(tmp_path, '--rounds=8')) as script:
+  with helpers.running(*_train(tmp_path, '--rounds=5')) as script:
     _wait_for_rounds(tmp_path, 2, script)
     _binary(script).kill()
     _, errors = script.communicate(timeout=240)
@@ -333,7 +325,7 @@ def test_a_run_loses_one_of_two_workers(number, undisturbed, certificates, tmp_p
   worker_dir = f'--tls_dir={certificates["ours"] / "worker"}'
   with _worker_script(worker_dir) as (a, _), _worker_script(worker_dir) as (b, second):
     arguments = _train(
-        tmp_path, '--rounds=8', f'--workers=127.0.0.1:{a},127.0.0.1:{b}',
+        tmp_path, '--rounds=5', f'--workers=127.0.0.1:{a},127.0.0.1:{b}',
         f'--tls_dir={certificates["ours"] / "script"}', '--silence_s=3',
     )
     with helpers.running(*arguments) as script:

@@ -10,7 +10,15 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
+ROOT = pathlib.Path(__file__).parent.parent
 DIM, CLASSES = 5, 3
+# Flags of a run of `pipelines.train` whose rounds take little.
+TINY_RUN = (
+    '--num_clients=4', '--clients_per_round=2', '--client_epochs=1', '--alpha=1',
+    '--server_steps=2', '--back_steps=2', '--teacher=document', '--student=document',
+    '--transfer_size=60', '--transfer_labels=20', '--rounds_per_checkpoint=1',
+    '--nocompare_with_fed_avg',
+)
 
 
 def dense_fn(units=(), classes=CLASSES, dim=DIM, **kwargs):
@@ -86,7 +94,7 @@ def running(*python_args):
   """
   script = subprocess.Popen(
       ['env', '--default-signal=INT', sys.executable, *python_args],
-      cwd=pathlib.Path(__file__).parent.parent,
+      cwd=ROOT,
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )
   try:
