@@ -30,4 +30,9 @@ def run(main: Callable[[list[str]], Optional[int]]) -> None:
     status = main(argv)
   except app.UsageError as error:
     app.usage(shorthelp=True, detailed_error=error, exitcode=error.exitcode)
+  finally:
+    if 'tensorflow_federated' in sys.modules:
+      from tff_kd.simulation import runtime
+
+      runtime.end_tffs_own_worker_at_exit()
   sys.exit(status)

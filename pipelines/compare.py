@@ -2,6 +2,8 @@ r"""Runs several algorithms on the same problem, several times, and compares the
 
   python -m pipelines.compare --algorithms=fed_avg,fed_df,fed_distillation
   python -m pipelines.compare --algorithms=fed_avg,fed_ntd --seeds=0,1 --alpha=0.05
+  python -m pipelines.compare --algorithms=fed_avg,fed_df \
+      --vary='|--dropout_after=0.3|--dropout_after=0.7'
 
 Takes the flags of `pipelines.train`, too; an algorithm gets those that it knows. A seed
 decides the split, the initial weights and who takes part in which round, so all
@@ -12,6 +14,7 @@ on where it was. Leaves table.md, table.csv and curves.png, and each run's own f
 import csv
 import json
 import pathlib
+import re
 import signal
 import statistics
 import sys
@@ -39,20 +42,37 @@ _TARGET_ACCURACY = flags.DEFINE_float(
     "student; if unset, 95% of the best algorithm's mean accuracy.",
     lower_bound=0.0, upper_bound=1.0,
 )
+_VARY = flags.DEFINE_multi_string(
+    'vary', [], 'Flags of pipelines.train to run each algorithm with, one set after the '
+    'other, separated by |; an empty one is without. Given again, it makes another row '
+    'of pictures, accuracy against rounds. An algorithm is run with the sets of which it '
+    'knows every flag.'
+)
 _JOBS = flags.DEFINE_integer(
     'jobs', None, 'Runs at a time; one a core if unset.', lower_bound=1
 )
 _DEFAULT_DIR = 'runs/compare'
 
 
-class _Run(NamedTuple):
+class _Setting(NamedTuple):
+  """An algorithm, with flags that it is given beside the common ones."""
+
   algorithm: str
+  varied: tuple[str, ...] = ()
+
+  @property
+  def name(self) -> str:
+    return ' '.join((self.algorithm, *self.varied))
+
+
+class _Run(NamedTuple):
+  setting: _Setting
   seed: int
   folder: pathlib.Path
 
   @property
   def name(self) -> str:
-    return f'{self.algorithm}, seed {self.seed}'
+    return f'{self.setting.name}, seed {self.seed}'
 
 
 def _seeds() -> list[int]:
@@ -68,31 +88,75 @@ def _seeds() -> list[int]:
   return seeds
 
 
-def _arguments() -> dict[str, list[str]]:
-  """The training flags that each algorithm is given."""
+def _check_algorithms() -> None:
   unknown = [its for its in _ALGORITHMS.value if its not in algorithms.REGISTRY]
   if unknown or not _ALGORITHMS.value:
     raise app.UsageError(
         f'--algorithms: {unknown} not among {", ".join(algorithms.REGISTRY)}.'
     )
-  for name in sorted(_PER_RUN - {'output_dir'}):
-    if flags.FLAGS[name].present:
-      raise app.UsageError(f'--{name} is set for each run. Leave it out.')
+
+
+def _variations() -> list[list[tuple[str, ...]]]:
+  """The sets of flags to vary, by row."""
+  known = _train_flags()
+  rows = []
+  for text in _VARY.value:
+    row = [tuple(its.split()) for its in text.split('|')]
+    if len(set(row)) < len(row):
+      raise app.UsageError(f'--vary={text!r} has the same flags twice.')
+    rows.append(row)
+  for argument in sorted({its for row in rows for varied in row for its in varied}):
+    name = _flag_name(argument)
+    if not argument.startswith('--') or name not in known:
+      raise app.UsageError(f'--vary: {argument!r} is no flag of pipelines.train.')
+    if name in _PER_RUN or known[name].present:
+      raise app.UsageError(f'--vary: --{name} is set for all runs. Leave one out.')
+    if not any(_takes(its, argument) for its in _ALGORITHMS.value):
+      raise app.UsageError(
+          f'--vary: {argument} has no effect with any of {", ".join(_ALGORITHMS.value)}.'
+      )
+  return rows
+
+
+def _train_flags() -> dict[str, flags.Flag]:
   module = flags.FLAGS.flags_by_module_dict()[train_flags.__name__]
-  given = [f for f in module if f.present and f.name not in _PER_RUN]
+  return {flag.name: flag for flag in module}
+
+
+def _flag_name(argument: str) -> str:
+  """Of --flag=value, --flag or --noflag."""
+  name = argument.removeprefix('--').partition('=')[0]
+  return name if name in _train_flags() else name.removeprefix('no')
+
+
+def _takes(algorithm: str, argument: str) -> bool:
+  return train_flags.is_taken(algorithms.REGISTRY[algorithm], _flag_name(argument))
+
+
+def _settings(rows: list[list[tuple[str, ...]]]) -> dict[_Setting, list[str]]:
+  """What is compared, each with all flags that its training is given."""
+  known = _train_flags()
+  for name in sorted(_PER_RUN - {'output_dir'}):
+    if known[name].present:
+      raise app.UsageError(f'--{name} is set for each run. Leave it out.')
+  given = [f for f in known.values() if f.present and f.name not in _PER_RUN]
   found, used = {}, set()
+  varied_sets = dict.fromkeys(its for row in rows or [[()]] for its in row)
   for name in _ALGORITHMS.value:
     its = algorithms.REGISTRY[name]
     taken = [f for f in given if train_flags.is_taken(its, f.name)]
     used |= {f.name for f in taken}
-    found[name] = [f.serialize() for f in taken]
-    if not flags.FLAGS['patience'].present:
-      found[name].append('--patience=0')
+    arguments = [f.serialize() for f in taken]
+    if not known['patience'].present:
+      arguments.append('--patience=0')
+    for varied in varied_sets:
+      if all(_takes(name, argument) for argument in varied):
+        found[_Setting(name, varied)] = [*arguments, *varied]
   unused = [f'--{f.name}' for f in given if f.name not in used]
   if unused:
     raise app.UsageError(
-        f'{", ".join(unused)} has no effect with any of {", ".join(found)}. Leave it '
-        'out.'
+        f'{", ".join(unused)} has no effect with any of '
+        f'{", ".join(_ALGORITHMS.value)}. Leave it out.'
     )
   return found
 
@@ -101,19 +165,28 @@ def _is_done(run: _Run) -> bool:
   return (run.folder / 'results.json').is_file()
 
 
+def _folder_name(setting: _Setting, seed: int) -> str:
+  varied = [re.sub('[^A-Za-z0-9_.=,-]', '_', its[2:]) for its in setting.varied]
+  return '-'.join([setting.algorithm, *varied, str(seed)])
+
+
 def _job(run: _Run, arguments: list[str]) -> parallel.Job:
   """The training, or the rest of it."""
   command = [
-      sys.executable, '-m', 'pipelines.train', f'--algorithm={run.algorithm}',
+      sys.executable, '-m', 'pipelines.train', f'--algorithm={run.setting.algorithm}',
       f'--seed={run.seed}', f'--output_dir={run.folder}', '--nocompare_with_fed_avg',
       *arguments,
   ]
-  return parallel.Job(run.name, command, run.folder.with_suffix('.log'))
+  log = run.folder.with_name(f'{run.folder.name}.log')
+  return parallel.Job(run.name, command, log)
 
 
-def _check_same_problem(runs: list[_Run], arguments: dict[str, list[str]]) -> None:
+def _check_same_problem(
+    folder: pathlib.Path, settings: dict[_Setting, list[str]]
+) -> None:
   """Refuses a folder whose finished runs had other flags."""
-  path = pathlib.Path(runs[0].folder.parent, 'compare.json')
+  arguments = {its.name: flags_of_run for its, flags_of_run in settings.items()}
+  path = folder / 'compare.json'
   if path.is_file():
     before = json.loads(path.read_text())
     for name, its in arguments.items():
@@ -126,7 +199,9 @@ def _check_same_problem(runs: list[_Run], arguments: dict[str, list[str]]) -> No
   path.write_text(json.dumps(arguments, indent=2) + '\n')
 
 
-def _train_all(runs: list[_Run], arguments: dict[str, list[str]]) -> list[str]:
+def _train_all(
+    runs: list[_Run], settings: dict[_Setting, list[str]]
+) -> list[str]:
   """Runs what is not done yet, so many at a time; returns what failed."""
   todo = {run.name: run for run in runs if not _is_done(run)}
   if len(todo) < len(runs):
@@ -136,7 +211,7 @@ def _train_all(runs: list[_Run], arguments: dict[str, list[str]]) -> list[str]:
     best = _results(todo[job.name])['best']
     return f"student {best['test/student_accuracy']:.3f}, {seconds:.0f} s"
 
-  jobs = [_job(run, arguments[run.algorithm]) for run in todo.values()]
+  jobs = [_job(run, settings[run.setting]) for run in todo.values()]
   return parallel.run_all(jobs, _JOBS.value, line)
 
 
@@ -163,12 +238,10 @@ def _spread(values: list[float], digits: int) -> str:
 
 
 def _rows(runs: list[_Run]) -> list[tuple[str, ...]]:
-  """The table: one algorithm a row."""
+  """The table: one algorithm, with one set of flags, a row."""
   results = {run: _results(run) for run in runs}
   histories = {run: _history(run) for run in runs}
-  by_algorithm = {}
-  for run in runs:
-    by_algorithm.setdefault(run.algorithm, []).append(run)
+  by_setting = _by_setting(runs)
 
   def best(its: list[_Run], model: str) -> list[float]:
     key = f'test/{model}_accuracy'
@@ -177,13 +250,13 @@ def _rows(runs: list[_Run]) -> list[tuple[str, ...]]:
   target = _TARGET_ACCURACY.value
   if target is None:
     target = 0.95 * max(
-        statistics.mean(best(its, 'student')) for its in by_algorithm.values()
+        statistics.mean(best(its, 'student')) for its in by_setting.values()
     )
   rows = [(
       'algorithm', 'student', 'teacher', f'rounds to {target:.3f}',
       f'MB to {target:.3f}', 'MB a round', 's a round', 'seeds',
   )]
-  for name, its in by_algorithm.items():
+  for setting, its in by_setting.items():
     reached, megabytes = [], []
     for run in its:
       first = next(
@@ -202,7 +275,7 @@ def _rows(runs: list[_Run]) -> list[tuple[str, ...]]:
         for run in its
     ]
     rows.append((
-        name, _spread(best(its, 'student'), 3), _spread(best(its, 'teacher'), 3),
+        setting.name, _spread(best(its, 'student'), 3), _spread(best(its, 'teacher'), 3),
         _spread(reached, 1) + missed, _spread(megabytes, 2) + missed,
         f"{results[its[0]]['bytes_per_round'] / 1e6:.3f}",
         f'{statistics.mean(seconds):.2f}', str(len(its)),
@@ -210,25 +283,37 @@ def _rows(runs: list[_Run]) -> list[tuple[str, ...]]:
   return rows
 
 
-def _report(runs: list[_Run], folder: pathlib.Path) -> None:
+def _by_setting(runs: list[_Run]) -> dict[_Setting, list[_Run]]:
+  found = {}
+  for run in runs:
+    found.setdefault(run.setting, []).append(run)
+  return found
+
+
+def _report(
+    runs: list[_Run], rows: list[list[tuple[str, ...]]], folder: pathlib.Path
+) -> None:
   from pipelines import plots
   from pipelines import tables
 
-  rows = _rows(runs)
+  table = _rows(runs)
   with open(folder / 'table.csv', 'w', newline='') as file:
-    csv.writer(file).writerows(rows)
-  (folder / 'table.md').write_text(tables.markdown_table(rows))
-  curves = {}
-  for run in runs:
-    history = _history(run)
-    curves.setdefault(run.algorithm, []).append((
-        [row['round'] for row in history],
-        [row['round'] * _results(run)['bytes_per_round'] / 1e6 for row in history],
-        [row['test/student_accuracy'] for row in history],
-    ))
-  plots.plot_comparison(curves, folder / 'curves.png')
+    csv.writer(file).writerows(table)
+  (folder / 'table.md').write_text(tables.markdown_table(table))
+  if rows:
+    _draw_variations(runs, rows, folder / 'curves.png')
+  else:
+    curves = {}
+    for run in runs:
+      history = _history(run)
+      curves.setdefault(run.setting.name, []).append((
+          [row['round'] for row in history],
+          [row['round'] * _results(run)['bytes_per_round'] / 1e6 for row in history],
+          [row['test/student_accuracy'] for row in history],
+      ))
+    plots.plot_comparison(curves, folder / 'curves.png')
   print()
-  tables.print_table(rows)
+  tables.print_table(table)
   print(
       '\nTest accuracy in the round that is best by validation, mean ± standard '
       'deviation over the\nseeds; MB up and down per participating client; seconds '
@@ -237,34 +322,66 @@ def _report(runs: list[_Run], folder: pathlib.Path) -> None:
   )
 
 
+def _draw_variations(
+    runs: list[_Run], rows: list[list[tuple[str, ...]]], path: pathlib.Path
+) -> None:
+  """A row of panels for each --vary, an algorithm a panel."""
+  from pipelines import plots
+
+  by_setting = _by_setting(runs)
+  panels = {}
+  for number, row in enumerate(rows):
+    for algorithm in _ALGORITHMS.value:
+      for varied in row:
+        histories = [_history(run) for run in by_setting.get((algorithm, varied), [])]
+        if not histories:
+          continue
+        label = ' '.join(its.removeprefix('--') for its in varied) or 'without'
+        panels.setdefault((number, algorithm), {})[label] = {
+            model: [
+                [its[f'test/{model}_accuracy'] for its in history]
+                for history in histories
+            ]
+            for model in ('student', 'teacher')
+            if f'test/{model}_accuracy' in histories[0][0]
+        }
+  plots.plot_variations(panels, len(rows), _ALGORITHMS.value, path)
+
+
 def main(argv: list[str]) -> Optional[int]:
   if len(argv) > 1:
     raise app.UsageError(f'Not a flag: {argv[1:]}.')
-  seeds, arguments = _seeds(), _arguments()
+  _check_algorithms()
+  seeds, rows = _seeds(), _variations()
+  settings = _settings(rows)
   folder = pathlib.Path(train_flags.OUTPUT_DIR.value or _DEFAULT_DIR)
   with parallel.only_user(folder):
-    return _compare(folder, seeds, arguments)
+    return _compare(folder, seeds, rows, settings)
 
 
 def _compare(
-    folder: pathlib.Path, seeds: list[int], arguments: dict[str, list[str]]
+    folder: pathlib.Path,
+    seeds: list[int],
+    rows: list[list[tuple[str, ...]]],
+    settings: dict[_Setting, list[str]],
 ) -> int:
   """Trains what is missing, and reports; returns the exit status."""
   runs = [
-      _Run(name, seed, folder / f'{name}-{seed}')
-      for seed in seeds for name in arguments
+      _Run(its, seed, folder / _folder_name(its, seed))
+      for seed in seeds for its in settings
   ]
-  _check_same_problem(runs, arguments)
+  _check_same_problem(folder, settings)
   # As Ctrl-C: the runs are stopped, too.
   signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:
-    failed = _train_all(runs, arguments)
+    failed = _train_all(runs, settings)
   except KeyboardInterrupt:
     print('Stopped. The same command goes on.', file=sys.stderr)
     return 130
   done = [run for run in runs if _is_done(run)]
   if done:
-    _report(sorted(done, key=lambda run: _ALGORITHMS.value.index(run.algorithm)), folder)
+    order = list(settings)
+    _report(sorted(done, key=lambda run: order.index(run.setting)), rows, folder)
   if failed:
     print(f'error: failed: {"; ".join(failed)}.', file=sys.stderr)
     return 1

@@ -114,6 +114,56 @@ def plot_comparison(
   plt.close(figure)
 
 
+def plot_variations(
+    panels: Mapping[tuple[int, str], Mapping[str, Mapping[str, Sequence[Any]]]],
+    num_rows: int,
+    columns: Sequence[str],
+    path: os.PathLike,
+) -> None:
+  """Test accuracy against rounds as something varies; the teacher's is dashed.
+
+  Args:
+    panels: (Row, name of the column) -> what it is with -> `student`, and `teacher` where
+      there is one -> a run of each seed, the accuracy after each round. The line is their
+      mean; the band, one standard deviation.
+    num_rows: How many rows.
+    columns: The names of the columns, in order.
+    path: The PNG file to write.
+  """
+  figure, axes = plt.subplots(
+      num_rows, len(columns), figsize=(1 + 4.2 * len(columns), 3.4 * num_rows),
+      sharex=True, sharey=True, squeeze=False, layout='constrained',
+  )
+  colors = plt.get_cmap('tab10')
+  for (row, column), lines in panels.items():
+    panel = axes[row][columns.index(column)]
+    for number, (label, models) in enumerate(lines.items()):
+      for model, runs in models.items():
+        length = min(len(its) for its in runs)
+        accuracy = np.array([its[:length] for its in runs])
+        mean, deviation = accuracy.mean(axis=0), accuracy.std(axis=0)
+        rounds, color = np.arange(1, length + 1), colors(number % 10)
+        style, shown = ('-', label) if model == 'student' else ('--', None)
+        panel.plot(rounds, mean, style, color=color, label=shown)
+        panel.fill_between(
+            rounds, mean - deviation, mean + deviation, color=color, alpha=0.12,
+            linewidth=0,
+        )
+  for row in axes:
+    row[0].set(ylabel='test accuracy')
+    for panel in row:
+      panel.grid(alpha=0.3)
+      if panel.get_legend_handles_labels()[0]:
+        panel.legend(loc='lower right', fontsize=8)
+  for panel, name in zip(axes[0], columns):
+    panel.set_title(name)
+  for panel in axes[-1]:
+    panel.set(xlabel='round')
+    panel.xaxis.get_major_locator().set_params(integer=True)
+  figure.savefig(path, dpi=110)
+  plt.close(figure)
+
+
 def plot_speed(results: Mapping[str, Any], path: os.PathLike) -> None:
   """Rounds against the floor, and against the number of clients.
 

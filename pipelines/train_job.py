@@ -681,7 +681,6 @@ def _errors_for_users() -> Iterator[None]:
 
 def run() -> None:
   """The whole job."""
-  tff_kd.simulation.runtime.end_tffs_own_worker_at_exit()
   with _errors_for_users():
     setup = _set_up()
   run_dir = setup[-1]
