@@ -96,9 +96,35 @@ def test_a_run_that_fails_is_named(tmp_path):
   assert 'error: failed: fed_avg, seed 0.' in done.stderr
 
 
+def test_varied_flags_and_a_run_without_any_client(tmp_path):
+  done = _run(
+      '--algorithms=fed_avg,fed_df', '--seeds=0', *_TINY[:5], '--rounds=2',
+      '--vary=|--dropout_before=1 --min_reports=1', '--vary=--coverage=0.5',
+      f'--output_dir={tmp_path}',
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  with open(tmp_path / 'table.csv', newline='') as file:
+    found = [row['algorithm'] for row in csv.DictReader(file)]
+  # FedAvg's clients predict nothing that could cover a part.
+  assert found == [
+      'fed_avg', 'fed_avg --dropout_before=1 --min_reports=1',
+      'fed_df', 'fed_df --dropout_before=1 --min_reports=1', 'fed_df --coverage=0.5',
+  ]
+  assert (tmp_path / 'curves.png').stat().st_size > 10_000
+  folder = tmp_path / 'fed_df-dropout_before=1-min_reports=1-0'
+  with open(folder / 'metrics.csv', newline='') as file:
+    first, second = csv.DictReader(file)
+  assert first['round_skipped'] == second['round_skipped'] == '1'
+  assert first['test/student_accuracy'] == second['test/student_accuracy']
+
+
 @pytest.mark.parametrize(
     'flags, match',
     [
+        (['--vary=--magic=1'], "'--magic=1' is no flag"),
+        (['--vary=|--alpha=1', '--alpha=2'], '--alpha is set for all'),
+        (['--vary=|'], 'the same flags twice'),
+        (['--algorithms=fed_avg', '--vary=|--teacher=cnn'], 'has no effect with any'),
         (['--algorithms=fed_avg,magic'], 'magic'),
         (['--seeds=0,0'], 'different numbers'),
         (['--seed=3'], '--seed is set for each run'),

@@ -8,7 +8,10 @@ import os
 import pathlib
 import signal
 import socket
+import subprocess
+import sys
 import tempfile
+import threading
 import time
 
 import grpc
@@ -25,6 +28,9 @@ from tff_kd.simulation import connections
 from tff_kd.simulation import runtime
 from tff_kd.simulation import tls
 from tff_kd.simulation import transport
+
+_OWN_MOUNTS = ['unshare', '--user', '--map-root-user', '--mount']
+
 
 @tff.federated_computation(tff.FederatedType(np.int32, tff.CLIENTS))
 def _total(values):
@@ -156,9 +162,9 @@ def test_a_hundred_starts_leave_nothing():
 
 
 @contextlib.contextmanager
-def _worker_script(*args):
-  """`pipelines.worker` on a free port, ready."""
-  port = portpicker.pick_unused_port()
+def _worker_script(*args, port=None):
+  """`pipelines.worker`, on a free port if none is named, ready."""
+  port = port or portpicker.pick_unused_port()
   with helpers.running('-m', 'pipelines.worker', f'--port={port}', *args) as script:
     said = script.stdout.readline()
     assert said.startswith('Worker on'), script.stderr.read()
@@ -294,24 +300,24 @@ def _train(folder, *args):
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
   folder = tmp_path_factory.mktemp('undisturbed')
-  with helpers.running(*_train(folder, '--rounds=5')) as script:
+  with helpers.running(*_train(folder, '--rounds=6')) as script:
     _, errors = script.communicate(timeout=240)
   assert script.returncode == 0, errors
   return _metrics(folder)
 
 
 def test_a_script_killed_in_mid_run_goes_on_exactly(undisturbed, tmp_path):
-  with helpers.running(*_train(tmp_path, '--rounds=5')) as script:
+  with helpers.running(*_train(tmp_path, '--rounds=6')) as script:
     _wait_for_rounds(tmp_path, 2, script)
     script.kill()
-  with helpers.running(*_train(tmp_path, '--rounds=5')) as script:
+  with helpers.running(*_train(tmp_path, '--rounds=6')) as script:
     _, errors = script.communicate(timeout=240)
   assert script.returncode == 0, errors
   assert _metrics(tmp_path) == undisturbed
 
 
 def test_a_run_whose_worker_is_killed_goes_on_exactly(undisturbed, tmp_path):
-  with helpers.running(*_train(tmp_path, '--rounds=5')) as script:
+  with helpers.running(*_train(tmp_path, '--rounds=6')) as script:
     _wait_for_rounds(tmp_path, 2, script)
     _binary(script).kill()
     _, errors = script.communicate(timeout=240)
@@ -320,26 +326,74 @@ def test_a_run_whose_worker_is_killed_goes_on_exactly(undisturbed, tmp_path):
   assert _metrics(tmp_path) == undisturbed
 
 
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
-def test_a_run_loses_one_of_two_workers(number, undisturbed, certificates, tmp_path):
+def test_a_run_loses_workers_and_gets_them_back(undisturbed, certificates, tmp_path):
   worker_dir = f'--tls_dir={certificates["ours"] / "worker"}'
+  log = tmp_path / 'errors.txt'
   with _worker_script(worker_dir) as (a, _), _worker_script(worker_dir) as (b, second):
-    arguments = _train(
-        tmp_path, '--rounds=5', f'--workers=127.0.0.1:{a},127.0.0.1:{b}',
-        f'--tls_dir={certificates["ours"] / "script"}', '--silence_s=3',
+    command = _train(
+        tmp_path, '--rounds=6', f'--workers=127.0.0.1:{a},127.0.0.1:{b}',
+        f'--tls_dir={certificates["ours"] / "script"}', '--silence_s=2',
     )
-    with helpers.running(*arguments) as script:
+    with helpers.running(*command) as script, open(log, 'w') as file:
+      copying = threading.Thread(target=lambda: file.writelines(script.stderr))
+      copying.start()
       _wait_for_rounds(tmp_path, 2, script)
-      binary = _binary(second)
       # The front dies, too, or TFF's worker would soon be there again.
-      second.send_signal(number)
-      binary.send_signal(number)
-      _, errors = script.communicate(timeout=240)
+      binary = _binary(second)
+      second.kill()
+      binary.kill()
+      _wait_for_rounds(tmp_path, 3, script)
+      with _worker_script(worker_dir, port=b) as (_, third):
+        # It is used again, and then freezes.
+        deadline = time.monotonic() + 60
+        while f'{b} is back' not in log.read_text() and time.monotonic() < deadline:
+          time.sleep(0.02)
+          file.flush()
+        for its in (third, _binary(third)):
+          its.send_signal(signal.SIGSTOP)
+        script.wait(240)
+        third.kill()
+      copying.join()
+  errors = log.read_text()
   assert script.returncode == 0, errors
-  assert f'The worker 127.0.0.1:{b} is lost' in errors
-  assert 'Its work goes to another worker' in errors
+  assert errors.count(f'The worker 127.0.0.1:{b} is lost') == 2
+  assert errors.count(f'The worker 127.0.0.1:{b} is back') == 1
+  assert 'Its work goes to another worker' in errors and 'has not answered' in errors
   for row, expected in zip(_metrics(tmp_path), undisturbed, strict=True):
     assert row == pytest.approx(expected, abs=2e-3, rel=1e-3)
+
+
+_FULL_DISK = '''
+set -u
+disk=$1; out=$2; shift 2
+mount -t tmpfs -o size=60m none "$disk"
+"$@" --rounds=2 > "$disk/output" 2>&1 || exit 11
+free=$(df --output=avail -k "$disk" | tail -n 1)
+dd if=/dev/zero of="$disk/fill" bs=1k count=$((free - 20)) 2> /dev/null || exit 12
+"$@" --rounds=6 2>&1 > /dev/null && exit 13
+rm "$disk/fill"
+"$@" --rounds=6 > "$disk/output" 2>&1 || { cat "$disk/output"; exit 14; }
+cp "$disk/run/metrics.csv" "$out"
+'''
+
+
+@pytest.mark.skipif(
+    not helpers.is_allowed(*_OWN_MOUNTS, 'mount', '-t', 'tmpfs', 'none', '/mnt'),
+    reason='file systems may not be mounted here',
+)
+def test_a_run_stops_at_a_full_disk_and_goes_on(undisturbed, tmp_path):
+  disk = tmp_path / 'disk'
+  disk.mkdir()
+  command = [sys.executable, *_train(disk / 'run')]
+  script = subprocess.run(
+      [*_OWN_MOUNTS, 'sh', '-c', _FULL_DISK, 'sh', disk, tmp_path, *command],
+      cwd=helpers.ROOT, capture_output=True, text=True, timeout=300,
+  )
+  assert script.returncode == 0, script.stdout + script.stderr
+  assert 'error: The checkpoint of round 3 cannot be written' in script.stdout
+  assert 'No space left on device' in script.stdout
+  assert 'Traceback' not in script.stdout
+  assert _metrics(tmp_path) == undisturbed
 
 
 def test_a_worker_that_is_down_is_named_before_a_round(tmp_path):

@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import pathlib
+import shutil
 import subprocess
 import sys
 
@@ -43,6 +44,13 @@ def examples(n, seed, dim=DIM, classes=CLASSES):
 
 def dataset(x, y, batch_size=4):
   return tf.data.Dataset.from_tensor_slices((x, y)).batch(batch_size)
+
+
+def is_allowed(*command):
+  """Whether a program is there, and may do what it is called for."""
+  return shutil.which(command[0]) is not None and (
+      subprocess.run(command, capture_output=True).returncode == 0
+  )
 
 
 def run(coroutine):

@@ -224,6 +224,16 @@ def test_one_huge_client_is_counted_and_has_no_effect():
   assert np.abs(spoilt.aggregated_model_weights.trainable[0]).max() > 100
 
 
+def test_a_round_of_huge_clients_leaves_the_student():
+  process = _fusion(model_aggregator=robust.NormBoundFactory(100.0))
+  state = process.initialize()
+  output = process.next(state, [_HUGE, _HUGE])
+  helpers.assert_weights_close(
+      output.state.aggregated_model_weights, state.global_model_weights, atol=0
+  )
+  assert output.metrics['aggregator']['model']['num_left_out'] == 2
+
+
 def test_medians_bear_one_huge_client():
   median = robust.TrimmedMeanFactory(8)
   process = _fusion(model_aggregator=median, knowledge_aggregator=median)

@@ -159,6 +159,19 @@ def _robust():
   )
 
 
+def _medians():
+  """What is no sum: single clients' values are merged."""
+  return tff_kd.algorithms.build_fed_df(
+      **helpers.common(model_aggregator=tff_kd.robust.TrimmedMeanFactory(_CLIENTS)),
+      transfer_set=_transfer_set(),
+      student_optimizer=helpers.sgd(),
+      distillation=tff_kd.Distillation(num_steps=2, batch_size=4),
+      knowledge_aggregator=tff_kd.robust.NormBoundFactory(
+          1000.0, tff_kd.robust.TrimmedMeanFactory(_CLIENTS, trimmed_share=0.2)
+      ),
+  )
+
+
 def _rounds(process, cohort=None, num_rounds=3):
   """The state, the clients' states and the metrics after some rounds."""
   cohort = _cohort() if cohort is None else cohort
@@ -185,7 +198,7 @@ def _assert_same(actual, expected):
 
 
 @pytest.mark.parametrize(
-    'build', [_fed_distillation, _fed_df, _fml, _fed_md, _fed_gen, _robust]
+    'build', [_fed_distillation, _fed_df, _fml, _fed_md, _fed_gen, _robust, _medians]
 )
 def test_as_on_one_worker(build, workers, caplog):
   tf.keras.utils.set_random_seed(1)

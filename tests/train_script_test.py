@@ -281,7 +281,7 @@ def test_bad_flags_are_one_sentence(args, message, tmp_path, monkeypatch, capsys
 def test_the_readmes_python_runs(tmp_path):
   blocks = (_ROOT / 'README.md').read_text().split('```python\n')[1:]
   # The others go on where the first ends.
-  assert len(blocks) == 3
+  assert len(blocks) == 4
   code = '\n'.join(block.split('```')[0] for block in blocks)
   done = subprocess.run(
       [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
@@ -356,6 +356,8 @@ def test_hindered_clients_are_counted_and_a_damaged_run_repeats(tmp_path):
       *_TINY, '--nocompare_with_fed_avg', '--dropout_before=0.2', '--dropout_after=0.2',
       '--straggler_share=0.5', '--delay_share=0.5', '--max_delay=1', '--coverage=0.5',
       '--min_reports=1', '--label_share=0.5', '--local_target=student', '--seed=4',
+      '--robust_model=trimmed_mean', '--model_norm_bound=1e3',
+      '--robust_knowledge=zeroing,clipping', '--knowledge_norm_bound=1e6',
   ]
   whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
   for folder, rounds in ((whole, 4), (resumed, 3)):
@@ -372,6 +374,10 @@ def test_hindered_clients_are_counted_and_a_damaged_run_repeats(tmp_path):
   for cause in ('dropped_after_training', 'late', 'stragglers'):
     assert f'client_work/participation/num_{cause}' in rows[0]
   assert 'round_skipped' in rows[0]
+  for channel in ('model', 'knowledge'):
+    assert f'aggregator/{channel}/num_left_out' in rows[0]
+  assert 'aggregator/model/inner/num_clients' in rows[0]
+  assert 'aggregator/knowledge/inner/zeroed_count' in rows[0]
   differing = {'round_seconds'}
   for row, again in zip(rows, _rows(resumed / 'metrics.csv'), strict=True):
     assert {k for k in row if row[k] != again[k]} <= differing
