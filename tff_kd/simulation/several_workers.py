@@ -113,7 +113,7 @@ class _Remote:
   def _look(self) -> None:
     if self.lost and self.worker.why_silent(_CHECK_TIMEOUT_S) is None:
       self.lost = False
-      logging.info('The worker %s is back.', self.worker.name)
+      logging.warning('The worker %s is back.', self.worker.name)
 
   def close(self) -> None:
     """Frees what the worker holds, if it is idle; ends the connection."""
