@@ -864,11 +864,14 @@ def _report(
   )]
   specs = _specs(process)
   test = _best_row(history, result.round_num, args.MONITOR.value)
+  evaluators = {
+      name: tff_kd.evaluation.ClientsEvaluator(
+          specs[name], len(client_tests), metric='accuracy'
+      )
+      for name in {its.replace('_before', '') for its in server_models}
+  }
   for name, (_, weights) in server_models.items():
-    by_client = tff_kd.evaluation.evaluate_clients(
-        specs[name.replace('_before', '')], weights, client_tests,
-        metric='accuracy',
-    )
+    by_client = evaluators[name.replace('_before', '')].evaluate(weights, client_tests)
     rows.append((
         names[name], str(result.best_round),
         f"{test[f'test/{name}_accuracy']:.4f}",

@@ -103,51 +103,60 @@ class FederatedEvaluation(NamedTuple):
   num_clients: int
 
 
-def evaluate_clients(
-    spec: models.ModelSpec,
-    weights: Any,
-    client_datasets: Sequence[tf.data.Dataset],
-    *,
-    metric: str,
-) -> FederatedEvaluation:
-  """Evaluates a model on each client's data, by `tff.learning`'s `build_fed_eval`.
+class ClientsEvaluator:
+  """Evaluates weights on each client's data, by `tff.learning`'s `build_fed_eval`.
 
-  Args:
-    spec: The model.
-    weights: Its `ModelWeights`.
-    client_datasets: Batched datasets, one a client.
-    metric: The name of a metric of the model, the higher the better.
-
-  Returns:
-    A `FederatedEvaluation`. Clients without examples are left out.
-
-  Raises:
-    ValueError: If no client has an example, or there is no such metric.
+  One computation serves all calls.
   """
-  finalizers = list(spec.model_fn().metric_finalizers())
-  if metric not in finalizers:
-    raise ValueError(f'`metric` must be one of {finalizers}, found {metric!r}.')
-  per_client_metrics = _build_per_client_aggregation(
-      spec, max(len(client_datasets), 1)
-  )
-  evaluation = tff.learning.algorithms.build_fed_eval(
-      spec.model_fn, metrics_aggregation_process=per_client_metrics
-  )
-  state = evaluation.initialize()
-  state = evaluation.set_model_weights(state, weights)
-  output = evaluation.next(state, list(client_datasets))
-  per_client = output.metrics['client_work']['eval']['current_round_metrics']
-  values = np.asarray(per_client[metric], np.float64)
-  counts = np.asarray(per_client['num_examples'])
-  values = values[counts > 0]
-  if not len(values):
-    raise ValueError('No client has an example to evaluate on.')
-  return FederatedEvaluation(
-      mean=float(values.mean()),
-      percentile_10=float(np.percentile(values, 10)),
-      worst=float(values.min()),
-      num_clients=len(values),
-  )
+
+  def __init__(self, spec: models.ModelSpec, num_clients: int, *, metric: str):
+    """Initializes the evaluator.
+
+    Args:
+      spec: The model whose weights will be evaluated.
+      num_clients: How many clients there are at most.
+      metric: The name of a metric of the model, the higher the better.
+
+    Raises:
+      ValueError: If there is no such metric.
+    """
+    finalizers = list(spec.model_fn().metric_finalizers())
+    if metric not in finalizers:
+      raise ValueError(f'`metric` must be one of {finalizers}, found {metric!r}.')
+    self._metric = metric
+    self._process = tff.learning.algorithms.build_fed_eval(
+        spec.model_fn,
+        metrics_aggregation_process=_build_per_client_aggregation(
+            spec, max(num_clients, 1)
+        ),
+    )
+
+  def evaluate(
+      self, weights: Any, client_datasets: Sequence[tf.data.Dataset]
+  ) -> FederatedEvaluation:
+    """The metric over the clients; those without examples are left out.
+
+    Args:
+      weights: `ModelWeights` of the model.
+      client_datasets: Batched datasets, one a client.
+
+    Raises:
+      ValueError: If no client has an example.
+    """
+    state = self._process.set_model_weights(self._process.initialize(), weights)
+    output = self._process.next(state, list(client_datasets))
+    per_client = output.metrics['client_work']['eval']['current_round_metrics']
+    values = np.asarray(per_client[self._metric], np.float64)
+    counts = np.asarray(per_client['num_examples'])
+    values = values[counts > 0]
+    if not len(values):
+      raise ValueError('No client has an example to evaluate on.')
+    return FederatedEvaluation(
+        mean=float(values.mean()),
+        percentile_10=float(np.percentile(values, 10)),
+        worst=float(values.min()),
+        num_clients=len(values),
+    )
 
 
 def _build_per_client_aggregation(
