@@ -321,7 +321,7 @@ class _Run:
   def _note_loss(self, remote: _Remote, error: transport.WorkerLostError) -> None:
     self._losses[remote] += 1
     self._last_error = error
-    logging.warning('%s Its work goes to another worker.', error)
+    logging.warning('%s. Its work goes to another worker.', str(error).rstrip('.'))
 
   def _live(self) -> list[_Remote]:
     """The workers to go on with; asks again those that were lost if there is none."""

@@ -208,9 +208,10 @@ class Connection:
     except grpc.RpcError as error:
       if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
         return f'it has not answered for {timeout_s:g} s.'
-      return error.details()
+      # If the heartbeat has closed the channel meanwhile, it knows better.
+      return self.stub.lost or error.details()
     except ValueError:
-      return 'its connection is closed.'
+      return self.stub.lost or 'its connection is closed.'
     return None
 
   def _beat(self) -> None:
