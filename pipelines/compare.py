@@ -12,6 +12,7 @@ on where it was. Leaves table.md, table.csv and curves.png, and each run's own f
 """
 
 import csv
+import itertools
 import json
 import pathlib
 import re
@@ -219,6 +220,12 @@ def _results(run: _Run) -> dict[str, Any]:
   return json.loads((run.folder / 'results.json').read_text())
 
 
+def _megabytes(history: list[dict[str, float]]) -> list[float]:
+  """What a client that takes part has moved up to each round, in the mean."""
+  moved = (row['bytes/client'] / 1e6 for row in history)
+  return list(itertools.accumulate(moved))
+
+
 def _history(run: _Run) -> list[dict[str, float]]:
   with open(run.folder / 'metrics.csv', newline='') as file:
     return [
@@ -261,15 +268,19 @@ def _rows(runs: list[_Run]) -> list[tuple[str, ...]]:
     for run in its:
       first = next(
           (
-              row['round'] for row in histories[run]
+              (row['round'], moved)
+              for row, moved in zip(histories[run], _megabytes(histories[run]))
               if row['test/student_accuracy'] >= target
           ),
           None,
       )
       if first is not None:
-        reached.append(first)
-        megabytes.append(first * results[run]['bytes_per_round'] / 1e6)
+        reached.append(first[0])
+        megabytes.append(first[1])
     missed = f' ({len(reached)} of {len(its)})' if len(reached) < len(its) else ''
+    a_round = [
+        _megabytes(histories[run])[-1] / len(histories[run]) for run in its
+    ]
     seconds = [
         statistics.median(row['round_seconds'] for row in histories[run])
         for run in its
@@ -277,7 +288,7 @@ def _rows(runs: list[_Run]) -> list[tuple[str, ...]]:
     rows.append((
         setting.name, _spread(best(its, 'student'), 3), _spread(best(its, 'teacher'), 3),
         _spread(reached, 1) + missed, _spread(megabytes, 2) + missed,
-        f"{results[its[0]]['bytes_per_round'] / 1e6:.3f}",
+        f'{statistics.mean(a_round):.3g}',
         f'{statistics.mean(seconds):.2f}', str(len(its)),
     ))
   return rows
@@ -308,7 +319,7 @@ def _report(
       history = _history(run)
       curves.setdefault(run.setting.name, []).append((
           [row['round'] for row in history],
-          [row['round'] * _results(run)['bytes_per_round'] / 1e6 for row in history],
+          _megabytes(history),
           [row['test/student_accuracy'] for row in history],
       ))
     plots.plot_comparison(curves, folder / 'curves.png')

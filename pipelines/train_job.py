@@ -35,10 +35,9 @@ _OPTIMIZERS = {
     'adam': tff.learning.optimizers.build_adam,
 }
 _SCHEDULES = {'constant': None, 'cosine': server_distillation.cosine_schedule}
+_CLIENT_BYTES = tff_kd.communication.CLIENT_BYTES
 # Written when a run is over.
 RESULTS = 'results.json'
-# The sum of the lengths of clients' coded messages, where predictions are quantised.
-_KNOWLEDGE_BITS = 'client_work/participation/knowledge_bits'
 # Of the models trained on the server's labels alone, for the table.
 _ALONE_EPOCHS = 40
 
@@ -558,7 +557,7 @@ def _read_history(path: pathlib.Path) -> list[dict[str, float]]:
 
 def _train(
     process, initial_state, task, select_clients, run_dir, prefix, num_rounds,
-    patience, megabytes_per_round, monitor,
+    patience, monitor,
 ) -> tuple[tff_kd.simulation.TrainingResult, list[dict[str, float]]]:
   """Trains with a progress bar; metrics, events and checkpoints in `run_dir`."""
   bar = tqdm.tqdm(
@@ -566,11 +565,20 @@ def _train(
       file=sys.stderr, dynamic_ncols=True,
   )
 
+  moved = 0.0
+
   def on_round(round_num: int, metrics: Mapping[str, float]) -> None:
+    nonlocal moved
+    moved = (
+        moved + metrics[_CLIENT_BYTES]
+        if moved
+        # At first: with those of the rounds before a resumed run.
+        else sum(row[_CLIENT_BYTES] for row in _read_history(metrics_path))
+    )
     shown = {'student': f"{metrics['test/student_accuracy']:.3f}"}
     if 'test/teacher_accuracy' in metrics:
       shown['teacher'] = f"{metrics['test/teacher_accuracy']:.3f}"
-    shown['MB/client'] = f'{round_num * megabytes_per_round:.1f}'
+    shown['MB/client'] = f'{moved / 1e6:.3g}'
     bar.n = round_num
     bar.set_postfix(shown)
 
@@ -775,7 +783,6 @@ def _set_up():
 def _train_and_report(
     task, clients, process, common, select_clients, run_dir
 ) -> None:
-  per_round = tff_kd.communication.round_bytes(process)
   specs = _specs(process)
   pretrained = {}
   if args.PRETRAIN_EPOCHS.value:
@@ -797,8 +804,7 @@ def _train_and_report(
 
   result, history = _train(
       process, initial_state(process), task, select_clients, run_dir, '',
-      args.ROUNDS.value, args.PATIENCE.value or None, per_round.total / 1e6,
-      args.MONITOR.value,
+      args.ROUNDS.value, args.PATIENCE.value or None, args.MONITOR.value,
   )
   evaluation = _Evaluation(process, task)
   for name, (_, weights) in evaluation.models(result.best_state).items():
@@ -810,24 +816,38 @@ def _train_and_report(
     tf.keras.utils.set_random_seed(args.SEED.value)
     fed_avg = algorithms.build_fed_avg(**common)
     fed_avg_bytes = tff_kd.communication.round_bytes(fed_avg)
-    more_rounds = max(
-        result.round_num,
-        result.round_num * per_round.total // fed_avg_bytes.total,
-    )
+    moved = int(_megabytes(history)[-1] * 1e6)
+    more_rounds = max(result.round_num, moved // fed_avg_bytes.total)
     _, baseline = _train(
         fed_avg, initial_state(fed_avg), task, select_clients, run_dir,
-        'fed_avg_', more_rounds, None, fed_avg_bytes.total / 1e6,
-        'validation/student_accuracy',
+        'fed_avg_', more_rounds, None, 'validation/student_accuracy',
     )
   _report(
-      task, clients, process, evaluation, result, history, baseline,
-      fed_avg_bytes.total if baseline else 0, run_dir,
+      task, clients, process, evaluation, result, history, baseline, run_dir
   )
 
 
+def _megabytes(history: list[dict[str, float]]) -> list[float]:
+  """What a client that takes part has moved up to each round, in the mean."""
+  return list(np.cumsum([row[_CLIENT_BYTES] for row in history]) / 1e6)
+
+
+def _print_ledger(history: list[dict[str, float]]) -> None:
+  """What moved, by channel."""
+  rows = [('moved, MB', 'all clients, all rounds', 'a round')]
+  for name in history[0]:
+    if name.startswith('bytes/') and name != _CLIENT_BYTES:
+      total = sum(row[name] for row in history) / 1e6
+      channel = name.removeprefix('bytes/').replace('_', ' ')
+      rows.append((channel, f'{total:.4g}', f'{total / len(history):.3g}'))
+  each = _megabytes(history)[-1]
+  rows.append(('a client that takes part', f'{each:.4g}', f'{each / len(history):.3g}'))
+  tables.print_table(rows)
+  print()
+
+
 def _report(
-    task, clients, process, evaluation, result, history, baseline,
-    baseline_bytes, run_dir,
+    task, clients, process, evaluation, result, history, baseline, run_dir
 ) -> None:
   """Prints the table and draws the curves."""
   test_split = tff_kd.data.partition.matching(
@@ -885,12 +905,11 @@ def _report(
           names[name], str(result.best_round), f"{test[f'test/{name}_accuracy']:.4f}",
           f"{test[f'test/{name}_calibration_error']:.4f}", '', '', '',
       ))
-  per_round = tff_kd.communication.round_bytes(process)
   test_column = 'test/student_accuracy'
   curves = {
       names[name]: (
           [row['round'] for row in history],
-          [row['round'] * per_round.total / 1e6 for row in history],
+          _megabytes(history),
           [row[f'test/{name}_accuracy'] for row in history],
       )
       for name in names
@@ -909,7 +928,7 @@ def _report(
       ))
     curves['FedAvg'] = (
         [row['round'] for row in baseline],
-        [row['round'] * baseline_bytes / 1e6 for row in baseline],
+        _megabytes(baseline),
         [row[test_column] for row in baseline],
     )
   if args.TRANSFER_LABELS.value:
@@ -930,7 +949,6 @@ def _report(
               'rounds': result.round_num,
               'best_round': result.best_round,
               'best': test,
-              'bytes_per_round': per_round.total,
           },
           indent=2,
       )
@@ -944,20 +962,8 @@ def _report(
       f'Ended after round {result.round_num} ({ending}); the best round by '
       f'{args.MONITOR.value} is kept. Accuracy on {len(task.test)} test examples.'
   )
-  print(
-      f'MB per client and round: {per_round.up / 1e6:.3g} up '
-      f'({per_round.up_knowledge / 1e6:.3g} of them predictions), '
-      f'{per_round.down / 1e6:.3g} down.'
-  )
-  if _KNOWLEDGE_BITS in history[0]:
-    bits = sum(row[_KNOWLEDGE_BITS] for row in history)
-    clients_in = sum(
-        row['client_work/participation/num_included'] for row in history
-    )
-    print(
-        'Measured, of predictions as coded: '
-        f'{bits / 8e6 / max(clients_in, 1):.3g} MB per client and round up.'
-    )
+  print()
+  _print_ledger(history)
   seconds = [row[tff_kd.simulation.ROUND_SECONDS] for row in history]
   print(f'Seconds per round: {np.median(seconds):.2f} (median).')
   if baseline is not None:

@@ -556,7 +556,9 @@ def test_type_signature(fusion):
   parameter = fusion.next.type_signature.parameter
   assert str(parameter[1]) == '{<float32[?,5],int32[?]>*}@CLIENTS'
   assert isinstance(fusion, tff.learning.templates.LearningProcess)
-  assert tff_kd.communication.round_bytes(fusion) == (18 * 4 + 4, 18 * 4, 64 * 4, 0)
+  assert tff_kd.communication.round_bytes(fusion) == tff_kd.communication.RoundBytes(
+      down_student=18 * 4, down_round=4, up_model=18 * 4, up_knowledge=64 * 4
+  )
 
 
 @pytest.mark.parametrize(

@@ -100,7 +100,7 @@ def test_it_prints_the_comparison(run_dir):
   printed = (run_dir / 'stdout.txt').read_text()
   for text in (
       'student', 'teacher', 'student before back-distillation',
-      'FedAvg, same rounds', 'FedAvg, same bytes', 'MB per client and round',
+      'FedAvg, same rounds', 'FedAvg, same bytes', 'up knowledge',
       'Seconds per round', "student on the server's 20 labels alone",
   ):
     assert text in printed
@@ -337,7 +337,7 @@ def test_clients_without_models_of_their_own(tmp_path):
       f'--output_dir={tmp_path}', '--nocompare_with_fed_avg',
   )
   assert done.returncode == 0, done.stderr
-  assert 'Measured, of predictions as coded' in done.stdout
+  assert 'up knowledge' in done.stdout
   rows = _rows(tmp_path / 'metrics.csv')
   assert len(rows) == 2 and (tmp_path / 'student.keras').exists()
   assert 'test/student_accuracy' in rows[0]

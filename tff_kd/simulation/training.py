@@ -11,6 +11,8 @@ from typing import Any, NamedTuple, Optional
 import numpy as np
 import tensorflow_federated as tff
 
+from tff_kd import communication
+from tff_kd import process as process_lib
 from tff_kd.simulation import client_states as client_states_lib
 from tff_kd.simulation import participation
 
@@ -96,7 +98,8 @@ def train(
     program_state_manager: Saves the training's progress; see
       `tff.program.FileProgramStateManager`.
     rounds_per_saving: After how many rounds; the last one is always saved.
-    release_managers: Get each round's flat metrics with the round number as key.
+    release_managers: Get each round's flat metrics with the round number as key; of a
+      process of ours, what moved is among them (`communication.ledger`).
     client_states: What clients keep for themselves, of a process that takes it
       (`PrivateProcess`). `select_clients` then returns client numbers. It is part of
       what is saved: a resumed run goes on with what clients had at its checkpoint.
@@ -119,6 +122,9 @@ def train(
         '`patience` must be at least 1 and needs a metric to `monitor`, found '
         f'patience={patience}, monitor={monitor!r}.'
     )
+  moved = None
+  if isinstance(process, (process_lib.DistillationProcess, process_lib.PrivateProcess)):
+    moved = communication.round_bytes(process)
   # Not `asyncio.Runner`: it leaves the thread without the loop that TFF's own
   # training loop looks for.
   with contextlib.closing(asyncio.new_event_loop()) as loop:
@@ -165,6 +171,8 @@ def train(
         metrics |= flatten_metrics(
             select_clients.counts(round_num), 'participation/'
         )
+      if moved is not None:
+        metrics |= communication.ledger(moved, metrics)
       if evaluate is not None:
         metrics.update(evaluate(output.state))
       metrics[ROUND_SECONDS] = seconds

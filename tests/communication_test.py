@@ -1,0 +1,148 @@
+"""The ledger of bytes, by hand and against what crosses TFF's wire."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+
+import tff_kd
+from tests import helpers
+from tff_kd import client_work
+from tff_kd import cohorts
+from tff_kd import communication
+
+_PREFIX = 'client_work/participation/'
+_EACH = communication.RoundBytes(
+    down_student=1000, down_round=4, up_model=1000, up_knowledge=200
+)
+
+
+def _metrics(num_clients, **counts):
+  return {
+      f'{_PREFIX}num_clients': num_clients,
+      f'{_PREFIX}num_included': num_clients,
+      **{_PREFIX + name: value for name, value in counts.items()},
+  }
+
+
+def test_all_clients_move_all_channels():
+  assert communication.ledger(_EACH, _metrics(5)) == {
+      'bytes/down_student': 5000, 'bytes/down_round': 20, 'bytes/up_model': 5000,
+      'bytes/up_knowledge': 1000, 'bytes/client': 2204,
+  }
+
+
+def test_what_did_not_arrive_was_not_sent():
+  metrics = {
+      **_metrics(5, num_dropped_after_training=2),
+      'participation/num_chosen': 8, 'participation/num_dropped_before_training': 2,
+  }
+  found = communication.ledger(_EACH, metrics)
+  assert found['bytes/down_student'] == 6 * 1000  # Late ones have got theirs, too.
+  assert found['bytes/up_model'] == 3 * 1000
+  assert found['bytes/client'] == 2204
+
+
+def test_a_round_of_nobody_moves_nothing():
+  assert not any(communication.ledger(_EACH, _metrics(0)).values())
+
+
+def test_codes_count_as_long_as_they_were():
+  metrics = {
+      **_metrics(4, num_included=3, knowledge_bits=480),
+      'aggregator/model/numbers_sent': np.float32(50),
+  }
+  found = communication.ledger(_EACH, metrics)
+  assert found['bytes/up_knowledge'] == 60
+  assert found['bytes/up_model'] == 3 * 50 * 4
+  assert found['bytes/client'] == 1004 + (60 + 600) / 4
+
+
+@pytest.mark.parametrize('name', ['fed_avg', 'cfd', 'fed_kd'])
+def test_rounds_have_a_ledger(name, tmp_path):
+  data = tff_kd.FileClientData.from_arrays(
+      helpers.examples(24, 3), np.split(np.arange(24), 4), directory=tmp_path
+  )
+  batches = tff_kd.ClientBatches(data=data, batch_size=4, num_epochs=1)
+  more = {
+      'fed_avg': {},
+      'cfd': dict(transfer_set=tff_kd.TransferSet(helpers.examples(12, 9)[0])),
+      'fed_kd': dict(mentor_fn=helpers.dense_fn((4,))),
+  }[name]
+  process = tff_kd.algorithms.REGISTRY[name].build(
+      **helpers.common(
+          student_fn=helpers.dense_fn((30,)), client_data=batches,
+          input_spec=batches.element_spec, **more,
+      )
+  )
+  states = None
+  if isinstance(process, tff_kd.PrivateProcess):
+    states = tff_kd.simulation.ClientStates(
+        process.initialize_client(), tmp_path / 'states'
+    )
+  result = tff_kd.simulation.train(
+      process, select_clients=lambda round_num: [0, 1, 3], num_rounds=2,
+      client_states=states,
+  )
+  each = communication.round_bytes(process)
+  for row in result.history:
+    moved = {k: v for k, v in row.items() if k.startswith('bytes/')}
+    assert sum(moved.values()) - moved['bytes/client'] == pytest.approx(
+        3 * moved['bytes/client']
+    )
+    if name == 'fed_avg':
+      assert moved['bytes/client'] == each.total
+    if name == 'cfd':
+      assert moved['bytes/up_knowledge'] == row[f'{_PREFIX}knowledge_bits'] / 8
+    if name == 'fed_kd':
+      assert moved['bytes/up_model'] < 3 * each.up_model
+      assert moved['bytes/down_student'] == 3 * each.down_student
+
+
+def test_types_tell_what_crosses_the_wire(worker, tmp_path):
+  """One client's messages, as TFF puts them on the wire: within 5 percent."""
+  data = tff_kd.FileClientData.from_arrays(
+      helpers.examples(24, 3), np.split(np.arange(24), 4), directory=tmp_path
+  )
+  batches = tff_kd.ClientBatches(data=data, batch_size=4, num_epochs=1)
+  transfer_set = tff_kd.TransferSet(helpers.examples(800, 9)[0])
+  common = helpers.common(
+      student_fn=helpers.dense_fn((300,)), input_spec=batches.element_spec
+  )
+  process = tff_kd.algorithms.build_fed_df(
+      **common, client_data=batches, transfer_set=transfer_set
+  )
+  work = client_work.build_client_work(
+      cohorts.as_students(process.student_spec),
+      optimizer=common['client_optimizer'],
+      model_weighting=tff.learning.ClientWeighting.UNIFORM,
+      knowledge_weighting=tff.learning.ClientWeighting.UNIFORM,
+      multiplied=client_work.ClientUpdate(model=True, knowledge=True),
+      client_data=batches,
+      transfer_set=transfer_set,
+  )
+  assert work.broadcast_type.is_equivalent_to(process.broadcast_type)
+
+  @tff.federated_computation(
+      tff.FederatedType(work.broadcast_type, tff.SERVER),
+      tff.FederatedType(np.int32, tff.CLIENTS),
+  )
+  def exchange(broadcast, clients):
+    hparams = tff.federated_broadcast(work.initialize())
+    received = tff.federated_broadcast(broadcast)
+    return tff.federated_map(work.next, (hparams, received, clients)).update
+
+  broadcast = tf.nest.map_structure(
+      np.asarray,
+      client_work.Broadcast(
+          process.student_spec.initial_weights, (), (), np.int32(0), ()
+      ),
+  )
+  each = communication.round_bytes(process)
+  exchange(broadcast, [0, 1, 2])  # The graph crosses once.
+  sent, received = worker.traffic.bytes_sent, worker.traffic.bytes_received
+  exchange(broadcast, [0, 1, 2])
+  assert worker.traffic.bytes_sent - sent == pytest.approx(each.down, rel=0.05)
+  assert worker.traffic.bytes_received - received == pytest.approx(
+      3 * each.up, rel=0.05
+  )
