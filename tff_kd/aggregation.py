@@ -13,6 +13,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_kd import client_work
+from tff_kd import communication
 
 AggregationFactory = Union[
     tff.aggregators.WeightedAggregationFactory,
@@ -40,7 +41,7 @@ def build_client_output_aggregator(
     model_factory: Optional[AggregationFactory] = None,
     knowledge_factory: Optional[AggregationFactory] = None,
     metrics_aggregator: Optional[Any] = None,
-) -> tff.templates.MeasuredProcess:
+) -> tuple[tff.templates.MeasuredProcess, dict[str, int]]:
   """Aggregates `ClientOutput`s.
 
   Args:
@@ -55,7 +56,8 @@ def build_client_output_aggregator(
 
   Returns:
     A `tff.templates.MeasuredProcess` with `next` of the type (<S@SERVER,
-    {ClientOutput}@CLIENTS> -> <S@SERVER, ClientUpdate@SERVER, Measurements@SERVER>).
+    {ClientOutput}@CLIENTS> -> <S@SERVER, ClientUpdate@SERVER, Measurements@SERVER>);
+    and the `communication.aggregated_bytes` of the channels with factories of their own.
   """
   channels = _channels(output_type)
   factories = {'model': model_factory, 'knowledge': knowledge_factory}
@@ -155,7 +157,13 @@ def build_client_output_aggregator(
         ),
     )
 
-  return tff.templates.MeasuredProcess(init_fn, next_fn, next_is_multi_arg=True)
+  return (
+      tff.templates.MeasuredProcess(init_fn, next_fn, next_is_multi_arg=True),
+      {
+          channel.name: communication.aggregated_bytes(process)
+          for channel, process in processes.items()
+      },
+  )
 
 
 class _Channel(NamedTuple):

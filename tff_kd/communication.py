@@ -5,8 +5,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_federated as tff
-
-from tff_kd import process as process_lib
+# Not public, and the release that has them is the last.
+from tensorflow_federated.python.core.impl.compiler import building_blocks
+from tensorflow_federated.python.core.impl.compiler import tree_analysis
 
 # The name in `ledger` of what a client moved in the mean.
 CLIENT_BYTES = 'bytes/client'
@@ -64,20 +65,50 @@ def type_bytes(type_spec: tff.Type) -> int:
   return sum(type_bytes(t) for t in tff.structure.flatten(type_spec))
 
 
-def round_bytes(process: process_lib.DistillationProcess) -> RoundBytes:
-  """What each participating client of `process` moves in a round.
+def aggregated_bytes(aggregator: tff.templates.AggregationProcess) -> int:
+  """What one client hands over to be aggregated, as it is encoded for that.
+
+  The arguments of all the aggregation's federated sums and the like. A secure sum counts
+  as the integers that go in, without what its protocol adds.
+
+  Args:
+    aggregator: As a factory has created it.
+  """
+  total = 0
+
+  def add(block):
+    nonlocal total
+    if not isinstance(block, building_blocks.Call) or not isinstance(
+        block.function, building_blocks.Intrinsic
+    ):
+      return
+    uri = block.function.uri
+    if uri.startswith('federated_') and ('sum' in uri or 'aggregate' in uri):
+      argument = block.argument.type_signature
+      value = argument if isinstance(argument, tff.FederatedType) else argument[0]
+      total += type_bytes(value.member)
+
+  tree_analysis.visit_preorder(aggregator.next.to_building_block(), add)
+  return total
+
+
+def round_bytes(process: Any) -> RoundBytes:
+  """What each participating client moves in a round.
 
   Where there are cohorts, a client moves its own student's weights only: the mean over
   the cohorts is given.
 
-  Read off the types of what is broadcast and of what clients hand to their
-  aggregators: an aggregator that compresses moves less. Weights of the weighted
-  mean (one scalar a channel) and metrics are left out.
+  Read off the types of what is broadcast and of what clients hand over: to a channel's
+  own aggregator, as this encodes it (`aggregated_bytes`); else to the common sum, of
+  which metrics and weights (one scalar a channel) are left out.
 
   Quantised predictions (`knowledge.Quantized`) count as the code of a message of all
   rows without a previous one, which depends on no values. Coded against the last one a
   message is shorter where little changed, and else longer by two bytes or so at most.
-  What clients really send is measured in each round: see `cohort_bytes`.
+  What clients really send is measured in each round: see `ledger`.
+
+  Args:
+    process: A `DistillationProcess` or a `PrivateProcess`.
   """
   count = len(process.students.specs)
   broadcast, update, coded = (
@@ -86,6 +117,13 @@ def round_bytes(process: process_lib.DistillationProcess) -> RoundBytes:
 
   def of_broadcast(name: str) -> int:
     return type_bytes(getattr(broadcast, name, tff.to_type(())))
+
+  def of_update(name: str, value_type: tff.Type) -> int:
+    encoded = [
+        size for channel, size in process.aggregated_bytes.items()
+        if channel.partition('_')[0] == name
+    ]
+    return sum(encoded) if encoded else type_bytes(value_type)
 
   exchanged_down, exchanged_up = process.exchanged_bytes
   return RoundBytes(
@@ -97,9 +135,11 @@ def round_bytes(process: process_lib.DistillationProcess) -> RoundBytes:
       ),
       down_companion=of_broadcast('companion') + exchanged_down,
       down_round=of_broadcast('round_num') + of_broadcast('shared_round'),
-      up_model=type_bytes(update.model) // count,
+      up_model=of_update('model', update.model) // count,
       up_knowledge=(
-          type_bytes(update.knowledge) if coded.knowledge is None else coded.knowledge
+          of_update('knowledge', update.knowledge)
+          if coded.knowledge is None
+          else coded.knowledge
       ),
       up_companion=exchanged_up,
   )

@@ -707,7 +707,7 @@ def build_private_process(
   output_type, _ = client_computation.type_signature.result
   with tf.Graph().as_default():
     metric_finalizers = student.blank_model_fn().metric_finalizers()
-  aggregator = aggregation.build_client_output_aggregator(
+  aggregator, aggregated_bytes = aggregation.build_client_output_aggregator(
       output_type,
       metric_finalizers,
       knowledge_factory=knowledge_aggregator,
@@ -882,4 +882,5 @@ def build_private_process(
       ),
       transfer_set=transfer_set,
       coded_bytes=exchange.coded_bytes(),
+      aggregated_bytes=aggregated_bytes,
   )

@@ -11,7 +11,8 @@ parts (see `tff_kd.algorithms`).
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+import types
 from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
@@ -98,6 +99,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
     transfer_set: The `TransferSet`, or `None`.
     coded_bytes: The `CodedBytes` of one message without a previous one.
     exchanged_bytes: What a client moves down and up in a companion's exchange.
+    aggregated_bytes: What a client hands to each channel's own aggregator, by channel.
   """
 
   def __init__(
@@ -112,6 +114,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
       transfer_set: Optional[transfer.TransferSet],
       coded_bytes: CodedBytes = _NOT_CODED,
       exchanged_bytes: tuple[int, int] = (0, 0),
+      aggregated_bytes: Mapping[str, int] = types.MappingProxyType({}),
       **kwargs,
   ):
     super().__init__(*args, **kwargs)
@@ -125,6 +128,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
     self.transfer_set = transfer_set
     self.coded_bytes = coded_bytes
     self.exchanged_bytes = exchanged_bytes
+    self.aggregated_bytes = aggregated_bytes
 
   @property
   def get_teacher_weights(self) -> tff.Computation:
@@ -194,6 +198,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
     transfer_set: The `TransferSet`, or `None`.
     coded_bytes: The `CodedBytes` of one message without a previous one.
     exchanged_bytes: What a client moves down and up in a companion's exchange.
+    aggregated_bytes: What a client hands to each channel's own aggregator, by channel.
   """
 
   def __init__(
@@ -214,6 +219,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
       set_teacher_weights_fn: Optional[tff.Computation] = None,
       coded_bytes: CodedBytes = _NOT_CODED,
       exchanged_bytes: tuple[int, int] = (0, 0),
+      aggregated_bytes: Mapping[str, int] = types.MappingProxyType({}),
   ):
     super().__init__(initialize_fn, next_fn)
     self.initialize_client = initialize_client_fn
@@ -230,6 +236,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
     self.transfer_set = transfer_set
     self.coded_bytes = coded_bytes
     self.exchanged_bytes = exchanged_bytes
+    self.aggregated_bytes = aggregated_bytes
 
 
 def build_distillation_process(
@@ -348,7 +355,7 @@ def build_distillation_process(
   broadcast_type = client_work.broadcast_type
   broadcasts = client_work.broadcast_history
   distributor = tff.learning.templates.build_broadcast_process(broadcasts.sent_type)
-  aggregator = aggregation.build_client_output_aggregator(
+  aggregator, aggregated_bytes = aggregation.build_client_output_aggregator(
       client_work.output_type,
       client_work.metric_finalizers,
       model_factory=model_aggregator,
@@ -602,6 +609,7 @@ def build_distillation_process(
       transfer_set=transfer_set,
       coded_bytes=coded_bytes,
       exchanged_bytes=companion.exchange_bytes() if companion is not None else (0, 0),
+      aggregated_bytes=aggregated_bytes,
   )
   get_model_weights = build_getter('global_model_weights')
   set_model_weights = build_setter('global_model_weights')
