@@ -144,6 +144,16 @@ KNOWLEDGE_NORM_BOUND = flags.DEFINE_float(
     'knowledge_norm_bound', None, 'Likewise, of the L2 norm of all its predictions.'
 )
 
+# What is rounded on its way up.
+MODEL_BITS = flags.DEFINE_integer(
+    'model_bits', None, "Bits of each number of clients' weights on their way up, in "
+    'arrays of 1,000 or more; floats if unset.', lower_bound=1, upper_bound=16
+)
+KNOWLEDGE_BITS = flags.DEFINE_integer(
+    'knowledge_bits', None, 'Likewise, of what clients send of their predictions.',
+    lower_bound=1, upper_bound=16
+)
+
 # Models and local training.
 STUDENT = flags.DEFINE_list(
     'student', ['document'], f'The student model, of {MODELS}. Several, separated by '
@@ -244,6 +254,12 @@ PREDICTION_BITS = flags.DEFINE_integer(
     '(the most likely class only) to 8; floats if unset. Needs a consensus of '
     'probabilities (mean_probabilities, era, enhanced_era). Of cfd: 1 if unset, 32 for '
     'floats.', lower_bound=1,
+)
+PREDICTION_TOP = flags.DEFINE_integer(
+    'prediction_top', None, 'Of each prediction clients send the probabilities of so '
+    'many of the most likely classes; of all if unset. Needs a consensus of '
+    'probabilities.',
+    lower_bound=1
 )
 DOWN_BITS = flags.DEFINE_integer(
     'down_bits', None, "Of cfd: likewise, of the server's labels.", lower_bound=1
@@ -365,7 +381,7 @@ FLAGS_OF_PARAMETER = {
     'transfer_set': [
         'coverage',
         'transfer_per_round', 'transfer_validation', 'consensus', 'prediction_bits',
-        'robust_knowledge', 'knowledge_norm_bound',
+        'prediction_top', 'knowledge_bits', 'robust_knowledge', 'knowledge_norm_bound',
     ],
     'down_bits': ['down_bits'],
     'negatives': ['num_negatives', 'certainty_epsilon', 'certainty_delta'],
@@ -391,6 +407,7 @@ AVERAGING_FLAGS = [
     'server_optimizer', 'server_learning_rate', 'client_weighting', 'local_target',
     'local_weight', 'local_temperature', 'history_size', 'proximal_weight',
     'not_true_weight', 'not_true_temperature', 'robust_model', 'model_norm_bound',
+    'model_bits',
 ]
 
 
@@ -400,7 +417,7 @@ def is_taken(algorithm: algorithms.Algorithm, name: str) -> bool:
     return algorithm.averages
   if name == 'pretrain_epochs' and not algorithm.averages:
     return algorithm.takes('pretraining_epochs')
-  if name == 'consensus' and (
+  if name in ('consensus', 'prediction_top', 'knowledge_bits') and (
       algorithm.takes('up_bits') or algorithm.takes('negatives')
   ):
     return False  # It has its own.

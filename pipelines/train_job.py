@@ -38,6 +38,8 @@ _SCHEDULES = {'constant': None, 'cosine': server_distillation.cosine_schedule}
 _CLIENT_BYTES = tff_kd.communication.CLIENT_BYTES
 # Written when a run is over.
 RESULTS = 'results.json'
+# The smallest array that is rounded on its way up.
+_ROUNDED_FROM = 1000
 # Of the models trained on the server's labels alone, for the table.
 _ALONE_EPOCHS = 40
 
@@ -188,11 +190,24 @@ def _reporting(
 
 
 def _aggregator(
-    methods: Sequence[str], norm_bound: Optional[float]
+    channel: str, methods: Sequence[str], norm_bound: Optional[float],
+    bits: Optional[int],
 ) -> Optional[tff.aggregators.WeightedAggregationFactory]:
-  """How one channel is made robust; `None` where it is not."""
+  """How one channel is compressed and made robust; `None` where it is neither."""
   factory = None
-  if 'median' in methods or 'trimmed_mean' in methods:
+  if bits is not None:
+    if methods:
+      raise UserError(
+          f'--{channel}_bits goes with --{channel}_norm_bound, but not with '
+          f'--robust_{channel}. Leave one out.'
+      )
+    # Not TFF's random rounding: a resumed run could not repeat it.
+    factory = tff.aggregators.MeanFactory(
+        tff.aggregators.EncodedSumFactory.quantize_above_threshold(
+            bits, _ROUNDED_FROM - 1, stochastic=False
+        )
+    )
+  elif 'median' in methods or 'trimmed_mean' in methods:
     factory = robust.TrimmedMeanFactory(
         sample_size=args.CLIENTS_PER_ROUND.value,
         trimmed_share=0.5 if 'median' in methods else args.TRIMMED_SHARE.value,
@@ -242,7 +257,8 @@ def _common_arguments(
       server_optimizer=_OPTIMIZERS[args.SERVER_OPTIMIZER.value](args.SERVER_RATE.value),
       client_weighting=tff.learning.ClientWeighting[args.WEIGHTING.value.upper()],
       model_aggregator=_aggregator(
-          args.ROBUST_MODEL.value, args.MODEL_NORM_BOUND.value
+          'model', args.ROBUST_MODEL.value, args.MODEL_NORM_BOUND.value,
+          args.MODEL_BITS.value,
       ),
   )
 
@@ -314,14 +330,24 @@ def _prediction_arguments(
   rule = own_rule
   if args.CONSENSUS.value is not None:
     rule = knowledge.CONSENSUS_RULES[args.CONSENSUS.value]
-  if bits is not None:
+  top = args.PREDICTION_TOP.value
+  if sum(its is not None for its in (bits, top, args.KNOWLEDGE_BITS.value)) > 1:
+    raise UserError(
+        'Of --prediction_bits, --prediction_top and --knowledge_bits only one can be the '
+        'code of the predictions.'
+    )
+  if bits is not None or top is not None:
     if not getattr(rule, 'over_probabilities', False):
       raise UserError(
-          '--prediction_bits rounds probabilities, and here the predictions are '
-          'combined as logits. Add --consensus=mean_probabilities, era or '
-          'enhanced_era.'
+          '--prediction_bits and --prediction_top change probabilities, and here the '
+          'predictions are combined as logits. Add --consensus=mean_probabilities, era '
+          'or enhanced_era.'
       )
-    rule = knowledge.Quantized(rule, bits)
+    rule = (
+        knowledge.Quantized(rule, bits)
+        if bits is not None
+        else knowledge.TopClasses(rule, top)
+    )
   return {} if rule is own_rule else {'consensus_rule': rule}
 
 
@@ -379,7 +405,8 @@ def _build_process(
     )
     kwargs |= _prediction_arguments(algorithm, defaults.get('consensus_rule'))
     kwargs['knowledge_aggregator'] = _aggregator(
-        args.ROBUST_KNOWLEDGE.value, args.KNOWLEDGE_NORM_BOUND.value
+        'knowledge', args.ROBUST_KNOWLEDGE.value, args.KNOWLEDGE_NORM_BOUND.value,
+        args.KNOWLEDGE_BITS.value,
     )
   if algorithm.takes('mentor_fn'):
     kwargs['mentor_fn'] = functools.partial(

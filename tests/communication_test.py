@@ -99,6 +99,58 @@ def test_rounds_have_a_ledger(name, tmp_path):
       assert moved['bytes/down_student'] == 3 * each.down_student
 
 
+@pytest.mark.parametrize(
+    'factory, expected',
+    [
+        (tff.aggregators.MeanFactory(), 4 * (60 + 3) + 4),
+        # 60 numbers of 4 bits in integers of 28, and their range; 3 floats.
+        (
+            tff.aggregators.MeanFactory(
+                tff.aggregators.EncodedSumFactory.quantize_above_threshold(4, 10)
+            ),
+            4 * (60 / 7 // 1 + 1) + 8 + 4 * 3 + 4,
+        ),
+        # A count of those left out, too.
+        (tff_kd.robust.NormBoundFactory(1.0), 4 * (60 + 3) + 4 + 4),
+        # The weight goes with the value, and the numbers of arrays that are not finite.
+        (tff_kd.robust.TrimmedMeanFactory(3), 4 * (60 + 3) + 4 + 3 * 8),
+        # Integers of 64 bits, where the sums need them.
+        (
+            tff.aggregators.MeanFactory(
+                tff.aggregators.SecureSumFactory(1.0, -1.0),
+                tff.aggregators.SecureSumFactory(100.0, 0.0),
+            ),
+            None,
+        ),
+    ],
+)
+def test_what_is_aggregated_counts_as_it_is_encoded(factory, expected):
+  value_type = tff.to_type([(np.float32, (6, 10)), (np.float32, (3,))])
+  process = factory.create(value_type, tff.TensorType(np.float32))
+  found = communication.aggregated_bytes(process)
+  if expected is None:
+    assert 4 * 64 <= found <= 8 * 64 + 64
+  else:
+    assert found == expected
+
+
+def test_a_channels_own_aggregator_tells_its_bytes():
+  plain, own = (
+      tff_kd.algorithms.build_fed_avg(
+          **helpers.common(student_fn=helpers.dense_fn((50,)), model_aggregator=its)
+      )
+      for its in (
+          None,
+          tff.aggregators.MeanFactory(
+              tff.aggregators.EncodedSumFactory.quantize_above_threshold(8, 100)
+          ),
+      )
+  )
+  plain, own = communication.round_bytes(plain), communication.round_bytes(own)
+  assert own.down == plain.down
+  assert own.up_model < 0.6 * plain.up_model
+
+
 def test_types_tell_what_crosses_the_wire(worker, tmp_path):
   """One client's messages, as TFF puts them on the wire: within 5 percent."""
   data = tff_kd.FileClientData.from_arrays(

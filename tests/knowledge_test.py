@@ -287,6 +287,41 @@ def test_quantized_single_logits_and_positions():
   assert -(-exact // 8) == rule.first_message_bytes(tf.TensorShape([3, 5]), 4)
 
 
+@settings(deadline=None)
+@given(
+    st.integers(1, 4), st.integers(2, 5), st.integers(0, 99)
+)
+def test_the_most_likely_classes_are_sent_and_the_rest_is_even(kept, more, seed):
+  classes = kept + more
+  logits = np.random.default_rng(seed).normal(0, 2, (6, classes)).astype(np.float32)
+  rule = knowledge.TopClasses(num_classes=kept)
+  payload = rule.encode(tf.constant(logits))
+  p = _softmax(logits.astype(np.float64))
+  for found, its in zip(payload.values.numpy(), p):
+    order = np.argsort(-its)
+    expected = its.copy()
+    expected[order[kept:]] = (1 - its[order[:kept]].sum()) / more
+    np.testing.assert_allclose(found, expected, atol=1e-6)
+  assert rule.message_bits(payload) == 6 * kept * (32 + int(np.ceil(np.log2(classes))))
+  assert rule.first_message_bytes(tf.TensorShape([classes]), 6) == -(
+      -int(rule.message_bits(payload)) // 8
+  )
+
+
+def test_of_the_most_likely_classes_missing_rows_and_positions_cost_what_they_are():
+  rule = knowledge.TopClasses(num_classes=2)
+  logits = np.random.default_rng(0).normal(size=(4, 3, 5)).astype(np.float32)
+  logits[1] = np.nan
+  payload = rule.encode(tf.constant(logits))
+  np.testing.assert_array_equal(payload.weights, [1, 0, 1, 1])
+  assert rule.message_bits(payload) == 3 * 3 * 2 * (32 + 3)
+  # Of a single logit, the more likely of two classes.
+  single = knowledge.TopClasses(num_classes=1).encode(tf.constant([[2.0], [-1.0]]))
+  np.testing.assert_allclose(
+      single.values[:, 0], tf.sigmoid([2.0, -1.0]), rtol=1e-6
+  )
+
+
 def test_fed_df_with_quantized_predictions_in_numpy():
   """One round, one server step, from the mean of labels of one bit."""
   tf.keras.utils.set_random_seed(0)

@@ -165,6 +165,7 @@ def test_idx_files_fed_df_cohorts_and_pretraining(tmp_path):
       '--validation_size=20', '--pretrain_epochs=1', '--server_steps=2',
       '--distillation_weight=0.5', '--local_target=student', '--rounds=2',
       '--student=document,cnn', f'--output_dir={tmp_path / "out"}',
+      '--model_bits=8', '--consensus=mean_probabilities', '--prediction_top=3',
   )
   assert done.returncode == 0, done.stderr
   assert "student before the server's distillation" in done.stdout
@@ -173,6 +174,9 @@ def test_idx_files_fed_df_cohorts_and_pretraining(tmp_path):
   # Clients 0, 2, 4 have the one architecture, 1 and 3 the other.
   assert 'student, cohort 1 (cnn)' in done.stdout
   for row in _rows(tmp_path / 'out' / 'metrics.csv'):
+    # A quarter of the floats, and little more; 3 of 10 probabilities, 36 bits each.
+    assert float(row['bytes/up_model']) < 0.27 * float(row['bytes/down_student'])
+    assert float(row['bytes/up_knowledge']) == 3 * 30 * 3 * 36 / 8
     each = [float(row[f'test/student_{i}_accuracy']) for i in (0, 1)]
     assert float(row['test/student_accuracy']) == pytest.approx(np.mean(each))
   first, second = (
@@ -250,6 +254,16 @@ def test_help_lists_the_algorithms():
         (['--algorithm=fed_df', '--prediction_bits=1'], '--consensus=mean_probabilities'),
         (['--algorithm=ds_fl', '--prediction_bits=9'], 'from 1'),
         (['--algorithm=fed_avg', '--prediction_bits=1'], '--prediction_bits has no'),
+        (['--algorithm=fed_df', '--prediction_top=1'], '--consensus=mean_probabilities'),
+        (
+            ['--algorithm=ds_fl', '--prediction_top=10'],
+            '`num_classes` must be below the number of classes, 10',
+        ),
+        (['--algorithm=ds_fl', '--prediction_bits=1', '--knowledge_bits=8'], 'only one'),
+        (['--model_bits=8', '--robust_model=median'], '--model_bits goes with'),
+        (['--knowledge_norm_bound=-1'], '`norm_bound` must be above 0, found -1.0'),
+        (['--trimmed_share=0.2'], '--trimmed_share has no effect'),
+        (['--algorithm=fed_md', '--robust_model=median'], '--robust_model has no effect'),
         (['--algorithm=fed_gen', '--split_layer=x'], '`split_layer` must be one of'),
         (['--mentor=cnn'], '--mentor has no effect'),
         (['--resume'], '--output_dir'),

@@ -72,7 +72,7 @@ class ClientOutput(NamedTuple):
     weight: A `ClientUpdate` of float32 scalars, the weight in each channel.
     metrics: The model's unfinalized metrics.
     participation: Counts: whether it took part, or why it was left out; with
-      quantised predictions also `knowledge_bits`, the length of its coded message.
+      coded predictions also `knowledge_bits`, the length of its coded message.
   """
 
   update: ClientUpdate
@@ -371,7 +371,7 @@ def build_client_work(
             ),
         )
         knowledge_weight = weight_of(knowledge_weighting)
-        if isinstance(consensus_rule, knowledge.Quantized):
+        if consensus_rule.is_coded:
           # Clients keep nothing here: there is no message to code it against.
           bits = consensus_rule.message_bits(payload)
           counts['knowledge_bits'] = tf.where(included, bits, tf.zeros_like(bits))

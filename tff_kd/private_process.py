@@ -201,7 +201,7 @@ class TransferExchange(Exchange):
     self._shape = student.logits_shape, transfer_set.num_predictions
     self.needs_server_model = relabelling is not None
     self.keeps_sent = (
-        isinstance(rule, knowledge.Quantized) and transfer_set.is_same_every_round
+        rule.is_coded and rule.codes_changes and transfer_set.is_same_every_round
     )
 
   def payload_spec(self):
@@ -252,7 +252,7 @@ class TransferExchange(Exchange):
     )
 
   def message_bits(self, payload, client_state):
-    if not isinstance(self._rule, knowledge.Quantized):
+    if not self._rule.is_coded:
       return None
     alone = self._rule.message_bits(payload)
     if not self.keeps_sent:
@@ -266,7 +266,7 @@ class TransferExchange(Exchange):
   def coded_bytes(self):
     return process.CodedBytes(*(
         rule.first_message_bytes(*self._shape)
-        if isinstance(rule, knowledge.Quantized) else None
+        if rule is not None and rule.is_coded else None
         for rule in (self._relabelling, self._rule)
     ))
 

@@ -374,7 +374,7 @@ def build_distillation_process(
         seed=seed,
     )
   coded_bytes = _NOT_CODED
-  if uses_ensemble and isinstance(consensus_rule, knowledge.Quantized):
+  if uses_ensemble and consensus_rule.is_coded:
     coded_bytes = CodedBytes(
         knowledge=consensus_rule.first_message_bytes(
             student.logits_shape, transfer_set.num_predictions
