@@ -8,7 +8,8 @@ r"""Runs several algorithms on the same problem, several times, and compares the
 Takes the flags of `pipelines.train`, too; an algorithm gets those that it knows. A seed
 decides the split, the initial weights and who takes part in which round, so all
 algorithms meet the same. One run a core at a time. Stopped and started again, it goes
-on where it was. Leaves table.md, table.csv and curves.png, and each run's own folder.
+on where it was. Leaves table.md, table.csv and curves.png (and varied.png), and each run's
+own folder.
 """
 
 import csv
@@ -45,8 +46,8 @@ _TARGET_ACCURACY = flags.DEFINE_float(
 )
 _VARY = flags.DEFINE_multi_string(
     'vary', [], 'Flags of pipelines.train to run each algorithm with, one set after the '
-    'other, separated by |; an empty one is without. Given again, it makes another row '
-    'of pictures, accuracy against rounds. An algorithm is run with the sets of which it '
+    'other, separated by |; an empty one is without. Each such list is a row of panels in '
+    'a second picture, accuracy against rounds. An algorithm is run with the sets of which it '
     'knows every flag.'
 )
 _JOBS = flags.DEFINE_integer(
@@ -311,25 +312,26 @@ def _report(
   with open(folder / 'table.csv', 'w', newline='') as file:
     csv.writer(file).writerows(table)
   (folder / 'table.md').write_text(tables.markdown_table(table))
+  curves = {}
+  for run in runs:
+    history = _history(run)
+    curves.setdefault(run.setting.name, []).append((
+        [row['round'] for row in history],
+        _megabytes(history),
+        [row['test/student_accuracy'] for row in history],
+    ))
+  plots.plot_comparison(curves, folder / 'curves.png')
+  files = ['table.md', 'table.csv', 'curves.png']
   if rows:
-    _draw_variations(runs, rows, folder / 'curves.png')
-  else:
-    curves = {}
-    for run in runs:
-      history = _history(run)
-      curves.setdefault(run.setting.name, []).append((
-          [row['round'] for row in history],
-          _megabytes(history),
-          [row['test/student_accuracy'] for row in history],
-      ))
-    plots.plot_comparison(curves, folder / 'curves.png')
+    _draw_variations(runs, rows, folder / 'varied.png')
+    files.append('varied.png')
   print()
   tables.print_table(table)
   print(
       '\nTest accuracy in the round that is best by validation, mean ± standard '
       'deviation over the\nseeds; MB up and down per participating client; seconds '
       f'with {_JOBS.value or parallel.num_cores()} runs at a time.\n'
-      f"{folder / 'table.md'}, {folder / 'table.csv'}, {folder / 'curves.png'}"
+      + ', '.join(str(folder / name) for name in files)
   )
 
 

@@ -110,7 +110,8 @@ def test_varied_flags_and_a_run_without_any_client(tmp_path):
       'fed_avg', 'fed_avg --dropout_before=1 --min_reports=1',
       'fed_df', 'fed_df --dropout_before=1 --min_reports=1', 'fed_df --coverage=0.5',
   ]
-  assert (tmp_path / 'curves.png').stat().st_size > 10_000
+  for name in ('curves.png', 'varied.png'):
+    assert (tmp_path / name).stat().st_size > 10_000
   folder = tmp_path / 'fed_df-dropout_before=1-min_reports=1-0'
   with open(folder / 'metrics.csv', newline='') as file:
     first, second = csv.DictReader(file)

@@ -16,6 +16,8 @@ import tensorflow as tf
 
 from tff_kd.simulation import runtime
 
+runtime.end_tffs_own_worker_at_exit()
+
 
 @pytest.fixture(scope='session', autouse=True)
 def worker():
