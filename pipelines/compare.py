@@ -8,8 +8,8 @@ r"""Runs several algorithms on the same problem, several times, and compares the
 Takes the flags of `pipelines.train`, too; an algorithm gets those that it knows. A seed
 decides the split, the initial weights and who takes part in which round, so all
 algorithms meet the same. One run a core at a time. Stopped and started again, it goes
-on where it was. Leaves table.md, table.csv and curves.png (and varied.png), and each run's
-own folder.
+on where it was. Leaves table.md, table.csv and curves.png (with --vary, varied.png, too),
+and each run's own folder.
 """
 
 import csv
@@ -46,9 +46,9 @@ _TARGET_ACCURACY = flags.DEFINE_float(
 )
 _VARY = flags.DEFINE_multi_string(
     'vary', [], 'Flags of pipelines.train to run each algorithm with, one set after the '
-    'other, separated by |; an empty one is without. Each such list is a row of panels in '
-    'a second picture, accuracy against rounds. An algorithm is run with the sets of which it '
-    'knows every flag.'
+    'other, separated by |; an empty one is without. Each such list is a row of panels '
+    'in a second picture, accuracy against rounds. An algorithm is run with the sets of '
+    'which it knows every flag.'
 )
 _JOBS = flags.DEFINE_integer(
     'jobs', None, 'Runs at a time; one a core if unset.', lower_bound=1
