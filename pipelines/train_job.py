@@ -209,7 +209,8 @@ def _aggregator(
     )
   elif 'median' in methods or 'trimmed_mean' in methods:
     factory = robust.TrimmedMeanFactory(
-        sample_size=args.CLIENTS_PER_ROUND.value,
+        # With late ones, more may report than were chosen; all of them count.
+        sample_size=args.NUM_CLIENTS.value,
         trimmed_share=0.5 if 'median' in methods else args.TRIMMED_SHARE.value,
     )
   elif methods:

@@ -26,8 +26,8 @@ class NormBoundFactory(tff.aggregators.WeightedAggregationFactory):
   clipping_factory`: of weights, how far a client went in the round; of predictions, of
   all that it says about the transfer examples.
 
-  Source: Sun et al., "Can You Really Backdoor Federated Learning?" (2019), section 5
-  (norm thresholding of updates, there by scaling down).
+  Source: Sun et al., "Can You Really Backdoor Federated Learning?" (2019), norm
+  thresholding of updates (there by scaling them down).
   """
 
   def __init__(
