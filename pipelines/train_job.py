@@ -664,7 +664,9 @@ def _open_run_dir() -> pathlib.Path:
     now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
     run_dir = pathlib.Path('runs', f'{now}-{args.ALGORITHM.value}-{args.TASK.value}')
   path = run_dir / 'config.json'
-  if path.exists():
+  # One that ended before its first round left nothing to go on with.
+  has_rounds = (run_dir / 'metrics.csv').exists()
+  if path.exists() and has_rounds:
     if not args.RESUME.value:
       raise UserError(
           f'{run_dir} already holds a run. Leave out --noresume to go on with it, or '
@@ -682,7 +684,7 @@ def _open_run_dir() -> pathlib.Path:
           + '. Go on with the same, or name another --output_dir.'
       )
   elif _must_resume():
-    raise UserError(f'{run_dir} holds no run to resume (no config.json).')
+    raise UserError(f'{run_dir} holds no run to resume (no rounds).')
   run_dir.mkdir(parents=True, exist_ok=True)
   versions = {m.__name__: m.__version__ for m in (tf, tff, np)}
   # Not in its place: a full disk would leave half of it.

@@ -398,8 +398,13 @@ def test_a_run_stops_at_a_full_disk_and_goes_on(undisturbed, tmp_path):
 
 def test_a_worker_that_is_down_is_named_before_a_round(tmp_path):
   port = portpicker.pick_unused_port()
-  with helpers.running(*_train(tmp_path, f'--workers=127.0.0.1:{port}')) as script:
-    _, errors = script.communicate(timeout=120)
-  assert script.returncode == 1
-  assert f'error: The worker 127.0.0.1:{port} is lost' in errors
-  assert 'Traceback' not in errors and not (tmp_path / 'metrics.csv').exists()
+  # The second one has other flags: nothing was begun that they could contradict.
+  for command in (
+      _train(tmp_path),
+      ['-m', 'pipelines.train', '--algorithm=fed_avg', f'--output_dir={tmp_path}'],
+  ):
+    with helpers.running(*command, f'--workers=127.0.0.1:{port}') as script:
+      _, errors = script.communicate(timeout=120)
+    assert script.returncode == 1
+    assert f'error: The worker 127.0.0.1:{port} is lost' in errors
+    assert 'Traceback' not in errors and not (tmp_path / 'metrics.csv').exists()
