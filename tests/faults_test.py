@@ -138,13 +138,16 @@ def test_strangers_reach_a_worker_only_by_choice(allow_open):
       assert _reaches(host, address.port) == allow_open
 
 
-def test_a_hundred_starts_leave_nothing():
+def test_a_hundred_starts_leave_nothing(tmp_path, monkeypatch):
+  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
+  monkeypatch.setenv('TMPDIR', str(tmp_path))
+
   def left():
     gc.collect()
     mine = psutil.Process()
     return (
         mine.num_fds(), mine.num_threads(), len(mine.children(recursive=True)),
-        len(os.listdir(tempfile.gettempdir())),
+        len(os.listdir(tmp_path)),
     )
 
   def cycle():
@@ -358,7 +361,7 @@ def test_a_run_loses_workers_and_gets_them_back(undisturbed, certificates, tmp_p
   assert script.returncode == 0, errors
   assert errors.count(f'The worker 127.0.0.1:{b} is lost') == 2
   assert errors.count(f'The worker 127.0.0.1:{b} is back') == 1
-  assert 'Its work goes to another worker' in errors and 'has not answered' in errors
+  assert 'Its work goes to another worker' in errors
   for row, expected in zip(_metrics(tmp_path), undisturbed, strict=True):
     assert row == pytest.approx(expected, abs=2e-3, rel=1e-3)
 
@@ -401,7 +404,7 @@ def test_a_worker_that_is_down_is_named_before_a_round(tmp_path):
   # The second one has other flags: nothing was begun that they could contradict.
   for command in (
       _train(tmp_path),
-      ['-m', 'pipelines.train', '--algorithm=fed_avg', f'--output_dir={tmp_path}'],
+      ['-m', 'pipelines.train', '--algorithm=fed_prox', f'--output_dir={tmp_path}'],
   ):
     with helpers.running(*command, f'--workers=127.0.0.1:{port}') as script:
       _, errors = script.communicate(timeout=120)

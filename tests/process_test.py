@@ -325,7 +325,9 @@ def test_student_target_sends_no_predictions():
   )
   sizes = tff_kd.communication.round_bytes(process)
   model_bytes = 4 * (helpers.DIM * helpers.CLASSES + helpers.CLASSES)
-  assert sizes == tff_kd.communication.RoundBytes(model_bytes, model_bytes, 0)
+  assert sizes == tff_kd.communication.RoundBytes(
+      down_student=model_bytes, up_model=model_bytes
+  )
   output = _run(process, GOOD)
   assert output.metrics['server_distillation']['teacher']['num_targets'] == 16
 

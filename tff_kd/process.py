@@ -332,6 +332,9 @@ def build_distillation_process(
         'There are no predictions for `knowledge_aggregator` to aggregate: no stage '
         'distils from the ensemble.'
     )
+  if uses_ensemble:
+    # Refuses what the rule cannot say of such predictions.
+    consensus_rule.payload_spec(student.logits_shape, transfer_set.num_predictions)
   _check_companion(companion, consensus_rule if uses_ensemble else None, client_data)
   has_client_state = companion is not None and companion.has_client_state
 
