@@ -368,7 +368,8 @@ def test_flags_of_averaging_are_refused_where_nothing_is_averaged():
 def test_hindered_clients_are_counted_and_a_damaged_run_repeats(tmp_path):
   tiny = [f for f in _TINY if not f.startswith(('--back_', '--teacher', '--student'))]
   hindered = [
-      *tiny, '--algorithm=fed_df', '--nocompare_with_fed_avg', '--dropout_before=0.2', '--dropout_after=0.2',
+      *tiny, '--algorithm=fed_df', '--nocompare_with_fed_avg',
+      '--dropout_before=0.2', '--dropout_after=0.2',
       '--straggler_share=0.5', '--delay_share=0.5', '--max_delay=1', '--coverage=0.5',
       '--min_reports=1', '--label_share=0.5', '--local_target=student', '--seed=4',
       '--robust_model=trimmed_mean', '--model_norm_bound=1e3',
