@@ -174,8 +174,8 @@ def test_idx_files_fed_df_cohorts_and_pretraining(tmp_path):
   # Clients 0, 2, 4 have the one architecture, 1 and 3 the other.
   assert 'student, cohort 1 (cnn)' in done.stdout
   for row in _rows(tmp_path / 'out' / 'metrics.csv'):
-    # A quarter of the floats, and little more; 2 of 3 probabilities, 34 bits each.
-    assert float(row['bytes/up_model']) < 0.27 * float(row['bytes/down_student'])
+    # Arrays of 1,000 numbers are rounded; of 3 probabilities 2 are sent, 34 bits each.
+    assert float(row['bytes/up_model']) < 0.7 * float(row['bytes/down_student'])
     assert float(row['bytes/up_knowledge']) == 3 * 30 * 2 * 34 / 8
     each = [float(row[f'test/student_{i}_accuracy']) for i in (0, 1)]
     assert float(row['test/student_accuracy']) == pytest.approx(np.mean(each))
