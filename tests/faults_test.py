@@ -138,6 +138,45 @@ def test_strangers_reach_a_worker_only_by_choice(allow_open):
       assert _reaches(host, address.port) == allow_open
 
 
+_WITHOUT_PTRACE = """
+import ctypes, struct, tempfile
+import portpicker
+from tff_kd.simulation import worker_process
+
+# A filter under which call 101 of x86-64, ptrace, is not permitted.
+rules = b''.join(struct.pack('HBBI', *rule) for rule in [
+    (0x20, 0, 0, 0), (0x15, 0, 1, 101), (0x06, 0, 0, 0x00050001),
+    (0x06, 0, 0, 0x7FFF0000)])
+class Program(ctypes.Structure):
+  _fields_ = [('len', ctypes.c_ushort), ('rules', ctypes.c_char_p)]
+libc = ctypes.CDLL(None)
+assert libc.prctl(38, 1, 0, 0, 0) == 0
+assert libc.prctl(22, 2, ctypes.byref(Program(4, rules))) == 0
+
+def start(allow_open):
+  with tempfile.TemporaryFile() as log:
+    worker_process.WorkerProcess(
+        portpicker.pick_unused_port(), max_concurrent_calls=1, log=log,
+        allow_open=allow_open,
+    ).stop()
+
+try:
+  start(False)
+except worker_process.RuntimeStartError as error:
+  print(error)
+start(True)
+print('started')
+"""
+
+
+def test_where_a_worker_cannot_be_hidden_it_does_not_start():
+  with helpers.running('-c', _WITHOUT_PTRACE) as script:
+    said, errors = script.communicate(timeout=60)
+  assert script.returncode == 0, errors
+  assert 'ptrace is not permitted here' in said and 'choose allow_open' in said
+  assert said.splitlines()[-1] == 'started'
+
+
 def test_a_hundred_starts_leave_nothing(tmp_path, monkeypatch):
   monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
   monkeypatch.setenv('TMPDIR', str(tmp_path))

@@ -20,7 +20,8 @@ class RoundBytes(NamedTuple):
   The transfer examples of a round follow from its number, and never move.
 
   Attributes:
-    down_student: The student's weights (of several cohorts, a client's own).
+    down_student: The student's weights; of several cohorts a client moves its own, and
+      the mean of their sizes counts, here and in what goes up.
     down_teacher: The teacher's, where clients learn from it.
     down_student_history: The mean of past students, likewise.
     down_shared: What clients that keep their models learn from: the consensus, or each

@@ -53,7 +53,7 @@ def check(result, what):
   if result:
     sys.exit(what + ' is not permitted here (' + os.strerror(ctypes.get_errno())
              + '), so the worker cannot be kept from listening on all addresses. '
-             'Where others may reach it, choose allow_open.')
+             'Where that is no danger, choose allow_open.')
 
 parent, watched = int(sys.argv[1]), sys.argv[2] == 'watched'
 libc.prctl(1, signal.SIGKILL)
