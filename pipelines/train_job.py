@@ -125,7 +125,7 @@ def _must_resume() -> bool:
   return args.RESUME.value and flags.FLAGS['resume'].present
 
 
-def _load_task() -> tff_kd.data.Task:
+def load_task() -> tff_kd.data.Task:
   kwargs = {'data_dir': args.DATA_DIR.value} if args.TASK.value == 'idx' else {}
   return tff_kd.data.TASKS[args.TASK.value](
       seed=args.SEED.value,
@@ -135,7 +135,7 @@ def _load_task() -> tff_kd.data.Task:
   )
 
 
-def _partition(task: tff_kd.data.Task) -> list[np.ndarray]:
+def split_clients(task: tff_kd.data.Task) -> list[np.ndarray]:
   kwargs = {'seed': args.SEED.value}
   if args.PARTITION.value in ('dirichlet', 'quantity_skew'):
     kwargs['alpha'] = args.ALPHA.value
@@ -240,7 +240,7 @@ def _target() -> Any:
     ) from None
 
 
-def _common_arguments(
+def common_arguments(
     task: tff_kd.data.Task, batches: tff_kd.ClientBatches
 ) -> dict[str, Any]:
   """What every algorithm takes, FedAvg in the comparison too."""
@@ -264,7 +264,7 @@ def _common_arguments(
   )
 
 
-def _specs(process) -> dict[str, tff_kd.models.ModelSpec]:
+def specs_of(process) -> dict[str, tff_kd.models.ModelSpec]:
   """The models by name; the students of cohorts are `student_0` and so on."""
   specs = _by_cohort('student', process.students, process.students.specs)
   if process.teacher_spec is not None:
@@ -352,7 +352,7 @@ def _prediction_arguments(
   return {} if rule is own_rule else {'consensus_rule': rule}
 
 
-def _build_process(
+def build_process(
     algorithm: algorithms.Algorithm, task: tff_kd.data.Task, common: dict[str, Any]
 ) -> Union[tff_kd.DistillationProcess, tff_kd.PrivateProcess]:
   """Builds the process from the flags."""
@@ -482,7 +482,7 @@ class _Evaluation:
   @staticmethod
   def names(process) -> list[str]:
     """The names of the metrics."""
-    found = {**_specs(process), 'student': None}
+    found = {**specs_of(process), 'student': None}
     if _clients(process) is not None and process.get_model_weights is not None:
       found['client'] = None
     state_type = process.initialize.type_signature.result.member
@@ -512,7 +512,7 @@ class _Evaluation:
       ]
     self.evaluators = {
         name: tff_kd.evaluation.CentralEvaluator(spec)
-        for name, spec in _specs(process).items()
+        for name, spec in specs_of(process).items()
     }
 
   def models(self, state) -> dict[str, tuple[Any, Any]]:
@@ -574,7 +574,7 @@ def _mean_of(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
   return {key: float(np.mean([v[key] for v in values])) for key in values[0]}
 
 
-def _read_history(path: pathlib.Path) -> list[dict[str, float]]:
+def read_history(path: pathlib.Path) -> list[dict[str, float]]:
   """The rows of metrics.csv, a resumed run's earlier rounds included."""
   with open(path, newline='') as file:
     return [
@@ -601,7 +601,7 @@ def _train(
         moved + metrics[_CLIENT_BYTES]
         if moved
         # At first: with those of the rounds before a resumed run.
-        else sum(row[_CLIENT_BYTES] for row in _read_history(metrics_path))
+        else sum(row[_CLIENT_BYTES] for row in read_history(metrics_path))
     )
     shown = {'student': f"{metrics['test/student_accuracy']:.3f}"}
     if 'test/teacher_accuracy' in metrics:
@@ -642,7 +642,7 @@ def _train(
     )
   finally:
     bar.close()
-  return result, _read_history(metrics_path)
+  return result, read_history(metrics_path)
 
 
 def _best_row(history: list[dict[str, float]], rounds: int, monitor: str):
@@ -768,8 +768,8 @@ def _set_up():
   algorithm = algorithms.REGISTRY[args.ALGORITHM.value]
   _check_flags(algorithm)
   _workers()
-  task = _load_task()
-  clients = _partition(task)
+  task = load_task()
+  clients = split_clients(task)
   batches = tff_kd.ClientBatches(
       data=tff_kd.FileClientData.from_arrays(
           tuple(task.clients), clients, directory=args.CACHE_DIR.value
@@ -781,9 +781,9 @@ def _set_up():
       seed=args.SEED.value,
   )
   participation = _participation(batches)
-  common = _common_arguments(task, batches)
+  common = common_arguments(task, batches)
   common['reporting'] = _reporting(participation)
-  process = _build_process(algorithm, task, common)
+  process = build_process(algorithm, task, common)
   tff_kd.simulation.check_monitor(
       args.MONITOR.value,
       [
@@ -803,7 +803,7 @@ def _set_up():
       f'transfer {len(task.transfer)} ({args.TRANSFER_LABELS.value} with labels), '
       f'validation {len(task.validation)}, test {len(task.test)}.'
   )
-  for name, spec in _specs(process).items():
+  for name, spec in specs_of(process).items():
     size = sum(w.size for w in tf.nest.flatten(spec.initial_weights))
     print(f'{name}: {size:,} weights.')
   print(f'Run folder: {run_dir}', flush=True)
@@ -813,7 +813,7 @@ def _set_up():
 def _train_and_report(
     task, clients, process, common, select_clients, run_dir
 ) -> None:
-  specs = _specs(process)
+  specs = specs_of(process)
   pretrained = {}
   if args.PRETRAIN_EPOCHS.value:
     pretrained = {
@@ -912,7 +912,7 @@ def _report(
       'model', 'round', 'accuracy', 'calibration error',
       'clients: mean', '10th pct.', 'worst',
   )]
-  specs = _specs(process)
+  specs = specs_of(process)
   test = _best_row(history, result.round_num, args.MONITOR.value)
   evaluators = {
       name: tff_kd.evaluation.ClientsEvaluator(
