@@ -14,6 +14,7 @@ import tensorflow_federated as tff
 
 from tff_kd import client_work
 from tff_kd import communication
+from tff_kd.privacy import secure as secure_lib
 
 AggregationFactory = Union[
     tff.aggregators.WeightedAggregationFactory,
@@ -41,6 +42,7 @@ def build_client_output_aggregator(
     model_factory: Optional[AggregationFactory] = None,
     knowledge_factory: Optional[AggregationFactory] = None,
     metrics_aggregator: Optional[Any] = None,
+    secure: Optional[secure_lib.SecureAggregation] = None,
 ) -> tuple[tff.templates.MeasuredProcess, dict[str, int]]:
   """Aggregates `ClientOutput`s.
 
@@ -53,6 +55,8 @@ def build_client_output_aggregator(
     knowledge_factory: Aggregates the predictions, likewise.
     metrics_aggregator: As in `tff.learning.algorithms`; sums, then finalizes, if
       `None`.
+    secure: Everything is summed securely, if given; the channels' factories then do so
+      themselves.
 
   Returns:
     A `tff.templates.MeasuredProcess` with `next` of the type (<S@SERVER,
@@ -71,6 +75,8 @@ def build_client_output_aggregator(
       for channel in channels
       if factories[channel.field] is not None
   }
+  if secure is not None and metrics_aggregator is None and metric_finalizers:
+    metrics_aggregator = tff.learning.metrics.secure_sum_then_finalize
   sums_metrics = metrics_aggregator is None
   aggregate_metrics = None
   if not sums_metrics:
@@ -87,6 +93,11 @@ def build_client_output_aggregator(
           participation=output_type.participation,
       )
   )
+
+  sum_securely = None
+  if secure is not None:
+    # Only counts are left, each 0 or 1.
+    sum_securely = tff.aggregators.SecureSumFactory(1, 0).create(summed_type)
 
   @tff.tensorflow.computation(summed_type)
   def finish(sums):
@@ -129,9 +140,11 @@ def build_client_output_aggregator(
               participation=output.participation,
           )
       )
-    means, train, participation = tff.federated_map(
-        finish, tff.federated_sum(to_sum)
-    )
+    if sum_securely is not None:
+      sums = sum_securely.next(_nothing(tff.SERVER), to_sum).result
+    else:
+      sums = tff.federated_sum(to_sum)
+    means, train, participation = tff.federated_map(finish, sums)
     results = {channel: channel.of(means) for channel in summed}
     if not sums_metrics:
       train = aggregate_metrics(output.metrics)
@@ -157,12 +170,18 @@ def build_client_output_aggregator(
         ),
     )
 
+  aggregated_bytes = {
+      channel.name: communication.aggregated_bytes(process)
+      for channel, process in processes.items()
+  }
+  if secure is not None and secure.bits is not None:
+    # In TFF's types they are of 32.
+    aggregated_bytes = {
+        name: size * secure.message_bits // 32 for name, size in aggregated_bytes.items()
+    }
   return (
       tff.templates.MeasuredProcess(init_fn, next_fn, next_is_multi_arg=True),
-      {
-          channel.name: communication.aggregated_bytes(process)
-          for channel, process in processes.items()
-      },
+      aggregated_bytes,
   )
 
 
@@ -187,13 +206,17 @@ class _Channel(NamedTuple):
 
 
 def _channels(output_type: tff.Type) -> list[_Channel]:
+  def is_sent(update: tff.Type) -> bool:
+    return len(tff.structure.flatten(update)) > 0
+
   channels = []
   weight = output_type.weight.model
-  if isinstance(weight, tff.TensorType):
-    channels.append(_Channel('model'))
-  else:
-    channels += [_Channel('model', i) for i in range(len(weight))]
-  if len(tff.structure.flatten(output_type.update.knowledge)):
+  if is_sent(output_type.update.model):
+    if isinstance(weight, tff.TensorType):
+      channels.append(_Channel('model'))
+    else:
+      channels += [_Channel('model', i) for i in range(len(weight))]
+  if is_sent(output_type.update.knowledge):
     channels.append(_Channel('knowledge'))
   return channels
 

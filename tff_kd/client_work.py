@@ -155,6 +155,7 @@ def build_client_work(
     companion: Optional[companions.Companion] = None,
     learning_rate_fn: Optional[LearningRateFn] = None,
     reporting: Optional[conditions_lib.Reporting] = None,
+    releases_metrics: bool = True,
 ) -> ClientWork:
   """Builds the client's part of a round.
 
@@ -179,6 +180,8 @@ def build_client_work(
     learning_rate_fn: The optimizer's rate in a round, int32 from 0; constant if `None`.
     reporting: How what comes late or in part is taken; clients then come with their
       `ClientConditions`. Needs `client_data`.
+    releases_metrics: Whether clients report their metrics, and why they are left out;
+      else nothing but `public_participation`.
 
   Returns:
     A `ClientWork`.
@@ -227,6 +230,8 @@ def build_client_work(
   )
   with tf.Graph().as_default():
     metric_finalizers = students.first.blank_model_fn().metric_finalizers()
+  if not releases_metrics:
+    metric_finalizers = collections.OrderedDict()
   update_specs = [model_update_spec(spec) for spec in students.specs]
 
   @tff.federated_computation
@@ -338,9 +343,12 @@ def build_client_work(
           lambda: tf.nest.map_structure(tf.zeros_like, delta),
       )
       payload, knowledge_weight = (), ()
-      counts = participation(included, is_empty, bad_labels, finite)
-      if reporting is not None:
-        counts.update(conditions_lib.condition_counts(conditions, valid))
+      if not releases_metrics:
+        counts = public_participation(conditions)
+      else:
+        counts = participation(included, is_empty, bad_labels, finite)
+        if reporting is not None:
+          counts.update(conditions_lib.condition_counts(conditions, valid))
       if transfer_set is not None:
 
         def predict():
@@ -385,7 +393,9 @@ def build_client_work(
               ),
               knowledge=knowledge_weight,
           ),
-          metrics=model.report_local_unfinalized_metrics(),
+          metrics=(
+              model.report_local_unfinalized_metrics() if releases_metrics else ()
+          ),
           participation=counts,
       )
       if left is None:
@@ -517,6 +527,23 @@ def participation(
       num_excluded_bad_labels=tf.cast(bad_labels, tf.int32),
       num_excluded_non_finite=tf.cast(~finite & ~bad_labels, tf.int32),
   )
+
+
+def public_participation(
+    conditions: Optional[conditions_lib.ClientConditions],
+) -> collections.OrderedDict[str, tf.Tensor]:
+  """A client's counts as far as they tell nothing of its examples, int32 scalars.
+
+  Args:
+    conditions: Its conditions, which are drawn whatever its examples are, or `None`.
+  """
+  counts = collections.OrderedDict(
+      num_clients=tf.constant(1), num_included=tf.constant(1)
+  )
+  if conditions is not None:
+    counts['num_included'] = tf.cast(conditions.reports, tf.int32)
+    counts['num_dropped_after_training'] = tf.cast(~conditions.reports, tf.int32)
+  return counts
 
 
 def client_weight(

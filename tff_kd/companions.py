@@ -90,12 +90,15 @@ class Companion(abc.ABC):
       keep none.
     gives_certainty: Whether it tells a client's certainty, for a consensus rule that
       weighs by a given one.
+    exchanges: Whether clients send something for it, beside their weights and
+      predictions.
     needs_client_number: Whether it works only where clients read their examples by
       reference (`client_data`), and so have a number.
   """
 
   client_spec: Optional[models.ModelSpec] = None
   gives_certainty: bool = False
+  exchanges: bool = True
   needs_client_number: bool = False
 
   @property

@@ -82,12 +82,14 @@ class ConsensusRule(abc.ABC):
     needs_certainty: Whether its `encode` also takes the client's certainties, float32
       `[m]`, which a companion gives.
     is_coded: Whether it is a `CodedRule`, whose messages are shorter than their floats.
+    has_unit_weights: Whether the weight of a prediction is 1, whoever the client is.
   """
 
   has_diversity: bool = False
   over_probabilities: bool = False
   needs_certainty: bool = False
   is_coded: bool = False
+  has_unit_weights: bool = False
 
   def payload_spec(
       self, logits_shape: tf.TensorShape, num_rows: int
@@ -141,6 +143,8 @@ class MeanLogits(ConsensusRule):
   Learning" (FedDF, NeurIPS 2020), equation 2 (there with equal weights).
   """
 
+  has_unit_weights = True
+
   def encode(self, logits):
     return _weighted(logits, tf.ones(tf.shape(logits)[:1]))
 
@@ -166,6 +170,7 @@ class MeanProbabilities(ConsensusRule):
   power: float = 1.0
 
   over_probabilities = True
+  has_unit_weights = True
 
   def __post_init__(self):
     if self.temperature is not None:

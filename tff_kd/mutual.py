@@ -29,6 +29,8 @@ class MutualLearning(companions.Companion):
   other. Both take the steps of the clients' optimizer, fresh in each round.
   """
 
+  exchanges = False
+
   def __init__(
       self,
       student: models.ModelSpec,

@@ -36,6 +36,8 @@ from tff_kd import process
 from tff_kd import robust
 from tff_kd import server_distillation as server_distillation_lib
 from tff_kd import transfer
+from tff_kd.privacy import differential
+from tff_kd.privacy import secure as secure_lib
 
 
 class PrivateState(NamedTuple):
@@ -84,12 +86,18 @@ class Exchange(abc.ABC):
     needs_equal_weights: Whether late clients must weigh as much as others.
     needs_server_model: Whether what goes down is made by the server's model.
     transfer_set: The `TransferSet` of the exchange, or `None`.
+    rule: How predictions on it are combined, or `None`.
   """
 
   keeps_sent: bool = False
   needs_equal_weights: bool = False
   needs_server_model: bool = False
   transfer_set: Optional[transfer.TransferSet] = None
+  rule: Optional[knowledge.ConsensusRule] = None
+
+  def with_inexact_sums(self) -> 'Exchange':
+    """This exchange, where sums are clipped, rounded or noised."""
+    return self
 
   @abc.abstractmethod
   def payload_spec(self) -> knowledge.KnowledgePayload:
@@ -196,7 +204,7 @@ class TransferExchange(Exchange):
     process.check_transfer_set(transfer_set, student)
     _check_stage(digest, transfer_set, rule)
     self.transfer_set = transfer_set
-    self._rule, self._digest, self._seed = rule, digest, seed
+    self.rule, self._digest, self._seed = rule, digest, seed
     self._relabelling = relabelling
     self._shape = student.logits_shape, transfer_set.num_predictions
     self.needs_server_model = relabelling is not None
@@ -205,16 +213,16 @@ class TransferExchange(Exchange):
     )
 
   def payload_spec(self):
-    return self._rule.payload_spec(*self._shape)
+    return self.rule.payload_spec(*self._shape)
 
   def initial_shared(self):
-    nothing = self._rule.zero_payload(*self._shape)
-    return self._rule.decode(nothing)._replace(diversity=())
+    nothing = self.rule.zero_payload(*self._shape)
+    return self.rule.decode(nothing)._replace(diversity=())
 
   def share(self, mean_payload, num_included, server_model, round_num):
     if self._relabelling is None:
       # As ever, the factor cancels. Clients have no use for the diversity.
-      return self._rule.decode(mean_payload)._replace(diversity=())
+      return self.rule.decode(mean_payload)._replace(diversity=())
     own = self._relabelling.encode(self._predict(server_model, round_num))
     labels = self._relabelling.decode(own)
     # Without any client there is nothing new to learn.
@@ -244,7 +252,7 @@ class TransferExchange(Exchange):
     logits = self._predict(model, round_num)
     if covered is not None:
       logits = knowledge.without_rows(logits, covered)
-    return self._rule.encode(logits)
+    return self.rule.encode(logits)
 
   def _predict(self, model, round_num):
     return knowledge.predict_logits(
@@ -252,22 +260,22 @@ class TransferExchange(Exchange):
     )
 
   def message_bits(self, payload, client_state):
-    if not self._rule.is_coded:
+    if not self.rule.is_coded:
       return None
-    alone = self._rule.message_bits(payload)
+    alone = self.rule.message_bits(payload)
     if not self.keeps_sent:
       return alone
     return tf.where(
         client_state.sent_round < 0,
         alone,
-        self._rule.message_bits(payload, client_state.sent),
+        self.rule.message_bits(payload, client_state.sent),
     )
 
   def coded_bytes(self):
     return process.CodedBytes(*(
         rule.first_message_bytes(*self._shape)
         if rule is not None and rule.is_coded else None
-        for rule in (self._relabelling, self._rule)
+        for rule in (self._relabelling, self.rule)
     ))
 
 
@@ -298,16 +306,16 @@ class ClassExchange(Exchange):
   Distillation and Augmentation under Non-IID Private Data" (2018), Algorithm 1.
   """
 
-  keeps_sent = True
-  # A client's own part is left out of sums, as it sent it.
-  needs_equal_weights = True
-
-  def __init__(self, student: models.ModelSpec, weight: float):
+  def __init__(
+      self, student: models.ModelSpec, weight: float, *, leaves_own_out: bool = True
+  ):
     """Initializes the exchange.
 
     Args:
       student: The clients' model; one prediction an example or a position.
       weight: Of the distillation term in the clients' loss.
+      leaves_own_out: Whether a client's own part is taken out of its target, as in the
+        paper; that needs the exact sums.
 
     Raises:
       ValueError: If the weight is not above 0, or there are no classes to tell apart.
@@ -318,12 +326,18 @@ class ClassExchange(Exchange):
           f'{weight!r}.'
       )
     self._classes, self._weight = student.logits_shape[-1], weight
+    self._student = student
+    self.keeps_sent = self.needs_equal_weights = leaves_own_out
     labels = tf.nest.flatten(models.split_batch(student.input_spec)[1])
     if self._classes < 2 or len(labels) != 1 or not labels[0].dtype.is_integer:
       raise ValueError(
           'Knowledge by class needs class indices as labels and two logits or more, '
           f'found labels {labels} and {self._classes} logits.'
       )
+
+  def with_inexact_sums(self):
+    # Of such sums nobody can take out its own part.
+    return ClassExchange(self._student, self._weight, leaves_own_out=False)
 
   def payload_spec(self):
     return knowledge.KnowledgePayload(
@@ -345,16 +359,19 @@ class ClassExchange(Exchange):
 
   def build_learning(self, model):
     def run(broadcast, client_state):
-      sums = broadcast.shared
-      # Before the first round both are -1, and the client has sent nothing.
-      is_in = tf.equal(client_state.sent_round, broadcast.shared_round)
-      own = tf.cast(is_in, tf.float32)
-      values = sums.values - own * client_state.sent.values
-      counts = sums.weights - own * client_state.sent.weights
-      # Counts are whole numbers, give or take rounding.
-      mask = tf.cast(counts > 0.5, tf.float32)
+      values, counts = broadcast.shared
+      min_count = 0.0
+      if self.keeps_sent:
+        # Before the first round both are -1, and the client has sent nothing.
+        is_in = tf.equal(client_state.sent_round, broadcast.shared_round)
+        own = tf.cast(is_in, tf.float32)
+        values -= own * client_state.sent.values
+        counts -= own * client_state.sent.weights
+        min_count = 0.5  # They are whole numbers, give or take rounding.
+      is_known = counts > min_count
+      mask = tf.cast(is_known, tf.float32)
       targets = tf.math.divide_no_nan(
-          values, tf.where(counts > 0.5, counts, 0.0)[:, tf.newaxis]
+          values, tf.where(is_known, counts, 0.0)[:, tf.newaxis]
       )
       term = _ClassTargets(self._weight, targets, mask)
       return (term,), tf.reduce_any(mask > 0.0)
@@ -417,6 +434,8 @@ def build_private_process(
     keeps_models: bool = True,
     learning_rate_fn: Optional[client_work_lib.LearningRateFn] = None,
     reporting: Optional[conditions_lib.Reporting] = None,
+    privacy: Optional[differential.DifferentialPrivacy] = None,
+    secure_aggregation: Optional[secure_lib.SecureAggregation] = None,
     seed: int = 0,
 ) -> process.PrivateProcess:
   """Composes a round of clients that keep their models, or what they sent.
@@ -441,6 +460,8 @@ def build_private_process(
     learning_rate_fn: Maps a round's number, an int32 tensor from 0, to the clients'
       learning rate in it; needs a TFF optimizer.
     reporting: As of `build_distillation_process`.
+    privacy: Likewise.
+    secure_aggregation: Likewise.
     seed: With the round number, decides the order of the transfer examples.
 
   Returns:
@@ -486,6 +507,19 @@ def build_private_process(
           'must weigh as much as others: `staleness_power` must be 0, found '
           f'{reporting.staleness_power}.'
       )
+  guard = process.Guard(('knowledge',), privacy, secure_aggregation)
+  _, knowledge_aggregator = process.build_guarded_aggregators(
+      guard,
+      None,
+      knowledge_aggregator,
+      weightings=dict(knowledge_weighting=knowledge_weighting),
+      metrics_aggregator=metrics_aggregator,
+      rule=exchange.rule,
+      has_cohorts=students.has_cohorts,
+      reporting=reporting,
+  )
+  if privacy is not None or secure_aggregation is not None:
+    exchange = exchange.with_inexact_sums()
   hparams = optimizers.initial_hparams(client_optimizer)
   payload_spec = exchange.payload_spec()
   payload_type = tff.types.tensorflow_to_type(payload_spec)
@@ -675,16 +709,18 @@ def build_private_process(
           num_taught=tf.cast(has_learned, tf.int32),
           **counts,
       )
+      if privacy is not None:
+        counts = client_work_lib.public_participation(conditions)
       bits = exchange.message_bits(payload, client_state)
       if bits is not None:
         counts['knowledge_bits'] = tf.where(included, bits, tf.zeros_like(bits))
-      metrics = model.report_local_unfinalized_metrics()
+      metrics = model.report_local_unfinalized_metrics() if privacy is None else ()
       output = client_work_lib.ClientOutput(
           update=client_work_lib.ClientUpdate(
               model=(),
               knowledge=tf.nest.map_structure(lambda t: t * factor, payload),
           ),
-          weight=client_work_lib.ClientUpdate(model=weight, knowledge=weight),
+          weight=client_work_lib.ClientUpdate(model=(), knowledge=weight),
           metrics=metrics,
           participation=counts,
       )
@@ -707,11 +743,14 @@ def build_private_process(
   output_type, _ = client_computation.type_signature.result
   with tf.Graph().as_default():
     metric_finalizers = student.blank_model_fn().metric_finalizers()
+  if privacy is not None:
+    metric_finalizers = collections.OrderedDict()
   aggregator, aggregated_bytes = aggregation.build_client_output_aggregator(
       output_type,
       metric_finalizers,
       knowledge_factory=knowledge_aggregator,
       metrics_aggregator=metrics_aggregator,
+      secure=secure_aggregation,
   )
   server_distillation = None
   if server_stage is not None:
@@ -883,4 +922,5 @@ def build_private_process(
       transfer_set=transfer_set,
       coded_bytes=exchange.coded_bytes(),
       aggregated_bytes=aggregated_bytes,
+      guard=guard,
   )

@@ -31,6 +31,8 @@ from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import server_distillation as server_distillation_lib
 from tff_kd import transfer
+from tff_kd.privacy import differential
+from tff_kd.privacy import secure as secure_lib
 
 class DistillationState(NamedTuple):
   """The state of a distillation process.
@@ -83,6 +85,23 @@ class CodedBytes(NamedTuple):
 _NOT_CODED = CodedBytes()
 
 
+class Guard(NamedTuple):
+  """How what clients send is guarded.
+
+  Attributes:
+    channels: What they send, of 'model' and 'knowledge'.
+    privacy: The `DifferentialPrivacy`, or `None`.
+    secure_aggregation: The `SecureAggregation`, or `None`.
+  """
+
+  channels: tuple[str, ...] = ()
+  privacy: Optional[differential.DifferentialPrivacy] = None
+  secure_aggregation: Optional[secure_lib.SecureAggregation] = None
+
+
+_NO_GUARD = Guard()
+
+
 class DistillationProcess(tff.learning.templates.LearningProcess):
   """A `LearningProcess` for a student that may also carry a teacher.
 
@@ -100,6 +119,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
     coded_bytes: The `CodedBytes` of one message without a previous one.
     exchanged_bytes: What a client moves down and up in a companion's exchange.
     aggregated_bytes: What a client hands to each channel's own aggregator, by channel.
+    guard: How what clients send is private and secure.
   """
 
   def __init__(
@@ -115,6 +135,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
       coded_bytes: CodedBytes = _NOT_CODED,
       exchanged_bytes: tuple[int, int] = (0, 0),
       aggregated_bytes: Mapping[str, int] = types.MappingProxyType({}),
+      guard: Guard = _NO_GUARD,
       **kwargs,
   ):
     super().__init__(*args, **kwargs)
@@ -129,6 +150,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
     self.coded_bytes = coded_bytes
     self.exchanged_bytes = exchanged_bytes
     self.aggregated_bytes = aggregated_bytes
+    self.guard = guard
 
   @property
   def get_teacher_weights(self) -> tff.Computation:
@@ -199,6 +221,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
     coded_bytes: The `CodedBytes` of one message without a previous one.
     exchanged_bytes: What a client moves down and up in a companion's exchange.
     aggregated_bytes: What a client hands to each channel's own aggregator, by channel.
+    guard: How what clients send is private and secure.
   """
 
   def __init__(
@@ -220,6 +243,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
       coded_bytes: CodedBytes = _NOT_CODED,
       exchanged_bytes: tuple[int, int] = (0, 0),
       aggregated_bytes: Mapping[str, int] = types.MappingProxyType({}),
+      guard: Guard = _NO_GUARD,
   ):
     super().__init__(initialize_fn, next_fn)
     self.initialize_client = initialize_client_fn
@@ -237,6 +261,7 @@ class PrivateProcess(tff.templates.IterativeProcess):
     self.coded_bytes = coded_bytes
     self.exchanged_bytes = exchanged_bytes
     self.aggregated_bytes = aggregated_bytes
+    self.guard = guard
 
 
 def build_distillation_process(
@@ -260,6 +285,8 @@ def build_distillation_process(
     companion: Optional[companions.Companion] = None,
     learning_rate_fn: Optional[client_work_lib.LearningRateFn] = None,
     reporting: Optional[conditions_lib.Reporting] = None,
+    privacy: Optional[differential.DifferentialPrivacy] = None,
+    secure_aggregation: Optional[secure_lib.SecureAggregation] = None,
     seed: int = 0,
 ) -> Union[DistillationProcess, PrivateProcess]:
   """Composes the stages of one round into a learning process.
@@ -293,6 +320,9 @@ def build_distillation_process(
       `build_weighted_fed_avg_with_optimizer_schedule`; needs a TFF optimizer.
     reporting: How late, partial and too few reports are taken. `next` then takes
       {'data': number, 'conditions': `ClientConditions`} a client. Needs `client_data`.
+    privacy: Makes what clients send differentially private, all channels together; no
+      client's metrics are then released. Needs UNIFORM weights.
+    secure_aggregation: Sums what clients send as a secure protocol would.
     seed: With the round number, decides the server's order of examples.
 
   Returns:
@@ -337,6 +367,25 @@ def build_distillation_process(
     consensus_rule.payload_spec(student.logits_shape, transfer_set.num_predictions)
   _check_companion(companion, consensus_rule if uses_ensemble else None, client_data)
   has_client_state = companion is not None and companion.has_client_state
+  guard = Guard(
+      ('model', 'knowledge') if uses_ensemble else ('model',),
+      privacy,
+      secure_aggregation,
+  )
+  model_aggregator, knowledge_aggregator = build_guarded_aggregators(
+      guard,
+      model_aggregator,
+      knowledge_aggregator,
+      weightings=dict(
+          client_weighting=client_weighting,
+          knowledge_weighting=knowledge_weighting or client_weighting,
+      ),
+      metrics_aggregator=metrics_aggregator,
+      rule=consensus_rule if uses_ensemble else None,
+      has_cohorts=students.has_cohorts,
+      reporting=reporting,
+      companion=companion,
+  )
 
   client_work = client_work_lib.build_client_work(
       students,
@@ -354,6 +403,7 @@ def build_distillation_process(
       companion=companion,
       learning_rate_fn=learning_rate_fn,
       reporting=reporting,
+      releases_metrics=privacy is None,
   )
   broadcast_type = client_work.broadcast_type
   broadcasts = client_work.broadcast_history
@@ -364,6 +414,7 @@ def build_distillation_process(
       model_factory=model_aggregator,
       knowledge_factory=knowledge_aggregator,
       metrics_aggregator=metrics_aggregator,
+      secure=secure_aggregation,
   )
   finalizer = build_student_finalizer(students, server_optimizer)
   server_distillation = None
@@ -613,6 +664,7 @@ def build_distillation_process(
       coded_bytes=coded_bytes,
       exchanged_bytes=companion.exchange_bytes() if companion is not None else (0, 0),
       aggregated_bytes=aggregated_bytes,
+      guard=guard,
   )
   get_model_weights = build_getter('global_model_weights')
   set_model_weights = build_setter('global_model_weights')
@@ -711,6 +763,61 @@ def build_skipping(
     return state_type.python_container(**fields), tf.cast(skipped, tf.int32)
 
   return keep_or_skip
+
+
+def build_guarded_aggregators(
+    guard: Guard,
+    model_aggregator: Optional[aggregation.AggregationFactory],
+    knowledge_aggregator: Optional[aggregation.AggregationFactory],
+    *,
+    weightings: Mapping[str, tff.learning.ClientWeighting],
+    metrics_aggregator: Any,
+    rule: Optional[knowledge.ConsensusRule],
+    has_cohorts: bool,
+    reporting: Optional[conditions_lib.Reporting],
+    companion: Optional[companions.Companion] = None,
+) -> tuple[Any, Any]:
+  """The factories of both channels: those given, or those of the guard.
+
+  Args:
+    guard: How what clients send is guarded.
+    model_aggregator: As given.
+    knowledge_aggregator: As given.
+    weightings: Clients' weights, by the argument that says so.
+    metrics_aggregator: As given.
+    rule: How predictions are combined; `None` without a transfer set.
+    has_cohorts: Whether there are several.
+    reporting: As given.
+    companion: As given.
+
+  Raises:
+    TypeError, ValueError: If a guarantee would be false, or the parts do not fit.
+  """
+  given = dict(model=model_aggregator, knowledge=knowledge_aggregator)
+  if guard.privacy is not None:
+    differential.check_private(
+        guard.privacy,
+        has_cohorts=has_cohorts,
+        weightings=weightings,
+        aggregators={f'{name}_aggregator': its for name, its in given.items()},
+        metrics_aggregator=metrics_aggregator,
+        rule=rule,
+        reporting=reporting,
+        companion=companion,
+    )
+  factories = differential.build_aggregators(
+      guard.channels,
+      given,
+      privacy=guard.privacy,
+      secure=guard.secure_aggregation,
+      # A client with conditions may predict on some of the examples only.
+      has_unit_weights=(
+          rule is not None and rule.has_unit_weights and reporting is None
+      ),
+      rule=rule,
+      companion=companion,
+  )
+  return factories['model'], factories['knowledge']
 
 
 def check_reporting(

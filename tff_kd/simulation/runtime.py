@@ -30,7 +30,7 @@ _START_TIMEOUT_S = 60.0
 # So often a computation may lose its worker before it is given up.
 _MAX_LOSSES = 3
 _CONTEXT_ARGS = dict(
-    compiler_fn=tff.backends.native.desugar_and_transform_to_native,
+    compiler_fn=contexts.compile_computation,
     transform_args=tff.tensorflow.transform_args,
     transform_result=tff.tensorflow.transform_result,
 )

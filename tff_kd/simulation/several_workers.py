@@ -567,7 +567,7 @@ def remote_runtime(
     pool = _Pool(workers, part_bytes)
     context = tff.framework.SyncExecutionContext(
         _ExecutorFactory(pool),
-        compiler_fn=tff.backends.native.desugar_and_transform_to_native,
+        compiler_fn=contexts.compile_computation,
         transform_args=tff.tensorflow.transform_args,
         transform_result=tff.tensorflow.transform_result,
     )

@@ -1,0 +1,16 @@
+"""What others can learn of a client: private and secure sums, and their accounts."""
+
+from tff_kd import _lazy
+
+__getattr__, __dir__ = _lazy.attach(
+    __name__,
+    {name: name for name in ('accounting', 'differential', 'secure')}
+    | {
+        name: 'accounting'
+        for name in (
+            'ClientSampling', 'composed_noise', 'find_noise_multiplier',
+            'PrivacyAccountant',
+        )
+    }
+    | {'DifferentialPrivacy': 'differential', 'SecureAggregation': 'secure'},
+)

@@ -1,0 +1,444 @@
+"""Differential privacy of what clients send: clipped, summed, and noised, by channel.
+
+The noise is added by the server to the sums (central differential privacy): others, who
+see the models and what is broadcast, learn little of any one client; the server itself
+must be trusted with the sums, and with what single clients send unless these are summed
+securely, too.
+"""
+
+import collections
+from collections.abc import Mapping, Sequence
+import dataclasses
+import math
+from typing import Any, Optional, Union
+
+import numpy as np
+import tensorflow as tf
+import tensorflow_federated as tff
+import tensorflow_privacy as tfp
+
+from tff_kd import knowledge
+from tff_kd.privacy import accounting
+from tff_kd.privacy import secure as secure_lib
+
+ADAPTIVE = 'adaptive'
+# As TFF's `gaussian_adaptive`.
+_INITIAL_CLIP, _QUANTILE, _CLIP_RATE = 0.1, 0.5, 0.2
+# Stands for no clip: an exact power of two, so that nothing is rounded.
+_NO_CLIP = 2.0**100
+# A noised weight below so many standard deviations is no weight.
+_MIN_WEIGHT_STDDEVS = 3.0
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class DifferentialPrivacy:
+  """How the sums of a round are made private. The unit is a client.
+
+  A client's part of a channel is scaled down to the L2 norm `*_clip`, all of its numbers
+  together (of predictions: over this round's payload). To their sum the server adds
+  Gaussian noise, and divides by `clients_per_round`, whoever came. Clients then all count
+  the same.
+
+  What a round costs is worth one Gaussian of `noise_multiplier`, however many channels
+  the algorithm sends: they share it (`noise_multipliers`).
+
+  Source: McMahan et al., "Learning Differentially Private Recurrent Language Models"
+  (ICLR 2018), Algorithm 1 with the fixed denominator; Andrew et al., "Differentially
+  Private Learning with Adaptive Clipping" (NeurIPS 2021), for the adaptive clip.
+
+  Attributes:
+    noise_multiplier: z, the noise's standard deviation by the clip; 0 for none.
+    clients_per_round: How many are expected in a round.
+    model_clip: Of the weight delta; 'adaptive' for the running median of norms, itself
+      estimated with noise that is part of z (TFF's); math.inf for none, if z is 0.
+    knowledge_clip: Likewise, of what is sent of the predictions.
+    knowledge_share: The share of the privacy that the predictions get where weights
+      travel, too, between 0 and 1.
+    channels: Which channels are noised, of 'model' and 'knowledge'; all that there are if
+      `None`. With one of them left out there is no guarantee at all: its epsilon is
+      infinite.
+  """
+
+  noise_multiplier: float
+  clients_per_round: int
+  model_clip: Union[float, str] = ADAPTIVE
+  knowledge_clip: Union[float, str] = ADAPTIVE
+  knowledge_share: float = 0.5
+  channels: Optional[Sequence[str]] = None
+
+  def __post_init__(self):
+    if not 0.0 <= self.noise_multiplier < math.inf:
+      raise ValueError(
+          '`noise_multiplier` must be finite, 0 or more, found '
+          f'{self.noise_multiplier!r}.'
+      )
+    if self.clients_per_round < 1:
+      raise ValueError(
+          f'`clients_per_round` must be 1 or more, found {self.clients_per_round!r}.'
+      )
+    if not 0.0 < self.knowledge_share < 1.0:
+      raise ValueError(
+          '`knowledge_share` must be between 0 and 1, found '
+          f'{self.knowledge_share!r}.'
+      )
+    if self.channels is not None and (
+        not self.channels or not set(self.channels) <= {'model', 'knowledge'}
+    ):
+      raise ValueError(
+          "`channels` must be of 'model' and 'knowledge', found "
+          f'{self.channels!r}.'
+      )
+    for name in ('model_clip', 'knowledge_clip'):
+      clip = getattr(self, name)
+      if clip == ADAPTIVE:
+        continue
+      if isinstance(clip, str) or not clip > 0.0:
+        raise ValueError(
+            f"`{name}` must be above 0, or 'adaptive', found {clip!r}."
+        )
+      if clip == math.inf and self.noise_multiplier:
+        raise ValueError(
+            f'`{name}` must be finite: noise in proportion to a clip that is not there '
+            'would be without bound, and any finite noise without a guarantee.'
+        )
+
+  def noise_multipliers(self, sent: Sequence[str]) -> dict[str, float]:
+    """z of each channel's own sum.
+
+    Args:
+      sent: The channels that the algorithm sends.
+
+    Returns:
+      By channel. 0 for one that is left out of `channels`. Composed, those of the others
+      are worth `noise_multiplier`.
+    """
+    private = [c for c in sent if self.channels is None or c in self.channels]
+    shares = {'model': 1.0 - self.knowledge_share, 'knowledge': self.knowledge_share}
+    total = sum(shares[c] for c in private)
+    return {
+        c: self.noise_multiplier / math.sqrt(shares[c] / total) if c in private else 0.0
+        for c in sent
+    }
+
+  def build_factory(
+      self,
+      channel: str,
+      sent: Sequence[str],
+      *,
+      has_unit_weights: bool = False,
+      secure: Optional[secure_lib.SecureAggregation] = None,
+  ) -> Optional[tff.aggregators.UnweightedAggregationFactory]:
+    """A factory of a channel's private mean.
+
+    Args:
+      channel: 'model' or 'knowledge'.
+      sent: The channels that the algorithm sends.
+      has_unit_weights: Of knowledge: whether its weights tell nothing of a client.
+      secure: A `SecureAggregation`, by which the clipped values are summed.
+
+    Returns:
+      The factory; `None` for a channel that is not private.
+    """
+    if self.channels is not None and channel not in self.channels:
+      return None
+    noise = self.noise_multipliers(sent)[channel]
+    clip = getattr(self, f'{channel}_clip')
+    clients = float(self.clients_per_round)
+    record_factory = None
+    if secure is not None:
+      if clip in (ADAPTIVE, math.inf) or secure.bits is not None:
+        raise ValueError(
+            f'A private and secure sum needs a `{channel}_clip` that is a number, which '
+            'is the range of its integers, and TFF\'s 32 bits: fewer would round the '
+            f'norm up beyond the clip. Found {clip!r} and bits={secure.bits!r}.'
+        )
+      record_factory = secure.build_sum(float(clip))
+    if clip == ADAPTIVE:
+      # So much that the estimate of the clip costs a quarter of the privacy at most.
+      stddev = max(0.05 * clients, noise)
+      divide = tff.aggregators.differential_privacy.adaptive_clip_noise_params
+      value_noise, stddev = divide(float(noise), clients, stddev if noise else None)
+      query = tfp.QuantileAdaptiveClipSumQuery(
+          initial_l2_norm_clip=_INITIAL_CLIP,
+          noise_multiplier=value_noise,
+          target_unclipped_quantile=_QUANTILE,
+          learning_rate=_CLIP_RATE,
+          clipped_count_stddev=stddev,
+          expected_num_records=clients,
+          geometric_update=True,
+      )
+    else:
+      bound = _NO_CLIP if clip == math.inf else float(clip)
+      query = tfp.GaussianSumQuery(l2_norm_clip=bound, stddev=bound * noise)
+    mean = tff.aggregators.DifferentiallyPrivateFactory(
+        tfp.NormalizedQuery(query, denominator=clients), record_factory
+    )
+    if channel == 'model':
+      return _FloatsOnlyFactory(mean)
+    min_weight = 0.0
+    if not has_unit_weights and noise:
+      if clip == ADAPTIVE:
+        raise ValueError(
+            'What these clients send of their predictions are sums and their weights, '
+            'and a noised weight is told from none by its clip: `knowledge_clip` must '
+            "be a number, found 'adaptive'."
+        )
+      min_weight = _MIN_WEIGHT_STDDEVS * noise * clip / clients
+    return _PrivateKnowledgeFactory(
+        mean, has_unit_weights=has_unit_weights, min_weight=min_weight
+    )
+
+
+def check_private(
+    dp: DifferentialPrivacy,
+    *,
+    has_cohorts: bool,
+    weightings: Mapping[str, tff.learning.ClientWeighting],
+    aggregators: Mapping[str, Any],
+    metrics_aggregator: Any,
+    rule: Optional[knowledge.ConsensusRule],
+    reporting: Any,
+    companion: Any,
+) -> None:
+  """Refuses what would make the guarantee false, each with its reason.
+
+  Args:
+    dp: How sums are made private.
+    has_cohorts: Whether there are several.
+    weightings: Clients' weights, by channel.
+    aggregators: The channels' own factories, or `None`.
+    metrics_aggregator: Or `None`.
+    rule: How predictions are combined, or `None`.
+    reporting: A `Reporting`, or `None`.
+    companion: A `companions.Companion`, or `None`.
+
+  Raises:
+    TypeError, ValueError: With the reason.
+  """
+  if not isinstance(dp, DifferentialPrivacy):
+    raise TypeError(
+        '`privacy` must be a `tff_kd.privacy.DifferentialPrivacy`, found '
+        f'{dp!r}.'
+    )
+
+  def refuse(what: str, why: str, remedy: str) -> None:
+    raise ValueError(f'With differential privacy {what}: {why} {remedy}')
+
+  for name, weighting in weightings.items():
+    if weighting is not tff.learning.ClientWeighting.UNIFORM:
+      refuse(
+          f'`{name}` must be UNIFORM, found {weighting}',
+          'how many examples a client has is its secret, and a weight without a bound '
+          'would make its part as large as it likes.',
+          'Pass `tff.learning.ClientWeighting.UNIFORM`.',
+      )
+  for name, aggregator in aggregators.items():
+    if aggregator is not None:
+      refuse(
+          f'`{name}` must be None, found {aggregator!r}',
+          'what another aggregation does to clipped values is not in the account.',
+          'Leave it out; `privacy` clips by itself.',
+      )
+  if metrics_aggregator is not None:
+    refuse(
+        '`metrics_aggregator` must be None',
+        "clients' metrics would be released without noise.",
+        'Leave it out, and evaluate the released models.',
+    )
+  if has_cohorts:
+    refuse(
+        'there can be one student only',
+        "how many of a round's clients are of each cohort is in no account.",
+        'Pass one `student_fn`.',
+    )
+  if rule is not None and rule.is_coded:
+    refuse(
+        f'the rule cannot be coded, found {rule!r}',
+        'the length of a code tells what is in it.',
+        'Pass the rule inside it.',
+    )
+  if reporting is not None and reporting.max_delay:
+    refuse(
+        f'`max_delay` must be 0, found {reporting.max_delay}',
+        'a client that is late could be in one sum twice, and who is chosen would '
+        'depend on the rounds before.',
+        'Build the process without delays.',
+    )
+  if companion is not None and companion.exchanges:
+    refuse(
+        f'there can be no {type(companion).__name__}',
+        'what it exchanges with clients is not noised by this.',
+        'Choose an algorithm without one.',
+    )
+
+
+class _FloatsOnlyFactory(tff.aggregators.UnweightedAggregationFactory):
+  """Says what cannot be noised."""
+
+  def __init__(self, inner: tff.aggregators.UnweightedAggregationFactory):
+    self._inner = inner
+
+  def create(self, value_type: tff.Type) -> tff.templates.AggregationProcess:
+    _check_floats(value_type)
+    return self._inner.create(value_type)
+
+
+class _PrivateKnowledgeFactory(tff.aggregators.UnweightedAggregationFactory):
+  """The private mean of `KnowledgePayload`s.
+
+  Weights that are 1 whoever the client is need no noise: the mean weight is 1. Others are
+  clipped and noised together with the values; where their mean does not stand out from
+  its noise, nothing counts as said.
+  """
+
+  def __init__(
+      self,
+      inner: tff.aggregators.UnweightedAggregationFactory,
+      *,
+      has_unit_weights: bool,
+      min_weight: float,
+  ):
+    self._inner = inner
+    self._has_unit_weights = has_unit_weights
+    self._min_weight = min_weight
+
+  def create(self, value_type: tff.Type) -> tff.templates.AggregationProcess:
+    value_type = tff.to_type(value_type)
+    _check_floats(value_type)
+    has_unit_weights, min_weight = self._has_unit_weights, self._min_weight
+
+    @tff.tensorflow.computation(value_type)
+    def select(payload):
+      fields = collections.OrderedDict(values=payload.values)
+      if not has_unit_weights:
+        fields['weights'] = payload.weights
+      return fields
+
+    inner = self._inner.create(select.type_signature.result)
+
+    @tff.tensorflow.computation(select.type_signature.result)
+    def finish(mean):
+      values = mean['values']
+      if has_unit_weights:
+        return knowledge.KnowledgePayload(values, tf.ones(value_type.weights.shape))
+      weights = mean['weights']
+      is_said = weights > min_weight
+      shape = [*weights.shape, *[1] * (values.shape.rank - weights.shape.rank)]
+      return knowledge.KnowledgePayload(
+          values=tf.where(tf.reshape(is_said, shape), values, 0.0),
+          weights=tf.where(is_said, weights, 0.0),
+      )
+
+    @tff.federated_computation(
+        inner.initialize.type_signature.result,
+        tff.FederatedType(value_type, tff.CLIENTS),
+    )
+    def next_fn(state, value):
+      aggregated = inner.next(state, tff.federated_map(select, value))
+      return tff.templates.MeasuredProcessOutput(
+          state=aggregated.state,
+          result=tff.federated_map(finish, aggregated.result),
+          measurements=aggregated.measurements,
+      )
+
+    return tff.templates.AggregationProcess(inner.initialize, next_fn)
+
+
+def _check_floats(value_type: tff.Type) -> None:
+  for leaf in tff.structure.flatten(value_type):
+    if not np.issubdtype(leaf.dtype, np.floating):
+      raise TypeError(
+          'Only floating numbers can be noised, found '
+          f'{value_type}: a layer that counts, such as one that normalizes by what it '
+          'has seen, cannot be in a private sum.'
+      )
+
+
+def build_accountant(
+    dp: DifferentialPrivacy, sent: Sequence[str], **kwargs
+) -> accounting.PrivacyAccountant:
+  """The accountant of a process.
+
+  Args:
+    dp: Of the process.
+    sent: The channels that it sends.
+    **kwargs: Further arguments of `PrivacyAccountant`.
+  """
+  return accounting.PrivacyAccountant(
+      list(dp.noise_multipliers(sent).values()), **kwargs
+  )
+
+
+def build_aggregators(
+    sent: Sequence[str],
+    aggregators: Mapping[str, Any],
+    *,
+    privacy: Optional[DifferentialPrivacy],
+    secure: Optional[secure_lib.SecureAggregation],
+    has_unit_weights: bool,
+    rule: Optional[knowledge.ConsensusRule],
+    companion: Any,
+) -> dict[str, Any]:
+  """The factories of a process's channels.
+
+  Args:
+    sent: The channels that it sends.
+    aggregators: Those it was given, or `None`, by channel; returned as they are where
+      neither of the next two is given.
+    privacy: How sums are made private, checked (`check_private`), or `None`.
+    secure: How they are secure, or `None`.
+    has_unit_weights: Whether the predictions' weights tell nothing of a client.
+    rule: How predictions are combined, or `None`.
+    companion: A `companions.Companion`, or `None`.
+
+  Raises:
+    TypeError, ValueError: If they do not go together.
+  """
+  if secure is not None:
+    _check_secure(sent, aggregators, secure, privacy, rule, companion)
+  factories = dict(aggregators)
+  for channel in sent:
+    factory = None
+    if privacy is not None:
+      factory = privacy.build_factory(
+          channel, sent, has_unit_weights=has_unit_weights, secure=secure
+      )
+    if factory is None and secure is not None:
+      factory = secure.build_mean(channel)
+    if factory is not None:
+      factories[channel] = factory
+  return factories
+
+
+def _check_secure(
+    sent: Sequence[str],
+    aggregators: Mapping[str, Any],
+    secure: secure_lib.SecureAggregation,
+    privacy: Optional[DifferentialPrivacy],
+    rule: Optional[knowledge.ConsensusRule],
+    companion: Any,
+) -> None:
+  if not isinstance(secure, secure_lib.SecureAggregation):
+    raise TypeError(
+        '`secure_aggregation` must be a `tff_kd.privacy.SecureAggregation`, found '
+        f'{secure!r}.'
+    )
+  if privacy is None:
+    secure.check_channels(sent)
+  for name, aggregator in aggregators.items():
+    if aggregator is not None:
+      raise ValueError(
+          f'With secure aggregation `{name}_aggregator` must be None, found '
+          f'{aggregator!r}: it may need what single clients send.'
+      )
+  if rule is not None and rule.is_coded:
+    raise ValueError(
+        f'With secure aggregation the rule cannot be coded, found {rule!r}: what masks '
+        'hide cannot be told by a code. `SecureAggregation(bits=...)` makes its numbers '
+        'short.'
+    )
+  if companion is not None and companion.exchanges:
+    raise ValueError(
+        f'With secure aggregation there can be no {type(companion).__name__}: what it '
+        'exchanges with clients is not summed securely.'
+    )
