@@ -70,10 +70,11 @@ SHARDS = flags.DEFINE_integer(
 )
 
 # What hinders clients; all is drawn from the seed, the round and the client.
-SAMPLINGS = ['cyclic', 'uniform', 'weighted']
+SAMPLINGS = ['cyclic', 'poisson', 'uniform', 'weighted']
 SAMPLING = flags.DEFINE_enum(
     'sampling', 'uniform', SAMPLINGS,
-    "How a round's clients are chosen; weighted: by their number of examples."
+    "How a round's clients are chosen; weighted: by their number of examples; poisson: "
+    'each by itself, so that there are --clients_per_round in expectation.'
 )
 AVAILABILITY = flags.DEFINE_string(
     'availability', None, 'A CSV file of when clients can be reached: lines of client, '
@@ -154,6 +155,69 @@ KNOWLEDGE_BITS = flags.DEFINE_integer(
     lower_bound=1, upper_bound=16
 )
 
+# What others can learn of a client. --epsilon or --noise_multiplier turn on differential
+# privacy, of all that clients send.
+EPSILON = flags.DEFINE_float(
+    'epsilon', None, 'Differential privacy, of a client with all of its examples: the '
+    'budget at --delta. Finds the noise with which it is spent after --rounds, unless '
+    '--noise_multiplier gives that; ends before it is passed.', lower_bound=0.0,
+)
+DELTA = flags.DEFINE_float(
+    'delta', 1e-5, 'The delta of that; well below 1 / --num_clients.'
+)
+NOISE_MULTIPLIER = flags.DEFINE_float(
+    'noise_multiplier', None, 'The standard deviation of the noise by the clip, worth as '
+    'much as that of all channels together.', lower_bound=0.0,
+)
+_IS_CLIP = '--%s must be a number above 0, inf, or adaptive.'
+
+
+def _is_clip(text: str) -> bool:
+  try:
+    return text == 'adaptive' or float(text) > 0.0
+  except ValueError:
+    return False
+
+
+MODEL_CLIP = flags.DEFINE_string(
+    'model_clip', 'adaptive', "To what L2 norm a client's weight delta is scaled down; "
+    'adaptive: to the running median of norms, estimated privately.'
+)
+KNOWLEDGE_CLIP = flags.DEFINE_string(
+    'knowledge_clip', 'adaptive', 'Likewise, all that a client sends of its predictions '
+    'in a round.'
+)
+for _flag in (MODEL_CLIP, KNOWLEDGE_CLIP):
+  flags.register_validator(_flag, _is_clip, _IS_CLIP % _flag.name)
+KNOWLEDGE_SHARE = flags.DEFINE_float(
+    'knowledge_share', 0.5, 'The share of the privacy that predictions get where weights '
+    'travel, too.'
+)
+PRIVATE_CHANNELS = flags.DEFINE_list(
+    'private_channels', [], 'Noise on one channel only, model or knowledge, to see what '
+    'it does; where the other travels, too, that is no guarantee.'
+)
+SECURE_AGGREGATION = flags.DEFINE_bool(
+    'secure_aggregation', False, 'Clip, round and sum what clients send as a secure '
+    'protocol would. The simulation sums in the clear: it shows the numerics, and keeps '
+    'nothing secret.'
+)
+SECURE_BITS = flags.DEFINE_integer(
+    'secure_bits', None, 'Of that: bits of a number, summed under a modulus; needs '
+    '--secure_model_bound and --secure_knowledge_bound. 32 if unset.', lower_bound=2,
+    upper_bound=24,
+)
+SECURE_MODEL_BOUND = flags.DEFINE_float(
+    'secure_model_bound', None, "The largest number in a client's weight delta; it is "
+    'estimated if unset.'
+)
+SECURE_KNOWLEDGE_BOUND = flags.DEFINE_float(
+    'secure_knowledge_bound', None, 'Likewise, in what it sends of its predictions.'
+)
+PRIVACY_FLAGS = [
+    'delta', 'model_clip', 'knowledge_clip', 'knowledge_share', 'private_channels',
+]
+
 # Models and local training.
 STUDENT = flags.DEFINE_list(
     'student', ['document'], f'The student model, of {MODELS}. Several, separated by '
@@ -194,8 +258,9 @@ SERVER_RATE = flags.DEFINE_float(
     'server_learning_rate', 1.0, 'Its rate.', lower_bound=0.0
 )
 WEIGHTING = flags.DEFINE_enum(
-    'client_weighting', 'num_examples', ['num_examples', 'uniform'],
-    'A client\'s weight in both means.',
+    'client_weighting', None, ['num_examples', 'uniform'],
+    "A client's weight in both means; num_examples if unset, uniform where they are "
+    'private.',
 )
 LOCAL_TARGET = flags.DEFINE_enum(
     'local_target', 'none', ['none', 'student', 'student_history', 'teacher'],
@@ -407,7 +472,7 @@ AVERAGING_FLAGS = [
     'server_optimizer', 'server_learning_rate', 'client_weighting', 'local_target',
     'local_weight', 'local_temperature', 'history_size', 'proximal_weight',
     'not_true_weight', 'not_true_temperature', 'robust_model', 'model_norm_bound',
-    'model_bits',
+    'model_bits', 'model_clip', 'secure_model_bound',
 ]
 
 
@@ -415,6 +480,10 @@ def is_taken(algorithm: algorithms.Algorithm, name: str) -> bool:
   """Whether a flag has an effect with an algorithm."""
   if name in AVERAGING_FLAGS:
     return algorithm.averages
+  if name in ('knowledge_clip', 'secure_knowledge_bound'):
+    return algorithm.takes('transfer_set') or algorithm.takes('regularizer_weight')
+  if name == 'knowledge_share':
+    return algorithm.averages and algorithm.takes('transfer_set')
   if name == 'pretrain_epochs' and not algorithm.averages:
     return algorithm.takes('pretraining_epochs')
   if name in ('consensus', 'prediction_top', 'knowledge_bits') and (

@@ -6,9 +6,11 @@ import csv
 import dataclasses
 import datetime
 import functools
+import hashlib
 import inspect
 import json
 import pathlib
+import secrets
 import sys
 from typing import Any, Optional, Union
 
@@ -27,6 +29,7 @@ from tff_kd import algorithms
 from tff_kd import cohorts
 from tff_kd import keras_models
 from tff_kd import knowledge
+from tff_kd import privacy
 from tff_kd import robust
 from tff_kd import server_distillation
 
@@ -40,6 +43,8 @@ _CLIENT_BYTES = tff_kd.communication.CLIENT_BYTES
 RESULTS = 'results.json'
 # The smallest array that is rounded on its way up.
 _ROUNDED_FROM = 1000
+# The privacy ledger, in a run folder.
+_LEDGER = 'privacy.json'
 # Of the models trained on the server's labels alone, for the table.
 _ALONE_EPOCHS = 40
 
@@ -113,12 +118,166 @@ def _check_flags(algorithm: algorithms.Algorithm) -> None:
     refuse('trimmed_share', 'without trimmed_mean')
   if not args.MAX_DELAY.value:
     refuse('staleness_power', 'without --max_delay')
+  if _is_private():
+    _check_private_flags()
+  else:
+    for name in args.PRIVACY_FLAGS:
+      refuse(name, 'without --epsilon or --noise_multiplier')
+  if not args.SECURE_AGGREGATION.value:
+    for name in ('secure_bits', 'secure_model_bound', 'secure_knowledge_bound'):
+      refuse(name, 'without --secure_aggregation')
   if _must_resume() and not args.OUTPUT_DIR.value:
     raise UserError('--resume needs the --output_dir of the run to go on with.')
   if not args.WORKERS.value:
     refuse('tls_dir', 'without --workers')
   if args.TLS_DIR.value:
     refuse('allow_open', 'with --tls_dir')
+
+
+def _is_private() -> bool:
+  return args.EPSILON.value is not None or args.NOISE_MULTIPLIER.value is not None
+
+
+def _check_private_flags() -> None:
+  """Refuses what would make the guarantee false, where the process does not see it."""
+  flag = flags.FLAGS['compare_with_fed_avg']
+  if flag.present and flag.value:
+    raise UserError(
+        '--compare_with_fed_avg would train the same clients without noise, and with '
+        'that what differential privacy promises them is void. Leave it out, and compare '
+        'with a run of its own.'
+    )
+  if args.AVAILABILITY.value is not None:
+    raise UserError(
+        '--availability and differential privacy do not go together: the fewer clients '
+        'can be reached, the more likely each of them is chosen, and that is not in the '
+        'account. Leave one out.'
+    )
+  if args.SAMPLING.value == 'weighted':
+    raise UserError(
+        '--sampling=weighted and differential privacy do not go together: clients would '
+        'be chosen by how many examples they have, which is their secret. Take poisson, '
+        'uniform or cyclic.'
+    )
+  if args.PRIVATE_CHANNELS.value and args.EPSILON.value is not None:
+    raise UserError(
+        '--private_channels leaves the other channel without noise, so that there is no '
+        'noise with which --epsilon would hold. Leave it out; or give '
+        '--noise_multiplier in place of --epsilon, to see what noise does.'
+    )
+
+
+def _sampling() -> privacy.ClientSampling:
+  return privacy.ClientSampling(
+      num_clients=args.NUM_CLIENTS.value,
+      clients_per_round=args.CLIENTS_PER_ROUND.value,
+      sampling=args.SAMPLING.value,
+  )
+
+
+def _guards() -> dict[str, Any]:
+  """How what clients send is private and secure: arguments of a process."""
+  found = {}
+  if _is_private():
+    noise = args.NOISE_MULTIPLIER.value
+    if noise is None:
+      noise = privacy.find_noise_multiplier(
+          args.EPSILON.value, args.DELTA.value, args.ROUNDS.value, _sampling()
+      )
+
+    def clip(text: str) -> Union[float, str]:
+      return text if text == 'adaptive' else float(text)
+
+    found['privacy'] = privacy.DifferentialPrivacy(
+        noise_multiplier=noise,
+        clients_per_round=args.CLIENTS_PER_ROUND.value,
+        model_clip=clip(args.MODEL_CLIP.value),
+        knowledge_clip=clip(args.KNOWLEDGE_CLIP.value),
+        knowledge_share=args.KNOWLEDGE_SHARE.value,
+        channels=args.PRIVATE_CHANNELS.value or None,
+    )
+  if args.SECURE_AGGREGATION.value:
+    found['secure_aggregation'] = privacy.SecureAggregation(
+        model_bound=args.SECURE_MODEL_BOUND.value,
+        knowledge_bound=args.SECURE_KNOWLEDGE_BOUND.value,
+        bits=args.SECURE_BITS.value,
+        # With late ones, more may report than were chosen.
+        max_clients=args.NUM_CLIENTS.value,
+    )
+  return found
+
+
+def _check_disjoint(task: tff_kd.data.Task) -> None:
+  """Refuses server examples that are clients', too: no noise would hide them."""
+
+  def keys(examples) -> list[bytes]:
+    flat = np.ascontiguousarray(examples.inputs).reshape(len(examples), -1)
+    return [hashlib.sha256(row.tobytes()).digest() for row in flat]
+
+  of_clients = set(keys(task.clients))
+  for name in ('transfer', 'validation'):
+    shared = sum(key in of_clients for key in keys(getattr(task, name)))
+    if shared:
+      raise UserError(
+          f"{shared} of the server's {name} examples are clients' examples, too: what "
+          'the server has in the clear no noise can hide. Take them out of one of the '
+          'two.'
+      )
+
+
+def _accountant(
+    process, run_dir: pathlib.Path
+) -> Optional[privacy.PrivacyAccountant]:
+  """The accountant of a private run, whose ledger is in its folder."""
+  if process.guard.privacy is None:
+    return None
+  return privacy.differential.build_accountant(
+      process.guard.privacy,
+      process.guard.channels,
+      sampling=_sampling(),
+      delta=args.DELTA.value,
+      max_epsilon=np.inf if args.EPSILON.value is None else args.EPSILON.value,
+      ledger_path=run_dir / _LEDGER,
+  )
+
+
+def _secret_seed(run_dir: pathlib.Path) -> int:
+  """Who takes part is drawn from this, which nobody can guess, as the account wants."""
+  path = run_dir / _LEDGER
+  if not path.exists():
+    if (run_dir / 'metrics.csv').exists():
+      raise UserError(
+          f'{path} is not there, so that what the rounds of this run have spent is not '
+          'known. Bring it back from a copy, or name another --output_dir.'
+      )
+    privacy.accounting.write_ledger(
+        path, {'rounds': 0, 'sampling_seed': secrets.randbits(62)}
+    )
+  return privacy.accounting.read_ledger(path)['sampling_seed']
+
+
+def _print_guards(process, accountant: Optional[privacy.PrivacyAccountant]) -> None:
+  names = {'model': 'weights', 'knowledge': 'predictions'}
+  if accountant is not None:
+    noise = process.guard.privacy.noise_multipliers(process.guard.channels)
+    print(
+        'Differential privacy, of a client with all of its examples ('
+        f'{accountant.sampling.neighbors}; {args.SAMPLING.value} sampling): noise '
+        + ', '.join(f'{z:.3g} x clip on {names[c]}' for c, z in noise.items())
+        + f'; epsilon {accountant.epsilon(args.ROUNDS.value):.3g} at delta '
+        f'{accountant.delta:g} after {args.ROUNDS.value} rounds. It is against those who '
+        'see models and broadcasts; the server adds the noise, and is trusted.'
+    )
+    if _clients(process) is not None:
+      print(
+          "The accuracy of clients' own models is the simulator's look at what never "
+          'leaves them: it is in no account.'
+      )
+  if process.guard.secure_aggregation is not None:
+    print(
+        'Secure aggregation: its numerics only. This simulation sums in the clear and '
+        'keeps nothing secret.'
+    )
 
 
 def _must_resume() -> bool:
@@ -256,7 +415,7 @@ def common_arguments(
       metrics_fn=task.metrics_fn,
       client_optimizer=_OPTIMIZERS[args.CLIENT_OPTIMIZER.value](args.CLIENT_RATE.value),
       server_optimizer=_OPTIMIZERS[args.SERVER_OPTIMIZER.value](args.SERVER_RATE.value),
-      client_weighting=tff.learning.ClientWeighting[args.WEIGHTING.value.upper()],
+      client_weighting=tff.learning.ClientWeighting[_weighting().upper()],
       model_aggregator=_aggregator(
           'model', args.ROBUST_MODEL.value, args.MODEL_NORM_BOUND.value,
           args.MODEL_BITS.value,
@@ -283,6 +442,10 @@ def _by_cohort(
 def _clients(process) -> Optional[cohorts.Students]:
   """The models that clients keep, if they do."""
   return getattr(process, 'clients', None)
+
+
+def _weighting() -> str:
+  return args.WEIGHTING.value or ('uniform' if _is_private() else 'num_examples')
 
 
 def _local_arguments(algorithm: algorithms.Algorithm) -> dict[str, Any]:
@@ -356,7 +519,7 @@ def build_process(
     algorithm: algorithms.Algorithm, task: tff_kd.data.Task, common: dict[str, Any]
 ) -> Union[tff_kd.DistillationProcess, tff_kd.PrivateProcess]:
   """Builds the process from the flags."""
-  kwargs = dict(common, seed=args.SEED.value)
+  kwargs = dict(common, **_guards(), seed=args.SEED.value)
   if algorithm.averages:
     kwargs |= _local_arguments(algorithm)
   else:
@@ -585,7 +748,7 @@ def read_history(path: pathlib.Path) -> list[dict[str, float]]:
 
 def _train(
     process, initial_state, task, select_clients, run_dir, prefix, num_rounds,
-    patience, monitor,
+    patience, monitor, accountant=None,
 ) -> tuple[tff_kd.simulation.TrainingResult, list[dict[str, float]]]:
   """Trains with a progress bar; metrics, events and checkpoints in `run_dir`."""
   bar = tqdm.tqdm(
@@ -607,6 +770,8 @@ def _train(
     if 'test/teacher_accuracy' in metrics:
       shown['teacher'] = f"{metrics['test/teacher_accuracy']:.3f}"
     shown['MB/client'] = f'{moved / 1e6:.3g}'
+    if accountant is not None:
+      shown['epsilon'] = f'{accountant.epsilon():.3g}'
     bar.n = round_num
     bar.set_postfix(shown)
 
@@ -632,6 +797,7 @@ def _train(
             run_dir / f'{prefix}checkpoints'
         ),
         rounds_per_saving=args.ROUNDS_PER_CHECKPOINT.value,
+        accountant=accountant,
         release_managers=[
             tff.program.CSVFileReleaseManager(metrics_path, key_fieldname='round'),
             tff.program.TensorBoardReleaseManager(
@@ -673,9 +839,13 @@ def _open_run_dir() -> pathlib.Path:
           'name another --output_dir.'
       )
     before = json.loads(path.read_text())['flags']
+    free = set(args.FREE_ON_RESUME)
+    if args.NOISE_MULTIPLIER.value is not None:
+      free.add('epsilon')  # The budget only.
+    elif args.EPSILON.value is not None:
+      free.remove('rounds')  # The noise was found for them.
     changed = sorted(
-        name for name in config
-        if name not in args.FREE_ON_RESUME and config[name] != before.get(name)
+        name for name in config if name not in free and config[name] != before.get(name)
     )
     if changed:
       raise UserError(
@@ -780,6 +950,8 @@ def _set_up():
       input_share=args.INPUT_SHARE.value,
       seed=args.SEED.value,
   )
+  if _is_private():
+    _check_disjoint(task)
   participation = _participation(batches)
   common = common_arguments(task, batches)
   common['reporting'] = _reporting(participation)
@@ -792,11 +964,16 @@ def _set_up():
       ],
   )
   run_dir = _open_run_dir()
-  plots.plot_partition(
-      task.clients.labels, clients, task.num_classes,
-      f'{task.name}: {len(task.clients)} examples, {args.PARTITION.value}',
-      run_dir / 'partition.png',
-  )
+  accountant = None
+  if _is_private():
+    participation = dataclasses.replace(participation, seed=_secret_seed(run_dir))
+    accountant = _accountant(process, run_dir)
+  else:
+    plots.plot_partition(
+        task.clients.labels, clients, task.num_classes,
+        f'{task.name}: {len(task.clients)} examples, {args.PARTITION.value}',
+        run_dir / 'partition.png',
+    )
   print(
       f'{args.ALGORITHM.value} on {task.name}: {args.NUM_CLIENTS.value} clients with '
       f'{len(task.clients)} examples, {args.CLIENTS_PER_ROUND.value} a round; '
@@ -806,12 +983,13 @@ def _set_up():
   for name, spec in specs_of(process).items():
     size = sum(w.size for w in tf.nest.flatten(spec.initial_weights))
     print(f'{name}: {size:,} weights.')
+  _print_guards(process, accountant)
   print(f'Run folder: {run_dir}', flush=True)
-  return task, clients, process, common, participation, run_dir
+  return task, clients, process, common, participation, accountant, run_dir
 
 
 def _train_and_report(
-    task, clients, process, common, select_clients, run_dir
+    task, clients, process, common, select_clients, accountant, run_dir
 ) -> None:
   specs = specs_of(process)
   pretrained = {}
@@ -834,7 +1012,7 @@ def _train_and_report(
 
   result, history = _train(
       process, initial_state(process), task, select_clients, run_dir, '',
-      args.ROUNDS.value, args.PATIENCE.value or None, args.MONITOR.value,
+      args.ROUNDS.value, args.PATIENCE.value or None, args.MONITOR.value, accountant,
   )
   evaluation = _Evaluation(process, task)
   for name, (_, weights) in evaluation.models(result.best_state).items():
@@ -842,7 +1020,7 @@ def _train_and_report(
       _save_keras(specs[name], weights, run_dir / f'{name}.keras')
 
   baseline = None
-  if args.FEDAVG.value and args.ALGORITHM.value != 'fed_avg':
+  if args.FEDAVG.value and args.ALGORITHM.value != 'fed_avg' and accountant is None:
     tf.keras.utils.set_random_seed(args.SEED.value)
     fed_avg = algorithms.build_fed_avg(**common)
     fed_avg_bytes = tff_kd.communication.round_bytes(fed_avg)
@@ -853,7 +1031,7 @@ def _train_and_report(
         'fed_avg_', more_rounds, None, 'validation/student_accuracy',
     )
   _report(
-      task, clients, process, evaluation, result, history, baseline, run_dir
+      task, clients, process, evaluation, result, history, baseline, accountant, run_dir
   )
 
 
@@ -877,7 +1055,7 @@ def _print_ledger(history: list[dict[str, float]]) -> None:
 
 
 def _report(
-    task, clients, process, evaluation, result, history, baseline, run_dir
+    task, clients, process, evaluation, result, history, baseline, accountant, run_dir
 ) -> None:
   """Prints the table and draws the curves."""
   test_split = tff_kd.data.partition.matching(
@@ -979,6 +1157,8 @@ def _report(
               'rounds': result.round_num,
               'best_round': result.best_round,
               'best': test,
+              # Of all rounds: which one is best, all of them tell.
+              **({'epsilon': accountant.epsilon()} if accountant is not None else {}),
           },
           indent=2,
       )
@@ -988,12 +1168,19 @@ def _report(
   tables.print_table(rows)
   print()
   ending = 'converged' if result.converged else 'reached the number of rounds'
+  if result.budget_spent:
+    ending = 'another round would pass the privacy budget'
   print(
       f'Ended after round {result.round_num} ({ending}); the best round by '
       f'{args.MONITOR.value} is kept. Accuracy on {len(task.test)} test examples.'
   )
   print()
   _print_ledger(history)
+  if accountant is not None:
+    print(
+        f'Privacy: epsilon {accountant.epsilon():.4g} at delta {accountant.delta:g} for '
+        f'all that {accountant.rounds} rounds released ({accountant.sampling.neighbors}).'
+    )
   seconds = [row[tff_kd.simulation.ROUND_SECONDS] for row in history]
   print(f'Seconds per round: {np.median(seconds):.2f} (median).')
   if baseline is not None:

@@ -344,7 +344,7 @@ def build_client_work(
       )
       payload, knowledge_weight = (), ()
       if not releases_metrics:
-        counts = public_participation(conditions)
+        counts = public_participation()
       else:
         counts = participation(included, is_empty, bad_labels, finite)
         if reporting is not None:
@@ -529,21 +529,9 @@ def participation(
   )
 
 
-def public_participation(
-    conditions: Optional[conditions_lib.ClientConditions],
-) -> collections.OrderedDict[str, tf.Tensor]:
-  """A client's counts as far as they tell nothing of its examples, int32 scalars.
-
-  Args:
-    conditions: Its conditions, which are drawn whatever its examples are, or `None`.
-  """
-  counts = collections.OrderedDict(
-      num_clients=tf.constant(1), num_included=tf.constant(1)
-  )
-  if conditions is not None:
-    counts['num_included'] = tf.cast(conditions.reports, tf.int32)
-    counts['num_dropped_after_training'] = tf.cast(~conditions.reports, tf.int32)
-  return counts
+def public_participation() -> collections.OrderedDict[str, tf.Tensor]:
+  """A client's counts as far as they tell nothing of its examples, int32 scalars."""
+  return collections.OrderedDict(num_included=tf.constant(1))
 
 
 def client_weight(

@@ -1,7 +1,7 @@
 """Bytes of each channel, read off the computations' own types, or their code's."""
 
 from collections.abc import Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import tensorflow_federated as tff
@@ -146,7 +146,11 @@ def round_bytes(process: Any) -> RoundBytes:
   )
 
 
-def ledger(each: RoundBytes, metrics: Mapping[str, Any]) -> dict[str, float]:
+def ledger(
+    each: RoundBytes,
+    metrics: Mapping[str, Any],
+    expected_clients: Optional[int] = None,
+) -> dict[str, float]:
   """What the clients of one round moved, by channel.
 
   A client that was gone before it began received nothing, and one whose report did not
@@ -156,15 +160,19 @@ def ledger(each: RoundBytes, metrics: Mapping[str, Any]) -> dict[str, float]:
   Args:
     each: The process's `round_bytes`.
     metrics: The round's, flat, as `tff_kd.simulation.train` has them.
+    expected_clients: How many there are in expectation, of a private process, which
+      does not tell how many there were; they count as if nothing was lost.
 
   Returns:
     `bytes/` and the name of each channel of `RoundBytes` that the process has: the sum
     over the clients; `bytes/client`: what one that received and sent moved, in the mean.
   """
-  present = int(metrics[f'{_COUNTS}num_clients'])
-  senders = present - int(metrics.get(f'{_COUNTS}num_dropped_after_training', 0))
-  receivers = present
-  if 'participation/num_chosen' in metrics:
+  if expected_clients is not None:
+    senders = receivers = expected_clients
+  else:
+    receivers = int(metrics[f'{_COUNTS}num_clients'])
+    senders = receivers - int(metrics.get(f'{_COUNTS}num_dropped_after_training', 0))
+  if expected_clients is None and 'participation/num_chosen' in metrics:
     receivers = int(metrics['participation/num_chosen']) - int(
         metrics['participation/num_dropped_before_training']
     )

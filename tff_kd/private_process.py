@@ -351,6 +351,8 @@ class ClassExchange(Exchange):
     )
 
   def share(self, mean_payload, num_included, server_model, round_num):
+    if not self.keeps_sent:
+      return mean_payload
     # Sums, so that a client can take its own part out again.
     # Without any client the mean is no number.
     return tf.nest.map_structure(
@@ -710,7 +712,7 @@ def build_private_process(
           **counts,
       )
       if privacy is not None:
-        counts = client_work_lib.public_participation(conditions)
+        counts = client_work_lib.public_participation()
       bits = exchange.message_bits(payload, client_state)
       if bits is not None:
         counts['knowledge_bits'] = tf.where(included, bits, tf.zeros_like(bits))
@@ -893,7 +895,9 @@ def build_private_process(
       )
     metrics = tff.federated_zip(
         collections.OrderedDict(
-            client_work=aggregated.measurements.client_work,
+            client_work=(
+                aggregated.measurements.client_work if privacy is None else nothing
+            ),
             aggregator=aggregated.measurements.aggregator,
             server_distillation=distillation_metrics,
             round_skipped=skipped,

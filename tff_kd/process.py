@@ -588,7 +588,9 @@ def build_distillation_process(
     metrics = tff.federated_zip(
         collections.OrderedDict(
             distributor=distributed.measurements,
-            client_work=aggregated.measurements.client_work,
+            client_work=(
+                aggregated.measurements.client_work if privacy is None else nothing
+            ),
             aggregator=aggregated.measurements.aggregator,
             finalizer=finalized.measurements,
             server_distillation=distillation_metrics,

@@ -264,6 +264,12 @@ def check_private(
         'depend on the rounds before.',
         'Build the process without delays.',
     )
+  if reporting is not None and reporting.min_reports:
+    refuse(
+        f'`min_reports` must be 0, found {reporting.min_reports}',
+        'a round that is skipped tells how many clients came.',
+        'Build the process without it.',
+    )
   if companion is not None and companion.exchanges:
     refuse(
         f'there can be no {type(companion).__name__}',

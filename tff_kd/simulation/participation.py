@@ -11,7 +11,7 @@ import tensorflow_federated as tff
 
 from tff_kd import conditions
 
-SAMPLINGS = ('uniform', 'weighted', 'cyclic')
+SAMPLINGS = ('uniform', 'weighted', 'cyclic', 'poisson')
 # Keep the random streams of one seed apart.
 _SAMPLE_STREAM, _CLIENT_STREAM = 41, 42
 
@@ -97,7 +97,9 @@ class Participation:
   Attributes:
     num_clients: Clients are numbered from 0.
     clients_per_round: How many are chosen to begin in a round; fewer where fewer can be.
-    sampling: 'uniform'; 'weighted' by `weights`; 'cyclic', one after the other.
+      Of 'poisson', in expectation.
+    sampling: 'uniform'; 'weighted' by `weights`; 'cyclic', one after the other;
+      'poisson', each by itself with the probability `clients_per_round / num_clients`.
     weights: Numbers above 0 `[clients]`, for 'weighted', such as numbers of examples.
     availability: Which clients can be reached when; all always if `None`.
     dropout_before: The probability that a chosen client is gone before it begins.
@@ -254,7 +256,11 @@ class Participation:
       )
     return begun, {
         'num_chosen': len(chosen),
-        'num_missing': self.clients_per_round - len(chosen),
+        'num_missing': (
+            0
+            if self.sampling == 'poisson'
+            else self.clients_per_round - len(chosen)
+        ),
         'num_dropped_before_training': len(chosen) - len(begun),
         'num_begun_late': sum(its.reports_in > round_num for its in begun),
     }
@@ -265,6 +271,10 @@ class Participation:
         if client not in busy
         and (self.availability is None or (client, round_num) in self.availability)
     ]
+    if self.sampling == 'poisson':
+      rng = np.random.default_rng([self.seed, _SAMPLE_STREAM, round_num])
+      chosen = rng.random(self.num_clients) < self.clients_per_round / self.num_clients
+      return [client for client in free if chosen[client]]
     size = min(self.clients_per_round, len(free))
     if self.sampling == 'cyclic':
       first = (round_num - 1) * self.clients_per_round % self.num_clients

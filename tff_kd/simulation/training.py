@@ -13,6 +13,7 @@ import tensorflow_federated as tff
 
 from tff_kd import communication
 from tff_kd import process as process_lib
+from tff_kd.privacy import accounting
 from tff_kd.simulation import client_states as client_states_lib
 from tff_kd.simulation import participation
 
@@ -30,6 +31,7 @@ class TrainingResult(NamedTuple):
     best_round: The round that left `best_state`.
     history: One flat dict of metrics for each round run by this call.
     converged: Whether patience ended the training, not the number of rounds.
+    budget_spent: Whether the privacy budget did.
   """
 
   state: Any
@@ -38,6 +40,7 @@ class TrainingResult(NamedTuple):
   best_round: int
   history: list[dict[str, float]]
   converged: bool
+  budget_spent: bool = False
 
 
 class _Progress(NamedTuple):
@@ -47,6 +50,8 @@ class _Progress(NamedTuple):
   best_state: Any
   best_round: Any
   best_value: Any
+  # How many private rounds have begun; () without an accountant.
+  private_rounds: Any = ()
 
 
 def flatten_metrics(metrics: Any, prefix: str = '') -> dict[str, Any]:
@@ -75,6 +80,7 @@ def train(
     release_managers: Sequence[tff.program.ReleaseManager] = (),
     client_states: Optional[client_states_lib.ClientStates] = None,
     on_round: Optional[Callable[[int, Mapping[str, float]], None]] = None,
+    accountant: Optional[accounting.PrivacyAccountant] = None,
 ) -> TrainingResult:
   """Runs rounds until a number of them, or until a metric stops getting better.
 
@@ -104,6 +110,9 @@ def train(
       (`PrivateProcess`). `select_clients` then returns client numbers. It is part of
       what is saved: a resumed run goes on with what clients had at its checkpoint.
     on_round: Called with round number and flat metrics, after they are released.
+    accountant: Of a process with `privacy`: adds `privacy/epsilon` and
+      `privacy/rounds`, what all rounds so far have cost, to the metrics and the
+      checkpoints, and ends the training before its budget would be passed.
 
   Returns:
     A `TrainingResult`.
@@ -122,6 +131,10 @@ def train(
         '`patience` must be at least 1 and needs a metric to `monitor`, found '
         f'patience={patience}, monitor={monitor!r}.'
     )
+  privacy = None
+  if isinstance(process, (process_lib.DistillationProcess, process_lib.PrivateProcess)):
+    privacy = process.guard.privacy
+  _check_accountant(accountant, privacy, select_clients)
   moved = None
   if isinstance(process, (process_lib.DistillationProcess, process_lib.PrivateProcess)):
     moved = communication.round_bytes(process)
@@ -129,7 +142,10 @@ def train(
   # training loop looks for.
   with contextlib.closing(asyncio.new_event_loop()) as loop:
     state = process.initialize() if initial_state is None else initial_state
-    progress = _Progress(state, state, np.int32(0), np.float64(-math.inf))
+    progress = _Progress(
+        state, state, np.int32(0), np.float64(-math.inf),
+        () if accountant is None else np.int32(accountant.rounds),
+    )
     round_num = 0
     if program_state_manager is not None:
       saved, version = loop.run_until_complete(
@@ -137,6 +153,8 @@ def train(
       )
       if saved is not None:
         progress, round_num = saved, version
+        if accountant is not None:
+          accountant.restore(progress.private_rounds)
     saved_round = round_num
     if client_states is not None:
       client_states.rewind(round_num)
@@ -151,7 +169,13 @@ def train(
           and round_num - int(progress.best_round) >= patience
       )
 
+    budget_spent = False
     while round_num < num_rounds and not converged():
+      if accountant is not None:
+        if not accountant.allows_another_round():
+          budget_spent = True
+          break
+        accountant.begin_round()
       round_num += 1
       start = time.perf_counter()
       selected = select_clients(round_num)
@@ -167,12 +191,21 @@ def train(
           client_states.save(numbers, output.client_states, round_num)
       seconds = time.perf_counter() - start
       metrics = flatten_metrics(output.metrics)
-      if isinstance(select_clients, participation.Participation):
+      if isinstance(select_clients, participation.Participation) and (
+          # How many came is not in the account.
+          privacy is None or select_clients.sampling != 'poisson'
+      ):
         metrics |= flatten_metrics(
             select_clients.counts(round_num), 'participation/'
         )
       if moved is not None:
-        metrics |= communication.ledger(moved, metrics)
+        metrics |= communication.ledger(
+            moved, metrics, privacy.clients_per_round if privacy is not None else None
+        )
+      if accountant is not None:
+        metrics['privacy/epsilon'] = accountant.epsilon()
+        metrics['privacy/rounds'] = accountant.rounds
+        progress = progress._replace(private_rounds=np.int32(accountant.rounds))
       if evaluate is not None:
         metrics.update(evaluate(output.state))
       metrics[ROUND_SECONDS] = seconds
@@ -201,7 +234,42 @@ def train(
       best_round=int(progress.best_round),
       history=history,
       converged=converged(),
+      budget_spent=budget_spent,
   )
+
+
+def _check_accountant(
+    accountant: Optional[accounting.PrivacyAccountant],
+    privacy: Any,
+    select_clients: Callable[[int], Any],
+) -> None:
+  """Refuses an accountant of something else than what happens."""
+  if accountant is None:
+    return
+  if privacy is None:
+    raise ValueError(
+        'An `accountant` needs a process that is built with `privacy`: without it '
+        'nothing that clients send is private.'
+    )
+  if isinstance(select_clients, participation.Participation):
+    expected = accounting.ClientSampling(
+        num_clients=select_clients.num_clients,
+        clients_per_round=select_clients.clients_per_round,
+        sampling=select_clients.sampling,
+    )
+    if accountant.sampling != expected or (
+        select_clients.availability is not None or select_clients.max_delay
+    ):
+      raise ValueError(
+          'The `accountant` must be of the sampling that happens, without '
+          '`availability` and `max_delay`, which change from how many clients those of '
+          f'a round are chosen: found {accountant.sampling} and {select_clients}.'
+      )
+  if accountant.sampling.clients_per_round != privacy.clients_per_round:
+    raise ValueError(
+        'The `accountant` and the process must agree on `clients_per_round`, found '
+        f'{accountant.sampling.clients_per_round} and {privacy.clients_per_round}.'
+    )
 
 
 def _client_numbers(selected: Sequence[Any]) -> list[int]:
@@ -261,9 +329,13 @@ def _advance(
 ) -> _Progress:
   """The progress after a round: a better monitored value makes a new best."""
   if monitor is None:
-    return _Progress(state, state, np.int32(round_num), progress.best_value)
+    return progress._replace(
+        state=state, best_state=state, best_round=np.int32(round_num)
+    )
   value = np.float64(metrics[monitor])
   # False for a value that is not a number.
   if value > progress.best_value:
-    return _Progress(state, state, np.int32(round_num), value)
+    return progress._replace(
+        state=state, best_state=state, best_round=np.int32(round_num), best_value=value
+    )
   return progress._replace(state=state)
