@@ -147,6 +147,12 @@ def _check_private_flags() -> None:
         'that what differential privacy promises them is void. Leave it out, and compare '
         'with a run of its own.'
     )
+  if args.WEIGHTING.value == 'num_examples':
+    raise UserError(
+        '--client_weighting=num_examples and differential privacy do not go together: '
+        'how many examples a client has is its secret, and a weight without a bound '
+        'would make its part as large as it likes. Leave it out.'
+    )
   if args.AVAILABILITY.value is not None:
     raise UserError(
         '--availability and differential privacy do not go together: the fewer clients '
@@ -251,7 +257,7 @@ def _secret_seed(run_dir: pathlib.Path) -> int:
           'known. Bring it back from a copy, or name another --output_dir.'
       )
     privacy.accounting.write_ledger(
-        path, {'rounds': 0, 'sampling_seed': secrets.randbits(62)}
+        path, {'rounds': 0, 'sampling_seed': secrets.randbits(128)}
     )
   return privacy.accounting.read_ledger(path)['sampling_seed']
 

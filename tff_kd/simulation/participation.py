@@ -279,7 +279,9 @@ class Participation:
     if self.sampling == 'cyclic':
       first = (round_num - 1) * self.clients_per_round % self.num_clients
       return sorted(free, key=lambda its: (its - first) % self.num_clients)[:size]
-    if self.sampling == 'uniform' and len(free) == self.num_clients:
+    # TFF's takes 32 bits, which are too few for a secret.
+    is_for_tff = self.seed < 2**32 and len(free) == self.num_clients
+    if self.sampling == 'uniform' and is_for_tff:
       sample = tff.simulation.build_uniform_sampling_fn(free, random_seed=self.seed)
       return [int(its) for its in sample(round_num, size)]
     rng = np.random.default_rng([self.seed, _SAMPLE_STREAM, round_num])
