@@ -1,5 +1,7 @@
 """The flags of `pipelines.train`; imports no TensorFlow, so that `--help` is quick."""
 
+from typing import Optional
+
 from absl import flags
 
 from tff_kd import algorithms
@@ -172,9 +174,9 @@ NOISE_MULTIPLIER = flags.DEFINE_float(
 _IS_CLIP = '--%s must be a number above 0, inf, or adaptive.'
 
 
-def _is_clip(text: str) -> bool:
+def _is_clip(text: Optional[str]) -> bool:
   try:
-    return text == 'adaptive' or float(text) > 0.0
+    return text in (None, 'adaptive') or float(text) > 0.0
   except ValueError:
     return False
 
@@ -184,8 +186,8 @@ MODEL_CLIP = flags.DEFINE_string(
     'adaptive: to the running median of norms, estimated privately.'
 )
 KNOWLEDGE_CLIP = flags.DEFINE_string(
-    'knowledge_clip', 'adaptive', 'Likewise, all that a client sends of its predictions '
-    'in a round.'
+    'knowledge_clip', None, 'Likewise, all that a client sends of its predictions in a '
+    'round; adaptive if unset, but of fd 50.'
 )
 for _flag in (MODEL_CLIP, KNOWLEDGE_CLIP):
   flags.register_validator(_flag, _is_clip, _IS_CLIP % _flag.name)

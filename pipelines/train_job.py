@@ -45,6 +45,8 @@ RESULTS = 'results.json'
 _ROUNDED_FROM = 1000
 # The privacy ledger, in a run folder.
 _LEDGER = 'privacy.json'
+# Of fd, whose sums have weights that are secret, too.
+_FD_CLIP = 50.0
 # Of the models trained on the server's labels alone, for the table.
 _ALONE_EPOCHS = 40
 
@@ -181,7 +183,7 @@ def _sampling() -> privacy.ClientSampling:
   )
 
 
-def _guards() -> dict[str, Any]:
+def _guards(algorithm: algorithms.Algorithm) -> dict[str, Any]:
   """How what clients send is private and secure: arguments of a process."""
   found = {}
   if _is_private():
@@ -194,11 +196,14 @@ def _guards() -> dict[str, Any]:
     def clip(text: str) -> Union[float, str]:
       return text if text == 'adaptive' else float(text)
 
+    knowledge_clip = args.KNOWLEDGE_CLIP.value
+    if knowledge_clip is None:
+      knowledge_clip = _FD_CLIP if algorithm.takes('regularizer_weight') else 'adaptive'
     found['privacy'] = privacy.DifferentialPrivacy(
         noise_multiplier=noise,
         clients_per_round=args.CLIENTS_PER_ROUND.value,
         model_clip=clip(args.MODEL_CLIP.value),
-        knowledge_clip=clip(args.KNOWLEDGE_CLIP.value),
+        knowledge_clip=clip(knowledge_clip),
         knowledge_share=args.KNOWLEDGE_SHARE.value,
         channels=args.PRIVATE_CHANNELS.value or None,
     )
@@ -525,7 +530,7 @@ def build_process(
     algorithm: algorithms.Algorithm, task: tff_kd.data.Task, common: dict[str, Any]
 ) -> Union[tff_kd.DistillationProcess, tff_kd.PrivateProcess]:
   """Builds the process from the flags."""
-  kwargs = dict(common, **_guards(), seed=args.SEED.value)
+  kwargs = dict(common, **_guards(algorithm), seed=args.SEED.value)
   if algorithm.averages:
     kwargs |= _local_arguments(algorithm)
   else:
