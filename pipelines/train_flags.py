@@ -35,6 +35,10 @@ MONITOR = flags.DEFINE_string(
     'monitor', 'validation/student_accuracy',
     'The metric whose highest value makes the best round, a column of metrics.csv.'
 )
+EVALUATED_CLIENTS = flags.DEFINE_integer(
+    'evaluated_clients', 100, "Where clients keep models: of how many of these the mean "
+    'is reported, drawn once, by the seed.', lower_bound=1,
+)
 SEED = flags.DEFINE_integer(
     'seed', 0, 'Decides the split, the initial weights, who takes part and every '
     'order of examples.', lower_bound=0,

@@ -733,9 +733,10 @@ class _Evaluation:
     return metrics
 
   def _mean_over_clients(self, examples) -> dict[str, float]:
-    """Of all clients' own models; one that never took part has the initial one."""
+    """Of clients' own models; one that never took part has the initial one."""
     values = []
-    for number in range(args.NUM_CLIENTS.value):
+    numbers = np.random.default_rng(args.SEED.value).permutation(args.NUM_CLIENTS.value)
+    for number in sorted(numbers[:args.EVALUATED_CLIENTS.value].tolist()):
       (state,) = self._client_states.load([number])
       cohort = number % len(self._clients.specs)
       weights = self._clients.unpack(state.weights)[cohort]

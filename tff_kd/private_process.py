@@ -517,6 +517,7 @@ def build_private_process(
       weightings=dict(knowledge_weighting=knowledge_weighting),
       metrics_aggregator=metrics_aggregator,
       rule=exchange.rule,
+      num_predictions=transfer_set.num_predictions if transfer_set is not None else 1,
       has_cohorts=students.has_cohorts,
       reporting=reporting,
   )

@@ -382,6 +382,7 @@ def build_distillation_process(
       ),
       metrics_aggregator=metrics_aggregator,
       rule=consensus_rule if uses_ensemble else None,
+      num_predictions=transfer_set.num_predictions if uses_ensemble else 1,
       has_cohorts=students.has_cohorts,
       reporting=reporting,
       companion=companion,
@@ -775,6 +776,7 @@ def build_guarded_aggregators(
     weightings: Mapping[str, tff.learning.ClientWeighting],
     metrics_aggregator: Any,
     rule: Optional[knowledge.ConsensusRule],
+    num_predictions: int,
     has_cohorts: bool,
     reporting: Optional[conditions_lib.Reporting],
     companion: Optional[companions.Companion] = None,
@@ -788,6 +790,7 @@ def build_guarded_aggregators(
     weightings: Clients' weights, by the argument that says so.
     metrics_aggregator: As given.
     rule: How predictions are combined; `None` without a transfer set.
+    num_predictions: How many examples they are about.
     has_cohorts: Whether there are several.
     reporting: As given.
     companion: As given.
@@ -816,6 +819,7 @@ def build_guarded_aggregators(
       has_unit_weights=(
           rule is not None and rule.has_unit_weights and reporting is None
       ),
+      num_predictions=num_predictions,
       rule=rule,
       companion=companion,
   )

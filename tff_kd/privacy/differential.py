@@ -23,7 +23,7 @@ from tff_kd.privacy import secure as secure_lib
 
 ADAPTIVE = 'adaptive'
 # As TFF's `gaussian_adaptive`.
-_INITIAL_CLIP, _QUANTILE, _CLIP_RATE = 0.1, 0.5, 0.2
+_INITIAL_MODEL_CLIP, _QUANTILE, _CLIP_RATE = 0.1, 0.5, 0.2
 # Stands for no clip: an exact power of two, so that nothing is rounded.
 _NO_CLIP = 2.0**100
 # A noised weight below so many standard deviations is no weight.
@@ -126,6 +126,7 @@ class DifferentialPrivacy:
       sent: Sequence[str],
       *,
       has_unit_weights: bool = False,
+      num_predictions: int = 1,
       secure: Optional[secure_lib.SecureAggregation] = None,
   ) -> Optional[tff.aggregators.UnweightedAggregationFactory]:
     """A factory of a channel's private mean.
@@ -134,6 +135,8 @@ class DifferentialPrivacy:
       channel: 'model' or 'knowledge'.
       sent: The channels that the algorithm sends.
       has_unit_weights: Of knowledge: whether its weights tell nothing of a client.
+      num_predictions: Of knowledge: how many examples it is about. An adaptive clip
+        begins with a norm of 1 for each.
       secure: A `SecureAggregation`, by which the clipped values are summed.
 
     Returns:
@@ -159,7 +162,9 @@ class DifferentialPrivacy:
       divide = tff.aggregators.differential_privacy.adaptive_clip_noise_params
       value_noise, stddev = divide(float(noise), clients, stddev if noise else None)
       query = tfp.QuantileAdaptiveClipSumQuery(
-          initial_l2_norm_clip=_INITIAL_CLIP,
+          initial_l2_norm_clip=(
+              _INITIAL_MODEL_CLIP if channel == 'model' else math.sqrt(num_predictions)
+          ),
           noise_multiplier=value_noise,
           target_unclipped_quantile=_QUANTILE,
           learning_rate=_CLIP_RATE,
@@ -382,6 +387,7 @@ def build_aggregators(
     privacy: Optional[DifferentialPrivacy],
     secure: Optional[secure_lib.SecureAggregation],
     has_unit_weights: bool,
+    num_predictions: int,
     rule: Optional[knowledge.ConsensusRule],
     companion: Any,
 ) -> dict[str, Any]:
@@ -394,6 +400,7 @@ def build_aggregators(
     privacy: How sums are made private, checked (`check_private`), or `None`.
     secure: How they are secure, or `None`.
     has_unit_weights: Whether the predictions' weights tell nothing of a client.
+    num_predictions: How many examples they are about.
     rule: How predictions are combined, or `None`.
     companion: A `companions.Companion`, or `None`.
 
@@ -407,7 +414,11 @@ def build_aggregators(
     factory = None
     if privacy is not None:
       factory = privacy.build_factory(
-          channel, sent, has_unit_weights=has_unit_weights, secure=secure
+          channel,
+          sent,
+          has_unit_weights=has_unit_weights,
+          num_predictions=num_predictions,
+          secure=secure,
       )
     if factory is None and secure is not None:
       factory = secure.build_mean(channel)
