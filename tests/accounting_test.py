@@ -1,0 +1,157 @@
+"""What rounds cost, against dp-accounting itself and closed forms."""
+
+import json
+import math
+
+import dp_accounting
+import hypothesis
+from hypothesis import strategies as st
+import numpy as np
+import pytest
+
+from tff_kd.privacy import accounting
+
+_SAMPLINGS = st.sampled_from(['poisson', 'uniform', 'cyclic'])
+
+
+def _sampling(kind='poisson', clients=100, a_round=10):
+  return accounting.ClientSampling(
+      num_clients=clients, clients_per_round=a_round, sampling=kind
+  )
+
+
+def _accountant(z=1.0, kind='poisson', delta=1e-5, **kwargs):
+  return accounting.PrivacyAccountant([z], _sampling(kind), delta, **kwargs)
+
+
+@pytest.mark.parametrize('rounds', [1, 7, 30])
+@pytest.mark.parametrize('noise', [[0.8], [3.0, 2.0]])
+def test_epsilon_is_dp_accountings(noise, rounds):
+  relation = dp_accounting.NeighboringRelation
+
+  def epsilon(neighbors, event):
+    accountant = dp_accounting.rdp.RdpAccountant(neighboring_relation=neighbors)
+    accountant.compose(event, rounds)
+    return accountant.get_epsilon(1e-6)
+
+  def gaussians(scale):
+    return dp_accounting.ComposedDpEvent(
+        [dp_accounting.GaussianDpEvent(scale * z) for z in noise]
+    )
+
+  expected = {
+      'poisson': epsilon(
+          relation.ADD_OR_REMOVE_ONE,
+          dp_accounting.PoissonSampledDpEvent(0.1, gaussians(1.0)),
+      ),
+      # A client that is replaced moves the sum by twice the clip.
+      'uniform': epsilon(
+          relation.REPLACE_ONE,
+          dp_accounting.SampledWithoutReplacementDpEvent(100, 10, gaussians(0.5)),
+      ),
+  }
+  for kind, value in expected.items():
+    found = accounting.PrivacyAccountant(noise, _sampling(kind), 1e-6)
+    assert found.epsilon(rounds) == pytest.approx(value, rel=1e-9)
+
+
+def test_without_chance_it_is_the_closed_form():
+  # 25 rounds of 10 of 100: nobody is in more than three.
+  accountant = _accountant(4.0, 'cyclic')
+  rdp = 3 / (2 * 2.0**2)  # By the order; twice the clip is the sensitivity.
+  orders = np.array(dp_accounting.rdp.RdpAccountant().orders)
+  orders = orders[orders > 1]
+  # Canonne, Kamath and Steinke (2020), proposition 12.
+  epsilons = rdp * orders + np.log1p(-1 / orders) - (
+      math.log(1e-5) + np.log(orders)
+  ) / (orders - 1)
+  assert accountant.epsilon(25) == pytest.approx(epsilons.min(), rel=1e-6)
+  assert accountant.epsilon(30) == accountant.epsilon(21)
+  assert accountant.epsilon(31) > accountant.epsilon(30)
+
+
+@hypothesis.settings(deadline=None, max_examples=15)
+@hypothesis.given(
+    kind=_SAMPLINGS,
+    noise=st.floats(0.5, 20.0),
+    more=st.floats(1.0, 3.0),
+    rounds=st.integers(1, 50),
+)
+def test_more_noise_costs_no_more_and_more_rounds_no_less(kind, noise, more, rounds):
+  less_noise, more_noise = _accountant(noise, kind), _accountant(more * noise, kind)
+  assert more_noise.epsilon(rounds) <= less_noise.epsilon(rounds) * (1 + 1e-9)
+  assert less_noise.epsilon(rounds) <= less_noise.epsilon(rounds + 1)
+  assert less_noise.epsilon(0) == 0.0
+
+
+@hypothesis.given(z=st.lists(st.floats(0.1, 50), min_size=1, max_size=4))
+def test_composed_noise_is_dp_accountings(z):
+  both = dp_accounting.ComposedDpEvent([dp_accounting.GaussianDpEvent(i) for i in z])
+  single = dp_accounting.GaussianDpEvent(accounting.composed_noise(z))
+  costs = [
+      dp_accounting.rdp.RdpAccountant().compose(event).get_epsilon(1e-5)
+      for event in (both, single)
+  ]
+  assert costs[0] == pytest.approx(costs[1], rel=1e-6)
+
+
+@pytest.mark.parametrize('kind', ['poisson', 'uniform', 'cyclic'])
+@pytest.mark.parametrize('epsilon', [2.0, 8.0])
+def test_the_noise_that_is_found_is_the_smallest(kind, epsilon):
+  z = accounting.find_noise_multiplier(epsilon, 1e-5, 20, _sampling(kind))
+  assert epsilon * 0.98 < _accountant(z, kind).epsilon(20) <= epsilon
+  assert _accountant(z - 2e-3, kind).epsilon(20) > epsilon
+
+
+def test_no_noise_is_no_privacy():
+  assert _accountant(0.0).epsilon(1) == math.inf
+  found = accounting.PrivacyAccountant([5.0, 0.0], _sampling(), 1e-5)
+  assert found.epsilon(1) == math.inf
+  assert accounting.composed_noise([5.0, 0.0]) == 0.0
+
+
+def test_the_budget_ends_it_and_the_ledger_knows(tmp_path):
+  path = tmp_path / 'privacy.json'
+  path.write_text(json.dumps({'rounds': 0, 'sampling_seed': 5}))
+  most = _accountant().epsilon(3)
+  accountant = _accountant(max_epsilon=most, ledger_path=path)
+  for n in range(1, 4):
+    assert accountant.allows_another_round()
+    accountant.begin_round()
+    assert json.loads(path.read_text()) == {'rounds': n, 'sampling_seed': 5}
+  assert not accountant.allows_another_round()
+  with pytest.raises(RuntimeError, match='would pass the budget of epsilon='):
+    accountant.begin_round()
+  assert accountant.rounds == 3 and accountant.epsilon() == most
+  # Another process goes on with what is spent, and no checkpoint takes it back.
+  again = _accountant(ledger_path=path)
+  again.restore(2)
+  assert again.rounds == 3
+  again.restore(4)
+  assert again.rounds == 4
+
+
+@pytest.mark.parametrize('text', ['', '{}', '{"rounds": -1}', '{"rounds": 2', '[]'])
+def test_a_damaged_ledger_is_named(tmp_path, text):
+  path = tmp_path / 'privacy.json'
+  path.write_text(text)
+  with pytest.raises(ValueError, match='privacy.json must be the JSON .* from a copy'):
+    _accountant(ledger_path=path)
+
+
+@pytest.mark.parametrize(
+    'call, message',
+    [
+        (lambda: _sampling('weighted'), "'weighted': of another the cost in privacy"),
+        (lambda: _sampling(a_round=101), 'from 1 to the 100 clients, found 101'),
+        (lambda: _accountant(delta=1.0), '`delta` must be between 0 and 1, .* found 1'),
+        (lambda: _accountant(max_epsilon=0.0), '`epsilon` must be above 0, found 0'),
+        (
+            lambda: accounting.find_noise_multiplier(1.0, 1e-5, 0, _sampling()),
+            '`num_rounds` must be 1 or more, found 0',
+        ),
+    ],
+)
+def test_bad_arguments_are_named(call, message):
+  with pytest.raises(ValueError, match=message):
+    call()
