@@ -1,0 +1,457 @@
+"""Private sums through the real runtime: what is added, what is let through, refused."""
+
+import collections
+import math
+
+import dp_accounting
+import numpy as np
+import pytest
+import scipy.stats
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tests import helpers
+import tff_kd
+from tff_kd import algorithms
+from tff_kd import knowledge
+from tff_kd import privacy
+from tff_kd import simulation
+from tff_kd.privacy import differential
+
+_UNIFORM = tff.learning.ClientWeighting.UNIFORM
+_CLIENTS = [helpers.dataset(*helpers.examples(8, k)) for k in range(4)]
+_TRANSFER = tff_kd.TransferSet(helpers.examples(16, 99)[0])
+_NAN = helpers.dataset(np.nan * helpers.examples(8, 8)[0], helpers.examples(8, 8)[1])
+_EMPTY = helpers.dataset(*helpers.examples(0, 8))
+
+
+def _dp(noise=1.0, clients=4, **kwargs):
+  clips = dict(model_clip=1.0, knowledge_clip=1.0)
+  return privacy.DifferentialPrivacy(
+      noise_multiplier=noise, clients_per_round=clients, **{**clips, **kwargs}
+  )
+
+
+_OPEN = _dp(0.0, model_clip=math.inf, knowledge_clip=math.inf)
+_BUILDERS = {
+    'fed_avg': lambda **kwargs: algorithms.build_fed_avg(
+        **helpers.common(client_weighting=_UNIFORM, **kwargs)
+    ),
+    'fed_df': lambda **kwargs: algorithms.build_fed_df(
+        **helpers.common(client_weighting=_UNIFORM, transfer_set=_TRANSFER, **kwargs)
+    ),
+    'fed_distillation': lambda **kwargs: algorithms.build_fed_distillation(
+        **helpers.common(
+            client_weighting=_UNIFORM, transfer_set=_TRANSFER,
+            teacher_fn=helpers.dense_fn((6,)), **kwargs,
+        )
+    ),
+    'ds_fl': lambda **kwargs: algorithms.build_ds_fl(
+        **helpers.common(transfer_set=_TRANSFER, **kwargs)
+    ),
+    'fd': lambda **kwargs: algorithms.build_fd(**helpers.common(**kwargs)),
+}
+
+
+def _build(name, **kwargs):
+  tf.keras.utils.set_random_seed(0)
+  return _BUILDERS[name](**kwargs)
+
+
+def _run(process, rounds=2, clients=_CLIENTS):
+  """The last output, and what the clients keep, of a `PrivateProcess`."""
+  state = process.initialize()
+  kept = None
+  if isinstance(process, tff_kd.PrivateProcess):
+    kept = [process.initialize_client()] * len(clients)
+  for _ in range(rounds):
+    if kept is None:
+      output = process.next(state, clients)
+    else:
+      output = process.next(state, clients, kept)
+      kept = output.client_states
+    state = output.state
+  return output, kept
+
+
+def _draw(factory, value, rounds, clients=1):
+  """The results of so many rounds in which all clients have one value."""
+  value_type = tff.types.tensorflow_to_type(
+      tf.nest.map_structure(lambda v: tf.TensorSpec(v.shape, v.dtype), value)
+  )
+  process = factory.create(value_type)
+  state, results = process.initialize(), []
+  for _ in range(rounds):
+    output = process.next(state, [value] * clients)
+    state = output.state
+    results.append(output.result)
+  return results, state
+
+
+def _assert_stddev(draws, stddev):
+  """A two-sided chi-square test of normal draws of mean 0, at one in 100,000."""
+  draws = np.ravel(draws)
+  statistic = np.sum(np.square(draws / stddev))
+  low, high = scipy.stats.chi2.ppf([5e-6, 1 - 5e-6], draws.size)
+  assert low < statistic < high
+  assert scipy.stats.kstest(draws / stddev, 'norm').pvalue > 1e-5
+
+
+@pytest.mark.parametrize('clip', [0.5, 3.0])
+def test_the_noise_on_weights_is_as_stated(clip):
+  factory = _dp(1.7, clients=10, model_clip=clip).build_factory('model', ['model'])
+  value = [np.zeros((30, 40), np.float32), np.zeros(300, np.float32)]
+  results, state = _draw(factory, value, 4)
+  draws = [np.concatenate([np.ravel(leaf) for leaf in its]) for its in results]
+  _assert_stddev(draws, 1.7 * clip / 10)
+  # Every round has its own.
+  assert abs(np.corrcoef(draws[0], draws[1])[0, 1]) < 0.15
+  event = tff.aggregators.differential_privacy.extract_dp_event_from_state(state)
+  assert event.noise_multiplier == pytest.approx(1.7)
+
+
+def test_the_seed_of_a_run_does_not_tell_the_noise():
+  draws = []
+  for _ in range(2):
+    tf.keras.utils.set_random_seed(0)
+    factory = _dp().build_factory('model', ['model'])
+    draws.append(_draw(factory, np.zeros(500, np.float32), 1)[0])
+  assert abs(np.corrcoef(np.ravel(draws[0]), np.ravel(draws[1]))[0, 1]) < 0.25
+
+
+def test_the_noise_on_predictions_is_as_stated():
+  payload = knowledge.KnowledgePayload(
+      np.zeros((200, 10), np.float32), np.zeros(200, np.float32)
+  )
+  dp = _dp(2.0, clients=5, knowledge_clip=3.0)
+  factory = dp.build_factory('knowledge', ['knowledge'], has_unit_weights=True)
+  results, _ = _draw(factory, payload, 3)
+  _assert_stddev([its.values for its in results], 2.0 * 3.0 / 5)
+  for its in results:
+    np.testing.assert_array_equal(its.weights, 1.0)
+
+
+def test_weights_that_are_secret_are_noised_too():
+  # So large that they stand out from the noise.
+  payload = knowledge.KnowledgePayload(
+      np.zeros((100, 10), np.float32), np.full(100, 100.0, np.float32)
+  )
+  dp = _dp(0.01, clients=5, knowledge_clip=1000.0)
+  factory = dp.build_factory('knowledge', ['knowledge'])
+  results, _ = _draw(factory, payload, 4, clients=5)
+  _assert_stddev([its.values for its in results], 0.01 * 1000 / 5)
+  _assert_stddev([its.weights - 100.0 for its in results], 0.01 * 1000 / 5)
+  # Where they do not, nothing counts as said.
+  nothing = knowledge.KnowledgePayload(payload.values, np.zeros(100, np.float32))
+  results, _ = _draw(factory, nothing, 3, clients=5)
+  said = np.array([its.weights for its in results]) > 0
+  assert said.mean() < 0.02  # Three standard deviations: .00135.
+  for its in results:
+    np.testing.assert_array_equal(its.values[its.weights == 0], 0.0)
+
+
+def test_two_channels_share_what_the_account_says():
+  dp = _dp(1.5, clients=8, knowledge_share=0.2)
+  noise = dp.noise_multipliers(['model', 'knowledge'])
+  assert privacy.composed_noise(list(noise.values())) == pytest.approx(1.5)
+  assert noise['knowledge'] == pytest.approx(1.5 / math.sqrt(0.2))
+  sent = ['model', 'knowledge']
+  results, _ = _draw(dp.build_factory('model', sent), np.zeros(2000, np.float32), 1)
+  _assert_stddev(results, noise['model'] / 8)
+  payload = knowledge.KnowledgePayload(
+      np.zeros((200, 10), np.float32), np.ones(200, np.float32)
+  )
+  factory = dp.build_factory('knowledge', sent, has_unit_weights=True)
+  results, _ = _draw(factory, payload, 1)
+  _assert_stddev(results[0].values, noise['knowledge'] / 8)
+  accountant = differential.build_accountant(
+      dp, sent, sampling=privacy.ClientSampling(num_clients=80, clients_per_round=8),
+      delta=1e-5,
+  )
+  alone = privacy.PrivacyAccountant([1.5], accountant.sampling, 1e-5)
+  assert accountant.epsilon(9) == pytest.approx(alone.epsilon(9), rel=1e-6)
+
+
+def test_an_adaptive_clip_is_in_the_account():
+  factory = _dp(1.2, clients=20, model_clip='adaptive').build_factory('model', ['model'])
+  # Norms above the clip: it grows, and the noise with it.
+  value = np.full(1000, 1.0, np.float32)
+  _, state = _draw(factory, value, 3, clients=20)
+  event = tff.aggregators.differential_privacy.extract_dp_event_from_state(state)
+  costs = [
+      dp_accounting.rdp.RdpAccountant().compose(its).get_epsilon(1e-5)
+      for its in (event, dp_accounting.GaussianDpEvent(1.2))
+  ]
+  assert costs[0] == pytest.approx(costs[1], rel=1e-3)
+  assert state.query_state.numerator_state.sum_state.l2_norm_clip > 0.1
+
+
+@pytest.mark.parametrize('channel', ['model', 'knowledge'])
+@pytest.mark.parametrize('scale', [1e-3, 1.0, 1e4])
+def test_one_client_moves_a_sum_by_its_clip_at_most(channel, scale):
+  dp = _dp(0.0, clients=5, model_clip=2.0, knowledge_clip=2.0)
+  rng = np.random.default_rng(0)
+  values = np.float32(scale * rng.normal(size=(20, 3)))
+  if channel == 'model':
+    value = [values, values[0]]
+  else:
+    value = knowledge.KnowledgePayload(values, np.float32(scale * rng.random(20)))
+  results, _ = _draw(dp.build_factory(channel, [channel]), value, 1)
+  before = np.linalg.norm(np.concatenate([np.ravel(leaf) for leaf in value]))
+  after = 5 * np.linalg.norm(np.concatenate([np.ravel(leaf) for leaf in results[0]]))
+  assert after == pytest.approx(min(2.0, before), rel=1e-4)
+
+
+@pytest.mark.parametrize('name', ['fed_avg', 'fed_df', 'fed_distillation', 'ds_fl'])
+def test_without_noise_and_clip_a_run_is_the_plain_one(name):
+  plain, plain_kept = _run(_build(name))
+  private, kept = _run(_build(name, privacy=_OPEN))
+  for field in ('global_model_weights', 'teacher_weights'):
+    if tf.nest.flatten(getattr(plain.state, field, ())):
+      helpers.assert_weights_close(
+          getattr(private.state, field), getattr(plain.state, field), rtol=0, atol=0
+      )
+  if kept is not None:
+    helpers.assert_weights_close(kept[0].weights, plain_kept[0].weights, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize('name', list(_BUILDERS))
+def test_what_clients_measure_is_not_released(name):
+  process = _build(name, privacy=_dp())
+  names = simulation.process_metric_names(process)
+  assert not [its for its in names if its.startswith('client_work')]
+  assert process.guard.channels == (
+      ('model',) if name == 'fed_avg'
+      else ('model', 'knowledge') if name in ('fed_df', 'fed_distillation')
+      else ('knowledge',)
+  )
+  output, _ = _run(process, rounds=1)
+  assert not [v for v in tf.nest.flatten(output.metrics.get('client_work', ()))]
+  each = tff_kd.communication.round_bytes(process)
+  moved = tff_kd.communication.ledger(each, {}, 4)
+  assert moved['bytes/client'] == each.total
+  assert sum(v for k, v in moved.items() if k != 'bytes/client') == 4 * each.total
+
+
+@pytest.mark.parametrize('name', ['fed_df', 'fd'])
+def test_bad_clients_count_as_zeros_and_a_round_may_be_empty(name):
+  process = _build(name, privacy=_dp())
+  for clients in ([_NAN, _EMPTY, _CLIENTS[0], _CLIENTS[1]], []):
+    output, _ = _run(process, rounds=2, clients=clients)
+    for leaf in tf.nest.flatten(output.state):
+      if np.issubdtype(np.asarray(leaf).dtype, np.floating):
+        assert np.all(np.isfinite(leaf))
+
+
+def test_fd_learns_from_what_stands_out():
+  # Nearly no noise: the classes' means are known, their own part in them.
+  process = _build('fd', privacy=_dp(1e-4, knowledge_clip=1e3))
+  output, kept = _run(process)
+  assert np.all(output.state.shared.weights > 0)
+  # Drowned: nothing is.
+  process = _build('fd', privacy=_dp(1e4))
+  output, _ = _run(process)
+  assert np.mean(output.state.shared.weights > 0) < 0.5
+
+
+def _reporting(**kwargs):
+  data = tff_kd.ClientBatches(
+      data=tff_kd.FileClientData.from_arrays(
+          helpers.examples(8, 0), [np.arange(4), np.arange(4, 8)]
+      ),
+      batch_size=4,
+  )
+  return dict(client_data=data, reporting=tff_kd.Reporting(**kwargs))
+
+
+@pytest.mark.parametrize(
+    'name, kwargs, message',
+    [
+        (
+            'fed_avg',
+            dict(client_weighting=tff.learning.ClientWeighting.NUM_EXAMPLES),
+            '`client_weighting` must be UNIFORM, .* a weight without a bound',
+        ),
+        (
+            'fed_df',
+            dict(knowledge_weighting=tff.learning.ClientWeighting.NUM_EXAMPLES),
+            '`knowledge_weighting` must be UNIFORM',
+        ),
+        (
+            'ds_fl',
+            dict(knowledge_weighting=tff.learning.ClientWeighting.NUM_EXAMPLES),
+            '`knowledge_weighting` must be UNIFORM',
+        ),
+        (
+            'fed_avg',
+            dict(model_aggregator=tff.learning.robust_aggregator()),
+            '`model_aggregator` must be None, .* is not in the account',
+        ),
+        (
+            'fed_avg',
+            dict(metrics_aggregator=tff.learning.metrics.sum_then_finalize),
+            'metrics would be released without noise',
+        ),
+        (
+            'fed_avg',
+            dict(student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))]),
+            'one student only',
+        ),
+        (
+            'ds_fl',
+            dict(consensus_rule=knowledge.Quantized(knowledge.MeanProbabilities(), 1)),
+            'the length of a code tells what is in it',
+        ),
+        ('fed_avg', _reporting(max_delay=2), '`max_delay` must be 0, found 2'),
+        ('fed_avg', _reporting(min_reports=2), '`min_reports` must be 0, found 2'),
+        ('fd', dict(privacy=_dp(knowledge_clip='adaptive')), 'must be a number'),
+        (
+            'fed_avg',
+            dict(
+                privacy=_dp(model_clip='adaptive'),
+                secure_aggregation=privacy.SecureAggregation(),
+            ),
+            '`model_clip` that is a number',
+        ),
+        ('fed_avg', dict(privacy=1.0), 'must be a `tff_kd.privacy.Differential'),
+    ],
+)
+def test_a_false_guarantee_is_refused_with_its_reason(name, kwargs, message):
+  common = helpers.common(privacy=_dp(), client_weighting=_UNIFORM)
+  if name in ('fed_df', 'ds_fl'):
+    common['transfer_set'] = _TRANSFER
+  if name in ('ds_fl', 'fd'):
+    del common['client_weighting']
+  with pytest.raises((TypeError, ValueError), match=message):
+    getattr(algorithms, f'build_{name}')(**{**common, **kwargs})
+
+
+def test_a_companion_that_exchanges_is_refused():
+  with pytest.raises(ValueError, match='no FeatureGenerator: what it exchanges'):
+    algorithms.build_fed_gen(
+        **helpers.common(
+            student_fn=helpers.dense_fn((4,)), client_weighting=_UNIFORM, privacy=_dp()
+        )
+    )
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(noise=-1.0), '`noise_multiplier` must be finite, 0 or more, found -1'),
+        (dict(clients=0), '`clients_per_round` must be 1 or more, found 0'),
+        (dict(model_clip=0.0), "`model_clip` must be above 0, or 'adaptive', found 0"),
+        (dict(knowledge_clip='much'), "found 'much'"),
+        (dict(model_clip=math.inf), '`model_clip` must be finite: noise in proportion'),
+        (dict(knowledge_share=1.0), '`knowledge_share` must be between 0 and 1'),
+        (dict(channels=['weights']), "must be of 'model' and 'knowledge'"),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    _dp(**kwargs)
+
+
+def test_whole_numbers_cannot_be_noised():
+  factory = _dp().build_factory('model', ['model'])
+  with pytest.raises(TypeError, match='Only floating numbers can be noised'):
+    factory.create(tff.to_type(collections.OrderedDict(a=np.float32, b=np.int32)))
+
+
+def _accountant(dp, process, sampling, **kwargs):
+  return differential.build_accountant(
+      dp, process.guard.channels, sampling=sampling, delta=1e-5, **kwargs
+  )
+
+
+def test_training_counts_ends_at_the_budget_and_goes_on_with_the_count(tmp_path):
+  dp = _dp(3.0, clients=2)
+  process = _build('fed_df', privacy=dp)
+  sampling = privacy.ClientSampling(num_clients=4, clients_per_round=2)
+  most = _accountant(dp, process, sampling).epsilon(4)
+
+  def train(num_rounds):
+    accountant = _accountant(
+        dp, process, sampling, max_epsilon=most, ledger_path=tmp_path / 'privacy.json'
+    )
+    return accountant, simulation.train(
+        process, select_clients=lambda n: _CLIENTS[:2], num_rounds=num_rounds,
+        program_state_manager=simulation.Checkpoints(tmp_path / 'checkpoints'),
+        accountant=accountant,
+    )
+
+  accountant, result = train(2)
+  costs = [its['privacy/epsilon'] for its in result.history]
+  assert costs == [accountant.epsilon(1), accountant.epsilon(2)]
+  assert not result.budget_spent
+  # A round that was begun, and lost, has been seen all the same.
+  accountant.begin_round()
+  accountant, result = train(9)
+  assert result.budget_spent and result.round_num == 3
+  assert [its['privacy/rounds'] for its in result.history] == [4]
+  assert accountant.epsilon() <= most
+  # The checkpoint knows it without the file.
+  (tmp_path / 'privacy.json').unlink()
+  accountant, result = train(9)
+  assert accountant.rounds == 4 and not result.history
+
+
+def test_an_accountant_of_something_else_is_refused():
+  dp = _dp(clients=2)
+  process, plain = _build('fed_avg', privacy=dp), _build('fed_avg')
+  sampling = privacy.ClientSampling(
+      num_clients=4, clients_per_round=2, sampling='poisson'
+  )
+  accountant = _accountant(dp, process, sampling)
+  chosen = simulation.Participation(num_clients=4, clients_per_round=2)
+  for its, select, message in (
+      (plain, chosen, 'needs a process that is built with `privacy`'),
+      (process, chosen, 'of the sampling that happens'),
+      (_build('fed_avg', privacy=_dp(clients=3)), lambda n: [], 'must agree on'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      simulation.train(its, select_clients=select, num_rounds=1, accountant=accountant)
+
+
+def test_poisson_sampling_is_each_client_by_itself():
+  participation = simulation.Participation(
+      num_clients=30, clients_per_round=6, sampling='poisson', seed=2**100
+  )
+  rounds = 400
+  drawn = np.zeros((rounds, 30))
+  for n in range(rounds):
+    drawn[n, participation(n + 1)] = 1
+  low, high = scipy.stats.binom.ppf([1e-6, 1 - 1e-6], rounds, 0.2)
+  assert np.all((low <= drawn.sum(0)) & (drawn.sum(0) <= high))
+  # Independent: the size of a round varies as a binomial's.
+  assert drawn.sum(1).var() == pytest.approx(30 * 0.2 * 0.8, rel=0.3)
+  again = simulation.Participation(
+      num_clients=30, clients_per_round=6, sampling='poisson', seed=2**100
+  )
+  assert again(7) == participation(7)
+  assert participation.counts(7)['num_missing'] == 0
+
+
+def test_how_many_came_is_not_told():
+  dp = _dp(clients=2)
+  data = tff_kd.ClientBatches(
+      data=tff_kd.FileClientData.from_arrays(
+          helpers.examples(12, 0), np.split(np.arange(12), 4)
+      ),
+      batch_size=4,
+  )
+  process = _build('fed_avg', privacy=dp, client_data=data)
+  sampling = privacy.ClientSampling(
+      num_clients=4, clients_per_round=2, sampling='poisson'
+  )
+  result = simulation.train(
+      process,
+      select_clients=simulation.Participation(
+          num_clients=4, clients_per_round=2, sampling='poisson'
+      ),
+      num_rounds=6,
+      accountant=_accountant(dp, process, sampling),
+  )
+  for row in result.history:
+    assert not [name for name in row if 'num_' in name]
+    assert row['bytes/up_model'] == result.history[0]['bytes/up_model']

@@ -1,0 +1,185 @@
+"""Secure sums: what is clipped and rounded, and that nothing else leaves a client."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+
+from tests import helpers
+import tff_kd
+from tff_kd import algorithms
+from tff_kd import knowledge
+from tff_kd import privacy
+
+_CLIENTS = [helpers.dataset(*helpers.examples(6 + k, k)) for k in range(4)]
+_TRANSFER = tff_kd.TransferSet(helpers.examples(16, 99)[0])
+_BITS = dict(bits=16, model_bound=40.0, knowledge_bound=400.0, max_clients=4)
+
+
+def _build(name, **kwargs):
+  tf.keras.utils.set_random_seed(0)
+  common = helpers.common(**kwargs)
+  if name != 'fed_avg' and name != 'fd':
+    common['transfer_set'] = _TRANSFER
+  if name == 'fed_distillation':
+    common['teacher_fn'] = helpers.dense_fn((6,))
+  return getattr(algorithms, f'build_{name}')(**common)
+
+
+def _run(process):
+  """The state after two rounds, and its metrics."""
+  state = process.initialize()
+  kept = None
+  if isinstance(process, tff_kd.PrivateProcess):
+    kept = [process.initialize_client()] * 4
+  for _ in range(2):
+    if kept is None:
+      output = process.next(state, _CLIENTS)
+    else:
+      output = process.next(state, _CLIENTS, kept)
+      kept = output.client_states
+    state = output.state
+  return state, output.metrics, kept
+
+
+def _sum(secure, values, bound):
+  value_type = tff.TensorType(np.float32, values[0].shape)
+  process = secure.build_sum(bound).create(value_type)
+  return process.next(process.initialize(), values).result
+
+
+@pytest.mark.parametrize('settings', [{}, _BITS])
+@pytest.mark.parametrize('name', ['fed_avg', 'fed_df', 'fed_distillation', 'ds_fl', 'fd'])
+def test_nothing_is_summed_in_the_clear_and_little_changes(name, settings):
+  secure = _build(
+      name, secure_aggregation=privacy.SecureAggregation(**settings)
+  )
+  tff.test.assert_not_contains_unsecure_aggregation(secure.next)
+  tff.test.assert_contains_unsecure_aggregation(_build(name).next)
+  plain_state, plain_metrics, plain_kept = _run(_build(name))
+  state, metrics, kept = _run(secure)
+  tolerance = 1e-3 if not settings else 0.05
+  if name == 'fd':
+    # Nobody can take its own part out of a sum that is rounded.
+    tolerance = 0.1
+    helpers.assert_weights_close(
+        kept[0].weights, plain_kept[0].weights, atol=tolerance
+    )
+  else:
+    helpers.assert_weights_close(
+        state.global_model_weights, plain_state.global_model_weights, atol=tolerance
+    )
+  train = metrics['client_work']['train']
+  assert train['loss'] == pytest.approx(
+      plain_metrics['client_work']['train']['loss'], abs=tolerance
+  )
+  assert metrics['client_work']['participation'] == (
+      plain_metrics['client_work']['participation']
+  )
+
+
+def test_sums_are_rounded_as_stated():
+  rng = np.random.default_rng(0)
+  values = [np.float32(rng.uniform(-3, 3, 50)) for _ in range(5)]
+  secure = privacy.SecureAggregation(
+      bits=8, model_bound=2.0, knowledge_bound=2.0, max_clients=5
+  )
+  step = 2.0 / 127
+  expected = sum(np.round(np.clip(v, -2, 2) / step) * step for v in values)
+  np.testing.assert_allclose(_sum(secure, values, 2.0), expected, atol=1e-4)
+
+
+def test_the_largest_sum_does_not_wrap_around():
+  secure = privacy.SecureAggregation(
+      bits=4, model_bound=1.0, knowledge_bound=1.0, max_clients=6
+  )
+  assert secure.modulus == 6 * 7 + 1 and secure.message_bits == 7
+  for sign in (1, -1):
+    values = [np.full(3, 9.0 * sign, np.float32)] * 6
+    np.testing.assert_allclose(_sum(secure, values, 1.0), 6.0 * sign, atol=1e-5)
+
+
+def test_one_more_client_than_the_modulus_is_for_wraps_around():
+  # What a real protocol would do; the number of clients is the user's to state.
+  secure = privacy.SecureAggregation(
+      bits=4, model_bound=1.0, knowledge_bound=1.0, max_clients=2
+  )
+  result = _sum(secure, [np.ones(1, np.float32)] * 3, 1.0)
+  assert result[0] == pytest.approx((21 - 29) / 7)
+
+
+def test_thirty_two_bits_are_tffs():
+  values = [np.float32([0.25, -1.5, 7.0]), np.float32([1.0, 1.0, 1.0])]
+  found = _sum(privacy.SecureAggregation(), values, 2.0)
+  np.testing.assert_allclose(found, [1.25, -0.5, 3.0], atol=1e-6)
+
+
+def test_the_ledger_counts_elements_of_the_group():
+  sizes = {}
+  for bits in (8, 16):
+    process = _build(
+        'fed_avg', secure_aggregation=privacy.SecureAggregation(**{**_BITS, 'bits': bits})
+    )
+    sizes[bits] = tff_kd.communication.round_bytes(process).up
+  plain = tff_kd.communication.round_bytes(_build('fed_avg')).up
+  numbers = plain // 4
+  # Of 8 bits, four clients' sums need 11, of 16 bits 19; and a few for the weights.
+  for bits, needed in ((8, 11), (16, 19)):
+    assert numbers * needed / 8 <= sizes[bits] <= numbers * needed / 8 + 40
+
+
+def test_private_and_secure():
+  uniform = tff.learning.ClientWeighting.UNIFORM
+  dp = privacy.DifferentialPrivacy(
+      noise_multiplier=0.0, clients_per_round=4, model_clip=0.05, knowledge_clip=3.0
+  )
+  both = _build(
+      'fed_df', client_weighting=uniform, privacy=dp,
+      secure_aggregation=privacy.SecureAggregation(),
+  )
+  tff.test.assert_not_contains_unsecure_aggregation(both.next)
+  state, _, _ = _run(both)
+  expected, _, _ = _run(_build('fed_df', client_weighting=uniform, privacy=dp))
+  helpers.assert_weights_close(
+      state.global_model_weights, expected.global_model_weights, atol=1e-3
+  )
+
+
+@pytest.mark.parametrize(
+    'name, kwargs, message',
+    [
+        (
+            'fed_avg',
+            dict(model_aggregator=tff.learning.robust_aggregator()),
+            'may need what single clients send',
+        ),
+        (
+            'ds_fl',
+            dict(consensus_rule=knowledge.TopClasses(knowledge.MeanProbabilities(), 1)),
+            'what masks hide cannot be told by a code',
+        ),
+        (
+            'fed_avg',
+            dict(secure_aggregation=privacy.SecureAggregation(bits=8, max_clients=4)),
+            '`model_bound` must be given',
+        ),
+        ('fed_avg', dict(secure_aggregation=True), 'must be a `tff_kd.privacy.Secure'),
+    ],
+)
+def test_what_is_not_secure_is_refused(name, kwargs, message):
+  with pytest.raises((TypeError, ValueError), match=message):
+    _build(name, **{'secure_aggregation': privacy.SecureAggregation(), **kwargs})
+
+
+@pytest.mark.parametrize(
+    'kwargs, message',
+    [
+        (dict(bits=1, max_clients=3), '`bits` must be an integer from 2 to 24, found 1'),
+        (dict(bits=8), '`bits` needs `max_clients`'),
+        (dict(bits=24, max_clients=1000), 'do not fit into 32'),
+        (dict(model_bound=0.0), '`model_bound` must be finite and above 0'),
+    ],
+)
+def test_bad_arguments_are_named(kwargs, message):
+  with pytest.raises(ValueError, match=message):
+    privacy.SecureAggregation(**kwargs)
