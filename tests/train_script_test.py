@@ -272,6 +272,21 @@ def test_help_lists_the_algorithms():
         (['--algorithm=fed_aux', '--num_negatives=800'], '--num_negatives is 800'),
         (['--algorithm=fed_aux', '--consensus=era'], '--consensus has no effect'),
         (['--algorithm=fed_aux', '--certainty_epsilon=0'], '`epsilon` must be'),
+        (['--delta=1e-6'], '--delta has no effect without --epsilon'),
+        (['--epsilon=0'], '`epsilon` must be above 0'),
+        (['--epsilon=8', '--client_weighting=num_examples'], 'and a weight without a'),
+        (['--epsilon=8', '--compare_with_fed_avg'], 'is void'),
+        (['--epsilon=8', '--sampling=weighted'], 'which is their secret'),
+        (['--epsilon=8', '--private_channels=model'], 'without noise, so that there is'),
+        (['--epsilon=8', '--algorithm=cfd'], 'the length of a code'),
+        (['--epsilon=8', '--algorithm=fed_gen'], 'no FeatureGenerator'),
+        (['--epsilon=8', '--model_bits=8'], '`model_aggregator` must be None'),
+        (['--epsilon=8', '--student=document,cnn'], 'one student only'),
+        (['--secure_bits=8'], '--secure_bits has no effect without'),
+        (
+            ['--secure_aggregation', '--secure_bits=8', '--secure_model_bound=1'],
+            '`knowledge_bound` must be given',
+        ),
     ],
 )
 def test_bad_flags_are_one_sentence(args, message, tmp_path, monkeypatch, capsys):

@@ -1,0 +1,116 @@
+"""Private and secure runs of `pipelines.train`, as a user starts them."""
+
+import csv
+import dataclasses
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+
+from pipelines import train_job
+from tests import helpers
+from tff_kd import data
+
+
+def _train(folder, *args):
+  return subprocess.run(
+      [
+          sys.executable, '-m', 'pipelines.train', *helpers.TINY_RUN,
+          f'--output_dir={folder}', *args,
+      ],
+      cwd=helpers.ROOT, capture_output=True, text=True, timeout=300,
+  )
+
+
+@pytest.fixture(scope='module')
+def private_run(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('private') / 'run'
+  args = ('--epsilon=20', '--rounds=3', '--sampling=poisson')
+  done = _train(folder, *args)
+  assert done.returncode == 0, done.stderr
+  return folder, args, done
+
+
+def test_it_says_what_is_private_and_what_that_cost(private_run):
+  folder, _, done = private_run
+  assert 'one client added or removed; poisson sampling' in done.stdout
+  assert 'the server adds the noise, and is trusted' in done.stdout
+  assert '\nPrivacy: epsilon ' in done.stdout
+  rows = list(csv.DictReader((folder / 'metrics.csv').open()))
+  costs = [float(row['privacy/epsilon']) for row in rows]
+  assert costs == sorted(costs) and 19 < costs[-1] <= 20
+  assert json.loads((folder / 'results.json').read_text())['epsilon'] == costs[-1]
+  ledger = json.loads((folder / 'privacy.json').read_text())
+  assert ledger['rounds'] == 3
+  # A secret: nobody finds out by trying who took part.
+  assert ledger['sampling_seed'] > 2**64
+
+
+def test_it_leaves_nothing_of_single_clients(private_run):
+  folder, _, _ = private_run
+  header = (folder / 'metrics.csv').read_text().splitlines()[0]
+  for name in ('num_', 'client_work', 'participation'):
+    assert name not in header
+  assert not (folder / 'partition.png').exists()
+  assert not list(folder.glob('fed_avg_*'))
+
+
+def test_a_lost_ledger_or_other_rounds_are_refused(private_run):
+  folder, args, _ = private_run
+  done = _train(folder, '--epsilon=20', '--rounds=9', '--sampling=poisson')
+  assert done.returncode == 1
+  assert 'had other values of --rounds (3)' in done.stderr
+  ledger = (folder / 'privacy.json').rename(folder / 'elsewhere')
+  done = _train(folder, *args)
+  ledger.rename(folder / 'privacy.json')
+  assert done.returncode == 1
+  assert 'what the rounds of this run have spent is not known' in done.stderr
+
+
+def test_rounds_that_were_begun_are_spent_and_the_budget_ends_the_run(private_run):
+  folder, args, _ = private_run
+  # As if three rounds had been begun after the last checkpoint, and lost.
+  for path in folder.glob('checkpoints/*'):
+    if path.name.rpartition('_')[2] not in ('1', '2'):
+      path.rename(folder / 'newest')
+  done = _train(folder, *args)
+  assert done.returncode == 0, done.stderr
+  assert 'another round would pass the privacy budget' in done.stdout
+  assert json.loads((folder / 'privacy.json').read_text())['rounds'] == 3
+
+
+def test_secure_aggregation_says_that_it_keeps_nothing_secret(tmp_path):
+  done = _train(
+      tmp_path / 'run', '--rounds=1', '--secure_aggregation', '--secure_bits=12',
+      '--secure_model_bound=100', '--secure_knowledge_bound=1',
+  )
+  # fed_avg sends no predictions.
+  assert done.returncode == 1
+  assert '--secure_knowledge_bound has no effect' in done.stderr
+  done = _train(
+      tmp_path / 'run', '--rounds=1', '--secure_aggregation', '--secure_bits=12',
+      '--secure_model_bound=100',
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'sums in the clear and keeps nothing secret' in done.stdout
+
+
+def test_a_server_example_that_is_a_clients_is_refused():
+  rng = np.random.default_rng(0)
+
+  def examples(n):
+    return data.Examples(np.float32(rng.random((n, 3))), np.zeros(n, np.int32))
+
+  clients, transfer = examples(5), examples(4)
+  task = data.Task(
+      name='x', clients=clients, transfer=transfer, validation=examples(3),
+      test=examples(3), num_classes=2,
+  )
+  train_job._check_disjoint(task)
+  shared = data.Examples(
+      np.concatenate([transfer.inputs, clients.inputs[1:3]]), np.zeros(6, np.int32)
+  )
+  with pytest.raises(train_job.UserError, match="2 of the server's transfer examples"):
+    train_job._check_disjoint(dataclasses.replace(task, transfer=shared))
