@@ -207,3 +207,64 @@ def plot_speed(results: Mapping[str, Any], path: os.PathLike) -> None:
   right.grid(alpha=0.3)
   figure.savefig(path, dpi=120)
   plt.close(figure)
+
+
+def plot_roc(
+    curves: Mapping[str, tuple[Sequence[float], Sequence[float], float]],
+    path: os.PathLike,
+) -> None:
+  """ROC curves of membership inference, where few false alarms are allowed, too.
+
+  Args:
+    curves: Model -> (false positive rates, true positive rates, area).
+    path: The PNG file to write.
+  """
+  figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), layout='constrained')
+  for name, (false, true, area) in curves.items():
+    for panel in panels:
+      panel.plot(false, true, label=f'{name}, AUC {area:.3f}')
+  ends = np.array([1e-3, 1.0])
+  for panel in panels:
+    panel.plot(ends, ends, ':', color='gray', label='chance')
+    panel.set(xlabel='others taken for members', ylabel='members found')
+    panel.grid(alpha=0.3)
+  panels[1].set(xscale='log', yscale='log', xlim=ends, ylim=ends, ylabel='')
+  panels[0].legend(loc='lower right')
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def plot_images(
+    columns: Mapping[str, Mapping[str, np.ndarray]], path: os.PathLike
+) -> None:
+  """A grid of images.
+
+  Args:
+    columns: Title -> by row's name, an image `[height, width, ...]`; the rows of all are
+      the same. Examples of another rank are drawn as one line of pixels.
+    path: The PNG file to write.
+  """
+  rows = list(next(iter(columns.values())))
+  figure, grid = plt.subplots(
+      len(rows), len(columns), squeeze=False, layout='constrained',
+      figsize=(1.5 * len(columns) + 1.5, 1.6 * len(rows)),
+  )
+  for j, (title, images) in enumerate(columns.items()):
+    for i, name in enumerate(rows):
+      image = np.asarray(images[name])
+      if image.ndim == 3 and image.shape[-1] == 1:
+        image = image[..., 0]
+      if image.ndim == 1 or image.ndim > 3:
+        image = image.reshape(1, -1)
+      panel = grid[i][j]
+      panel.imshow(image, cmap='gray', aspect='auto' if image.shape[0] == 1 else 'equal')
+      panel.set(xticks=[], yticks=[])
+      if i == 0:
+        panel.set_title(title, fontsize=9)
+      if j == 0:
+        panel.set_ylabel(
+            name.replace(': ', ':\n').replace('from', '\nfrom'), fontsize=8, rotation=0,
+            ha='right', va='center',
+        )
+  figure.savefig(path, dpi=120)
+  plt.close(figure)

@@ -44,7 +44,7 @@ RESULTS = 'results.json'
 # The smallest array that is rounded on its way up.
 _ROUNDED_FROM = 1000
 # The privacy ledger, in a run folder.
-_LEDGER = 'privacy.json'
+LEDGER = 'privacy.json'
 # Of fd, whose sums have weights that are secret, too.
 _FD_CLIP = 50.0
 # Of the models trained on the server's labels alone, for the table.
@@ -248,13 +248,13 @@ def _accountant(
       sampling=_sampling(),
       delta=args.DELTA.value,
       max_epsilon=np.inf if args.EPSILON.value is None else args.EPSILON.value,
-      ledger_path=run_dir / _LEDGER,
+      ledger_path=run_dir / LEDGER,
   )
 
 
 def _secret_seed(run_dir: pathlib.Path) -> int:
   """Who takes part is drawn from this, which nobody can guess, as the account wants."""
-  path = run_dir / _LEDGER
+  path = run_dir / LEDGER
   if not path.exists():
     if (run_dir / 'metrics.csv').exists():
       raise UserError(
@@ -315,7 +315,7 @@ def split_clients(task: tff_kd.data.Task) -> list[np.ndarray]:
   return split(task.clients.labels, args.NUM_CLIENTS.value, **kwargs)
 
 
-def _participation(
+def build_participation(
     batches: tff_kd.ClientBatches,
 ) -> tff_kd.simulation.Participation:
   """Who takes part, and what hinders them, from the flags."""
@@ -905,7 +905,7 @@ def run() -> None:
     setup = _set_up()
   run_dir = setup[-1]
   try:
-    with _runtime(run_dir):
+    with runtime(run_dir):
       _train_and_report(*setup)
   except (
       tff_kd.simulation.CheckpointError,
@@ -923,7 +923,7 @@ def run() -> None:
     ) from error
 
 
-def _runtime(run_dir: pathlib.Path) -> contextlib.AbstractContextManager:
+def runtime(run_dir: pathlib.Path) -> contextlib.AbstractContextManager:
   if not args.WORKERS.value:
     return tff_kd.simulation.local_runtime(
         log_path=run_dir / 'worker.log',
@@ -964,7 +964,7 @@ def _set_up():
   )
   if _is_private():
     _check_disjoint(task)
-  participation = _participation(batches)
+  participation = build_participation(batches)
   common = common_arguments(task, batches)
   common['reporting'] = _reporting(participation)
   process = build_process(algorithm, task, common)

@@ -1,0 +1,67 @@
+r"""Attacks a finished run, as those could who have its models, or its server.
+
+  python -m pipelines.audit --run=runs/mine
+  python -m pipelines.audit --run=runs/mine --victims=20 --attack_seed=1
+
+Membership inference against the released models and against what single clients send;
+inversion of predictions on the transfer set. Leaves report.md, report.json and pictures.
+"""
+
+import pathlib
+import sys
+from typing import Optional
+
+from absl import app
+from absl import flags
+from absl import logging
+
+import pipelines
+from pipelines import train_flags as _  # The run's own flags are read into these.
+
+_RUN = flags.DEFINE_string('run', None, 'The folder of a finished run of pipelines.train.')
+flags.mark_flag_as_required('run')
+_REPORT_DIR = flags.DEFINE_string(
+    'report_dir', None, 'Where the report goes; the folder audit of the run if unset.'
+)
+_VICTIMS = flags.DEFINE_integer(
+    'victims', 10, 'How many clients are attacked as the server could that receives what '
+    'they send.', lower_bound=1,
+)
+_ATTACK_SEED = flags.DEFINE_integer(
+    'attack_seed', 0, 'Decides whom, which examples choose an attack and which measure '
+    'it, and the initial weights of the inverting network.', lower_bound=0,
+)
+_EPOCHS = flags.DEFINE_integer(
+    'inversion_epochs', 60, 'Passes of that over the transfer examples; 0 for no '
+    'inversion.', lower_bound=0,
+)
+
+
+def main(argv: list[str]) -> Optional[int]:
+  if len(argv) > 1:
+    raise app.UsageError(f'Not a flag: {argv[1:]}.')
+  # Here and not above: --help and a wrong flag need not wait for TensorFlow.
+  from pipelines import audit_job
+  from pipelines import train_job
+
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)
+  run_dir = pathlib.Path(_RUN.value)
+  try:
+    audit_job.run(
+        run_dir,
+        pathlib.Path(_REPORT_DIR.value or run_dir / 'audit'),
+        num_victims=_VICTIMS.value,
+        seed=_ATTACK_SEED.value,
+        num_epochs=_EPOCHS.value,
+    )
+  except train_job.UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    return 130
+  return 0
+
+
+if __name__ == '__main__':
+  pipelines.run(main)

@@ -1,0 +1,138 @@
+"""Prediction inversion: what examples do predictions on public ones give away?"""
+
+from typing import NamedTuple
+
+import numpy as np
+import scipy.special
+import tensorflow as tf
+
+# Of public examples, how many of those on which a client is surest stand for a class.
+_NUM_SUREST = 5
+_HIDDEN_UNITS = 256
+_BATCH_SIZE = 32
+
+
+class Pairs(NamedTuple):
+  """What two models say about the same examples.
+
+  Attributes:
+    client: float32 `[n, classes]`, logits of the client's model.
+    server: float32 `[n, classes]`, of the server's.
+  """
+
+  client: np.ndarray
+  server: np.ndarray
+
+
+class Inverter:
+  """Learns from public examples what the pair of predictions on one looks like.
+
+  The server holds the transfer inputs, a client's predictions on them, and its own. It
+  fits a network from the pair of both to the input, and feeds that with pairs as it
+  expects them on the client's private examples: where both models differ is what the
+  client knows and the public does not.
+
+  Source: Takahashi, Liu and Liu, "Breaching FedMD: Image Recovery via Paired-Logits
+  Inversion Attack" (CVPR 2023). There the network is convolutional and the pair of a
+  private class is set by a prior on its confidences; here the network is dense and the
+  pair is the mean over the public examples on which the client is surest of that class.
+  """
+
+  def __init__(
+      self,
+      inputs: np.ndarray,
+      pairs: Pairs,
+      *,
+      num_epochs: int = 60,
+      seed: int = 0,
+  ):
+    """Fits the network.
+
+    Args:
+      inputs: float32 `[n, ...]`, the public examples.
+      pairs: What both models say about them.
+      num_epochs: Passes over them, by Adam.
+      seed: Decides initial weights and order.
+
+    Raises:
+      ValueError: If the arrays do not fit, or are not finite.
+    """
+    inputs = np.asarray(inputs, np.float32)
+    for name, logits in pairs._asdict().items():
+      if np.ndim(logits) != 2 or len(logits) != len(inputs):
+        raise ValueError(
+            f"The {name}'s logits must be [{len(inputs)}, classes], as many as inputs, "
+            f'found {np.shape(logits)}.'
+        )
+      if not np.all(np.isfinite(logits)):
+        raise ValueError(
+            f"The {name}'s logits are not finite: the model that made them is broken."
+        )
+    self._pairs = pairs
+    self._shape = inputs.shape[1:]
+    self._low, self._range = float(inputs.min()), float(np.ptp(inputs)) or 1.0
+    features = _features(pairs)
+    self._mean, self._scale = features.mean(0), features.std(0) + 1e-3
+    generator = tf.random.Generator.from_seed(seed)
+    weight_seeds = [int(its) for its in generator.uniform([2], 0, 2**31 - 1, tf.int32)]
+    self._network = tf.keras.Sequential([
+        tf.keras.layers.InputLayer(features.shape[1:]),
+        tf.keras.layers.Dense(
+            _HIDDEN_UNITS, 'relu',
+            kernel_initializer=tf.keras.initializers.GlorotUniform(weight_seeds[0]),
+        ),
+        tf.keras.layers.Dense(
+            int(np.prod(self._shape)), 'sigmoid',
+            kernel_initializer=tf.keras.initializers.GlorotUniform(weight_seeds[1]),
+        ),
+    ])
+    self._network.compile('adam', 'mse')
+    targets = ((inputs - self._low) / self._range).reshape(len(inputs), -1)
+    examples = tf.data.Dataset.from_tensor_slices(
+        (self._scaled(features), targets)
+    ).shuffle(len(inputs), seed=seed).batch(_BATCH_SIZE)
+    self._network.fit(examples, epochs=num_epochs, verbose=0)
+
+  def invert(self, pairs: Pairs) -> np.ndarray:
+    """What examples with these predictions would look like, `[k, ...]`."""
+    flat = self._network.predict(self._scaled(_features(pairs)), verbose=0)
+    return (self._low + self._range * flat).reshape(-1, *self._shape)
+
+  def pair_of(self, label: int) -> Pairs:
+    """The pair that is expected on a private example of a class, `[1, classes]` each."""
+    sure = scipy.special.log_softmax(self._pairs.client, axis=-1)[:, label]
+    rows = np.argsort(-sure, kind='stable')[:_NUM_SUREST]
+    return Pairs(*(its[rows].mean(0, keepdims=True) for its in self._pairs))
+
+  def _scaled(self, features: np.ndarray) -> np.ndarray:
+    return ((features - self._mean) / self._scale).astype(np.float32)
+
+
+def similarity(images: np.ndarray, others: np.ndarray, value_range: float):
+  """How alike examples are: peak signal-to-noise ratio, and structural similarity.
+
+  Args:
+    images: float32 `[k, height, width]` or `[k, height, width, channels]`; of another
+      rank there is no structural similarity.
+    others: Likewise.
+    value_range: Largest minus smallest possible value.
+
+  Returns:
+    float32 `[k]` decibels; float32 `[k]` from -1 to 1, not a number without images.
+  """
+  images, others = (np.asarray(its, np.float32) for its in (images, others))
+  axes = tuple(range(1, images.ndim))
+  errors = np.mean(np.square(images - others), axis=axes)
+  psnr = 10 * np.log10(value_range**2 / np.maximum(errors, 1e-12))
+  ssim = np.full(len(images), np.nan, np.float32)
+  if images.ndim == 3:
+    images, others = images[..., np.newaxis], others[..., np.newaxis]
+  if images.ndim == 4 and min(images.shape[1:3]) >= 11:
+    ssim = tf.image.ssim(images, others, value_range).numpy()
+  return psnr, ssim
+
+
+def _features(pairs: Pairs) -> np.ndarray:
+  return np.concatenate(
+      [scipy.special.log_softmax(its, axis=-1) for its in pairs], axis=-1
+  )
