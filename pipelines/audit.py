@@ -16,9 +16,10 @@ from absl import flags
 from absl import logging
 
 import pipelines
-from pipelines import train_flags as _  # The run's own flags are read into these.
 
-_RUN = flags.DEFINE_string('run', None, 'The folder of a finished run of pipelines.train.')
+_RUN = flags.DEFINE_string(
+    'run', None, 'The folder of a finished run of pipelines.train.'
+)
 flags.mark_flag_as_required('run')
 _REPORT_DIR = flags.DEFINE_string(
     'report_dir', None, 'Where the report goes; the folder audit of the run if unset.'
