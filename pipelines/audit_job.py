@@ -198,7 +198,9 @@ def _train_victims(
   names = args.STUDENT.value
 
   def build(cohort: int) -> tf.keras.Model:
-    return keras_models.STUDENTS[names[cohort]](task.num_classes, task.input_shape)
+    model = keras_models.STUDENTS[names[cohort]](task.num_classes, task.input_shape)
+    model(task.test.inputs[:1])  # Until then a subclassed one has no weights to set.
+    return model
 
   if 'student' not in released and 'student_0' not in released:
     weights = _kept_weights(run_dir, algorithm, task, batches, clients)
