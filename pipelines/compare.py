@@ -4,6 +4,7 @@ r"""Runs several algorithms on the same problem, several times, and compares the
   python -m pipelines.compare --algorithms=fed_avg,fed_ntd --seeds=0,1 --alpha=0.05
   python -m pipelines.compare --algorithms=fed_avg,fed_df \
       --vary='|--dropout_after=0.3|--dropout_after=0.7'
+  python -m pipelines.compare --algorithms=fed_avg,ds_fl --vary='|--epsilon=8' --audit
 
 Takes the flags of `pipelines.train`, too; an algorithm gets those that it knows. A seed
 decides the split, the initial weights and who takes part in which round, so all
@@ -49,6 +50,11 @@ _VARY = flags.DEFINE_multi_string(
     'other, separated by |; an empty one is without. Each such list is a row of panels '
     'in a second picture, accuracy against rounds. An algorithm is run with the sets of '
     'which it knows every flag.'
+)
+_AUDIT = flags.DEFINE_bool(
+    'audit', False, 'Attack each run (pipelines.audit), and add what that found to the '
+    'table: the AUC of membership inference against the released student, and against '
+    "single clients' models."
 )
 _JOBS = flags.DEFINE_integer(
     'jobs', None, 'Runs at a time; one a core if unset.', lower_bound=1
@@ -217,6 +223,26 @@ def _train_all(
   return parallel.run_all(jobs, _JOBS.value, line)
 
 
+def _audit_path(run: _Run) -> pathlib.Path:
+  return run.folder / 'audit' / 'report.json'
+
+
+def _audit_all(runs: list[_Run]) -> list[str]:
+  """Attacks what is not attacked yet; returns what failed."""
+
+  def job(run: _Run) -> parallel.Job:
+    command = [
+        sys.executable, '-m', 'pipelines.audit', f'--run={run.folder}',
+        '--inversion_epochs=0',
+    ]
+    log = run.folder.with_name(f'{run.folder.name}-audit.log')
+    return parallel.Job(f'audit of {run.name}', command, log)
+
+  return parallel.run_all(
+      [job(run) for run in runs if not _audit_path(run).is_file()], _JOBS.value
+  )
+
+
 def _results(run: _Run) -> dict[str, Any]:
   return json.loads((run.folder / 'results.json').read_text())
 
@@ -260,10 +286,17 @@ def _rows(runs: list[_Run]) -> list[tuple[str, ...]]:
     target = 0.95 * max(
         statistics.mean(best(its, 'student')) for its in by_setting.values()
     )
-  rows = [(
+  audits = {
+      run: json.loads(_audit_path(run).read_text())
+      for run in runs if _AUDIT.value and _audit_path(run).is_file()
+  }
+  head = [
       'algorithm', 'student', 'teacher', f'rounds to {target:.3f}',
       f'MB to {target:.3f}', 'MB a round', 's a round', 'seeds',
-  )]
+  ]
+  if audits:
+    head[-1:-1] = ['AUC: student', 'AUC: one client']
+  rows = [tuple(head)]
   for setting, its in by_setting.items():
     reached, megabytes = [], []
     for run in its:
@@ -286,13 +319,26 @@ def _rows(runs: list[_Run]) -> list[tuple[str, ...]]:
         statistics.median(row['round_seconds'] for row in histories[run])
         for run in its
     ]
-    rows.append((
+    row = [
         setting.name, _spread(best(its, 'student'), 3), _spread(best(its, 'teacher'), 3),
         _spread(reached, 1) + missed, _spread(megabytes, 2) + missed,
         f'{statistics.mean(a_round):.3g}',
         f'{statistics.mean(seconds):.2f}', str(len(its)),
-    ))
+    ]
+    if audits:
+      row[-1:-1] = _leaks([audits[run] for run in its if run in audits])
+    rows.append(tuple(row))
   return rows
+
+
+def _leaks(audits: list[dict[str, Any]]) -> list[str]:
+  """The AUCs of membership inference: the released student's, and single clients'."""
+  students = [
+      its['membership']['student']['overall']['auc']['value']
+      for its in audits if 'student' in its['membership']
+  ]
+  clients = [its['clients']['membership_auc']['value'] for its in audits]
+  return [_spread(students, 3), _spread(clients, 3)]
 
 
 def _by_setting(runs: list[_Run]) -> dict[_Setting, list[_Run]]:
@@ -388,10 +434,12 @@ def _compare(
   signal.signal(signal.SIGTERM, signal.default_int_handler)
   try:
     failed = _train_all(runs, settings)
+    done = [run for run in runs if _is_done(run)]
+    if _AUDIT.value:
+      failed += _audit_all(done)
   except KeyboardInterrupt:
     print('Stopped. The same command goes on.', file=sys.stderr)
     return 130
-  done = [run for run in runs if _is_done(run)]
   if done:
     order = list(settings)
     _report(sorted(done, key=lambda run: order.index(run.setting)), rows, folder)

@@ -366,16 +366,20 @@ def _aggregator(
   """How one channel is compressed and made robust; `None` where it is neither."""
   factory = None
   if bits is not None:
-    if methods:
+    if not set(methods) <= {'zeroing', 'clipping'}:
       raise UserError(
-          f'--{channel}_bits goes with --{channel}_norm_bound, but not with '
-          f'--robust_{channel}. Leave one out.'
+          f'--{channel}_bits are of a sum, and --robust_{channel}={methods[0]} is none. '
+          'Leave one out, or take zeroing and clipping.'
       )
     # Not TFF's random rounding: a resumed run could not repeat it.
     factory = tff.aggregators.MeanFactory(
         tff.aggregators.EncodedSumFactory.quantize_above_threshold(
             bits, _ROUNDED_FROM - 1, stochastic=False
         )
+    )
+    # As TFF's compression_aggregator.
+    factory = robust.build_adaptive_mean(
+        'zeroing' in methods, 'clipping' in methods, factory
     )
   elif 'median' in methods or 'trimmed_mean' in methods:
     factory = robust.TrimmedMeanFactory(

@@ -283,3 +283,36 @@ def test_algorithms_of_predictions_alone_take_them(name):
   # Of probabilities, as DS-FL's, no client can send many.
   assert measured['num_left_out'] == (name == 'fed_md')
   assert measured['inner']['num_clients'] == 5 - (name == 'fed_md')
+
+
+def test_the_adaptive_mean_is_tffs_compression_aggregator():
+  rng = np.random.default_rng(0)
+  # As large as TFF's smallest array that is rounded.
+  rounds = [
+      [np.float32(rng.normal(size=20001) * scale) for scale in (0.01, 0.02, 5.0)]
+      for _ in range(3)
+  ]
+  ours = robust.build_adaptive_mean(
+      True,
+      True,
+      tff.aggregators.MeanFactory(
+          tff.aggregators.EncodedSumFactory.quantize_above_threshold(
+              8, 20000, stochastic=False
+          )
+      ),
+  )
+  theirs = tff.learning.compression_aggregator(stochastic=False)
+  found = []
+  for factory in (ours, theirs):
+    process = factory.create(
+        tff.TensorType(np.float32, [20001]), tff.TensorType(np.float32)
+    )
+    state, results = process.initialize(), []
+    for values in rounds:
+      output = process.next(state, values, [np.float32(1), np.float32(2), np.float32(1)])
+      state = output.state
+      results.append(output.result)
+    found.append((results, output.measurements))
+  np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6)
+  assert found[0][1]['clipping'] == found[1][1]['clipping']
+  assert found[0][1]['zeroing'] == found[1][1]['zeroing']

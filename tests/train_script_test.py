@@ -260,7 +260,7 @@ def test_help_lists_the_algorithms():
             '`num_classes` must be below the number of classes, 10',
         ),
         (['--algorithm=ds_fl', '--prediction_bits=1', '--knowledge_bits=8'], 'only one'),
-        (['--model_bits=8', '--robust_model=median'], '--model_bits goes with'),
+        (['--model_bits=8', '--robust_model=median'], '--model_bits are of a sum'),
         (['--knowledge_norm_bound=-1'], '`norm_bound` must be above 0, found -1.0'),
         (['--trimmed_share=0.2'], '--trimmed_share has no effect'),
         (['--algorithm=fed_md', '--robust_model=median'], '--robust_model has no effect'),

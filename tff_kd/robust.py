@@ -6,6 +6,7 @@ there, too.
 """
 
 import collections
+import math
 from typing import Optional
 
 import numpy as np
@@ -194,6 +195,38 @@ class TrimmedMeanFactory(tff.aggregators.WeightedAggregationFactory):
       )
 
     return tff.templates.AggregationProcess(sampling.initialize, next_fn)
+
+
+def build_adaptive_mean(
+    zeroing: bool,
+    clipping: bool,
+    inner_factory: tff.aggregators.WeightedAggregationFactory,
+) -> tff.aggregators.WeightedAggregationFactory:
+  """TFF's adaptive zeroing and clipping around a mean of another kind.
+
+  Around an encoded sum it is `tff.learning.compression_aggregator`, whose bits and
+  smallest array cannot be set.
+
+  Args:
+    zeroing: Whether values far beyond those seen so far are taken as zeros.
+    clipping: Whether values are scaled down to a norm that most have.
+    inner_factory: What aggregates then.
+  """
+  estimate = tff.aggregators.PrivateQuantileEstimationProcess.no_noise
+  factory = inner_factory
+  if clipping:
+    norm = estimate(initial_estimate=1.0, target_quantile=0.8, learning_rate=0.2)
+    factory = tff.aggregators.clipping_factory(norm, factory)
+  if zeroing:
+    norm = estimate(
+        initial_estimate=10.0,
+        target_quantile=0.98,
+        learning_rate=math.log(10.0),
+        multiplier=2.0,
+        increment=1.0,
+    )
+    factory = tff.aggregators.zeroing_factory(norm, factory)
+  return factory
 
 
 def trimmed_mean(

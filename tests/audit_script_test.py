@@ -1,0 +1,91 @@
+"""`pipelines.audit`, as a user runs it."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from tests import helpers
+
+
+def _script(name, *args):
+  return subprocess.run(
+      [sys.executable, '-m', f'pipelines.{name}', *args],
+      cwd=helpers.ROOT, capture_output=True, text=True, timeout=300,
+  )
+
+
+def _train(folder, *args):
+  done = _script('train', *helpers.TINY_RUN, f'--output_dir={folder}', *args)
+  assert done.returncode == 0, done.stderr
+
+
+@pytest.fixture(scope='module')
+def run_dir(tmp_path_factory):
+  folder = tmp_path_factory.mktemp('audited') / 'run'
+  _train(
+      folder, '--algorithm=fed_df', '--rounds=1', '--server_steps=5', '--epsilon=20',
+      '--sampling=poisson', '--nocompare_with_fed_avg',
+  )
+  return folder
+
+
+def test_it_attacks_and_reports(run_dir, tmp_path):
+  done = _script('audit', f'--run={run_dir}', '--victims=2', '--inversion_epochs=2')
+  assert done.returncode == 0, done.stderr
+  assert 'membership by loss, AUC' in done.stdout
+  assert 'before its noise, is not' in done.stdout
+  report = json.loads((run_dir / 'audit' / 'report.json').read_text())
+  student = report['membership']['student']['overall']
+  auc = student['auc']
+  assert 0 <= auc['low'] <= auc['value'] <= auc['high'] <= 1
+  assert student['num_members'] == student['num_non_members'] == 500
+  assert len(report['clients']['numbers']) == 2
+  assert set(report['inversion']) == {
+      'class PSNR', 'class SSIM', 'example PSNR', 'example SSIM'
+  }
+  text = (run_dir / 'audit' / 'report.md').read_text()
+  assert '## What this does not test' in text
+  for name in ('membership.png', 'inversion.png'):
+    assert f']({name})' in text
+    assert (run_dir / 'audit' / name).stat().st_size > 5000
+  # The same seed finds the same.
+  again = _script(
+      'audit', f'--run={run_dir}', '--victims=2', '--inversion_epochs=0',
+      f'--report_dir={tmp_path}',
+  )
+  assert again.returncode == 0, again.stderr
+  assert 'Predictions were not inverted. It was turned off.' in again.stdout
+  other = json.loads((tmp_path / 'report.json').read_text())
+  assert other['membership'] == report['membership']
+
+
+def test_clients_that_keep_their_models(tmp_path):
+  _train(
+      tmp_path / 'run', '--algorithm=fd', '--rounds=1', '--nocompare_with_fed_avg',
+      '--student=document,cnn',
+  )
+  done = _script('audit', f'--run={tmp_path / "run"}', '--victims=2')
+  assert done.returncode == 0, done.stderr
+  assert 'This run releases no model.' in done.stdout
+  assert "clients' own models, which never leave them" in done.stdout
+  assert 'one mean for each class' in done.stdout
+
+
+def test_what_is_no_finished_run_is_named(tmp_path):
+  done = _script('audit', f'--run={tmp_path}')
+  assert done.returncode == 1
+  assert done.stderr.startswith(f'error: {tmp_path} holds no run')
+  (tmp_path / 'config.json').write_text('{"flags": {}}')
+  done = _script('audit', f'--run={tmp_path}')
+  assert 'has not ended' in done.stderr
+  (tmp_path / 'config.json').write_text('{"flags": {"unheard_of": 1}}')
+  (tmp_path / 'results.json').write_text('{"rounds": 1}')
+  done = _script('audit', f'--run={tmp_path}')
+  assert 'not known here: unheard_of' in done.stderr
+
+
+def test_help_does_not_list_the_flags_of_training():
+  done = _script('audit', '--help')
+  assert '--victims' in done.stdout and '--clients_per_round' not in done.stdout
