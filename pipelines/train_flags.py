@@ -154,8 +154,8 @@ KNOWLEDGE_NORM_BOUND = flags.DEFINE_float(
 # What is rounded on its way up.
 MODEL_BITS = flags.DEFINE_integer(
     'model_bits', None, "Bits of each number of clients' weights on their way up, in "
-    'arrays of 1,000 or more; floats if unset. With --robust_model=zeroing,clipping it is '
-    "TFF's compression_aggregator.", lower_bound=1, upper_bound=16
+    'arrays of 1,000 or more; floats if unset. With --robust_model=zeroing,clipping this '
+    "is TFF's compression_aggregator.", lower_bound=1, upper_bound=16
 )
 KNOWLEDGE_BITS = flags.DEFINE_integer(
     'knowledge_bits', None, 'Likewise, of what clients send of their predictions.',

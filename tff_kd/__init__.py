@@ -6,7 +6,7 @@ _MODULES = (
     'algorithms', 'certainty', 'client_data', 'codecs', 'communication',
     'conditions', 'data',
     'evaluation', 'keras_models', 'knowledge', 'local_terms', 'losses', 'models',
-    'robust', 'simulation',
+    'privacy', 'robust', 'simulation',
 )
 
 __getattr__, __dir__ = _lazy.attach(
