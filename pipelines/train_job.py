@@ -242,9 +242,8 @@ def _accountant(
   """The accountant of a private run, whose ledger is in its folder."""
   if process.guard.privacy is None:
     return None
-  return privacy.differential.build_accountant(
-      process.guard.privacy,
-      process.guard.channels,
+  return privacy.build_accountant(
+      process.guard,
       sampling=_sampling(),
       delta=args.DELTA.value,
       max_epsilon=np.inf if args.EPSILON.value is None else args.EPSILON.value,

@@ -15,8 +15,8 @@ import tff_kd
 from tff_kd import algorithms
 from tff_kd import knowledge
 from tff_kd import privacy
+from tff_kd import process as process_lib
 from tff_kd import simulation
-from tff_kd.privacy import differential
 
 _UNIFORM = tff.learning.ClientWeighting.UNIFORM
 _CLIENTS = [helpers.dataset(*helpers.examples(8, k)) for k in range(4)]
@@ -164,8 +164,9 @@ def test_two_channels_share_what_the_account_says():
   factory = dp.build_factory('knowledge', sent, has_unit_weights=True)
   results, _ = _draw(factory, payload, 1)
   _assert_stddev(results[0].values, noise['knowledge'] / 8)
-  accountant = differential.build_accountant(
-      dp, sent, sampling=privacy.ClientSampling(num_clients=80, clients_per_round=8),
+  accountant = privacy.build_accountant(
+      process_lib.Guard(tuple(sent), dp),
+      sampling=privacy.ClientSampling(num_clients=80, clients_per_round=8),
       delta=1e-5,
   )
   alone = privacy.PrivacyAccountant([1.5], accountant.sampling, 1e-5)
@@ -358,9 +359,9 @@ def test_whole_numbers_cannot_be_noised():
     factory.create(tff.to_type(collections.OrderedDict(a=np.float32, b=np.int32)))
 
 
-def _accountant(dp, process, sampling, **kwargs):
-  return differential.build_accountant(
-      dp, process.guard.channels, sampling=sampling, delta=1e-5, **kwargs
+def _accountant(process, sampling, **kwargs):
+  return privacy.build_accountant(
+      process.guard, sampling=sampling, delta=1e-5, **kwargs
   )
 
 
@@ -368,11 +369,11 @@ def test_training_counts_ends_at_the_budget_and_goes_on_with_the_count(tmp_path)
   dp = _dp(3.0, clients=2)
   process = _build('fed_df', privacy=dp)
   sampling = privacy.ClientSampling(num_clients=4, clients_per_round=2)
-  most = _accountant(dp, process, sampling).epsilon(4)
+  most = _accountant(process, sampling).epsilon(4)
 
   def train(num_rounds):
     accountant = _accountant(
-        dp, process, sampling, max_epsilon=most, ledger_path=tmp_path / 'privacy.json'
+        process, sampling, max_epsilon=most, ledger_path=tmp_path / 'privacy.json'
     )
     return accountant, simulation.train(
         process, select_clients=lambda n: _CLIENTS[:2], num_rounds=num_rounds,
@@ -399,10 +400,12 @@ def test_training_counts_ends_at_the_budget_and_goes_on_with_the_count(tmp_path)
 def test_an_accountant_of_something_else_is_refused():
   dp = _dp(clients=2)
   process, plain = _build('fed_avg', privacy=dp), _build('fed_avg')
+  with pytest.raises(ValueError, match='is not built with `privacy`'):
+    privacy.build_accountant(plain.guard, sampling=None, delta=1e-5)
   sampling = privacy.ClientSampling(
       num_clients=4, clients_per_round=2, sampling='poisson'
   )
-  accountant = _accountant(dp, process, sampling)
+  accountant = _accountant(process, sampling)
   chosen = simulation.Participation(num_clients=4, clients_per_round=2)
   for its, select, message in (
       (plain, chosen, 'needs a process that is built with `privacy`'),
@@ -450,7 +453,7 @@ def test_how_many_came_is_not_told():
           num_clients=4, clients_per_round=2, sampling='poisson'
       ),
       num_rounds=6,
-      accountant=_accountant(dp, process, sampling),
+      accountant=_accountant(process, sampling),
   )
   for row in result.history:
     assert not [name for name in row if 'num_' in name]

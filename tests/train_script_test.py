@@ -310,7 +310,7 @@ def test_bad_flags_are_one_sentence(args, message, tmp_path, monkeypatch, capsys
 def test_the_readmes_python_runs(tmp_path):
   blocks = (_ROOT / 'README.md').read_text().split('```python\n')[1:]
   # The others go on where the first ends.
-  assert len(blocks) == 4
+  assert len(blocks) == 5
   code = '\n'.join(block.split('```')[0] for block in blocks)
   done = subprocess.run(
       [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,

@@ -15,5 +15,6 @@ __getattr__, __dir__ = _lazy.attach(
             'PrivacyAccountant',
         )
     }
-    | {'DifferentialPrivacy': 'differential', 'SecureAggregation': 'secure'},
+    | {name: 'differential' for name in ('build_accountant', 'DifferentialPrivacy')}
+    | {'SecureAggregation': 'secure'},
 )

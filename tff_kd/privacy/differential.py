@@ -365,18 +365,22 @@ def _check_floats(value_type: tff.Type) -> None:
       )
 
 
-def build_accountant(
-    dp: DifferentialPrivacy, sent: Sequence[str], **kwargs
-) -> accounting.PrivacyAccountant:
-  """The accountant of a process.
+def build_accountant(guard: Any, **kwargs) -> accounting.PrivacyAccountant:
+  """The accountant of a private process.
 
   Args:
-    dp: Of the process.
-    sent: The channels that it sends.
-    **kwargs: Further arguments of `PrivacyAccountant`.
+    guard: The process's `guard`.
+    **kwargs: `sampling`, `delta` and further arguments of `PrivacyAccountant`.
+
+  Raises:
+    ValueError: If the process is not private.
   """
+  if guard.privacy is None:
+    raise ValueError(
+        'There is nothing to account for: the process is not built with `privacy`.'
+    )
   return accounting.PrivacyAccountant(
-      list(dp.noise_multipliers(sent).values()), **kwargs
+      list(guard.privacy.noise_multipliers(guard.channels).values()), **kwargs
   )
 
 
