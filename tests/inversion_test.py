@@ -33,8 +33,8 @@ def test_it_reconstructs_what_predictions_tell(public):
   )
   mean = np.repeat(images.mean(0, keepdims=True), 50, 0)
   mean_psnr, mean_ssim = inversion.similarity(mean, private, np.ptp(images))
-  assert psnr.mean() > mean_psnr.mean() + 5
-  assert ssim.mean() > mean_ssim.mean() + 0.1
+  assert psnr.mean() > mean_psnr.mean() + 3
+  assert ssim.mean() > mean_ssim.mean() + 0.05
 
 
 def test_predictions_that_tell_nothing_give_nothing(public):

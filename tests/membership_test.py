@@ -126,10 +126,10 @@ def test_labels_alone_tell_nothing():
   # All members have label 0, on which the model's loss is small for everybody.
   rng = np.random.default_rng(0)
   labels = np.repeat([0, 1], 500)
-  logits = np.float32(rng.normal(size=(1000, 2)))
+  logits = np.float32(rng.normal(size=(1000, 3)))
   logits[:, 0] += 3
   others = membership.Predictions(logits, labels)
-  own = np.float32(rng.normal(size=(200, 2)))
+  own = np.float32(rng.normal(size=(200, 3)))
   own[:, 0] += 3
   value = membership.infer_by_loss(
       membership.Predictions(own, np.zeros(200, int)), others

@@ -314,5 +314,5 @@ def test_the_adaptive_mean_is_tffs_compression_aggregator():
       results.append(output.result)
     found.append((results, output.measurements))
   np.testing.assert_allclose(found[0][0], found[1][0], rtol=1e-6)
-  assert found[0][1]['clipping'] == found[1][1]['clipping']
-  assert found[0][1]['zeroing'] == found[1][1]['zeroing']
+  assert found[0][1] == found[1][1]
+  assert found[0][1]['zeroed_count'] + found[0][1]['zeroing']['clipped_count'] > 0

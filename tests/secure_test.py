@@ -48,8 +48,13 @@ def _sum(secure, values, bound):
   return process.next(process.initialize(), values).result
 
 
-@pytest.mark.parametrize('settings', [{}, _BITS])
-@pytest.mark.parametrize('name', ['fed_avg', 'fed_df', 'fed_distillation', 'ds_fl', 'fd'])
+@pytest.mark.parametrize(
+    'name, settings',
+    [
+        ('fed_avg', {}), ('fed_distillation', {}), ('fd', {}), ('fed_df', _BITS),
+        ('ds_fl', _BITS),
+    ],
+)
 def test_nothing_is_summed_in_the_clear_and_little_changes(name, settings):
   secure = _build(
       name, secure_aggregation=privacy.SecureAggregation(**settings)
