@@ -18,14 +18,19 @@ _STOP_TIMEOUT_S = 5.0
 
 
 def compile_computation(comp: tff.Computation) -> tff.Computation:
-  """Compiles a computation for TFF's workers.
-
-  These have no protocol for secure sums: they become the plain sums, in the clear, with
-  the same numbers.
-  """
+  """Compiles a computation for TFF's workers."""
   return tff.backends.native.desugar_and_transform_to_native(
-      tff.backends.test.replace_secure_intrinsics_with_bodies(comp)
+      sum_in_the_clear(comp)
   )
+
+
+def sum_in_the_clear(comp: tff.Computation) -> tff.Computation:
+  """Replaces secure sums, for which workers have no protocol, by the plain ones."""
+  proto = tff.framework.serialize_computation(comp)
+  # Looking for them takes a hundredth of the time.
+  if b'federated_secure' not in proto.SerializeToString():
+    return comp
+  return tff.backends.test.replace_secure_intrinsics_with_bodies(comp)
 
 
 class CohortContext(tff.framework.SyncExecutionContext):
@@ -86,7 +91,7 @@ class CohortContext(tff.framework.SyncExecutionContext):
           # In parts, clients would do their work again for their own results.
           raise ValueError('It leaves each client a value of its own.')
         form = tff.backends.native.compile_to_mergeable_comp_form(
-            tff.backends.test.replace_secure_intrinsics_with_bodies(comp)
+            sum_in_the_clear(comp)
         )
       except (TypeError, ValueError) as error:
         form = None
