@@ -172,6 +172,27 @@ def _medians():
   )
 
 
+def _private():
+  """An adaptive clip, summed and estimated over all workers; without noise it repeats."""
+  return tff_kd.algorithms.build_fed_avg(
+      **helpers.common(
+          client_weighting=tff.learning.ClientWeighting.UNIFORM,
+          privacy=tff_kd.privacy.DifferentialPrivacy(
+              noise_multiplier=0.0, clients_per_round=_CLIENTS
+          ),
+      )
+  )
+
+
+def _secure():
+  return tff_kd.algorithms.build_fed_df(
+      **helpers.common(secure_aggregation=tff_kd.privacy.SecureAggregation()),
+      transfer_set=_transfer_set(),
+      student_optimizer=helpers.sgd(),
+      distillation=tff_kd.Distillation(num_steps=2, batch_size=4),
+  )
+
+
 def _rounds(process, cohort=None, num_rounds=3):
   """The state, the clients' states and the metrics after some rounds."""
   cohort = _cohort() if cohort is None else cohort
@@ -209,6 +230,20 @@ def test_as_on_one_worker(build, workers, caplog):
   for worker in workers:
     assert worker.traffic.bytes_sent > 0
   assert not caplog.text
+
+
+@pytest.mark.parametrize('build', [_private, _secure])
+def test_private_and_secure_sums_as_on_one_worker(build, workers):
+  tf.keras.utils.set_random_seed(1)
+  process = build()
+  (expected, _, _), found = _rounds(process), None
+  with several_workers.remote_runtime(workers):
+    found, _, _ = _rounds(process)
+  helpers.assert_weights_close(
+      found.global_model_weights, expected.global_model_weights, rtol=1e-5, atol=1e-6
+  )
+  for worker in workers:
+    assert worker.traffic.bytes_sent > 0
 
 
 @pytest.fixture(scope='module')
