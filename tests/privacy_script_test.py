@@ -95,6 +95,7 @@ def test_secure_aggregation_says_that_it_keeps_nothing_secret(tmp_path):
   )
   assert done.returncode == 0, done.stderr
   assert 'sums in the clear and keeps nothing secret' in done.stdout
+  assert 'never used' not in done.stderr
 
 
 def test_a_server_example_that_is_a_clients_is_refused():

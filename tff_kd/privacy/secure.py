@@ -6,6 +6,8 @@ they add the same integers in the clear. What is shown is the numerics.
 """
 
 import dataclasses
+import functools
+import logging
 import math
 from typing import Any, Optional
 
@@ -83,6 +85,7 @@ class SecureAggregation:
       self, bound: Optional[float]
   ) -> tff.aggregators.UnweightedAggregationFactory:
     """A factory of the sum of numbers within a bound."""
+    _ignore_unused_assertions()
     if bound is None:
       # As TFF's `secure_aggregator` has it.
       bound = tff.aggregators.PrivateQuantileEstimationProcess.no_noise(
@@ -113,6 +116,17 @@ class SecureAggregation:
             upper_bound_threshold=_MAX_WEIGHT, lower_bound_threshold=0.0
         ),
     )
+
+
+@functools.cache
+def _ignore_unused_assertions() -> None:
+  """Keeps TensorFlow from a page of log about checks that TFF's sums make and drop."""
+
+  def is_worth_it(record: logging.LogRecord) -> bool:
+    text = record.getMessage()
+    return not ('Object was never used' in text and 'assert_less_equal' in text)
+
+  tf.get_logger().addFilter(is_worth_it)
 
 
 class _ClippedSumFactory(tff.aggregators.UnweightedAggregationFactory):
