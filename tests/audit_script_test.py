@@ -4,7 +4,6 @@ import json
 import subprocess
 import sys
 
-from absl import flags
 import pytest
 
 from pipelines import audit_job
@@ -72,9 +71,9 @@ def test_what_is_no_finished_run_is_named(tmp_path):
   def audit():
     audit_job.run(tmp_path, tmp_path / 'audit', num_victims=1, seed=0, num_epochs=0)
 
-  if not flags.FLAGS.is_parsed():
-    flags.FLAGS(['test'])
-  with pytest.raises(train_job.UserError, match='holds no run: there is no config'):
+  with helpers.flags_of(), pytest.raises(
+      train_job.UserError, match='holds no run: there is no config'
+  ):
     audit()
   (tmp_path / 'config.json').write_text('{"flags": {}}')
   with pytest.raises(train_job.UserError, match='has not ended'):

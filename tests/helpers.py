@@ -7,6 +7,8 @@ import shutil
 import subprocess
 import sys
 
+from absl import flags
+from absl.testing import flagsaver
 import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
@@ -90,6 +92,21 @@ def assert_weights_close(actual, expected, **kwargs):
   assert len(actual) == len(expected) > 0
   for a, e in zip(actual, expected):
     np.testing.assert_allclose(a, e, **kwargs)
+
+
+@contextlib.contextmanager
+def flags_of(*args):
+  """A script's flags in this process, as if it was called with these arguments."""
+  if not flags.FLAGS.is_parsed():
+    flags.FLAGS(['test'])
+  parsed = {}
+  for arg in args:
+    name, _, value = arg.removeprefix('--').partition('=')
+    if name.startswith('no') and not value:
+      name, value = name.removeprefix('no'), 'false'
+    parsed[name] = value or 'true'
+  with flagsaver.as_parsed(**parsed):
+    yield
 
 
 @contextlib.contextmanager
