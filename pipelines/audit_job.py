@@ -122,7 +122,7 @@ def run(
   _report(
       report_dir, config, found, leaks, victims, inverted, shown, reason,
       num_members=len(members), num_clients=len(took_part),
-      keeps_models=not algorithm.averages and not released.get('student'),
+      keeps_models=_keeps_models(run_dir, algorithm),
   )
 
 
@@ -202,7 +202,7 @@ def _train_victims(
     model(task.test.inputs[:1])  # Until then a subclassed one has no weights to set.
     return model
 
-  if 'student' not in released and 'student_0' not in released:
+  if _keeps_models(run_dir, algorithm):
     weights = _kept_weights(run_dir, algorithm, task, batches, clients)
   else:
     weights = _local_weights(task, batches, released, clients)
@@ -212,6 +212,11 @@ def _train_victims(
     its.assign_weights_to(model)
     victims.append(_Victim(client, model, task.clients.take(rows[client])))
   return victims
+
+
+def _keeps_models(run_dir: pathlib.Path, algorithm: algorithms.Algorithm) -> bool:
+  """Whether clients go on with models of their own, and send something about these."""
+  return not algorithm.averages and any((run_dir / 'clients').glob('client-*'))
 
 
 def _kept_weights(run_dir, algorithm, task, batches, clients):
@@ -363,7 +368,7 @@ def _report(
         its.overall.attack,
     ))
   whose = (
-      "clients' own models, which never leave them"
+      "clients' own models, about which they send something"
       if keeps_models
       else "single clients' models, as one that sees what they send"
   )
@@ -394,8 +399,13 @@ def _report(
       f'{config["algorithm"]} on {config["task"]}. Members: {num_members} examples of '
       f'the {num_clients} clients that took part; others: the test part, equally many. '
       'Attack, class and threshold were chosen on one half and measured on the other. '
-      f'{len(victims)} clients were attacked one by one, with the models that they '
-      'would send after one more round. In brackets: 95 % confidence intervals. Chance '
+      f'{len(victims)} clients were attacked one by one, with '
+      + (
+          'the models that they keep. In'
+          if keeps_models
+          else 'the models that they would send after one more round. In'
+      )
+      + ' brackets: 95 % confidence intervals. Chance '
       'is an AUC of .5, an advantage of 0, and no decibel and no SSIM over the public '
       'mean.'
   )

@@ -62,7 +62,7 @@ def test_clients_that_keep_their_models(tmp_path):
   done = _script('audit', f'--run={tmp_path / "run"}', '--victims=2')
   assert done.returncode == 0, done.stderr
   assert 'This run releases no model.' in done.stdout
-  assert "clients' own models, which never leave them" in done.stdout
+  assert "clients' own models, about which they send" in done.stdout
   assert 'one mean for each class' in done.stdout
 
 
