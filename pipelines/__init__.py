@@ -14,6 +14,10 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
 
 
+class UserError(Exception):
+  """Something that the user can mend; shown as one sentence."""
+
+
 def run(main: Callable[[list[str]], Optional[int]]) -> None:
   """As `absl.app.run`, for a main that imports TensorFlow only when it runs.
 

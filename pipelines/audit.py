@@ -43,7 +43,6 @@ def main(argv: list[str]) -> Optional[int]:
     raise app.UsageError(f'Not a flag: {argv[1:]}.')
   # Here and not above: --help and a wrong flag need not wait for TensorFlow.
   from pipelines import audit_job
-  from pipelines import train_job
 
   if not flags.FLAGS['verbosity'].present:
     logging.set_verbosity(logging.WARNING)
@@ -56,7 +55,7 @@ def main(argv: list[str]) -> Optional[int]:
         seed=_ATTACK_SEED.value,
         num_epochs=_EPOCHS.value,
     )
-  except train_job.UserError as error:
+  except pipelines.UserError as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
   except KeyboardInterrupt:

@@ -16,6 +16,8 @@ from pipelines import plots
 from pipelines import tables
 from pipelines import train_flags as args
 from pipelines import train_job
+from pipelines import train_privacy
+from pipelines import UserError
 import tff_kd
 from tff_kd import algorithms
 from tff_kd import keras_models
@@ -131,18 +133,18 @@ def _restore_flags(run_dir: pathlib.Path) -> dict[str, Any]:
   try:
     config = json.loads((run_dir / 'config.json').read_text())['flags']
   except (OSError, ValueError, KeyError):
-    raise train_job.UserError(
+    raise UserError(
         f'{run_dir} holds no run: there is no config.json of pipelines.train in it. '
         'Name the folder that --output_dir named.'
     ) from None
   if not (run_dir / train_job.RESULTS).exists():
-    raise train_job.UserError(
+    raise UserError(
         f'The run in {run_dir} has not ended. Let pipelines.train go on with it first.'
     )
   known = {flag.name for flag in flags.FLAGS.flags_by_module_dict()[args.__name__]}
   unknown = sorted(set(config) - known)
   if unknown:
-    raise train_job.UserError(
+    raise UserError(
         f'The run in {run_dir} was made with flags that are not known here: '
         f'{", ".join(unknown)}. Audit it with the version that made it.'
     )
@@ -156,7 +158,7 @@ def _who_took_part(
 ) -> list[int]:
   """The numbers of the clients that were in any round."""
   participation = train_job.build_participation(batches)
-  ledger = run_dir / train_job.LEDGER
+  ledger = run_dir / train_privacy.LEDGER
   if ledger.exists():
     participation = dataclasses.replace(
         participation,
@@ -189,7 +191,7 @@ def _train_victims(
   """Some clients with the models that they would send, or keep, after one more round."""
   fitting = [k for k in took_part if len(rows[k]) >= _MIN_VICTIM_EXAMPLES]
   if not fitting:
-    raise train_job.UserError(
+    raise UserError(
         f'No client that took part has {_MIN_VICTIM_EXAMPLES} examples or more: there is '
         'no victim whose data would tell something from chance.'
     )

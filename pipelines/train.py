@@ -29,7 +29,7 @@ def main(argv: list[str]) -> Optional[int]:
     logging.set_verbosity(logging.WARNING)
   try:
     train_job.run()
-  except train_job.UserError as error:
+  except pipelines.UserError as error:
     print(f'error: {error}', file=sys.stderr)
     return 1
   except KeyboardInterrupt:

@@ -6,11 +6,9 @@ import csv
 import dataclasses
 import datetime
 import functools
-import hashlib
 import inspect
 import json
 import pathlib
-import secrets
 import sys
 from typing import Any, Optional, Union
 
@@ -24,12 +22,13 @@ import tqdm
 from pipelines import plots
 from pipelines import tables
 from pipelines import train_flags as args
+from pipelines import train_privacy
+from pipelines import UserError
 import tff_kd
 from tff_kd import algorithms
 from tff_kd import cohorts
 from tff_kd import keras_models
 from tff_kd import knowledge
-from tff_kd import privacy
 from tff_kd import robust
 from tff_kd import server_distillation
 
@@ -43,16 +42,8 @@ _CLIENT_BYTES = tff_kd.communication.CLIENT_BYTES
 RESULTS = 'results.json'
 # The smallest array that is rounded on its way up.
 _ROUNDED_FROM = 1000
-# The privacy ledger, in a run folder.
-LEDGER = 'privacy.json'
-# Of fd, whose sums have weights that are secret, too.
-_FD_CLIP = 50.0
 # Of the models trained on the server's labels alone, for the table.
 _ALONE_EPOCHS = 40
-
-
-class UserError(Exception):
-  """Something that the user can mend; shown as one sentence."""
 
 
 def _own_flags() -> dict[str, flags.Flag]:
@@ -120,8 +111,8 @@ def _check_flags(algorithm: algorithms.Algorithm) -> None:
     refuse('trimmed_share', 'without trimmed_mean')
   if not args.MAX_DELAY.value:
     refuse('staleness_power', 'without --max_delay')
-  if _is_private():
-    _check_private_flags()
+  if train_privacy.is_private():
+    train_privacy.check_flags()
   else:
     for name in args.PRIVACY_FLAGS:
       refuse(name, 'without --epsilon or --noise_multiplier')
@@ -134,160 +125,6 @@ def _check_flags(algorithm: algorithms.Algorithm) -> None:
     refuse('tls_dir', 'without --workers')
   if args.TLS_DIR.value:
     refuse('allow_open', 'with --tls_dir')
-
-
-def _is_private() -> bool:
-  return args.EPSILON.value is not None or args.NOISE_MULTIPLIER.value is not None
-
-
-def _check_private_flags() -> None:
-  """Refuses what would make the guarantee false, where the process does not see it."""
-  flag = flags.FLAGS['compare_with_fed_avg']
-  if flag.present and flag.value:
-    raise UserError(
-        '--compare_with_fed_avg would train the same clients without noise, and with '
-        'that what differential privacy promises them is void. Leave it out, and compare '
-        'with a run of its own.'
-    )
-  if args.WEIGHTING.value == 'num_examples':
-    raise UserError(
-        '--client_weighting=num_examples and differential privacy do not go together: '
-        'how many examples a client has is its secret, and a weight without a bound '
-        'would make its part as large as it likes. Leave it out.'
-    )
-  if args.AVAILABILITY.value is not None:
-    raise UserError(
-        '--availability and differential privacy do not go together: the fewer clients '
-        'can be reached, the more likely each of them is chosen, and that is not in the '
-        'account. Leave one out.'
-    )
-  if args.SAMPLING.value == 'weighted':
-    raise UserError(
-        '--sampling=weighted and differential privacy do not go together: clients would '
-        'be chosen by how many examples they have, which is their secret. Take poisson, '
-        'uniform or cyclic.'
-    )
-  if args.PRIVATE_CHANNELS.value and args.EPSILON.value is not None:
-    raise UserError(
-        '--private_channels leaves the other channel without noise, so that there is no '
-        'noise with which --epsilon would hold. Leave it out; or give '
-        '--noise_multiplier in place of --epsilon, to see what noise does.'
-    )
-
-
-def _sampling() -> privacy.ClientSampling:
-  return privacy.ClientSampling(
-      num_clients=args.NUM_CLIENTS.value,
-      clients_per_round=args.CLIENTS_PER_ROUND.value,
-      sampling=args.SAMPLING.value,
-  )
-
-
-def _guards(algorithm: algorithms.Algorithm) -> dict[str, Any]:
-  """How what clients send is private and secure: arguments of a process."""
-  found = {}
-  if _is_private():
-    noise = args.NOISE_MULTIPLIER.value
-    if noise is None:
-      noise = privacy.find_noise_multiplier(
-          args.EPSILON.value, args.DELTA.value, args.ROUNDS.value, _sampling()
-      )
-
-    def clip(text: str) -> Union[float, str]:
-      return text if text == 'adaptive' else float(text)
-
-    knowledge_clip = args.KNOWLEDGE_CLIP.value
-    if knowledge_clip is None:
-      knowledge_clip = _FD_CLIP if algorithm.takes('regularizer_weight') else 'adaptive'
-    found['privacy'] = privacy.DifferentialPrivacy(
-        noise_multiplier=noise,
-        clients_per_round=args.CLIENTS_PER_ROUND.value,
-        model_clip=clip(args.MODEL_CLIP.value),
-        knowledge_clip=clip(knowledge_clip),
-        knowledge_share=args.KNOWLEDGE_SHARE.value,
-        channels=args.PRIVATE_CHANNELS.value or None,
-    )
-  if args.SECURE_AGGREGATION.value:
-    found['secure_aggregation'] = privacy.SecureAggregation(
-        model_bound=args.SECURE_MODEL_BOUND.value,
-        knowledge_bound=args.SECURE_KNOWLEDGE_BOUND.value,
-        bits=args.SECURE_BITS.value,
-        # With late ones, more may report than were chosen.
-        max_clients=args.NUM_CLIENTS.value,
-    )
-  return found
-
-
-def _check_disjoint(task: tff_kd.data.Task) -> None:
-  """Refuses server examples that are clients', too: no noise would hide them."""
-
-  def keys(examples) -> list[bytes]:
-    flat = np.ascontiguousarray(examples.inputs).reshape(len(examples), -1)
-    return [hashlib.sha256(row.tobytes()).digest() for row in flat]
-
-  of_clients = set(keys(task.clients))
-  for name in ('transfer', 'validation'):
-    shared = sum(key in of_clients for key in keys(getattr(task, name)))
-    if shared:
-      raise UserError(
-          f"{shared} of the server's {name} examples are clients' examples, too: what "
-          'the server has in the clear no noise can hide. Take them out of one of the '
-          'two.'
-      )
-
-
-def _accountant(
-    process, run_dir: pathlib.Path
-) -> Optional[privacy.PrivacyAccountant]:
-  """The accountant of a private run, whose ledger is in its folder."""
-  if process.guard.privacy is None:
-    return None
-  return privacy.build_accountant(
-      process.guard,
-      sampling=_sampling(),
-      delta=args.DELTA.value,
-      max_epsilon=np.inf if args.EPSILON.value is None else args.EPSILON.value,
-      ledger_path=run_dir / LEDGER,
-  )
-
-
-def _secret_seed(run_dir: pathlib.Path) -> int:
-  """Who takes part is drawn from this, which nobody can guess, as the account wants."""
-  path = run_dir / LEDGER
-  if not path.exists():
-    if (run_dir / 'metrics.csv').exists():
-      raise UserError(
-          f'{path} is not there, so that what the rounds of this run have spent is not '
-          'known. Bring it back from a copy, or name another --output_dir.'
-      )
-    privacy.accounting.write_ledger(
-        path, {'rounds': 0, 'sampling_seed': secrets.randbits(128)}
-    )
-  return privacy.accounting.read_ledger(path)['sampling_seed']
-
-
-def _print_guards(process, accountant: Optional[privacy.PrivacyAccountant]) -> None:
-  names = {'model': 'weights', 'knowledge': 'predictions'}
-  if accountant is not None:
-    noise = process.guard.privacy.noise_multipliers(process.guard.channels)
-    print(
-        'Differential privacy, of a client with all of its examples ('
-        f'{accountant.sampling.neighbors}; {args.SAMPLING.value} sampling): noise '
-        + ', '.join(f'{z:.3g} x clip on {names[c]}' for c, z in noise.items())
-        + f'; epsilon {accountant.epsilon(args.ROUNDS.value):.3g} at delta '
-        f'{accountant.delta:g} after {args.ROUNDS.value} rounds. It is against those who '
-        'see models and broadcasts; the server adds the noise, and is trusted.'
-    )
-    if _clients(process) is not None:
-      print(
-          "The accuracy of clients' own models is the simulator's look at what never "
-          'leaves them: it is in no account.'
-      )
-  if process.guard.secure_aggregation is not None:
-    print(
-        'Secure aggregation: its numerics only. This simulation sums in the clear and '
-        'keeps nothing secret.'
-    )
 
 
 def _must_resume() -> bool:
@@ -459,7 +296,8 @@ def _clients(process) -> Optional[cohorts.Students]:
 
 
 def _weighting() -> str:
-  return args.WEIGHTING.value or ('uniform' if _is_private() else 'num_examples')
+  unset = 'uniform' if train_privacy.is_private() else 'num_examples'
+  return args.WEIGHTING.value or unset
 
 
 def _local_arguments(algorithm: algorithms.Algorithm) -> dict[str, Any]:
@@ -533,7 +371,7 @@ def build_process(
     algorithm: algorithms.Algorithm, task: tff_kd.data.Task, common: dict[str, Any]
 ) -> Union[tff_kd.DistillationProcess, tff_kd.PrivateProcess]:
   """Builds the process from the flags."""
-  kwargs = dict(common, **_guards(algorithm), seed=args.SEED.value)
+  kwargs = dict(common, **train_privacy.build_guards(algorithm), seed=args.SEED.value)
   if algorithm.averages:
     kwargs |= _local_arguments(algorithm)
   else:
@@ -965,8 +803,8 @@ def _set_up():
       input_share=args.INPUT_SHARE.value,
       seed=args.SEED.value,
   )
-  if _is_private():
-    _check_disjoint(task)
+  if train_privacy.is_private():
+    train_privacy.check_disjoint(task)
   participation = build_participation(batches)
   common = common_arguments(task, batches)
   common['reporting'] = _reporting(participation)
@@ -980,9 +818,11 @@ def _set_up():
   )
   run_dir = _open_run_dir()
   accountant = None
-  if _is_private():
-    participation = dataclasses.replace(participation, seed=_secret_seed(run_dir))
-    accountant = _accountant(process, run_dir)
+  if train_privacy.is_private():
+    participation = dataclasses.replace(
+        participation, seed=train_privacy.sampling_seed(run_dir)
+    )
+    accountant = train_privacy.build_accountant(process, run_dir)
   else:
     plots.plot_partition(
         task.clients.labels, clients, task.num_classes,
@@ -998,7 +838,7 @@ def _set_up():
   for name, spec in specs_of(process).items():
     size = sum(w.size for w in tf.nest.flatten(spec.initial_weights))
     print(f'{name}: {size:,} weights.')
-  _print_guards(process, accountant)
+  train_privacy.print_guards(process, accountant)
   print(f'Run folder: {run_dir}', flush=True)
   return task, clients, process, common, participation, accountant, run_dir
 

@@ -7,7 +7,7 @@ import sys
 import pytest
 
 from pipelines import audit_job
-from pipelines import train_job
+from pipelines import UserError
 from tests import helpers
 
 
@@ -72,15 +72,15 @@ def test_what_is_no_finished_run_is_named(tmp_path):
     audit_job.run(tmp_path, tmp_path / 'audit', num_victims=1, seed=0, num_epochs=0)
 
   with helpers.flags_of(), pytest.raises(
-      train_job.UserError, match='holds no run: there is no config'
+      UserError, match='holds no run: there is no config'
   ):
     audit()
   (tmp_path / 'config.json').write_text('{"flags": {}}')
-  with pytest.raises(train_job.UserError, match='has not ended'):
+  with pytest.raises(UserError, match='has not ended'):
     audit()
   (tmp_path / 'config.json').write_text('{"flags": {"unheard_of": 1}}')
   (tmp_path / 'results.json').write_text('{"rounds": 1}')
-  with pytest.raises(train_job.UserError, match='not known here: unheard_of'):
+  with pytest.raises(UserError, match='not known here: unheard_of'):
     audit()
 
 

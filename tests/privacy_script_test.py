@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 from pipelines import train
-from pipelines import train_job
+from pipelines import train_privacy
+from pipelines import UserError
 from tests import helpers
 from tff_kd import data
 
@@ -107,9 +108,9 @@ def test_a_server_example_that_is_a_clients_is_refused():
       name='x', clients=clients, transfer=transfer, validation=examples(3),
       test=examples(3), num_classes=2,
   )
-  train_job._check_disjoint(task)
+  train_privacy.check_disjoint(task)
   shared = data.Examples(
       np.concatenate([transfer.inputs, clients.inputs[1:3]]), np.zeros(6, np.int32)
   )
-  with pytest.raises(train_job.UserError, match="2 of the server's transfer examples"):
-    train_job._check_disjoint(dataclasses.replace(task, transfer=shared))
+  with pytest.raises(UserError, match="2 of the server's transfer examples"):
+    train_privacy.check_disjoint(dataclasses.replace(task, transfer=shared))

@@ -1,0 +1,174 @@
+"""What the flags of `pipelines.train` say about privacy: checks, guards, the account."""
+
+import hashlib
+import pathlib
+import secrets
+from typing import Any, Optional, Union
+
+from absl import flags
+import numpy as np
+
+from pipelines import train_flags as args
+from pipelines import UserError
+import tff_kd
+from tff_kd import algorithms
+from tff_kd import privacy
+
+# The ledger, in a run folder.
+LEDGER = 'privacy.json'
+# Of fd, whose sums have weights that are secret, too.
+_FD_CLIP = 50.0
+
+
+def is_private() -> bool:
+  return args.EPSILON.value is not None or args.NOISE_MULTIPLIER.value is not None
+
+
+def check_flags() -> None:
+  """Refuses what would make the guarantee false, where the process does not see it."""
+  flag = flags.FLAGS['compare_with_fed_avg']
+  if flag.present and flag.value:
+    raise UserError(
+        '--compare_with_fed_avg would train the same clients without noise, and with '
+        'that what differential privacy promises them is void. Leave it out, and compare '
+        'with a run of its own.'
+    )
+  if args.WEIGHTING.value == 'num_examples':
+    raise UserError(
+        '--client_weighting=num_examples and differential privacy do not go together: '
+        'how many examples a client has is its secret, and a weight without a bound '
+        'would make its part as large as it likes. Leave it out.'
+    )
+  if args.AVAILABILITY.value is not None:
+    raise UserError(
+        '--availability and differential privacy do not go together: the fewer clients '
+        'can be reached, the more likely each of them is chosen, and that is not in the '
+        'account. Leave one out.'
+    )
+  if args.SAMPLING.value == 'weighted':
+    raise UserError(
+        '--sampling=weighted and differential privacy do not go together: clients would '
+        'be chosen by how many examples they have, which is their secret. Take poisson, '
+        'uniform or cyclic.'
+    )
+  if args.PRIVATE_CHANNELS.value and args.EPSILON.value is not None:
+    raise UserError(
+        '--private_channels leaves the other channel without noise, so that there is no '
+        'noise with which --epsilon would hold. Leave it out; or give '
+        '--noise_multiplier in place of --epsilon, to see what noise does.'
+    )
+
+
+def _sampling() -> privacy.ClientSampling:
+  return privacy.ClientSampling(
+      num_clients=args.NUM_CLIENTS.value,
+      clients_per_round=args.CLIENTS_PER_ROUND.value,
+      sampling=args.SAMPLING.value,
+  )
+
+
+def build_guards(algorithm: algorithms.Algorithm) -> dict[str, Any]:
+  """How what clients send is private and secure: arguments of a process."""
+  found = {}
+  if is_private():
+    noise = args.NOISE_MULTIPLIER.value
+    if noise is None:
+      noise = privacy.find_noise_multiplier(
+          args.EPSILON.value, args.DELTA.value, args.ROUNDS.value, _sampling()
+      )
+
+    def clip(text: str) -> Union[float, str]:
+      return text if text == 'adaptive' else float(text)
+
+    knowledge_clip = args.KNOWLEDGE_CLIP.value
+    if knowledge_clip is None:
+      knowledge_clip = _FD_CLIP if algorithm.takes('regularizer_weight') else 'adaptive'
+    found['privacy'] = privacy.DifferentialPrivacy(
+        noise_multiplier=noise,
+        clients_per_round=args.CLIENTS_PER_ROUND.value,
+        model_clip=clip(args.MODEL_CLIP.value),
+        knowledge_clip=clip(knowledge_clip),
+        knowledge_share=args.KNOWLEDGE_SHARE.value,
+        channels=args.PRIVATE_CHANNELS.value or None,
+    )
+  if args.SECURE_AGGREGATION.value:
+    found['secure_aggregation'] = privacy.SecureAggregation(
+        model_bound=args.SECURE_MODEL_BOUND.value,
+        knowledge_bound=args.SECURE_KNOWLEDGE_BOUND.value,
+        bits=args.SECURE_BITS.value,
+        # With late ones, more may report than were chosen.
+        max_clients=args.NUM_CLIENTS.value,
+    )
+  return found
+
+
+def check_disjoint(task: tff_kd.data.Task) -> None:
+  """Refuses server examples that are clients', too: no noise would hide them."""
+
+  def keys(examples) -> list[bytes]:
+    flat = np.ascontiguousarray(examples.inputs).reshape(len(examples), -1)
+    return [hashlib.sha256(row.tobytes()).digest() for row in flat]
+
+  of_clients = set(keys(task.clients))
+  for name in ('transfer', 'validation'):
+    shared = sum(key in of_clients for key in keys(getattr(task, name)))
+    if shared:
+      raise UserError(
+          f"{shared} of the server's {name} examples are clients' examples, too: what "
+          'the server has in the clear no noise can hide. Take them out of one of the '
+          'two.'
+      )
+
+
+def build_accountant(
+    process, run_dir: pathlib.Path
+) -> Optional[privacy.PrivacyAccountant]:
+  """The accountant of a private run, whose ledger is in its folder."""
+  if process.guard.privacy is None:
+    return None
+  return privacy.build_accountant(
+      process.guard,
+      sampling=_sampling(),
+      delta=args.DELTA.value,
+      max_epsilon=np.inf if args.EPSILON.value is None else args.EPSILON.value,
+      ledger_path=run_dir / LEDGER,
+  )
+
+
+def sampling_seed(run_dir: pathlib.Path) -> int:
+  """Who takes part is drawn from this, which nobody can guess, as the account wants."""
+  path = run_dir / LEDGER
+  if not path.exists():
+    if (run_dir / 'metrics.csv').exists():
+      raise UserError(
+          f'{path} is not there, so that what the rounds of this run have spent is not '
+          'known. Bring it back from a copy, or name another --output_dir.'
+      )
+    privacy.accounting.write_ledger(
+        path, {'rounds': 0, 'sampling_seed': secrets.randbits(128)}
+    )
+  return privacy.accounting.read_ledger(path)['sampling_seed']
+
+
+def print_guards(process, accountant: Optional[privacy.PrivacyAccountant]) -> None:
+  names = {'model': 'weights', 'knowledge': 'predictions'}
+  if accountant is not None:
+    noise = process.guard.privacy.noise_multipliers(process.guard.channels)
+    print(
+        'Differential privacy, of a client with all of its examples ('
+        f'{accountant.sampling.neighbors}; {args.SAMPLING.value} sampling): noise '
+        + ', '.join(f'{z:.3g} x clip on {names[c]}' for c, z in noise.items())
+        + f'; epsilon {accountant.epsilon(args.ROUNDS.value):.3g} at delta '
+        f'{accountant.delta:g} after {args.ROUNDS.value} rounds. It is against those who '
+        'see models and broadcasts; the server adds the noise, and is trusted.'
+    )
+    if getattr(process, 'clients', None) is not None:
+      print(
+          "The accuracy of clients' own models is the simulator's look at what never "
+          'leaves them: it is in no account.'
+      )
+  if process.guard.secure_aggregation is not None:
+    print(
+        'Secure aggregation: its numerics only. This simulation sums in the clear and '
+        'keeps nothing secret.'
+    )
