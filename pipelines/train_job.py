@@ -816,6 +816,8 @@ def _set_up():
           *_Evaluation.names(process),
       ],
   )
+  if train_privacy.is_private():
+    train_privacy.check_budget(process)
   run_dir = _open_run_dir()
   accountant = None
   if train_privacy.is_private():

@@ -39,6 +39,12 @@ def check_flags() -> None:
         'how many examples a client has is its secret, and a weight without a bound '
         'would make its part as large as it likes. Leave it out.'
     )
+  if args.DELTA.value * args.NUM_CLIENTS.value >= 1.0:
+    raise UserError(
+        '--delta must be well below 1 / --num_clients, '
+        f'{1 / args.NUM_CLIENTS.value:.2g}, found {args.DELTA.value:g}: it is the '
+        'probability with which a client may be told in full.'
+    )
   if args.AVAILABILITY.value is not None:
     raise UserError(
         '--availability and differential privacy do not go together: the fewer clients '
@@ -120,18 +126,26 @@ def check_disjoint(task: tff_kd.data.Task) -> None:
       )
 
 
+def check_budget(process) -> None:
+  """Refuses a budget that the first round would pass."""
+  accountant = build_accountant(process, None)
+  if not accountant.allows_another_round():
+    raise UserError(
+        f'One round costs an epsilon of {accountant.epsilon(1):.3g}, more than '
+        f'--epsilon={args.EPSILON.value:g}. Raise --noise_multiplier, or leave it out.'
+    )
+
+
 def build_accountant(
-    process, run_dir: pathlib.Path
-) -> Optional[privacy.PrivacyAccountant]:
-  """The accountant of a private run, whose ledger is in its folder."""
-  if process.guard.privacy is None:
-    return None
+    process, run_dir: Optional[pathlib.Path]
+) -> privacy.PrivacyAccountant:
+  """The accountant of a private run, whose ledger is in its folder, if it has one."""
   return privacy.build_accountant(
       process.guard,
       sampling=_sampling(),
       delta=args.DELTA.value,
       max_epsilon=np.inf if args.EPSILON.value is None else args.EPSILON.value,
-      ledger_path=run_dir / LEDGER,
+      ledger_path=run_dir / LEDGER if run_dir is not None else None,
   )
 
 

@@ -280,6 +280,11 @@ def test_help_lists_the_algorithms():
         (['--epsilon=8', '--algorithm=fed_gen'], 'no FeatureGenerator'),
         (['--epsilon=8', '--model_bits=8'], '`model_aggregator` must be None'),
         (['--epsilon=8', '--student=document,cnn'], 'one student only'),
+        (['--epsilon=8', '--delta=0.05'], 'well below 1 / --num_clients, 0.05'),
+        (
+            ['--algorithm=fed_avg', '--noise_multiplier=0.5', '--epsilon=1'],
+            'One round costs an epsilon of',
+        ),
         (['--secure_bits=8'], '--secure_bits has no effect without'),
         (
             ['--secure_aggregation', '--secure_knowledge_bound=1', '--algorithm=fed_avg'],
