@@ -4,6 +4,8 @@ r"""Trains one algorithm on one task and compares it with FedAvg.
   python -m pipelines.train --alpha=1 --rounds=50 --target=0.5
   python -m pipelines.train --algorithm=fed_df --consensus=era --seed=1
   python -m pipelines.train --task=idx --data_dir=/data/mnist --num_clients=100
+  python -m pipelines.train --config=runs/mine/config.json --seed=1
+  python -m pipelines.train --algorithm=fed_df --num_clients=500 --dry_run
 """
 
 import sys
@@ -22,6 +24,7 @@ flags.adopt_module_key_flags(train_flags)
 def main(argv: list[str]) -> Optional[int]:
   if len(argv) > 1:
     raise app.UsageError(f'Not a flag: {argv[1:]}.')
+  train_flags.take_config()
   # Here and not above: --help and a wrong flag need not wait for TensorFlow.
   from pipelines import train_job
 

@@ -1,7 +1,9 @@
 """The flags of `pipelines.train`; imports no TensorFlow, so that `--help` is quick."""
 
+import json
 from typing import Optional
 
+from absl import app
 from absl import flags
 
 from tff_kd import algorithms
@@ -382,6 +384,13 @@ STUDENT_RATE = flags.DEFINE_float(
 )
 
 # The run folder.
+CONFIG = flags.DEFINE_string(
+    'config', None, 'The config.json of a run, whose flags are taken where none are '
+    'given here: repeats it in a folder of its own.'
+)
+DRY_RUN = flags.DEFINE_bool(
+    'dry_run', False, 'Say what would be built, moved and held, and train nothing.'
+)
 OUTPUT_DIR = flags.DEFINE_string(
     'output_dir', None, 'The run folder; a new one under runs/ if unset.'
 )
@@ -505,7 +514,45 @@ def is_taken(algorithm: algorithms.Algorithm, name: str) -> bool:
 
 # A resumed run may change these: they do not change what a round does.
 FREE_ON_RESUME = {
+    'config', 'dry_run',
     'rounds', 'patience', 'output_dir', 'resume', 'rounds_per_checkpoint',
     'compare_with_fed_avg', 'cache_dir', 'workers', 'tls_dir', 'allow_open',
     'silence_s',
 }
+
+
+# Of a config.json: what is about the run's folder, not about the run.
+_NOT_REPEATED = {'config', 'dry_run', 'output_dir', 'resume'}
+
+
+def take_config() -> None:
+  """Gives the flags that are not given the values of --config.
+
+  Raises:
+    app.UsageError: If the file is no such one, or of another version's flags.
+  """
+  path = CONFIG.value
+  if path is None:
+    return
+  try:
+    with open(path) as file:
+      values = json.load(file)['flags']
+  except (OSError, ValueError, TypeError, KeyError):
+    raise app.UsageError(
+        f'--config must be the config.json in the folder of a run, found {path!r}.'
+    ) from None
+  by_module = flags.FLAGS.flags_by_module_dict()
+  known = {flag.name for flag in by_module[__name__]}
+  unknown = sorted(set(values) - known)
+  if unknown:
+    raise app.UsageError(
+        f'{path} has flags that are not known here: {", ".join(unknown)}. Use the version '
+        'that made it, or take them out.'
+    )
+  for name, value in values.items():
+    flag = flags.FLAGS[name]
+    if name in _NOT_REPEATED or flag.present or value == flag.value:
+      continue
+    flag.value = value
+    # As if it was given: that it does not fit the other flags must be said.
+    flag.present = 1

@@ -10,7 +10,7 @@ import inspect
 import json
 import pathlib
 import sys
-from typing import Any, Optional, Union
+from typing import Any, NamedTuple, Optional, Union
 
 from absl import flags
 
@@ -31,6 +31,7 @@ from tff_kd import keras_models
 from tff_kd import knowledge
 from tff_kd import robust
 from tff_kd import server_distillation
+from tff_kd.simulation import contexts
 
 _OPTIMIZERS = {
     'sgd': tff.learning.optimizers.build_sgdm,
@@ -743,11 +744,14 @@ def _errors_for_users() -> Iterator[None]:
 def run() -> None:
   """The whole job."""
   with _errors_for_users():
-    setup = _set_up()
-  run_dir = setup[-1]
+    setup = _prepare()
+    if args.DRY_RUN.value:
+      _print_plan(setup)
+      return
+    run_dir, setup, accountant = _begin(setup)
   try:
     with runtime(run_dir):
-      _train_and_report(*setup)
+      _train_and_report(setup, accountant, run_dir)
   except (
       tff_kd.simulation.CheckpointError,
       tff_kd.simulation.NoWorkerError,
@@ -786,7 +790,25 @@ def _workers() -> list[tff_kd.simulation.RemoteWorker]:
   ]
 
 
-def _set_up():
+class _Setup(NamedTuple):
+  """What a run is made of.
+
+  Attributes:
+    task: The data.
+    clients: The rows of each client's examples.
+    process: What is trained.
+    common: The arguments that FedAvg has in common with it.
+    participation: Who takes part.
+  """
+
+  task: tff_kd.data.Task
+  clients: list[np.ndarray]
+  process: Any
+  common: dict[str, Any]
+  participation: tff_kd.simulation.Participation
+
+
+def _prepare() -> _Setup:
   """All that can be refused, before anything runs."""
   algorithm = algorithms.REGISTRY[args.ALGORITHM.value]
   _check_flags(algorithm)
@@ -818,19 +840,38 @@ def _set_up():
   )
   if train_privacy.is_private():
     train_privacy.check_budget(process)
+  return _Setup(task, clients, process, common, participation)
+
+
+def _begin(setup: _Setup) -> tuple[
+    pathlib.Path, _Setup, Optional[tff_kd.privacy.PrivacyAccountant]
+]:
+  """Opens the run folder, and says what is run."""
   run_dir = _open_run_dir()
   accountant = None
   if train_privacy.is_private():
-    participation = dataclasses.replace(
-        participation, seed=train_privacy.sampling_seed(run_dir)
+    setup = setup._replace(
+        participation=dataclasses.replace(
+            setup.participation, seed=train_privacy.sampling_seed(run_dir)
+        )
     )
-    accountant = train_privacy.build_accountant(process, run_dir)
+    accountant = train_privacy.build_accountant(setup.process, run_dir)
   else:
+    task = setup.task
     plots.plot_partition(
-        task.clients.labels, clients, task.num_classes,
+        task.clients.labels, setup.clients, task.num_classes,
         f'{task.name}: {len(task.clients)} examples, {args.PARTITION.value}',
         run_dir / 'partition.png',
     )
+  _print_setup(setup, accountant)
+  print(f'Run folder: {run_dir}', flush=True)
+  return run_dir, setup, accountant
+
+
+def _print_setup(
+    setup: _Setup, accountant: Optional[tff_kd.privacy.PrivacyAccountant]
+) -> None:
+  task, process = setup.task, setup.process
   print(
       f'{args.ALGORITHM.value} on {task.name}: {args.NUM_CLIENTS.value} clients with '
       f'{len(task.clients)} examples, {args.CLIENTS_PER_ROUND.value} a round; '
@@ -841,13 +882,53 @@ def _set_up():
     size = sum(w.size for w in tf.nest.flatten(spec.initial_weights))
     print(f'{name}: {size:,} weights.')
   train_privacy.print_guards(process, accountant)
-  print(f'Run folder: {run_dir}', flush=True)
-  return task, clients, process, common, participation, accountant, run_dir
+
+
+def _print_plan(setup: _Setup) -> None:
+  """What would be built, moved and held."""
+  process = setup.process
+  accountant = None
+  if train_privacy.is_private():
+    accountant = train_privacy.build_accountant(process, None)
+  _print_setup(setup, accountant)
+  each = tff_kd.communication.round_bytes(process)
+  clients, rounds = args.CLIENTS_PER_ROUND.value, args.ROUNDS.value
+  rows = [('moved, MB', 'a client, a round', 'all clients, all rounds')]
+  for name, value in each._asdict().items():
+    if value:
+      total = value * clients * rounds / 1e6
+      rows.append((name.replace('_', ' '), f'{value / 1e6:.3g}', f'{total:.4g}'))
+  total = each.total * clients * rounds / 1e6
+  rows.append(('all', f'{each.total / 1e6:.3g}', f'{total:.4g}'))
+  state = contexts.num_bytes(process.initialize.type_signature.result)
+  # Progress has the last state and the best, and two checkpoints stay.
+  held = [
+      ('held, MB', ''),
+      ("the server's state", f'{state / 1e6:.3g}'),
+      ('the checkpoints', f'{4 * state / 1e6:.3g}'),
+      (
+          "the worker, of a round's clients (about)",
+          f'{contexts.held_bytes(round(each.up), clients) / 1e6:.3g}',
+      ),
+  ]
+  if isinstance(process, tff_kd.PrivateProcess):
+    kept = contexts.num_bytes(process.initialize_client.type_signature.result)
+    held.append(
+        ("clients' own states, on disk", f'{kept * args.NUM_CLIENTS.value / 1e6:.3g}')
+    )
+  print()
+  tables.print_table(rows)
+  print()
+  tables.print_table(held)
+  print('\nNothing was trained (--dry_run).')
 
 
 def _train_and_report(
-    task, clients, process, common, select_clients, accountant, run_dir
+    setup: _Setup,
+    accountant: Optional[tff_kd.privacy.PrivacyAccountant],
+    run_dir: pathlib.Path,
 ) -> None:
+  task, clients, process, common, select_clients = setup
   specs = specs_of(process)
   pretrained = {}
   if args.PRETRAIN_EPOCHS.value:

@@ -146,6 +146,17 @@ def part_size(client_bytes: int, part_bytes: int) -> int:
   return max(_MIN_PART_CLIENTS, fitting)
 
 
+def held_bytes(client_bytes: int, cohort: int, part_bytes: int = PART_BYTES) -> int:
+  """What a worker holds of a round's clients at most.
+
+  Args:
+    client_bytes: What each of them returns, in bytes.
+    cohort: How many there are.
+    part_bytes: What those of one part may take.
+  """
+  return _COPIES * client_bytes * min(cohort, part_size(client_bytes, part_bytes))
+
+
 def num_clients(value: Any, type_spec: Optional[tff.Type]) -> int:
   """The number of clients of an argument, 0 if it holds no client's value."""
   if isinstance(type_spec, tff.FederatedType):
