@@ -546,8 +546,8 @@ def take_config() -> None:
   unknown = sorted(set(values) - known)
   if unknown:
     raise app.UsageError(
-        f'{path} has flags that are not known here: {", ".join(unknown)}. Use the version '
-        'that made it, or take them out.'
+        f'{path} has flags that are not known here: {", ".join(unknown)}. Use the '
+        'version that made it, or take them out.'
     )
   for name, value in values.items():
     flag = flags.FLAGS[name]

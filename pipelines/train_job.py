@@ -913,6 +913,8 @@ def _print_plan(setup: _Setup) -> None:
   ]
   if isinstance(process, tff_kd.PrivateProcess):
     kept = contexts.num_bytes(process.initialize_client.type_signature.result)
+    if process.clients is not None:
+      kept /= len(process.clients.specs)  # The mean over the cohorts.
     held.append(
         ("clients' own states, on disk", f'{kept * args.NUM_CLIENTS.value / 1e6:.3g}')
     )

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import time
 
+from absl import app
+from absl import flags
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -304,6 +306,49 @@ def test_bad_flags_are_one_sentence(args, message, tmp_path, monkeypatch, capsys
   assert error.startswith('error: ') and message in error
   # No run was begun; the clients' files serve the next one.
   assert set(tmp_path.glob('runs/*')) <= {tmp_path / 'runs' / 'cache'}
+
+
+def test_a_dry_run_says_what_would_be_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  with helpers.flags_of(
+      *_TINY, '--algorithm=fed_md', '--student=document', '--rounds=5', '--dry_run'
+  ):
+    assert train.main(['train']) == 0
+  said = capsys.readouterr().out
+  # 60 predictions of 10 classes and their weights; twice, of 2 clients, in 5 rounds.
+  knowledge = 4 * 60 * 11 / 1e6
+  assert f'up knowledge  {knowledge:17.3g}  {knowledge * 10:23.4g}' in said
+  # Four clients with 25,450 weights each.
+  kept = next(line for line in said.splitlines() if "clients' own states" in line)
+  assert float(kept.split()[-1]) == pytest.approx(4 * 4 * 25450 / 1e6, rel=0.01)
+  assert said.endswith('Nothing was trained (--dry_run).\n')
+  assert set(tmp_path.glob('runs/*')) <= {tmp_path / 'runs' / 'cache'}
+
+
+def test_a_config_repeats_a_run_where_nothing_else_is_said(tmp_path):
+  path = tmp_path / 'config.json'
+  with helpers.flags_of(*_TINY, '--algorithm=fed_df', '--seed=4', '--output_dir=x'):
+    values = {
+        flag.name: flag.value
+        for flag in flags.FLAGS.flags_by_module_dict()[train_flags.__name__]
+    }
+  path.write_text(json.dumps({'flags': values, 'versions': {}}))
+  with helpers.flags_of(f'--config={path}', '--seed=5'):
+    train_flags.take_config()
+    assert train_flags.ALGORITHM.value == 'fed_df' and train_flags.SEED.value == 5
+    assert train_flags.STUDENT.value == ['cnn'] and train_flags.OUTPUT_DIR.value is None
+    # As if they were given.
+    assert flags.FLAGS['algorithm'].present and not flags.FLAGS['patience'].present
+  assert train_flags.ALGORITHM.value == 'fed_distillation'
+  assert not flags.FLAGS['algorithm'].present
+  for text, message in (
+      ('{}', '--config must be the config.json'),
+      ('{"flags": {"unheard_of": 1}}', 'not known here: unheard_of'),
+  ):
+    path.write_text(text)
+    with helpers.flags_of(f'--config={path}'):
+      with pytest.raises(app.UsageError, match=message):
+        train_flags.take_config()
 
 
 def test_the_readmes_python_runs(tmp_path):
