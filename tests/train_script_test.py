@@ -311,7 +311,7 @@ def test_bad_flags_are_one_sentence(args, message, tmp_path, monkeypatch, capsys
 def test_a_dry_run_says_what_would_be_and_leaves_nothing(tmp_path, monkeypatch, capsys):
   monkeypatch.chdir(tmp_path)
   with helpers.flags_of(
-      *_TINY, '--algorithm=fed_md', '--student=document', '--rounds=5', '--dry_run'
+      *helpers.TINY_RUN, '--algorithm=fed_md', '--rounds=5', '--dry_run'
   ):
     assert train.main(['train']) == 0
   said = capsys.readouterr().out
