@@ -94,6 +94,11 @@ def run(
       seed=args.SEED.value,
   )
   took_part = _who_took_part(run_dir, batches)
+  if not took_part:
+    raise UserError(
+        f'No client with examples took part in the run in {run_dir}: there is nothing to '
+        'find out.'
+    )
   members = task.clients.take(np.concatenate([rows[k] for k in took_part]))
   released = {
       path.stem: tf.keras.models.load_model(path, compile=False)

@@ -28,7 +28,7 @@ def run_dir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('audited') / 'run'
   _train(
       folder, '--algorithm=fed_df', '--rounds=1', '--server_steps=5', '--epsilon=20',
-      '--sampling=poisson', '--nocompare_with_fed_avg',
+      '--nocompare_with_fed_avg',
   )
   return folder
 
@@ -42,7 +42,8 @@ def test_it_attacks_and_reports(run_dir):
   student = report['membership']['student']['overall']
   auc = student['auc']
   assert 0 <= auc['low'] <= auc['value'] <= auc['high'] <= 1
-  assert student['num_members'] == student['num_non_members'] == 500
+  # Who took part is secret; half of what they have, or of the 1,000 others.
+  assert 10 <= student['num_members'] == student['num_non_members'] <= 500
   assert len(report['clients']['numbers']) == 2
   assert set(report['inversion']) == {
       'class PSNR', 'class SSIM', 'example PSNR', 'example SSIM'
