@@ -83,16 +83,7 @@ def run(
   task = train_job.load_task()
   rows = train_job.split_clients(task)
   report_dir.mkdir(parents=True, exist_ok=True)
-  batches = tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_arrays(
-          tuple(task.clients), rows, directory=args.CACHE_DIR.value
-      ),
-      batch_size=args.BATCH_SIZE.value,
-      num_epochs=args.CLIENT_EPOCHS.value,
-      label_share=args.LABEL_SHARE.value,
-      input_share=args.INPUT_SHARE.value,
-      seed=args.SEED.value,
-  )
+  batches = train_job.build_batches(task, rows)
   took_part = _who_took_part(run_dir, batches)
   if not took_part:
     raise UserError(

@@ -152,6 +152,22 @@ def split_clients(task: tff_kd.data.Task) -> list[np.ndarray]:
   return split(task.clients.labels, args.NUM_CLIENTS.value, **kwargs)
 
 
+def build_batches(
+    task: tff_kd.data.Task, clients: Sequence[np.ndarray]
+) -> tff_kd.ClientBatches:
+  """How clients read their examples, given the rows of each."""
+  return tff_kd.ClientBatches(
+      data=tff_kd.FileClientData.from_arrays(
+          tuple(task.clients), clients, directory=args.CACHE_DIR.value
+      ),
+      batch_size=args.BATCH_SIZE.value,
+      num_epochs=args.CLIENT_EPOCHS.value,
+      label_share=args.LABEL_SHARE.value,
+      input_share=args.INPUT_SHARE.value,
+      seed=args.SEED.value,
+  )
+
+
 def build_participation(
     batches: tff_kd.ClientBatches,
 ) -> tff_kd.simulation.Participation:
@@ -815,16 +831,7 @@ def _prepare() -> _Setup:
   _workers()
   task = load_task()
   clients = split_clients(task)
-  batches = tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_arrays(
-          tuple(task.clients), clients, directory=args.CACHE_DIR.value
-      ),
-      batch_size=args.BATCH_SIZE.value,
-      num_epochs=args.CLIENT_EPOCHS.value,
-      label_share=args.LABEL_SHARE.value,
-      input_share=args.INPUT_SHARE.value,
-      seed=args.SEED.value,
-  )
+  batches = build_batches(task, clients)
   if train_privacy.is_private():
     train_privacy.check_disjoint(task)
   participation = build_participation(batches)
