@@ -20,7 +20,6 @@ from pipelines import train_privacy
 from pipelines import UserError
 import tff_kd
 from tff_kd import algorithms
-from tff_kd import keras_models
 from tff_kd import privacy
 from tff_kd.privacy import inversion
 from tff_kd.privacy import membership
@@ -81,6 +80,11 @@ def run(
   config = _restore_flags(run_dir)
   algorithm = algorithms.REGISTRY[args.ALGORITHM.value]
   task = train_job.load_task()
+  if task.is_regression or task.clients.labels.ndim > 1:
+    raise UserError(
+        f'The attacks here are on classifiers with one prediction an example, and '
+        f'{task.name} is no such task.'
+    )
   rows = train_job.split_clients(task)
   report_dir.mkdir(parents=True, exist_ok=True)
   batches = train_job.build_batches(task, rows)
@@ -196,7 +200,7 @@ def _train_victims(
   names = args.STUDENT.value
 
   def build(cohort: int) -> tf.keras.Model:
-    model = keras_models.STUDENTS[names[cohort]](task.num_classes, task.input_shape)
+    model = task.students[names[cohort]]()
     model(task.test.inputs[:1])  # Until then a subclassed one has no weights to set.
     return model
 

@@ -13,7 +13,6 @@ import tensorflow_federated as tff
 
 import tff_kd
 from tff_kd import algorithms
-from tff_kd.data import tasks
 
 # The paper's setting.
 _USERS, _USERS_PER_ROUND = 20, 10
@@ -186,7 +185,7 @@ def run(
     num_rounds: Rounds.
     rounds_per_evaluation: Rounds between two tests; the last round is tested, too.
   """
-  task = tff_kd.data.TASKS['idx'](
+  task = tff_kd.data.TASKS['idx'].load(
       data_dir=data_dir, seed=seed, transfer_size=1, validation_size=1
   )
   rng = np.random.default_rng(seed)
@@ -197,7 +196,7 @@ def run(
   train = task.clients.take(rows)
   train, test = (
       # From [0, 1] to [-1, 1].
-      tasks.Examples(2 * its.inputs - 1, its.labels)
+      tff_kd.data.Examples(2 * its.inputs - 1, its.labels)
       for its in (task.clients.take(rows), task.test)
   )
   task = dataclasses.replace(task, clients=train, test=test)

@@ -47,15 +47,34 @@ def plot_partition(
   plt.close(figure)
 
 
+def plot_client_sizes(
+    clients: Sequence[np.ndarray], title: str, path: os.PathLike
+) -> None:
+  """How many clients have how many examples.
+
+  Args:
+    clients: The rows of each client.
+    title: The picture's title.
+    path: The PNG file to write.
+  """
+  figure, axes = plt.subplots(figsize=(9, 4), layout='constrained')
+  axes.hist([len(rows) for rows in clients], bins=40)
+  axes.set(xlabel='examples of a client', ylabel='clients', title=title)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
 def plot_curves(
     curves: Mapping[str, tuple[Sequence[float], Sequence[float], Sequence[float]]],
     path: os.PathLike,
+    metric: str = 'accuracy',
 ) -> None:
-  """Test accuracy against rounds and against bytes.
+  """A metric on the test part against rounds and against bytes.
 
   Args:
-    curves: Name -> (rounds, MB per client up to that round, accuracy).
+    curves: Name -> (rounds, MB per client up to that round, the metric).
     path: The PNG file to write.
+    metric: Its name.
   """
   figure, panels = plt.subplots(
       1, 2, figsize=(11, 4.2), sharey=True, layout='constrained'
@@ -65,9 +84,9 @@ def plot_curves(
     panels[0].plot(rounds, accuracy, style, label=name)
     panels[1].plot(megabytes, accuracy, style, label=name)
   panels[0].xaxis.get_major_locator().set_params(integer=True)
-  panels[0].set(xlabel='round', ylabel='test accuracy')
+  panels[0].set(xlabel='round', ylabel=f'test {metric}')
   panels[1].set(xlabel='MB moved per participating client (up and down)')
-  panels[0].legend(loc='lower right')
+  panels[0].legend(loc='best')
   for panel in panels:
     panel.grid(alpha=0.3)
   figure.savefig(path, dpi=120)

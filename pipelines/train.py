@@ -3,7 +3,9 @@ r"""Trains one algorithm on one task and compares it with FedAvg.
   python -m pipelines.train
   python -m pipelines.train --alpha=1 --rounds=50 --target=0.5
   python -m pipelines.train --algorithm=fed_df --consensus=era --seed=1
+  python -m pipelines.train --task=shakespeare --algorithm=fed_df
   python -m pipelines.train --task=idx --data_dir=/data/mnist --num_clients=100
+  python -m pipelines.train --task=examples/own_task.py --data_dir=my/npz/files
   python -m pipelines.train --config=runs/mine/config.json --seed=1
   python -m pipelines.train --algorithm=fed_df --num_clients=500 --dry_run
 """
@@ -24,7 +26,7 @@ flags.adopt_module_key_flags(train_flags)
 def main(argv: list[str]) -> Optional[int]:
   if len(argv) > 1:
     raise app.UsageError(f'Not a flag: {argv[1:]}.')
-  train_flags.take_config()
+  train_flags.take_defaults()
   # Here and not above: --help and a wrong flag need not wait for TensorFlow.
   from pipelines import train_job
 

@@ -9,8 +9,7 @@ from absl import flags
 from tff_kd import algorithms
 from tff_kd import data
 
-# The keys of `keras_models.STUDENTS` and `TEACHERS`, and of the job's tables.
-MODELS = ['cnn', 'document', 'resnet']
+# The keys of the job's tables.
 OPTIMIZERS = ['adam', 'sgd']
 CONSENSUS_RULES = [
     'confidence', 'enhanced_era', 'entropy', 'era', 'mean_logits',
@@ -34,8 +33,9 @@ PATIENCE = flags.DEFINE_integer(
     '0 for never.', lower_bound=0,
 )
 MONITOR = flags.DEFINE_string(
-    'monitor', 'validation/student_accuracy',
-    'The metric whose highest value makes the best round, a column of metrics.csv.'
+    'monitor', None, 'The metric whose best value makes the best round, a column of '
+    'metrics.csv; of errors and losses the lowest is the best. Unset: '
+    "validation/student_accuracy; of a regression validation/student_rmse."
 )
 EVALUATED_CLIENTS = flags.DEFINE_integer(
     'evaluated_clients', 100, "Where clients keep models: of how many of these the mean "
@@ -51,9 +51,26 @@ FEDAVG = flags.DEFINE_bool(
 )
 
 # Data and clients.
-TASK = flags.DEFINE_enum('task', 'mnist5k', sorted(data.TASKS), 'The data.')
+TASK = flags.DEFINE_string(
+    'task', 'mnist5k', 'The data and the models; each task has its own defaults of some '
+    'flags. A path that ends in .py is a task of your own (examples/own_task.py).\n'
+    + '\n'.join(
+        f'{name}: {its.summary}. Students: {", ".join(its.students)}; teachers: '
+        f'{", ".join(its.teachers)}.'
+        + (' Defaults: ' + ', '.join(
+            f'{flag}={",".join(value) if isinstance(value, list) else value}'
+            for flag, value in its.defaults.items()
+        ) + '.' if its.defaults else '')
+        for name, its in data.TASKS.items()
+    ),
+)
+flags.register_validator(
+    TASK, lambda name: name in data.TASKS or data.tasks.is_own(name),
+    f'--task must be one of {", ".join(data.TASKS)}, or the path of a file of your own '
+    'that ends in .py.'
+)
 DATA_DIR = flags.DEFINE_string(
-    'data_dir', None, 'The folder with IDX files, for --task=idx.'
+    'data_dir', None, 'A folder with data, for --task=idx and for tasks of your own.'
 )
 TRANSFER_SIZE = flags.DEFINE_integer(
     'transfer_size', 1000, 'Examples that the server holds.', lower_bound=1
@@ -229,19 +246,14 @@ PRIVACY_FLAGS = [
 
 # Models and local training.
 STUDENT = flags.DEFINE_list(
-    'student', ['document'], f'The student model, of {MODELS}. Several, separated by '
-    'commas, make cohorts: client k is of cohort k modulo their number.'
+    'student', ['document'], "The student model, one of the task's. Several, separated "
+    'by commas, make cohorts: client k is of cohort k modulo their number.'
 )
-flags.register_validator(
-    STUDENT, lambda names: bool(names) and set(names) <= set(MODELS),
-    f'--student must be of {MODELS}; several are separated by commas.'
-)
-TEACHER = flags.DEFINE_enum(
-    'teacher', 'cnn', MODELS, 'The teacher model.'
-)
-MENTOR = flags.DEFINE_enum(
-    'mentor', 'document', MODELS, 'Of fml and fed_kd: the model that each client keeps '
-    'for itself, one of the teachers.'
+flags.register_validator(STUDENT, bool, '--student must name a model.')
+TEACHER = flags.DEFINE_string('teacher', 'cnn', "The teacher model, one of the task's.")
+MENTOR = flags.DEFINE_string(
+    'mentor', 'document', 'Of fml and fed_kd: the model that each client keeps for '
+    "itself, one of the task's teachers."
 )
 PRETRAIN_EPOCHS = flags.DEFINE_integer(
     'pretrain_epochs', 0, 'Epochs of central training, of student and teacher, on '
@@ -525,14 +537,36 @@ FREE_ON_RESUME = {
 _NOT_REPEATED = {'config', 'dry_run', 'output_dir', 'resume'}
 
 
-def take_config() -> None:
-  """Gives the flags that are not given the values of --config.
+def own_flags() -> dict[str, flags.Flag]:
+  """The flags of this module, by name."""
+  by_module = flags.FLAGS.flags_by_module_dict()
+  return {flag.name: flag for flag in by_module[__name__]}
+
+
+def _take_task_defaults() -> None:
+  try:
+    defaults = data.task_info(TASK.value).defaults
+  except ValueError as error:
+    raise app.UsageError(str(error)) from None
+  for name, value in defaults.items():
+    if name not in own_flags():
+      raise app.UsageError(
+          f'--task={TASK.value}: its defaults name --{name}, which is no flag.'
+      )
+    if not flags.FLAGS[name].present:
+      flags.FLAGS[name].value = value
+
+
+def take_defaults() -> None:
+  """Gives the flags that are not given the values of --config, or of the task.
 
   Raises:
-    app.UsageError: If the file is no such one, or of another version's flags.
+    app.UsageError: If the file is no such one, or of another version's flags; or if
+      there is no such task.
   """
   path = CONFIG.value
   if path is None:
+    _take_task_defaults()
     return
   try:
     with open(path) as file:
@@ -541,14 +575,16 @@ def take_config() -> None:
     raise app.UsageError(
         f'--config must be the config.json in the folder of a run, found {path!r}.'
     ) from None
-  by_module = flags.FLAGS.flags_by_module_dict()
-  known = {flag.name for flag in by_module[__name__]}
-  unknown = sorted(set(values) - known)
+  unknown = sorted(set(values) - set(own_flags()))
   if unknown:
     raise app.UsageError(
         f'{path} has flags that are not known here: {", ".join(unknown)}. Use the '
         'version that made it, or take them out.'
     )
+  if not flags.FLAGS['task'].present:
+    flags.FLAGS['task'].value = values.get('task', TASK.value)
+  # What the run had is above the task's defaults, and below what is given.
+  _take_task_defaults()
   for name, value in values.items():
     flag = flags.FLAGS[name]
     if name in _NOT_REPEATED or flag.present or value == flag.value:

@@ -27,7 +27,6 @@ from pipelines import UserError
 import tff_kd
 from tff_kd import algorithms
 from tff_kd import cohorts
-from tff_kd import keras_models
 from tff_kd import knowledge
 from tff_kd import robust
 from tff_kd import server_distillation
@@ -47,11 +46,6 @@ _ROUNDED_FROM = 1000
 _ALONE_EPOCHS = 40
 
 
-def _own_flags() -> dict[str, flags.Flag]:
-  by_module = flags.FLAGS.flags_by_module_dict()
-  return {flag.name: flag for flag in by_module[args.__name__]}
-
-
 def _check_flags(algorithm: algorithms.Algorithm) -> None:
   """Refuses flags that were set for something that was not chosen."""
 
@@ -59,9 +53,13 @@ def _check_flags(algorithm: algorithms.Algorithm) -> None:
     if flags.FLAGS[name].present:
       raise UserError(f'--{name} has no effect {why}. Leave it out.')
 
-  for name in _own_flags():
+  for name in args.own_flags():
     if not args.is_taken(algorithm, name):
       refuse(name, f'with --algorithm={args.ALGORITHM.value}')
+  info = tff_kd.data.task_info(args.TASK.value)
+  if info.has_clients:
+    refuse('partition', f'with --task={args.TASK.value}, whose data have their clients')
+    refuse('alpha', f'with --task={args.TASK.value}, whose data have their clients')
   if args.PARTITION.value not in ('dirichlet', 'quantity_skew'):
     refuse('alpha', f'with --partition={args.PARTITION.value}')
   if args.PARTITION.value != 'shards':
@@ -77,8 +75,15 @@ def _check_flags(algorithm: algorithms.Algorithm) -> None:
     refuse('not_true_temperature', 'without --not_true_weight')
   if not args.BACK.value:
     refuse('back_steps', 'with --noback_distillation')
-  if args.TASK.value != 'idx':
+  if 'data_dir' not in info.options:
     refuse('data_dir', f'with --task={args.TASK.value}')
+  if not tff_kd.data.tasks.is_own(args.TASK.value):
+    # Those of a task of one's own are known when it is loaded.
+    for flag, known in (
+        ('student', info.students), ('teacher', info.teachers), ('mentor', info.teachers)
+    ):
+      if args.is_taken(algorithm, flag):
+        _check_models(flag, known)
   if args.CLIENTS_PER_ROUND.value > args.NUM_CLIENTS.value:
     raise UserError(
         f'--clients_per_round is {args.CLIENTS_PER_ROUND.value}, but there are only '
@@ -132,17 +137,73 @@ def _must_resume() -> bool:
   return args.RESUME.value and flags.FLAGS['resume'].present
 
 
+def _check_models(flag: str, known: Sequence[str]) -> None:
+  names = flags.FLAGS[flag].value
+  unknown = sorted(set(names if isinstance(names, list) else [names]) - set(known))
+  if unknown:
+    raise UserError(
+        f'--{flag}={",".join(unknown)} is no such model of --task={args.TASK.value}. '
+        f'Choose of {", ".join(known)}.'
+    )
+
+
 def load_task() -> tff_kd.data.Task:
-  kwargs = {'data_dir': args.DATA_DIR.value} if args.TASK.value == 'idx' else {}
-  return tff_kd.data.TASKS[args.TASK.value](
+  """The task, checked against the flags that depend on its data."""
+  info = tff_kd.data.task_info(args.TASK.value)
+  kwargs = {'data_dir': args.DATA_DIR.value} if 'data_dir' in info.options else {}
+  task = info.load(
       seed=args.SEED.value,
       transfer_size=args.TRANSFER_SIZE.value,
       validation_size=args.VALIDATION_SIZE.value,
       **kwargs,
   )
+  if not isinstance(task, tff_kd.data.Task):
+    raise UserError(
+        f'--task={args.TASK.value}: its load must return a tff_kd.data.Task, found '
+        f'{type(task).__name__}.'
+    )
+  if info.path is not None:
+    _adopt(task)
+  if task.num_labelled is not None and args.TRANSFER_LABELS.value > task.num_labelled:
+    raise UserError(
+        f'--transfer_labels is {args.TRANSFER_LABELS.value}, but only '
+        f'{task.num_labelled} of the transfer examples of {task.name} have labels. '
+        'Lower it, or raise --transfer_size.'
+    )
+  return task
+
+
+def _adopt(task: tff_kd.data.Task) -> None:
+  """Takes what a task of one's own says where a flag was not given."""
+  algorithm = algorithms.REGISTRY[args.ALGORITHM.value]
+  defaults = {}
+  if task.client_rows is not None:
+    count = len(task.client_rows)
+    defaults = {
+        'num_clients': count,
+        'clients_per_round': min(count, args.CLIENTS_PER_ROUND.value),
+    }
+  defaults |= {
+      'student': [next(iter(task.students))], 'teacher': next(iter(task.teachers)),
+      'mentor': next(iter(task.teachers)),
+      'transfer_size': len(task.transfer),
+      'transfer_labels': min(args.TRANSFER_LABELS.value, len(task.transfer)),
+  }
+  given = tff_kd.data.task_info(args.TASK.value).defaults
+  for name, value in defaults.items():
+    if not flags.FLAGS[name].present and name not in given:
+      flags.FLAGS[name].value = value
+  for flag, known in (
+      ('student', task.students), ('teacher', task.teachers), ('mentor', task.teachers)
+  ):
+    if args.is_taken(algorithm, flag):
+      _check_models(flag, list(known))
 
 
 def split_clients(task: tff_kd.data.Task) -> list[np.ndarray]:
+  """The rows of each client's examples."""
+  if task.client_rows is not None:
+    return [task.client_rows[k] for k in _clients_used(task)]
   kwargs = {'seed': args.SEED.value}
   if args.PARTITION.value in ('dirichlet', 'quantity_skew'):
     kwargs['alpha'] = args.ALPHA.value
@@ -150,6 +211,43 @@ def split_clients(task: tff_kd.data.Task) -> list[np.ndarray]:
     kwargs['shards_per_client'] = args.SHARDS.value
   split = tff_kd.data.partition.PARTITIONS[args.PARTITION.value]
   return split(task.clients.labels, args.NUM_CLIENTS.value, **kwargs)
+
+
+def _clients_used(task: tff_kd.data.Task) -> np.ndarray:
+  """Which of the clients that the data have: all, or --num_clients at random."""
+  there, used = len(task.client_rows), args.NUM_CLIENTS.value
+  if used > there:
+    raise UserError(
+        f'--num_clients is {used}, but the data of {task.name} have {there} clients. '
+        'Lower it.'
+    )
+  return np.sort(np.random.default_rng(args.SEED.value).permutation(there)[:used])
+
+
+def split_tests(
+    task: tff_kd.data.Task, clients: Sequence[np.ndarray]
+) -> list[np.ndarray]:
+  """Each client's rows of the test part: its own, or drawn like its classes."""
+  if task.test_rows is not None:
+    return [task.test_rows[k] for k in _clients_used(task)]
+  if task.is_regression or task.clients.labels.ndim > 1:
+    rows = np.random.default_rng(args.SEED.value).permutation(len(task.test))
+    return [np.sort(part) for part in np.array_split(rows, len(clients))]
+  return tff_kd.data.partition.matching(
+      task.clients.labels, clients, task.test.labels, seed=args.SEED.value
+  )
+
+
+def _monitor(task: tff_kd.data.Task) -> str:
+  return args.MONITOR.value or f'validation/student_{task.metric}'
+
+
+# What the names of metrics end in that are better the lower they are.
+_ERRORS = ('loss', 'rmse', 'mae', 'calibration_error')
+
+
+def _mode(monitor: str) -> str:
+  return 'min' if monitor.endswith(_ERRORS) else 'max'
 
 
 def build_batches(
@@ -271,10 +369,7 @@ def common_arguments(
     task: tff_kd.data.Task, batches: tff_kd.ClientBatches
 ) -> dict[str, Any]:
   """What every algorithm takes, FedAvg in the comparison too."""
-  builders = [
-      functools.partial(keras_models.STUDENTS[name], task.num_classes, task.input_shape)
-      for name in args.STUDENT.value
-  ]
+  builders = [task.students[name] for name in args.STUDENT.value]
   return dict(
       student_fn=builders if len(builders) > 1 else builders[0],
       input_spec=batches.element_spec,
@@ -417,7 +512,7 @@ def build_process(
   if algorithm.takes('negatives'):
     left = len(public) - args.NUM_NEGATIVES.value
     kwargs['negatives'] = tff_kd.TransferSet(
-        public.inputs[left:], directory=args.CACHE_DIR.value
+        public.take(np.arange(left, len(public))).inputs, directory=args.CACHE_DIR.value
     )
     public = public.take(np.arange(left))
     if args.CERTAINTY_EPSILON.value is not None:
@@ -442,17 +537,13 @@ def build_process(
         args.KNOWLEDGE_BITS.value,
     )
   if algorithm.takes('mentor_fn'):
-    kwargs['mentor_fn'] = functools.partial(
-        keras_models.TEACHERS[args.MENTOR.value], task.num_classes, task.input_shape
-    )
+    kwargs['mentor_fn'] = task.teachers[args.MENTOR.value]
   if algorithm.takes('split_layer') and args.GENERATOR_RATE.value is not None:
     kwargs['generator_optimizer'] = tff.learning.optimizers.build_adam(
         args.GENERATOR_RATE.value
     )
   if algorithm.takes('teacher_fn'):
-    kwargs['teacher_fn'] = functools.partial(
-        keras_models.TEACHERS[args.TEACHER.value], task.num_classes, task.input_shape
-    )
+    kwargs['teacher_fn'] = task.teachers[args.TEACHER.value]
     if args.TEACHER_RATE.value is not None:
       kwargs['teacher_optimizer'] = tff.learning.optimizers.build_adam(
           args.TEACHER_RATE.value
@@ -526,7 +617,7 @@ class _Evaluation:
         f'{part}/{name}_{key}'
         for part in ('validation', 'test')
         for name in found
-        for key in ('accuracy', 'loss', 'calibration_error')
+        for key in tff_kd.evaluation.score_names(process.students.first)
     ]
 
   def __init__(
@@ -636,9 +727,9 @@ def _train(
         # At first: with those of the rounds before a resumed run.
         else sum(row[_CLIENT_BYTES] for row in read_history(metrics_path))
     )
-    shown = {'student': f"{metrics['test/student_accuracy']:.3f}"}
-    if 'test/teacher_accuracy' in metrics:
-      shown['teacher'] = f"{metrics['test/teacher_accuracy']:.3f}"
+    shown = {'student': f"{metrics[f'test/student_{task.metric}']:.3f}"}
+    if f'test/teacher_{task.metric}' in metrics:
+      shown['teacher'] = f"{metrics[f'test/teacher_{task.metric}']:.3f}"
     shown['MB/client'] = f'{moved / 1e6:.3g}'
     if accountant is not None:
       shown['epsilon'] = f'{accountant.epsilon():.3g}'
@@ -662,6 +753,7 @@ def _train(
         evaluate=_Evaluation(process, task, client_states),
         client_states=client_states,
         monitor=monitor,
+        monitor_mode=_mode(monitor),
         patience=patience,
         program_state_manager=tff_kd.simulation.Checkpoints(
             run_dir / f'{prefix}checkpoints'
@@ -683,7 +775,8 @@ def _train(
 
 def _best_row(history: list[dict[str, float]], rounds: int, monitor: str):
   """The row with the best monitored metric within the first rounds."""
-  return max(
+  choose = max if _mode(monitor) == 'max' else min
+  return choose(
       (row for row in history if row['round'] <= rounds),
       key=lambda row: row[monitor],
   )
@@ -692,13 +785,14 @@ def _best_row(history: list[dict[str, float]], rounds: int, monitor: str):
 def _open_run_dir() -> pathlib.Path:
   """The run folder, with `config.json` in it."""
   config = {
-      name: flag.value for name, flag in sorted(_own_flags().items())
+      name: flag.value for name, flag in sorted(args.own_flags().items())
   }
   if args.OUTPUT_DIR.value:
     run_dir = pathlib.Path(args.OUTPUT_DIR.value)
   else:
     now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
-    run_dir = pathlib.Path('runs', f'{now}-{args.ALGORITHM.value}-{args.TASK.value}')
+    name = tff_kd.data.task_info(args.TASK.value).name
+    run_dir = pathlib.Path('runs', f'{now}-{args.ALGORITHM.value}-{name}')
   path = run_dir / 'config.json'
   # One that ended before its first round left nothing to go on with.
   has_rounds = (run_dir / 'metrics.csv').exists()
@@ -827,9 +921,13 @@ class _Setup(NamedTuple):
 def _prepare() -> _Setup:
   """All that can be refused, before anything runs."""
   algorithm = algorithms.REGISTRY[args.ALGORITHM.value]
-  _check_flags(algorithm)
+  if tff_kd.data.tasks.is_own(args.TASK.value):
+    task = load_task()
+    _check_flags(algorithm)
+  else:
+    _check_flags(algorithm)
+    task = load_task()
   _workers()
-  task = load_task()
   clients = split_clients(task)
   batches = build_batches(task, clients)
   if train_privacy.is_private():
@@ -839,7 +937,7 @@ def _prepare() -> _Setup:
   common['reporting'] = _reporting(participation)
   process = build_process(algorithm, task, common)
   tff_kd.simulation.check_monitor(
-      args.MONITOR.value,
+      _monitor(task),
       [
           *tff_kd.simulation.process_metric_names(process),
           *_Evaluation.names(process),
@@ -865,11 +963,15 @@ def _begin(setup: _Setup) -> tuple[
     accountant = train_privacy.build_accountant(setup.process, run_dir)
   else:
     task = setup.task
-    plots.plot_partition(
-        task.clients.labels, setup.clients, task.num_classes,
-        f'{task.name}: {len(task.clients)} examples, {args.PARTITION.value}',
-        run_dir / 'partition.png',
-    )
+    how = args.PARTITION.value if task.client_rows is None else 'its own clients'
+    title = f'{task.name}: {len(task.clients)} examples, {how}'
+    if task.is_regression or task.clients.labels.ndim > 1 or len(setup.clients) > 100:
+      plots.plot_client_sizes(setup.clients, title, run_dir / 'partition.png')
+    else:
+      plots.plot_partition(
+          task.clients.labels, setup.clients, task.num_classes, title,
+          run_dir / 'partition.png',
+      )
   _print_setup(setup, accountant)
   print(f'Run folder: {run_dir}', flush=True)
   return run_dir, setup, accountant
@@ -881,7 +983,8 @@ def _print_setup(
   task, process = setup.task, setup.process
   print(
       f'{args.ALGORITHM.value} on {task.name}: {args.NUM_CLIENTS.value} clients with '
-      f'{len(task.clients)} examples, {args.CLIENTS_PER_ROUND.value} a round; '
+      f'{sum(map(len, setup.clients))} examples, {args.CLIENTS_PER_ROUND.value} a '
+      'round; '
       f'transfer {len(task.transfer)} ({args.TRANSFER_LABELS.value} with labels), '
       f'validation {len(task.validation)}, test {len(task.test)}.'
   )
@@ -959,7 +1062,7 @@ def _train_and_report(
 
   result, history = _train(
       process, initial_state(process), task, select_clients, run_dir, '',
-      args.ROUNDS.value, args.PATIENCE.value or None, args.MONITOR.value, accountant,
+      args.ROUNDS.value, args.PATIENCE.value or None, _monitor(task), accountant,
   )
   evaluation = _Evaluation(process, task)
   for name, (_, weights) in evaluation.models(result.best_state).items():
@@ -975,7 +1078,7 @@ def _train_and_report(
     more_rounds = max(result.round_num, moved // fed_avg_bytes.total)
     _, baseline = _train(
         fed_avg, initial_state(fed_avg), task, select_clients, run_dir,
-        'fed_avg_', more_rounds, None, 'validation/student_accuracy',
+        'fed_avg_', more_rounds, None, f'validation/student_{task.metric}',
     )
   _report(
       task, clients, process, evaluation, result, history, baseline, accountant, run_dir
@@ -1005,9 +1108,16 @@ def _report(
     task, clients, process, evaluation, result, history, baseline, accountant, run_dir
 ) -> None:
   """Prints the table and draws the curves."""
-  test_split = tff_kd.data.partition.matching(
-      task.clients.labels, clients, task.test.labels, seed=args.SEED.value
-  )
+  test_split = split_tests(task, clients)
+  metric = task.metric
+  # Which scores the table has.
+  keys = list(tff_kd.evaluation.score_names(process.students.first))
+  if 'loss' in keys:
+    keys.remove('loss')
+
+  def scores(values: Mapping[str, float], prefix: str = '') -> list[str]:
+    return [f'{values[prefix + key]:.4f}' for key in keys]
+
   client_tests = [
       tff_kd.data.client_dataset(
           task.test.take(rows), batch_size=64, epochs=1, seed=[0]
@@ -1034,41 +1144,40 @@ def _report(
         names[f'{name}_{i}'] = f'{names[name]}, cohort {i} ({model})'
       names[name] += ', mean of cohorts'
   rows = [(
-      'model', 'round', 'accuracy', 'calibration error',
+      'model', 'round', *(key.replace('_', ' ') for key in keys),
       'clients: mean', '10th pct.', 'worst',
   )]
   specs = specs_of(process)
-  test = _best_row(history, result.round_num, args.MONITOR.value)
+  test = _best_row(history, result.round_num, _monitor(task))
   evaluators = {
       name: tff_kd.evaluation.ClientsEvaluator(
-          specs[name], len(client_tests), metric='accuracy'
+          specs[name], len(client_tests), metric=metric,
+          lower_is_better=_mode(metric) == 'min',
       )
       for name in {its.replace('_before', '') for its in server_models}
   }
   for name, (_, weights) in server_models.items():
     by_client = evaluators[name.replace('_before', '')].evaluate(weights, client_tests)
     rows.append((
-        names[name], str(result.best_round),
-        f"{test[f'test/{name}_accuracy']:.4f}",
-        f"{test[f'test/{name}_calibration_error']:.4f}",
+        names[name], str(result.best_round), *scores(test, f'test/{name}_'),
         f'{by_client.mean:.4f}', f'{by_client.percentile_10:.4f}',
         f'{by_client.worst:.4f}',
     ))
   for name in ('student', 'client', 'student_before'):
-    if name not in server_models and f'test/{name}_accuracy' in test:
+    if name not in server_models and f'test/{name}_{metric}' in test:
       rows.append((
-          names[name], str(result.best_round), f"{test[f'test/{name}_accuracy']:.4f}",
-          f"{test[f'test/{name}_calibration_error']:.4f}", '', '', '',
+          names[name], str(result.best_round), *scores(test, f'test/{name}_'),
+          '', '', '',
       ))
-  test_column = 'test/student_accuracy'
+  test_column = f'test/student_{metric}'
   curves = {
       names[name]: (
           [row['round'] for row in history],
           _megabytes(history),
-          [row[f'test/{name}_accuracy'] for row in history],
+          [row[f'test/{name}_{metric}'] for row in history],
       )
       for name in names
-      if f'test/{name}_accuracy' in history[0]
+      if f'test/{name}_{metric}' in history[0]
   }
   if baseline is not None:
     rounds_at_bytes = int(baseline[-1]['round'])
@@ -1076,10 +1185,9 @@ def _report(
         ('FedAvg, same rounds', result.round_num),
         ('FedAvg, same bytes', rounds_at_bytes),
     ):
-      best = _best_row(baseline, rounds, 'validation/student_accuracy')
+      best = _best_row(baseline, rounds, f'validation/student_{metric}')
       rows.append((
-          label, f"{best['round']:.0f}", f'{best[test_column]:.4f}',
-          f"{best['test/student_calibration_error']:.4f}", '', '', '',
+          label, f"{best['round']:.0f}", *scores(best, 'test/student_'), '', '', '',
       ))
     curves['FedAvg'] = (
         [row['round'] for row in baseline],
@@ -1094,16 +1202,24 @@ def _report(
       values = evaluator.evaluate(alone, *task.test)
       rows.append((
           f"{name} on the server's {args.TRANSFER_LABELS.value} labels alone", '',
-          f"{values['accuracy']:.4f}", f"{values['calibration_error']:.4f}",
-          '', '', '',
+          *scores(values), '', '', '',
       ))
-  plots.plot_curves(curves, run_dir / 'curves.png')
+  plots.plot_curves(curves, run_dir / 'curves.png', metric)
+  further = {
+      name: dict(
+          task.scores_fn(functools.partial(evaluation.evaluators[name].logits, weights))
+      )
+      for name, (_, weights) in server_models.items()
+      if task.scores_fn is not None and name in specs
+  }
   (run_dir / RESULTS).write_text(
       json.dumps(
           {
               'rounds': result.round_num,
               'best_round': result.best_round,
               'best': test,
+              'metric': metric,
+              'further_scores': further,
               # Of all rounds: which one is best, all of them tell.
               **({'epsilon': accountant.epsilon()} if accountant is not None else {}),
           },
@@ -1119,9 +1235,11 @@ def _report(
     ending = 'another round would pass the privacy budget'
   print(
       f'Ended after round {result.round_num} ({ending}); the best round by '
-      f'{args.MONITOR.value} is kept. Accuracy on {len(task.test)} test examples.'
+      f'{_monitor(task)} is kept. On {len(task.test)} test examples.'
   )
   print()
+  for name, values in further.items():
+    print(f'{name}: ' + ', '.join(f'{key} {its:.4f}' for key, its in values.items()))
   _print_ledger(history)
   if accountant is not None:
     print(
@@ -1132,9 +1250,12 @@ def _report(
   print(f'Seconds per round: {np.median(seconds):.2f} (median).')
   if baseline is not None:
     goal = baseline[min(result.round_num, len(baseline)) - 1][test_column]
-    reached = next((r['round'] for r in history if r[test_column] >= goal), None)
+    sign = 1.0 if _mode(metric) == 'max' else -1.0
+    reached = next(
+        (r['round'] for r in history if sign * r[test_column] >= sign * goal), None
+    )
     print(
-        f"FedAvg's accuracy after {result.round_num} rounds is {goal:.4f}; the "
+        f"FedAvg's {metric} after {result.round_num} rounds is {goal:.4f}; the "
         + (
             f'student reached it in round {reached:.0f}.'
             if reached is not None

@@ -112,8 +112,13 @@ def check_disjoint(task: tff_kd.data.Task) -> None:
   """Refuses server examples that are clients', too: no noise would hide them."""
 
   def keys(examples) -> list[bytes]:
-    flat = np.ascontiguousarray(examples.inputs).reshape(len(examples), -1)
-    return [hashlib.sha256(row.tobytes()).digest() for row in flat]
+    inputs = examples.inputs
+    arrays = list(inputs.values()) if isinstance(inputs, dict) else [inputs]
+    flat = [np.ascontiguousarray(a).reshape(len(examples), -1) for a in arrays]
+    return [
+        hashlib.sha256(b'|'.join(row.tobytes() for row in rows)).digest()
+        for rows in zip(*flat)
+    ]
 
   of_clients = set(keys(task.clients))
   for name in ('transfer', 'validation'):

@@ -18,7 +18,7 @@ _ROUNDS = 10
 
 @pytest.fixture(scope='module')
 def task():
-  return tff_kd.data.TASKS['mnist5k'](seed=0, transfer_size=200, validation_size=200)
+  return tff_kd.data.TASKS['mnist5k'].load(seed=0, transfer_size=200, validation_size=200)
 
 
 @pytest.fixture(scope='module')
@@ -33,7 +33,7 @@ def _build(name, task, batches):
   algorithm = algorithms.REGISTRY[name]
 
   def model_fn():
-    return keras_models.STUDENTS['document'](10, task.input_shape)
+    return keras_models.STUDENTS['document'](10, task.clients.inputs.shape[1:])
 
   kwargs = dict(
       student_fn=model_fn,

@@ -9,6 +9,7 @@ import pytest
 
 from tff_kd import data
 from tff_kd.data import partition
+from tff_kd.data.tasks import idx
 
 _SPLITS = {
     'dirichlet': dict(alpha=0.5),
@@ -141,7 +142,7 @@ def _rows(examples):
 
 
 def test_mnist5k_is_whole_and_disjoint():
-  task = data.TASKS['mnist5k'](seed=3)
+  task = data.TASKS['mnist5k'].load(seed=3)
   parts = [task.clients, task.transfer, task.validation, task.test]
   assert [len(p) for p in parts] == [2500, 1000, 500, 1000]
   rows = [_rows(p) for p in parts]
@@ -150,14 +151,14 @@ def test_mnist5k_is_whole_and_disjoint():
   np.testing.assert_array_equal(np.bincount(labels), [500] * 10)
   assert task.clients.inputs.shape[1:] == task.input_shape == (28, 28, 1)
   assert task.clients.inputs.min() == 0.0 and task.clients.inputs.max() == 1.0
-  other = data.TASKS['mnist5k'](seed=4)
+  other = data.TASKS['mnist5k'].load(seed=4)
   assert _rows(other.test) == _rows(task.test)
   assert _rows(other.transfer) != _rows(task.transfer)
 
 
 def test_parts_that_leave_nothing_are_refused():
   with pytest.raises(ValueError, match='leave nothing'):
-    data.TASKS['mnist5k'](seed=0, transfer_size=4000)
+    data.TASKS['mnist5k'].load(seed=0, transfer_size=4000)
 
 
 def _idx(values):
@@ -185,7 +186,7 @@ def test_idx_round_trip(tmp_path, dtype, shape):
   (tmp_path / 'a').write_bytes(_idx(values))
   (tmp_path / 'b.gz').write_bytes(gzip.compress(_idx(values)))
   for name in ('a', 'b.gz'):
-    read = data.idx.read_idx(tmp_path / name)
+    read = idx.read_idx(tmp_path / name)
     np.testing.assert_array_equal(read, values)
     assert read.dtype == values.dtype
 
@@ -193,7 +194,7 @@ def test_idx_round_trip(tmp_path, dtype, shape):
 @pytest.mark.parametrize('zipped', [False, True])
 def test_idx_task(tmp_path, zipped):
   _write_idx(tmp_path, zipped=zipped)
-  task = data.TASKS['idx'](
+  task = data.TASKS['idx'].load(
       data_dir=tmp_path, seed=0, transfer_size=8, validation_size=4
   )
   assert [
@@ -212,19 +213,19 @@ def test_a_truncated_file_is_named(tmp_path_factory, zipped, keep):
   raw = gzip.compress(raw) if zipped else raw
   path.write_bytes(raw[: int(keep * len(raw))])
   with pytest.raises(ValueError, match='broken-file'):
-    data.idx.read_idx(path)
+    idx.read_idx(path)
 
 
 def test_damaged_folders_are_explained(tmp_path):
   with pytest.raises(ValueError, match='data_dir'):
-    data.TASKS['idx'](data_dir=None, seed=0)
+    data.TASKS['idx'].load(data_dir=None, seed=0)
   with pytest.raises(ValueError, match='train-images'):
-    data.TASKS['idx'](data_dir=tmp_path, seed=0)
+    data.TASKS['idx'].load(data_dir=tmp_path, seed=0)
   _write_idx(tmp_path)
   labels = tmp_path / 'train-labels-idx1-ubyte'
   labels.write_bytes(_idx(np.zeros(39, 'u1')))
   with pytest.raises(ValueError, match='as many images as labels') as error:
-    data.TASKS['idx'](data_dir=tmp_path, seed=0)
+    data.TASKS['idx'].load(data_dir=tmp_path, seed=0)
   assert 'train-labels-idx1-ubyte' in str(error.value)
 
 

@@ -106,7 +106,7 @@ def test_a_server_example_that_is_a_clients_is_refused():
   clients, transfer = examples(5), examples(4)
   task = data.Task(
       name='x', clients=clients, transfer=transfer, validation=examples(3),
-      test=examples(3), num_classes=2,
+      test=examples(3), num_classes=2, students={}, teachers={},
   )
   train_privacy.check_disjoint(task)
   shared = data.Examples(

@@ -113,7 +113,7 @@ def test_it_prints_the_comparison(run_dir):
 def test_the_saved_models_are_the_best_rounds(run_dir):
   rows = _rows(run_dir / 'metrics.csv')
   best = max(rows, key=lambda row: float(row['validation/student_accuracy']))
-  test = tff_kd.data.TASKS['mnist5k'](seed=0, transfer_size=60).test
+  test = tff_kd.data.TASKS['mnist5k'].load(seed=0, transfer_size=60).test
   for name in ('student', 'teacher'):
     model = tf.keras.models.load_model(run_dir / f'{name}.keras')
     accuracy = np.mean(
@@ -211,8 +211,9 @@ def test_flags_and_help_do_not_wait_for_tensorflow():
         "assert not {'tensorflow', 'tensorflow_federated'} & set(sys.modules)"
     )
     subprocess.run([sys.executable, '-c', check], cwd=_ROOT, check=True)
-  models = train_flags.MODELS
-  assert models == sorted(keras_models.STUDENTS) == sorted(keras_models.TEACHERS)
+  info = tff_kd.data.TASKS['mnist5k']
+  assert info.students == tuple(sorted(keras_models.STUDENTS))
+  assert info.teachers == tuple(sorted(keras_models.TEACHERS))
   for name, algorithm in tff_kd.algorithms.REGISTRY.items():
     assert callable(algorithm.build) and algorithm.build.__name__ == f'build_{name}'
 
@@ -334,7 +335,7 @@ def test_a_config_repeats_a_run_where_nothing_else_is_said(tmp_path):
     }
   path.write_text(json.dumps({'flags': values, 'versions': {}}))
   with helpers.flags_of(f'--config={path}', '--seed=5'):
-    train_flags.take_config()
+    train_flags.take_defaults()
     assert train_flags.ALGORITHM.value == 'fed_df' and train_flags.SEED.value == 5
     assert train_flags.STUDENT.value == ['cnn'] and train_flags.OUTPUT_DIR.value is None
     # As if they were given.
@@ -348,7 +349,7 @@ def test_a_config_repeats_a_run_where_nothing_else_is_said(tmp_path):
     path.write_text(text)
     with helpers.flags_of(f'--config={path}'):
       with pytest.raises(app.UsageError, match=message):
-        train_flags.take_config()
+        train_flags.take_defaults()
 
 
 def test_the_readmes_python_runs(tmp_path):

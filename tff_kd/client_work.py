@@ -635,6 +635,8 @@ def build_training(
                 step_num=step_num,
                 weights=trainable,
                 received=received,
+                counted=model.counted_labels(labels),
+                is_regression=model.is_regression,
             ),
         )
       loss += model.regularization_loss()

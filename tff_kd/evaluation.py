@@ -40,6 +40,55 @@ def expected_calibration_error(
   )
 
 
+def score_names(spec: models.ModelSpec) -> tuple[str, ...]:
+  """The names of what `score` returns; the first one is the most telling."""
+  if spec.is_regression:
+    return ('rmse', 'mae')
+  return ('accuracy', 'loss', 'calibration_error')
+
+
+def score(
+    outputs: np.ndarray, labels: np.ndarray, *, spec: models.ModelSpec
+) -> dict[str, float]:
+  """How good outputs are.
+
+  Args:
+    outputs: Logits `[n, ..., classes]`, or numbers `[n, 1]` of a regression.
+    labels: Class numbers `[n, ...]`, those that the loss ignores not counted; or numbers
+      `[n]`.
+    spec: The model.
+
+  Returns:
+    Accuracy, mean cross-entropy and expected calibration error; of a regression root
+    mean squared error and mean absolute error.
+  """
+  if spec.is_regression:
+    errors = outputs.reshape(len(labels), -1) - labels.reshape(len(labels), -1)
+    return {
+        'rmse': float(np.sqrt(np.mean(np.square(errors)))),
+        'mae': float(np.mean(np.abs(errors))),
+    }
+  logits, labels = counted_predictions(outputs, labels, spec)
+  log_p = tf.nn.log_softmax(logits).numpy()
+  return {
+      'accuracy': float(np.mean(np.argmax(logits, axis=-1) == labels)),
+      'loss': float(-np.mean(log_p[np.arange(len(labels)), labels])),
+      'calibration_error': expected_calibration_error(logits, labels),
+  }
+
+
+def counted_predictions(
+    logits: np.ndarray, labels: np.ndarray, spec: models.ModelSpec
+) -> tuple[np.ndarray, np.ndarray]:
+  """Logits `[m, classes]` and labels `[m]` of all positions that count."""
+  logits = logits.reshape(-1, logits.shape[-1])
+  labels = np.asarray(labels).reshape(-1)
+  if spec.ignored_label is None:
+    return logits, labels
+  counted = labels != spec.ignored_label
+  return logits[counted], labels[counted]
+
+
 class CentralEvaluator:
   """Evaluates weights on examples that the server holds.
 
@@ -52,6 +101,7 @@ class CentralEvaluator:
     Args:
       spec: The model whose weights will be evaluated.
     """
+    self._spec = spec
     self._model = spec.model_fn()
     self._logits = tf.function(self._model.logits, reduce_retracing=True)
 
@@ -71,20 +121,14 @@ class CentralEvaluator:
   def evaluate(
       self, weights: Any, inputs: Any, labels: np.ndarray
   ) -> dict[str, float]:
-    """Accuracy, mean cross-entropy and expected calibration error.
+    """The scores of `score`.
 
     Args:
       weights: `ModelWeights` of the model.
       inputs: Inputs as the model takes them, n of each.
-      labels: Class numbers, `[n]`.
+      labels: `[n, ...]`: class numbers, or numbers of a regression.
     """
-    logits = self.logits(weights, inputs)
-    log_p = tf.nn.log_softmax(logits).numpy()
-    return {
-        'accuracy': float(np.mean(np.argmax(logits, axis=-1) == labels)),
-        'loss': float(-np.mean(log_p[np.arange(len(labels)), labels])),
-        'calibration_error': expected_calibration_error(logits, labels),
-    }
+    return score(self.logits(weights, inputs), labels, spec=self._spec)
 
 
 class FederatedEvaluation(NamedTuple):
@@ -92,8 +136,8 @@ class FederatedEvaluation(NamedTuple):
 
   Attributes:
     mean: Over clients, each counting once.
-    percentile_10: A tenth of the clients are below.
-    worst: The lowest.
+    percentile_10: A tenth of the clients are worse: below, or, of errors, above.
+    worst: The lowest; of errors, the highest.
     num_clients: How many clients had data and were counted.
   """
 
@@ -109,13 +153,17 @@ class ClientsEvaluator:
   One computation serves all calls.
   """
 
-  def __init__(self, spec: models.ModelSpec, num_clients: int, *, metric: str):
+  def __init__(
+      self, spec: models.ModelSpec, num_clients: int, *, metric: str,
+      lower_is_better: bool = False,
+  ):
     """Initializes the evaluator.
 
     Args:
       spec: The model whose weights will be evaluated.
       num_clients: How many clients there are at most.
-      metric: The name of a metric of the model, the higher the better.
+      metric: The name of a metric of the model.
+      lower_is_better: Whether it is an error: low values are good.
 
     Raises:
       ValueError: If there is no such metric.
@@ -124,6 +172,7 @@ class ClientsEvaluator:
     if metric not in finalizers:
       raise ValueError(f'`metric` must be one of {finalizers}, found {metric!r}.')
     self._metric = metric
+    self._lower_is_better = lower_is_better
     self._process = tff.learning.algorithms.build_fed_eval(
         spec.model_fn,
         metrics_aggregation_process=_build_per_client_aggregation(
@@ -153,8 +202,8 @@ class ClientsEvaluator:
       raise ValueError('No client has an example to evaluate on.')
     return FederatedEvaluation(
         mean=float(values.mean()),
-        percentile_10=float(np.percentile(values, 10)),
-        worst=float(values.min()),
+        percentile_10=float(np.percentile(values, 90 if self._lower_is_better else 10)),
+        worst=float(values.max() if self._lower_is_better else values.min()),
         num_clients=len(values),
     )
 

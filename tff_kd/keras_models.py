@@ -4,7 +4,8 @@ Each builder has the signature (num_classes, input_shape) -> `tf.keras.Model`;
 `STUDENTS` and `TEACHERS` list them by name. A name in both is a pair.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+import functools
 
 import tensorflow as tf
 
@@ -39,6 +40,20 @@ class RepeatableDropout(tf.keras.layers.Layer):
 
   def get_config(self):
     return {**super().get_config(), 'rate': self.rate}
+
+
+@_register
+class MeanOfTokens(tf.keras.layers.Layer):
+  """The mean of the vectors of a text's tokens; token 0 is padding and not in it.
+
+  Takes [tokens, int `[batch, length]`, vectors, `[batch, length, width]`].
+  """
+
+  def call(self, inputs):
+    tokens, vectors = inputs
+    there = tf.cast(tokens > 0, vectors.dtype)[..., tf.newaxis]
+    count = tf.reduce_sum(there, axis=1)
+    return tf.reduce_sum(vectors * there, axis=1) / tf.maximum(count, 1.0)
 
 
 @_register
@@ -184,3 +199,13 @@ TEACHERS: dict[str, ModelBuilder] = {
         classes, shape, blocks=2, width=16
     ),
 }
+
+
+def of_shape(
+    builders: Mapping[str, ModelBuilder], num_classes: int, input_shape: Sequence[int]
+) -> dict[str, Callable[[], tf.keras.Model]]:
+  """Builders without arguments, for images of a shape and so many classes."""
+  return {
+      name: functools.partial(build, num_classes, tuple(input_shape))
+      for name, build in builders.items()
+  }

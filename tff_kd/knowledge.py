@@ -83,6 +83,8 @@ class ConsensusRule(abc.ABC):
       `[m]`, which a companion gives.
     is_coded: Whether it is a `CodedRule`, whose messages are shorter than their floats.
     has_unit_weights: Whether the weight of a prediction is 1, whoever the client is.
+    needs_classes: Whether it takes outputs for logits, so that regression models cannot
+      use it.
   """
 
   has_diversity: bool = False
@@ -90,6 +92,7 @@ class ConsensusRule(abc.ABC):
   needs_certainty: bool = False
   is_coded: bool = False
   has_unit_weights: bool = False
+  needs_classes: bool = True
 
   def payload_spec(
       self, logits_shape: tf.TensorShape, num_rows: int
@@ -136,6 +139,16 @@ class ConsensusRule(abc.ABC):
     """
 
 
+def check_rule(rule: ConsensusRule, student: models.ModelSpec) -> None:
+  """Refuses a rule over classes for a student that predicts numbers.
+
+  Raises:
+    ValueError: If they do not fit.
+  """
+  if rule.needs_classes:
+    models.check_has_classes(student, f'The consensus {type(rule).__name__}')
+
+
 class MeanLogits(ConsensusRule):
   """sum_k w_k z_k(x) / sum_k w_k over those who predicted x.
 
@@ -144,6 +157,7 @@ class MeanLogits(ConsensusRule):
   """
 
   has_unit_weights = True
+  needs_classes = False
 
   def encode(self, logits):
     return _weighted(logits, tf.ones(tf.shape(logits)[:1]))

@@ -29,6 +29,9 @@ class LocalStep(NamedTuple):
     step_num: int32, how many of the client's steps in this round came before.
     weights: The model's trainable variables.
     received: Their values as the server sent them.
+    counted: 0/1 float32 like `labels`, 0 where the loss ignores the label (padding);
+      `None` where it ignores none.
+    is_regression: Whether the outputs are numbers to be fitted, not logits.
   """
 
   inputs: Any
@@ -40,6 +43,8 @@ class LocalStep(NamedTuple):
   step_num: tf.Tensor
   weights: list[tf.Variable]
   received: list[tf.Tensor]
+  counted: Optional[tf.Tensor] = None
+  is_regression: bool = False
 
 
 class LocalTerm(abc.ABC):
@@ -71,7 +76,7 @@ def _check_weight(name: str, value: float, at_most: float = float('inf')) -> Non
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class LocalDistillation(LocalTerm):
-  """(1 - weight) L + weight KL_T(target || z).
+  """(1 - weight) L + weight KL_T(target || z); of a regression model, their MSE.
 
   Source: Yao et al., "Local-Global Knowledge Distillation in Heterogeneous
   Federated Learning with Non-IID Data" (FedGKD, 2021), the local objective.
@@ -103,8 +108,12 @@ class LocalDistillation(LocalTerm):
       )
 
   def __call__(self, loss, step):
-    divergence = tf.reduce_mean(
-        losses.kl_divergence(step.target_logits, step.logits, self.temperature)
+    divergence = losses.weighted_mean(
+        losses.output_divergence(
+            step.target_logits, step.logits, self.temperature,
+            is_regression=step.is_regression,
+        ),
+        step.counted,
     )
     return (1.0 - self.weight) * loss + self.weight * divergence
 
@@ -138,10 +147,11 @@ class NotTrueDistillation(LocalTerm):
           'The not-true distillation needs class indices as labels, found labels '
           f'of dtype {labels.dtype.name} and shape {labels.shape}.'
       )
-    return loss + self.weight * tf.reduce_mean(
+    return loss + self.weight * losses.weighted_mean(
         losses.not_true_kl_divergence(
             step.target_logits, step.logits, labels, self.temperature
-        )
+        ),
+        step.counted,
     )
 
 

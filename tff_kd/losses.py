@@ -208,6 +208,19 @@ def mean_squared_error(target_logits: tf.Tensor, logits: tf.Tensor) -> tf.Tensor
   )
 
 
+def output_divergence(
+    target_outputs: tf.Tensor,
+    outputs: tf.Tensor,
+    temperature: float = 1.0,
+    *,
+    is_regression: bool,
+) -> tf.Tensor:
+  """How far outputs are from a target's: by class `kl_divergence`, else their MSE."""
+  if is_regression:
+    return mean_squared_error(target_outputs, outputs)
+  return kl_divergence(target_outputs, outputs, temperature)
+
+
 def weighted_mean(
     values: tf.Tensor, weights: Optional[tf.Tensor] = None
 ) -> tf.Tensor:

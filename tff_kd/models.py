@@ -53,7 +53,7 @@ class KerasModel(tff.learning.models.VariableModel):
     self._input_spec = input_spec
     self._loss = loss
     self._from_logits = from_logits
-    self._ignored_label = getattr(loss, '_fn_kwargs', {}).get('ignore_class')
+    self._ignored_label = _ignored_label(loss)
     self._metric_constructors = _metric_constructors(metrics_fn)
     self._metrics = collections.OrderedDict(
         (name, make()) for name, make in self._metric_constructors.items()
@@ -62,6 +62,10 @@ class KerasModel(tff.learning.models.VariableModel):
   @property
   def keras_model(self) -> tf.keras.Model:
     return self._keras_model
+
+  @property
+  def is_regression(self) -> bool:
+    return _is_regression(self._loss)
 
   @property
   def trainable_variables(self):
@@ -114,12 +118,33 @@ class KerasModel(tff.learning.models.VariableModel):
       mask: Optional 0/1 float32 `[batch]`; the mean is over the ones, and 0 where
         there are none.
     """
-    if mask is None:
+    counted = self.counted_labels(labels)
+    if mask is None and counted is None:
       return self._loss(y_true=labels, y_pred=outputs)
+    if counted is not None:
+      # Keras's own mean over what is not ignored is 0 / 0 where all of it is.
+      weights = counted
+      if mask is not None:
+        weights *= tf.reshape(mask, [-1] + [1] * (counted.shape.rank - 1))
+      each = tf.keras.losses.sparse_categorical_crossentropy(
+          tf.where(counted > 0.0, labels, tf.zeros_like(labels)),
+          outputs, from_logits=self._from_logits,
+      )
+      return losses.weighted_mean(each, weights)
     loss = self._loss(y_true=labels, y_pred=outputs, sample_weight=mask)
     # Keras divides by the size of the batch, not by the sum of the weights.
     size = tf.cast(tf.shape(mask)[0], loss.dtype)
     return tf.math.divide_no_nan(loss * size, tf.reduce_sum(mask))
+
+  def counted_labels(self, labels: Any) -> Optional[tf.Tensor]:
+    """0/1 float32 in the labels' shape: 0 at the loss's `ignore_class` (padding).
+
+    `None` where the loss ignores no class: all labels count.
+    """
+    if self._ignored_label is None:
+      return None
+    ignored = tf.equal(labels, tf.cast(self._ignored_label, labels.dtype))
+    return 1.0 - tf.cast(ignored, tf.float32)
 
   def regularization_loss(self) -> tf.Tensor:
     """The sum of the layers' own losses, after a call of the model."""
@@ -174,6 +199,11 @@ class KerasModel(tff.learning.models.VariableModel):
       outputs: The model's outputs for it.
       mask: Optional 0/1 float32 `[batch]`: which labels count.
     """
+    counted = self.counted_labels(labels)
+    if counted is not None and mask is not None:
+      mask = counted * tf.reshape(mask, [-1] + [1] * (counted.shape.rank - 1))
+    elif counted is not None:
+      mask = counted
     weights = {} if mask is None else {'sample_weight': mask}
     for name, metric in self._metrics.items():
       if self._metric_constructors[name] not in _TOTALS:
@@ -293,6 +323,9 @@ class ModelSpec:
     initial_weights: The builder's own initial weights, as NumPy arrays.
     logits_shape: The static shape of one example's logits, classes last.
     from_logits: Whether the model's outputs are logits (or probabilities).
+    is_regression: Whether the outputs are numbers to be fitted, not classes. They are
+      then compared by their squared distance wherever logits are by their divergence.
+    ignored_label: The label that counts nowhere (padding), if the loss has one.
   """
 
   name: str
@@ -303,6 +336,8 @@ class ModelSpec:
   initial_weights: tff.learning.models.ModelWeights
   logits_shape: tf.TensorShape
   from_logits: bool
+  is_regression: bool = False
+  ignored_label: Optional[int] = None
 
 
 def build_model_spec(
@@ -377,7 +412,8 @@ def build_model_spec(
         'layer inside the builder.'
     )
   _check_loss(loss, labels_spec, outputs, name)
-  from_logits = _check_from_logits(loss, outputs, name)
+  is_regression = _is_regression(loss)
+  from_logits = is_regression or _check_from_logits(loss, outputs, name)
 
   def model_fn() -> KerasModel:
     model = keras_model_fn()
@@ -412,6 +448,8 @@ def build_model_spec(
       initial_weights=weights_of(keras_model),
       logits_shape=outputs.shape[1:],
       from_logits=from_logits,
+      is_regression=is_regression,
+      ignored_label=_ignored_label(loss),
   )
 
 
@@ -440,6 +478,40 @@ def weights_of(keras_model: tf.keras.Model) -> tff.learning.models.ModelWeights:
       trainable=[v.numpy() for v in keras_model.trainable_variables],
       non_trainable=[v.numpy() for v in keras_model.non_trainable_variables],
   )
+
+
+# Keras's losses of numbers. Another loss of numbers is taken for one of logits.
+_REGRESSION_LOSSES = (
+    tf.keras.losses.MeanSquaredError,
+    tf.keras.losses.MeanAbsoluteError,
+    tf.keras.losses.MeanAbsolutePercentageError,
+    tf.keras.losses.MeanSquaredLogarithmicError,
+    tf.keras.losses.Huber,
+    tf.keras.losses.LogCosh,
+    tf.keras.losses.Poisson,
+)
+
+
+def _is_regression(loss: tf.keras.losses.Loss) -> bool:
+  return isinstance(loss, _REGRESSION_LOSSES)
+
+
+def _ignored_label(loss: tf.keras.losses.Loss) -> Optional[int]:
+  return getattr(loss, '_fn_kwargs', {}).get('ignore_class')
+
+
+def check_has_classes(spec: ModelSpec, what: str) -> None:
+  """Refuses a regression model where something is about classes.
+
+  Raises:
+    ValueError: If the model's outputs are numbers.
+  """
+  if spec.is_regression:
+    raise ValueError(
+        f'{what} is about classes, and the {spec.name} is a regression model (by its '
+        'loss). Use an algorithm and a consensus that compare outputs as they are: '
+        'fed_avg, fed_prox, fed_df, fed_distillation or fed_md, with mean_logits.'
+    )
 
 
 def check_same_outputs(first: ModelSpec, second: ModelSpec) -> None:

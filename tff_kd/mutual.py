@@ -109,7 +109,12 @@ class _MutualTerm(local_terms.LocalTerm):
     logits = self._mentor.class_logits(outputs)
 
     def divergence(target: tf.Tensor, own: tf.Tensor) -> tf.Tensor:
-      return tf.reduce_mean(losses.kl_divergence(target, own, self._temperature))
+      return losses.weighted_mean(
+          losses.output_divergence(
+              target, own, self._temperature, is_regression=step.is_regression
+          ),
+          step.counted,
+      )
 
     to_student = divergence(logits, step.logits)
     to_mentor = divergence(step.logits, logits)

@@ -203,6 +203,8 @@ class TransferExchange(Exchange):
     """
     process.check_transfer_set(transfer_set, student)
     _check_stage(digest, transfer_set, rule)
+    knowledge.check_rule(rule, student)
+    digest.distillation.check_outputs(student)
     self.transfer_set = transfer_set
     self.rule, self._digest, self._seed = rule, digest, seed
     self._relabelling = relabelling

@@ -61,7 +61,8 @@ class Distillation:
       1. Without labels it must be 1.
     loss: 'kl', 'mae' or 'mse' (these two on logits, without T), 'label' (the
       target's most likely class as label), or a function (target_logits, logits,
-      temperature) -> one loss an example.
+      temperature) -> one loss an example. If `None`: 'kl', and 'mse' between
+      regression models.
     diversity_weight: Of Fed-ET's diversity term, lambda KL_T(diversity || outputs) on
       the examples on which clients disagree; part of the distillation term. Needs
       target 'ensemble' and a consensus rule that tells the diversity.
@@ -79,7 +80,7 @@ class Distillation:
   target: Union[str, float] = 'ensemble'
   temperature: float = 1.0
   distillation_weight: Optional[float] = None
-  loss: Union[str, Callable[[tf.Tensor, tf.Tensor, float], tf.Tensor]] = 'kl'
+  loss: Optional[Union[str, Callable[[tf.Tensor, tf.Tensor, float], tf.Tensor]]] = None
   diversity_weight: float = 0.0
   num_steps: int = 100
   batch_size: int = 64
@@ -109,7 +110,7 @@ class Distillation:
       raise ValueError(
           f'`distillation_weight` must be between 0 and 1, found {w!r}.'
       )
-    if not callable(self.loss) and self.loss not in _DISTILLATION_LOSSES:
+    if not callable(self.loss) and self.loss not in (None, *_DISTILLATION_LOSSES):
       raise ValueError(
           f'`loss` must be one of {sorted(_DISTILLATION_LOSSES)} or a function, '
           f'found {self.loss!r}.'
@@ -139,9 +140,28 @@ class Distillation:
       return self.target == 'ensemble'
     return self.target > 0.0
 
-  @property
-  def loss_fn(self) -> Callable[[tf.Tensor, tf.Tensor, float], tf.Tensor]:
-    return self.loss if callable(self.loss) else _DISTILLATION_LOSSES[self.loss]
+  def loss_fn(
+      self, *, is_regression: bool
+  ) -> Callable[[tf.Tensor, tf.Tensor, float], tf.Tensor]:
+    """The loss between targets and outputs, of classes or of numbers."""
+    if callable(self.loss):
+      return self.loss
+    return _DISTILLATION_LOSSES[self.loss or ('mse' if is_regression else 'kl')]
+
+  def check_outputs(self, learner: models.ModelSpec) -> None:
+    """Refuses what compares classes where there are none.
+
+    Raises:
+      ValueError: If the learner is a regression model and this is not for one.
+    """
+    if learner.is_regression and (
+        self.loss in ('kl', 'label') or self.temperature != 1.0
+    ):
+      raise ValueError(
+          f'The {learner.name} is a regression model, which has no classes: leave '
+          "`temperature` at 1 and `loss` at None (then 'mse'), found "
+          f'temperature={self.temperature!r}, loss={self.loss!r}.'
+      )
 
 
 class DistillationStage(NamedTuple):
@@ -253,6 +273,12 @@ def build_server_distillation(
     distillation loss against the target.
   """
   uses_ensemble = any(s.distillation.uses_ensemble for s in stages)
+  for stage in stages:
+    learner = teacher if stage.learner == 'teacher' else students.first
+    if learner is not None:  # `check_stages` refuses a teacher that is missing.
+      stage.distillation.check_outputs(learner)
+  if uses_ensemble:
+    knowledge.check_rule(consensus_rule, students.first)
   models_type = tff.to_type(
       ServerModels(
           student=students.weights_type,
@@ -394,6 +420,7 @@ def build_stage(
   d = stage.distillation
   learner = live[stage.learner]
   trainable = learner.trainable_variables
+  distillation_loss = d.loss_fn(is_regression=learner.is_regression)
   stepper = optimizers.build_stepper(stage.optimizer, trainable)
   distillation_weight = d.distillation_weight
   if distillation_weight is None:
@@ -440,7 +467,7 @@ def build_stage(
       outputs = learner.keras_model(inputs, training=True)
       logits = learner.class_logits(outputs)
       loss = losses.weighted_mean(
-          d.loss_fn(batch.target_logits, logits, d.temperature), batch.mask
+          distillation_loss(batch.target_logits, logits, d.temperature), batch.mask
       )
       if d.diversity_weight:
         loss += d.diversity_weight * losses.weighted_mean(
@@ -469,7 +496,7 @@ def build_stage(
       )
     logits = knowledge.predict_logits(learner, transfer_set, validation.ids)
     return losses.weighted_mean(
-        d.loss_fn(validation.target_logits, logits, d.temperature),
+        distillation_loss(validation.target_logits, logits, d.temperature),
         validation.mask,
     )
 

@@ -73,6 +73,7 @@ def train(
     num_rounds: int,
     evaluate: Optional[Callable[[Any], Mapping[str, float]]] = None,
     monitor: Optional[str] = None,
+    monitor_mode: str = 'max',
     patience: Optional[int] = None,
     initial_state: Optional[Any] = None,
     program_state_manager: Optional[tff.program.ProgramStateManager] = None,
@@ -96,8 +97,9 @@ def train(
       `Participation`, its counts are among the metrics.
     num_rounds: The last round.
     evaluate: Maps the state after a round to metrics.
-    monitor: The metric, of `evaluate` or of the process, whose maximum is the
+    monitor: The metric, of `evaluate` or of the process, whose best value makes the
       best state. Needed for `patience`.
+    monitor_mode: 'max' if higher is better, 'min' if lower is, as in Keras.
     patience: Stop after so many rounds without a better `monitor`.
     initial_state: Where to begin if nothing was saved; `process.initialize()` if
       `None`.
@@ -131,6 +133,8 @@ def train(
         '`patience` must be at least 1 and needs a metric to `monitor`, found '
         f'patience={patience}, monitor={monitor!r}.'
     )
+  if monitor_mode not in ('max', 'min'):
+    raise ValueError(f"`monitor_mode` must be 'max' or 'min', found {monitor_mode!r}.")
   privacy = None
   if isinstance(process, (process_lib.DistillationProcess, process_lib.PrivateProcess)):
     privacy = process.guard.privacy
@@ -209,7 +213,9 @@ def train(
       if evaluate is not None:
         metrics.update(evaluate(output.state))
       metrics[ROUND_SECONDS] = seconds
-      progress = _advance(progress, output.state, round_num, metrics, monitor)
+      progress = _advance(
+          progress, output.state, round_num, metrics, monitor, monitor_mode
+      )
       history.append(metrics)
       released = collections.OrderedDict(metrics)
       for manager in release_managers:
@@ -326,13 +332,16 @@ def _advance(
     round_num: int,
     metrics: Mapping[str, float],
     monitor: Optional[str],
+    monitor_mode: str,
 ) -> _Progress:
   """The progress after a round: a better monitored value makes a new best."""
   if monitor is None:
     return progress._replace(
         state=state, best_state=state, best_round=np.int32(round_num)
     )
-  value = np.float64(metrics[monitor])
+  # The best value is kept as the highest one.
+  sign = 1.0 if monitor_mode == 'max' else -1.0
+  value = sign * np.float64(metrics[monitor])
   # False for a value that is not a number.
   if value > progress.best_value:
     return progress._replace(

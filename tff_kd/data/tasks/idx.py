@@ -12,7 +12,7 @@ import zlib
 
 import numpy as np
 
-from tff_kd.data import tasks
+from tff_kd.data import task as task_lib
 
 _DTYPES = {
     0x08: np.dtype('u1'),
@@ -81,7 +81,7 @@ def _find(data_dir: pathlib.Path, split: str, kind: str) -> pathlib.Path:
   return found[0]
 
 
-def _read_split(data_dir: pathlib.Path, splits: tuple[str, ...]) -> tasks.Examples:
+def _read_split(data_dir: pathlib.Path, splits: tuple[str, ...]) -> task_lib.Examples:
   split = next(
       (s for s in splits if list(data_dir.glob(f'*{s}-images*'))), splits[0]
   )
@@ -96,7 +96,7 @@ def _read_split(data_dir: pathlib.Path, splits: tuple[str, ...]) -> tasks.Exampl
   if images.ndim == 3:
     images = images[..., np.newaxis]
   scale = 255.0 if images.dtype == np.uint8 else 1.0
-  return tasks.Examples(
+  return task_lib.Examples(
       images.astype(np.float32) / scale, labels.astype(np.int32)
   )
 
@@ -107,7 +107,7 @@ def load(
     seed: int,
     transfer_size: int = 1000,
     validation_size: int = 1000,
-) -> tasks.Task:
+) -> task_lib.Task:
   """Loads the task `idx` from a folder.
 
   Args:
@@ -138,10 +138,10 @@ def load(
   lowest = min(train.labels.min(), test.labels.min())
   if lowest < 0:
     raise ValueError(f'The labels in {data_dir} must not be negative: {lowest}.')
-  transfer, validation, clients = tasks.split_examples(
+  transfer, validation, clients = task_lib.split_examples(
       train, [transfer_size, validation_size], seed=seed
   )
-  return tasks.Task(
+  return task_lib.image_task(
       name='idx', clients=clients, transfer=transfer, validation=validation,
       test=test,
       num_classes=int(max(train.labels.max(), test.labels.max())) + 1,

