@@ -149,7 +149,7 @@ def test_mnist5k_is_whole_and_disjoint():
   assert len(set.union(*rows)) == sum(len(r) for r in rows) == 5000
   labels = np.concatenate([p.labels for p in parts])
   np.testing.assert_array_equal(np.bincount(labels), [500] * 10)
-  assert task.clients.inputs.shape[1:] == task.input_shape == (28, 28, 1)
+  assert task.clients.inputs.shape[1:] == (28, 28, 1)
   assert task.clients.inputs.min() == 0.0 and task.clients.inputs.max() == 1.0
   other = data.TASKS['mnist5k'].load(seed=4)
   assert _rows(other.test) == _rows(task.test)
@@ -200,7 +200,7 @@ def test_idx_task(tmp_path, zipped):
   assert [
       len(p) for p in (task.clients, task.transfer, task.validation, task.test)
   ] == [28, 8, 4, 10]
-  assert task.input_shape == (4, 4, 1) and task.num_classes == 3
+  assert task.clients.inputs.shape[1:] == (4, 4, 1) and task.num_classes == 3
   assert 0.0 <= task.clients.inputs.min() < task.clients.inputs.max() <= 1.0
 
 

@@ -118,6 +118,9 @@ class KerasModel(tff.learning.models.VariableModel):
       mask: Optional 0/1 float32 `[batch]`; the mean is over the ones, and 0 where
         there are none.
     """
+    if self.is_regression and labels.shape.rank == outputs.shape.rank - 1:
+      # Else Keras squeezes the outputs, and has one loss for the whole batch.
+      labels = labels[..., tf.newaxis]
     counted = self.counted_labels(labels)
     if mask is None and counted is None:
       return self._loss(y_true=labels, y_pred=outputs)

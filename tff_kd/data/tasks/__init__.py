@@ -111,7 +111,8 @@ def task_info(name: str) -> TaskInfo:
   """The task of a name, or of a user's own file.
 
   The file has a function `load(*, seed, transfer_size, validation_size, ...)` that
-  returns a `tff_kd.data.Task`, and may have a dict `DEFAULTS` of its own defaults of flags.
+  returns a `tff_kd.data.Task`, and may have a dict `DEFAULTS` of its own defaults of
+  flags.
 
   Args:
     name: As in `TASKS`, or the path of a Python file.

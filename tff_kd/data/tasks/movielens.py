@@ -108,11 +108,17 @@ class Tastes(tf.keras.layers.Layer):
   def __init__(self, width: int, **kwargs):
     super().__init__(**kwargs)
     self.width = width
-    vectors = tf.keras.initializers.RandomNormal(stddev=0.05)
-    embedding = tf.keras.layers.Embedding
-    self.bias = embedding(NUM_FILMS + 1, 1, embeddings_initializer='zeros')
-    self.rated = embedding(NUM_FILMS + 1, width, embeddings_initializer=vectors)
-    self.asked = embedding(NUM_FILMS + 1, width, embeddings_initializer=vectors)
+
+    def embedding(width: int, initializer: Any = 'zeros') -> tf.keras.layers.Layer:
+      return tf.keras.layers.Embedding(
+          NUM_FILMS + 1, width, embeddings_initializer=initializer
+      )
+
+    self.bias = embedding(1)
+    self.rated, self.asked = (
+        embedding(width, tf.keras.initializers.RandomNormal(stddev=0.05))
+        for _ in range(2)
+    )
 
   def build(self, input_shape):
     self.mean = self.add_weight(
