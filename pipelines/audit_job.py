@@ -116,7 +116,7 @@ def run(
       for its in victims
   ])
   inverted, shown = None, []
-  reason = _why_not_inverted(algorithm, released, num_epochs)
+  reason = _why_not_inverted(algorithm, task, released, num_epochs)
   if reason is None:
     inverted, shown = _invert(
         task, _server_model(released), victims, num_epochs=num_epochs, seed=seed
@@ -266,9 +266,11 @@ def _local_weights(task, batches, released, clients):
   return [found[client] for client in clients]
 
 
-def _why_not_inverted(algorithm, released, num_epochs: int) -> Optional[str]:
+def _why_not_inverted(algorithm, task, released, num_epochs: int) -> Optional[str]:
   if not num_epochs:
     return 'It was turned off.'
+  if not np.issubdtype(np.asarray(task.transfer.inputs).dtype, np.floating):
+    return 'Inputs are numbers of words, not values that could be drawn.'
   if algorithm.takes('regularizer_weight'):
     return 'Clients send one mean for each class, not predictions on examples.'
   if not algorithm.takes('transfer_set'):

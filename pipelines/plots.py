@@ -287,3 +287,127 @@ def plot_images(
         )
   figure.savefig(path, dpi=120)
   plt.close(figure)
+
+
+def plot_reliability(
+    models: Mapping[str, tuple[np.ndarray, np.ndarray]], path: os.PathLike,
+    num_bins: int = 15,
+) -> None:
+  """How often predictions are right against how sure they are.
+
+  Args:
+    models: Name -> (confidence `[n]` in [0, 1], whether it was right `[n]`).
+    path: The PNG file to write.
+    num_bins: Bins of equal width over the confidence.
+  """
+  figure, panels = plt.subplots(
+      2, 1, figsize=(6, 6.5), sharex=True, height_ratios=(3, 1), layout='constrained'
+  )
+  panels[0].plot([0, 1], [0, 1], color='gray', linewidth=1, label='calibrated')
+  edges = np.linspace(0.0, 1.0, num_bins + 1)
+  for name, (confidence, right) in models.items():
+    bins = np.clip(np.digitize(confidence, edges) - 1, 0, num_bins - 1)
+    counts = np.bincount(bins, minlength=num_bins)
+    used = counts > 0
+    means = [
+        np.bincount(bins, values, minlength=num_bins)[used] / counts[used]
+        for values in (confidence, right.astype(float))
+    ]
+    panels[0].plot(*means, 'o-', markersize=4, label=name)
+    panels[1].stairs(counts / counts.sum(), edges)
+  panels[0].set(ylabel='share that is right')
+  panels[1].set(xlabel='confidence', ylabel='share of all')
+  panels[0].legend()
+  panels[0].grid(alpha=0.3)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def plot_confusion(
+    counts: np.ndarray, class_names: Sequence[str], title: str, path: os.PathLike
+) -> None:
+  """Which classes are taken for which, as shares of each true class.
+
+  Args:
+    counts: `[classes, classes]`, true classes down, predicted ones across.
+    class_names: Of the classes; not written if there are more than 30.
+    title: The picture's title.
+    path: The PNG file to write.
+  """
+  size = len(class_names)
+  figure, axes = plt.subplots(
+      figsize=(min(4 + 0.35 * size, 12),) * 2, layout='constrained'
+  )
+  shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
+  image = axes.imshow(shares, cmap='Blues', vmin=0.0, vmax=1.0)
+  figure.colorbar(image, ax=axes, shrink=0.7, label='share of the true class')
+  axes.set(xlabel='predicted', ylabel='true', title=title)
+  if size <= 30:
+    axes.set_xticks(range(size), class_names, rotation=90)
+    axes.set_yticks(range(size), class_names)
+  if size <= 12:
+    for row, column in np.ndindex(size, size):
+      if counts[row, column]:
+        axes.text(
+            column, row, f'{counts[row, column]:,}', ha='center', va='center',
+            fontsize=7, color='white' if shares[row, column] > 0.5 else 'black',
+        )
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def plot_errors(
+    models: Mapping[str, np.ndarray], labels: np.ndarray, path: os.PathLike
+) -> None:
+  """Of a regression: the errors, and the predictions by the true value.
+
+  Args:
+    models: Name -> predictions `[n]`.
+    labels: The true values, `[n]`.
+    path: The PNG file to write.
+  """
+  figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
+  values = np.unique(labels)
+  # Of many different values, ten ranges.
+  groups = np.quantile(labels, np.linspace(0, 1, 11)) if len(values) > 20 else None
+  for name, predictions in models.items():
+    panels[0].hist(predictions - labels, bins=60, histtype='step', label=name)
+    if groups is None:
+      parts = [labels == value for value in values]
+    else:
+      of_group = np.clip(np.digitize(labels, groups) - 1, 0, 9)
+      parts = [of_group == number for number in np.unique(of_group)]
+    panels[1].errorbar(
+        [labels[part].mean() for part in parts],
+        [predictions[part].mean() for part in parts],
+        [predictions[part].std() for part in parts], fmt='o-', capsize=3, label=name,
+    )
+  ends = [labels.min(), labels.max()]
+  panels[1].plot(ends, ends, color='gray', linewidth=1)
+  panels[0].set(xlabel='predicted - true', ylabel='examples')
+  panels[1].set(xlabel='true', ylabel='predicted: mean, standard deviation')
+  for panel in panels:
+    panel.legend()
+    panel.grid(alpha=0.3)
+  figure.savefig(path, dpi=120)
+  plt.close(figure)
+
+
+def plot_client_scores(
+    models: Mapping[str, np.ndarray], metric: str, path: os.PathLike
+) -> None:
+  """The metric of each client, from the worst on.
+
+  Args:
+    models: Name -> a value a client.
+    metric: Its name.
+    path: The PNG file to write.
+  """
+  figure, axes = plt.subplots(figsize=(8, 4), layout='constrained')
+  for name, values in models.items():
+    axes.plot(np.linspace(0, 1, len(values)), np.sort(values), label=name)
+  axes.set(xlabel='share of clients', ylabel=f"{metric} on a client's own examples")
+  axes.grid(alpha=0.3)
+  axes.legend()
+  figure.savefig(path, dpi=120)
+  plt.close(figure)

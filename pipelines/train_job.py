@@ -839,7 +839,7 @@ def _save_keras(
 
 
 @contextlib.contextmanager
-def _errors_for_users() -> Iterator[None]:
+def errors_for_users() -> Iterator[None]:
   """Turns refusals of bad settings into one sentence, without a traceback."""
   try:
     yield
@@ -853,7 +853,7 @@ def _errors_for_users() -> Iterator[None]:
 
 def run() -> None:
   """The whole job."""
-  with _errors_for_users():
+  with errors_for_users():
     setup = _prepare()
     if args.DRY_RUN.value:
       _print_plan(setup)

@@ -50,7 +50,7 @@ def score_names(spec: models.ModelSpec) -> tuple[str, ...]:
 def score(
     outputs: np.ndarray, labels: np.ndarray, *, spec: models.ModelSpec
 ) -> dict[str, float]:
-  """How good outputs are.
+  """How good a model's outputs are.
 
   Args:
     outputs: Logits `[n, ..., classes]`, or numbers `[n, 1]` of a regression.

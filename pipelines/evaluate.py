@@ -1,0 +1,65 @@
+r"""Evaluates the models that a run has left: centrally, client by client, in pictures.
+
+  python -m pipelines.evaluate --run=runs/mine
+  python -m pipelines.evaluate --run=runs/mine --part=clients --worst=20
+  python -m pipelines.evaluate --run=runs/mine --alpha=1 --num_clients=50
+
+Takes the flags of `pipelines.train`, too: those that are given replace the run's, so that
+its models can be looked at under another split, another seed or another --data_dir.
+Leaves report.json, clients.csv and pictures.
+"""
+
+import pathlib
+import sys
+from typing import Optional
+
+from absl import app
+from absl import flags
+from absl import logging
+
+import pipelines
+from pipelines import train_flags
+
+flags.adopt_module_key_flags(train_flags)
+
+_RUN = flags.DEFINE_string(
+    'run', None, 'The folder of a run of pipelines.train.', required=True
+)
+_PART = flags.DEFINE_enum(
+    'part', 'test', ['test', 'validation', 'clients'], 'On which examples: the test '
+    'part; the validation part, which chose the best round; or those that clients trained on.'
+)
+_WORST = flags.DEFINE_integer(
+    'worst', 5, 'How many of the worst clients are listed.', lower_bound=0
+)
+_REPORT_DIR = flags.DEFINE_string(
+    'report_dir', None, "Where the report goes; the run's folder `evaluation` if unset."
+)
+
+
+def main(argv: list[str]) -> Optional[int]:
+  if len(argv) > 1:
+    raise app.UsageError(f'Not a flag: {argv[1:]}.')
+  run_dir = pathlib.Path(_RUN.value)
+  flags.FLAGS['config'].value = str(run_dir / 'config.json')
+  train_flags.take_defaults()
+  # Here and not above: --help and a wrong flag need not wait for TensorFlow.
+  from pipelines import evaluate_job
+
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)
+  try:
+    evaluate_job.run(
+        run_dir, pathlib.Path(_REPORT_DIR.value or run_dir / 'evaluation'),
+        part=_PART.value, num_worst=_WORST.value,
+    )
+  except pipelines.UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    return 130
+  return 0
+
+
+if __name__ == '__main__':
+  pipelines.run(main)

@@ -1,0 +1,219 @@
+"""The job behind `pipelines.evaluate`."""
+
+from collections.abc import Sequence
+import csv
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import numpy as np
+from scipy import special
+
+from pipelines import plots
+from pipelines import released
+from pipelines import tables
+from pipelines import train_job
+import tff_kd
+from tff_kd import evaluation
+
+# Beyond that a matrix of shares is a smear.
+_MAX_CLASSES = 100
+
+
+class _Evaluated(NamedTuple):
+  """A model on the examples.
+
+  Attributes:
+    model: It.
+    outputs: Its logits, or numbers, `[n, ...]`.
+    scores: On all examples, by name.
+    by_client: The metric of each client, NaN without examples.
+  """
+
+  model: released.Released
+  outputs: np.ndarray
+  scores: dict[str, float]
+  by_client: np.ndarray
+
+
+def run(
+    run_dir: pathlib.Path, report_dir: pathlib.Path, *, part: str, num_worst: int
+) -> None:
+  """The whole job."""
+  with train_job.errors_for_users():
+    task = train_job.load_task()
+    clients = train_job.split_clients(task)
+  models = released.load(run_dir, task)
+  examples = getattr(task, part)
+  if part == 'clients':
+    rows = clients
+  elif part == 'test':
+    rows = train_job.split_tests(task, clients)
+  else:
+    rows = []  # The server's examples are no client's.
+  report_dir.mkdir(parents=True, exist_ok=True)
+  found = [_evaluate(model, task, examples, rows) for model in models]
+  _print(task, part, examples, found, clients, rows, num_worst)
+  _write(report_dir, task, part, examples, found, clients, rows)
+  files = _draw(report_dir, task, examples, found, len(rows) > 0)
+  names = ['report.json', *(['clients.csv'] if len(rows) else []), *files]
+  print('\n' + ', '.join(str(report_dir / name) for name in names))
+
+
+def _evaluate(
+    model: released.Released, task: tff_kd.data.Task, examples: tff_kd.data.Examples,
+    rows: Sequence[np.ndarray],
+) -> _Evaluated:
+  outputs = evaluation.CentralEvaluator(model.spec).logits(
+      model.weights, examples.inputs
+  )
+  by_client = np.array([
+      _metric(outputs[its], examples.labels[its], task, model.spec) for its in rows
+  ])
+  scores = evaluation.score(outputs, examples.labels, spec=model.spec)
+  if task.scores_fn is not None and examples is task.test:
+    scores |= task.scores_fn(
+        lambda inputs: evaluation.CentralEvaluator(model.spec).logits(
+            model.weights, inputs
+        )
+    )
+  return _Evaluated(model, outputs, scores, by_client)
+
+
+def _metric(
+    outputs: np.ndarray, labels: np.ndarray, task: tff_kd.data.Task,
+    spec: tff_kd.models.ModelSpec,
+) -> float:
+  """The task's metric alone; NaN without examples."""
+  if not len(labels):
+    return float('nan')
+  if task.is_regression:
+    return evaluation.score(outputs, labels, spec=spec)['rmse']
+  logits, labels = evaluation.counted_predictions(outputs, labels, spec)
+  return float(np.mean(logits.argmax(-1) == labels)) if len(labels) else float('nan')
+
+
+def _worst_first(found: _Evaluated, task: tff_kd.data.Task) -> np.ndarray:
+  """The clients that have examples."""
+  sign = -1.0 if task.is_regression else 1.0
+  order = np.argsort(sign * found.by_client, kind='stable')
+  return order[np.isfinite(found.by_client[order])]
+
+
+def _print(task, part, examples, found, clients, rows, num_worst) -> None:
+  metric = task.metric
+  keys = list(found[0].scores)
+  head = ['model', *(key.replace('_', ' ') for key in keys)]
+  if len(rows):
+    head += ['clients: mean', '10th pct.', 'worst']
+  table = [tuple(head)]
+  for its in found:
+    row = [its.model.name, *(f'{its.scores[key]:.4f}' for key in keys)]
+    if len(rows):
+      values = its.by_client[_worst_first(its, task)]
+      tenth = np.percentile(values, 90 if task.is_regression else 10)
+      row += [f'{its:.4f}' for its in (values.mean(), tenth, values[0])]
+    table.append(tuple(row))
+  print(f'{task.name}: {len(examples)} examples ({part}).\n')
+  tables.print_table(table)
+  if not len(rows) or not num_worst:
+    return
+  worst = _worst_first(found[0], task)[:num_worst]
+  print(f'\nThe clients with the worst {found[0].model.name}:\n')
+  has_classes = not task.is_regression and task.clients.labels.ndim == 1
+  head = ['client', *(f'{its.model.name} {metric}' for its in found), 'examples here',
+          'trained on']
+  if has_classes:
+    head.append('most of it')
+  table = [tuple(head)]
+  for client in worst:
+    row = [
+        str(client), *(f'{its.by_client[client]:.4f}' for its in found),
+        str(len(rows[client])), str(len(clients[client])),
+    ]
+    if has_classes:
+      counts = np.bincount(task.clients.labels[clients[client]])
+      row.append(
+          ', '.join(
+              f'{_class_names(task)[label]} ({counts[label]})'
+              for label in np.argsort(-counts)[:3] if counts[label]
+          )
+      )
+    table.append(tuple(row))
+  tables.print_table(table)
+
+
+def _class_names(task: tff_kd.data.Task) -> Sequence[str]:
+  return task.class_names or [str(label) for label in range(task.num_classes)]
+
+
+def _write(report_dir, task, part, examples, found, clients, rows) -> None:
+  report: dict[str, Any] = {
+      'task': task.name, 'part': part, 'examples': len(examples), 'models': {}
+  }
+  for its in found:
+    report['models'][its.model.name] = {'scores': its.scores}
+    if len(rows):
+      values = its.by_client[_worst_first(its, task)]
+      report['models'][its.model.name]['clients'] = {
+          'metric': task.metric, 'count': len(values), 'mean': float(values.mean()),
+          'percentile_10': float(
+              np.percentile(values, 90 if task.is_regression else 10)
+          ),
+          'worst': float(values[0]),
+      }
+  (report_dir / 'report.json').write_text(json.dumps(report, indent=2) + '\n')
+  if not len(rows):
+    return
+  with open(report_dir / 'clients.csv', 'w', newline='') as file:
+    writer = csv.writer(file)
+    writer.writerow([
+        'client', 'examples', 'trained_on',
+        *(f'{its.model.name}_{task.metric}' for its in found),
+    ])
+    for client, its_rows in enumerate(rows):
+      values = [its.by_client[client] for its in found]
+      writer.writerow([
+          client, len(its_rows), len(clients[client]),
+          *('' if np.isnan(value) else value for value in values),
+      ])
+
+
+def _draw(report_dir, task, examples, found, has_clients: bool) -> list[str]:
+  """The pictures; returns their names."""
+  names = []
+
+  def path(name: str) -> pathlib.Path:
+    names.append(name)
+    return report_dir / name
+
+  if has_clients:
+    plots.plot_client_scores(
+        {its.model.name: its.by_client[_worst_first(its, task)] for its in found},
+        task.metric, path('clients.png'),
+    )
+  if task.is_regression:
+    plots.plot_errors(
+        {its.model.name: its.outputs.reshape(-1) for its in found},
+        examples.labels.reshape(-1), path('errors.png'),
+    )
+    return names
+  sure = {}
+  for its in found:
+    logits, labels = evaluation.counted_predictions(
+        its.outputs, examples.labels, its.model.spec
+    )
+    predicted = logits.argmax(-1)
+    confidence = special.softmax(logits, axis=-1).max(-1)
+    sure[its.model.name] = confidence, predicted == labels
+    classes = logits.shape[-1]
+    if classes <= _MAX_CLASSES:
+      counts = np.zeros((classes, classes), int)
+      np.add.at(counts, (labels, predicted), 1)
+      accuracy = its.scores['accuracy']
+      plots.plot_confusion(
+          counts, _class_names(task), f'{its.model.name}: accuracy {accuracy:.3f}',
+          path(f'confusion_{its.model.name}.png'),
+      )
+  plots.plot_reliability(sure, path('calibration.png'))
+  return names

@@ -1,0 +1,68 @@
+r"""Exports the models of a run for where they will run, and checks each file.
+
+  python -m pipelines.export --run=runs/mine
+  python -m pipelines.export --run=runs/mine --models=student --formats=keras,int8
+
+The formats: `keras` (.keras), `saved_model`, `tflite` (floats) and `int8` (TFLite,
+quantised to 8 bits with the transfer set as representative data). Each file is loaded
+again and compared with the model on test examples. Leaves export.json, too.
+"""
+
+import pathlib
+import sys
+from typing import Optional
+
+from absl import app
+from absl import flags
+from absl import logging
+
+import pipelines
+from pipelines import train_flags
+
+_FORMATS = ['keras', 'saved_model', 'tflite', 'int8']
+
+_RUN = flags.DEFINE_string(
+    'run', None, 'The folder of a run of pipelines.train.', required=True
+)
+_MODELS = flags.DEFINE_list(
+    'models', [], 'Which of its models, such as student; all if unset.'
+)
+_FORMATS_FLAG = flags.DEFINE_list('formats', _FORMATS, 'In which formats.')
+flags.register_validator(
+    _FORMATS_FLAG, lambda its: bool(its) and set(its) <= set(_FORMATS),
+    f'--formats must be of {", ".join(_FORMATS)}.'
+)
+_EXAMPLES = flags.DEFINE_integer(
+    'examples', 1000, 'On how many test examples the files are compared.', lower_bound=1
+)
+_EXPORT_DIR = flags.DEFINE_string(
+    'export_dir', None, "Where the files go; the run's folder `export` if unset."
+)
+
+
+def main(argv: list[str]) -> Optional[int]:
+  if len(argv) > 1:
+    raise app.UsageError(f'Not a flag: {argv[1:]}.')
+  run_dir = pathlib.Path(_RUN.value)
+  flags.FLAGS['config'].value = str(run_dir / 'config.json')
+  train_flags.take_defaults()
+  # Here and not above: --help and a wrong flag need not wait for TensorFlow.
+  from pipelines import export_job
+
+  if not flags.FLAGS['verbosity'].present:
+    logging.set_verbosity(logging.WARNING)
+  try:
+    export_job.run(
+        run_dir, pathlib.Path(_EXPORT_DIR.value or run_dir / 'export'),
+        names=_MODELS.value, formats=_FORMATS_FLAG.value, num_examples=_EXAMPLES.value,
+    )
+  except pipelines.UserError as error:
+    print(f'error: {error}', file=sys.stderr)
+    return 1
+  except KeyboardInterrupt:
+    return 130
+  return 0
+
+
+if __name__ == '__main__':
+  pipelines.run(main)
