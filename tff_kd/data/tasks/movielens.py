@@ -95,14 +95,14 @@ def _inputs() -> dict[str, Any]:
 
 @tf.keras.saving.register_keras_serializable(package='tff_kd')
 class Tastes(tf.keras.layers.Layer):
-  """What a person's ratings say: an expectation of a film, and a vector of tastes.
+  """What a person's ratings say: of the film that is asked about, and of the person.
 
   With m the mean of all ratings, b a film's bias, n the number of ratings held: the
-  person's own bias is u = sum(r - m - b) / (n + 5); the expectation is m + b + u; the
-  vector is sum((r - m - b - u) x) / sqrt(n + 1), with x a film's vector.
+  person's own bias is u = sum(r - m - b) / (n + 5); the vector of tastes is p = sum((r -
+  m - b - u) x) / sqrt(n + 1), with x a film's vector as one that was rated. The film that
+  is asked about, with the vector q, gets m + b + u + p q.
 
-  Takes the inputs of the task; returns (expectation `[batch, 1]`, vector `[batch,
-  width]`, the film's own vector `[batch, width]`).
+  Takes the inputs of the task; returns (stars `[batch, 1]`, p and q, `[batch, width]`).
   """
 
   def __init__(self, width: int, **kwargs):
@@ -135,33 +135,32 @@ class Tastes(tf.keras.layers.Layer):
     above = (above - own) * there
     tastes = tf.reduce_sum(above[..., tf.newaxis] * self.rated(films), axis=1)
     tastes /= tf.sqrt(count + 1.0)
-    expected = self.mean + self.bias(inputs['film']) + own
-    return expected, tastes, self.asked(inputs['film'])
+    asked = self.asked(inputs['film'])
+    affinity = tf.reduce_sum(tastes * asked, axis=1, keepdims=True)
+    return self.mean + self.bias(inputs['film']) + own + affinity, tastes, asked
 
   def get_config(self):
     return {**super().get_config(), 'width': self.width}
 
 
 def build_factors(width: int = 16) -> tf.keras.Model:
-  """Asymmetric SVD: the expectation, and the tastes times the film's vector."""
+  """Asymmetric SVD."""
   inputs = _inputs()
-  expected, tastes, film = Tastes(width)(inputs)
-  affinity = tf.keras.layers.Dot(axes=1)([tastes, film])
-  return tf.keras.Model(inputs, tf.keras.layers.Add()([expected, affinity]))
+  stars, _, _ = Tastes(width)(inputs)
+  return tf.keras.Model(inputs, stars)
 
 
 def build_deep(width: int = 32, units: tuple[int, ...] = (64, 32)) -> tf.keras.Model:
-  """The same, and dense layers over both vectors and their product."""
+  """The same, corrected by dense layers over both vectors and their product."""
   layers = tf.keras.layers
   inputs = _inputs()
-  expected, tastes, film = Tastes(width)(inputs)
+  stars, tastes, film = Tastes(width)(inputs)
   product = layers.Multiply()([tastes, film])
   x = layers.Concatenate()([tastes, film, product])
   for count in units:
     x = layers.Dense(count, activation='relu')(x)
   x = layers.Dense(1, kernel_initializer='zeros')(x)
-  affinity = layers.Dot(axes=1)([tastes, film])
-  return tf.keras.Model(inputs, layers.Add()([expected, affinity, x]))
+  return tf.keras.Model(inputs, layers.Add()([stars, x]))
 
 
 def ranking_scores(
