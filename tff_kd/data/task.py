@@ -125,6 +125,64 @@ def image_task(*, num_classes: int, clients: Examples, **kwargs) -> Task:
   )
 
 
+def pool(parts: Sequence[Examples]) -> tuple[Examples, list[np.ndarray]]:
+  """All examples of several clients, and the rows of each."""
+  ends = np.cumsum([len(part) for part in parts])
+  together = tf.nest.map_structure(
+      lambda *arrays: np.concatenate(arrays), *(tuple(part) for part in parts)
+  )
+  return Examples(*together), np.split(np.arange(ends[-1]), ends[:-1])
+
+
+def task_from_clients(
+    name: str,
+    *,
+    clients: Sequence[Examples],
+    server: Examples,
+    seed: int,
+    transfer_size: int,
+    validation_size: int,
+    test_share: float = 0.2,
+    **kwargs,
+) -> Task:
+  """A task of data that have clients of their own.
+
+  Args:
+    name: What the task is called.
+    clients: Each client's examples.
+    server: The server's, which no client holds: for the transfer set and for validation.
+    seed: Decides which of the server's examples are used for what.
+    transfer_size: Of these for the transfer set, at most.
+    validation_size: Of these for choosing the best round, at most a third.
+    test_share: Of each client's examples, which are set aside for the test part, the same
+      for every seed; at least one of a client that has two or more.
+    **kwargs: Further arguments of `Task`, such as its models.
+
+  Raises:
+    ValueError: If there are no clients, or fewer than three examples of the server.
+  """
+  if not clients or len(server) < 3:
+    raise ValueError(
+        f'The task {name} needs clients and at least 3 examples of the server, found '
+        f'{len(clients)} clients and {len(server)} examples.'
+    )
+  fixed = np.random.default_rng(0)
+  train, test = [], []
+  for examples in clients:
+    order = fixed.permutation(len(examples))
+    cut = max(round(test_share * len(examples)), min(1, len(examples) - 1))
+    test.append(examples.take(order[:cut]))
+    train.append(examples.take(order[cut:]))
+  order = np.random.default_rng(seed).permutation(len(server))
+  num_validation = min(validation_size, len(server) // 3)
+  (clients, client_rows), (tests, test_rows) = pool(train), pool(test)
+  return Task(
+      name=name, clients=clients, client_rows=client_rows, test=tests,
+      test_rows=test_rows, validation=server.take(order[:num_validation]),
+      transfer=server.take(order[num_validation:][:transfer_size]), **kwargs,
+  )
+
+
 def package_file(task: str, package: str, file: str) -> pathlib.Path:
   """Where a file of an installed package is, which need not be importable.
 

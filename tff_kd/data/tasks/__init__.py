@@ -76,7 +76,7 @@ TASKS = {
             defaults={
                 'student': ['gru'], 'teacher': 'gru', 'mentor': 'gru',
                 'num_clients': 562, 'clients_per_round': 10, 'client_epochs': 1,
-                'batch_size': 4, 'client_learning_rate': 1.0, 'transfer_size': 200,
+                'batch_size': 4, 'client_learning_rate': 2.0, 'transfer_size': 200,
                 'transfer_labels': 50, 'validation_size': 200,
             },
             has_clients=True,
@@ -94,7 +94,8 @@ TASKS = {
             students=('factors',), teachers=('deep',),
             defaults={
                 'student': ['factors'], 'teacher': 'deep', 'mentor': 'deep',
-                'num_clients': 843, 'clients_per_round': 40,
+                'num_clients': 843, 'clients_per_round': 40, 'client_epochs': 2,
+                'server_optimizer': 'adam', 'server_learning_rate': 0.01, 'rounds': 80,
             },
             has_clients=True,
         ),

@@ -61,17 +61,15 @@ def build(
 
 def _pool(data, names) -> tuple[task_lib.Examples, list[np.ndarray]]:
   """All clients' examples, and the rows of each."""
-  images, labels = [], []
+  parts = []
   for name in names:
     batches = list(
         data.create_tf_dataset_for_client(name).batch(4096).as_numpy_iterator()
     )
-    images.append(np.concatenate([its['pixels'] for its in batches]))
-    labels.append(np.concatenate([its['label'] for its in batches]))
-  ends = np.cumsum([len(its) for its in labels])
-  rows = np.split(np.arange(ends[-1]), ends[:-1])
-  pool = task_lib.Examples(
-      np.concatenate(images).astype(np.float32)[..., np.newaxis],
-      np.concatenate(labels).astype(np.int32),
-  )
-  return pool, rows
+    parts.append(
+        task_lib.Examples(
+            np.concatenate([its['pixels'] for its in batches])[..., np.newaxis],
+            np.concatenate([its['label'] for its in batches]).astype(np.int32),
+        )
+    )
+  return task_lib.pool(parts)

@@ -214,7 +214,6 @@ def load(
   rng = np.random.default_rng(seed)
 
   train, tests = [], []
-  client_rows, test_rows = [], []
   clients = np.setdiff1d(np.arange(NUM_USERS), volunteers)
   by_person = {
       person: its
@@ -233,10 +232,10 @@ def load(
     tests.append(its[:cut])
     train.append(its[cut:])
     histories[person] = its[cut:]
-  ends = np.cumsum([len(its) for its in train])
-  client_rows = np.split(np.arange(ends[-1]), ends[:-1])
-  ends = np.cumsum([len(its) for its in tests])
-  test_rows = np.split(np.arange(ends[-1]), ends[:-1])
+  client_rows, test_rows = (
+      np.split(np.arange(sum(map(len, parts))), np.cumsum([len(p) for p in parts])[:-1])
+      for parts in (train, tests)
+  )
 
   rated = rng.permutation(ratings[of_volunteer])
   for person in volunteers:

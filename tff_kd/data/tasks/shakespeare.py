@@ -112,10 +112,6 @@ def build_model(*, width: int, units: tuple[int, ...]) -> tf.keras.Model:
   return tf.keras.Model(characters, layers.Dense(VOCABULARY_SIZE)(x))
 
 
-def _concatenate(parts: list[task_lib.Examples]) -> task_lib.Examples:
-  return task_lib.Examples(*(np.concatenate(its) for its in zip(*parts)))
-
-
 def load(
     *, seed: int, transfer_size: int = 200, validation_size: int = 200
 ) -> task_lib.Task:
@@ -145,10 +141,6 @@ def load(
         train.append(windows(speeches[:cut]))
         test.append(windows(speeches[cut:]).take(slice(_MAX_TESTS)))
 
-  def rows_of(parts: list[task_lib.Examples]) -> list[np.ndarray]:
-    ends = np.cumsum([len(its) for its in parts])
-    return np.split(np.arange(ends[-1]), ends[:-1])
-
   public = _full(
       windows([
           speech
@@ -161,12 +153,13 @@ def load(
       public, transfer_size + validation_size, seed=seed,
       what='--transfer_size with --validation_size',
   )
+  (clients, client_rows), (tests, test_rows) = task_lib.pool(train), task_lib.pool(test)
   return task_lib.Task(
       name='shakespeare',
-      clients=_concatenate(train), client_rows=rows_of(train),
+      clients=clients, client_rows=client_rows,
       transfer=chosen.take(np.arange(transfer_size)),
       validation=chosen.take(np.arange(transfer_size, len(chosen))),
-      test=_concatenate(test), test_rows=rows_of(test),
+      test=tests, test_rows=test_rows,
       num_classes=VOCABULARY_SIZE,
       loss_fn=lambda: tf.keras.losses.SparseCategoricalCrossentropy(
           from_logits=True, ignore_class=PAD

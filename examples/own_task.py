@@ -1,0 +1,37 @@
+"""A task of your own: Keras models, and an .npz file with x and y for each client.
+
+  python -m pipelines.train --task=examples/own_task.py --data_dir=FOLDER
+
+FOLDER has client_*.npz, and server.npz with the examples that the server holds.
+"""
+
+import pathlib
+
+import numpy as np
+import tensorflow as tf
+
+from tff_kd import data
+
+DEFAULTS = {'rounds': 10, 'batch_size': 10}  # Of flags of pipelines.train.
+
+
+def build_model(units):
+  layers = tf.keras.layers
+  return tf.keras.Sequential(
+      [layers.Dense(units, activation='relu', input_shape=(2,)), layers.Dense(3)]
+  )
+
+
+def read(path):
+  with np.load(path) as file:
+    return data.Examples(file['x'].astype('float32'), file['y'].astype('int32'))
+
+
+def load(*, data_dir, **kwargs):
+  folder = pathlib.Path(data_dir)
+  return data.task_from_clients(
+      'own_task', num_classes=3, server=read(folder / 'server.npz'),
+      clients=[read(path) for path in sorted(folder.glob('client_*.npz'))],
+      students={'small': lambda: build_model(8)},
+      teachers={'large': lambda: build_model(64)}, **kwargs,
+  )
