@@ -27,7 +27,8 @@ _RUN = flags.DEFINE_string(
 )
 _PART = flags.DEFINE_enum(
     'part', 'test', ['test', 'validation', 'clients'], 'On which examples: the test '
-    'part; the validation part, which chose the best round; or those that clients trained on.'
+    'part; the validation part, which chose the best round; or those that clients '
+    'trained on.'
 )
 _WORST = flags.DEFINE_integer(
     'worst', 5, 'How many of the worst clients are listed.', lower_bound=0

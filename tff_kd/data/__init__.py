@@ -10,6 +10,8 @@ __getattr__, __dir__ = _lazy.attach(
     __name__,
     {
         name: 'task'
-        for name in ('client_dataset', 'Examples', 'image_task', 'Task', 'task_from_clients')
+        for name in (
+            'client_dataset', 'Examples', 'image_task', 'Task', 'task_from_clients'
+        )
     },
 )

@@ -1,0 +1,220 @@
+"""Regressions and padded sequences, from the loss to whole rounds."""
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import tensorflow_federated as tff
+
+import tff_kd
+from tff_kd import evaluation
+from tff_kd import knowledge
+from tff_kd import losses
+from tff_kd import models
+from tests import helpers
+
+_PAD = 0
+
+
+def _sequence_model(units=4, classes=5):
+  layers = tf.keras.layers
+  return tf.keras.Sequential([
+      layers.Input((6,), dtype=tf.int32), layers.Embedding(classes, units),
+      layers.Dense(classes),
+  ])
+
+
+def _sequence_loss():
+  return tf.keras.losses.SparseCategoricalCrossentropy(
+      from_logits=True, ignore_class=_PAD
+  )
+
+
+def _accuracy():
+  return [tf.keras.metrics.SparseCategoricalAccuracy(name='accuracy')]
+
+
+_SEQUENCES = (
+    tf.TensorSpec([None, 6], tf.int32), tf.TensorSpec([None, 6], tf.int32)
+)
+
+
+def _regression_model(units=4):
+  return tf.keras.Sequential([
+      tf.keras.layers.Dense(units, activation='relu', input_shape=(3,)),
+      tf.keras.layers.Dense(1),
+  ])
+
+
+_NUMBERS = (tf.TensorSpec([None, 3], tf.float32), tf.TensorSpec([None], tf.float32))
+
+
+def _regression(**kwargs):
+  return dict(
+      student_fn=_regression_model, input_spec=_NUMBERS,
+      loss_fn=tf.keras.losses.MeanSquaredError, client_optimizer=helpers.sgd(0.05),
+      **kwargs,
+  )
+
+
+def _cross_entropy(logits, labels):
+  log_p = logits - np.log(np.exp(logits).sum(-1, keepdims=True))
+  return -np.take_along_axis(log_p, labels[..., None], -1)[..., 0]
+
+
+@pytest.mark.parametrize('mask', [None, [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
+def test_padding_counts_nowhere(mask):
+  spec = models.build_model_spec(
+      _sequence_model, input_spec=_SEQUENCES, loss_fn=_sequence_loss,
+      metrics_fn=_accuracy,
+  )
+  assert spec.ignored_label == _PAD and not spec.is_regression
+  rng = np.random.default_rng(0)
+  logits = rng.normal(size=(3, 6, 5)).astype(np.float32)
+  labels = rng.integers(1, 5, (3, 6)).astype(np.int32)
+  labels[0, 2:] = _PAD
+  labels[2] = _PAD
+  weights = (labels != _PAD) * (np.ones(3) if mask is None else np.array(mask))[:, None]
+  model = spec.model_fn()
+  loss = model.supervised_loss(
+      tf.constant(labels), tf.constant(logits), None if mask is None else tf.constant(mask)
+  )
+  each = _cross_entropy(logits, labels)
+  expected = (each * weights).sum() / max(weights.sum(), 1.0)
+  np.testing.assert_allclose(loss, expected, rtol=1e-5)
+  model.reset_metrics()
+  model.update_metrics(
+      tf.constant(labels), tf.constant(logits), None if mask is None else tf.constant(mask)
+  )
+  right = (logits.argmax(-1) == labels) * weights
+  accuracy = model.report_local_unfinalized_metrics()['accuracy']
+  np.testing.assert_allclose(accuracy, [right.sum(), weights.sum()], rtol=1e-6)
+
+
+def test_all_padding_has_no_loss_and_no_gradient():
+  spec = models.build_model_spec(
+      _sequence_model, input_spec=_SEQUENCES, loss_fn=_sequence_loss
+  )
+  model = spec.model_fn()
+  zeros = tf.zeros([2, 6], tf.int32)
+  with tf.GradientTape() as tape:
+    loss = model.supervised_loss(zeros, model.keras_model(zeros))
+  assert float(loss) == 0.0
+  for gradient in tape.gradient(loss, model.trainable_variables):
+    assert np.all(tf.convert_to_tensor(gradient).numpy() == 0.0)
+
+
+def test_local_distillation_leaves_padding_out():
+  rng = np.random.default_rng(1)
+  target, own = (tf.constant(rng.normal(size=(2, 6, 5)), tf.float32) for _ in range(2))
+  counted = tf.constant(rng.integers(0, 2, (2, 6)), tf.float32)
+  step = tff_kd.local_terms.LocalStep(
+      inputs=None, logits=own, labels=tf.ones([2, 6], tf.int32), labelled=None,
+      target_logits=target, supervised_loss=tf.constant(0.0), step_num=tf.constant(0),
+      weights=[], received=[], counted=counted,
+  )
+  loss = tff_kd.LocalDistillation(weight=1.0)(tf.constant(0.0), step)
+  each = losses.kl_divergence(target, own).numpy()
+  np.testing.assert_allclose(
+      loss, (each * counted.numpy()).sum() / counted.numpy().sum(), rtol=1e-5
+  )
+  regression = step._replace(is_regression=True, counted=None)
+  loss = tff_kd.LocalDistillation(weight=1.0)(tf.constant(0.0), regression)
+  np.testing.assert_allclose(loss, np.mean((target - own) ** 2), rtol=1e-5)
+
+
+def test_scores():
+  sequences = models.build_model_spec(
+      _sequence_model, input_spec=_SEQUENCES, loss_fn=_sequence_loss
+  )
+  logits = np.eye(5, dtype=np.float32)[np.array([[1, 2, 3, 0, 0, 0]])] * 9
+  labels = np.array([[1, 2, 4, 0, 0, 0]])
+  found = evaluation.score(logits, labels, spec=sequences)
+  assert found['accuracy'] == pytest.approx(2 / 3)
+  numbers = models.build_model_spec(
+      _regression_model, input_spec=_NUMBERS, loss_fn=tf.keras.losses.MeanSquaredError
+  )
+  assert numbers.is_regression
+  found = evaluation.score(
+      np.array([[1.0], [5.0]], np.float32), np.array([1.0, 1.0]), spec=numbers
+  )
+  assert found == {'rmse': pytest.approx(np.sqrt(8)), 'mae': pytest.approx(2.0)}
+  assert evaluation.score_names(numbers) == tuple(found)
+
+
+def test_a_regression_is_distilled_by_squared_distance():
+  rng = np.random.default_rng(2)
+  x = rng.normal(size=(40, 3)).astype(np.float32)
+  y = (x @ np.array([1.0, -2.0, 0.5]) + 3.0).astype(np.float32)
+  clients = [
+      tf.data.Dataset.from_tensor_slices((x[k::2], y[k::2])).batch(5) for k in range(2)
+  ]
+  process = tff_kd.algorithms.build_fed_distillation(
+      teacher_fn=lambda: _regression_model(16),
+      transfer_set=tff_kd.TransferSet(x[:20]), **_regression(),
+  )
+  state = process.initialize()
+  spec = process.teacher_spec
+  evaluator = evaluation.CentralEvaluator(spec)
+  before = evaluator.evaluate(state.teacher_weights, x, y)['rmse']
+  for _ in range(15):
+    output = process.next(state, clients)
+    state = output.state
+  after = evaluator.evaluate(state.teacher_weights, x, y)['rmse']
+  assert after < 0.5 * before
+  # The first loss of the teacher is the mean squared distance to the ensemble.
+  measured = output.metrics['server_distillation']['teacher']
+  assert 0.0 <= measured['last_loss'] < 5.0
+
+
+def test_what_compares_classes_is_refused_for_a_regression():
+  transfer_set = tff_kd.TransferSet(np.zeros((4, 3), np.float32))
+  with pytest.raises(ValueError, match='MeanProbabilities is about classes'):
+    tff_kd.algorithms.build_fed_df(
+        transfer_set=transfer_set, consensus_rule=knowledge.MeanProbabilities(),
+        **_regression(),
+    )
+  with pytest.raises(ValueError, match='MeanProbabilities is about classes'):
+    tff_kd.algorithms.build_ds_fl(
+        transfer_set=transfer_set,
+        **_regression(client_data=tff_kd.ClientBatches(
+            data=tff_kd.FileClientData.from_clients(
+                [(np.zeros((4, 3), np.float32), np.zeros(4, np.float32))]
+            ),
+            batch_size=2, num_epochs=1,
+        )),
+    )
+  with pytest.raises(ValueError, match='leave `temperature` at 1'):
+    tff_kd.algorithms.build_fed_df(
+        transfer_set=transfer_set,
+        distillation=tff_kd.Distillation(temperature=3.0), **_regression(),
+    )
+
+
+def test_the_best_round_of_an_error_is_the_lowest():
+  process = tff_kd.algorithms.build_fed_avg(**_regression())
+  client = tf.data.Dataset.from_tensors(
+      (np.zeros((2, 3), np.float32), np.zeros(2, np.float32))
+  )
+  errors = iter([3.0, 3.0, 1.0, 2.0])  # The first is of the initial state.
+  result = tff_kd.simulation.train(
+      process, select_clients=lambda _: [client], num_rounds=3,
+      evaluate=lambda _: {'rmse': next(errors)}, monitor='rmse', monitor_mode='min',
+  )
+  assert result.best_round == 2
+  with pytest.raises(ValueError, match="'max' or 'min', found 'low'"):
+    tff_kd.simulation.train(
+        process, select_clients=lambda _: [client], num_rounds=1, monitor_mode='low'
+    )
+
+
+def test_masked_regression_labels():
+  spec = models.build_model_spec(
+      _regression_model, input_spec=_NUMBERS, loss_fn=tf.keras.losses.MeanSquaredError
+  )
+  labels, outputs = np.array([1.0, 2.0, 9.0]), np.array([[2.0], [4.0], [0.0]])
+  loss = spec.model_fn().supervised_loss(
+      tf.constant(labels, tf.float32), tf.constant(outputs, tf.float32),
+      tf.constant([1.0, 1.0, 0.0]),
+  )
+  assert float(loss) == pytest.approx((1 + 4) / 2)
+  assert isinstance(spec.weights_type, tff.StructType)

@@ -1,0 +1,110 @@
+"""A task of one's own, evaluate and export, as a user runs them."""
+
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests import helpers
+
+
+def _run(module, *args):
+  return subprocess.run(
+      [sys.executable, '-m', f'pipelines.{module}', *map(str, args)], cwd=helpers.ROOT,
+      capture_output=True, text=True, timeout=300, check=False,
+  )
+
+
+@pytest.fixture(scope='module')
+def data_dir(tmp_path_factory):
+  """Three blobs; each client has two of them."""
+  folder = tmp_path_factory.mktemp('own')
+  rng = np.random.default_rng(0)
+  centres = np.array([[0, 3], [3, -2], [-3, -2]])
+
+  def save(name, labels):
+    x = centres[labels] + rng.normal(size=(len(labels), 2))
+    np.savez(folder / name, x=x, y=labels)
+
+  for client in range(5):
+    save(f'client_{client}.npz', (rng.integers(0, 2, 40) + client) % 3)
+  save('server.npz', rng.integers(0, 3, 90))
+  return folder
+
+
+@pytest.fixture(scope='module')
+def own_run(data_dir, tmp_path_factory):
+  folder = tmp_path_factory.mktemp('run')
+  done = _run(
+      'train', '--task=examples/own_task.py', f'--data_dir={data_dir}', '--rounds=6',
+      f'--output_dir={folder}', f'--cache_dir={folder / "cache"}',
+      '--nocompare_with_fed_avg', '--rounds_per_checkpoint=6',
+  )
+  assert done.returncode == 0, done.stderr
+  assert '5 clients with 160 examples, 5 a round; transfer 60 (60 with' in done.stdout
+  return folder
+
+
+def test_an_own_task_learns(own_run):
+  results = json.loads((own_run / 'results.json').read_text())
+  assert results['metric'] == 'accuracy'
+  assert results['best']['test/student_accuracy'] > 0.8
+  config = json.loads((own_run / 'config.json').read_text())['flags']
+  assert config['task'] == 'examples/own_task.py' and config['num_clients'] == 5
+  assert config['student'] == ['small'] and config['teacher'] == 'large'
+
+
+def test_evaluate(own_run):
+  done = _run('evaluate', f'--run={own_run}')
+  assert done.returncode == 0, done.stderr
+  report = json.loads((own_run / 'evaluation' / 'report.json').read_text())
+  best = json.loads((own_run / 'results.json').read_text())['best']
+  for name in ('student', 'teacher'):
+    its = report['models'][name]
+    assert its['scores']['accuracy'] == pytest.approx(best[f'test/{name}_accuracy'])
+    assert its['clients']['count'] == 5
+    assert its['clients']['worst'] <= its['clients']['mean']
+    assert f'confusion_{name}.png' in done.stdout
+  assert 'The clients with the worst student' in done.stdout
+  for name in ('clients.png', 'calibration.png', 'confusion_student.png'):
+    picture = (own_run / 'evaluation' / name).read_bytes()
+    assert picture[:4] == b'\x89PNG' and len(picture) > 5000
+  lines = (own_run / 'evaluation' / 'clients.csv').read_text().splitlines()
+  assert lines[0] == 'client,examples,trained_on,student_accuracy,teacher_accuracy'
+  assert len(lines) == 6
+
+
+def test_export(own_run):
+  done = _run('export', f'--run={own_run}', '--examples=40')
+  assert done.returncode == 0, done.stderr
+  files = json.loads((own_run / 'export' / 'export.json').read_text())['files']
+  assert len(files) == 8
+  for its in files.values():
+    assert its['bytes'] > 500
+    assert abs(its['accuracy'] - its['keras_accuracy']) <= 0.01 + 1 / 40
+    if its['format'] != 'int8':
+      assert its['same_class'] == 1.0 and its['largest_difference'] < 1e-4
+  interpreter = tf.lite.Interpreter(str(own_run / 'export' / 'student.tflite'))
+  runner = interpreter.get_signature_runner('serving_default')
+  assert runner(inputs=np.zeros((1, 2), np.float32))['outputs'].shape == (1, 3)
+
+
+@pytest.mark.parametrize(
+    'module,args,message',
+    [
+        ('train', ['--task=nothing'], '--task must be one of mnist5k'),
+        ('train', ['--task=nowhere.py'], 'There is no file nowhere.py'),
+        ('train', ['--task=shakespeare', '--student=cnn'], 'Choose of gru'),
+        ('train', ['--task=movielens', '--alpha=1'], 'data have their clients'),
+        ('train', ['--task=movielens', '--num_clients=900'], 'have 843 clients'),
+        ('evaluate', ['--run=/nowhere'], 'config.json'),
+    ],
+)
+def test_what_does_not_fit_is_refused(module, args, message):
+  done = _run(module, *args)
+  assert done.returncode == 1, (done.stdout, done.stderr)
+  assert message in done.stderr + done.stdout
+  assert 'Traceback' not in done.stderr
