@@ -75,16 +75,14 @@ def test_padding_counts_nowhere(mask):
   labels[2] = _PAD
   weights = (labels != _PAD) * (np.ones(3) if mask is None else np.array(mask))[:, None]
   model = spec.model_fn()
-  loss = model.supervised_loss(
-      tf.constant(labels), tf.constant(logits), None if mask is None else tf.constant(mask)
-  )
+  batch = tf.constant(labels), tf.constant(logits)
+  batch += (None if mask is None else tf.constant(mask),)
+  loss = model.supervised_loss(*batch)
   each = _cross_entropy(logits, labels)
   expected = (each * weights).sum() / max(weights.sum(), 1.0)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   model.reset_metrics()
-  model.update_metrics(
-      tf.constant(labels), tf.constant(logits), None if mask is None else tf.constant(mask)
-  )
+  model.update_metrics(*batch)
   right = (logits.argmax(-1) == labels) * weights
   accuracy = model.report_local_unfinalized_metrics()['accuracy']
   np.testing.assert_allclose(accuracy, [right.sum(), weights.sum()], rtol=1e-6)

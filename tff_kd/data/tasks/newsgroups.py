@@ -96,8 +96,9 @@ def load(
   for a word list that everybody has.
 
   Args:
-    seed: Decides which of the earlier posts (11,293, less those sent twice) go to the clients, the transfer set
-      and the validation part. The 7,528 later posts are the test part.
+    seed: Decides which of the earlier posts (11,293, less those sent twice) go to the
+      clients, the transfer set and the validation part. The 7,528 later ones are the test
+      part.
     transfer_size: Posts for the transfer set.
     validation_size: Posts for choosing the best round.
 
