@@ -98,6 +98,7 @@ def plot_comparison(
         str, Sequence[tuple[Sequence[float], Sequence[float], Sequence[float]]]
     ],
     path: os.PathLike,
+    metric: str = 'accuracy',
 ) -> None:
   """Test accuracy of several algorithms against rounds and against bytes.
 
@@ -105,6 +106,7 @@ def plot_comparison(
     curves: Name -> a run of each seed: (rounds, MB per client up to that round,
       accuracy). The line is their mean; the band, one standard deviation.
     path: The PNG file to write.
+    metric: What stands in place of accuracy, a name.
   """
   figure, panels = plt.subplots(
       1, 2, figsize=(13, 4.8), sharey=True, layout='constrained'
@@ -122,7 +124,7 @@ def plot_comparison(
           linewidth=0,
       )
   panels[0].xaxis.get_major_locator().set_params(integer=True)
-  panels[0].set(xlabel='round', ylabel="student's test accuracy")
+  panels[0].set(xlabel='round', ylabel=f"student's test {metric}")
   panels[1].set(
       xlabel='MB moved per participating client (up and down)', xscale='log'
   )
@@ -138,6 +140,7 @@ def plot_variations(
     num_rows: int,
     columns: Sequence[str],
     path: os.PathLike,
+    metric: str = 'accuracy',
 ) -> None:
   """Test accuracy against rounds as something varies; the teacher's is dashed.
 
@@ -148,6 +151,7 @@ def plot_variations(
     num_rows: How many rows.
     columns: The names of the columns, in order.
     path: The PNG file to write.
+    metric: What stands in place of accuracy, a name.
   """
   figure, axes = plt.subplots(
       num_rows, len(columns), figsize=(1 + 4.2 * len(columns), 3.4 * num_rows),
@@ -169,7 +173,7 @@ def plot_variations(
             linewidth=0,
         )
   for row in axes:
-    row[0].set(ylabel='test accuracy')
+    row[0].set(ylabel=f'test {metric}')
     for panel in row:
       panel.grid(alpha=0.3)
       if panel.get_legend_handles_labels()[0]:
