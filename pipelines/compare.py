@@ -42,8 +42,8 @@ _ALGORITHMS = flags.DEFINE_list(
 _SEEDS = flags.DEFINE_list('seeds', ['0', '1', '2'], 'One run of each algorithm a seed.')
 _TARGET_ACCURACY = flags.DEFINE_float(
     'target_accuracy', None, 'Rounds and MB are counted to this test accuracy of the '
-    "student (of a regression, to this error); if unset, 95% of the best algorithm's mean "
-    'accuracy, or 1% above its error.', lower_bound=0.0,
+    "student (of a regression, to this error); if unset, 95% of the best algorithm's "
+    'mean accuracy, or 1% above its error.', lower_bound=0.0,
 )
 _VARY = flags.DEFINE_multi_string(
     'vary', [], 'Flags of pipelines.train to run each algorithm with, one set after the '
