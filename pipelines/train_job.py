@@ -1,6 +1,7 @@
 """The job behind `pipelines.train`: trains, compares, reports."""
 
 from collections.abc import Iterator, Mapping, Sequence
+import collections
 import contextlib
 import csv
 import dataclasses
@@ -9,6 +10,7 @@ import functools
 import inspect
 import json
 import pathlib
+import re
 import sys
 from typing import Any, NamedTuple, Optional, Union
 
@@ -762,15 +764,42 @@ def _train(
         accountant=accountant,
         release_managers=[
             tff.program.CSVFileReleaseManager(metrics_path, key_fieldname='round'),
-            tff.program.TensorBoardReleaseManager(
-                run_dir / 'tensorboard' / (prefix.rstrip('_') or 'main')
-            ),
+            _ModelsTogether(run_dir / 'tensorboard' / prefix.rstrip('_')),
         ],
         on_round=on_round,
     )
   finally:
     bar.close()
   return result, read_history(metrics_path)
+
+
+class _ModelsTogether(tff.program.ReleaseManager):
+  """To TensorBoard, a curve a model: student and teacher are on one chart.
+
+  A chart is a tag, and a curve in it a folder: `test/teacher_accuracy` goes as
+  `test/accuracy` to the folder `teacher`; what is about no model, to `round`.
+  """
+
+  def __init__(self, folder: pathlib.Path):
+    self._folder = folder
+    self._managers = {}
+
+  async def release(self, value: Mapping[str, Any], key: int) -> None:
+    by_folder = {}
+    for name, its in value.items():
+      found = re.fullmatch(
+          '(validation|test)/(.+?)_(accuracy|loss|calibration_error|rmse|mae)', name
+      )
+      folder, tag = 'round', name
+      if found:
+        folder, tag = found[2], f'{found[1]}/{found[3]}'
+      by_folder.setdefault(folder, collections.OrderedDict())[tag] = its
+    for folder, its in by_folder.items():
+      if folder not in self._managers:
+        self._managers[folder] = tff.program.TensorBoardReleaseManager(
+            self._folder / folder
+        )
+      await self._managers[folder].release(its, key)
 
 
 def _best_row(history: list[dict[str, float]], rounds: int, monitor: str):

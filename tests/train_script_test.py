@@ -90,7 +90,16 @@ def test_it_leaves_a_whole_run_folder(run_dir):
   assert [row['round'] for row in rows] == ['1', '2']
   assert 0 <= float(rows[1]['test/teacher_accuracy']) <= 1
   assert float(rows[1]['client_work/participation/num_clients']) == 2
-  assert list((run_dir / 'tensorboard' / 'main').glob('events*'))
+  # One tag in the folders of both models: one chart with two curves.
+  for name in ('student', 'teacher'):
+    (path,) = (run_dir / 'tensorboard' / name).glob('events*')
+    tags = {
+        value.tag
+        for event in tf.compat.v1.train.summary_iterator(str(path))
+        for value in event.summary.value
+    }
+    assert 'test/accuracy' in tags and 'validation/calibration_error' in tags
+  assert list((run_dir / 'tensorboard' / 'round').glob('events*'))
   assert list((run_dir / 'checkpoints').iterdir())
   for picture in ('curves.png', 'partition.png'):
     assert (run_dir / picture).read_bytes().startswith(b'\x89PNG')
