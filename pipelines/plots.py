@@ -374,8 +374,10 @@ def plot_errors(
   values = np.unique(labels)
   # Of many different values, ten ranges.
   groups = np.quantile(labels, np.linspace(0, 1, 11)) if len(values) > 20 else None
+  errors = np.concatenate([its - labels for its in models.values()])
+  edges = np.linspace(errors.min(), errors.max(), 61)
   for name, predictions in models.items():
-    panels[0].hist(predictions - labels, bins=60, histtype='step', label=name)
+    panels[0].hist(predictions - labels, bins=edges, histtype='step', label=name)
     if groups is None:
       parts = [labels == value for value in values]
     else:
