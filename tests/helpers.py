@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import csv
 import pathlib
 import shutil
 import subprocess
@@ -20,6 +21,13 @@ TINY_RUN = (
     '--algorithm=fed_avg', '--num_clients=4', '--clients_per_round=2',
     '--client_epochs=1', '--alpha=1', '--transfer_size=60', '--transfer_labels=0',
     '--rounds_per_checkpoint=1',
+)
+# Likewise, of the fusion.
+TINY_FUSION = (
+    '--num_clients=4', '--clients_per_round=2', '--client_epochs=1', '--alpha=1',
+    '--server_steps=2', '--back_steps=2', '--teacher=document',
+    '--student=cnn',
+    '--transfer_size=60', '--transfer_labels=20', '--rounds_per_checkpoint=1',
 )
 
 
@@ -126,3 +134,21 @@ def running(*python_args):
   finally:
     script.kill()
     script.communicate()
+
+
+def train_command(*args):
+  return [sys.executable, '-m', 'pipelines.train', *args]
+
+
+def train(*args):
+  """Runs the script with its output in pipes; hangs if a worker keeps them."""
+  return subprocess.run(
+      train_command(*args), cwd=ROOT, capture_output=True, text=True, timeout=240,
+      check=False,
+  )
+
+
+def rows(path):
+  """Those of a CSV file, as texts."""
+  with open(path, newline='') as file:
+    return list(csv.DictReader(file))

@@ -1,0 +1,177 @@
+"""The flags of `pipelines.train`: help, refusals, dry runs, configurations."""
+
+import json
+import subprocess
+import sys
+
+from absl import app
+from absl import flags
+import pytest
+
+from pipelines import train
+from pipelines import train_flags
+from tests import helpers
+import tff_kd
+from tff_kd import keras_models
+
+
+def test_flags_and_help_do_not_wait_for_tensorflow():
+  for script in ('train', 'benchmark'):
+    check = (
+        f'import sys; from pipelines import {script}; import tff_kd;'
+        "assert not {'tensorflow', 'tensorflow_federated'} & set(sys.modules)"
+    )
+    subprocess.run([sys.executable, '-c', check], cwd=helpers.ROOT, check=True)
+  info = tff_kd.data.TASKS['mnist5k']
+  assert info.students == tuple(sorted(keras_models.STUDENTS))
+  assert info.teachers == tuple(sorted(keras_models.TEACHERS))
+  for name, algorithm in tff_kd.algorithms.REGISTRY.items():
+    assert callable(algorithm.build) and algorithm.build.__name__ == f'build_{name}'
+
+
+def test_help_lists_the_algorithms():
+  done = subprocess.run(
+      helpers.train_command('--help'), cwd=helpers.ROOT, capture_output=True, text=True,
+      timeout=60, check=False,
+  )
+  for name in tff_kd.algorithms.REGISTRY:
+    assert name in done.stdout
+
+
+@pytest.mark.parametrize(
+    'args, message',
+    [
+        (['--temperature=0'], 'temperature'),
+        (['--target=nobody'], '--target'),
+        (['--algorithm=fed_avg', '--temperature=2'], '--temperature has no effect'),
+        (['--algorithm=fed_df', '--teacher=cnn'], '--teacher has no effect'),
+        (['--partition=iid', '--alpha=1'], '--alpha has no effect'),
+        (['--shards_per_client=3'], '--shards_per_client has no effect'),
+        (['--local_weight=0.5'], '--local_weight has no effect'),
+        (['--noback_distillation', '--back_steps=2'], '--back_steps'),
+        (['--data_dir=/nowhere'], '--data_dir has no effect'),
+        (['--task=idx', '--data_dir=/nowhere'], 'data_dir'),
+        (['--clients_per_round=21'], 'only 20 clients'),
+        (['--num_clients=9999'], 'Use fewer clients'),
+        (['--transfer_labels=2000'], '--transfer_labels'),
+        (['--transfer_labels=0', '--pretrain_epochs=1'], 'needs labels'),
+        (['--transfer_labels=0', '--distillation_weight=0.5'], 'needs labels'),
+        (['--transfer_size=4000'], 'leave nothing'),
+        (['--transfer_per_round=2000'], 'subset_size'),
+        (['--server_patience=2'], 'validation part'),
+        (['--alpha=0'], 'alpha'),
+        (['--algorithm=cfd', '--prediction_bits=9'], '`up_bits`'),
+        (['--algorithm=cfd', '--down_bits=12'], '`down_bits`'),
+        (['--algorithm=cfd', '--consensus=era'], '--consensus has no effect'),
+        (['--algorithm=fed_df', '--prediction_bits=1'], '--consensus=mean_probabilities'),
+        (['--algorithm=ds_fl', '--prediction_bits=9'], 'from 1'),
+        (['--algorithm=fed_avg', '--prediction_bits=1'], '--prediction_bits has no'),
+        (['--algorithm=fed_df', '--prediction_top=1'], '--consensus=mean_probabilities'),
+        (
+            ['--algorithm=ds_fl', '--prediction_top=10'],
+            '`num_classes` must be below the number of classes, 10',
+        ),
+        (['--algorithm=ds_fl', '--prediction_bits=1', '--knowledge_bits=8'], 'only one'),
+        (['--model_bits=8', '--robust_model=median'], '--model_bits are of a sum'),
+        (['--knowledge_norm_bound=-1'], '`norm_bound` must be above 0, found -1.0'),
+        (['--trimmed_share=0.2'], '--trimmed_share has no effect'),
+        (['--algorithm=fed_md', '--robust_model=median'], '--robust_model has no effect'),
+        (['--algorithm=fed_gen', '--split_layer=x'], '`split_layer` must be one of'),
+        (['--mentor=cnn'], '--mentor has no effect'),
+        (['--resume'], '--output_dir'),
+        (['--monitor=accuracy'], 'validation/teacher_accuracy'),
+        (['--num_negatives=5'], '--num_negatives has no effect'),
+        (['--algorithm=fed_aux', '--num_negatives=800'], '--num_negatives is 800'),
+        (['--algorithm=fed_aux', '--consensus=era'], '--consensus has no effect'),
+        (['--algorithm=fed_aux', '--certainty_epsilon=0'], '`epsilon` must be'),
+        (['--delta=1e-6'], '--delta has no effect without --epsilon'),
+        (['--epsilon=0'], '`epsilon` must be above 0'),
+        (['--epsilon=8', '--client_weighting=num_examples'], 'and a weight without a'),
+        (['--epsilon=8', '--compare_with_fed_avg'], 'is void'),
+        (['--epsilon=8', '--sampling=weighted'], 'which is their secret'),
+        (['--epsilon=8', '--private_channels=model'], 'without noise, so that there is'),
+        (['--epsilon=8', '--algorithm=cfd'], 'the length of a code'),
+        (['--epsilon=8', '--algorithm=fed_gen'], 'no FeatureGenerator'),
+        (['--epsilon=8', '--model_bits=8'], '`model_aggregator` must be None'),
+        (['--epsilon=8', '--student=document,cnn'], 'one student only'),
+        (['--epsilon=8', '--delta=0.05'], 'well below 1 / --num_clients, 0.05'),
+        (
+            ['--algorithm=fed_avg', '--noise_multiplier=0.5', '--epsilon=1'],
+            'One round costs an epsilon of',
+        ),
+        (['--secure_bits=8'], '--secure_bits has no effect without'),
+        (
+            ['--secure_aggregation', '--secure_knowledge_bound=1', '--algorithm=fed_avg'],
+            '--secure_knowledge_bound has no effect with',
+        ),
+        (
+            ['--secure_aggregation', '--secure_bits=8', '--secure_model_bound=1'],
+            '`knowledge_bound` must be given',
+        ),
+    ],
+)
+def test_bad_flags_are_one_sentence(args, message, tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  with helpers.flags_of(*args):
+    assert train.main(['train']) == 1
+  error = capsys.readouterr().err
+  assert error.startswith('error: ') and message in error
+  # No run was begun; the clients' files serve the next one.
+  assert set(tmp_path.glob('runs/*')) <= {tmp_path / 'runs' / 'cache'}
+
+
+def test_a_dry_run_says_what_would_be_and_leaves_nothing(tmp_path, monkeypatch, capsys):
+  monkeypatch.chdir(tmp_path)
+  with helpers.flags_of(
+      *helpers.TINY_RUN, '--algorithm=fed_md', '--rounds=5', '--dry_run'
+  ):
+    assert train.main(['train']) == 0
+  said = capsys.readouterr().out
+  # 60 predictions of 10 classes and their weights; twice, of 2 clients, in 5 rounds.
+  knowledge = 4 * 60 * 11 / 1e6
+  assert f'up knowledge  {knowledge:17.3g}  {knowledge * 10:23.4g}' in said
+  # Four clients with 25,450 weights each.
+  kept = next(line for line in said.splitlines() if "clients' own states" in line)
+  assert float(kept.split()[-1]) == pytest.approx(4 * 4 * 25450 / 1e6, rel=0.01)
+  assert said.endswith('Nothing was trained (--dry_run).\n')
+  assert set(tmp_path.glob('runs/*')) <= {tmp_path / 'runs' / 'cache'}
+
+
+def test_a_config_repeats_a_run_where_nothing_else_is_said(tmp_path):
+  path = tmp_path / 'config.json'
+  given = ['--algorithm=fed_df', '--seed=4', '--output_dir=x']
+  with helpers.flags_of(*helpers.TINY_FUSION, *given):
+    values = {
+        flag.name: flag.value
+        for flag in flags.FLAGS.flags_by_module_dict()[train_flags.__name__]
+    }
+  path.write_text(json.dumps({'flags': values, 'versions': {}}))
+  with helpers.flags_of(f'--config={path}', '--seed=5'):
+    train_flags.take_defaults()
+    assert train_flags.ALGORITHM.value == 'fed_df' and train_flags.SEED.value == 5
+    assert train_flags.STUDENT.value == ['cnn'] and train_flags.OUTPUT_DIR.value is None
+    # As if they were given.
+    assert flags.FLAGS['algorithm'].present and not flags.FLAGS['patience'].present
+  assert train_flags.ALGORITHM.value == 'fed_distillation'
+  assert not flags.FLAGS['algorithm'].present
+  for text, message in (
+      ('{}', '--config must be the config.json'),
+      ('{"flags": {"unheard_of": 1}}', 'not known here: unheard_of'),
+  ):
+    path.write_text(text)
+    with helpers.flags_of(f'--config={path}'):
+      with pytest.raises(app.UsageError, match=message):
+        train_flags.take_defaults()
+
+
+def test_flags_of_averaging_are_refused_where_nothing_is_averaged():
+  for flag in ('--server_optimizer=adam', '--local_target=student'):
+    done = helpers.train('--algorithm=fd', flag)
+    assert done.returncode == 1
+    assert f'{flag.split("=")[0]} has no effect with --algorithm=fd' in done.stderr
+
+
+def test_a_share_out_of_range_is_a_sentence():
+  done = helpers.train(*helpers.TINY_FUSION, '--dropout_before=2')
+  assert done.returncode == 1
+  assert 'error: `dropout_before` must be from 0 to 1, found 2.0.' in done.stderr

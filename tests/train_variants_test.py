@@ -1,0 +1,116 @@
+"""`python -m pipelines.train` with other data, other algorithms, hindered clients."""
+
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from tests import data_test
+from tests import helpers
+from tff_kd import keras_models
+
+
+def _without(*beginnings):
+  return [flag for flag in helpers.TINY_FUSION if not flag.startswith(beginnings)]
+
+
+def test_idx_files_fed_df_cohorts_and_pretraining(tmp_path):
+  data_test._write_idx(tmp_path, n_train=120, n_test=30, zipped=True)
+  done = helpers.train(
+      '--task=idx', f'--data_dir={tmp_path}', '--algorithm=fed_df',
+      '--partition=shards', '--num_clients=5', '--clients_per_round=3',
+      '--client_weighting=uniform', '--transfer_size=30', '--transfer_labels=30',
+      '--validation_size=20', '--pretrain_epochs=1', '--server_steps=2',
+      '--distillation_weight=0.5', '--local_target=student', '--rounds=2',
+      '--student=document,cnn', f'--output_dir={tmp_path / "out"}',
+      '--model_bits=8', '--consensus=mean_probabilities', '--prediction_top=2',
+  )
+  assert done.returncode == 0, done.stderr
+  assert "student before the server's distillation" in done.stdout
+  assert 'teacher' not in done.stdout
+  assert not (tmp_path / 'out' / 'teacher.keras').exists()
+  # Clients 0, 2, 4 have the one architecture, 1 and 3 the other.
+  assert 'student, cohort 1 (cnn)' in done.stdout
+  for row in helpers.rows(tmp_path / 'out' / 'metrics.csv'):
+    # Arrays of 1,000 numbers are rounded; of 3 probabilities 2 are sent, 34 bits each.
+    assert float(row['bytes/up_model']) < 0.7 * float(row['bytes/down_student'])
+    assert float(row['bytes/up_knowledge']) == 3 * 30 * 2 * 34 / 8
+    each = [float(row[f'test/student_{i}_accuracy']) for i in (0, 1)]
+    assert float(row['test/student_accuracy']) == pytest.approx(np.mean(each))
+  first, second = (
+      tf.keras.models.load_model(tmp_path / 'out' / f'student_{i}.keras')
+      for i in (0, 1)
+  )
+  assert isinstance(first, keras_models.StudentModel)
+  assert isinstance(second, tf.keras.Sequential)
+
+
+@pytest.mark.parametrize('name', ['ds_fl', 'fed_md'])
+def test_clients_with_models_of_their_own(name, tmp_path):
+  folder = tmp_path / 'out'
+  tiny = _without('--server_', '--back_', '--teacher')
+  flags_of_run = [
+      *tiny, f'--algorithm={name}', f'--output_dir={folder}',
+      '--nocompare_with_fed_avg',
+  ]
+  done = helpers.train(*flags_of_run, '--rounds=1')
+  assert done.returncode == 0, done.stderr
+  if name == 'ds_fl':
+    done = helpers.train(*flags_of_run, '--rounds=3', '--resume')
+    assert done.returncode == 0, done.stderr
+  assert "clients' own models, mean" in done.stdout
+  rows = helpers.rows(folder / 'metrics.csv')
+  assert len(rows) == (3 if name == 'ds_fl' else 1)
+  # Only fed_md's clients are all there is.
+  assert ('test/client_accuracy' in rows[0]) == (name == 'ds_fl')
+  assert (folder / 'student.keras').exists() == (name == 'ds_fl')
+  assert list((folder / 'clients').glob('client-*-round-*.npz'))
+
+
+def test_clients_without_models_of_their_own(tmp_path):
+  tiny = _without('--server_', '--back_', '--teacher')
+  done = helpers.train(
+      *tiny, '--algorithm=cfd', '--prediction_bits=2', '--rounds=2',
+      f'--output_dir={tmp_path}', '--nocompare_with_fed_avg',
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'up knowledge' in done.stdout
+  rows = helpers.rows(tmp_path / 'metrics.csv')
+  assert len(rows) == 2 and (tmp_path / 'student.keras').exists()
+  assert 'test/student_accuracy' in rows[0]
+  assert not any('client_accuracy' in name for name in rows[0])
+
+
+def test_hindered_clients_are_counted_and_a_damaged_run_repeats(tmp_path):
+  tiny = _without('--back_', '--teacher', '--student')
+  hindered = [
+      *tiny, '--algorithm=fed_df', '--nocompare_with_fed_avg',
+      '--dropout_before=0.2', '--dropout_after=0.2',
+      '--straggler_share=0.5', '--delay_share=0.5', '--max_delay=1', '--coverage=0.5',
+      '--min_reports=1', '--label_share=0.5', '--local_target=student', '--seed=4',
+      '--robust_model=trimmed_mean', '--model_norm_bound=1e3',
+      '--robust_knowledge=zeroing,clipping', '--knowledge_norm_bound=1e6',
+  ]
+  whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
+  for folder, rounds in ((whole, 4), (resumed, 3)):
+    done = helpers.train(*hindered, f'--rounds={rounds}', f'--output_dir={folder}')
+    assert done.returncode == 0, done.stderr
+  # The newest checkpoint is damaged: the round after the one before comes again.
+  (newest,) = resumed.glob('checkpoints/program_state_3/variables/*.data*')
+  os.truncate(newest, newest.stat().st_size // 2)
+  done = helpers.train(*hindered, '--rounds=4', f'--output_dir={resumed}', '--resume')
+  assert done.returncode == 0, done.stderr
+  assert 'checkpoint of round 3 is damaged' in done.stderr
+  rows = helpers.rows(whole / 'metrics.csv')
+  assert sum(float(row['participation/num_begun_late']) for row in rows) > 0
+  for cause in ('dropped_after_training', 'late', 'stragglers'):
+    assert f'client_work/participation/num_{cause}' in rows[0]
+  assert 'round_skipped' in rows[0]
+  for channel in ('model', 'knowledge'):
+    assert f'aggregator/{channel}/num_left_out' in rows[0]
+  assert 'aggregator/model/inner/num_clients' in rows[0]
+  assert 'aggregator/knowledge/inner/zeroed_count' in rows[0]
+  differing = {'round_seconds'}
+  for row, again in zip(rows, helpers.rows(resumed / 'metrics.csv'), strict=True):
+    assert {k for k in row if row[k] != again[k]} <= differing
