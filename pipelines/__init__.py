@@ -28,7 +28,10 @@ def run(main: Callable[[list[str]], Optional[int]]) -> None:
     main: Takes the arguments that are no flags; returns the exit status.
   """
   logging.use_absl_handler()
-  app.define_help_flags()
+  # Here and not above: it defines a flag.
+  from pipelines import topics
+
+  topics.define_help_flags()
   argv = app.parse_flags_with_usage(sys.argv)
   try:
     status = main(argv)

@@ -18,7 +18,9 @@ from absl import flags
 from absl import logging
 
 import pipelines
+from pipelines import train_checks
 from pipelines import train_flags
+from tff_kd import data
 
 flags.adopt_module_key_flags(train_flags)
 
@@ -27,12 +29,14 @@ def main(argv: list[str]) -> Optional[int]:
   if len(argv) > 1:
     raise app.UsageError(f'Not a flag: {argv[1:]}.')
   train_flags.take_defaults()
-  # Here and not above: --help and a wrong flag need not wait for TensorFlow.
-  from pipelines import train_job
-
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)
   try:
+    if not data.tasks.is_own(train_flags.TASK.value):
+      train_checks.run()
+    # Here and not above: --help and a wrong flag need not wait for TensorFlow.
+    from pipelines import train_job
+
+    if not flags.FLAGS['verbosity'].present:
+      logging.set_verbosity(logging.WARNING)
     train_job.run()
   except pipelines.UserError as error:
     print(f'error: {error}', file=sys.stderr)

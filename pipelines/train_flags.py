@@ -1,11 +1,12 @@
 """The flags of `pipelines.train`; imports no TensorFlow, so that `--help` is quick."""
 
 import json
-from typing import Optional
+from typing import Optional, Union
 
 from absl import app
 from absl import flags
 
+from pipelines import topics
 from tff_kd import algorithms
 from tff_kd import data
 
@@ -17,7 +18,7 @@ CONSENSUS_RULES = [
 ]
 SCHEDULES = ['constant', 'cosine']
 
-# What to run.
+topics.topic('What to run')
 ALGORITHM = flags.DEFINE_enum(
     'algorithm', 'fed_distillation', sorted(algorithms.REGISTRY),
     'The algorithm.\n'
@@ -50,7 +51,7 @@ FEDAVG = flags.DEFINE_bool(
     'Also train plain FedAvg of the same student, to the same bytes.'
 )
 
-# Data and clients.
+topics.topic('Data and clients')
 TASK = flags.DEFINE_string(
     'task', 'mnist5k', 'The data and the models; each task has its own defaults of some '
     'flags. A path that ends in .py is a task of your own (examples/own_task.py).\n'
@@ -94,7 +95,9 @@ SHARDS = flags.DEFINE_integer(
     'shards_per_client', 2, 'For --partition=shards.', lower_bound=1
 )
 
-# What hinders clients; all is drawn from the seed, the round and the client.
+topics.topic(
+    'What hinders clients; all is drawn from the seed, the round and the client'
+)
 SAMPLINGS = ['cyclic', 'poisson', 'uniform', 'weighted']
 SAMPLING = flags.DEFINE_enum(
     'sampling', 'uniform', SAMPLINGS,
@@ -141,7 +144,7 @@ INPUT_SHARE = flags.DEFINE_float(
     'input_share', 1.0, 'The part of the input features that a client observes.'
 )
 
-# What a few bad clients may do.
+topics.topic('What a few bad clients may do')
 ROBUST_MODEL = flags.DEFINE_list(
     'robust_model', [], "How clients' weights are combined: TFF's adaptive zeroing "
     'and clipping, one or both; or, number by number, median or trimmed_mean, for which '
@@ -170,7 +173,7 @@ KNOWLEDGE_NORM_BOUND = flags.DEFINE_float(
     'knowledge_norm_bound', None, 'Likewise, of the L2 norm of all its predictions.'
 )
 
-# What is rounded on its way up.
+topics.topic('What is rounded on its way up')
 MODEL_BITS = flags.DEFINE_integer(
     'model_bits', None, "Bits of each number of clients' weights on their way up, in "
     'arrays of 1,000 or more; floats if unset. With --robust_model=zeroing,clipping this '
@@ -181,8 +184,9 @@ KNOWLEDGE_BITS = flags.DEFINE_integer(
     lower_bound=1, upper_bound=16
 )
 
-# What others can learn of a client. --epsilon or --noise_multiplier turn on differential
-# privacy, of all that clients send.
+topics.topic(
+    'What others can learn of a client; --epsilon or --noise_multiplier turn noise on'
+)
 EPSILON = flags.DEFINE_float(
     'epsilon', None, 'Differential privacy, of a client with all of its examples: the '
     'budget at --delta. Finds the noise with which it is spent after --rounds, unless '
@@ -240,21 +244,14 @@ SECURE_MODEL_BOUND = flags.DEFINE_float(
 SECURE_KNOWLEDGE_BOUND = flags.DEFINE_float(
     'secure_knowledge_bound', None, 'Likewise, in what it sends of its predictions.'
 )
-PRIVACY_FLAGS = [
-    'delta', 'model_clip', 'knowledge_clip', 'knowledge_share', 'private_channels',
-]
 
-# Models and local training.
+topics.topic('Models and local training')
 STUDENT = flags.DEFINE_list(
     'student', ['document'], "The student model, one of the task's. Several, separated "
     'by commas, make cohorts: client k is of cohort k modulo their number.'
 )
 flags.register_validator(STUDENT, bool, '--student must name a model.')
 TEACHER = flags.DEFINE_string('teacher', 'cnn', "The teacher model, one of the task's.")
-MENTOR = flags.DEFINE_string(
-    'mentor', 'document', 'Of fml and fed_kd: the model that each client keeps for '
-    "itself, one of the task's teachers."
-)
 PRETRAIN_EPOCHS = flags.DEFINE_integer(
     'pretrain_epochs', 0, 'Epochs of central training, of student and teacher, on '
     'the labelled transfer examples, before round 1.', lower_bound=0,
@@ -309,7 +306,7 @@ NOT_TRUE_TEMPERATURE = flags.DEFINE_float(
     'not_true_temperature', 1.0, 'tau of that.', lower_bound=0.0
 )
 
-# The server's distillation. Unset: the algorithm's own default.
+topics.topic("The server's distillation; unset: the algorithm's own defaults")
 TRANSFER_LABELS = flags.DEFINE_integer(
     'transfer_labels', 200, 'How many of the transfer examples have labels: the '
     "server's limited labelled set. 0 for none.", lower_bound=0,
@@ -347,18 +344,6 @@ PREDICTION_TOP = flags.DEFINE_integer(
     'probabilities.',
     lower_bound=1
 )
-DOWN_BITS = flags.DEFINE_integer(
-    'down_bits', None, "Of cfd: likewise, of the server's labels.", lower_bound=1
-)
-NUM_NEGATIVES = flags.DEFINE_integer(
-    'num_negatives', 400, 'Of fed_aux: how many of the transfer examples, from the end, '
-    "are set aside to stand for what is not a client's own.", lower_bound=1,
-)
-CERTAINTY_EPSILON = flags.DEFINE_float(
-    'certainty_epsilon', None, "Of fed_aux: the privacy that clients' certainty scores "
-    'cost, and nothing else of what they send; inf for no noise.',
-)
-CERTAINTY_DELTA = flags.DEFINE_float('certainty_delta', None, 'The delta of that.')
 DISTILLATION_WEIGHT = flags.DEFINE_float(
     'distillation_weight', None, 'The share of the distillation in the loss, where '
     'there are --transfer_labels; the rest is their cross-entropy.'
@@ -395,7 +380,56 @@ STUDENT_RATE = flags.DEFINE_float(
     lower_bound=0.0,
 )
 
-# The run folder.
+topics.topic('Of single algorithms; unset: their own defaults')
+MENTOR = flags.DEFINE_string(
+    'mentor', 'document', 'Of fml and fed_kd: the model that each client keeps for '
+    "itself, one of the task's teachers."
+)
+NUM_NEGATIVES = flags.DEFINE_integer(
+    'num_negatives', 400, 'Of fed_aux: how many of the transfer examples, from the end, '
+    "are set aside to stand for what is not a client's own.", lower_bound=1,
+)
+CERTAINTY_EPSILON = flags.DEFINE_float(
+    'certainty_epsilon', None, "Of fed_aux: the privacy that clients' certainty scores "
+    'cost, and nothing else of what they send; inf for no noise.',
+)
+CERTAINTY_DELTA = flags.DEFINE_float('certainty_delta', None, 'The delta of that.')
+DOWN_BITS = flags.DEFINE_integer(
+    'down_bits', None, "Of cfd: bits of a class's probability in the server's labels.",
+    lower_bound=1,
+)
+DIGEST_EPOCHS = flags.DEFINE_integer(
+    'digest_epochs', None, 'Of fed_md: passes over the consensus a round.',
+    lower_bound=1,
+)
+DIGEST_BATCH = flags.DEFINE_integer(
+    'digest_batch_size', None, 'Of fed_md: examples a step of that.', lower_bound=1
+)
+REGULARIZER_WEIGHT = flags.DEFINE_float(
+    'regularizer_weight', None, "Of fd: lambda of the term with the classes' logits.",
+    lower_bound=0.0,
+)
+SPLIT_LAYER = flags.DEFINE_string(
+    'split_layer', None, 'Of fed_gen: the name of the layer whose outputs are generated; '
+    'the one before the last with weights if unset.'
+)
+GENERATOR_STEPS = flags.DEFINE_integer(
+    'generator_steps', None, 'Of fed_gen: steps a round, each an exchange with all '
+    'clients.', lower_bound=1,
+)
+GENERATOR_RATE = flags.DEFINE_float(
+    'generator_learning_rate', None, "Of fed_gen: the generator's Adam.", lower_bound=0.0
+)
+GENERATIVE_WEIGHT = flags.DEFINE_float(
+    'generative_weight', None, "Of fed_gen: of its terms in the clients' loss.",
+    lower_bound=0.0,
+)
+ENERGY_ROUNDS = flags.DEFINE_integer(
+    'energy_rounds', None, 'Of fed_kd: from which round on the most of the energy of '
+    'updates is sent.', lower_bound=1,
+)
+
+topics.topic('The run folder')
 CONFIG = flags.DEFINE_string(
     'config', None, 'The config.json of a run, whose flags are taken where none are '
     'given here: repeats it in a folder of its own.'
@@ -418,7 +452,7 @@ ROUNDS_PER_CHECKPOINT = flags.DEFINE_integer(
     'rounds_per_checkpoint', 5, 'Rounds between checkpoints.', lower_bound=1
 )
 
-# Where it runs.
+topics.topic('Where it runs')
 WORKERS = flags.DEFINE_list(
     'workers', [], 'host:port of workers (pipelines.worker) over which the clients of '
     'each round are spread; --cache_dir must be the same folder for all of them. One '
@@ -437,37 +471,22 @@ SILENCE = flags.DEFINE_float(
     lower_bound=0.1,
 )
 
-DIGEST_EPOCHS = flags.DEFINE_integer(
-    'digest_epochs', None, 'Of fed_md: passes over the consensus a round.',
-    lower_bound=1,
-)
-DIGEST_BATCH = flags.DEFINE_integer(
-    'digest_batch_size', None, 'Of fed_md: examples a step of that.', lower_bound=1
-)
-REGULARIZER_WEIGHT = flags.DEFINE_float(
-    'regularizer_weight', None, "Of fd: lambda of the term with the classes' logits.",
-    lower_bound=0.0,
-)
+def target() -> Union[None, float, str]:
+  """--target: a name, or the share of the ensemble.
 
-SPLIT_LAYER = flags.DEFINE_string(
-    'split_layer', None, 'Of fed_gen: the name of the layer whose outputs are generated; '
-    'the one before the last with weights if unset.'
-)
-GENERATOR_STEPS = flags.DEFINE_integer(
-    'generator_steps', None, 'Of fed_gen: steps a round, each an exchange with all '
-    'clients.', lower_bound=1,
-)
-GENERATOR_RATE = flags.DEFINE_float(
-    'generator_learning_rate', None, "Of fed_gen: the generator's Adam.", lower_bound=0.0
-)
-GENERATIVE_WEIGHT = flags.DEFINE_float(
-    'generative_weight', None, "Of fed_gen: of its terms in the clients' loss.",
-    lower_bound=0.0,
-)
-ENERGY_ROUNDS = flags.DEFINE_integer(
-    'energy_rounds', None, 'Of fed_kd: from which round on the most of the energy of '
-    'updates is sent.', lower_bound=1,
-)
+  Raises:
+    flags.ValidationError: If it is neither.
+  """
+  if TARGET.value is None or TARGET.value in ('ensemble', 'student'):
+    return TARGET.value
+  try:
+    return float(TARGET.value)
+  except ValueError:
+    raise flags.ValidationError(
+        '--target must be ensemble, student or a number between 0 and 1, found '
+        f'{TARGET.value!r}.'
+    ) from None
+
 
 # Flags that only some algorithms use, by the builder's parameter they feed.
 FLAGS_OF_PARAMETER = {

@@ -23,6 +23,7 @@ import tqdm
 
 from pipelines import plots
 from pipelines import tables
+from pipelines import train_checks
 from pipelines import train_flags as args
 from pipelines import train_privacy
 from pipelines import UserError
@@ -46,107 +47,6 @@ RESULTS = 'results.json'
 _ROUNDED_FROM = 1000
 # Of the models trained on the server's labels alone, for the table.
 _ALONE_EPOCHS = 40
-
-
-def _check_flags(algorithm: algorithms.Algorithm) -> None:
-  """Refuses flags that were set for something that was not chosen."""
-
-  def refuse(name: str, why: str) -> None:
-    if flags.FLAGS[name].present:
-      raise UserError(f'--{name} has no effect {why}. Leave it out.')
-
-  for name in args.own_flags():
-    if not args.is_taken(algorithm, name):
-      refuse(name, f'with --algorithm={args.ALGORITHM.value}')
-  info = tff_kd.data.task_info(args.TASK.value)
-  if info.has_clients:
-    refuse('partition', f'with --task={args.TASK.value}, whose data have their clients')
-    refuse('alpha', f'with --task={args.TASK.value}, whose data have their clients')
-  if args.PARTITION.value not in ('dirichlet', 'quantity_skew'):
-    refuse('alpha', f'with --partition={args.PARTITION.value}')
-  if args.PARTITION.value != 'shards':
-    refuse('shards_per_client', f'with --partition={args.PARTITION.value}')
-  if args.LOCAL_TARGET.value == 'none' and not algorithm.takes('local_weight'):
-    refuse('local_weight', 'without --local_target')
-    refuse('local_temperature', 'without --local_target')
-  if args.LOCAL_TARGET.value != 'student_history' and not algorithm.takes(
-      'history_size'
-  ):
-    refuse('history_size', 'without --local_target=student_history')
-  if not args.NOT_TRUE_WEIGHT.value and not algorithm.takes('not_true_weight'):
-    refuse('not_true_temperature', 'without --not_true_weight')
-  if not args.BACK.value:
-    refuse('back_steps', 'with --noback_distillation')
-  if 'data_dir' not in info.options:
-    refuse('data_dir', f'with --task={args.TASK.value}')
-  if not tff_kd.data.tasks.is_own(args.TASK.value):
-    # Those of a task of one's own are known when it is loaded.
-    for flag, known in (
-        ('student', info.students), ('teacher', info.teachers), ('mentor', info.teachers)
-    ):
-      if args.is_taken(algorithm, flag):
-        _check_models(flag, known)
-  if args.CLIENTS_PER_ROUND.value > args.NUM_CLIENTS.value:
-    raise UserError(
-        f'--clients_per_round is {args.CLIENTS_PER_ROUND.value}, but there are only '
-        f'{args.NUM_CLIENTS.value} clients. Lower it, or raise --num_clients.'
-    )
-  if args.TRANSFER_LABELS.value > args.TRANSFER_SIZE.value:
-    raise UserError(
-        f'--transfer_labels is {args.TRANSFER_LABELS.value}, but the transfer set has '
-        f'only {args.TRANSFER_SIZE.value} examples. Lower it, or raise --transfer_size.'
-    )
-  if (
-      algorithm.takes('negatives')
-      and args.NUM_NEGATIVES.value
-      >= args.TRANSFER_SIZE.value - args.TRANSFER_LABELS.value
-  ):
-    raise UserError(
-        f'--num_negatives is {args.NUM_NEGATIVES.value}, to be taken from the '
-        f'{args.TRANSFER_SIZE.value} transfer examples beside the '
-        f'{args.TRANSFER_LABELS.value} with labels, and some must be left. Lower it, or '
-        'raise --transfer_size.'
-    )
-  if args.PRETRAIN_EPOCHS.value and not args.TRANSFER_LABELS.value:
-    raise UserError('--pretrain_epochs needs labels: set --transfer_labels.')
-  if args.DISTILLATION_WEIGHT.value not in (None, 1.0) and not args.TRANSFER_LABELS.value:
-    raise UserError(
-        '--distillation_weight below 1 needs labels: set --transfer_labels.'
-    )
-  if not args.STRAGGLER_SHARE.value:
-    refuse('straggler_steps', 'without --straggler_share')
-  if 'trimmed_mean' not in args.ROBUST_MODEL.value + args.ROBUST_KNOWLEDGE.value:
-    refuse('trimmed_share', 'without trimmed_mean')
-  if not args.MAX_DELAY.value:
-    refuse('staleness_power', 'without --max_delay')
-  if train_privacy.is_private():
-    train_privacy.check_flags()
-  else:
-    for name in args.PRIVACY_FLAGS:
-      refuse(name, 'without --epsilon or --noise_multiplier')
-  if not args.SECURE_AGGREGATION.value:
-    for name in ('secure_bits', 'secure_model_bound', 'secure_knowledge_bound'):
-      refuse(name, 'without --secure_aggregation')
-  if _must_resume() and not args.OUTPUT_DIR.value:
-    raise UserError('--resume needs the --output_dir of the run to go on with.')
-  if not args.WORKERS.value:
-    refuse('tls_dir', 'without --workers')
-  if args.TLS_DIR.value:
-    refuse('allow_open', 'with --tls_dir')
-
-
-def _must_resume() -> bool:
-  return args.RESUME.value and flags.FLAGS['resume'].present
-
-
-def _check_models(flag: str, known: Sequence[str]) -> None:
-  names = flags.FLAGS[flag].value
-  unknown = sorted(set(names if isinstance(names, list) else [names]) - set(known))
-  if unknown:
-    raise UserError(
-        f'--{flag}={",".join(unknown)} is no such model of --task={args.TASK.value}. '
-        f'Choose of {", ".join(known)}.'
-    )
 
 
 def load_task() -> tff_kd.data.Task:
@@ -199,7 +99,7 @@ def _adopt(task: tff_kd.data.Task) -> None:
       ('student', task.students), ('teacher', task.teachers), ('mentor', task.teachers)
   ):
     if args.is_taken(algorithm, flag):
-      _check_models(flag, list(known))
+      train_checks.check_models(flag, list(known))
 
 
 def split_clients(task: tff_kd.data.Task) -> list[np.ndarray]:
@@ -319,11 +219,6 @@ def _aggregator(
   """How one channel is compressed and made robust; `None` where it is neither."""
   factory = None
   if bits is not None:
-    if not set(methods) <= {'zeroing', 'clipping'}:
-      raise UserError(
-          f'--{channel}_bits are of a sum, and --robust_{channel}={methods[0]} is none. '
-          'Leave one out, or take zeroing and clipping.'
-      )
     # Not TFF's random rounding: a resumed run could not repeat it.
     factory = tff.aggregators.MeanFactory(
         tff.aggregators.EncodedSumFactory.quantize_above_threshold(
@@ -353,18 +248,6 @@ def _distillation(default: tff_kd.Distillation, **changes) -> tff_kd.Distillatio
   """The algorithm's default with the flags that were set."""
   changes = {k: v for k, v in changes.items() if v is not None}
   return dataclasses.replace(default, **changes)
-
-
-def _target() -> Any:
-  if args.TARGET.value is None or args.TARGET.value in ('ensemble', 'student'):
-    return args.TARGET.value
-  try:
-    return float(args.TARGET.value)
-  except ValueError:
-    raise UserError(
-        '--target must be ensemble, student or a number between 0 and 1, found '
-        f'{args.TARGET.value!r}.'
-    ) from None
 
 
 def common_arguments(
@@ -410,7 +293,7 @@ def _clients(process) -> Optional[cohorts.Students]:
 
 
 def _weighting() -> str:
-  unset = 'uniform' if train_privacy.is_private() else 'num_examples'
+  unset = 'uniform' if train_checks.is_private() else 'num_examples'
   return args.WEIGHTING.value or unset
 
 
@@ -461,11 +344,6 @@ def _prediction_arguments(
   if args.CONSENSUS.value is not None:
     rule = knowledge.CONSENSUS_RULES[args.CONSENSUS.value]
   top = args.PREDICTION_TOP.value
-  if sum(its is not None for its in (bits, top, args.KNOWLEDGE_BITS.value)) > 1:
-    raise UserError(
-        'Of --prediction_bits, --prediction_top and --knowledge_bits only one can be the '
-        'code of the predictions.'
-    )
   if bits is not None or top is not None:
     if not getattr(rule, 'over_probabilities', False):
       raise UserError(
@@ -563,7 +441,7 @@ def build_process(
   )
   if algorithm.takes('distillation'):
     kwargs['distillation'] = _distillation(
-        defaults['distillation'], target=_target(),
+        defaults['distillation'], target=args.target(),
         num_steps=args.SERVER_STEPS.value, **shared,
     )
     if args.SCHEDULE.value is not None:
@@ -846,7 +724,7 @@ def _open_run_dir() -> pathlib.Path:
           + ', '.join(f'--{n} ({before.get(n)!r})' for n in changed)
           + '. Go on with the same, or name another --output_dir.'
       )
-  elif _must_resume():
+  elif train_checks.must_resume():
     raise UserError(f'{run_dir} holds no run to resume (no rounds).')
   run_dir.mkdir(parents=True, exist_ok=True)
   versions = {m.__name__: m.__version__ for m in (tf, tff, np)}
@@ -872,7 +750,7 @@ def errors_for_users() -> Iterator[None]:
   """Turns refusals of bad settings into one sentence, without a traceback."""
   try:
     yield
-  except ValueError as error:
+  except (ValueError, flags.Error) as error:
     raise UserError(str(error)) from error
   except OSError as error:
     # A full disk does not name the file.
@@ -950,16 +828,13 @@ class _Setup(NamedTuple):
 def _prepare() -> _Setup:
   """All that can be refused, before anything runs."""
   algorithm = algorithms.REGISTRY[args.ALGORITHM.value]
+  task = load_task()
   if tff_kd.data.tasks.is_own(args.TASK.value):
-    task = load_task()
-    _check_flags(algorithm)
-  else:
-    _check_flags(algorithm)
-    task = load_task()
+    train_checks.run()  # It has set some.
   _workers()
   clients = split_clients(task)
   batches = build_batches(task, clients)
-  if train_privacy.is_private():
+  if train_checks.is_private():
     train_privacy.check_disjoint(task)
   participation = build_participation(batches)
   common = common_arguments(task, batches)
@@ -972,7 +847,7 @@ def _prepare() -> _Setup:
           *_Evaluation.names(process),
       ],
   )
-  if train_privacy.is_private():
+  if train_checks.is_private():
     train_privacy.check_budget(process)
   return _Setup(task, clients, process, common, participation)
 
@@ -983,7 +858,7 @@ def _begin(setup: _Setup) -> tuple[
   """Opens the run folder, and says what is run."""
   run_dir = _open_run_dir()
   accountant = None
-  if train_privacy.is_private():
+  if train_checks.is_private():
     setup = setup._replace(
         participation=dataclasses.replace(
             setup.participation, seed=train_privacy.sampling_seed(run_dir)
@@ -1027,7 +902,7 @@ def _print_plan(setup: _Setup) -> None:
   """What would be built, moved and held."""
   process = setup.process
   accountant = None
-  if train_privacy.is_private():
+  if train_checks.is_private():
     accountant = train_privacy.build_accountant(process, None)
   _print_setup(setup, accountant)
   each = tff_kd.communication.round_bytes(process)

@@ -5,9 +5,9 @@ import pathlib
 import secrets
 from typing import Any, Optional, Union
 
-from absl import flags
 import numpy as np
 
+from pipelines import train_checks
 from pipelines import train_flags as args
 from pipelines import UserError
 import tff_kd
@@ -18,51 +18,6 @@ from tff_kd import privacy
 LEDGER = 'privacy.json'
 # Of fd, whose sums have weights that are secret, too.
 _FD_CLIP = 50.0
-
-
-def is_private() -> bool:
-  return args.EPSILON.value is not None or args.NOISE_MULTIPLIER.value is not None
-
-
-def check_flags() -> None:
-  """Refuses what would make the guarantee false, where the process does not see it."""
-  flag = flags.FLAGS['compare_with_fed_avg']
-  if flag.present and flag.value:
-    raise UserError(
-        '--compare_with_fed_avg would train the same clients without noise, and with '
-        'that what differential privacy promises them is void. Leave it out, and compare '
-        'with a run of its own.'
-    )
-  if args.WEIGHTING.value == 'num_examples':
-    raise UserError(
-        '--client_weighting=num_examples and differential privacy do not go together: '
-        'how many examples a client has is its secret, and a weight without a bound '
-        'would make its part as large as it likes. Leave it out.'
-    )
-  if args.DELTA.value * args.NUM_CLIENTS.value >= 1.0:
-    raise UserError(
-        '--delta must be well below 1 / --num_clients, '
-        f'{1 / args.NUM_CLIENTS.value:.2g}, found {args.DELTA.value:g}: it is the '
-        'probability with which a client may be told in full.'
-    )
-  if args.AVAILABILITY.value is not None:
-    raise UserError(
-        '--availability and differential privacy do not go together: the fewer clients '
-        'can be reached, the more likely each of them is chosen, and that is not in the '
-        'account. Leave one out.'
-    )
-  if args.SAMPLING.value == 'weighted':
-    raise UserError(
-        '--sampling=weighted and differential privacy do not go together: clients would '
-        'be chosen by how many examples they have, which is their secret. Take poisson, '
-        'uniform or cyclic.'
-    )
-  if args.PRIVATE_CHANNELS.value and args.EPSILON.value is not None:
-    raise UserError(
-        '--private_channels leaves the other channel without noise, so that there is no '
-        'noise with which --epsilon would hold. Leave it out; or give '
-        '--noise_multiplier in place of --epsilon, to see what noise does.'
-    )
 
 
 def _sampling() -> privacy.ClientSampling:
@@ -76,7 +31,7 @@ def _sampling() -> privacy.ClientSampling:
 def build_guards(algorithm: algorithms.Algorithm) -> dict[str, Any]:
   """How what clients send is private and secure: arguments of a process."""
   found = {}
-  if is_private():
+  if train_checks.is_private():
     noise = args.NOISE_MULTIPLIER.value
     if noise is None:
       noise = privacy.find_noise_multiplier(

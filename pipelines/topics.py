@@ -1,0 +1,103 @@
+"""Flags under headings, and a `--help` that prints them so."""
+
+import re
+import shutil
+import sys
+import textwrap
+
+from absl import app
+from absl import flags
+
+# Module -> (heading, how many of the module's flags come before it).
+_HEADINGS: dict[str, list[tuple[str, int]]] = {}
+_MAX_WIDTH = 96
+
+
+def topic(heading: str) -> None:
+  """The calling module's flags from here to the next heading are of this topic."""
+  module = sys._getframe(1).f_globals['__name__']
+  count = len(flags.FLAGS.flags_by_module_dict().get(module, []))
+  _HEADINGS.setdefault(module, []).append((heading, count))
+
+
+def by_topic() -> dict[str, list[flags.Flag]]:
+  """The flags of all modules that have headings, in the order of definition."""
+  found = {}
+  for module, headings in _HEADINGS.items():
+    its = flags.FLAGS.flags_by_module_dict()[module]
+    ends = [start for _, start in headings[1:]] + [len(its)]
+    for (heading, start), end in zip(headings, ends):
+      found[heading] = its[start:end]
+  return found
+
+
+def help_text(module: str, width: int) -> str:
+  """What a script does, and its flags.
+
+  Args:
+    module: The script's name in `sys.modules`.
+    width: Characters a line, at most.
+  """
+  doc = (sys.modules[module].__doc__ or '').strip()
+  lines = [doc, '', 'Each flag stands with its default.']
+  topics = by_topic()
+  key_flags = flags.FLAGS.get_key_flags_for_module(module)
+  grouped = {flag.name for its in topics.values() for flag in its}
+  own = [flag for flag in key_flags if flag.name not in grouped]
+  shown = {flag.name for flag in key_flags}
+  if own:
+    lines += ['', "This script's", *_of_flags(own, width)]
+  for heading, its in topics.items():
+    its = [flag for flag in its if flag.name in shown]
+    if its:
+      lines += ['', heading, *_of_flags(its, width)]
+  lines += ['', "--helpfull lists absl's own flags, too, such as --flagfile."]
+  return '\n'.join(lines)
+
+
+def _of_flags(its: list[flags.Flag], width: int) -> list[str]:
+  lines = []
+  for flag in its:
+    if flag.boolean:
+      usage = f'--{flag.name}' if not flag.default else f'--[no]{flag.name}'
+    elif flag.default in (None, []):
+      usage = f'--{flag.name}='
+    else:
+      # `serialize` is of the value that a flag has now.
+      default = flag.default
+      if isinstance(default, list):
+        default = ','.join(map(str, default))
+      usage = f'--{flag.name}={default}'
+    lines.append(f'  {usage}')
+    head, *items = flag.help.split('\n')
+    if items:
+      # They say what absl has put before it: <all|the|values>.
+      head = re.sub('^<[^>]*>: ', '', head)
+    lines += textwrap.wrap(
+        head, width, initial_indent=' ' * 6, subsequent_indent=' ' * 6,
+        break_on_hyphens=False,
+    )
+    for item in items:
+      lines += textwrap.wrap(
+          item, width, initial_indent=' ' * 6, subsequent_indent=' ' * 10,
+          break_on_hyphens=False,
+      )
+  return lines
+
+
+class _HelpFlag(app.HelpFlag):
+  """`--help`, by topic."""
+
+  def parse(self, arg):
+    if self._parse(arg):
+      width = min(shutil.get_terminal_size().columns, _MAX_WIDTH)
+      print(help_text('__main__', max(width, 40)))
+      sys.exit(0)
+
+
+def define_help_flags() -> None:
+  """As absl's, with a `--help` by topic."""
+  app.define_help_flags()
+  flag = _HelpFlag()
+  flag.allow_override = True
+  flags.DEFINE_flag(flag)

@@ -1,0 +1,331 @@
+"""What flags of `pipelines.train` do not go together; imports no TensorFlow.
+
+These are absl's validators, but for the time: absl would ask them before flags have the
+values of --config and of the task. `run` asks them, once all flags have theirs.
+"""
+
+from collections.abc import Callable, Sequence
+
+from absl import flags
+
+from pipelines import train_flags as args
+from pipelines import UserError
+from tff_kd import algorithms
+from tff_kd import data
+
+# While they are asked.
+_running = False
+# Those that mean something with differential privacy only.
+_OF_PRIVACY = (
+    'delta', 'model_clip', 'knowledge_clip', 'knowledge_share', 'private_channels',
+)
+_OF_SECURE_SUMS = ('secure_bits', 'secure_model_bound', 'secure_knowledge_bound')
+
+
+def run() -> None:
+  """Asks all checks.
+
+  Raises:
+    UserError: If flags do not go together; a line for each reason.
+  """
+  global _running
+  _running = True
+  try:
+    flags.FLAGS.validate_all_flags()
+  except flags.IllegalFlagValueError as error:
+    raise UserError(str(error)) from None
+  finally:
+    _running = False
+
+
+def must_resume() -> bool:
+  return args.RESUME.value and flags.FLAGS['resume'].present
+
+
+def is_private() -> bool:
+  return args.EPSILON.value is not None or args.NOISE_MULTIPLIER.value is not None
+
+
+def check_models(flag: str, known: Sequence[str]) -> None:
+  """Refuses names of models that the task does not have.
+
+  Raises:
+    flags.ValidationError: If there is one.
+  """
+  names = flags.FLAGS[flag].value
+  unknown = sorted(set(names if isinstance(names, list) else [names]) - set(known))
+  if unknown:
+    raise flags.ValidationError(
+        f'--{flag}={",".join(unknown)} is no such model of --task={args.TASK.value}. '
+        f'Choose of {", ".join(known)}.'
+    )
+
+
+def _together(*names: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
+  """Registers a check of these flags, which raises `flags.ValidationError`."""
+
+  def register(check):
+    def ask(_) -> bool:
+      if _running:
+        check()
+      return True
+
+    flags.register_multi_flags_validator(names, ask)
+    return check
+
+  return register
+
+
+def _algorithm() -> algorithms.Algorithm:
+  return algorithms.REGISTRY[args.ALGORITHM.value]
+
+
+def _task() -> data.TaskInfo:
+  return data.task_info(args.TASK.value)
+
+
+def _no_effect(name: str, other: str, is_used: Callable[[], bool], why: str) -> None:
+  """A flag that is given has to be used.
+
+  Args:
+    name: The flag.
+    other: The flag that decides that.
+    is_used: Whether it is.
+    why: When it is not: 'with --...' or 'without --...'. A {} is the other's value.
+  """
+
+  @_together(name, other)
+  def _():
+    if flags.FLAGS[name].present and not is_used():
+      reason = why.format(flags.FLAGS[other].value)
+      raise flags.ValidationError(f'--{name} has no effect {reason}. Leave it out.')
+
+
+def _register_unused() -> None:
+  for name in args.own_flags():
+    if name != 'algorithm':
+      _no_effect(
+          name, 'algorithm', lambda name=name: args.is_taken(_algorithm(), name),
+          'with --algorithm={}',
+      )
+  for name in ('partition', 'alpha'):
+    _no_effect(
+        name, 'task', lambda: not _task().has_clients,
+        'with --task={}, whose data have their clients',
+    )
+  _no_effect(
+      'alpha', 'partition',
+      lambda: args.PARTITION.value in ('dirichlet', 'quantity_skew'),
+      'with --partition={}',
+  )
+  _no_effect(
+      'shards_per_client', 'partition', lambda: args.PARTITION.value == 'shards',
+      'with --partition={}',
+  )
+  for name in ('local_weight', 'local_temperature'):
+    _no_effect(
+        name, 'local_target',
+        lambda: args.LOCAL_TARGET.value != 'none' or _algorithm().takes('local_weight'),
+        'without --local_target',
+    )
+  _no_effect(
+      'history_size', 'local_target',
+      lambda: args.LOCAL_TARGET.value == 'student_history'
+      or _algorithm().takes('history_size'),
+      'without --local_target=student_history',
+  )
+  _no_effect(
+      'not_true_temperature', 'not_true_weight',
+      lambda: bool(args.NOT_TRUE_WEIGHT.value) or _algorithm().takes('not_true_weight'),
+      'without --not_true_weight',
+  )
+  _no_effect(
+      'back_steps', 'back_distillation', lambda: args.BACK.value,
+      'with --noback_distillation',
+  )
+  _no_effect(
+      'data_dir', 'task', lambda: 'data_dir' in _task().options, 'with --task={}'
+  )
+  _no_effect(
+      'straggler_steps', 'straggler_share', lambda: args.STRAGGLER_SHARE.value > 0,
+      'without --straggler_share',
+  )
+  _no_effect(
+      'trimmed_share', 'robust_model',
+      lambda: 'trimmed_mean' in args.ROBUST_MODEL.value + args.ROBUST_KNOWLEDGE.value,
+      'without trimmed_mean',
+  )
+  _no_effect(
+      'staleness_power', 'max_delay', lambda: args.MAX_DELAY.value > 0,
+      'without --max_delay',
+  )
+  for name in _OF_PRIVACY:
+    _no_effect(name, 'epsilon', is_private, 'without --epsilon or --noise_multiplier')
+  for name in _OF_SECURE_SUMS:
+    _no_effect(
+        name, 'secure_aggregation', lambda: args.SECURE_AGGREGATION.value,
+        'without --secure_aggregation',
+    )
+  _no_effect('tls_dir', 'workers', lambda: bool(args.WORKERS.value), 'without --workers')
+  _no_effect('allow_open', 'tls_dir', lambda: not args.TLS_DIR.value, 'with --tls_dir')
+
+
+_register_unused()
+
+
+@_together('student', 'teacher', 'mentor', 'task', 'algorithm')
+def _():
+  # Those of a task of one's own are known when it is loaded.
+  if not data.tasks.is_own(args.TASK.value):
+    for flag, known in (
+        ('student', _task().students), ('teacher', _task().teachers),
+        ('mentor', _task().teachers),
+    ):
+      if args.is_taken(_algorithm(), flag):
+        check_models(flag, known)
+
+
+@_together('clients_per_round', 'num_clients')
+def _():
+  if args.CLIENTS_PER_ROUND.value > args.NUM_CLIENTS.value:
+    raise flags.ValidationError(
+        f'--clients_per_round is {args.CLIENTS_PER_ROUND.value}, but there are only '
+        f'{args.NUM_CLIENTS.value} clients. Lower it, or raise --num_clients.'
+    )
+
+
+@_together('transfer_labels', 'transfer_size')
+def _():
+  if args.TRANSFER_LABELS.value > args.TRANSFER_SIZE.value:
+    raise flags.ValidationError(
+        f'--transfer_labels is {args.TRANSFER_LABELS.value}, but the transfer set has '
+        f'only {args.TRANSFER_SIZE.value} examples. Lower it, or raise --transfer_size.'
+    )
+
+
+@_together('num_negatives', 'transfer_size', 'transfer_labels', 'algorithm')
+def _():
+  unlabelled = args.TRANSFER_SIZE.value - args.TRANSFER_LABELS.value
+  if _algorithm().takes('negatives') and args.NUM_NEGATIVES.value >= unlabelled:
+    raise flags.ValidationError(
+        f'--num_negatives is {args.NUM_NEGATIVES.value}, to be taken from the '
+        f'{args.TRANSFER_SIZE.value} transfer examples beside the '
+        f'{args.TRANSFER_LABELS.value} with labels, and some must be left. Lower it, or '
+        'raise --transfer_size.'
+    )
+
+
+@_together('pretrain_epochs', 'transfer_labels')
+def _():
+  if args.PRETRAIN_EPOCHS.value and not args.TRANSFER_LABELS.value:
+    raise flags.ValidationError('--pretrain_epochs needs labels: set --transfer_labels.')
+
+
+@_together('distillation_weight', 'transfer_labels')
+def _():
+  if args.DISTILLATION_WEIGHT.value not in (None, 1.0) and not args.TRANSFER_LABELS.value:
+    raise flags.ValidationError(
+        '--distillation_weight below 1 needs labels: set --transfer_labels.'
+    )
+
+
+@_together('target')
+def _():
+  args.target()
+
+
+@_together('prediction_bits', 'prediction_top', 'knowledge_bits', 'algorithm')
+def _():
+  codes = (
+      args.PREDICTION_BITS.value, args.PREDICTION_TOP.value, args.KNOWLEDGE_BITS.value
+  )
+  if not _algorithm().takes('up_bits') and sum(its is not None for its in codes) > 1:
+    raise flags.ValidationError(
+        'Of --prediction_bits, --prediction_top and --knowledge_bits only one can be the '
+        'code of the predictions.'
+    )
+
+
+for _channel in ('model', 'knowledge'):
+
+  @_together(f'{_channel}_bits', f'robust_{_channel}')
+  def _(channel: str = _channel):
+    methods = flags.FLAGS[f'robust_{channel}'].value
+    is_sum = set(methods) <= {'zeroing', 'clipping'}
+    if flags.FLAGS[f'{channel}_bits'].value is not None and not is_sum:
+      raise flags.ValidationError(
+          f'--{channel}_bits are of a sum, and --robust_{channel}={methods[0]} is none. '
+          'Leave one out, or take zeroing and clipping.'
+      )
+
+
+@_together('resume', 'output_dir')
+def _():
+  if must_resume() and not args.OUTPUT_DIR.value:
+    raise flags.ValidationError(
+        '--resume needs the --output_dir of the run to go on with.'
+    )
+
+
+# What would make the guarantee of privacy false, where the process does not see it.
+
+
+@_together('compare_with_fed_avg', 'epsilon', 'noise_multiplier')
+def _():
+  flag = flags.FLAGS['compare_with_fed_avg']
+  if is_private() and flag.present and flag.value:
+    raise flags.ValidationError(
+        '--compare_with_fed_avg would train the same clients without noise, and with '
+        'that what differential privacy promises them is void. Leave it out, and compare '
+        'with a run of its own.'
+    )
+
+
+@_together('client_weighting', 'epsilon', 'noise_multiplier')
+def _():
+  if is_private() and args.WEIGHTING.value == 'num_examples':
+    raise flags.ValidationError(
+        '--client_weighting=num_examples and differential privacy do not go together: '
+        'how many examples a client has is its secret, and a weight without a bound '
+        'would make its part as large as it likes. Leave it out.'
+    )
+
+
+@_together('delta', 'num_clients')
+def _():
+  if is_private() and args.DELTA.value * args.NUM_CLIENTS.value >= 1.0:
+    raise flags.ValidationError(
+        '--delta must be well below 1 / --num_clients, '
+        f'{1 / args.NUM_CLIENTS.value:.2g}, found {args.DELTA.value:g}: it is the '
+        'probability with which a client may be told in full.'
+    )
+
+
+@_together('availability', 'epsilon', 'noise_multiplier')
+def _():
+  if is_private() and args.AVAILABILITY.value is not None:
+    raise flags.ValidationError(
+        '--availability and differential privacy do not go together: the fewer clients '
+        'can be reached, the more likely each of them is chosen, and that is not in the '
+        'account. Leave one out.'
+    )
+
+
+@_together('sampling', 'epsilon', 'noise_multiplier')
+def _():
+  if is_private() and args.SAMPLING.value == 'weighted':
+    raise flags.ValidationError(
+        '--sampling=weighted and differential privacy do not go together: clients would '
+        'be chosen by how many examples they have, which is their secret. Take poisson, '
+        'uniform or cyclic.'
+    )
+
+
+@_together('private_channels', 'epsilon')
+def _():
+  if args.PRIVATE_CHANNELS.value and args.EPSILON.value is not None:
+    raise flags.ValidationError(
+        '--private_channels leaves the other channel without noise, so that there is no '
+        'noise with which --epsilon would hold. Leave it out; or give '
+        '--noise_multiplier in place of --epsilon, to see what noise does.'
+    )
