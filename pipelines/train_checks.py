@@ -80,7 +80,7 @@ def _algorithm() -> algorithms.Algorithm:
   return algorithms.REGISTRY[args.ALGORITHM.value]
 
 
-def _task() -> data.TaskInfo:
+def _task() -> data.tasks.TaskInfo:
   return data.task_info(args.TASK.value)
 
 
