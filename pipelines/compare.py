@@ -5,6 +5,7 @@ r"""Runs several algorithms on the same problem, several times, and compares the
   python -m pipelines.compare --algorithms=fed_avg,fed_df \
       --vary='|--dropout_after=0.3|--dropout_after=0.7'
   python -m pipelines.compare --algorithms=fed_avg,ds_fl --vary='|--epsilon=8' --audit
+  python -m pipelines.compare --algorithms=fed_avg,fed_df --task=newsgroups --ceilings
 
 Takes the flags of `pipelines.train`, too; an algorithm gets those that it knows. A seed
 decides the split, the initial weights and who takes part in which round, so all
@@ -27,10 +28,12 @@ from absl import app
 from absl import flags
 
 import pipelines
+from pipelines import central_flags
 from pipelines import parallel
 from pipelines import train_flags
 from tff_kd import algorithms
 
+flags.adopt_module_key_flags(central_flags)
 flags.adopt_module_key_flags(train_flags)
 # Set for each run; --output_dir is the folder of all.
 _PER_RUN = {'algorithm', 'seed', 'output_dir', 'resume', 'compare_with_fed_avg'}
@@ -56,10 +59,17 @@ _AUDIT = flags.DEFINE_bool(
     'table: the AUC of membership inference against the released student, and against '
     "single clients' models."
 )
+_CEILINGS = flags.DEFINE_bool(
+    'ceilings', False, 'Also train the student and the teacher on all examples in one '
+    'place (pipelines.centralized), once a seed: a row of the table, and lines in the '
+    'picture.'
+)
 _JOBS = flags.DEFINE_integer(
     'jobs', None, 'Runs at a time; one a core if unset.', lower_bound=1
 )
 _DEFAULT_DIR = 'runs/compare'
+# What the table and messages call the ceilings.
+_IN_ONE_PLACE = 'in one place'
 
 
 class _Setting(NamedTuple):
@@ -194,6 +204,8 @@ def _check_same_problem(
 ) -> None:
   """Refuses a folder whose finished runs had other flags."""
   arguments = {its.name: flags_of_run for its, flags_of_run in settings.items()}
+  if _CEILINGS.value:
+    arguments[_IN_ONE_PLACE] = _central_arguments()
   path = folder / 'compare.json'
   if path.is_file():
     before = json.loads(path.read_text())
@@ -222,6 +234,63 @@ def _train_all(
 
   jobs = [_job(run, settings[run.setting]) for run in todo.values()]
   return parallel.run_all(jobs, _JOBS.value, line)
+
+
+def _ceiling_path(seed: int, folder: pathlib.Path) -> pathlib.Path:
+  return folder / f'centralized-{seed}' / 'results.json'
+
+
+def _train_ceilings(seeds: list[int], folder: pathlib.Path) -> list[str]:
+  """Trains in one place what is not trained yet; returns what failed."""
+  given = _central_arguments()
+
+  def job(seed: int) -> parallel.Job:
+    path = _ceiling_path(seed, folder)
+    command = [
+        sys.executable, '-m', 'pipelines.centralized', f'--seed={seed}',
+        f'--output_dir={path.parent}', *given,
+    ]
+    log = path.parent.with_name(f'{path.parent.name}.log')
+    return parallel.Job(f'{_IN_ONE_PLACE}, seed {seed}', command, log)
+
+  return parallel.run_all(
+      [job(seed) for seed in seeds if not _ceiling_path(seed, folder).is_file()],
+      _JOBS.value,
+  )
+
+
+def _central_flags() -> list[flags.Flag]:
+  its = flags.FLAGS.flags_by_module_dict()[central_flags.__name__]
+  return [flag for flag in its if flag.present]
+
+
+def _central_arguments() -> list[str]:
+  """What of this script's flags the training in one place is given."""
+  shared = [
+      flag
+      for name, flag in _train_flags().items()
+      if flag.present and name in central_flags.OF_TRAIN - _PER_RUN
+  ]
+  return [flag.serialize() for flag in [*shared, *_central_flags()]]
+
+
+def _ceilings(
+    seeds: list[int], folder: pathlib.Path, metric: str
+) -> dict[str, list[float]]:
+  """Model -> its score of each seed, of those that are trained."""
+  found = {'student': [], 'teacher': []}
+  for seed in seeds:
+    path = _ceiling_path(seed, folder)
+    if _CEILINGS.value and path.is_file():
+      models = json.loads(path.read_text())['models']
+      for kind, values in found.items():
+        # Of cohorts the mean.
+        its = [
+            of_model[f'test_{metric}']
+            for name, of_model in models.items() if name.startswith(kind)
+        ]
+        values.append(statistics.mean(its))
+  return found
 
 
 def _audit_path(run: _Run) -> pathlib.Path:
@@ -273,7 +342,9 @@ def _spread(values: list[float], digits: int) -> str:
   return text
 
 
-def _rows(runs: list[_Run]) -> list[tuple[str, ...]]:
+def _rows(
+    runs: list[_Run], ceilings: dict[str, list[float]]
+) -> list[tuple[str, ...]]:
   """The table: one algorithm, with one set of flags, a row."""
   results = {run: _results(run) for run in runs}
   histories = {run: _history(run) for run in runs}
@@ -333,6 +404,10 @@ def _rows(runs: list[_Run]) -> list[tuple[str, ...]]:
     if audits:
       row[-1:-1] = _leaks([audits[run] for run in its if run in audits])
     rows.append(tuple(row))
+  if ceilings['student']:
+    each = [_spread(ceilings[model], 3) for model in ('student', 'teacher')]
+    blank = [''] * (len(head) - 4)
+    rows.append((_IN_ONE_PLACE, *each, *blank, str(len(ceilings['student']))))
   return rows
 
 
@@ -354,13 +429,15 @@ def _by_setting(runs: list[_Run]) -> dict[_Setting, list[_Run]]:
 
 
 def _report(
-    runs: list[_Run], rows: list[list[tuple[str, ...]]], folder: pathlib.Path
+    runs: list[_Run], rows: list[list[tuple[str, ...]]], seeds: list[int],
+    folder: pathlib.Path,
 ) -> None:
   from pipelines import plots
   from pipelines import tables
 
-  table = _rows(runs)
   metric = _results(runs[0])['metric']
+  ceilings = _ceilings(seeds, folder, metric)
+  table = _rows(runs, ceilings)
   with open(folder / 'table.csv', 'w', newline='') as file:
     csv.writer(file).writerows(table)
   (folder / 'table.md').write_text(tables.markdown_table(table))
@@ -372,7 +449,11 @@ def _report(
         _megabytes(history),
         [row[f'test/student_{metric}'] for row in history],
     ))
-  plots.plot_comparison(curves, folder / 'curves.png', metric)
+  levels = {
+      f'{model} {_IN_ONE_PLACE}': statistics.mean(values)
+      for model, values in ceilings.items() if values
+  }
+  plots.plot_comparison(curves, folder / 'curves.png', metric, levels)
   files = ['table.md', 'table.csv', 'curves.png']
   if rows:
     _draw_variations(runs, rows, metric, folder / 'varied.png')
@@ -417,6 +498,10 @@ def main(argv: list[str]) -> Optional[int]:
   if len(argv) > 1:
     raise app.UsageError(f'Not a flag: {argv[1:]}.')
   _check_algorithms()
+  if _central_flags() and not _CEILINGS.value:
+    raise app.UsageError(
+        f'--{_central_flags()[0].name} has no effect without --ceilings. Leave it out.'
+    )
   seeds, rows = _seeds(), _variations()
   settings = _settings(rows)
   folder = pathlib.Path(train_flags.OUTPUT_DIR.value or _DEFAULT_DIR)
@@ -441,6 +526,8 @@ def _compare(
   try:
     failed = _train_all(runs, settings)
     done = [run for run in runs if _is_done(run)]
+    if _CEILINGS.value:
+      failed += _train_ceilings(seeds, folder)
     if _AUDIT.value:
       failed += _audit_all(done)
   except KeyboardInterrupt:
@@ -448,7 +535,7 @@ def _compare(
     return 130
   if done:
     order = list(settings)
-    _report(sorted(done, key=lambda run: order.index(run.setting)), rows, folder)
+    _report(sorted(done, key=lambda run: order.index(run.setting)), rows, seeds, folder)
   if failed:
     print(f'error: failed: {"; ".join(failed)}.', file=sys.stderr)
     return 1

@@ -99,6 +99,7 @@ def plot_comparison(
     ],
     path: os.PathLike,
     metric: str = 'accuracy',
+    levels: Mapping[str, float] = {},
 ) -> None:
   """Test accuracy of several algorithms against rounds and against bytes.
 
@@ -107,6 +108,7 @@ def plot_comparison(
       accuracy). The line is their mean; the band, one standard deviation.
     path: The PNG file to write.
     metric: What stands in place of accuracy, a name.
+    levels: Name -> a value to compare with, a horizontal line.
   """
   figure, panels = plt.subplots(
       1, 2, figsize=(13, 4.8), sharey=True, layout='constrained'
@@ -123,6 +125,9 @@ def plot_comparison(
           x[:length], mean - deviation, mean + deviation, color=color, alpha=0.12,
           linewidth=0,
       )
+  for (name, value), style in zip(levels.items(), ('--', ':')):
+    for panel in panels:
+      panel.axhline(value, color='black', linewidth=1, linestyle=style, label=name)
   panels[0].xaxis.get_major_locator().set_params(integer=True)
   panels[0].set(xlabel='round', ylabel=f"student's test {metric}")
   panels[1].set(

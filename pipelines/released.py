@@ -40,9 +40,6 @@ def load(run_dir: pathlib.Path, task: tff_kd.data.Task) -> list[Released]:
         else 'a run leaves its models when it is over'
     )
     raise UserError(f'{run_dir} has no model (*.keras): {why}.')
-  input_spec = tf.nest.map_structure(
-      lambda a: tf.TensorSpec([None, *a.shape[1:]], a.dtype), tuple(task.clients)
-  )
   specs = []
   for path in paths:
     builders = task.teachers
@@ -53,7 +50,7 @@ def load(run_dir: pathlib.Path, task: tff_kd.data.Task) -> list[Released]:
       name = args.STUDENT.value[int(number) if number else 0]
     specs.append(
         tff_kd.models.build_model_spec(
-            builders[name], input_spec=input_spec, loss_fn=task.loss_fn,
+            builders[name], input_spec=task.input_spec, loss_fn=task.loss_fn,
             metrics_fn=task.metrics_fn, name=path.stem,
         )
     )

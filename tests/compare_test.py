@@ -1,6 +1,7 @@
 """`python -m pipelines.compare` as a user runs it."""
 
 import csv
+import json
 import pathlib
 import subprocess
 import sys
@@ -16,7 +17,9 @@ _TINY = [
     '--server_steps=2', '--rounds=2', '--transfer_size=60', '--transfer_labels=20',
     '--rounds_per_checkpoint=1',
 ]
-_COMPARED = ['--algorithms=fed_avg,fed_df', '--seeds=0,1']
+_COMPARED = [
+    '--algorithms=fed_avg,fed_df', '--seeds=0,1', '--ceilings', '--central_epochs=1'
+]
 
 
 def _run(*args, timeout=400):
@@ -51,12 +54,17 @@ def test_it_goes_on_and_ends_with_a_table_and_a_picture(finished):
   assert 'of 4 runs are done already' in printed
   with open(folder / 'table.csv', newline='') as file:
     rows = {row['algorithm']: row for row in csv.DictReader(file)}
+  ceiling = rows.pop('in one place')
+  assert '±' in ceiling['student'] and '±' in ceiling['teacher']
+  with open(folder / 'centralized-0' / 'results.json') as file:
+    model = json.load(file)['models']['student']
+  assert model['weights'] == 25_450 and model['epochs'] == 1
   assert set(rows) == {'fed_avg', 'fed_df'}
   for row in rows.values():
     assert row['seeds'] == '2' and '±' in row['student'] and row['teacher'] == ''
   assert float(rows['fed_df']['MB a round']) > float(rows['fed_avg']['MB a round'])
   markdown = (folder / 'table.md').read_text().splitlines()
-  assert len(markdown) == 4 and markdown[0].startswith('| algorithm | student |')
+  assert len(markdown) == 5 and markdown[0].startswith('| algorithm | student |')
   assert (folder / 'curves.png').stat().st_size > 10_000
 
 
@@ -127,6 +135,7 @@ def test_varied_flags_and_a_run_without_any_client(tmp_path):
         (['--vary=|'], 'the same flags twice'),
         (['--algorithms=fed_avg', '--vary=|--teacher=cnn'], 'has no effect with any'),
         (['--algorithms=fed_avg,magic'], 'magic'),
+        (['--central_epochs=2'], '--central_epochs has no effect without --ceilings'),
         (['--seeds=0,0'], 'different numbers'),
         (['--seed=3'], '--seed is set for each run'),
         (['--algorithms=fed_avg', '--teacher=cnn'], '--teacher has no effect'),

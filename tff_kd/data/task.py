@@ -102,6 +102,13 @@ class Task:
     return self.num_classes is None
 
   @property
+  def input_spec(self) -> tuple[Any, tf.TensorSpec]:
+    """Of a batch: `TensorSpec`s of inputs and labels."""
+    return tf.nest.map_structure(
+        lambda a: tf.TensorSpec([None, *a.shape[1:]], a.dtype), tuple(self.clients)
+    )
+
+  @property
   def metric(self) -> str:
     """The name of the score that matters most."""
     return 'rmse' if self.is_regression else 'accuracy'

@@ -1,0 +1,124 @@
+"""The job behind `pipelines.centralized`."""
+
+import json
+import pathlib
+import sys
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from pipelines import tables
+from pipelines import train_flags as args
+from pipelines import train_job
+from pipelines import UserError
+import tff_kd
+
+# So many passes without a better validation score end it.
+_PATIENCE = 3
+
+
+def run(
+    folder: pathlib.Path, *, epochs: int, learning_rate: float, batch_size: int
+) -> None:
+  """The whole job.
+
+  Args:
+    folder: Where the results go.
+    epochs: Passes at most.
+    learning_rate: Adam's.
+    batch_size: Examples a step.
+  """
+  with train_job.errors_for_users():
+    task = train_job.load_task()
+    clients = train_job.split_clients(task)
+    builders = _builders(task)
+    folder.mkdir(parents=True, exist_ok=True)
+  examples = task.clients.take(np.concatenate(clients))
+  # Before the models: building a spec enters a graph, which spoils earlier Keras models.
+  evaluators = {
+      name: tff_kd.evaluation.CentralEvaluator(
+          tff_kd.models.build_model_spec(
+              builder, input_spec=task.input_spec, loss_fn=task.loss_fn,
+              metrics_fn=task.metrics_fn, name=name,
+          )
+      )
+      for name, builder in builders.items()
+  }
+  print(
+      f'{task.name}: {len(examples)} examples of {args.NUM_CLIENTS.value} clients in one '
+      f'place; validation {len(task.validation)}, test {len(task.test)}.'
+  )
+  results, rows = {}, []
+  for name, builder in builders.items():
+    tf.keras.utils.set_random_seed(args.SEED.value)
+    model = builder()
+    model.compile(tf.keras.optimizers.Adam(learning_rate), task.loss_fn())
+    best = _fit(model, evaluators[name], task, examples, name, epochs, batch_size)
+    scores = evaluators[name].evaluate(tff_kd.models.weights_of(model), *task.test)
+    model.save(folder / f'{name}.keras')
+    results[name] = {
+        'weights': model.count_params(), 'epochs': best,
+        **{f'test_{key}': float(value) for key, value in scores.items()},
+    }
+    rows.append((
+        name, f'{model.count_params():,}', str(best),
+        *(f'{value:.4f}' for value in scores.values()),
+    ))
+  (folder / 'results.json').write_text(
+      json.dumps({'metric': task.metric, 'models': results}, indent=2) + '\n'
+  )
+  print()
+  head = ('model', 'weights', 'epochs', *(key.replace('_', ' ') for key in scores))
+  tables.print_table([head, *rows])
+  print(f'\nOn the test part, after the best epoch by validation. {folder}')
+
+
+def _builders(task: tff_kd.data.Task) -> dict[str, Any]:
+  """The models, as in a run: of several students each."""
+  students = args.STUDENT.value
+  names = ['student'] if len(students) == 1 else [
+      f'student_{number}' for number in range(len(students))
+  ]
+  for flag, known, wanted in (
+      ('student', task.students, students),
+      ('teacher', task.teachers, [args.TEACHER.value]),
+  ):
+    if not set(wanted) <= set(known):
+      raise UserError(
+          f'--{flag}={",".join(wanted)}: choose of {", ".join(known)}, the models of '
+          f'{task.name}.'
+      )
+  return {
+      **{name: task.students[its] for name, its in zip(names, students)},
+      'teacher': task.teachers[args.TEACHER.value],
+  }
+
+
+def _fit(
+    model: tf.keras.Model, evaluator: tff_kd.evaluation.CentralEvaluator,
+    task: tff_kd.data.Task, examples: tff_kd.data.Examples, name: str, epochs: int,
+    batch_size: int,
+) -> int:
+  """Trains until validation is not better any more; returns the best epoch.
+
+  The model has the weights of that epoch afterwards.
+  """
+  sign = -1.0 if task.is_regression else 1.0
+  best_score, best_epoch, best_weights = -np.inf, 0, None
+  for epoch in range(1, epochs + 1):
+    model.fit(*examples, batch_size=batch_size, verbose=0)
+    weights = tff_kd.models.weights_of(model)
+    score = evaluator.evaluate(weights, *task.validation)[task.metric]
+    print(f'{name}, epoch {epoch}: validation {score:.4f}', file=sys.stderr, flush=True)
+    if not np.isfinite(score):
+      raise UserError(
+          f'{name}: the validation {task.metric} is {score} after {epoch} epochs. Lower '
+          '--central_learning_rate.'
+      )
+    if sign * score > best_score:
+      best_score, best_epoch, best_weights = sign * score, epoch, model.get_weights()
+    elif epoch - best_epoch >= _PATIENCE:
+      break
+  model.set_weights(best_weights)
+  return best_epoch
