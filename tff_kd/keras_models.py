@@ -57,6 +57,34 @@ class MeanOfTokens(tf.keras.layers.Layer):
 
 
 @_register
+class AttendedTokens(tf.keras.layers.Layer):
+  """A mean of the vectors of a text's tokens in which each token has its own weight.
+
+  The weights are the softmax over the text of a number that each token of the vocabulary
+  has, 0 at first. Takes [tokens, int `[batch, length]`, vectors, `[batch, length,
+  width]`]; token 0 is padding and not in it.
+  """
+
+  def __init__(self, vocabulary_size: int, **kwargs):
+    super().__init__(**kwargs)
+    self.vocabulary_size = vocabulary_size
+    self.scores = tf.keras.layers.Embedding(
+        vocabulary_size, 1, embeddings_initializer='zeros'
+    )
+
+  def call(self, inputs):
+    tokens, vectors = inputs
+    there = tf.cast(tokens > 0, vectors.dtype)
+    scores = self.scores(tokens)[..., 0] - 1e9 * (1.0 - there)
+    # Of a text without tokens nothing is left.
+    shares = tf.nn.softmax(scores, axis=1) * there
+    return tf.reduce_sum(shares[..., tf.newaxis] * vectors, axis=1)
+
+  def get_config(self):
+    return {**super().get_config(), 'vocabulary_size': self.vocabulary_size}
+
+
+@_register
 class DenseModel(tf.keras.Model):
   """Flattens, then dense layers with relu, then logits."""
 

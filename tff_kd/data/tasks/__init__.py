@@ -83,9 +83,9 @@ TASKS = {
         ),
         TaskInfo(
             'newsgroups', 'posts of 20 newsgroups, by topic',
-            students=('embedding',), teachers=('deep',),
+            students=('embedding',), teachers=('attention',),
             defaults={
-                'student': ['embedding'], 'teacher': 'deep', 'mentor': 'deep',
+                'student': ['embedding'], 'teacher': 'attention', 'mentor': 'attention',
                 'client_optimizer': 'adam', 'client_learning_rate': 0.01,
             },
         ),

@@ -150,16 +150,25 @@ def build_factors(width: int = 16) -> tf.keras.Model:
   return tf.keras.Model(inputs, stars)
 
 
-def build_deep(width: int = 32, units: tuple[int, ...] = (64, 32)) -> tf.keras.Model:
-  """The same, corrected by dense layers over both vectors and their product."""
+def build_deep(
+    width: int = 64, units: tuple[int, ...] = (64, 32), decay: float = 3e-3
+) -> tf.keras.Model:
+  """The same, wider, corrected by dense layers over both vectors and their product.
+
+  Args:
+    width: Of a film's vectors.
+    units: Of the dense layers.
+    decay: The L2 factor of their kernels.
+  """
+  small = tf.keras.regularizers.L2(decay)
   layers = tf.keras.layers
   inputs = _inputs()
   stars, tastes, film = Tastes(width)(inputs)
   product = layers.Multiply()([tastes, film])
   x = layers.Concatenate()([tastes, film, product])
   for count in units:
-    x = layers.Dense(count, activation='relu')(x)
-  x = layers.Dense(1, kernel_initializer='zeros')(x)
+    x = layers.Dense(count, activation='relu', kernel_regularizer=small)(x)
+  x = layers.Dense(1, kernel_initializer='zeros', kernel_regularizer=small)(x)
   return tf.keras.Model(inputs, layers.Add()([stars, x]))
 
 

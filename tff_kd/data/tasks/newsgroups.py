@@ -65,25 +65,38 @@ def encode(texts: list[str], vocabulary: list[str]) -> np.ndarray:
   return encoded
 
 
-def build_model(
-    num_classes: int, *, width: int, units: tuple[int, ...] = (), dropout: float = 0.0
-) -> tf.keras.Model:
-  """The mean of the words' vectors, dense layers, logits.
+def build_embedding(num_classes: int, width: int = 32) -> tf.keras.Model:
+  """The mean of the words' vectors; logits.
 
   Args:
     num_classes: How many logits.
     width: Of a word's vector.
-    units: Of the dense layers.
-    dropout: The rate before each dense layer; none if 0.
   """
   layers = tf.keras.layers
   words = layers.Input((LENGTH,), dtype=tf.int32)
   vectors = layers.Embedding(VOCABULARY_SIZE, width)(words)
   x = keras_models.MeanOfTokens()([words, vectors])
-  for count in units:
-    if dropout:
-      x = keras_models.RepeatableDropout(dropout)(x)
-    x = layers.Dense(count, activation='relu')(x)
+  return tf.keras.Model(words, layers.Dense(num_classes)(x))
+
+
+def build_attention(
+    num_classes: int, width: int = 128, dropout: float = 0.5
+) -> tf.keras.Model:
+  """The mean of wider vectors beside one that attends to what words tell; logits.
+
+  Args:
+    num_classes: How many logits.
+    width: Of a word's vector.
+    dropout: The rate before the logits.
+  """
+  layers = tf.keras.layers
+  words = layers.Input((LENGTH,), dtype=tf.int32)
+  vectors = layers.Embedding(VOCABULARY_SIZE, width)(words)
+  x = layers.Concatenate()([
+      keras_models.MeanOfTokens()([words, vectors]),
+      keras_models.AttendedTokens(VOCABULARY_SIZE)([words, vectors]),
+  ])
+  x = keras_models.RepeatableDropout(dropout)(x)
   return tf.keras.Model(words, layers.Dense(num_classes)(x))
 
 
@@ -123,10 +136,6 @@ def load(
   return task_lib.Task(
       name='newsgroups', clients=clients, transfer=transfer, validation=validation,
       test=test, num_classes=len(groups), class_names=groups,
-      students={'embedding': lambda: build_model(len(groups), width=32)},
-      teachers={
-          'deep': lambda: build_model(
-              len(groups), width=128, units=(128, 64), dropout=0.3
-          )
-      },
+      students={'embedding': lambda: build_embedding(len(groups))},
+      teachers={'attention': lambda: build_attention(len(groups))},
   )
