@@ -1,25 +1,156 @@
 """What README and docs say is run as it stands there."""
 
+import json
 import os
+import re
+import shlex
 import stat
 import subprocess
 import sys
 
+from absl import flags
+import numpy as np
+import pytest
+
+from pipelines import train
+from pipelines import train_flags
+from tests import data_test
 from tests import helpers
 
 
-def test_the_readmes_python_runs(tmp_path):
-  blocks = (helpers.ROOT / 'README.md').read_text().split('```python\n')[1:]
-  # The others go on where the first ends.
-  assert len(blocks) == 5
-  code = '\n'.join(block.split('```')[0] for block in blocks)
+
+def _pages(folder):
+  return sorted(f'{folder}/{path.name}' for path in (helpers.ROOT / folder).glob('*.md'))
+
+
+_DOCS, _RESULTS = ['README.md', *_pages('docs')], _pages('docs/results')
+
+
+def _blocks(document, *languages):
+  text = (helpers.ROOT / document).read_text()
+  found = re.findall(r'(?ms)^```(\w*)\n(.*?)^```$', text)
+  return [block for language, block in found if language in languages]
+
+
+def _commands():
+  """All calls of our scripts: (document, words after `python -m`)."""
+  found = []
+  for document in _DOCS + _RESULTS:
+    for block in _blocks(document, 'sh', 'bash'):
+      for line in block.replace('\\\n', ' ').splitlines():
+        if line.startswith('python -m pipelines.'):
+          words = shlex.split(line, comments=True)
+          found.append((document, tuple(words[2:])))
+  return found
+
+
+_COMMANDS = _commands()
+_TRAIN = sorted({
+    words[1:] for _, words in _COMMANDS
+    if words[0] == 'pipelines.train' and '--help' not in words
+})
+
+
+@pytest.mark.parametrize('document', ['README.md', 'docs/tutorial.md', 'docs/library.md'])
+def test_the_python_runs(document, tmp_path):
+  blocks = _blocks(document, 'python')
+  if document == 'docs/library.md':
+    # This one says that it goes on where the first block of the other ends.
+    blocks += _blocks('docs/privacy.md', 'python')
+    assert 'docs/privacy.md' in _DOCS
+  assert blocks
   done = subprocess.run(
-      [sys.executable, '-c', code], cwd=tmp_path, capture_output=True, text=True,
-      timeout=300, check=False, env={**os.environ, 'PYTHONPATH': str(helpers.ROOT)},
+      [sys.executable, '-c', '\n'.join(blocks)], cwd=tmp_path, capture_output=True,
+      text=True, timeout=400, check=False,
+      env={**os.environ, 'PYTHONPATH': str(helpers.ROOT)},
   )
   assert done.returncode == 0, done.stderr
-  assert done.stdout.count('sparse_categorical_accuracy') == 3
-  assert list(tmp_path.glob('runs/clients/client-*-round-3.npz'))
+  if document == 'docs/library.md':
+    assert done.stdout.count('sparse_categorical_accuracy') == 3
+    assert list(tmp_path.glob('runs/clients/client-*-round-3.npz'))
+  if document == 'docs/tutorial.md':
+    scores = dict(re.findall(r'(.+): (0\.\d+)', done.stdout))
+    assert float(scores['With 200 labels']) > float(scores['FedAvg of tff_kd'])
+
+
+def test_no_other_page_has_python():
+  tested = ('README.md', 'docs/tutorial.md', 'docs/library.md', 'docs/privacy.md')
+  for document in {*_DOCS, *_RESULTS} - {*tested, 'docs/api.md'}:
+    assert not _blocks(document, 'python'), document
+
+
+@pytest.fixture(scope='module')
+def workplace(tmp_path_factory):
+  """What the commands of the documents find: data, and the folder of a run."""
+  folder = tmp_path_factory.mktemp('workplace')
+  data = folder / 'DIR'
+  data.mkdir()
+  data_test._write_idx(data, n_train=6000, n_test=200, zipped=True)
+  rng = np.random.default_rng(0)
+  for name in ('server', *(f'client_{i}' for i in range(4))):
+    np.savez(data / f'{name}.npz', x=rng.normal(size=(60, 2)), y=rng.integers(0, 3, 60))
+  run = folder / 'runs' / 'mine'
+  run.mkdir(parents=True)
+  values = {name: flag.default for name, flag in train_flags.own_flags().items()}
+  (run / 'config.json').write_text(json.dumps({'flags': values, 'versions': {}}))
+  (folder / 'examples').symlink_to(helpers.ROOT / 'examples')
+  return folder
+
+
+@pytest.mark.parametrize('arguments', _TRAIN, ids=' '.join)
+def test_what_would_be_trained_can_be(arguments, workplace, monkeypatch, capsys):
+  monkeypatch.chdir(workplace)
+  arguments = [
+      # Other machines are tested in `machines_test`.
+      its for its in arguments
+      if not its.startswith(('--workers', '--tls_dir', '--cache_dir', '--output_dir'))
+  ]
+  with helpers.flags_of(*arguments, '--dry_run'):
+    assert train.main(['train']) == 0, capsys.readouterr().err
+  assert 'Nothing was trained' in capsys.readouterr().out
+
+
+@pytest.mark.parametrize('script', sorted({words[0] for _, words in _COMMANDS}))
+def test_the_scripts_know_the_flags(script):
+  """Of each command; what they then do is tested with the scripts."""
+  calls = sorted({words[1:] for _, words in _COMMANDS if words[0] == script})
+  calls = [its for its in calls if '--help' not in its]
+  check = (
+      f'import json, sys; from absl import flags; import {script}\n'
+      'for call in json.loads(sys.argv[1]):\n'
+      '  flags.FLAGS.unparse_flags()\n'
+      '  assert flags.FLAGS(["x", *call]) == ["x"], call'
+  )
+  subprocess.run(
+      [sys.executable, '-c', check, json.dumps(calls)], cwd=helpers.ROOT, check=True
+  )
+
+
+def test_links_lead_somewhere():
+  for document in _DOCS + _RESULTS:
+    path = helpers.ROOT / document
+    for target in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', path.read_text()):
+      assert (path.parent / target).exists(), (document, target)
+
+
+def test_the_api_page_is_the_docstrings():
+  done = subprocess.run(
+      [sys.executable, '-c', 'import build_api; print(build_api.reference(), end="")'],
+      cwd=helpers.ROOT, capture_output=True, text=True, check=False,
+      env={**os.environ, 'PYTHONPATH': f'{helpers.ROOT}:{helpers.ROOT / "docs"}'},
+  )
+  assert done.returncode == 0, done.stderr
+  assert done.stdout == (helpers.ROOT / 'docs' / 'api.md').read_text(), (
+      'The docstrings have changed: run python docs/build_api.py.'
+  )
+
+
+def test_all_flags_have_a_topic():
+  from pipelines import topics
+
+  of_topics = [flag.name for its in topics.by_topic().values() for flag in its]
+  assert sorted(of_topics) == sorted(train_flags.own_flags())
+  assert all(flag.help for flag in flags.FLAGS.get_key_flags_for_module(train))
 
 
 def test_the_wrong_python_is_one_sentence(tmp_path):

@@ -1,0 +1,121 @@
+"""Writes docs/api.md, the API reference, from the docstrings.
+
+  python docs/build_api.py
+"""
+
+from collections.abc import Iterator
+import dataclasses
+import inspect
+import pathlib
+import sys
+from typing import Any
+
+import tff_kd
+
+PATH = pathlib.Path(__file__).with_name('api.md')
+_HEAD = '''# API
+
+Made from the docstrings by `python docs/build_api.py`; a test holds it to them. Names are
+as in `import tff_kd`; what is not here is not for callers.
+'''
+# Packages: what they export is public. Of other modules, what they define.
+_PACKAGES = ('algorithms', 'data', 'privacy', 'simulation')
+
+
+def _public(module: Any) -> list[str]:
+  name = module.__name__.removeprefix('tff_kd').removeprefix('.')
+  if name == 'algorithms':
+    return [f'build_{its}' for its in module.REGISTRY]
+  if name in ('', *_PACKAGES):
+    return [its for its in dir(module) if not its.startswith('_')]
+  return [
+      its
+      for its, value in vars(module).items()
+      if not its.startswith('_')
+      and getattr(value, '__module__', None) == module.__name__
+      and (inspect.isclass(value) or inspect.isfunction(value))
+  ]
+
+
+def _signature(value: Any) -> str:
+  """The parameters' names and defaults; their types are in the text."""
+  try:
+    signature = inspect.signature(value)
+  except (TypeError, ValueError):
+    return ''
+  found, is_keyword_only = [], False
+  for parameter in signature.parameters.values():
+    if parameter.name == 'self':
+      continue
+    text = parameter.name
+    if parameter.kind == parameter.VAR_POSITIONAL:
+      text, is_keyword_only = f'*{text}', True
+    elif parameter.kind == parameter.VAR_KEYWORD:
+      text = f'**{text}'
+    elif parameter.kind == parameter.KEYWORD_ONLY and not is_keyword_only:
+      found.append('*')
+      is_keyword_only = True
+    if parameter.default is not parameter.empty:
+      default = parameter.default
+      is_plain = isinstance(default, (bool, int, float, str, tuple, type(None)))
+      text += f'={default!r}' if is_plain else '=...'
+    found.append(text)
+  return f'({", ".join(found)})'
+
+
+def _text(value: Any) -> list[str]:
+  # Not `getdoc`, which takes a base class's for an override without one.
+  doc = value.__doc__
+  return ['```text', inspect.cleandoc(doc), '```', ''] if doc else []
+
+
+def _entry(name: str, value: Any) -> list[str]:
+  lines = [f'### `{name}`', '']
+  is_error = inspect.isclass(value) and issubclass(value, BaseException)
+  if not is_error:
+    short = name.rpartition('.')[2]
+    lines += ['```python', f'{short}{_signature(value)}', '```', '']
+  lines += _text(value)
+  if not inspect.isclass(value):
+    return lines
+  fields = (
+      {field.name for field in dataclasses.fields(value)}
+      if dataclasses.is_dataclass(value)
+      else set(getattr(value, '_fields', ()))
+  )
+  for its, member in vars(value).items():
+    if its.startswith('_') or its in fields:
+      continue
+    if isinstance(member, (classmethod, staticmethod)):
+      member = member.__func__
+    if inspect.isfunction(member) and member.__doc__:
+      lines += [f'**`.{its}{_signature(member)}`**', '', *_text(member)]
+    elif isinstance(member, property) and member.fget.__doc__:
+      lines += [f'**`.{its}`**', '', *_text(member.fget)]
+  return lines
+
+
+def _modules() -> Iterator[tuple[str, Any]]:
+  yield 'tff_kd', tff_kd
+  for name in dir(tff_kd):
+    if inspect.ismodule(getattr(tff_kd, name)):
+      yield f'tff_kd.{name}', getattr(tff_kd, name)
+
+
+def reference() -> str:
+  """The whole page."""
+  lines, seen = [_HEAD], set()
+  for module_name, module in _modules():
+    lines += [f'## {module_name}', '', inspect.getdoc(module) or '', '']
+    for name in sorted(_public(module)):
+      value = getattr(module, name)
+      is_entry = inspect.isclass(value) or inspect.isfunction(value)
+      if is_entry and value not in seen:
+        seen.add(value)
+        lines += _entry(f'{module_name}.{name}', value)
+  return '\n'.join(lines).rstrip() + '\n'
+
+
+if __name__ == '__main__':
+  PATH.write_text(reference())
+  print(PATH, file=sys.stderr)
