@@ -48,7 +48,8 @@ SEED = flags.DEFINE_integer(
 )
 FEDAVG = flags.DEFINE_bool(
     'compare_with_fed_avg', True,
-    'Also train plain FedAvg of the same student, to the same bytes.'
+    'Also train plain FedAvg of the same student, to the same bytes, for three times the '
+    'rounds at most.'
 )
 
 topics.topic('Data and clients')
