@@ -76,8 +76,9 @@ TASKS = {
             defaults={
                 'student': ['gru'], 'teacher': 'gru', 'mentor': 'gru',
                 'num_clients': 562, 'clients_per_round': 10, 'client_epochs': 1,
-                'batch_size': 4, 'client_learning_rate': 2.0, 'transfer_size': 200,
-                'transfer_labels': 50, 'validation_size': 200,
+                'batch_size': 4, 'client_learning_rate': 2.0, 'transfer_size': 100,
+                'transfer_labels': 50, 'validation_size': 200, 'server_steps': 30,
+                'server_batch_size': 32, 'back_steps': 30, 'teacher_learning_rate': 0.003,
             },
             has_clients=True,
         ),
@@ -87,6 +88,7 @@ TASKS = {
             defaults={
                 'student': ['embedding'], 'teacher': 'attention', 'mentor': 'attention',
                 'client_optimizer': 'adam', 'client_learning_rate': 0.01,
+                'teacher_learning_rate': 0.003,
             },
         ),
         TaskInfo(
