@@ -4,8 +4,9 @@ from collections.abc import Sequence
 import csv
 import json
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
+from absl import flags
 import numpy as np
 import tensorflow as tf
 
@@ -18,20 +19,29 @@ from tff_kd import evaluation
 
 # Beyond that a matrix of shares is a smear.
 _MAX_CLASSES = 100
+# Flags that decide which examples are whose.
+_OF_THE_SPLIT = (
+    'task', 'data_dir', 'num_clients', 'partition', 'alpha', 'shards_per_client', 'seed',
+    'transfer_size', 'validation_size', 'student', 'mentor',
+)
 
 
 class _Evaluated(NamedTuple):
-  """A model on the examples.
+  """A model on the examples, or each client's own model on that client's.
 
   Attributes:
-    model: It.
+    name: The model's.
+    spec: What it predicts.
     outputs: Its logits, or numbers, `[n, ...]`.
+    labels: The true ones, `[n, ...]`.
     scores: On all examples, by name.
     by_client: The metric of each client, NaN without examples.
   """
 
-  model: released.Released
+  name: str
+  spec: tff_kd.models.ModelSpec
   outputs: np.ndarray
+  labels: np.ndarray
   scores: dict[str, float]
   by_client: np.ndarray
 
@@ -43,7 +53,6 @@ def run(
   with train_job.errors_for_users():
     task = train_job.load_task()
     clients = train_job.split_clients(task)
-  models = released.load(run_dir, task)
   examples = getattr(task, part)
   if part == 'clients':
     rows = clients
@@ -51,11 +60,15 @@ def run(
     rows = train_job.split_tests(task, clients)
   else:
     rows = []  # The server's examples are no client's.
-  report_dir.mkdir(parents=True, exist_ok=True)
+  # Before the models are loaded: building a process spoils those that are there.
+  own = _evaluate_own(run_dir, examples, rows)
+  models = released.load(run_dir, task, must_exist=own is None)
   found = [_evaluate(model, task, examples, rows) for model in models]
+  found += [own] if own is not None else []
+  report_dir.mkdir(parents=True, exist_ok=True)
   _print(task, part, examples, found, clients, rows, num_worst)
   _write(report_dir, task, part, examples, found, clients, rows)
-  files = _draw(report_dir, task, examples, found, len(rows) > 0)
+  files = _draw(report_dir, task, found, len(rows) > 0)
   names = ['report.json', *(['clients.csv'] if len(rows) else []), *files]
   print('\n' + ', '.join(str(report_dir / name) for name in names))
 
@@ -68,7 +81,7 @@ def _evaluate(
       model.weights, examples.inputs
   )
   by_client = np.array([
-      _metric(outputs[its], examples.labels[its], task, model.spec) for its in rows
+      _metric(outputs[its], examples.labels[its], model.spec) for its in rows
   ])
   scores = evaluation.score(outputs, examples.labels, spec=model.spec)
   if task.scores_fn is not None and examples is task.test:
@@ -77,17 +90,63 @@ def _evaluate(
             model.weights, inputs
         )
     )
-  return _Evaluated(model, outputs, scores, by_client)
+  return _Evaluated(
+      model.name, model.spec, outputs, examples.labels, scores, by_client
+  )
+
+
+def _evaluate_own(
+    run_dir: pathlib.Path, examples: tff_kd.data.Examples, rows: Sequence[np.ndarray]
+) -> Optional[_Evaluated]:
+  """The models that clients keep, as they were in the best round; `None` without."""
+  if not (run_dir / 'clients').is_dir() or not len(rows):
+    return None
+  with train_job.errors_for_users():
+    process = train_job.prepare().process
+  if getattr(process, 'clients', None) is None:
+    return None  # What they keep are no models.
+  ran_with = json.loads((run_dir / 'config.json').read_text())['flags']
+  changed = [its for its in _OF_THE_SPLIT if flags.FLAGS[its].value != ran_with[its]]
+  if changed:
+    print(
+        f'Without the models that clients keep: --{changed[0]} makes other clients of '
+        'the data.\n'
+    )
+    return None
+  best_round = json.loads((run_dir / train_job.RESULTS).read_text())['best_round']
+  with train_job.runtime(run_dir):
+    initial = process.initialize_client()
+  specs = process.clients.specs
+  states = tff_kd.simulation.ClientStates(
+      initial, run_dir / 'clients',
+      cohort_fn=(lambda client: client % len(specs)) if len(specs) > 1 else None,
+  )
+  evaluators = [evaluation.CentralEvaluator(spec) for spec in specs]
+  outputs, by_client = [], []
+  for client, its_rows in enumerate(rows):
+    (state,) = states.load([client], best_round)
+    cohort = client % len(specs)
+    its = examples.take(its_rows)
+    if not len(its):
+      by_client.append(float('nan'))
+      continue
+    weights = process.clients.unpack(state.weights)[cohort]
+    outputs.append(evaluators[cohort].logits(weights, its.inputs))
+    by_client.append(_metric(outputs[-1], its.labels, specs[0]))
+  outputs, labels = np.concatenate(outputs), examples.take(np.concatenate(rows)).labels
+  return _Evaluated(
+      'client', specs[0], outputs, labels,
+      evaluation.score(outputs, labels, spec=specs[0]), np.array(by_client),
+  )
 
 
 def _metric(
-    outputs: np.ndarray, labels: np.ndarray, task: tff_kd.data.Task,
-    spec: tff_kd.models.ModelSpec,
+    outputs: np.ndarray, labels: np.ndarray, spec: tff_kd.models.ModelSpec
 ) -> float:
   """The task's metric alone; NaN without examples."""
   if not len(labels):
     return float('nan')
-  if task.is_regression:
+  if spec.is_regression:
     return evaluation.score(outputs, labels, spec=spec)['rmse']
   logits, labels = evaluation.counted_predictions(outputs, labels, spec)
   return float(np.mean(logits.argmax(-1) == labels)) if len(labels) else float('nan')
@@ -108,7 +167,7 @@ def _print(task, part, examples, found, clients, rows, num_worst) -> None:
     head += ['clients: mean', '10th pct.', 'worst']
   table = [tuple(head)]
   for its in found:
-    row = [its.model.name, *(f'{its.scores[key]:.4f}' for key in keys)]
+    row = [its.name, *(f'{its.scores[key]:.4f}' for key in keys)]
     if len(rows):
       values = its.by_client[_worst_first(its, task)]
       tenth = np.percentile(values, 90 if task.is_regression else 10)
@@ -119,9 +178,9 @@ def _print(task, part, examples, found, clients, rows, num_worst) -> None:
   if not len(rows) or not num_worst:
     return
   worst = _worst_first(found[0], task)[:num_worst]
-  print(f'\nThe clients with the worst {found[0].model.name}:\n')
+  print(f'\nThe clients with the worst {found[0].name}:\n')
   has_classes = not task.is_regression and task.clients.labels.ndim == 1
-  head = ['client', *(f'{its.model.name} {metric}' for its in found), 'examples here',
+  head = ['client', *(f'{its.name} {metric}' for its in found), 'examples here',
           'trained on']
   if has_classes:
     head.append('most of it')
@@ -152,10 +211,10 @@ def _write(report_dir, task, part, examples, found, clients, rows) -> None:
       'task': task.name, 'part': part, 'examples': len(examples), 'models': {}
   }
   for its in found:
-    report['models'][its.model.name] = {'scores': its.scores}
+    report['models'][its.name] = {'scores': its.scores}
     if len(rows):
       values = its.by_client[_worst_first(its, task)]
-      report['models'][its.model.name]['clients'] = {
+      report['models'][its.name]['clients'] = {
           'metric': task.metric, 'count': len(values), 'mean': float(values.mean()),
           'percentile_10': float(
               np.percentile(values, 90 if task.is_regression else 10)
@@ -169,7 +228,7 @@ def _write(report_dir, task, part, examples, found, clients, rows) -> None:
     writer = csv.writer(file)
     writer.writerow([
         'client', 'examples', 'trained_on',
-        *(f'{its.model.name}_{task.metric}' for its in found),
+        *(f'{its.name}_{task.metric}' for its in found),
     ])
     for client, its_rows in enumerate(rows):
       values = [its.by_client[client] for its in found]
@@ -179,7 +238,7 @@ def _write(report_dir, task, part, examples, found, clients, rows) -> None:
       ])
 
 
-def _draw(report_dir, task, examples, found, has_clients: bool) -> list[str]:
+def _draw(report_dir, task, found, has_clients: bool) -> list[str]:
   """The pictures; returns their names."""
   names = []
 
@@ -189,31 +248,33 @@ def _draw(report_dir, task, examples, found, has_clients: bool) -> list[str]:
 
   if has_clients:
     plots.plot_client_scores(
-        {its.model.name: its.by_client[_worst_first(its, task)] for its in found},
+        {its.name: its.by_client[_worst_first(its, task)] for its in found},
         task.metric, path('clients.png'),
     )
   if task.is_regression:
     plots.plot_errors(
-        {its.model.name: its.outputs.reshape(-1) for its in found},
-        examples.labels.reshape(-1), path('errors.png'),
+        {
+            its.name: (its.outputs.reshape(-1), its.labels.reshape(-1)) for its in found
+        },
+        path('errors.png'),
     )
     return names
   sure = {}
   for its in found:
     logits, labels = evaluation.counted_predictions(
-        its.outputs, examples.labels, its.model.spec
+        its.outputs, its.labels, its.spec
     )
     predicted = logits.argmax(-1)
     confidence = tf.nn.softmax(logits).numpy().max(-1)
-    sure[its.model.name] = confidence, predicted == labels
+    sure[its.name] = confidence, predicted == labels
     classes = logits.shape[-1]
     if classes <= _MAX_CLASSES:
       counts = np.zeros((classes, classes), int)
       np.add.at(counts, (labels, predicted), 1)
       accuracy = its.scores['accuracy']
       plots.plot_confusion(
-          counts, _class_names(task), f'{its.model.name}: accuracy {accuracy:.3f}',
-          path(f'confusion_{its.model.name}.png'),
+          counts, _class_names(task), f'{its.name}: accuracy {accuracy:.3f}',
+          path(f'confusion_{its.name}.png'),
       )
   plots.plot_reliability(sure, path('calibration.png'))
   return names

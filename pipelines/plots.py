@@ -366,22 +366,22 @@ def plot_confusion(
 
 
 def plot_errors(
-    models: Mapping[str, np.ndarray], labels: np.ndarray, path: os.PathLike
+    models: Mapping[str, tuple[np.ndarray, np.ndarray]], path: os.PathLike
 ) -> None:
   """Of a regression: the errors, and the predictions by the true value.
 
   Args:
-    models: Name -> predictions `[n]`.
-    labels: The true values, `[n]`.
+    models: Name -> (predictions `[n]`, true values `[n]`).
     path: The PNG file to write.
   """
   figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
-  values = np.unique(labels)
+  every_label = np.concatenate([labels for _, labels in models.values()])
+  values = np.unique(every_label)
   # Of many different values, ten ranges.
-  groups = np.quantile(labels, np.linspace(0, 1, 11)) if len(values) > 20 else None
-  errors = np.concatenate([its - labels for its in models.values()])
+  groups = np.quantile(every_label, np.linspace(0, 1, 11)) if len(values) > 20 else None
+  errors = np.concatenate([its - labels for its, labels in models.values()])
   edges = np.linspace(errors.min(), errors.max(), 61)
-  for name, predictions in models.items():
+  for name, (predictions, labels) in models.items():
     panels[0].hist(predictions - labels, bins=edges, histtype='step', label=name)
     if groups is None:
       parts = [labels == value for value in values]
@@ -393,7 +393,7 @@ def plot_errors(
         [predictions[part].mean() for part in parts],
         [predictions[part].std() for part in parts], fmt='o-', capsize=3, label=name,
     )
-  ends = [labels.min(), labels.max()]
+  ends = [every_label.min(), every_label.max()]
   panels[1].plot(ends, ends, color='gray', linewidth=1)
   panels[0].set(xlabel='predicted - true', ylabel='examples')
   panels[1].set(xlabel='true', ylabel='predicted: mean, standard deviation')

@@ -26,14 +26,21 @@ class Released(NamedTuple):
   weights: Any
 
 
-def load(run_dir: pathlib.Path, task: tff_kd.data.Task) -> list[Released]:
+def load(
+    run_dir: pathlib.Path, task: tff_kd.data.Task, must_exist: bool = True
+) -> list[Released]:
   """All models in the folder of a run.
+
+  Args:
+    run_dir: The folder.
+    task: What the run was about.
+    must_exist: Whether to refuse a folder without any.
 
   Raises:
     UserError: If there are none, or a file is damaged.
   """
   paths = sorted(run_dir.glob('*.keras'))
-  if not paths:
+  if not paths and must_exist:
     why = (
         'its clients keep their models, and no model of the server is released'
         if (run_dir / 'results.json').exists()

@@ -764,7 +764,7 @@ def errors_for_users() -> Iterator[None]:
 def run() -> None:
   """The whole job."""
   with errors_for_users():
-    setup = _prepare()
+    setup = prepare()
     if args.DRY_RUN.value:
       _print_plan(setup)
       return
@@ -810,7 +810,7 @@ def _workers() -> list[tff_kd.simulation.RemoteWorker]:
   ]
 
 
-class _Setup(NamedTuple):
+class Setup(NamedTuple):
   """What a run is made of.
 
   Attributes:
@@ -828,7 +828,7 @@ class _Setup(NamedTuple):
   participation: tff_kd.simulation.Participation
 
 
-def _prepare() -> _Setup:
+def prepare() -> Setup:
   """All that can be refused, before anything runs."""
   algorithm = algorithms.REGISTRY[args.ALGORITHM.value]
   task = load_task()
@@ -852,11 +852,11 @@ def _prepare() -> _Setup:
   )
   if train_checks.is_private():
     train_privacy.check_budget(process)
-  return _Setup(task, clients, process, common, participation)
+  return Setup(task, clients, process, common, participation)
 
 
-def _begin(setup: _Setup) -> tuple[
-    pathlib.Path, _Setup, Optional[tff_kd.privacy.PrivacyAccountant]
+def _begin(setup: Setup) -> tuple[
+    pathlib.Path, Setup, Optional[tff_kd.privacy.PrivacyAccountant]
 ]:
   """Opens the run folder, and says what is run."""
   run_dir = _open_run_dir()
@@ -885,7 +885,7 @@ def _begin(setup: _Setup) -> tuple[
 
 
 def _print_setup(
-    setup: _Setup, accountant: Optional[tff_kd.privacy.PrivacyAccountant]
+    setup: Setup, accountant: Optional[tff_kd.privacy.PrivacyAccountant]
 ) -> None:
   task, process = setup.task, setup.process
   print(
@@ -901,7 +901,7 @@ def _print_setup(
   train_privacy.print_guards(process, accountant)
 
 
-def _print_plan(setup: _Setup) -> None:
+def _print_plan(setup: Setup) -> None:
   """What would be built, moved and held."""
   process = setup.process
   accountant = None
@@ -943,7 +943,7 @@ def _print_plan(setup: _Setup) -> None:
 
 
 def _train_and_report(
-    setup: _Setup,
+    setup: Setup,
     accountant: Optional[tff_kd.privacy.PrivacyAccountant],
     run_dir: pathlib.Path,
 ) -> None:
