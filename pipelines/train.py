@@ -7,7 +7,7 @@ r"""Trains one algorithm on one task and compares it with FedAvg.
   python -m pipelines.train --task=idx --data_dir=/data/mnist --num_clients=100
   python -m pipelines.train --task=examples/own_task.py --data_dir=my/npz/files
   python -m pipelines.train --config=runs/mine/config.json --seed=1
-  python -m pipelines.train --algorithm=fed_df --num_clients=500 --dry_run
+  python -m pipelines.train --algorithm=fed_df --num_clients=500 --alpha=1 --dry_run
 """
 
 import sys

@@ -8,6 +8,7 @@ from absl import app
 from absl import flags
 import pytest
 
+from pipelines import topics
 from pipelines import train
 from pipelines import train_flags
 from tests import helpers
@@ -29,13 +30,32 @@ def test_flags_and_help_do_not_wait_for_tensorflow():
     assert callable(algorithm.build) and algorithm.build.__name__ == f'build_{name}'
 
 
+def test_flags_that_do_not_go_together_do_not_wait_for_tensorflow():
+  check = (
+      'import sys; sys.argv = ["train", "--partition=iid", "--alpha=1", "--target=x",'
+      '"--transfer_labels=2000"]; import pipelines; from pipelines import train;'
+      'from absl import flags; flags.FLAGS(sys.argv); status = train.main(["train"]);'
+      'assert status == 1 and "tensorflow" not in sys.modules'
+  )
+  done = subprocess.run(
+      [sys.executable, '-c', check], cwd=helpers.ROOT, capture_output=True, text=True,
+      check=False,
+  )
+  assert done.returncode == 0, done.stderr
+  # All reasons at once.
+  for said in ('--alpha has no effect', '--target must be', '--transfer_labels is 2000'):
+    assert said in done.stderr
+
+
 def test_help_lists_the_algorithms():
   done = subprocess.run(
       helpers.train_command('--help'), cwd=helpers.ROOT, capture_output=True, text=True,
       timeout=60, check=False,
   )
-  for name in tff_kd.algorithms.REGISTRY:
+  assert done.returncode == 0
+  for name in [*tff_kd.algorithms.REGISTRY, *tff_kd.data.TASKS, *topics.by_topic()]:
     assert name in done.stdout
+  assert max(map(len, done.stdout.splitlines())) <= 96
 
 
 @pytest.mark.parametrize(
