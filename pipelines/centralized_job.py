@@ -56,6 +56,10 @@ def run(
     model.compile(tf.keras.optimizers.Adam(learning_rate), task.loss_fn())
     best = _fit(model, evaluators[name], task, examples, name, epochs, batch_size)
     scores = evaluators[name].evaluate(tff_kd.models.weights_of(model), *task.test)
+    if task.scores_fn is not None:
+      scores |= task.scores_fn(
+          lambda inputs, model=model: model.predict(inputs, batch_size=1024, verbose=0)
+      )
     model.save(folder / f'{name}.keras')
     results[name] = {
         'weights': model.count_params(), 'epochs': best,

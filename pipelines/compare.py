@@ -275,22 +275,39 @@ def _central_arguments() -> list[str]:
 
 
 def _ceilings(
-    seeds: list[int], folder: pathlib.Path, metric: str
+    seeds: list[int], folder: pathlib.Path, metric: str, further: list[str]
 ) -> dict[str, list[float]]:
-  """Model -> its score of each seed, of those that are trained."""
-  found = {'student': [], 'teacher': []}
+  """The table's cells: what -> its value of each seed that is trained.
+
+  Args:
+    seeds: The seeds.
+    folder: Of the comparison.
+    metric: The score of student and teacher.
+    further: Other scores, of the student.
+  """
+  cells = {
+      'student': ('student', metric), 'teacher': ('teacher', metric),
+      **{name: ('student', name) for name in further},
+  }
+  found = {cell: [] for cell in cells}
   for seed in seeds:
     path = _ceiling_path(seed, folder)
     if _CEILINGS.value and path.is_file():
       models = json.loads(path.read_text())['models']
-      for kind, values in found.items():
+      for cell, (kind, score) in cells.items():
         # Of cohorts the mean.
-        its = [
-            of_model[f'test_{metric}']
-            for name, of_model in models.items() if name.startswith(kind)
-        ]
-        values.append(statistics.mean(its))
+        found[cell].append(
+            statistics.mean(
+                of_model[f'test_{score}']
+                for name, of_model in models.items() if name.startswith(kind)
+            )
+        )
   return found
+
+
+def _further_scores(run: _Run) -> list[str]:
+  """The names of what the student is worth beyond its metric."""
+  return list(_results(run).get('further_scores', {}).get('student', {}))
 
 
 def _audit_path(run: _Run) -> pathlib.Path:
@@ -370,6 +387,8 @@ def _rows(
       'algorithm', 'student', 'teacher', f'rounds to {target:.3f}',
       f'MB to {target:.3f}', 'MB a round', 's a round', 'seeds',
   ]
+  further = _further_scores(runs[0])
+  head[3:3] = [name.replace('_', ' ') for name in further]
   if audits:
     head[-1:-1] = ['AUC: student', 'AUC: one client']
   rows = [tuple(head)]
@@ -401,12 +420,22 @@ def _rows(
         f'{statistics.mean(a_round):.3g}',
         f'{statistics.mean(seconds):.2f}', str(len(its)),
     ]
+    row[3:3] = [
+        _spread(
+            [
+                results[run]['further_scores']['student'][name]
+                for run in its if 'student' in results[run]['further_scores']
+            ],
+            3,
+        )
+        for name in further
+    ]
     if audits:
       row[-1:-1] = _leaks([audits[run] for run in its if run in audits])
     rows.append(tuple(row))
   if ceilings['student']:
-    each = [_spread(ceilings[model], 3) for model in ('student', 'teacher')]
-    blank = [''] * (len(head) - 4)
+    each = [_spread(values, 3) for values in ceilings.values()]
+    blank = [''] * (len(head) - len(each) - 2)
     rows.append((_IN_ONE_PLACE, *each, *blank, str(len(ceilings['student']))))
   return rows
 
@@ -436,7 +465,7 @@ def _report(
   from pipelines import tables
 
   metric = _results(runs[0])['metric']
-  ceilings = _ceilings(seeds, folder, metric)
+  ceilings = _ceilings(seeds, folder, metric, _further_scores(runs[0]))
   table = _rows(runs, ceilings)
   with open(folder / 'table.csv', 'w', newline='') as file:
     csv.writer(file).writerows(table)
@@ -450,8 +479,8 @@ def _report(
         [row[f'test/student_{metric}'] for row in history],
     ))
   levels = {
-      f'{model} {_IN_ONE_PLACE}': statistics.mean(values)
-      for model, values in ceilings.items() if values
+      f'{model} {_IN_ONE_PLACE}': statistics.mean(ceilings[model])
+      for model in ('student', 'teacher') if ceilings[model]
   }
   plots.plot_comparison(curves, folder / 'curves.png', metric, levels)
   files = ['table.md', 'table.csv', 'curves.png']
