@@ -1,9 +1,11 @@
 """The job behind `pipelines.export`."""
 
 from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import json
 import os
 import pathlib
+import sys
 import tempfile
 from typing import Any, NamedTuple, Optional
 
@@ -232,7 +234,23 @@ def _convert(
     if representative is not None:
       converter.optimizations = [tf.lite.Optimize.DEFAULT]
       converter.representative_dataset = representative
-    return converter.convert()
+    with _quiet():
+      return converter.convert()
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+  """Nothing of what C++ prints: the converter's own words; errors are exceptions."""
+  sys.stderr.flush()
+  kept = os.dup(2)
+  nowhere = os.open(os.devnull, os.O_WRONLY)
+  try:
+    os.dup2(nowhere, 2)
+    yield
+  finally:
+    os.dup2(kept, 2)
+    os.close(kept)
+    os.close(nowhere)
 
 
 def _unrolled(model: tf.keras.Model) -> tf.keras.Model:
