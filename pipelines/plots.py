@@ -7,6 +7,7 @@ from typing import Any
 import matplotlib
 
 matplotlib.use('Agg')
+from matplotlib import ticker
 import matplotlib.pyplot as plt  # pylint: disable=g-import-not-at-top
 import numpy as np
 
@@ -133,6 +134,9 @@ def plot_comparison(
   panels[1].set(
       xlabel='MB moved per participating client (up and down)', xscale='log'
   )
+  panels[1].xaxis.set_major_locator(ticker.LogLocator(subs=(1.0, 2.0, 5.0)))
+  panels[1].xaxis.set_major_formatter('{x:g}')
+  panels[1].xaxis.set_minor_formatter(ticker.NullFormatter())
   figure.legend(*panels[0].get_legend_handles_labels(), loc='outside right center')
   for panel in panels:
     panel.grid(alpha=0.3)
