@@ -1,6 +1,8 @@
 """Algorithms: each `build_*` function chooses and composes stages."""
 
-import inspect
+import ast
+import functools
+import pathlib
 from typing import Any, Callable, NamedTuple
 
 from tff_kd import _lazy
@@ -33,7 +35,19 @@ class Algorithm(NamedTuple):
 
   def takes(self, parameter: str) -> bool:
     """Whether the builder names this parameter, beyond those all have."""
-    return parameter in inspect.signature(self.build).parameters
+    return parameter in _parameters(self.name)
+
+
+@functools.cache
+def _parameters(name: str) -> frozenset[str]:
+  """Those of a builder, read off its source: its import would take TensorFlow's time."""
+  source = pathlib.Path(__file__).with_name(f'{name}.py').read_text('utf-8')
+  (build,) = (
+      node for node in ast.parse(source).body
+      if isinstance(node, ast.FunctionDef) and node.name == f'build_{name}'
+  )
+  its = build.args
+  return frozenset(arg.arg for arg in (*its.posonlyargs, *its.args, *its.kwonlyargs))
 
 
 # A new algorithm is one file and one line.
