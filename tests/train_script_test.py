@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from pipelines import train
 from tests import helpers
 import tff_kd
 
@@ -118,16 +119,16 @@ def test_it_resumes_exactly(run_dir, tmp_path):
     assert a == b
 
 
-def test_a_folder_in_use_is_not_overwritten(run_dir):
+def test_a_folder_in_use_is_not_overwritten(run_dir, capsys):
   before = (run_dir / 'metrics.csv').read_text()
-  again = helpers.train(*helpers.TINY_FUSION, f'--output_dir={run_dir}', '--noresume')
-  assert again.returncode == 1
-  assert 'already holds a run' in again.stderr and '--noresume' in again.stderr
-  other = helpers.train(
-      *helpers.TINY_FUSION, '--transfer_validation=10', '--seed=1',
-      f'--output_dir={run_dir}',
-  )
-  assert other.returncode == 1 and '--seed (0)' in other.stderr
+  with helpers.flags_of(*helpers.TINY_FUSION, f'--output_dir={run_dir}', '--noresume'):
+    assert train.main(['train']) == 1
+  said = capsys.readouterr().err
+  assert 'already holds a run' in said and '--noresume' in said
+  other = ['--transfer_validation=10', '--seed=1', f'--output_dir={run_dir}']
+  with helpers.flags_of(*helpers.TINY_FUSION, *other):
+    assert train.main(['train']) == 1
+  assert '--seed (0)' in capsys.readouterr().err
   assert (run_dir / 'metrics.csv').read_text() == before
 
 
