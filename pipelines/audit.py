@@ -8,12 +8,8 @@ inversion of predictions on the transfer set. Leaves report.md, report.json and 
 """
 
 import pathlib
-import sys
-from typing import Optional
 
-from absl import app
 from absl import flags
-from absl import logging
 
 import pipelines
 
@@ -38,29 +34,19 @@ _EPOCHS = flags.DEFINE_integer(
 )
 
 
-def main(argv: list[str]) -> Optional[int]:
-  if len(argv) > 1:
-    raise app.UsageError(f'Not a flag: {argv[1:]}.')
+@pipelines.for_users
+def main(argv: list[str]) -> None:
   # Here and not above: --help and a wrong flag need not wait for TensorFlow.
   from pipelines import audit_job
 
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)
   run_dir = pathlib.Path(_RUN.value)
-  try:
-    audit_job.run(
-        run_dir,
-        pathlib.Path(_REPORT_DIR.value or run_dir / 'audit'),
-        num_victims=_VICTIMS.value,
-        seed=_ATTACK_SEED.value,
-        num_epochs=_EPOCHS.value,
-    )
-  except pipelines.UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    return 130
-  return 0
+  audit_job.run(
+      run_dir,
+      pathlib.Path(_REPORT_DIR.value or run_dir / 'audit'),
+      num_victims=_VICTIMS.value,
+      seed=_ATTACK_SEED.value,
+      num_epochs=_EPOCHS.value,
+  )
 
 
 if __name__ == '__main__':

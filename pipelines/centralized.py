@@ -9,8 +9,6 @@ of pipelines.train that say what is trained on what. Leaves results.json and the
 """
 
 import pathlib
-import sys
-from typing import Optional
 
 from absl import app
 from absl import flags
@@ -24,9 +22,8 @@ flags.adopt_module_key_flags(train_flags)
 _DEFAULT_DIR = 'runs/centralized'
 
 
-def main(argv: list[str]) -> Optional[int]:
-  if len(argv) > 1:
-    raise app.UsageError(f'Not a flag: {argv[1:]}.')
+@pipelines.for_users
+def main(argv: list[str]) -> None:
   unused = [
       f'--{name}' for name, flag in train_flags.own_flags().items()
       if flag.present and name not in central_flags.OF_TRAIN
@@ -37,19 +34,12 @@ def main(argv: list[str]) -> Optional[int]:
   # Here and not above: --help and a wrong flag need not wait for TensorFlow.
   from pipelines import centralized_job
 
-  try:
-    centralized_job.run(
-        pathlib.Path(train_flags.OUTPUT_DIR.value or _DEFAULT_DIR),
-        epochs=central_flags.EPOCHS.value,
-        learning_rate=central_flags.LEARNING_RATE.value,
-        batch_size=central_flags.BATCH_SIZE.value,
-    )
-  except pipelines.UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    return 130
-  return 0
+  centralized_job.run(
+      pathlib.Path(train_flags.OUTPUT_DIR.value or _DEFAULT_DIR),
+      epochs=central_flags.EPOCHS.value,
+      learning_rate=central_flags.LEARNING_RATE.value,
+      batch_size=central_flags.BATCH_SIZE.value,
+  )
 
 
 if __name__ == '__main__':

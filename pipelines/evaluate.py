@@ -10,12 +10,8 @@ Leaves report.json, clients.csv and pictures.
 """
 
 import pathlib
-import sys
-from typing import Optional
 
-from absl import app
 from absl import flags
-from absl import logging
 
 import pipelines
 from pipelines import train_flags
@@ -38,28 +34,18 @@ _REPORT_DIR = flags.DEFINE_string(
 )
 
 
-def main(argv: list[str]) -> Optional[int]:
-  if len(argv) > 1:
-    raise app.UsageError(f'Not a flag: {argv[1:]}.')
+@pipelines.for_users
+def main(argv: list[str]) -> None:
   run_dir = pathlib.Path(_RUN.value)
   flags.FLAGS['config'].value = str(run_dir / 'config.json')
   train_flags.take_defaults()
   # Here and not above: --help and a wrong flag need not wait for TensorFlow.
   from pipelines import evaluate_job
 
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)
-  try:
-    evaluate_job.run(
-        run_dir, pathlib.Path(_REPORT_DIR.value or run_dir / 'evaluation'),
-        part=_PART.value, num_worst=_WORST.value,
-    )
-  except pipelines.UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    return 130
-  return 0
+  evaluate_job.run(
+      run_dir, pathlib.Path(_REPORT_DIR.value or run_dir / 'evaluation'),
+      part=_PART.value, num_worst=_WORST.value,
+  )
 
 
 if __name__ == '__main__':

@@ -114,7 +114,8 @@ def _evaluate_own(
     )
     return None
   best_round = json.loads((run_dir / train_job.RESULTS).read_text())['best_round']
-  with train_job.runtime(run_dir):
+  # Here, whatever workers the run had; and its worker.log stays.
+  with tff_kd.simulation.local_runtime():
     initial = process.initialize_client()
   specs = process.clients.specs
   states = tff_kd.simulation.ClientStates(

@@ -9,12 +9,8 @@ again and compared with the model on test examples. Leaves export.json, too.
 """
 
 import pathlib
-import sys
-from typing import Optional
 
-from absl import app
 from absl import flags
-from absl import logging
 
 import pipelines
 from pipelines import train_flags
@@ -40,28 +36,18 @@ _EXPORT_DIR = flags.DEFINE_string(
 )
 
 
-def main(argv: list[str]) -> Optional[int]:
-  if len(argv) > 1:
-    raise app.UsageError(f'Not a flag: {argv[1:]}.')
+@pipelines.for_users
+def main(argv: list[str]) -> None:
   run_dir = pathlib.Path(_RUN.value)
   flags.FLAGS['config'].value = str(run_dir / 'config.json')
   train_flags.take_defaults()
   # Here and not above: --help and a wrong flag need not wait for TensorFlow.
   from pipelines import export_job
 
-  if not flags.FLAGS['verbosity'].present:
-    logging.set_verbosity(logging.WARNING)
-  try:
-    export_job.run(
-        run_dir, pathlib.Path(_EXPORT_DIR.value or run_dir / 'export'),
-        names=_MODELS.value, formats=_FORMATS_FLAG.value, num_examples=_EXAMPLES.value,
-    )
-  except pipelines.UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    return 130
-  return 0
+  export_job.run(
+      run_dir, pathlib.Path(_EXPORT_DIR.value or run_dir / 'export'),
+      names=_MODELS.value, formats=_FORMATS_FLAG.value, num_examples=_EXAMPLES.value,
+  )
 
 
 if __name__ == '__main__':

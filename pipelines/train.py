@@ -10,12 +10,9 @@ r"""Trains one algorithm on one task and compares it with FedAvg.
   python -m pipelines.train --algorithm=fed_df --num_clients=500 --alpha=1 --dry_run
 """
 
-import sys
-from typing import Optional
+import functools
 
-from absl import app
 from absl import flags
-from absl import logging
 
 import pipelines
 from pipelines import train_checks
@@ -25,26 +22,18 @@ from tff_kd import data
 flags.adopt_module_key_flags(train_flags)
 
 
-def main(argv: list[str]) -> Optional[int]:
-  if len(argv) > 1:
-    raise app.UsageError(f'Not a flag: {argv[1:]}.')
+@functools.partial(
+    pipelines.for_users,
+    stopped='Stopped. The run goes on if --output_dir names its folder.',
+)
+def main(argv: list[str]) -> None:
   train_flags.take_defaults()
-  try:
-    if not data.tasks.is_own(train_flags.TASK.value):
-      train_checks.run()
-    # Here and not above: --help and a wrong flag need not wait for TensorFlow.
-    from pipelines import train_job
+  if not data.tasks.is_own(train_flags.TASK.value):
+    train_checks.run()
+  # Here and not above: --help and a wrong flag need not wait for TensorFlow.
+  from pipelines import train_job
 
-    if not flags.FLAGS['verbosity'].present:
-      logging.set_verbosity(logging.WARNING)
-    train_job.run()
-  except pipelines.UserError as error:
-    print(f'error: {error}', file=sys.stderr)
-    return 1
-  except KeyboardInterrupt:
-    print('Stopped. The run goes on if --output_dir names its folder.', file=sys.stderr)
-    return 130
-  return 0
+  train_job.run()
 
 
 if __name__ == '__main__':
