@@ -1,5 +1,7 @@
 """Regressions and padded sequences, from the loss to whole rounds."""
 
+import re
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -186,6 +188,38 @@ def test_what_compares_classes_is_refused_for_a_regression():
         transfer_set=transfer_set,
         distillation=tff_kd.Distillation(temperature=3.0), **_regression(),
     )
+
+
+def _build_for_numbers(name):
+  algorithm = tff_kd.algorithms.REGISTRY[name]
+  x = np.zeros((4, 3), np.float32)
+  parts = dict(
+      transfer_set=lambda: tff_kd.TransferSet(x),
+      negatives=lambda: x,
+      teacher_fn=lambda: _regression_model,
+      mentor_fn=lambda: _regression_model,
+      generator_steps=lambda: 2,
+  )
+  return algorithm.build(
+      **_regression(client_data=tff_kd.ClientBatches(
+          data=tff_kd.FileClientData.from_clients([(x, np.zeros(4, np.float32))]),
+          batch_size=2, num_epochs=1,
+      )),
+      **{key: make() for key, make in parts.items() if algorithm.takes(key)},
+  )
+
+
+def test_the_page_on_choosing_names_the_algorithms_without_classes():
+  page = (helpers.ROOT / 'docs' / 'choosing.md').read_text()
+  (row,) = (line for line in page.splitlines() if line.startswith('| a regression |'))
+  named = set(re.findall('`([a-z_]+)`', row))
+  for name in tff_kd.algorithms.REGISTRY:
+    if name in named:
+      _build_for_numbers(name)
+    else:
+      with pytest.raises(ValueError, match='class') as refusal:
+        _build_for_numbers(name)
+      assert 'in user code' not in str(refusal.value)
 
 
 def test_the_best_round_of_an_error_is_the_lowest():

@@ -192,6 +192,8 @@ def build_client_work(
           f'{term} needs the label of every example: `label_share` must be 1, found '
           f'{client_data.label_share}.'
       )
+    if term.needs_classes:
+      models.check_has_classes(students.first, type(term).__name__)
   targets = {term.target for term in local_terms if term.target is not None}
   hparams = optimizers.initial_hparams(optimizer)
   broadcast_type = tff.to_type(

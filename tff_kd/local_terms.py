@@ -55,10 +55,12 @@ class LocalTerm(abc.ABC):
       'student_history' (the mean of the last global ones), 'teacher', or `None`.
       What is not the received student is sent down too, and costs bytes.
     needs_labels: Whether it needs the label of every example.
+    needs_classes: Whether it cannot serve a regression model.
   """
 
   target: Optional[str] = None
   needs_labels: bool = False
+  needs_classes: bool = False
 
   @abc.abstractmethod
   def __call__(self, loss: tf.Tensor, step: LocalStep) -> tf.Tensor:
@@ -135,6 +137,7 @@ class NotTrueDistillation(LocalTerm):
   target: str = dataclasses.field(default='student', init=False)
 
   needs_labels = True
+  needs_classes = True
 
   def __post_init__(self):
     losses.check_temperature(self.temperature)
