@@ -54,7 +54,7 @@ def _build(name, task, batches):
   return algorithm.build(**kwargs)
 
 
-def _train(process, task, folder, num_rounds):
+def _train(process, task, folder, num_rounds, rounds_per_saving):
   evaluator = tff_kd.evaluation.CentralEvaluator(process.student_spec)
   sample = tff.simulation.build_uniform_sampling_fn(range(10), random_seed=0)
   store = None
@@ -78,22 +78,24 @@ def _train(process, task, folder, num_rounds):
       evaluate=evaluate,
       client_states=store,
       program_state_manager=tff.program.FileProgramStateManager(folder / 'saved'),
+      rounds_per_saving=rounds_per_saving,
   )
 
 
 @pytest.mark.parametrize('name', sorted(algorithms.REGISTRY))
 def test_ten_rounds_unbroken_and_resumed(name, task, batches, tmp_path):
   process = _build(name, task, batches)
-  whole = _train(process, task, tmp_path / 'whole', _ROUNDS)
+  whole = _train(process, task, tmp_path / 'whole', _ROUNDS, _ROUNDS)
   accuracy = [metrics['accuracy'] for metrics in whole.history]
   assert accuracy[-1] > accuracy[0]
   assert all(
       math.isfinite(value)
       for metrics in whole.history for key, value in metrics.items() if 'loss' in key
   )
-  _train(process, task, tmp_path / 'parts', 4)
+  _train(process, task, tmp_path / 'parts', 4, 4)
   # As another program would: built anew, from the files alone.
-  resumed = _train(_build(name, task, batches), task, tmp_path / 'parts', _ROUNDS)
+  process = _build(name, task, batches)
+  resumed = _train(process, task, tmp_path / 'parts', _ROUNDS, _ROUNDS)
   assert len(resumed.history) == _ROUNDS - 4
   for found, expected in zip(
       tf.nest.flatten(resumed.state), tf.nest.flatten(whole.state), strict=True

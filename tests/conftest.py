@@ -1,5 +1,6 @@
 """One TFF worker for the whole test process; nothing that a test starts outlives it."""
 
+import gc
 import os
 import warnings
 
@@ -17,6 +18,9 @@ import tensorflow as tf
 from tff_kd.simulation import runtime
 
 runtime.end_tffs_own_worker_at_exit()
+# As `pipelines.run`; and what is there by now stays, and need not be looked at.
+gc.set_threshold(100_000, 20, 20)
+gc.freeze()
 
 
 @pytest.fixture(scope='session', autouse=True)

@@ -18,7 +18,6 @@ from tests import data_test
 from tests import helpers
 
 
-
 def _pages(folder):
   return sorted(f'{folder}/{path.name}' for path in (helpers.ROOT / folder).glob('*.md'))
 
@@ -45,8 +44,11 @@ def _commands():
 
 
 _COMMANDS = _commands()
+# Other machines are tested in `machines_test`.
+_ELSEWHERE = ('--workers', '--tls_dir', '--cache_dir', '--output_dir', '--dry_run')
 _TRAIN = sorted({
-    words[1:] for _, words in _COMMANDS
+    tuple(its for its in words[1:] if not its.startswith(_ELSEWHERE))
+    for _, words in _COMMANDS
     if words[0] == 'pipelines.train' and '--help' not in words
 })
 
@@ -99,11 +101,6 @@ def workplace(tmp_path_factory):
 @pytest.mark.parametrize('arguments', _TRAIN, ids=' '.join)
 def test_what_would_be_trained_can_be(arguments, workplace, monkeypatch, capsys):
   monkeypatch.chdir(workplace)
-  arguments = [
-      # Other machines are tested in `machines_test`.
-      its for its in arguments
-      if not its.startswith(('--workers', '--tls_dir', '--cache_dir', '--output_dir'))
-  ]
   with helpers.flags_of(*arguments, '--dry_run'):
     assert train.main(['train']) == 0, capsys.readouterr().err
   assert 'Nothing was trained' in capsys.readouterr().out

@@ -1,4 +1,7 @@
-"""`python -m pipelines.train` with other data, other algorithms, hindered clients."""
+"""`pipelines.train` with other data, other algorithms, hindered clients.
+
+In this process: what belongs to a process of its own is in `train_script_test`.
+"""
 
 import json
 import os
