@@ -18,16 +18,11 @@ def _script(name, *args):
   )
 
 
-def _train(folder, *args):
-  done = _script('train', *helpers.TINY_RUN, f'--output_dir={folder}', *args)
-  assert done.returncode == 0, done.stderr
-
-
 @pytest.fixture(scope='module')
 def run_dir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('audited') / 'run'
-  _train(
-      folder, '--algorithm=fed_df', '--rounds=1', '--server_steps=5', '--epsilon=20',
+  helpers.train_here(
+      *helpers.TINY_RUN, f'--output_dir={folder}', '--algorithm=fed_df', '--rounds=1', '--server_steps=5', '--epsilon=20',
       '--nocompare_with_fed_avg',
   )
   return folder
@@ -56,9 +51,9 @@ def test_it_attacks_and_reports(run_dir):
 
 
 def test_clients_that_keep_their_models(tmp_path):
-  _train(
-      tmp_path / 'run', '--algorithm=fd', '--rounds=1', '--nocompare_with_fed_avg',
-      '--student=document,cnn',
+  helpers.train_here(
+      *helpers.TINY_RUN, f'--output_dir={tmp_path / "run"}', '--algorithm=fd',
+      '--rounds=1', '--nocompare_with_fed_avg', '--student=document,cnn',
   )
   done = _script('audit', f'--run={tmp_path / "run"}', '--victims=2')
   assert done.returncode == 0, done.stderr

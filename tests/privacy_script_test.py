@@ -3,8 +3,6 @@
 import csv
 import dataclasses
 import json
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -17,29 +15,21 @@ from tff_kd import data
 
 
 def _train(folder, *args):
-  return subprocess.run(
-      [
-          sys.executable, '-m', 'pipelines.train', *helpers.TINY_RUN,
-          f'--output_dir={folder}', *args,
-      ],
-      cwd=helpers.ROOT, capture_output=True, text=True, timeout=300,
-  )
+  return helpers.train_here(*helpers.TINY_RUN, f'--output_dir={folder}', *args)
 
 
 @pytest.fixture(scope='module')
 def private_run(tmp_path_factory):
   folder = tmp_path_factory.mktemp('private') / 'run'
   args = ('--epsilon=20', '--rounds=3', '--sampling=poisson')
-  done = _train(folder, *args)
-  assert done.returncode == 0, done.stderr
-  return folder, args, done
+  return folder, args, _train(folder, *args)
 
 
 def test_it_says_what_is_private_and_what_that_cost(private_run):
-  folder, _, done = private_run
-  assert 'one client added or removed; poisson sampling' in done.stdout
-  assert 'the server adds the noise, and is trusted' in done.stdout
-  assert '\nPrivacy: epsilon ' in done.stdout
+  folder, _, printed = private_run
+  assert 'one client added or removed; poisson sampling' in printed
+  assert 'the server adds the noise, and is trusted' in printed
+  assert '\nPrivacy: epsilon ' in printed
   rows = list(csv.DictReader((folder / 'metrics.csv').open()))
   costs = [float(row['privacy/epsilon']) for row in rows]
   assert costs == sorted(costs) and 19 < costs[-1] <= 20
@@ -81,16 +71,14 @@ def test_rounds_that_were_begun_are_spent_and_the_budget_ends_the_run(private_ru
   for path in folder.glob('checkpoints/*'):
     if path.name.rpartition('_')[2] not in ('1', '2'):
       path.rename(folder / 'newest')
-  done = _train(folder, *args)
-  assert done.returncode == 0, done.stderr
-  assert 'another round would pass the privacy budget' in done.stdout
+  assert 'another round would pass the privacy budget' in _train(folder, *args)
   assert json.loads((folder / 'privacy.json').read_text())['rounds'] == 3
 
 
 def test_secure_aggregation_says_that_it_keeps_nothing_secret(tmp_path):
-  done = _train(
-      tmp_path / 'run', '--rounds=1', '--secure_aggregation', '--secure_bits=12',
-      '--secure_model_bound=100',
+  done = helpers.train(
+      *helpers.TINY_RUN, f'--output_dir={tmp_path / "run"}', '--rounds=1',
+      '--secure_aggregation', '--secure_bits=12', '--secure_model_bound=100',
   )
   assert done.returncode == 0, done.stderr
   assert 'sums in the clear and keeps nothing secret' in done.stdout

@@ -1,7 +1,4 @@
-"""`pipelines.train` with other data, other algorithms, hindered clients.
-
-In this process: what belongs to a process of its own is in `train_script_test`.
-"""
+"""`pipelines.train` with other data, other algorithms, hindered clients."""
 
 import json
 import os
@@ -23,7 +20,7 @@ def _without(*beginnings):
 
 def test_idx_files_fed_df_cohorts_and_pretraining(tmp_path):
   data_test._write_idx(tmp_path, n_train=120, n_test=30, zipped=True)
-  done = helpers.train(
+  printed = helpers.train_here(
       '--task=idx', f'--data_dir={tmp_path}', '--algorithm=fed_df',
       '--partition=shards', '--num_clients=5', '--clients_per_round=3',
       '--client_weighting=uniform', '--transfer_size=30', '--transfer_labels=30',
@@ -32,12 +29,11 @@ def test_idx_files_fed_df_cohorts_and_pretraining(tmp_path):
       '--student=document,cnn', f'--output_dir={tmp_path / "out"}',
       '--model_bits=8', '--consensus=mean_probabilities', '--prediction_top=2',
   )
-  assert done.returncode == 0, done.stderr
-  assert "student before the server's distillation" in done.stdout
-  assert 'teacher' not in done.stdout
+  assert "student before the server's distillation" in printed
+  assert 'teacher' not in printed
   assert not (tmp_path / 'out' / 'teacher.keras').exists()
   # Clients 0, 2, 4 have the one architecture, 1 and 3 the other.
-  assert 'student, cohort 1 (cnn)' in done.stdout
+  assert 'student, cohort 1 (cnn)' in printed
   for row in helpers.rows(tmp_path / 'out' / 'metrics.csv'):
     # Arrays of 1,000 numbers are rounded; of 3 probabilities 2 are sent, 34 bits each.
     assert float(row['bytes/up_model']) < 0.7 * float(row['bytes/down_student'])
@@ -60,12 +56,10 @@ def test_clients_with_models_of_their_own(name, tmp_path):
       *tiny, f'--algorithm={name}', f'--output_dir={folder}',
       '--nocompare_with_fed_avg',
   ]
-  done = helpers.train(*flags_of_run, '--rounds=1')
-  assert done.returncode == 0, done.stderr
+  printed = helpers.train_here(*flags_of_run, '--rounds=1')
   if name == 'ds_fl':
-    done = helpers.train(*flags_of_run, '--rounds=3', '--resume')
-    assert done.returncode == 0, done.stderr
-  assert "clients' own models, mean" in done.stdout
+    printed = helpers.train_here(*flags_of_run, '--rounds=3', '--resume')
+  assert "clients' own models, mean" in printed
   rows = helpers.rows(folder / 'metrics.csv')
   assert len(rows) == (3 if name == 'ds_fl' else 1)
   # Only fed_md's clients are all there is.
@@ -89,12 +83,11 @@ def test_clients_with_models_of_their_own(name, tmp_path):
 
 def test_clients_without_models_of_their_own(tmp_path):
   tiny = _without('--server_', '--back_', '--teacher')
-  done = helpers.train(
+  printed = helpers.train_here(
       *tiny, '--algorithm=cfd', '--prediction_bits=2', '--rounds=2',
       f'--output_dir={tmp_path}', '--nocompare_with_fed_avg',
   )
-  assert done.returncode == 0, done.stderr
-  assert 'up knowledge' in done.stdout
+  assert 'up knowledge' in printed
   rows = helpers.rows(tmp_path / 'metrics.csv')
   assert len(rows) == 2 and (tmp_path / 'student.keras').exists()
   assert 'test/student_accuracy' in rows[0]
@@ -113,8 +106,7 @@ def test_hindered_clients_are_counted_and_a_damaged_run_repeats(tmp_path):
   ]
   whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
   for folder, rounds in ((whole, 4), (resumed, 3)):
-    done = helpers.train(*hindered, f'--rounds={rounds}', f'--output_dir={folder}')
-    assert done.returncode == 0, done.stderr
+    helpers.train_here(*hindered, f'--rounds={rounds}', f'--output_dir={folder}')
   # The newest checkpoint is damaged: the round after the one before comes again.
   (newest,) = resumed.glob('checkpoints/program_state_3/variables/*.data*')
   os.truncate(newest, newest.stat().st_size // 2)
