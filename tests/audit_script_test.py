@@ -22,8 +22,8 @@ def _script(name, *args):
 def run_dir(tmp_path_factory):
   folder = tmp_path_factory.mktemp('audited') / 'run'
   helpers.train_here(
-      *helpers.TINY_RUN, f'--output_dir={folder}', '--algorithm=fed_df', '--rounds=1', '--server_steps=5', '--epsilon=20',
-      '--nocompare_with_fed_avg',
+      *helpers.TINY_RUN, f'--output_dir={folder}', '--algorithm=fed_df', '--rounds=1',
+      '--server_steps=5', '--epsilon=20', '--nocompare_with_fed_avg',
   )
   return folder
 

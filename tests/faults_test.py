@@ -342,9 +342,7 @@ def _train(folder, *args):
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
   folder = tmp_path_factory.mktemp('undisturbed')
-  with helpers.running(*_train(folder, '--rounds=6')) as script:
-    _, errors = script.communicate(timeout=240)
-  assert script.returncode == 0, errors
+  helpers.train_here(*helpers.TINY_RUN, f'--output_dir={folder}', '--rounds=6')
   return _metrics(folder)
 
 
@@ -407,9 +405,9 @@ def test_a_run_loses_workers_and_gets_them_back(undisturbed, certificates, tmp_p
 
 _FULL_DISK = '''
 set -u
-disk=$1; out=$2; shift 2
+disk=$1; begun=$2; out=$3; shift 3
 mount -t tmpfs -o size=60m none "$disk"
-"$@" --rounds=2 > "$disk/output" 2>&1 || exit 11
+cp -r "$begun" "$disk/run" || exit 11
 free=$(df --output=avail -k "$disk" | tail -n 1)
 dd if=/dev/zero of="$disk/fill" bs=1k count=$((free - 20)) 2> /dev/null || exit 12
 "$@" --rounds=6 2>&1 > /dev/null && exit 13
@@ -424,11 +422,12 @@ cp "$disk/run/metrics.csv" "$out"
     reason='file systems may not be mounted here',
 )
 def test_a_run_stops_at_a_full_disk_and_goes_on(undisturbed, tmp_path):
-  disk = tmp_path / 'disk'
+  disk, begun = tmp_path / 'disk', tmp_path / 'begun'
   disk.mkdir()
+  helpers.train_here(*helpers.TINY_RUN, f'--output_dir={begun}', '--rounds=2')
   command = [sys.executable, *_train(disk / 'run')]
   script = subprocess.run(
-      [*_OWN_MOUNTS, 'sh', '-c', _FULL_DISK, 'sh', disk, tmp_path, *command],
+      [*_OWN_MOUNTS, 'sh', '-c', _FULL_DISK, 'sh', disk, begun, tmp_path, *command],
       cwd=helpers.ROOT, capture_output=True, text=True, timeout=300,
   )
   assert script.returncode == 0, script.stdout + script.stderr
@@ -441,12 +440,9 @@ def test_a_run_stops_at_a_full_disk_and_goes_on(undisturbed, tmp_path):
 def test_a_worker_that_is_down_is_named_before_a_round(tmp_path):
   port = portpicker.pick_unused_port()
   # The second one has other flags: nothing was begun that they could contradict.
-  for command in (
-      _train(tmp_path),
-      ['-m', 'pipelines.train', '--algorithm=fed_prox', f'--output_dir={tmp_path}'],
-  ):
-    with helpers.running(*command, f'--workers=127.0.0.1:{port}') as script:
-      _, errors = script.communicate(timeout=120)
-    assert script.returncode == 1
+  for flags in (helpers.TINY_RUN, ['--algorithm=fed_prox']):
+    errors = helpers.refused_here(
+        *flags, f'--output_dir={tmp_path}', f'--workers=127.0.0.1:{port}'
+    )
     assert f'error: The worker 127.0.0.1:{port} is lost' in errors
     assert 'Traceback' not in errors and not (tmp_path / 'metrics.csv').exists()

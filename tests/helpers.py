@@ -149,18 +149,25 @@ def train(*args):
   )
 
 
-def train_here(*args):
-  """Likewise in this process, which spares a start; fails if the script does.
-
-  Returns:
-    What it printed.
-  """
+def _train_here(args, status):
   from pipelines import train as script
 
-  printed = io.StringIO()
-  with flags_of(*args), contextlib.redirect_stdout(printed):
-    assert script.main(['train']) == 0
-  return printed.getvalue()
+  out, err = io.StringIO(), io.StringIO()
+  with (
+      flags_of(*args), contextlib.redirect_stdout(out), contextlib.redirect_stderr(err)
+  ):
+    assert script.main(['train']) == status, err.getvalue()
+  return out.getvalue(), err.getvalue()
+
+
+def train_here(*args):
+  """As `train`, in this process, which spares a start; returns what it printed."""
+  return _train_here(args, 0)[0]
+
+
+def refused_here(*args):
+  """Likewise, of a run that does not begin; returns why."""
+  return _train_here(args, 1)[1]
 
 
 def rows(path):
