@@ -93,17 +93,26 @@ def test_export(own_run):
 
 
 @pytest.mark.parametrize(
+    'args,message',
+    [
+        (['--task=nowhere.py'], 'There is no file nowhere.py'),
+        (['--task=shakespeare', '--student=cnn'], 'Choose of gru'),
+        (['--task=movielens', '--alpha=1'], 'data have their clients'),
+        (['--task=movielens', '--num_clients=900'], 'have 843 clients'),
+    ],
+)
+def test_what_does_not_fit_is_refused(args, message):
+  assert message in helpers.refused_here(*args)
+
+
+@pytest.mark.parametrize(
     'module,args,message',
     [
         ('train', ['--task=nothing'], '--task must be one of mnist5k'),
-        ('train', ['--task=nowhere.py'], 'There is no file nowhere.py'),
-        ('train', ['--task=shakespeare', '--student=cnn'], 'Choose of gru'),
-        ('train', ['--task=movielens', '--alpha=1'], 'data have their clients'),
-        ('train', ['--task=movielens', '--num_clients=900'], 'have 843 clients'),
         ('evaluate', ['--run=/nowhere'], 'config.json'),
     ],
 )
-def test_what_does_not_fit_is_refused(module, args, message):
+def test_wrong_usage_is_a_sentence(module, args, message):
   done = _run(module, *args)
   assert done.returncode == 1, (done.stdout, done.stderr)
   assert message in done.stderr + done.stdout

@@ -2,13 +2,14 @@
 
 import json
 import os
-import subprocess
-import sys
+import shutil
 
 import numpy as np
 import pytest
 import tensorflow as tf
 
+from pipelines import evaluate_job
+from pipelines import train_flags
 from tests import data_test
 from tests import helpers
 from tff_kd import keras_models
@@ -68,11 +69,9 @@ def test_clients_with_models_of_their_own(name, tmp_path):
   assert list((folder / 'clients').glob('client-*-round-*.npz'))
   if name == 'fed_md':
     # There is no other model; each client's own is judged on that client's examples.
-    done = subprocess.run(
-        [sys.executable, '-m', 'pipelines.evaluate', f'--run={folder}', '--worst=1'],
-        cwd=helpers.ROOT, capture_output=True, text=True, timeout=240, check=False,
-    )
-    assert done.returncode == 0, done.stderr
+    with helpers.flags_of(f'--config={folder / "config.json"}'):
+      train_flags.take_defaults()
+      evaluate_job.run(folder, folder / 'evaluation', part='test', num_worst=1)
     report = json.loads((folder / 'evaluation' / 'report.json').read_text())
     assert list(report['models']) == ['client']
     of_clients = helpers.rows(folder / 'evaluation' / 'clients.csv')
@@ -105,14 +104,16 @@ def test_hindered_clients_are_counted_and_a_damaged_run_repeats(tmp_path):
       '--robust_knowledge=zeroing,clipping', '--knowledge_norm_bound=1e6',
   ]
   whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
-  for folder, rounds in ((whole, 4), (resumed, 3)):
-    helpers.train_here(*hindered, f'--rounds={rounds}', f'--output_dir={folder}')
-  # The newest checkpoint is damaged: the round after the one before comes again.
-  (newest,) = resumed.glob('checkpoints/program_state_3/variables/*.data*')
+  helpers.train_here(*hindered, '--rounds=4', f'--output_dir={whole}')
+  # As if it had been stopped after its last round. The newest checkpoint is damaged:
+  # the round after the one before comes again.
+  shutil.copytree(whole, resumed)
+  (resumed / 'results.json').unlink()
+  (newest,) = resumed.glob('checkpoints/program_state_4/variables/*.data*')
   os.truncate(newest, newest.stat().st_size // 2)
   done = helpers.train(*hindered, '--rounds=4', f'--output_dir={resumed}', '--resume')
   assert done.returncode == 0, done.stderr
-  assert 'checkpoint of round 3 is damaged' in done.stderr
+  assert 'checkpoint of round 4 is damaged' in done.stderr
   rows = helpers.rows(whole / 'metrics.csv')
   assert sum(float(row['participation/num_begun_late']) for row in rows) > 0
   for cause in ('dropped_after_training', 'late', 'stragglers'):
