@@ -95,7 +95,6 @@ def test_export(own_run):
 @pytest.mark.parametrize(
     'args,message',
     [
-        (['--task=nowhere.py'], 'There is no file nowhere.py'),
         (['--task=shakespeare', '--student=cnn'], 'Choose of gru'),
         (['--task=movielens', '--alpha=1'], 'data have their clients'),
         (['--task=movielens', '--num_clients=900'], 'have 843 clients'),
@@ -109,6 +108,7 @@ def test_what_does_not_fit_is_refused(args, message):
     'module,args,message',
     [
         ('train', ['--task=nothing'], '--task must be one of mnist5k'),
+        ('train', ['--task=nowhere.py'], 'There is no file nowhere.py'),
         ('evaluate', ['--run=/nowhere'], 'config.json'),
     ],
 )
