@@ -89,11 +89,11 @@ def test_a_folder_has_one_user_at_a_time(tmp_path):
 
 def test_a_run_that_fails_is_named(tmp_path):
   done = _run(
-      '--algorithms=fed_avg', '--seeds=0', *_TINY[:4], '--monitor=nothing',
+      '--algorithms=fed_avg', '--seeds=0', *_TINY[:4], '--transfer_labels=100000',
       f'--output_dir={tmp_path}',
   )
   assert done.returncode == 1
-  assert 'fed_avg, seed 0 failed' in done.stdout and 'nothing' in done.stdout
+  assert 'fed_avg, seed 0 failed' in done.stdout and '100000' in done.stdout
   assert 'error: failed: fed_avg, seed 0.' in done.stderr
 
 
