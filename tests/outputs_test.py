@@ -220,6 +220,8 @@ def test_the_page_on_choosing_names_the_algorithms_without_classes():
       with pytest.raises(ValueError, match='class') as refusal:
         _build_for_numbers(name)
       assert 'in user code' not in str(refusal.value)
+      if 'is about classes' in str(refusal.value):
+        assert all(its in str(refusal.value) for its in named)
 
 
 def test_the_best_round_of_an_error_is_the_lowest():

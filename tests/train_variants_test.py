@@ -105,10 +105,12 @@ def test_hindered_clients_are_counted_and_a_damaged_run_repeats(tmp_path):
   ]
   whole, resumed = tmp_path / 'whole', tmp_path / 'resumed'
   helpers.train_here(*hindered, '--rounds=4', f'--output_dir={whole}')
-  # As if it had been stopped after its last round. The newest checkpoint is damaged:
-  # the round after the one before comes again.
+  # As if it had been stopped in its last round. The newest checkpoint is damaged: the
+  # round after the one before comes again.
   shutil.copytree(whole, resumed)
   (resumed / 'results.json').unlink()
+  lines = (resumed / 'metrics.csv').read_text().splitlines(keepends=True)
+  (resumed / 'metrics.csv').write_text(''.join(lines[:-1]))
   (newest,) = resumed.glob('checkpoints/program_state_4/variables/*.data*')
   os.truncate(newest, newest.stat().st_size // 2)
   done = helpers.train(*hindered, '--rounds=4', f'--output_dir={resumed}', '--resume')
