@@ -2,20 +2,17 @@
 
 import json
 import pathlib
-import sys
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
+from pipelines import central
 from pipelines import tables
 from pipelines import train_flags as args
 from pipelines import train_job
 from pipelines import UserError
 import tff_kd
-
-# So many passes without a better validation score end it.
-_PATIENCE = 3
 
 
 def run(
@@ -54,7 +51,10 @@ def run(
     tf.keras.utils.set_random_seed(args.SEED.value)
     model = builder()
     model.compile(tf.keras.optimizers.Adam(learning_rate), task.loss_fn())
-    best = _fit(model, evaluators[name], task, examples, name, epochs, batch_size)
+    best = central.fit(
+        model, evaluators[name], task, examples, name=name, max_epochs=epochs,
+        batch_size=batch_size, verbose=True,
+    )
     scores = evaluators[name].evaluate(tff_kd.models.weights_of(model), *task.test)
     if task.scores_fn is not None:
       scores |= task.scores_fn(
@@ -97,32 +97,3 @@ def _builders(task: tff_kd.data.Task) -> dict[str, Any]:
       **{name: task.students[its] for name, its in zip(names, students)},
       'teacher': task.teachers[args.TEACHER.value],
   }
-
-
-def _fit(
-    model: tf.keras.Model, evaluator: tff_kd.evaluation.CentralEvaluator,
-    task: tff_kd.data.Task, examples: tff_kd.data.Examples, name: str, epochs: int,
-    batch_size: int,
-) -> int:
-  """Trains until validation is not better any more; returns the best epoch.
-
-  The model has the weights of that epoch afterwards.
-  """
-  sign = -1.0 if task.is_regression else 1.0
-  best_score, best_epoch, best_weights = -np.inf, 0, None
-  for epoch in range(1, epochs + 1):
-    model.fit(*examples, batch_size=batch_size, verbose=0)
-    weights = tff_kd.models.weights_of(model)
-    score = evaluator.evaluate(weights, *task.validation)[task.metric]
-    print(f'{name}, epoch {epoch}: validation {score:.4f}', file=sys.stderr, flush=True)
-    if not np.isfinite(score):
-      raise UserError(
-          f'{name}: the validation {task.metric} is {score} after {epoch} epochs. Lower '
-          '--central_learning_rate.'
-      )
-    if sign * score > best_score:
-      best_score, best_epoch, best_weights = sign * score, epoch, model.get_weights()
-    elif epoch - best_epoch >= _PATIENCE:
-      break
-  model.set_weights(best_weights)
-  return best_epoch

@@ -68,8 +68,9 @@ _JOBS = flags.DEFINE_integer(
     'jobs', None, 'Runs at a time; one a core if unset.', lower_bound=1
 )
 _DEFAULT_DIR = 'runs/compare'
-# What the table and messages call the ceilings.
+# What the table and messages call the ceilings, and the floor.
 _IN_ONE_PLACE = 'in one place'
+_ALONE = "the server's labels alone"
 
 
 class _Setting(NamedTuple):
@@ -433,11 +434,35 @@ def _rows(
     if audits:
       row[-1:-1] = _leaks([audits[run] for run in its if run in audits])
     rows.append(tuple(row))
+  floor = _floor(runs, results, metric)
+  if floor['student']:
+    row = [_ALONE, *(_spread(values, 3) for values in floor.values())]
+    blank = [''] * (len(head) - len(row) - 1)
+    rows.append((*row, *blank, str(len(floor['student']))))
   if ceilings['student']:
     each = [_spread(values, 3) for values in ceilings.values()]
     blank = [''] * (len(head) - len(each) - 2)
     rows.append((_IN_ONE_PLACE, *each, *blank, str(len(ceilings['student']))))
   return rows
+
+
+def _floor(
+    runs: list[_Run], results: dict[_Run, dict[str, Any]], metric: str
+) -> dict[str, list[float]]:
+  """Student and teacher trained on the server's labels alone: of each seed, once.
+
+  Nothing where runs differ in flags: they may differ in these labels.
+  """
+  found = {'student': {}, 'teacher': {}}
+  for run in runs:
+    # Those of an earlier version have none.
+    alone = results[run].get('alone', {}) if not run.setting.varied else {}
+    for kind, by_seed in found.items():
+      # Of cohorts the mean.
+      values = [its[metric] for name, its in alone.items() if name.startswith(kind)]
+      if values:
+        by_seed.setdefault(run.seed, statistics.mean(values))
+  return {name: list(by_seed.values()) for name, by_seed in found.items()}
 
 
 def _leaks(audits: list[dict[str, Any]]) -> list[str]:

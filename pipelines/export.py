@@ -3,9 +3,11 @@ r"""Exports the models of a run for where they will run, and checks each file.
   python -m pipelines.export --run=runs/mine
   python -m pipelines.export --run=runs/mine --models=student --formats=keras,int8
 
-The formats: `keras` (.keras), `saved_model`, `tflite` (floats) and `int8` (TFLite,
-quantised to 8 bits with the transfer set as representative data). Each file is loaded
-again and compared with the model on test examples. Leaves export.json, too.
+The formats: `keras` (.keras), `saved_model`, `tflite` (floats), `int8` (TFLite, weights
+and activations in 8 bits, with the transfer set as representative data) and
+`int8_weights` (weights only: what recurrent models want, because TFLite does not quantise
+the activations of a loop, so that for `int8` their steps are unrolled). Each file is
+loaded again and compared with the model on test examples. Leaves export.json, too.
 """
 
 import pathlib
@@ -15,7 +17,7 @@ from absl import flags
 import pipelines
 from pipelines import train_flags
 
-_FORMATS = ['keras', 'saved_model', 'tflite', 'int8']
+_FORMATS = ['keras', 'saved_model', 'tflite', 'int8', 'int8_weights']
 
 _RUN = flags.DEFINE_string(
     'run', None, 'The folder of a run of pipelines.train.', required=True

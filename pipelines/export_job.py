@@ -119,10 +119,12 @@ def _export(
   """Writes one file, loads it again and compares it."""
   writers = {
       'keras': _write_keras, 'saved_model': _write_saved_model,
-      'tflite': _write_tflite, 'int8': _write_int8,
+      'tflite': _write_tflite, 'int8': _write_int8, 'int8_weights': _write_int8_weights,
   }
-  suffix = {'keras': '.keras', 'saved_model': '', 'tflite': '.tflite',
-            'int8': '_int8.tflite'}[name]
+  suffix = {
+      'keras': '.keras', 'saved_model': '', 'tflite': '.tflite', 'int8': '_int8.tflite',
+      'int8_weights': '_int8_weights.tflite',
+  }[name]
   path = export_dir / f'{model.name}{suffix}'
   predict = writers[name](model.keras_model, path, task)
   outputs = predict(examples.inputs)
@@ -179,6 +181,13 @@ def _write_tflite(
   return _tflite_predict(path)
 
 
+def _write_int8_weights(
+    model: tf.keras.Model, path: pathlib.Path, task: tff_kd.data.Task
+) -> Predict:
+  path.write_bytes(_convert(model, task, quantised=True))
+  return _tflite_predict(path)
+
+
 def _write_int8(
     model: tf.keras.Model, path: pathlib.Path, task: tff_kd.data.Task
 ) -> Predict:
@@ -188,7 +197,9 @@ def _write_int8(
     for row in range(min(_REPRESENTATIVE, len(task.transfer))):
       yield _SIGNATURE, {name: a[row : row + 1] for name, a in named.items()}
 
-  path.write_bytes(_convert(model, task, representative))
+  path.write_bytes(
+      _convert(model, task, quantised=True, representative=representative)
+  )
   return _tflite_predict(path)
 
 
@@ -223,15 +234,31 @@ def _save(
 
 
 def _convert(
-    model: tf.keras.Model, task: tff_kd.data.Task, representative: Any = None
+    model: tf.keras.Model, task: tff_kd.data.Task, *, quantised: bool = False,
+    representative: Any = None,
 ) -> bytes:
-  """TFLite's form of a model that takes one example at a time."""
+  """TFLite's form of a model that takes one example at a time.
+
+  Args:
+    model: The model.
+    task: What its inputs are like.
+    quantised: Whether weights get 8 bits.
+    representative: Gives the inputs that show the ranges of activations, which then get
+      8 bits, too.
+  """
+  layers = tf.keras.layers
+  # Its op for whole sequences would keep the state from one call to the next.
+  unrolled = [layers.LSTM]
+  if representative is not None:
+    # It dies (a segmentation fault) of a loop whose activations it is to quantise.
+    unrolled += [layers.GRU, layers.SimpleRNN]
+  model = _unrolled(model, tuple(unrolled))
   with tempfile.TemporaryDirectory() as folder:
-    _save(_unrolled(model), pathlib.Path(folder), task, batch_size=1)
+    _save(model, pathlib.Path(folder), task, batch_size=1)
     converter = tf.lite.TFLiteConverter.from_saved_model(
         folder, signature_keys=[_SIGNATURE]
     )
-    if representative is not None:
+    if quantised:
       converter.optimizations = [tf.lite.Optimize.DEFAULT]
       converter.representative_dataset = representative
     with _quiet():
@@ -253,15 +280,16 @@ def _quiet() -> Iterator[None]:
     os.close(nowhere)
 
 
-def _unrolled(model: tf.keras.Model) -> tf.keras.Model:
-  """The same with recurrent layers unrolled: TFLite does not quantise a loop's body."""
-  recurrent = (tf.keras.layers.GRU, tf.keras.layers.LSTM, tf.keras.layers.SimpleRNN)
-  if not any(isinstance(layer, recurrent) for layer in model.layers):
+def _unrolled(
+    model: tf.keras.Model, kinds: tuple[type[tf.keras.layers.Layer], ...]
+) -> tf.keras.Model:
+  """The same with the loops of some recurrent layers unrolled."""
+  if not any(isinstance(layer, kinds) for layer in model.layers):
     return model
 
   def clone(layer: tf.keras.layers.Layer) -> tf.keras.layers.Layer:
     config = layer.get_config()
-    if isinstance(layer, recurrent):
+    if isinstance(layer, kinds):
       config['unroll'] = True
     return type(layer).from_config(config)
 

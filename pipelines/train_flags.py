@@ -1,7 +1,8 @@
 """The flags of `pipelines.train`; imports no TensorFlow, so that `--help` is quick."""
 
+from collections.abc import Mapping
 import json
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 from absl import app
 from absl import flags
@@ -17,6 +18,18 @@ CONSENSUS_RULES = [
     'mean_probabilities', 'variance',
 ]
 SCHEDULES = ['constant', 'cosine']
+
+
+def _listed(head: str, defaults: Mapping[str, Any]) -> str:
+  """A task's defaults, for --help; nothing where there are none."""
+  if not defaults:
+    return ''
+  its = (
+      f'{name}={",".join(value) if isinstance(value, list) else value}'
+      for name, value in defaults.items()
+  )
+  return f'{head}: {", ".join(its)}.'
+
 
 topics.topic('What to run')
 ALGORITHM = flags.DEFINE_enum(
@@ -59,10 +72,11 @@ TASK = flags.DEFINE_string(
     + '\n'.join(
         f'{name}: {its.summary}. Students: {", ".join(its.students)}; teachers: '
         f'{", ".join(its.teachers)}.'
-        + (' Defaults: ' + ', '.join(
-            f'{flag}={",".join(value) if isinstance(value, list) else value}'
-            for flag, value in its.defaults.items()
-        ) + '.' if its.defaults else '')
+        + _listed(' Defaults', its.defaults)
+        + ''.join(
+            _listed(f' With {algorithm}', defaults)
+            for algorithm, defaults in its.algorithm_defaults.items()
+        )
         for name, its in data.TASKS.items()
     ),
 )
@@ -563,22 +577,55 @@ def own_flags() -> dict[str, flags.Flag]:
   return {flag.name: flag for flag in by_module[__name__]}
 
 
-def _take_task_defaults() -> None:
+# How predictions are combined and coded: a task's defaults of these go together.
+_OF_PREDICTIONS = frozenset(
+    {'consensus', 'prediction_bits', 'prediction_top', 'knowledge_bits'}
+)
+
+
+def _task_defaults(task: str, algorithm: str) -> dict[str, Any]:
+  """The defaults of a task with an algorithm.
+
+  Raises:
+    app.UsageError: If there is no such task, or it has defaults of what is no flag.
+  """
   try:
-    defaults = data.task_info(TASK.value).defaults
+    defaults = data.task_info(task).defaults_with(algorithm)
   except ValueError as error:
     raise app.UsageError(str(error)) from None
-  for name, value in defaults.items():
+  for name in defaults:
     if name not in own_flags():
       raise app.UsageError(
-          f'--task={TASK.value}: its defaults name --{name}, which is no flag.'
+          f'--task={task}: its defaults name --{name}, which is no flag.'
       )
-    if not flags.FLAGS[name].present:
+  return defaults
+
+
+def _take_task_defaults() -> None:
+  """Gives the flags that are not given what the task has for them.
+
+  A default that does not go with what is given gives way.
+  """
+  defaults = _task_defaults(TASK.value, ALGORITHM.value)
+  given = {name for name, flag in own_flags().items() if flag.present}
+  if given & _OF_PREDICTIONS:
+    given |= _OF_PREDICTIONS
+  if 'transfer_size' in given:
+    for name in ('transfer_labels', 'transfer_per_round'):
+      if name in defaults:
+        defaults[name] = min(defaults[name], TRANSFER_SIZE.value)
+  if 'transfer_labels' in given and not TRANSFER_LABELS.value:
+    given.add('distillation_weight')  # There is nothing else to learn from.
+  for name, value in defaults.items():
+    if name not in given:
       flags.FLAGS[name].value = value
 
 
 def take_defaults() -> None:
   """Gives the flags that are not given the values of --config, or of the task.
+
+  Of a --config, what the run had by default is left to the defaults: they may be others
+  for another --task or --algorithm.
 
   Raises:
     app.UsageError: If the file is no such one, or of another version's flags; or if
@@ -601,13 +648,18 @@ def take_defaults() -> None:
         f'{path} has flags that are not known here: {", ".join(unknown)}. Use the '
         'version that made it, or take them out.'
     )
-  if not flags.FLAGS['task'].present:
-    flags.FLAGS['task'].value = values.get('task', TASK.value)
-  # What the run had is above the task's defaults, and below what is given.
+  for name in ('task', 'algorithm'):
+    flag = flags.FLAGS[name]
+    if not flag.present and values.get(name, flag.value) != flag.value:
+      flag.value, flag.present = values[name], 1
   _take_task_defaults()
+  before = {name: flag.default for name, flag in own_flags().items()}
+  before |= _task_defaults(
+      values.get('task', TASK.value), values.get('algorithm', ALGORITHM.value)
+  )
   for name, value in values.items():
     flag = flags.FLAGS[name]
-    if name in _NOT_REPEATED or flag.present or value == flag.value:
+    if name in _NOT_REPEATED or flag.present or value in (flag.value, before[name]):
       continue
     flag.value = value
     # As if it was given: that it does not fit the other flags must be said.

@@ -21,6 +21,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 import tqdm
 
+from pipelines import central
 from pipelines import plots
 from pipelines import tables
 from pipelines import train_checks
@@ -45,8 +46,11 @@ _CLIENT_BYTES = tff_kd.communication.CLIENT_BYTES
 RESULTS = 'results.json'
 # The smallest array that is rounded on its way up.
 _ROUNDED_FROM = 1000
-# Of the models trained on the server's labels alone, for the table.
-_ALONE_EPOCHS = 40
+# Of training on the server's labels: examples a step. And of what they give alone: steps
+# at most, and at least between looks at the validation score.
+_CENTRAL_BATCH = 32
+_ALONE_STEPS = 1500
+_ALONE_LOOK = 50
 # FedAvg, to compare with, gets so many times the rounds at most: where predictions are
 # large, the same bytes would be a hundred times the rounds.
 _MOST_FED_AVG = 3
@@ -94,7 +98,7 @@ def _adopt(task: tff_kd.data.Task) -> None:
       'transfer_size': len(task.transfer),
       'transfer_labels': min(args.TRANSFER_LABELS.value, len(task.transfer)),
   }
-  given = tff_kd.data.task_info(args.TASK.value).defaults
+  given = tff_kd.data.task_info(args.TASK.value).defaults_with(args.ALGORITHM.value)
   for name, value in defaults.items():
     if not flags.FLAGS[name].present and name not in given:
       flags.FLAGS[name].value = value
@@ -464,17 +468,48 @@ def build_process(
   return algorithm.build(**kwargs)
 
 
-def _train_centrally(
-    spec: tff_kd.models.ModelSpec, task: tff_kd.data.Task, epochs: int
-) -> tff.learning.models.ModelWeights:
-  """Training by `fit` on the server's labelled examples, from the first weights."""
+def _begun_anew(
+    spec: tff_kd.models.ModelSpec, task: tff_kd.data.Task
+) -> tf.keras.Model:
+  """The model with its first weights, ready for `fit`."""
   model = spec.model_fn().keras_model
   tff.learning.models.ModelWeights(*spec.initial_weights).assign_weights_to(model)
   tf.keras.utils.set_random_seed(args.SEED.value)
-  model.compile('adam', task.loss_fn(), task.metrics_fn())
-  labelled = task.transfer.take(np.arange(args.TRANSFER_LABELS.value))
-  model.fit(*labelled, batch_size=32, epochs=epochs, verbose=0)
+  model.compile('adam', task.loss_fn())
+  return model
+
+
+def _labelled(task: tff_kd.data.Task) -> tff_kd.data.Examples:
+  """The server's examples with labels."""
+  return task.transfer.take(np.arange(args.TRANSFER_LABELS.value))
+
+
+def _pretrain(
+    spec: tff_kd.models.ModelSpec, task: tff_kd.data.Task
+) -> tff.learning.models.ModelWeights:
+  """--pretrain_epochs on the server's labelled examples."""
+  model = _begun_anew(spec, task)
+  model.fit(
+      *_labelled(task), batch_size=_CENTRAL_BATCH, epochs=args.PRETRAIN_EPOCHS.value,
+      verbose=0,
+  )
   return tff_kd.models.weights_of(model)
+
+
+def _train_alone(
+    name: str, evaluation: '_Evaluation', spec: tff_kd.models.ModelSpec,
+    task: tff_kd.data.Task,
+) -> dict[str, float]:
+  """The test scores of what the server's labels give without any client."""
+  model = _begun_anew(spec, task)
+  labelled = _labelled(task)
+  steps = -(-len(labelled) // _CENTRAL_BATCH)  # An epoch's.
+  evaluator = evaluation.evaluators[name]
+  central.fit(
+      model, evaluator, task, labelled, name=name, batch_size=_CENTRAL_BATCH,
+      max_epochs=-(-_ALONE_STEPS // steps), epochs_per_look=-(-_ALONE_LOOK // steps),
+  )
+  return evaluator.evaluate(tff_kd.models.weights_of(model), *task.test)
 
 
 class _Evaluation:
@@ -952,8 +987,7 @@ def _train_and_report(
   pretrained = {}
   if args.PRETRAIN_EPOCHS.value:
     pretrained = {
-        name: _train_centrally(spec, task, args.PRETRAIN_EPOCHS.value)
-        for name, spec in specs.items()
+        name: _pretrain(spec, task) for name, spec in specs.items()
     }
 
   def initial_state(of_process):
@@ -1110,16 +1144,17 @@ def _report(
         _megabytes(baseline),
         [row[test_column] for row in baseline],
     )
+  # What the server could do without any client: the honest lower bound.
+  alone = {}
   if args.TRANSFER_LABELS.value:
-    # What the server could do without any client: the honest lower bound.
-    for name, spec in specs.items():
-      evaluator = evaluation.evaluators[name]
-      alone = _train_centrally(spec, task, _ALONE_EPOCHS)
-      values = evaluator.evaluate(alone, *task.test)
-      rows.append((
-          f"{name} on the server's {args.TRANSFER_LABELS.value} labels alone", '',
-          *scores(values), '', '', '',
-      ))
+    alone = {
+        name: _train_alone(name, evaluation, spec, task) for name, spec in specs.items()
+    }
+  for name, values in alone.items():
+    rows.append((
+        f"{name} on the server's {args.TRANSFER_LABELS.value} labels alone", '',
+        *scores(values), '', '', '',
+    ))
   plots.plot_curves(curves, run_dir / 'curves.png', metric)
   further = {
       name: dict(
@@ -1136,6 +1171,7 @@ def _report(
               'best': test,
               'metric': metric,
               'further_scores': further,
+              'alone': alone,
               # Of all rounds: which one is best, all of them tell.
               **({'epsilon': accountant.epsilon()} if accountant is not None else {}),
           },

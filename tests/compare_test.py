@@ -52,12 +52,14 @@ def test_it_goes_on_and_ends_with_a_table_and_a_picture(finished):
   assert 'of 4 runs are done already' in printed
   with open(folder / 'table.csv', newline='') as file:
     rows = {row['algorithm']: row for row in csv.DictReader(file)}
+  floor = rows.pop("the server's labels alone")
+  assert floor['seeds'] == '2' and '±' in floor['student'] and not floor['MB a round']
   assert set(rows) == {'fed_avg', 'fed_df'}
   for row in rows.values():
     assert row['seeds'] == '2' and '±' in row['student'] and row['teacher'] == ''
   assert float(rows['fed_df']['MB a round']) > float(rows['fed_avg']['MB a round'])
   markdown = (folder / 'table.md').read_text().splitlines()
-  assert len(markdown) == 4 and markdown[0].startswith('| algorithm | student |')
+  assert len(markdown) == 5 and markdown[0].startswith('| algorithm | student |')
   assert (folder / 'curves.png').stat().st_size > 10_000
 
 

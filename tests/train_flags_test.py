@@ -182,6 +182,51 @@ def test_a_config_repeats_a_run_where_nothing_else_is_said(tmp_path):
         train_flags.take_defaults()
 
 
+def _taken(*names):
+  """The values of flags when all have theirs."""
+  train_flags.take_defaults()
+  return [flags.FLAGS[name].value for name in names]
+
+
+_CODE = ('consensus', 'prediction_top', 'prediction_bits')
+
+
+def test_tasks_have_defaults_of_their_own_with_some_algorithms():
+  for algorithm, code in (
+      ('fed_df', ['mean_probabilities', 5, None]), ('fed_et', [None, None, None])
+  ):
+    with helpers.flags_of('--task=shakespeare', f'--algorithm={algorithm}'):
+      assert _taken(*_CODE, 'num_clients') == [*code, 562]
+
+
+def test_a_default_that_does_not_fit_what_is_given_gives_way():
+  with helpers.flags_of('--task=shakespeare', '--prediction_bits=4'):
+    assert _taken(*_CODE) == [None, None, 4]
+  with helpers.flags_of('--task=shakespeare', '--transfer_size=50'):
+    assert _taken('transfer_labels', 'transfer_per_round') == [50, 50]
+  with helpers.flags_of('--task=movielens', '--transfer_labels=0'):
+    assert _taken('distillation_weight') == [None]
+  with helpers.flags_of('--task=movielens', '--transfer_labels=10'):
+    assert _taken('distillation_weight')[0] > 0.5
+
+
+def test_a_config_leaves_defaults_to_what_is_run_now(tmp_path):
+  path = tmp_path / 'config.json'
+  with helpers.flags_of('--task=shakespeare', '--client_epochs=2'):
+    train_flags.take_defaults()
+    values = {name: flag.value for name, flag in train_flags.own_flags().items()}
+  path.write_text(json.dumps({'flags': values, 'versions': {}}))
+  with helpers.flags_of(f'--config={path}'):
+    names = list(values)
+    assert dict(zip(names, _taken(*names))) == {**values, 'config': str(path)}
+  with helpers.flags_of(f'--config={path}', '--algorithm=fed_avg'):
+    assert _taken(*_CODE, 'client_epochs') == [None, None, None, 2]
+    # What was asked for in that run still has to fit.
+    assert flags.FLAGS['client_epochs'].present and not flags.FLAGS['teacher'].present
+  with helpers.flags_of(f'--config={path}', '--task=newsgroups'):
+    assert _taken('student', 'num_clients', 'client_epochs') == [['embedding'], 20, 2]
+
+
 def test_flags_of_averaging_are_refused_where_nothing_is_averaged():
   for flag in ('--server_optimizer=adam', '--local_target=student'):
     error = helpers.refused_here('--algorithm=fd', flag)

@@ -23,6 +23,7 @@ class TaskInfo(NamedTuple):
     students: The names of its student models.
     teachers: Of its teachers.
     defaults: Its own defaults of flags of `pipelines.train`.
+    algorithm_defaults: By algorithm, what is above those.
     has_clients: Whether its data have clients of their own, which are then not split by a
       partition.
     options: Arguments of its `load` beyond those all have.
@@ -33,9 +34,14 @@ class TaskInfo(NamedTuple):
   students: tuple[str, ...] = _IMAGE_MODELS
   teachers: tuple[str, ...] = _IMAGE_MODELS
   defaults: Mapping[str, Any] = {}
+  algorithm_defaults: Mapping[str, Mapping[str, Any]] = {}
   has_clients: bool = False
   options: tuple[str, ...] = ()
   path: Optional[str] = None
+
+  def defaults_with(self, algorithm: str) -> dict[str, Any]:
+    """Its defaults of flags where an algorithm is run."""
+    return {**self.defaults, **self.algorithm_defaults.get(algorithm, {})}
 
   @property
   def load(self) -> Callable[..., Any]:
@@ -76,9 +82,21 @@ TASKS = {
             defaults={
                 'student': ['gru'], 'teacher': 'gru', 'mentor': 'gru',
                 'num_clients': 562, 'clients_per_round': 10, 'client_epochs': 1,
-                'batch_size': 4, 'client_learning_rate': 2.0, 'transfer_size': 100,
-                'transfer_labels': 50, 'validation_size': 200, 'server_steps': 30,
-                'server_batch_size': 32, 'back_steps': 30, 'teacher_learning_rate': 0.003,
+                'batch_size': 4, 'client_learning_rate': 2.0, 'transfer_size': 4000,
+                # A text has its next characters.
+                'transfer_labels': 4000, 'transfer_per_round': 100,
+                'validation_size': 200, 'server_steps': 60, 'server_batch_size': 32,
+                'back_steps': 60, 'teacher_learning_rate': 0.003,
+            },
+            algorithm_defaults={
+                **dict.fromkeys(
+                    ('fed_df', 'fed_distillation'),
+                    {
+                        'consensus': 'mean_probabilities', 'prediction_top': 5,
+                        'transfer_per_round': 400,
+                    },
+                ),
+                'fed_aux': {'transfer_labels': 3000},
             },
             has_clients=True,
         ),
@@ -88,6 +106,7 @@ TASKS = {
             defaults={
                 'student': ['embedding'], 'teacher': 'attention', 'mentor': 'attention',
                 'client_optimizer': 'adam', 'client_learning_rate': 0.01,
+                'transfer_size': 3000, 'transfer_labels': 600, 'server_steps': 120,
                 'teacher_learning_rate': 0.003,
             },
         ),
@@ -98,10 +117,11 @@ TASKS = {
                 'student': ['factors'], 'teacher': 'deep', 'mentor': 'deep',
                 'num_clients': 843, 'clients_per_round': 40, 'client_epochs': 2,
                 'server_optimizer': 'adam', 'server_learning_rate': 0.01, 'rounds': 80,
-                'transfer_size': 40_000, 'transfer_per_round': 4000,
-                'transfer_labels': 1000, 'validation_size': 2000, 'server_steps': 60,
+                'transfer_size': 18_000, 'transfer_per_round': 4000,
+                'transfer_labels': 9000, 'validation_size': 2000,
+                'distillation_weight': 0.95, 'server_steps': 120,
                 'server_batch_size': 128, 'back_steps': 30,
-                'teacher_learning_rate': 0.003, 'student_learning_rate': 0.0003,
+                'teacher_learning_rate': 0.002, 'student_learning_rate': 0.0003,
             },
             has_clients=True,
         ),

@@ -1,0 +1,66 @@
+"""Training by Keras's `fit` until a validation score is not better any more."""
+
+import sys
+
+import numpy as np
+import tensorflow as tf
+
+from pipelines import UserError
+import tff_kd
+
+
+def fit(
+    model: tf.keras.Model,
+    evaluator: tff_kd.evaluation.CentralEvaluator,
+    task: tff_kd.data.Task,
+    examples: tff_kd.data.Examples,
+    *,
+    name: str,
+    max_epochs: int,
+    batch_size: int,
+    epochs_per_look: int = 1,
+    patience: int = 3,
+    verbose: bool = False,
+) -> int:
+  """Trains a compiled model on examples in one place, and keeps its best weights.
+
+  Args:
+    model: Is trained; has the weights of the best epoch afterwards.
+    evaluator: Of the model.
+    task: Its validation part and its metric say which epoch is the best.
+    examples: What it is trained on.
+    name: What messages call the model.
+    max_epochs: Passes at most.
+    batch_size: Examples a step.
+    epochs_per_look: Passes between looks at the validation score.
+    patience: So many looks without a better score end it.
+    verbose: Whether each look is a line on stderr.
+
+  Returns:
+    The best epoch.
+
+  Raises:
+    UserError: If the score is not finite.
+  """
+  sign = -1.0 if task.is_regression else 1.0
+  best_score, best_epoch, best_weights, misses = -np.inf, 0, None, 0
+  for epoch in range(epochs_per_look, max_epochs + epochs_per_look, epochs_per_look):
+    model.fit(*examples, batch_size=batch_size, epochs=epochs_per_look, verbose=0)
+    weights = tff_kd.models.weights_of(model)
+    score = evaluator.evaluate(weights, *task.validation)[task.metric]
+    if verbose:
+      print(f'{name}, epoch {epoch}: validation {score:.4f}', file=sys.stderr, flush=True)
+    if not np.isfinite(score):
+      raise UserError(
+          f'{name}: the validation {task.metric} is {score} after {epoch} epochs of '
+          'training in one place. Lower the learning rate.'
+      )
+    if sign * score > best_score:
+      best_score, best_epoch, best_weights = sign * score, epoch, model.get_weights()
+      misses = 0
+    else:
+      misses += 1
+      if misses == patience:
+        break
+  model.set_weights(best_weights)
+  return best_epoch
