@@ -18,6 +18,7 @@ def fit(
     name: str,
     max_epochs: int,
     batch_size: int,
+    seed: int,
     epochs_per_look: int = 1,
     patience: int = 3,
     verbose: bool = False,
@@ -32,6 +33,7 @@ def fit(
     name: What messages call the model.
     max_epochs: Passes at most.
     batch_size: Examples a step.
+    seed: Decides the order of the examples.
     epochs_per_look: Passes between looks at the validation score.
     patience: So many looks without a better score end it.
     verbose: Whether each look is a line on stderr.
@@ -44,8 +46,14 @@ def fit(
   """
   sign = -1.0 if task.is_regression else 1.0
   best_score, best_epoch, best_weights, misses = -np.inf, 0, None, 0
+  rng = np.random.default_rng(seed)
   for epoch in range(epochs_per_look, max_epochs + epochs_per_look, epochs_per_look):
-    model.fit(*examples, batch_size=batch_size, epochs=epochs_per_look, verbose=0)
+    # All epochs in one: Keras's own take much longer, where they are of a few steps.
+    rows = [rng.permutation(len(examples)) for _ in range(epochs_per_look)]
+    model.fit(
+        *examples.take(np.concatenate(rows)), batch_size=batch_size, shuffle=False,
+        verbose=0,
+    )
     weights = tff_kd.models.weights_of(model)
     score = evaluator.evaluate(weights, *task.validation)[task.metric]
     if verbose:

@@ -8,8 +8,6 @@ What no federated algorithm is expected to pass, and what privacy forbids. Takes
 of pipelines.train that say what is trained on what. Leaves results.json and the models.
 """
 
-import pathlib
-
 from absl import app
 from absl import flags
 
@@ -19,7 +17,6 @@ from pipelines import train_flags
 
 flags.adopt_module_key_flags(central_flags)
 flags.adopt_module_key_flags(train_flags)
-_DEFAULT_DIR = 'runs/centralized'
 
 
 @pipelines.for_users
@@ -35,7 +32,7 @@ def main(argv: list[str]) -> None:
   from pipelines import centralized_job
 
   centralized_job.run(
-      pathlib.Path(train_flags.OUTPUT_DIR.value or _DEFAULT_DIR),
+      train_flags.output_dir('centralized'),
       epochs=central_flags.EPOCHS.value,
       learning_rate=central_flags.LEARNING_RATE.value,
       batch_size=central_flags.BATCH_SIZE.value,

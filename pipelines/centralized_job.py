@@ -53,7 +53,7 @@ def run(
     model.compile(tf.keras.optimizers.Adam(learning_rate), task.loss_fn())
     best = central.fit(
         model, evaluators[name], task, examples, name=name, max_epochs=epochs,
-        batch_size=batch_size, verbose=True,
+        batch_size=batch_size, seed=args.SEED.value, verbose=True,
     )
     scores = evaluators[name].evaluate(tff_kd.models.weights_of(model), *task.test)
     if task.scores_fn is not None:

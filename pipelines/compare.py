@@ -67,7 +67,6 @@ _CEILINGS = flags.DEFINE_bool(
 _JOBS = flags.DEFINE_integer(
     'jobs', None, 'Runs at a time; one a core if unset.', lower_bound=1
 )
-_DEFAULT_DIR = 'runs/compare'
 # What the table and messages call the ceilings, and the floor.
 _IN_ONE_PLACE = 'in one place'
 _ALONE = "the server's labels alone"
@@ -558,7 +557,7 @@ def main(argv: list[str]) -> Optional[int]:
     )
   seeds, rows = _seeds(), _variations()
   settings = _settings(rows)
-  folder = pathlib.Path(train_flags.OUTPUT_DIR.value or _DEFAULT_DIR)
+  folder = train_flags.output_dir('compare')
   with parallel.only_user(folder):
     return _compare(folder, seeds, rows, settings)
 

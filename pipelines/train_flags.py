@@ -2,6 +2,7 @@
 
 from collections.abc import Mapping
 import json
+import pathlib
 from typing import Any, Optional, Union
 
 from absl import app
@@ -29,6 +30,20 @@ def _listed(head: str, defaults: Mapping[str, Any]) -> str:
       for name, value in defaults.items()
   )
   return f'{head}: {", ".join(its)}.'
+
+
+def _alike(
+    by_algorithm: Mapping[str, Mapping[str, Any]],
+) -> list[tuple[list[str], Mapping[str, Any]]]:
+  """The algorithms that have the same defaults, with these."""
+  found = []
+  for algorithm, defaults in by_algorithm.items():
+    those = next((its for its, same in found if same == defaults), None)
+    if those is None:
+      found.append(([algorithm], defaults))
+    else:
+      those.append(algorithm)
+  return found
 
 
 topics.topic('What to run')
@@ -74,8 +89,8 @@ TASK = flags.DEFINE_string(
         f'{", ".join(its.teachers)}.'
         + _listed(' Defaults', its.defaults)
         + ''.join(
-            _listed(f' With {algorithm}', defaults)
-            for algorithm, defaults in its.algorithm_defaults.items()
+            _listed(f' With {", ".join(those)}', defaults)
+            for those, defaults in _alike(its.algorithm_defaults)
         )
         for name, its in data.TASKS.items()
     ),
@@ -453,7 +468,7 @@ DRY_RUN = flags.DEFINE_bool(
     'dry_run', False, 'Say what would be built, moved and held, and train nothing.'
 )
 OUTPUT_DIR = flags.DEFINE_string(
-    'output_dir', None, 'The run folder; a new one under runs/ if unset.'
+    'output_dir', None, 'The run folder; one under runs/ if unset.'
 )
 CACHE_DIR = flags.DEFINE_string(
     'cache_dir', 'runs/cache', "Where the clients' examples and the transfer set are "
@@ -485,6 +500,13 @@ SILENCE = flags.DEFINE_float(
     'silence_s', 30.0, 'A worker that does not answer for so many seconds is lost.',
     lower_bound=0.1,
 )
+
+
+def output_dir(script: str) -> pathlib.Path:
+  """--output_dir, or a script's folder for the task."""
+  task = pathlib.Path(TASK.value).stem
+  return pathlib.Path(OUTPUT_DIR.value or f'runs/{script}-{task}')
+
 
 def target() -> Union[None, float, str]:
   """--target: a name, or the share of the ensemble.

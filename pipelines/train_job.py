@@ -47,10 +47,12 @@ RESULTS = 'results.json'
 # The smallest array that is rounded on its way up.
 _ROUNDED_FROM = 1000
 # Of training on the server's labels: examples a step. And of what they give alone: steps
-# at most, and at least between looks at the validation score.
+# and epochs at most, steps at least between looks at the validation score, and looks
+# without a better one.
 _CENTRAL_BATCH = 32
-_ALONE_STEPS = 1500
+_ALONE_STEPS, _ALONE_EPOCHS = 1500, 100
 _ALONE_LOOK = 50
+_ALONE_PATIENCE = 10
 # FedAvg, to compare with, gets so many times the rounds at most: where predictions are
 # large, the same bytes would be a hundred times the rounds.
 _MOST_FED_AVG = 3
@@ -74,11 +76,13 @@ def load_task() -> tff_kd.data.Task:
   if info.path is not None:
     _adopt(task)
   if task.num_labelled is not None and args.TRANSFER_LABELS.value > task.num_labelled:
-    raise UserError(
-        f'--transfer_labels is {args.TRANSFER_LABELS.value}, but only '
-        f'{task.num_labelled} of the transfer examples of {task.name} have labels. '
-        'Lower it, or raise --transfer_size.'
-    )
+    if flags.FLAGS['transfer_labels'].present:
+      raise UserError(
+          f'--transfer_labels is {args.TRANSFER_LABELS.value}, but only '
+          f'{task.num_labelled} of the transfer examples of {task.name} have labels. '
+          'Lower it, or raise --transfer_size.'
+      )
+    flags.FLAGS['transfer_labels'].value = task.num_labelled
   return task
 
 
@@ -507,7 +511,9 @@ def _train_alone(
   evaluator = evaluation.evaluators[name]
   central.fit(
       model, evaluator, task, labelled, name=name, batch_size=_CENTRAL_BATCH,
-      max_epochs=-(-_ALONE_STEPS // steps), epochs_per_look=-(-_ALONE_LOOK // steps),
+      max_epochs=min(_ALONE_EPOCHS, -(-_ALONE_STEPS // steps)),
+      epochs_per_look=-(-_ALONE_LOOK // steps),
+      patience=_ALONE_PATIENCE, seed=args.SEED.value,
   )
   return evaluator.evaluate(tff_kd.models.weights_of(model), *task.test)
 

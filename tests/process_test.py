@@ -650,3 +650,73 @@ def test_data_of_another_spec_is_refused_by_tff(fusion):
   # TFF's own message names what it found and what it expected.
   with pytest.raises(TypeError, match=r'float32\[\?,3\].*float32\[\?,5\]'):
     fusion.next(fusion.initialize(), [helpers.dataset(x[:, :3], y)])
+
+
+class _Branching(tf.keras.Model):
+  """Takes a branch by what it sees, in Python's words or in TensorFlow's."""
+
+  def __init__(self, in_python):
+    super().__init__()
+    self._in_python = in_python
+    self._dense = tf.keras.layers.Dense(helpers.CLASSES, kernel_initializer='ones')
+
+  def call(self, x):
+    if self._in_python:
+      if tf.reduce_mean(x) > 0.0:
+        return self._dense(x)
+      return self._dense(-2.0 * x)
+    return self._dense(tf.where(tf.reduce_mean(x) > 0.0, x, -2.0 * x))
+
+
+@pytest.mark.parametrize('as_datasets', [True, False])
+def test_pythons_words_in_what_is_the_users(as_datasets, tmp_path):
+  """Keras models, rates and losses may branch as AutoGraph lets them."""
+
+  def rate_in_python(progress):
+    if progress < 0.5:
+      return 0.3
+    return 0.1
+
+  def loss_in_python(target, logits, temperature):
+    del temperature
+    error = tf.reduce_mean(tf.square(target - logits), axis=-1)
+    if tf.reduce_sum(error) > 100.0:
+      error *= 0.0
+    return error
+
+  parts = [helpers.examples(9 + k, k) for k in range(2)]
+  batches = tff_kd.ClientBatches(
+      data=tff_kd.FileClientData.from_arrays(
+          tuple(np.concatenate(its) for its in zip(*parts)),
+          [np.arange(9), np.arange(9, 19)], directory=tmp_path,
+      ),
+      batch_size=4, num_epochs=1, seed=0,
+  )
+  found = []
+  for in_python in (True, False):
+    process = tff_kd.algorithms.build_fed_df(
+        **helpers.common(student_fn=lambda in_python=in_python: _Branching(in_python)),
+        transfer_set=tff_kd.TransferSet(helpers.examples(8, 99)[0]),
+        client_data=None if as_datasets else batches,
+        learning_rate_fn=(
+            (lambda n: 0.1 if n < 1 else 0.05)
+            if in_python
+            else lambda n: tf.where(n < 1, 0.1, 0.05)
+        ),
+        student_optimizer=helpers.sgd(0.1),
+        distillation=tff_kd.Distillation(
+            num_steps=4, batch_size=4,
+            schedule=(
+                rate_in_python
+                if in_python
+                else lambda progress: tf.where(progress < 0.5, 0.3, 0.1)
+            ),
+            loss=loss_in_python if in_python else 'mse',
+        ),
+    )
+    state = process.initialize()
+    for _ in range(2):
+      clients = [helpers.dataset(*its) for its in parts] if as_datasets else [0, 1]
+      state = process.next(state, clients).state
+    found.append(state.global_model_weights)
+  helpers.assert_weights_close(*found, atol=1e-6)

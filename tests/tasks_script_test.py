@@ -95,17 +95,17 @@ def test_export(own_run):
   assert runner(inputs=np.zeros((1, 2), np.float32))['outputs'].shape == (1, 3)
 
 
-@pytest.mark.parametrize('kind', ['GRU', 'LSTM', 'SimpleRNN'])
+@pytest.mark.parametrize('kind', ['GRU', 'LSTM'])
 def test_recurrent_models(kind, tmp_path):
   """A call knows nothing of those before it; without its loop, a file is much larger."""
-  inputs = tf.keras.Input((30,), dtype=tf.int32)
+  inputs = tf.keras.Input((20,), dtype=tf.int32)
   x = tf.keras.layers.Embedding(9, 4)(inputs)
-  x = getattr(tf.keras.layers, kind)(32, return_sequences=True)(x)
+  x = getattr(tf.keras.layers, kind)(16, return_sequences=True)(x)
   model = tf.keras.Model(inputs, tf.keras.layers.Dense(9)(x))
   rng = np.random.default_rng(0)
   examples = data.Examples(
-      rng.integers(0, 9, (50, 30)).astype(np.int32),
-      rng.integers(0, 9, (50, 30)).astype(np.int32),
+      rng.integers(0, 9, (20, 20)).astype(np.int32),
+      rng.integers(0, 9, (20, 20)).astype(np.int32),
   )
   task = types.SimpleNamespace(transfer=examples)
   expected = model.predict(examples.inputs, verbose=0)

@@ -17,6 +17,7 @@ from tff_kd import client_data as client_data_lib
 from tff_kd import cohorts
 from tff_kd import companions
 from tff_kd import conditions as conditions_lib
+from tff_kd import graphs
 from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
 from tff_kd import models
@@ -312,8 +313,7 @@ def build_client_work(
       included = valid
       if reporting is not None:
         included = valid & conditions.reports
-      if not included:
-        model.reset_metrics()
+      model.reset_metrics_unless(included)
 
       def in_cohort(value, specs):
         """The value at the cohort's place, with zeros for the others."""
@@ -413,7 +413,7 @@ def build_client_work(
           ),
       )
 
-    return tf.function(client_update)
+    return graphs.function(client_update)
 
   def run(client_hparams, broadcast, client, client_state=()):
     updates = [build_update(i) for i in range(len(students.specs))]
@@ -661,8 +661,9 @@ def build_training(
     if may_be_empty:
       # Its mean loss is 0 / 0: it takes no step.
       loss_sum = tf.where(batch_size > 0, loss_sum, 0.0)
-      if batch_size > 0:
-        carry = stepper.apply(carry, gradients)
+      carry = tf.cond(
+          batch_size > 0, lambda: stepper.apply(carry, gradients), lambda: carry
+      )
     else:
       carry = stepper.apply(carry, gradients)
     return _Progress(
@@ -684,7 +685,9 @@ def build_training(
   ):
     extra = local_terms, received
     if learning_rate_fn is not None:
-      hparams = optimizers.with_learning_rate(hparams, learning_rate_fn(round_num))
+      # The user's: AutoGraph reads it, if nothing else here.
+      rate = tf.function(learning_rate_fn)(round_num)
+      hparams = optimizers.with_learning_rate(hparams, rate)
     progress = _Progress(
         carry=stepper.begin(stepper.initialize(hparams)),
         loss_sum=tf.constant(0.0),
@@ -694,8 +697,17 @@ def build_training(
         observed=observer.zero() if observer is not None else (),
     )
     if client_data is None:
-      for batch in iter(data.with_options(_dataset_options())):
-        progress = step(progress, batch, extra, may_be_empty=True)
+      batches = iter(data.with_options(_dataset_options()))
+
+      def next_batch(_, progress: _Progress):
+        batch = batches.get_next_as_optional()
+        return tf.cond(
+            batch.has_value(),
+            lambda: (True, step(progress, batch.get_value(), extra, may_be_empty=True)),
+            lambda: (False, progress),
+        )
+
+      _, progress = tf.while_loop(lambda more, _: more, next_batch, (True, progress))
     else:
       # Slices, not a `tf.data.Dataset`: its iterator costs as much as a small step.
       examples = client_data.data.open()
@@ -703,15 +715,18 @@ def build_training(
       if step_share is not None:
         rows = rows[: client_data.num_elements(tf.size(rows), step_share)]
       observed_inputs = client_data.input_mask(data)
-      start = tf.constant(0)
-      while start < tf.size(rows):
+
+      def next_slice(start: tf.Tensor, progress: _Progress):
         end = start + client_data.batch_size
         batch = client_data_lib.masked_inputs(
             raw_files.gather(examples, rows[start:end]), observed_inputs
         )
         mask = None if labelled is None else labelled[start:end]
-        progress = step(progress, batch, extra, may_be_empty=False, labelled=mask)
-        start = end
+        return end, step(progress, batch, extra, may_be_empty=False, labelled=mask)
+
+      _, progress = tf.while_loop(
+          lambda start, _: start < tf.size(rows), next_slice, (0, progress)
+      )
     model.add_totals(
         progress.loss_sum, progress.num_examples, progress.num_batches
     )

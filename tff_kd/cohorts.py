@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_kd import graphs
 from tff_kd import models
 
 StudentFn = Union[models.KerasModelFn, Sequence[models.KerasModelFn]]
@@ -69,7 +70,7 @@ class Students:
     """The result of the cohort's branch; all have results of one structure."""
     last = len(self.specs) - 1
 
-    @tf.function
+    @graphs.function
     def switch():
       tf.debugging.Assert(
           (cohort >= 0) & (cohort <= last),

@@ -22,6 +22,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_kd import companions
+from tff_kd import graphs
 from tff_kd import local_terms
 from tff_kd import losses
 from tff_kd import models
@@ -359,7 +360,7 @@ class FeatureGenerator(companions.Companion):
     def start(state, counts, round_num):
       generator = self._build_generator()
 
-      @tf.function
+      @graphs.function
       def run():
         _assign(generator.variables, state.weights)
         noise, labels = draw(0, round_num, counts)
@@ -375,7 +376,7 @@ class FeatureGenerator(companions.Companion):
       model = self._student.blank_model_fn()
       _, head = split_model(model.keras_model, self._split_layer)
 
-      @tf.function
+      @graphs.function
       def run():
         _assign(_variables(head), kept.head)
         with tf.GradientTape() as tape:
@@ -397,7 +398,7 @@ class FeatureGenerator(companions.Companion):
       variables = generator.trainable_variables
       stepper = optimizers.build_stepper(self._optimizer, variables)
 
-      @tf.function
+      @graphs.function
       def run():
         _assign(generator.variables, state.weights)
         noise, labels = draw(step, round_num, counts)
@@ -413,11 +414,14 @@ class FeatureGenerator(companions.Companion):
               features * answers.gradients * share[:, tf.newaxis]
           )
           loss = surrogate + diversity
-        new_optimizer = state.optimizer
-        if tf.reduce_sum(counts) > 0.0:
-          gradients = tape.gradient(loss, variables)
-          carry = stepper.apply(stepper.begin(state.optimizer), gradients)
-          new_optimizer = stepper.end(carry)
+        gradients = tape.gradient(loss, variables)
+        new_optimizer = tf.cond(
+            tf.reduce_sum(counts) > 0.0,
+            lambda: stepper.end(
+                stepper.apply(stepper.begin(state.optimizer), gradients)
+            ),
+            lambda: state.optimizer,
+        )
         next_noise, next_labels = draw(step + 1, round_num, counts)
         new_state = GeneratorState(
             [tf.convert_to_tensor(v) for v in generator.variables],

@@ -17,6 +17,7 @@ import numpy as np
 import tensorflow as tf
 import tensorflow_federated as tff
 
+from tff_kd import graphs
 from tff_kd import losses
 
 KerasModelFn = Callable[[], tf.keras.Model]
@@ -231,11 +232,11 @@ class KerasModel(tff.learning.models.VariableModel):
       elif make is tff.learning.metrics.NumBatchesCounter:
         metric.variables[0].assign_add(tf.cast(num_batches, tf.int64))
 
-  @tf.function
+  @graphs.function
   def predict_on_batch(self, batch_input, training=True):
     return self._keras_model(batch_input, training=training)
 
-  @tf.function
+  @graphs.function
   def forward_pass(self, batch_input, training=True):
     inputs, labels = split_batch(batch_input)
     outputs = self._keras_model(inputs, training=training)
@@ -249,7 +250,7 @@ class KerasModel(tff.learning.models.VariableModel):
         loss=loss, predictions=outputs, num_examples=num_examples
     )
 
-  @tf.function
+  @graphs.function
   def report_local_unfinalized_metrics(self):
     return collections.OrderedDict(
         (name, [v.read_value() for v in metric.variables])
@@ -262,10 +263,19 @@ class KerasModel(tff.learning.models.VariableModel):
         for name, make in self._metric_constructors.items()
     )
 
-  @tf.function
+  @graphs.function
   def reset_metrics(self):
     for metric in self._metrics.values():
       metric.reset_state()
+
+  def reset_metrics_unless(self, condition: tf.Tensor) -> None:
+    """Forgets what was counted, unless a bool scalar is true."""
+
+    def reset() -> bool:
+      self.reset_metrics()
+      return False
+
+    tf.cond(condition, lambda: True, reset)
 
 
 class _LossMean(tf.keras.metrics.Mean):

@@ -27,6 +27,7 @@ from tff_kd import client_work as client_work_lib
 from tff_kd import cohorts
 from tff_kd import companions
 from tff_kd import conditions as conditions_lib
+from tff_kd import graphs
 from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
 from tff_kd import losses
@@ -547,7 +548,7 @@ def build_private_process(
             pretraining, {'student': model}, transfer_set
         )
 
-      @tf.function
+      @graphs.function
       def run():
         model.assign(tf.nest.map_structure(tf.constant, spec.initial_weights))
         if pretrain is not None:
@@ -644,7 +645,7 @@ def build_private_process(
         learning_rate_fn=learning_rate_fn,
     )
 
-    @tf.function
+    @graphs.function
     def client_update(client_hparams, sent, data, client_state, conditions):
       broadcast, step_share = sent, None
       if reporting is not None:
@@ -681,8 +682,7 @@ def build_private_process(
           covered = conditions_lib.covered_rows(
               transfer_set, conditions, broadcast.round_num, round_num
           )
-      if not included:
-        model.reset_metrics()
+      model.reset_metrics_unless(included)
       weight = client_work_lib.client_weight(
           knowledge_weighting, num_examples, included
       )
@@ -779,7 +779,7 @@ def build_private_process(
   def share(mean_payload, num_included, server_weights, round_num):
     server_model = student.blank_model_fn() if needs_model else None
 
-    @tf.function
+    @graphs.function
     def run():
       if needs_model:
         server_model.assign(server_weights)

@@ -25,6 +25,7 @@ from tff_kd import client_work as client_work_lib
 from tff_kd import cohorts
 from tff_kd import companions
 from tff_kd import conditions as conditions_lib
+from tff_kd import graphs
 from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
 from tff_kd import models
@@ -1016,14 +1017,14 @@ def build_student_finalizer(
     model = spec.blank_model_fn()
     stepper = optimizers.build_stepper(optimizer, model.trainable_variables)
 
-    @tf.function
+    @graphs.function
     def finalize(state, weights, update):
       model.assign(weights)
       finite = tf.reduce_all(
           [tf.reduce_all(tf.math.is_finite(u)) for u in tf.nest.flatten(update)]
       )
-      new_state = state
-      if finite:
+
+      def apply():
         new_state = stepper.end(
             stepper.apply(stepper.begin(state), list(update.trainable))
         )
@@ -1031,6 +1032,9 @@ def build_student_finalizer(
             model.statistics, update.non_trainable, strict=True
         ):
           variable.assign_sub(change)
+        return new_state
+
+      new_state = tf.cond(finite, apply, lambda: state)
       result = tf.nest.map_structure(tf.convert_to_tensor, model.weights())
       return new_state, result, tf.cast(~finite, tf.int32)
 

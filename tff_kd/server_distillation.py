@@ -16,6 +16,7 @@ import tensorflow as tf
 import tensorflow_federated as tff
 
 from tff_kd import cohorts
+from tff_kd import graphs
 from tff_kd import knowledge
 from tff_kd import losses
 from tff_kd import models
@@ -145,7 +146,8 @@ class Distillation:
   ) -> Callable[[tf.Tensor, tf.Tensor, float], tf.Tensor]:
     """The loss between targets and outputs, of classes or of numbers."""
     if callable(self.loss):
-      return self.loss
+      # The user's: AutoGraph reads it, if nothing else here.
+      return tf.function(self.loss)
     return _DISTILLATION_LOSSES[self.loss or ('mse' if is_regression else 'kl')]
 
   def check_outputs(self, learner: models.ModelSpec) -> None:
@@ -328,7 +330,7 @@ def build_server_distillation(
       live = {'student': student, 'teacher': live_teacher}
       runs.append(build_stage(stage, live, transfer_set))
 
-    @tf.function
+    @graphs.function
     def run_all():
       for model, its in zip(live_students, students.unpack(weights.student)):
         model.assign(its)
@@ -399,6 +401,24 @@ class _Examples(NamedTuple):
   mask: Any = ()
   diversity_logits: Any = ()
   diversity_mask: Any = ()
+
+
+class _Steps(NamedTuple):
+  """What the steps of a stage carry, beside the learner's variables."""
+
+  step: tf.Tensor
+  carry: Any
+  first_loss: tf.Tensor
+  last_loss: tf.Tensor
+
+
+class _Best(NamedTuple):
+  """The best weights and optimizer state of a stage so far, by validation."""
+
+  values: Any
+  loss: tf.Tensor
+  step: tf.Tensor
+  looks_waited: tf.Tensor
 
 
 def build_stage(
@@ -522,55 +542,70 @@ def build_stage(
     order = _batch_order(m, d.num_steps * batch_size, round_num, seed)
 
     before = validation_loss(validation) if has_validation else tf.zeros([])
-    best = (_values(learner), state)
-    best_loss = before
-    best_step = tf.constant(0)
-    carry = stepper.begin(state)
-    step, looks_waited = tf.constant(0), tf.constant(0)
-    first_loss, last_loss = tf.zeros([]), tf.zeros([])
-    patience = tf.constant(d.patience or d.num_steps)
-    while step < num_steps and looks_waited < patience:
-      until = tf.minimum(step + check_every, num_steps)
-      while step < until:
-        rows = order[step * batch_size : (step + 1) * batch_size]
-        rows = tf.ensure_shape(rows, [batch_size])
-        last_loss, gradients = batch_gradients(
-            opened, tf.nest.map_structure(lambda a: tf.gather(a, rows), learn)
+    patience = d.patience or d.num_steps
+
+    def take_step(now: _Steps) -> tuple[_Steps]:
+      rows = order[now.step * batch_size : (now.step + 1) * batch_size]
+      rows = tf.ensure_shape(rows, [batch_size])
+      loss, gradients = batch_gradients(
+          opened, tf.nest.map_structure(lambda a: tf.gather(a, rows), learn)
+      )
+      rate_scale = None
+      if d.schedule is not None:
+        # The user's: AutoGraph reads it, if nothing else here.
+        rate_scale = tf.function(d.schedule)(
+            tf.cast(now.step, tf.float32) / float(d.num_steps)
         )
-        # Not `==`: outside eager mode that compares Python identities.
-        if tf.equal(step, 0):
-          first_loss = last_loss
-        rate_scale = None
-        if d.schedule is not None:
-          rate_scale = d.schedule(
-              tf.cast(step, tf.float32) / float(d.num_steps)
-          )
-        carry = stepper.apply(carry, gradients, rate_scale)
-        step += 1
-      current = (_values(learner), stepper.end(carry))
-      improved = all_finite(current)
+      taken = _Steps(
+          now.step + 1,
+          stepper.apply(now.carry, gradients, rate_scale),
+          # Not `==`: outside eager mode that compares Python identities.
+          tf.where(tf.equal(now.step, 0), loss, now.first_loss),
+          loss,
+      )
+      return (taken,)
+
+    def steps_and_look(now: _Steps, best: _Best) -> tuple[_Steps, _Best]:
+      until = tf.minimum(now.step + check_every, num_steps)
+      (now,) = tf.while_loop(lambda now: now.step < until, take_step, (now,))
+      current = (_values(learner), stepper.end(now.carry))
+      improved, loss = all_finite(current), best.loss
       if has_validation:
         current_loss = validation_loss(validation)
         # False for a loss that is not a number.
-        improved = tf.logical_and(improved, current_loss < best_loss)
-        best_loss = tf.where(improved, current_loss, best_loss)
-      best = tf.nest.map_structure(
-          lambda new, old: tf.where(improved, new, old), current, best
+        improved = tf.logical_and(improved, current_loss < loss)
+        loss = tf.where(improved, current_loss, loss)
+      values = tf.nest.map_structure(
+          lambda new, old: tf.where(improved, new, old), current, best.values
       )
-      best_step = tf.where(improved, step, best_step)
-      looks_waited = tf.where(improved, 0, looks_waited + 1)
+      return now, _Best(
+          values,
+          loss,
+          tf.where(improved, now.step, best.step),
+          tf.where(improved, 0, best.looks_waited + 1),
+      )
 
-    weights, state = best
+    done, best = tf.while_loop(
+        lambda now, best: (now.step < num_steps) & (best.looks_waited < patience),
+        steps_and_look,
+        (
+            _Steps(
+                tf.constant(0), stepper.begin(state), tf.zeros([]), tf.zeros([])
+            ),
+            _Best((_values(learner), state), before, tf.constant(0), tf.constant(0)),
+        ),
+    )
+    weights, state = best.values
     learner.assign(weights)
     measurements = collections.OrderedDict(
-        num_steps=step,
+        num_steps=done.step,
         num_targets=num_targets,
-        first_loss=first_loss,
-        last_loss=last_loss,
+        first_loss=done.first_loss,
+        last_loss=done.last_loss,
         validation_loss_before=before,
-        validation_loss_after=best_loss,
-        best_step=best_step,
-        rolled_back=tf.cast((step > 0) & tf.equal(best_step, 0), tf.int32),
+        validation_loss_after=best.loss,
+        best_step=best.step,
+        rolled_back=tf.cast((done.step > 0) & tf.equal(best.step, 0), tf.int32),
     )
     return state, measurements
 
