@@ -1,11 +1,11 @@
 """Training by Keras's `fit` until a validation score is not better any more."""
 
 import sys
+from typing import Optional
 
 import numpy as np
 import tensorflow as tf
 
-from pipelines import UserError
 import tff_kd
 
 
@@ -15,13 +15,12 @@ def fit(
     task: tff_kd.data.Task,
     examples: tff_kd.data.Examples,
     *,
-    name: str,
     max_epochs: int,
     batch_size: int,
     seed: int,
     epochs_per_look: int = 1,
     patience: int = 3,
-    verbose: bool = False,
+    name: Optional[str] = None,
 ) -> int:
   """Trains a compiled model on examples in one place, and keeps its best weights.
 
@@ -30,22 +29,18 @@ def fit(
     evaluator: Of the model.
     task: Its validation part and its metric say which epoch is the best.
     examples: What it is trained on.
-    name: What messages call the model.
     max_epochs: Passes at most.
     batch_size: Examples a step.
     seed: Decides the order of the examples.
     epochs_per_look: Passes between looks at the validation score.
     patience: So many looks without a better score end it.
-    verbose: Whether each look is a line on stderr.
+    name: Makes each look a line on stderr, of this name.
 
   Returns:
-    The best epoch.
-
-  Raises:
-    UserError: If the score is not finite.
+    The best epoch; 0, with the weights as they came, if the first score is not finite.
   """
   sign = -1.0 if task.is_regression else 1.0
-  best_score, best_epoch, best_weights, misses = -np.inf, 0, None, 0
+  best_score, best_epoch, best_weights, misses = -np.inf, 0, model.get_weights(), 0
   rng = np.random.default_rng(seed)
   for epoch in range(epochs_per_look, max_epochs + epochs_per_look, epochs_per_look):
     # All epochs in one: Keras's own take much longer, where they are of a few steps.
@@ -56,13 +51,10 @@ def fit(
     )
     weights = tff_kd.models.weights_of(model)
     score = evaluator.evaluate(weights, *task.validation)[task.metric]
-    if verbose:
+    if name is not None:
       print(f'{name}, epoch {epoch}: validation {score:.4f}', file=sys.stderr, flush=True)
     if not np.isfinite(score):
-      raise UserError(
-          f'{name}: the validation {task.metric} is {score} after {epoch} epochs of '
-          'training in one place. Lower the learning rate.'
-      )
+      break
     if sign * score > best_score:
       best_score, best_epoch, best_weights = sign * score, epoch, model.get_weights()
       misses = 0

@@ -53,8 +53,13 @@ def run(
     model.compile(tf.keras.optimizers.Adam(learning_rate), task.loss_fn())
     best = central.fit(
         model, evaluators[name], task, examples, name=name, max_epochs=epochs,
-        batch_size=batch_size, seed=args.SEED.value, verbose=True,
+        batch_size=batch_size, seed=args.SEED.value,
     )
+    if not best:
+      raise UserError(
+          f'{name}: the validation {task.metric} is no number after an epoch. Lower '
+          '--central_learning_rate.'
+      )
     scores = evaluators[name].evaluate(tff_kd.models.weights_of(model), *task.test)
     if task.scores_fn is not None:
       scores |= task.scores_fn(

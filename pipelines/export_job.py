@@ -19,6 +19,8 @@ from pipelines import UserError
 import tff_kd
 from tff_kd import evaluation
 
+# A file that is worse by more than this is named: of accuracy, or of an error's own size.
+_WORSE = 0.01
 # Transfer examples that show TFLite the ranges of what it quantises.
 _REPRESENTATIVE = 200
 _SIGNATURE = 'serving_default'
@@ -67,7 +69,7 @@ def run(
       'file', 'KB', task.metric, 'difference',
       'RMS difference' if task.is_regression else 'same class', 'largest difference',
   )]
-  report = {}
+  report, worse = {}, []
   for model in models:
     if names and model.name not in names:
       continue
@@ -85,6 +87,11 @@ def run(
     for name in formats:
       its = _export(name, model, export_dir, task, examples, expected)
       after = its.scores[task.metric]
+      lost, most = before - after, _WORSE
+      if task.is_regression:
+        lost, most = after - before, _WORSE * before
+      if lost > most:
+        worse.append(its.path.name)
       rows.append((
           str(its.path.relative_to(export_dir)), f'{its.size / 1e3:.1f}',
           f'{after:.4f}', f'{after - before:+.4f}', f'{its.agreement:.4f}',
@@ -104,6 +111,12 @@ def run(
       f'\nEach file was loaded again and compared on {len(examples)} test examples. '
       f'Files in {export_dir}; the same numbers in export.json.'
   )
+  if worse:
+    what = f'one hundredth of its {task.metric}' if task.is_regression else 'a point'
+    print(
+        f'Worse than the model by more than {what}: {", ".join(worse)}. Take another '
+        'format.'
+    )
 
 
 def _logits(outputs: np.ndarray, model: released.Released) -> np.ndarray:

@@ -32,20 +32,6 @@ def _listed(head: str, defaults: Mapping[str, Any]) -> str:
   return f'{head}: {", ".join(its)}.'
 
 
-def _alike(
-    by_algorithm: Mapping[str, Mapping[str, Any]],
-) -> list[tuple[list[str], Mapping[str, Any]]]:
-  """The algorithms that have the same defaults, with these."""
-  found = []
-  for algorithm, defaults in by_algorithm.items():
-    those = next((its for its, same in found if same == defaults), None)
-    if those is None:
-      found.append(([algorithm], defaults))
-    else:
-      those.append(algorithm)
-  return found
-
-
 topics.topic('What to run')
 ALGORITHM = flags.DEFINE_enum(
     'algorithm', 'fed_distillation', sorted(algorithms.REGISTRY),
@@ -90,7 +76,7 @@ TASK = flags.DEFINE_string(
         + _listed(' Defaults', its.defaults)
         + ''.join(
             _listed(f' With {", ".join(those)}', defaults)
-            for those, defaults in _alike(its.algorithm_defaults)
+            for those, defaults in its.algorithm_defaults.items()
         )
         for name, its in data.TASKS.items()
     ),

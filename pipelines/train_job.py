@@ -510,7 +510,7 @@ def _train_alone(
   steps = -(-len(labelled) // _CENTRAL_BATCH)  # An epoch's.
   evaluator = evaluation.evaluators[name]
   central.fit(
-      model, evaluator, task, labelled, name=name, batch_size=_CENTRAL_BATCH,
+      model, evaluator, task, labelled, batch_size=_CENTRAL_BATCH,
       max_epochs=min(_ALONE_EPOCHS, -(-_ALONE_STEPS // steps)),
       epochs_per_look=-(-_ALONE_LOOK // steps),
       patience=_ALONE_PATIENCE, seed=args.SEED.value,

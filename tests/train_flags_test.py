@@ -193,7 +193,8 @@ _CODE = ('consensus', 'prediction_top', 'prediction_bits')
 
 def test_tasks_have_defaults_of_their_own_with_some_algorithms():
   for algorithm, code in (
-      ('fed_df', ['mean_probabilities', 5, None]), ('fed_et', [None, None, None])
+      ('fed_distillation', ['mean_probabilities', 5, None]),
+      ('fed_df', [None, None, None]),
   ):
     with helpers.flags_of('--task=shakespeare', f'--algorithm={algorithm}'):
       assert _taken(*_CODE, 'num_clients') == [*code, 562]

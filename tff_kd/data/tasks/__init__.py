@@ -23,7 +23,7 @@ class TaskInfo(NamedTuple):
     students: The names of its student models.
     teachers: Of its teachers.
     defaults: Its own defaults of flags of `pipelines.train`.
-    algorithm_defaults: By algorithm, what is above those.
+    algorithm_defaults: By algorithms, what is above those.
     has_clients: Whether its data have clients of their own, which are then not split by a
       partition.
     options: Arguments of its `load` beyond those all have.
@@ -34,14 +34,18 @@ class TaskInfo(NamedTuple):
   students: tuple[str, ...] = _IMAGE_MODELS
   teachers: tuple[str, ...] = _IMAGE_MODELS
   defaults: Mapping[str, Any] = {}
-  algorithm_defaults: Mapping[str, Mapping[str, Any]] = {}
+  algorithm_defaults: Mapping[tuple[str, ...], Mapping[str, Any]] = {}
   has_clients: bool = False
   options: tuple[str, ...] = ()
   path: Optional[str] = None
 
   def defaults_with(self, algorithm: str) -> dict[str, Any]:
     """Its defaults of flags where an algorithm is run."""
-    return {**self.defaults, **self.algorithm_defaults.get(algorithm, {})}
+    found = dict(self.defaults)
+    for those, defaults in self.algorithm_defaults.items():
+      if algorithm in those:
+        found.update(defaults)
+    return found
 
   @property
   def load(self) -> Callable[..., Any]:
@@ -89,14 +93,13 @@ TASKS = {
                 'back_steps': 60, 'teacher_learning_rate': 0.003,
             },
             algorithm_defaults={
-                **dict.fromkeys(
-                    ('fed_df', 'fed_distillation'),
-                    {
-                        'consensus': 'mean_probabilities', 'prediction_top': 5,
-                        'transfer_per_round': 400,
-                    },
-                ),
-                'fed_aux': {'transfer_labels': 3000},
+                ('fed_df',): {'server_steps': 30},
+                # Not of FedDF: its student needs the rest of the predictions.
+                ('fed_distillation',): {
+                    'consensus': 'mean_probabilities', 'prediction_top': 5,
+                    'transfer_per_round': 400,
+                },
+                ('fed_aux',): {'transfer_labels': 3000},
             },
             has_clients=True,
         ),
