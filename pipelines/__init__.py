@@ -71,7 +71,8 @@ def run(main: Callable[[list[str]], Optional[int]]) -> None:
   try:
     status = main(argv)
   except app.UsageError as error:
-    app.usage(shorthelp=True, detailed_error=error, exitcode=error.exitcode)
+    print(f'error: {error}\nTry --help.', file=sys.stderr)
+    status = error.exitcode
   finally:
     if 'tensorflow_federated' in sys.modules:
       from tff_kd.simulation import runtime

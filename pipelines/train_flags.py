@@ -648,7 +648,8 @@ def take_defaults() -> None:
       values = json.load(file)['flags']
   except (OSError, ValueError, TypeError, KeyError):
     raise app.UsageError(
-        f'--config must be the config.json in the folder of a run, found {path!r}.'
+        '--config must be the config.json in the folder of a run, and --run that folder; '
+        f'found {path!r}.'
     ) from None
   unknown = sorted(set(values) - set(own_flags()))
   if unknown:
