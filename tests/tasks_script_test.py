@@ -100,7 +100,7 @@ def test_recurrent_models(kind, tmp_path):
   """A call knows nothing of those before it; without its loop, a file is much larger."""
   inputs = tf.keras.Input((20,), dtype=tf.int32)
   x = tf.keras.layers.Embedding(9, 4)(inputs)
-  x = getattr(tf.keras.layers, kind)(16, return_sequences=True)(x)
+  x = getattr(tf.keras.layers, kind)(32, return_sequences=True)(x)
   model = tf.keras.Model(inputs, tf.keras.layers.Dense(9)(x))
   rng = np.random.default_rng(0)
   examples = data.Examples(
