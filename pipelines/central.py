@@ -43,7 +43,7 @@ def fit(
   best_score, best_epoch, best_weights, misses = -np.inf, 0, model.get_weights(), 0
   rng = np.random.default_rng(seed)
   for epoch in range(epochs_per_look, max_epochs + epochs_per_look, epochs_per_look):
-    # All epochs in one: Keras's own take much longer, where they are of a few steps.
+    # Not Keras's own order, which is of what the process has drawn before.
     rows = [rng.permutation(len(examples)) for _ in range(epochs_per_look)]
     model.fit(
         *examples.take(np.concatenate(rows)), batch_size=batch_size, shuffle=False,

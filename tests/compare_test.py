@@ -3,6 +3,7 @@
 import csv
 import json
 import pathlib
+import statistics
 import subprocess
 import sys
 
@@ -53,7 +54,13 @@ def test_it_goes_on_and_ends_with_a_table_and_a_picture(finished):
   with open(folder / 'table.csv', newline='') as file:
     rows = {row['algorithm']: row for row in csv.DictReader(file)}
   floor = rows.pop("the server's labels alone")
-  assert floor['seeds'] == '2' and '±' in floor['student'] and not floor['MB a round']
+  assert floor['seeds'] == '2' and not floor['MB a round'] and not floor['teacher']
+  alone = [
+      json.loads((folder / f'fed_df-{seed}' / 'results.json').read_text())['alone']
+      for seed in (0, 1)
+  ]
+  mean = statistics.mean(its['student']['accuracy'] for its in alone)
+  assert floor['student'].startswith(f'{mean:.3f} ± ')
   assert set(rows) == {'fed_avg', 'fed_df'}
   for row in rows.values():
     assert row['seeds'] == '2' and '±' in row['student'] and row['teacher'] == ''
