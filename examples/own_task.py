@@ -7,6 +7,7 @@ FOLDER has client_*.npz, and server.npz with the examples that the server holds.
 
 import pathlib
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -16,8 +17,8 @@ DEFAULTS = {'rounds': 10, 'batch_size': 10}  # Of flags of pipelines.train.
 
 
 def build_model(units):
-  layers = tf.keras.layers
-  return tf.keras.Sequential(
+  layers = keras.layers
+  return keras.Sequential(
       [layers.Dense(units, activation='relu', input_shape=(2,)), layers.Dense(3)]
   )
 

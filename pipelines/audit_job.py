@@ -8,9 +8,10 @@ from typing import Any, NamedTuple, Optional
 
 from absl import flags
 
+import keras
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from pipelines import plots
 from pipelines import tables
@@ -52,7 +53,7 @@ class _Victim(NamedTuple):
   """
 
   client: int
-  model: tf.keras.Model
+  model: keras.Model
   examples: Any
 
 
@@ -96,7 +97,7 @@ def run(
     )
   members = task.clients.take(np.concatenate([rows[k] for k in took_part]))
   released = {
-      path.stem: tf.keras.models.load_model(path, compile=False)
+      path.stem: keras.models.load_model(path, compile=False)
       for path in sorted(run_dir.glob('*.keras'))
   }
   found = {
@@ -173,12 +174,12 @@ def _who_took_part(
   return sorted(its for its in found if batches.data.num_examples[its])
 
 
-def _predict(model: tf.keras.Model, examples) -> membership.Predictions:
+def _predict(model: keras.Model, examples) -> membership.Predictions:
   logits = model.predict(examples.inputs, batch_size=256, verbose=0)
   return membership.Predictions(np.asarray(logits, np.float32), examples.labels)
 
 
-def _server_model(released: Mapping[str, tf.keras.Model]) -> Optional[tf.keras.Model]:
+def _server_model(released: Mapping[str, keras.Model]) -> Optional[keras.Model]:
   for name in ('teacher', 'student', 'student_0'):
     if name in released:
       return released[name]
@@ -199,7 +200,7 @@ def _train_victims(
   clients = sorted(fitting[i] for i in order[:num_victims])
   names = args.STUDENT.value
 
-  def build(cohort: int) -> tf.keras.Model:
+  def build(cohort: int) -> keras.Model:
     model = task.students[names[cohort]]()
     model(task.test.inputs[:1])  # Until then a subclassed one has no weights to set.
     return model
@@ -281,7 +282,7 @@ def _why_not_inverted(algorithm, task, released, num_epochs: int) -> Optional[st
 
 
 def _invert(
-    task, server: tf.keras.Model, victims: Sequence[_Victim], *, num_epochs, seed
+    task, server: keras.Model, victims: Sequence[_Victim], *, num_epochs, seed
 ) -> tuple[dict[str, membership.Estimate], list[_Inverted]]:
   """Scores of the reconstructions, each against what needs no client; and pictures."""
   public = task.transfer.inputs

@@ -89,14 +89,15 @@ class _Sides:
 
   def __init__(self, model: str, num_clients: int, num_examples: int):
     started = time.perf_counter()
+    import keras
     import numpy as np
     import tensorflow as tf
-    import tensorflow_federated as tff
+    from tff_kd.compat import tff
     import tff_kd
     # The package's modules load when they are used.
     tff_kd.algorithms.build_fed_avg, tff_kd.simulation.local_runtime  # noqa: B018
     self.seconds = {'import': time.perf_counter() - started}
-    tf.keras.utils.set_random_seed(_SEED.value)
+    keras.utils.set_random_seed(_SEED.value)
     self.num_clients, self.num_examples = num_clients, num_examples
     self.shape = (28, 28, 1) if model == 'cnn' else (784,)
     rng = np.random.default_rng(_SEED.value)
@@ -110,7 +111,7 @@ class _Sides:
     self._tf, self._kd = tf, tff_kd
 
   def loss_fn(self):
-    return self._tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+    return self._keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
   def optimizer(self):
     return self.tff.learning.optimizers.build_sgdm(_RATE)
@@ -156,7 +157,7 @@ class _Sides:
 
     if self.fusion:
       adams = {
-          name: tf.keras.optimizers.Adam(_SERVER_RATE, jit_compile=False)
+          name: keras.optimizers.Adam(_SERVER_RATE, jit_compile=False)
           for name in ('teacher', 'student')
       }
       adams['teacher'].build(teacher.trainable_variables)
@@ -245,7 +246,7 @@ class _Sides:
 
 def _model_fns(tf, shape) -> dict[str, Any]:
   """Builders by name; `teacher` is the fusion's."""
-  layers = tf.keras.layers
+  layers = keras.layers
 
   def dense(units, *between):
     def build():
@@ -253,19 +254,19 @@ def _model_fns(tf, shape) -> dict[str, Any]:
       for u in units:
         model.append(layers.Dense(u, activation='relu'))
         model += [make() for make in between]
-      return tf.keras.Sequential([*model, layers.Dense(10)])
+      return keras.Sequential([*model, layers.Dense(10)])
 
     return build
 
   def cnn():
-    return tf.keras.Sequential([
+    return keras.Sequential([
         layers.InputLayer(shape),
         layers.Conv2D(32, 3, activation='relu'), layers.MaxPool2D(),
         layers.Conv2D(64, 3, activation='relu'), layers.MaxPool2D(),
         layers.Flatten(), layers.Dense(10),
     ])
 
-  class Subclassed(tf.keras.Model):
+  class Subclassed(keras.Model):
 
     def __init__(self):
       super().__init__()

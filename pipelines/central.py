@@ -3,6 +3,7 @@
 import sys
 from typing import Optional
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -10,7 +11,7 @@ import tff_kd
 
 
 def fit(
-    model: tf.keras.Model,
+    model: keras.Model,
     evaluator: tff_kd.evaluation.CentralEvaluator,
     task: tff_kd.data.Task,
     examples: tff_kd.data.Examples,

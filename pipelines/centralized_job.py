@@ -4,6 +4,7 @@ import json
 import pathlib
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -48,9 +49,9 @@ def run(
   )
   results, rows = {}, []
   for name, builder in builders.items():
-    tf.keras.utils.set_random_seed(args.SEED.value)
+    keras.utils.set_random_seed(args.SEED.value)
     model = builder()
-    model.compile(tf.keras.optimizers.Adam(learning_rate), task.loss_fn())
+    model.compile(keras.optimizers.Adam(learning_rate), task.loss_fn())
     best = central.fit(
         model, evaluators[name], task, examples, name=name, max_epochs=epochs,
         batch_size=batch_size, seed=args.SEED.value,

@@ -9,6 +9,7 @@ import sys
 import tempfile
 from typing import Any, NamedTuple, Optional
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -161,15 +162,15 @@ def _export(
   )
 
 
-def _write_keras(model: tf.keras.Model, path: pathlib.Path, task) -> Predict:
+def _write_keras(model: keras.Model, path: pathlib.Path, task) -> Predict:
   del task
   model.save(path)
-  again = tf.keras.models.load_model(path, compile=False)
+  again = keras.models.load_model(path, compile=False)
   return lambda inputs: again.predict(inputs, batch_size=256, verbose=0)
 
 
 def _write_saved_model(
-    model: tf.keras.Model, path: pathlib.Path, task: tff_kd.data.Task
+    model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task
 ) -> Predict:
   _save(model, path, task, batch_size=None)
   serve = tf.saved_model.load(os.fspath(path)).signatures[_SIGNATURE]
@@ -188,21 +189,21 @@ def _write_saved_model(
 
 
 def _write_tflite(
-    model: tf.keras.Model, path: pathlib.Path, task: tff_kd.data.Task
+    model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task
 ) -> Predict:
   path.write_bytes(_convert(model, task))
   return _tflite_predict(path)
 
 
 def _write_int8_weights(
-    model: tf.keras.Model, path: pathlib.Path, task: tff_kd.data.Task
+    model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task
 ) -> Predict:
   path.write_bytes(_convert(model, task, quantised=True))
   return _tflite_predict(path)
 
 
 def _write_int8(
-    model: tf.keras.Model, path: pathlib.Path, task: tff_kd.data.Task
+    model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task
 ) -> Predict:
   named = _named(task.transfer.inputs)
 
@@ -222,7 +223,7 @@ def _named(inputs: Any) -> dict[str, np.ndarray]:
 
 
 def _save(
-    model: tf.keras.Model, path: pathlib.Path, task: tff_kd.data.Task,
+    model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task,
     batch_size: Optional[int],
 ) -> None:
   """Saves a signature of named inputs to `outputs`."""
@@ -247,7 +248,7 @@ def _save(
 
 
 def _convert(
-    model: tf.keras.Model, task: tff_kd.data.Task, *, quantised: bool = False,
+    model: keras.Model, task: tff_kd.data.Task, *, quantised: bool = False,
     representative: Any = None,
 ) -> bytes:
   """TFLite's form of a model that takes one example at a time.
@@ -259,7 +260,7 @@ def _convert(
     representative: Gives the inputs that show the ranges of activations, which then get
       8 bits, too.
   """
-  layers = tf.keras.layers
+  layers = keras.layers
   # Its op for whole sequences would keep the state from one call to the next.
   unrolled = [layers.LSTM]
   if representative is not None:
@@ -294,19 +295,19 @@ def _quiet() -> Iterator[None]:
 
 
 def _unrolled(
-    model: tf.keras.Model, kinds: tuple[type[tf.keras.layers.Layer], ...]
-) -> tf.keras.Model:
+    model: keras.Model, kinds: tuple[type[keras.layers.Layer], ...]
+) -> keras.Model:
   """The same with the loops of some recurrent layers unrolled."""
   if not any(isinstance(layer, kinds) for layer in model.layers):
     return model
 
-  def clone(layer: tf.keras.layers.Layer) -> tf.keras.layers.Layer:
+  def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
     config = layer.get_config()
     if isinstance(layer, kinds):
       config['unroll'] = True
     return type(layer).from_config(config)
 
-  unrolled = tf.keras.models.clone_model(model, clone_function=clone)
+  unrolled = keras.models.clone_model(model, clone_function=clone)
   unrolled.set_weights(model.get_weights())
   return unrolled
 

@@ -7,9 +7,10 @@ import os
 import pathlib
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 import tff_kd
 from tff_kd import algorithms
@@ -26,10 +27,10 @@ _TRANSFER_PER_ROUND, _SERVER_STEPS, _SERVER_BATCH = 640, 50, 64
 _SPLIT_LAYER = 'features'
 
 
-def _network(filters: tuple[int, int], units: int) -> tf.keras.Model:
+def _network(filters: tuple[int, int], units: int) -> keras.Model:
   """The paper's network for (6, 16) filters and 32 units: 26,434 trained weights."""
-  layers = tf.keras.layers
-  model = tf.keras.Sequential([layers.InputLayer((28, 28, 1))])
+  layers = keras.layers
+  model = keras.Sequential([layers.InputLayer((28, 28, 1))])
   for count in filters:
     model.add(layers.Conv2D(count, 3, 2, padding='same'))
     # The momentum and epsilon that their framework has by default.
@@ -41,11 +42,11 @@ def _network(filters: tuple[int, int], units: int) -> tf.keras.Model:
   return model
 
 
-def _student() -> tf.keras.Model:
+def _student() -> keras.Model:
   return _network((6, 16), 32)
 
 
-def _teacher() -> tf.keras.Model:
+def _teacher() -> keras.Model:
   return _network((16, 32), 128)
 
 
@@ -90,7 +91,7 @@ def _build(
     )
   if algorithm.takes('split_layer'):
     kwargs |= dict(split_layer=_SPLIT_LAYER, generative_weight=10.0)
-  tf.keras.utils.set_random_seed(seed)
+  keras.utils.set_random_seed(seed)
   return algorithm.build(**kwargs)
 
 

@@ -3,6 +3,7 @@
 import pathlib
 from typing import Any, NamedTuple
 
+import keras
 import tensorflow as tf
 
 from pipelines import train_flags as args
@@ -21,7 +22,7 @@ class Released(NamedTuple):
   """
 
   name: str
-  keras_model: tf.keras.Model
+  keras_model: keras.Model
   spec: tff_kd.models.ModelSpec
   weights: Any
 
@@ -65,7 +66,7 @@ def load(
   # Not in one loop: building a spec enters a graph, which spoils older Keras models.
   for path, spec in zip(paths, specs):
     try:
-      model = tf.keras.models.load_model(path, compile=False)
+      model = keras.models.load_model(path, compile=False)
     except (OSError, ValueError) as error:
       raise UserError(
           f'{path} is damaged or not a Keras model: {str(error).splitlines()[0]}'

@@ -16,9 +16,10 @@ from typing import Any, NamedTuple, Optional, Union
 
 from absl import flags
 
+import keras
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 import tqdm
 
 from pipelines import central
@@ -468,17 +469,17 @@ def build_process(
         else None
     )
   # The same initial weights whatever the algorithm, given the seed.
-  tf.keras.utils.set_random_seed(args.SEED.value)
+  keras.utils.set_random_seed(args.SEED.value)
   return algorithm.build(**kwargs)
 
 
 def _begun_anew(
     spec: tff_kd.models.ModelSpec, task: tff_kd.data.Task
-) -> tf.keras.Model:
+) -> keras.Model:
   """The model with its first weights, ready for `fit`."""
   model = spec.model_fn().keras_model
   tff.learning.models.ModelWeights(*spec.initial_weights).assign_weights_to(model)
-  tf.keras.utils.set_random_seed(args.SEED.value)
+  keras.utils.set_random_seed(args.SEED.value)
   model.compile('adam', task.loss_fn())
   return model
 
@@ -1018,7 +1019,7 @@ def _train_and_report(
 
   baseline = None
   if args.FEDAVG.value and args.ALGORITHM.value != 'fed_avg' and accountant is None:
-    tf.keras.utils.set_random_seed(args.SEED.value)
+    keras.utils.set_random_seed(args.SEED.value)
     fed_avg = algorithms.build_fed_avg(**common)
     fed_avg_bytes = tff_kd.communication.round_bytes(fed_avg)
     moved = int(_megabytes(history)[-1] * 1e6)

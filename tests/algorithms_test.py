@@ -3,10 +3,11 @@
 import inspect
 import math
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
@@ -30,7 +31,7 @@ def batches(task):
 
 
 def _build(name, task, batches):
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   algorithm = algorithms.REGISTRY[name]
 
   def model_fn():

@@ -2,6 +2,7 @@
 
 import types
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -27,7 +28,7 @@ def _fit(*scores, **kwargs):
   rng = np.random.default_rng(0)
   x = rng.normal(size=(8, 2)).astype(np.float32)
   examples = data.Examples(x, x @ np.float32([[1.0], [2.0]]))
-  model = tf.keras.Sequential([tf.keras.layers.Dense(1, input_shape=(2,))])
+  model = keras.Sequential([keras.layers.Dense(1, input_shape=(2,))])
   model.compile('adam', 'mse')
   task = types.SimpleNamespace(is_regression=True, metric='rmse', validation=examples)
   evaluator = _Scores(*scores)

@@ -4,6 +4,7 @@ import dp_accounting
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+import keras
 import numpy as np
 import pytest
 import scipy.optimize
@@ -204,7 +205,7 @@ def _batches():
 
 
 def _fed_aux(**kwargs):
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   defaults = dict(
       client_optimizer=helpers.sgd(_RATE),
       transfer_set=tff_kd.TransferSet(_PUBLIC),

@@ -7,10 +7,11 @@ from absl import logging
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
@@ -116,7 +117,7 @@ def test_by_reference_equals_in_memory(data, kind):
     )
   outputs = []
   for client_data in (batches, None):
-    tf.keras.utils.set_random_seed(0)
+    keras.utils.set_random_seed(0)
     process = build(**arguments, client_data=client_data)
     state = process.initialize()
     for round_num in range(2):

@@ -1,10 +1,11 @@
 """Cohorts with architectures of their own: whole rounds against NumPy."""
 
+import keras
 import numpy as np
 import pytest
 import scipy.special
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
@@ -21,10 +22,10 @@ def _student_fn(scale):
   """A linear model of the inputs times a constant: the cohort's architecture."""
 
   def build():
-    return tf.keras.Sequential([
-        tf.keras.layers.InputLayer((helpers.DIM,)),
-        tf.keras.layers.Rescaling(scale),
-        tf.keras.layers.Dense(helpers.CLASSES),
+    return keras.Sequential([
+        keras.layers.InputLayer((helpers.DIM,)),
+        keras.layers.Rescaling(scale),
+        keras.layers.Dense(helpers.CLASSES),
     ])
 
   return build

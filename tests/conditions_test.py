@@ -1,5 +1,6 @@
 """Late, slow, lost and partly informed clients: whole rounds and what they equal."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -23,7 +24,7 @@ def data():
 
 
 def _build(name, batches, **kwargs):
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   return tff_kd.algorithms.REGISTRY[name].build(
       **helpers.common(client_data=batches, **kwargs)
   )

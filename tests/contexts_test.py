@@ -2,10 +2,11 @@
 
 import logging
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
@@ -42,16 +43,16 @@ def _cohort():
 
 
 def _batch_norm_fn():
-  return tf.keras.Sequential([
-      tf.keras.layers.InputLayer((helpers.DIM,)),
-      tf.keras.layers.BatchNormalization(),
-      tf.keras.layers.Dense(helpers.CLASSES),
+  return keras.Sequential([
+      keras.layers.InputLayer((helpers.DIM,)),
+      keras.layers.BatchNormalization(),
+      keras.layers.Dense(helpers.CLASSES),
   ])
 
 
 @pytest.mark.parametrize('weighting', list(tff.learning.ClientWeighting)[:2])
 def test_rounds_of_both_channels(weighting, worker, request):
-  tf.keras.utils.set_random_seed(1)
+  keras.utils.set_random_seed(1)
   x, _ = helpers.examples(12, 99)
   process = tff_kd.algorithms.build_fed_distillation(
       **helpers.common(student_fn=_batch_norm_fn, client_weighting=weighting),
@@ -84,7 +85,7 @@ def test_rounds_of_both_channels(weighting, worker, request):
 
 
 def test_a_factory_of_its_own_runs_in_parts_too(worker, request):
-  tf.keras.utils.set_random_seed(1)
+  keras.utils.set_random_seed(1)
   process = tff_kd.algorithms.build_fed_avg(
       **helpers.common(model_aggregator=tff.learning.robust_aggregator(zeroing=False))
   )
@@ -98,7 +99,7 @@ def test_a_factory_of_its_own_runs_in_parts_too(worker, request):
 
 
 def test_clients_that_keep_their_models_run_at_once(in_parts, caplog):
-  tf.keras.utils.set_random_seed(1)
+  keras.utils.set_random_seed(1)
   process = tff_kd.algorithms.build_fd(**helpers.common())
   first = process.initialize_client()
   with caplog.at_level(logging.WARNING, 'absl'):

@@ -4,11 +4,12 @@ import collections
 import math
 
 import dp_accounting
+import keras
 import numpy as np
 import pytest
 import scipy.stats
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
@@ -54,7 +55,7 @@ _BUILDERS = {
 
 
 def _build(name, **kwargs):
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   return _BUILDERS[name](**kwargs)
 
 
@@ -113,7 +114,7 @@ def test_the_noise_on_weights_is_as_stated(clip):
 def test_the_seed_of_a_run_does_not_tell_the_noise():
   draws = []
   for _ in range(2):
-    tf.keras.utils.set_random_seed(0)
+    keras.utils.set_random_seed(0)
     factory = _dp().build_factory('model', ['model'])
     draws.append(_draw(factory, np.zeros(500, np.float32), 1)[0])
   assert abs(np.corrcoef(np.ravel(draws[0]), np.ravel(draws[1]))[0, 1]) < 0.25

@@ -20,7 +20,7 @@ import portpicker
 import psutil
 import pytest
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers

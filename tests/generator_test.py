@@ -1,5 +1,6 @@
 """FedGen's generator: its sums against the objective with all heads in one place."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -14,15 +15,15 @@ _RATE = 0.05
 
 
 def _student_fn():
-  return tf.keras.Sequential([
-      tf.keras.layers.InputLayer((helpers.DIM,)),
-      tf.keras.layers.Dense(_FEATURES, activation='tanh', name='features'),
-      tf.keras.layers.Dense(helpers.CLASSES, name='last'),
+  return keras.Sequential([
+      keras.layers.InputLayer((helpers.DIM,)),
+      keras.layers.Dense(_FEATURES, activation='tanh', name='features'),
+      keras.layers.Dense(helpers.CLASSES, name='last'),
   ])
 
 
 def _process(**kwargs):
-  tf.keras.utils.set_random_seed(5)
+  keras.utils.set_random_seed(5)
   return tff_kd.algorithms.build_fed_gen(
       **helpers.common(student_fn=_student_fn),
       **dict(
@@ -202,12 +203,12 @@ def test_the_split():
   body, head = generator.split_model(model, None)
   assert [its.name for its in body] == ['features']
   assert [its.name for its in head] == ['last']
-  deeper = tf.keras.Sequential([
-      tf.keras.layers.InputLayer((4, 4, 1)),
-      tf.keras.layers.Conv2D(2, 3, name='conv'),
-      tf.keras.layers.BatchNormalization(),
-      tf.keras.layers.Flatten(),
-      tf.keras.layers.Dense(3, name='last'),
+  deeper = keras.Sequential([
+      keras.layers.InputLayer((4, 4, 1)),
+      keras.layers.Conv2D(2, 3, name='conv'),
+      keras.layers.BatchNormalization(),
+      keras.layers.Flatten(),
+      keras.layers.Dense(3, name='last'),
   ])
   body, head = generator.split_model(deeper, 'conv')
   assert len(body) == 1 and len(head) == 3
@@ -216,17 +217,17 @@ def test_the_split():
 def test_a_subclassed_model_with_batch_norm_and_features_of_any_shape():
   process = tff_kd.algorithms.build_fed_gen(
       **helpers.common(
-          student_fn=lambda: tf.keras.Sequential([
-              tf.keras.layers.InputLayer((helpers.DIM,)),
-              tf.keras.layers.Reshape((helpers.DIM, 1)),
-              tf.keras.layers.Conv1D(2, 2, name='conv'),
-              tf.keras.layers.BatchNormalization(),
-              tf.keras.layers.Flatten(),
-              tf.keras.layers.Dense(helpers.CLASSES),
+          student_fn=lambda: keras.Sequential([
+              keras.layers.InputLayer((helpers.DIM,)),
+              keras.layers.Reshape((helpers.DIM, 1)),
+              keras.layers.Conv1D(2, 2, name='conv'),
+              keras.layers.BatchNormalization(),
+              keras.layers.Flatten(),
+              keras.layers.Dense(helpers.CLASSES),
           ])
       ),
       split_layer='conv', generator_steps=2,
-      generator_optimizer=lambda: tf.keras.optimizers.Adam(1e-3),
+      generator_optimizer=lambda: keras.optimizers.Adam(1e-3),
   )
   state = process.initialize()
   for _ in range(2):
@@ -241,13 +242,13 @@ def test_a_subclassed_model_with_batch_norm_and_features_of_any_shape():
   assert built.student_spec.logits_shape[-1] == helpers.CLASSES
 
 
-class _Skip(tf.keras.Model):
+class _Skip(keras.Model):
   """Adds its layers' outputs up: no chain."""
 
   def __init__(self):
     super().__init__()
-    self.first = tf.keras.layers.Dense(helpers.CLASSES)
-    self.second = tf.keras.layers.Dense(helpers.CLASSES)
+    self.first = keras.layers.Dense(helpers.CLASSES)
+    self.second = keras.layers.Dense(helpers.CLASSES)
 
   def call(self, inputs):
     first = self.first(inputs)
@@ -263,7 +264,7 @@ class _Skip(tf.keras.Model):
         (dict(generative_weight=0.0), 'must be above 0'),
         (dict(generative_decay=1.5), 'at most 1'),
         (
-            dict(generator_fn=lambda: tf.keras.Sequential([tf.keras.layers.Dense(9)])),
+            dict(generator_fn=lambda: keras.Sequential([keras.layers.Dense(9)])),
             'outputs of shape',
         ),
         (dict(student_fn=_Skip), 'one after the other'),
@@ -284,7 +285,7 @@ def test_labels_must_be_class_indices():
       input_spec=(
           tf.TensorSpec([None, helpers.DIM]), tf.TensorSpec([None, 1], tf.float32)
       ),
-      loss_fn=lambda: tf.keras.losses.BinaryCrossentropy(from_logits=True),
+      loss_fn=lambda: keras.losses.BinaryCrossentropy(from_logits=True),
       name='student',
   )
   with pytest.raises(ValueError, match='class indices'):

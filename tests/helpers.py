@@ -11,9 +11,10 @@ import sys
 
 from absl import flags
 from absl.testing import flagsaver
+import keras
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIM, CLASSES = 5, 3
@@ -36,10 +37,10 @@ def dense_fn(units=(), classes=CLASSES, dim=DIM, **kwargs):
   """A builder of a dense model on [dim] inputs."""
 
   def build():
-    layers = [tf.keras.layers.InputLayer((dim,))]
-    layers += [tf.keras.layers.Dense(u, activation='relu') for u in units]
-    layers += [tf.keras.layers.Dense(classes, **kwargs)]
-    return tf.keras.Sequential(layers)
+    layers = [keras.layers.InputLayer((dim,))]
+    layers += [keras.layers.Dense(u, activation='relu') for u in units]
+    layers += [keras.layers.Dense(classes, **kwargs)]
+    return keras.Sequential(layers)
 
   return build
 
@@ -70,11 +71,11 @@ def run(coroutine):
 
 
 def loss_fn():
-  return tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+  return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
 def metrics_fn():
-  return [tf.keras.metrics.SparseCategoricalAccuracy(name='accuracy')]
+  return [keras.metrics.SparseCategoricalAccuracy(name='accuracy')]
 
 
 INPUT_SPEC = dataset(*examples(4, 0)).element_spec

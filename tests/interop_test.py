@@ -3,10 +3,11 @@
 import collections
 import os
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
@@ -16,7 +17,7 @@ _CLIENTS = {f'client_{i}': helpers.examples(6 + 3 * i, i) for i in range(4)}
 
 @pytest.fixture(scope='module')
 def process():
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   return tff_kd.algorithms.build_fed_distillation(
       **helpers.common(),
       teacher_fn=helpers.dense_fn((8,)),

@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -324,7 +325,7 @@ def test_of_the_most_likely_classes_missing_rows_and_positions_cost_what_they_ar
 
 def test_fed_df_with_quantized_predictions_in_numpy():
   """One round, one server step, from the mean of labels of one bit."""
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   x, _ = helpers.examples(20, 0)
   process = tff_kd.algorithms.build_fed_df(
       **helpers.common(
@@ -399,7 +400,7 @@ def test_diversity_needs_classes():
 
 def test_fed_et_in_numpy():
   """One round, one server step: the teacher's gradient by hand."""
-  tf.keras.utils.set_random_seed(3)
+  keras.utils.set_random_seed(3)
   rate, share = 0.1, 0.4
   x, _ = helpers.examples(20, 0)
   process = tff_kd.algorithms.build_fed_et(

@@ -1,9 +1,10 @@
 """Learning rates that follow the rounds."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
@@ -25,7 +26,7 @@ def batches():
 
 
 def _build(build, batches, rate, **kwargs):
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   return build(**helpers.common(
       client_optimizer=helpers.sgd(rate), client_data=batches, **kwargs
   ))
@@ -67,7 +68,7 @@ def test_each_round_has_its_rate(name, batches):
 
 
 def test_the_rate_reaches_clients_that_get_datasets():
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   process = tff_kd.algorithms.build_fed_avg(**helpers.common(
       learning_rate_fn=lambda n: tf.where(n < 1, 0.1, 0.0)
   ))
@@ -85,7 +86,7 @@ def test_the_rate_reaches_clients_that_get_datasets():
 @pytest.mark.parametrize(
     'optimizer',
     [
-        lambda: tf.keras.optimizers.SGD(0.1),
+        lambda: keras.optimizers.SGD(0.1),
         tff.learning.optimizers.schedule_learning_rate(
             helpers.sgd(), lambda step: 0.1 / (1.0 + tf.cast(step, tf.float32))
         ),

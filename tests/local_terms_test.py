@@ -3,6 +3,7 @@
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -53,7 +54,7 @@ def _trained(received, logits_gradient, proximal=0.0):
 
 
 def _process(name, **kwargs):
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   build = algorithms.REGISTRY[name].build
   return build(**helpers.common(client_optimizer=helpers.sgd(_RATE)), **kwargs)
 
@@ -231,7 +232,7 @@ def test_the_not_true_term_needs_class_indices_of_three_classes():
     algorithms.build_fed_ntd(
         **helpers.common(
             input_spec=one_hot.element_spec,
-            loss_fn=lambda: tf.keras.losses.CategoricalCrossentropy(from_logits=True),
+            loss_fn=lambda: keras.losses.CategoricalCrossentropy(from_logits=True),
             metrics_fn=None,
         )
     )

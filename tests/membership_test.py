@@ -3,6 +3,7 @@
 import hypothesis
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -23,13 +24,13 @@ def _predictions(model, data):
 @pytest.fixture(scope='module')
 def overfitted():
   """A model that knows random labels by heart."""
-  tf.keras.utils.set_random_seed(0)
-  model = tf.keras.Sequential([
-      tf.keras.layers.Dense(64, 'relu'), tf.keras.layers.Dense(4)
+  keras.utils.set_random_seed(0)
+  model = keras.Sequential([
+      keras.layers.Dense(64, 'relu'), keras.layers.Dense(4)
   ])
   model.compile(
-      tf.keras.optimizers.Adam(0.01),
-      tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+      keras.optimizers.Adam(0.01),
+      keras.losses.SparseCategoricalCrossentropy(from_logits=True),
   )
   members = _data(200, 0)
   model.fit(*members, epochs=60, batch_size=20, verbose=0)

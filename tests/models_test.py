@@ -2,19 +2,20 @@
 
 import collections
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
 from tff_kd import keras_models
 
-layers = tf.keras.layers
+layers = keras.layers
 
 
-class _Subclassed(tf.keras.Model):
+class _Subclassed(keras.Model):
   """Unbuilt until called; draws its loss and its dropout in `call`."""
 
   def __init__(self):
@@ -34,31 +35,31 @@ def _functional():
   inputs = layers.Input((helpers.DIM,))
   x = layers.Dense(6, activation='relu')(inputs)
   x = layers.Concatenate()([x, inputs])
-  return tf.keras.Model(inputs, layers.Dense(helpers.CLASSES)(x))
+  return keras.Model(inputs, layers.Dense(helpers.CLASSES)(x))
 
 
 def _batch_norm():
-  return tf.keras.Sequential([
+  return keras.Sequential([
       layers.Dense(6), layers.BatchNormalization(momentum=0.5), layers.ReLU(),
       layers.Dense(helpers.CLASSES),
   ])
 
 
 def _dropout():
-  return tf.keras.Sequential([
+  return keras.Sequential([
       layers.Dense(6, activation='relu'), layers.Dropout(0.5),
       layers.Dense(helpers.CLASSES),
   ])
 
 
 def _regularized():
-  return tf.keras.Sequential([
-      layers.Dense(helpers.CLASSES, kernel_regularizer=tf.keras.regularizers.L2(0.1))
+  return keras.Sequential([
+      layers.Dense(helpers.CLASSES, kernel_regularizer=keras.regularizers.L2(0.1))
   ])
 
 
 def _frozen():
-  model = tf.keras.Sequential([
+  model = keras.Sequential([
       layers.InputLayer((helpers.DIM,)),
       layers.Dense(6, activation='relu', trainable=False),
       layers.BatchNormalization(),
@@ -82,7 +83,7 @@ def _compiled():
     ids=lambda f: getattr(f, '__name__', str(f)),
 )
 def test_every_kind_of_model_trains_on_both_sides(student_fn):
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   process = tff_kd.algorithms.build_fed_distillation(
       **helpers.common(student_fn=student_fn),
       teacher_fn=student_fn,
@@ -132,7 +133,7 @@ def test_initial_weights_are_the_builders():
 
 
 def test_batch_norm_statistics_are_the_weighted_mean_of_the_clients():
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   process = tff_kd.algorithms.build_fed_avg(
       **helpers.common(student_fn=_batch_norm, client_optimizer=helpers.sgd(0.0)),
       server_optimizer=tff.learning.optimizers.build_adam(0.1),
@@ -155,7 +156,7 @@ def test_batch_norm_statistics_are_the_weighted_mean_of_the_clients():
 
 
 def test_batch_norm_statistics_of_the_teacher_move():
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   process = tff_kd.algorithms.build_fed_distillation(
       **helpers.common(),
       teacher_fn=_batch_norm,
@@ -185,7 +186,7 @@ def test_frozen_weights_stay_and_do_not_travel_up():
 
 
 def test_regularization_is_in_the_gradient():
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   process = tff_kd.algorithms.build_fed_avg(
       **helpers.common(student_fn=_regularized)
   )
@@ -227,7 +228,7 @@ def test_dropout_acts_in_training_only():
 def _two_inputs(kind):
   a, b = layers.Input((3,), name='a'), layers.Input((2,), name='b')
   out = layers.Dense(helpers.CLASSES)(layers.Concatenate()([a, b]))
-  return tf.keras.Model({'a': a, 'b': b} if kind == 'dict' else (a, b), out)
+  return keras.Model({'a': a, 'b': b} if kind == 'dict' else (a, b), out)
 
 
 @pytest.mark.parametrize('kind', ['dict', 'tuple'])
@@ -259,7 +260,7 @@ def test_several_inputs(kind, mapping_batches):
 def test_sequence_outputs():
   """[batch, time, classes]: the labels and the predictions are per position."""
   def build():
-    return tf.keras.Sequential([
+    return keras.Sequential([
         layers.Embedding(7, 4), layers.GRU(5, return_sequences=True),
         layers.Dense(7),
     ])
@@ -286,12 +287,12 @@ def test_softmax_models_exchange_log_probabilities():
   """A model with softmax and one with logits, same weights: same round."""
   results = []
   for activation, from_logits in ((None, True), ('softmax', False)):
-    tf.keras.utils.set_random_seed(0)
+    keras.utils.set_random_seed(0)
     build = helpers.dense_fn((6,), activation=activation)
     process = tff_kd.algorithms.build_fed_distillation(
         **helpers.common(
             student_fn=build,
-            loss_fn=lambda f=from_logits: tf.keras.losses.SparseCategoricalCrossentropy(
+            loss_fn=lambda f=from_logits: keras.losses.SparseCategoricalCrossentropy(
                 from_logits=f
             ),
         ),
@@ -317,8 +318,8 @@ def test_a_single_sigmoid_logit():
   process = tff_kd.algorithms.build_fed_distillation(
       **helpers.common(
           student_fn=build, input_spec=data.element_spec,
-          loss_fn=lambda: tf.keras.losses.BinaryCrossentropy(from_logits=True),
-          metrics_fn=lambda: [tf.keras.metrics.BinaryAccuracy(threshold=0.0)],
+          loss_fn=lambda: keras.losses.BinaryCrossentropy(from_logits=True),
+          metrics_fn=lambda: [keras.metrics.BinaryAccuracy(threshold=0.0)],
       ),
       teacher_fn=build,
       transfer_set=tff_kd.TransferSet(x),
@@ -328,15 +329,15 @@ def test_a_single_sigmoid_logit():
   assert output.metrics['server_distillation']['teacher']['first_loss'] > 0
 
 
-class _HalfLoss(tf.keras.losses.Loss):
+class _HalfLoss(keras.losses.Loss):
 
   def call(self, y_true, y_pred):
-    return 0.5 * tf.keras.losses.sparse_categorical_crossentropy(
+    return 0.5 * keras.losses.sparse_categorical_crossentropy(
         y_true, y_pred, from_logits=True
     )
 
 
-class _CountOf(tf.keras.metrics.Metric):
+class _CountOf(keras.metrics.Metric):
   """A user's metric whose constructor takes an argument Keras knows nothing of."""
 
   def __init__(self, label, name='count_of'):
@@ -406,14 +407,14 @@ def test_softmax_under_a_from_logits_loss_is_refused():
   _refused(
       'ends in sigmoid',
       keras_model_fn=helpers.dense_fn(classes=1, activation='sigmoid'),
-      loss_fn=lambda: tf.keras.losses.BinaryCrossentropy(from_logits=True),
+      loss_fn=lambda: keras.losses.BinaryCrossentropy(from_logits=True),
   )
 
 
 def test_logits_under_a_probability_loss_are_refused():
   _refused(
       'are not probabilities',
-      loss_fn=lambda: tf.keras.losses.SparseCategoricalCrossentropy(),
+      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(),
   )
 
 
@@ -422,10 +423,10 @@ def test_one_model_twice_is_refused():
   _refused('same model twice', keras_model_fn=lambda: model)
   shared = layers.Dense(helpers.CLASSES)
   _refused(
-      'share variables', keras_model_fn=lambda: tf.keras.Sequential([shared])
+      'share variables', keras_model_fn=lambda: keras.Sequential([shared])
   )
   _refused('must be a function', TypeError, keras_model_fn=model)
-  _refused('must return a `tf.keras.Model`', TypeError, keras_model_fn=lambda: 3)
+  _refused('must return a `keras.Model`', TypeError, keras_model_fn=lambda: 3)
 
 
 def test_pairs_with_other_outputs_are_refused():
@@ -453,21 +454,21 @@ def test_specs_that_do_not_fit_are_refused():
   )
   _refused(
       'one floating-point output',
-      keras_model_fn=lambda: tf.keras.Model(
+      keras_model_fn=lambda: keras.Model(
           inputs := layers.Input((helpers.DIM,)),
           [layers.Dense(3)(inputs), layers.Dense(2)(inputs)],
       ),
   )
   _refused(
       'must return a scalar',
-      loss_fn=lambda: tf.keras.losses.SparseCategoricalCrossentropy(
+      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
           from_logits=True, reduction='none'
       ),
   )
   _refused('loss_fn', TypeError, loss_fn=lambda: 'mse')
   _refused(
       'named',
-      metrics_fn=lambda: [tf.keras.metrics.Mean(name='a')] * 2,
+      metrics_fn=lambda: [keras.metrics.Mean(name='a')] * 2,
   )
 
 
@@ -496,7 +497,7 @@ def test_ready_pairs(name, tmp_path):
     assert outputs.shape == (3, 10)
     assert np.any(np.asarray(outputs) < 0)  # Logits.
     model.save(tmp_path / 'model.keras')
-    loaded = tf.keras.models.load_model(tmp_path / 'model.keras')
+    loaded = keras.models.load_model(tmp_path / 'model.keras')
     np.testing.assert_allclose(loaded(x), outputs, atol=1e-6)
   assert (
       keras_models.TEACHERS[name](10, (28, 28, 1))(x).shape

@@ -1,5 +1,6 @@
 """Mutual learning: whole rounds against NumPy, with clients that come and go."""
 
+import keras
 import numpy as np
 import pytest
 import scipy.special
@@ -42,7 +43,7 @@ def _train(student, mentor, x, y, weights, t):
 
 
 def _build(name, **kwargs):
-  tf.keras.utils.set_random_seed(2)
+  keras.utils.set_random_seed(2)
   algorithm = getattr(tff_kd.algorithms, f'build_{name}')
   return algorithm(
       **helpers.common(client_optimizer=helpers.sgd(_RATE)),
@@ -110,16 +111,16 @@ def test_a_client_that_is_left_out_keeps_its_mentor():
 
 
 def test_mentors_with_batch_norm_beside_fed_df():
-  tf.keras.utils.set_random_seed(3)
+  keras.utils.set_random_seed(3)
   common = helpers.common()
   del common['client_optimizer'], common['student_fn']
 
   def mentor_fn():
-    return tf.keras.Sequential([
-        tf.keras.layers.InputLayer((helpers.DIM,)),
-        tf.keras.layers.Dense(4, kernel_regularizer='l2'),
-        tf.keras.layers.BatchNormalization(momentum=0.5),
-        tf.keras.layers.Dense(helpers.CLASSES),
+    return keras.Sequential([
+        keras.layers.InputLayer((helpers.DIM,)),
+        keras.layers.Dense(4, kernel_regularizer='l2'),
+        keras.layers.BatchNormalization(momentum=0.5),
+        keras.layers.Dense(helpers.CLASSES),
     ])
 
   student, mentor = (

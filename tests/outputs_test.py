@@ -2,10 +2,11 @@
 
 import re
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 import tff_kd
 from tff_kd import evaluation
@@ -18,21 +19,21 @@ _PAD = 0
 
 
 def _sequence_model(units=4, classes=5):
-  layers = tf.keras.layers
-  return tf.keras.Sequential([
+  layers = keras.layers
+  return keras.Sequential([
       layers.Input((6,), dtype=tf.int32), layers.Embedding(classes, units),
       layers.Dense(classes),
   ])
 
 
 def _sequence_loss():
-  return tf.keras.losses.SparseCategoricalCrossentropy(
+  return keras.losses.SparseCategoricalCrossentropy(
       from_logits=True, ignore_class=_PAD
   )
 
 
 def _accuracy():
-  return [tf.keras.metrics.SparseCategoricalAccuracy(name='accuracy')]
+  return [keras.metrics.SparseCategoricalAccuracy(name='accuracy')]
 
 
 _SEQUENCES = (
@@ -41,9 +42,9 @@ _SEQUENCES = (
 
 
 def _regression_model(units=4):
-  return tf.keras.Sequential([
-      tf.keras.layers.Dense(units, activation='relu', input_shape=(3,)),
-      tf.keras.layers.Dense(1),
+  return keras.Sequential([
+      keras.layers.Dense(units, activation='relu', input_shape=(3,)),
+      keras.layers.Dense(1),
   ])
 
 
@@ -53,7 +54,7 @@ _NUMBERS = (tf.TensorSpec([None, 3], tf.float32), tf.TensorSpec([None], tf.float
 def _regression(**kwargs):
   return dict(
       student_fn=_regression_model, input_spec=_NUMBERS,
-      loss_fn=tf.keras.losses.MeanSquaredError, client_optimizer=helpers.sgd(0.05),
+      loss_fn=keras.losses.MeanSquaredError, client_optimizer=helpers.sgd(0.05),
       **kwargs,
   )
 
@@ -131,7 +132,7 @@ def test_scores():
   found = evaluation.score(logits, labels, spec=sequences)
   assert found['accuracy'] == pytest.approx(2 / 3)
   numbers = models.build_model_spec(
-      _regression_model, input_spec=_NUMBERS, loss_fn=tf.keras.losses.MeanSquaredError
+      _regression_model, input_spec=_NUMBERS, loss_fn=keras.losses.MeanSquaredError
   )
   assert numbers.is_regression
   found = evaluation.score(
@@ -243,7 +244,7 @@ def test_the_best_round_of_an_error_is_the_lowest():
 
 def test_masked_regression_labels():
   spec = models.build_model_spec(
-      _regression_model, input_spec=_NUMBERS, loss_fn=tf.keras.losses.MeanSquaredError
+      _regression_model, input_spec=_NUMBERS, loss_fn=keras.losses.MeanSquaredError
   )
   labels, outputs = np.array([1.0, 2.0, 9.0]), np.array([[2.0], [4.0], [0.0]])
   loss = spec.model_fn().supervised_loss(

@@ -4,7 +4,7 @@ import hypothesis
 from hypothesis import strategies as st
 import numpy as np
 import pytest
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import simulation
 

@@ -1,9 +1,10 @@
 """Clients that keep their models: whole rounds against NumPy, and resumed."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
@@ -35,7 +36,7 @@ def _dataset(k):
 
 
 def _fed_md(labelled=False, **kwargs):
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   defaults = dict(
       client_optimizer=helpers.sgd(_RATE),
       transfer_set=tff_kd.TransferSet(_X, _Y if labelled else None),
@@ -45,7 +46,7 @@ def _fed_md(labelled=False, **kwargs):
 
 
 def _ds_fl(**kwargs):
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   defaults = dict(
       client_optimizer=helpers.sgd(_RATE),
       transfer_set=tff_kd.TransferSet(_X),
@@ -58,7 +59,7 @@ def _ds_fl(**kwargs):
 
 
 def _cfd(**kwargs):
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   defaults = dict(
       client_optimizer=helpers.sgd(_RATE),
       transfer_set=tff_kd.TransferSet(_X),
@@ -292,7 +293,7 @@ def test_clients_that_keep_models_code_against_what_they_sent():
 @pytest.mark.parametrize('batch_size', [2, 8])
 def test_fd_in_numpy(batch_size):
   """Four rounds; who was not in the last one has no part in its sums."""
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   share = 0.6
   process = fd.build_fd(
       **helpers.common(client_optimizer=helpers.sgd(_RATE), regularizer_weight=share)
@@ -337,7 +338,7 @@ def test_fd_in_numpy(batch_size):
 
 
 def test_fd_leaves_a_clients_own_part_out():
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   build = dict(helpers.common(client_optimizer=helpers.sgd(_RATE)))
   process = fd.build_fd(**build, regularizer_weight=5.0)
   plain = fd.build_fd(**build, regularizer_weight=1e-30)
@@ -361,7 +362,7 @@ def test_fd_needs_class_indices():
     fd.build_fd(
         **helpers.common(
             input_spec=one_hot.element_spec,
-            loss_fn=lambda: tf.keras.losses.CategoricalCrossentropy(from_logits=True),
+            loss_fn=lambda: keras.losses.CategoricalCrossentropy(from_logits=True),
             metrics_fn=None,
         )
     )
@@ -371,14 +372,14 @@ def test_fd_needs_class_indices():
 
 @pytest.mark.parametrize('build', [_fed_md, _ds_fl, fd.build_fd])
 def test_keras_optimizers_and_any_keras_model(build):
-  model_fn = lambda: tf.keras.Sequential([  # pylint: disable=g-long-lambda
-      tf.keras.layers.InputLayer((helpers.DIM,)),
-      tf.keras.layers.Dense(6),
-      tf.keras.layers.BatchNormalization(),
-      tf.keras.layers.Dense(helpers.CLASSES),
+  model_fn = lambda: keras.Sequential([  # pylint: disable=g-long-lambda
+      keras.layers.InputLayer((helpers.DIM,)),
+      keras.layers.Dense(6),
+      keras.layers.BatchNormalization(),
+      keras.layers.Dense(helpers.CLASSES),
   ])
   kwargs = dict(
-      student_fn=model_fn, client_optimizer=lambda: tf.keras.optimizers.Adam(0.01)
+      student_fn=model_fn, client_optimizer=lambda: keras.optimizers.Adam(0.01)
   )
   if build is _fed_md:
     kwargs['digest_optimizer'] = kwargs['client_optimizer']

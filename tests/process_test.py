@@ -1,10 +1,11 @@
 """Whole rounds through TFF's runtime, against NumPy and against TFF's FedAvg."""
 
+import keras
 import numpy as np
 import pytest
 import scipy.special
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
@@ -56,7 +57,7 @@ def test_two_rounds_equal_numpy(uniform):
   sizes, t, m = [7, 4, 12], 3.0, 9
   clients = [helpers.examples(n, i) for i, n in enumerate(sizes)]
   public, _ = helpers.examples(m, 99)
-  tf.keras.utils.set_random_seed(1)
+  keras.utils.set_random_seed(1)
   distillation = dict(temperature=t, num_steps=2, batch_size=m)
   process = tff_kd.algorithms.build_fed_distillation(
       **helpers.common(client_optimizer=helpers.sgd(0.1, 0.9)),
@@ -136,7 +137,7 @@ def test_two_rounds_equal_numpy(uniform):
 
 @pytest.mark.parametrize('weighting', list(tff.learning.ClientWeighting))
 def test_without_distillation_three_rounds_equal_tffs_fed_avg(weighting):
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   units = (6,)
   ours = tff_kd.algorithms.build_fed_avg(
       **helpers.common(
@@ -211,7 +212,7 @@ def _fusion(**kwargs):
 
 @pytest.fixture(scope='module')
 def fusion():
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   return _fusion()
 
 
@@ -334,7 +335,7 @@ def test_student_target_sends_no_predictions():
 
 def test_blend_moves_between_student_and_ensemble():
   def teacher(target):
-    tf.keras.utils.set_random_seed(0)
+    keras.utils.set_random_seed(0)
     process = _fusion(
         # Of linear models, the mean's logits are the logits' mean.
         student_fn=helpers.dense_fn((6,)),
@@ -355,7 +356,7 @@ def test_blend_moves_between_student_and_ensemble():
 
 
 def test_labels_add_their_cross_entropy():
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   process = _fusion(
       labelled=True,
       distillation=tff_kd.Distillation(
@@ -388,7 +389,7 @@ def test_labels_add_their_cross_entropy():
 
 @pytest.mark.parametrize('target', ['student', 'teacher'])
 def test_local_distillation_equals_a_step_by_hand(target):
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   process = _fusion(
       local_terms=[
           tff_kd.LocalDistillation(target=target, weight=0.3, temperature=2.0)
@@ -434,11 +435,11 @@ def test_local_distillation_equals_a_step_by_hand(target):
 def test_optimizer_state_lives_in_the_process_state(keras_optimizer):
   """Two rounds from one state equal one round, then one from the saved state."""
   adam = (
-      (lambda: tf.keras.optimizers.Adam(0.01))
+      (lambda: keras.optimizers.Adam(0.01))
       if keras_optimizer
       else tff.learning.optimizers.build_adam(0.01)
   )
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   process = _fusion(teacher_optimizer=adam)
   data = [helpers.dataset(*c) for c in GOOD]
   state = process.next(process.initialize(), data).state
@@ -455,8 +456,8 @@ def test_keras_and_tff_optimizers_agree():
   # Without momentum: Keras keeps the rate inside it, TFF outside, which differs
   # under a schedule.
   results = []
-  for sgd in (helpers.sgd(0.1), lambda: tf.keras.optimizers.SGD(0.1)):
-    tf.keras.utils.set_random_seed(0)
+  for sgd in (helpers.sgd(0.1), lambda: keras.optimizers.SGD(0.1)):
+    keras.utils.set_random_seed(0)
     process = tff_kd.algorithms.build_fed_distillation(
         **helpers.common(client_optimizer=sgd),
         server_optimizer=sgd,
@@ -478,9 +479,9 @@ def test_keras_and_tff_optimizers_agree():
 
 def test_own_aggregators_per_channel():
   """A zeroing factory on one channel leaves the other alone."""
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   plain = _fusion()
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   clipped = _fusion(
       model_aggregator=tff.aggregators.clipping_factory(
           1e-6, tff.aggregators.MeanFactory()
@@ -496,7 +497,7 @@ def test_own_aggregators_per_channel():
       output.state.teacher_weights, _run(plain, GOOD).state.teacher_weights,
       atol=1e-6,
   )
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   unweighted = _fusion(
       knowledge_aggregator=tff.aggregators.UnweightedMeanFactory()
   )
@@ -508,7 +509,7 @@ def test_own_aggregators_per_channel():
 
 
 def test_fed_df_distils_the_ensemble_into_the_student():
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   process = tff_kd.algorithms.build_fed_df(
       **helpers.common(
           student_fn=helpers.dense_fn((6,)), client_optimizer=helpers.sgd(1.0)
@@ -631,8 +632,8 @@ def test_defaults_never_switch_distillation_off():
 
 
 def test_an_optimizer_object_is_refused():
-  with pytest.raises(TypeError, match='lambda: tf.keras.optimizers.Adam'):
-    _fusion(teacher_optimizer=tf.keras.optimizers.Adam())
+  with pytest.raises(TypeError, match='lambda: keras.optimizers.Adam'):
+    _fusion(teacher_optimizer=keras.optimizers.Adam())
   with pytest.raises(TypeError, match='client_optimizer'):
     tff_kd.algorithms.build_fed_avg(**helpers.common(client_optimizer='sgd'))
 
@@ -652,13 +653,13 @@ def test_data_of_another_spec_is_refused_by_tff(fusion):
     fusion.next(fusion.initialize(), [helpers.dataset(x[:, :3], y)])
 
 
-class _Branching(tf.keras.Model):
+class _Branching(keras.Model):
   """Takes a branch by what it sees, in Python's words or in TensorFlow's."""
 
   def __init__(self, in_python):
     super().__init__()
     self._in_python = in_python
-    self._dense = tf.keras.layers.Dense(helpers.CLASSES, kernel_initializer='ones')
+    self._dense = keras.layers.Dense(helpers.CLASSES, kernel_initializer='ones')
 
   def call(self, x):
     if self._in_python:

@@ -5,11 +5,12 @@ import collections
 import hypothesis
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+import keras
 import numpy as np
 import pytest
 import scipy.stats
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
@@ -177,7 +178,7 @@ def test_what_cannot_be_is_refused(build, said):
 
 
 def _fusion(**kwargs):
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   defaults = dict(
       teacher_fn=helpers.dense_fn((7,)),
       transfer_set=tff_kd.TransferSet(helpers.examples(12, 99)[0]),
@@ -267,7 +268,7 @@ def test_tffs_own_robust_mean_takes_both_channels():
 
 @pytest.mark.parametrize('name', ['fed_md', 'ds_fl'])
 def test_algorithms_of_predictions_alone_take_them(name):
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   process = tff_kd.algorithms.REGISTRY[name].build(
       **helpers.common(),
       transfer_set=tff_kd.TransferSet(helpers.examples(12, 99)[0]),

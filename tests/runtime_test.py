@@ -10,7 +10,7 @@ from tests import helpers
 _SCRIPT = """
 import sys, time
 import numpy as np
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 from tff_kd.simulation import runtime
 
 @tff.federated_computation(tff.FederatedType(np.int32, tff.CLIENTS))

@@ -1,9 +1,10 @@
 """Secure sums: what is clipped and rounded, and that nothing else leaves a client."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
@@ -17,7 +18,7 @@ _BITS = dict(bits=16, model_bound=40.0, knowledge_bound=400.0, max_clients=4)
 
 
 def _build(name, **kwargs):
-  tf.keras.utils.set_random_seed(0)
+  keras.utils.set_random_seed(0)
   common = helpers.common(**kwargs)
   if name != 'fed_avg' and name != 'fd':
     common['transfer_set'] = _TRANSFER

@@ -1,9 +1,10 @@
 """Validation, rollback, early stop, masks."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
@@ -22,7 +23,7 @@ def _spec(name, build):
 def _run(distillation, *, labelled=False, validation=8, rate=0.1, payload=None,
          learner='student'):
   """One run of a single stage, the student a fixed linear model."""
-  tf.keras.utils.set_random_seed(3)
+  keras.utils.set_random_seed(3)
   student = _spec('student', helpers.dense_fn())
   teacher = _spec('teacher', helpers.dense_fn((8,)))
   x, y = helpers.examples(24, 0)

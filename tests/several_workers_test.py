@@ -5,11 +5,12 @@ import signal
 import tempfile
 import time
 
+import keras
 import numpy as np
 import portpicker
 import pytest
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
@@ -222,7 +223,7 @@ def _assert_same(actual, expected):
     'build', [_fed_distillation, _fed_df, _fml, _fed_md, _fed_gen, _robust, _medians]
 )
 def test_as_on_one_worker(build, workers, caplog):
-  tf.keras.utils.set_random_seed(1)
+  keras.utils.set_random_seed(1)
   process = build()
   expected = _rounds(process)
   with several_workers.remote_runtime(workers), caplog.at_level(logging.WARNING):
@@ -234,7 +235,7 @@ def test_as_on_one_worker(build, workers, caplog):
 
 @pytest.mark.parametrize('build', [_private, _secure])
 def test_private_and_secure_sums_as_on_one_worker(build, workers):
-  tf.keras.utils.set_random_seed(1)
+  keras.utils.set_random_seed(1)
   process = build()
   (expected, _, _), found = _rounds(process), None
   with several_workers.remote_runtime(workers):
@@ -249,14 +250,14 @@ def test_private_and_secure_sums_as_on_one_worker(build, workers):
 @pytest.fixture(scope='module')
 def fed_gen(worker):
   """The process that exchanges the most in a round, and what it gives."""
-  tf.keras.utils.set_random_seed(1)
+  keras.utils.set_random_seed(1)
   process = _fed_gen()
   return process, _rounds(process)
 
 
 @pytest.fixture(scope='module')
 def fml(worker):
-  tf.keras.utils.set_random_seed(1)
+  keras.utils.set_random_seed(1)
   process = _fml()
   return process, _rounds(process)
 

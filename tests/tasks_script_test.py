@@ -5,6 +5,7 @@ import subprocess
 import sys
 import types
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -98,10 +99,10 @@ def test_export(own_run):
 @pytest.mark.parametrize('kind', ['GRU', 'LSTM'])
 def test_recurrent_models(kind, tmp_path):
   """A call knows nothing of those before it; without its loop, a file is much larger."""
-  inputs = tf.keras.Input((20,), dtype=tf.int32)
-  x = tf.keras.layers.Embedding(9, 4)(inputs)
-  x = getattr(tf.keras.layers, kind)(32, return_sequences=True)(x)
-  model = tf.keras.Model(inputs, tf.keras.layers.Dense(9)(x))
+  inputs = keras.Input((20,), dtype=tf.int32)
+  x = keras.layers.Embedding(9, 4)(inputs)
+  x = getattr(keras.layers, kind)(32, return_sequences=True)(x)
+  model = keras.Model(inputs, keras.layers.Dense(9)(x))
   rng = np.random.default_rng(0)
   examples = data.Examples(
       rng.integers(0, 9, (20, 20)).astype(np.int32),

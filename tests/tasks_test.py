@@ -1,9 +1,10 @@
 """The tasks: what their files hold, how they are split, what their models take."""
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 from tensorflow_federated.python.simulation.baselines import client_spec
 from tensorflow_federated.python.simulation.baselines.shakespeare import (
     char_prediction_preprocessing as tff_shakespeare,
@@ -230,7 +231,7 @@ def test_keras_datasets(name, monkeypatch):
     labels = rng.integers(0, 10, (n, 1) if name == 'cifar10' else n)
     return rng.integers(0, 256, (n, *shape), np.uint8), labels.astype(np.uint8)
 
-  source = getattr(tf.keras.datasets, name)
+  source = getattr(keras.datasets, name)
   monkeypatch.setattr(source, 'load_data', lambda: (part(50), part(9)))
   task = data.TASKS[name].load(seed=0, transfer_size=10, validation_size=5)
   assert len(task.clients) == 35 and len(task.test) == 9

@@ -6,6 +6,7 @@ import pathlib
 import signal
 import time
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -90,7 +91,7 @@ def test_the_saved_models_are_the_best_rounds(run_dir):
   best = max(rows, key=lambda row: float(row['validation/student_accuracy']))
   test = tff_kd.data.TASKS['mnist5k'].load(seed=0, transfer_size=60).test
   for name in ('student', 'teacher'):
-    model = tf.keras.models.load_model(run_dir / f'{name}.keras')
+    model = keras.models.load_model(run_dir / f'{name}.keras')
     accuracy = np.mean(
         np.argmax(model.predict(test.inputs, verbose=0), -1) == test.labels
     )

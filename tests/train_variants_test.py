@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -42,11 +43,11 @@ def test_idx_files_fed_df_cohorts_and_pretraining(tmp_path):
     each = [float(row[f'test/student_{i}_accuracy']) for i in (0, 1)]
     assert float(row['test/student_accuracy']) == pytest.approx(np.mean(each))
   first, second = (
-      tf.keras.models.load_model(tmp_path / 'out' / f'student_{i}.keras')
+      keras.models.load_model(tmp_path / 'out' / f'student_{i}.keras')
       for i in (0, 1)
   )
   assert isinstance(first, keras_models.StudentModel)
-  assert isinstance(second, tf.keras.Sequential)
+  assert isinstance(second, keras.Sequential)
 
 
 @pytest.mark.parametrize('name', ['ds_fl', 'fed_md'])

@@ -5,7 +5,7 @@ import math
 
 import numpy as np
 import pytest
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd

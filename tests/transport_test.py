@@ -6,7 +6,7 @@ from hypothesis import strategies as st
 import numpy as np
 import pytest
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 from tensorflow_federated.proto.v0 import executor_pb2
 
 from tff_kd.simulation import transport

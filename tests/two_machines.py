@@ -13,6 +13,7 @@ import socket
 import subprocess
 import sys
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -43,7 +44,7 @@ def final_weights() -> dict[str, np.ndarray]:
   }
   found = {}
   for name, kwargs in builds.items():
-    tf.keras.utils.set_random_seed(0)
+    keras.utils.set_random_seed(0)
     process = tff_kd.algorithms.REGISTRY[name].build(**helpers.common(**kwargs))
     state = process.initialize()
     own = None

@@ -13,6 +13,7 @@ __getattr__, __dir__ = _lazy.attach(
     __name__,
     {
         **{name: name for name in _MODULES},
+        'tff': 'compat',
         'ClientBatches': 'client_data',
         'ClientConditions': 'conditions',
         'Reporting': 'conditions',

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import client_work
 from tff_kd import communication

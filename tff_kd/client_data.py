@@ -18,7 +18,7 @@ from typing import Any, NamedTuple, Optional, Union
 from absl import logging
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 import tqdm
 
 from tff_kd import models

@@ -9,9 +9,10 @@ from collections.abc import Callable, Sequence
 import functools
 from typing import Any, Optional, Union
 
+import keras
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import graphs
 from tff_kd import models
@@ -126,11 +127,11 @@ def build_students(
   """Checks the builders of all cohorts.
 
   Args:
-    student_fn: Returns a new `tf.keras.Model`; or a list of such functions, one a
+    student_fn: Returns a new `keras.Model`; or a list of such functions, one a
       cohort.
     input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `tf.keras.losses.Loss`.
-    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    loss_fn: Returns a `keras.losses.Loss`.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
 
   Returns:
     The `Students`.

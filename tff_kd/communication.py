@@ -4,7 +4,7 @@ from collections.abc import Mapping
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 # Not public, and the release that has them is the last.
 from tensorflow_federated.python.core.impl.compiler import building_blocks
 from tensorflow_federated.python.core.impl.compiler import tree_analysis

@@ -11,7 +11,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import local_terms
 from tff_kd import models

@@ -17,9 +17,10 @@ import inspect
 import math
 from typing import Any, NamedTuple, Optional
 
+import keras
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import companions
 from tff_kd import graphs
@@ -31,7 +32,7 @@ from tff_kd import optimizers
 _CLIENT_STREAM, _SERVER_STREAM = 21, 22
 _TOLERANCE = 1e-4
 
-GeneratorFn = Callable[[], tf.keras.Model]
+GeneratorFn = Callable[[], keras.Model]
 
 
 class GeneratorState(NamedTuple):
@@ -90,8 +91,8 @@ class _Answer(NamedTuple):
 
 
 def split_model(
-    keras_model: tf.keras.Model, split_layer: Optional[str]
-) -> tuple[list[tf.keras.layers.Layer], list[tf.keras.layers.Layer]]:
+    keras_model: keras.Model, split_layer: Optional[str]
+) -> tuple[list[keras.layers.Layer], list[keras.layers.Layer]]:
   """The layers up to and with the split layer, and those after it: the head.
 
   Args:
@@ -104,7 +105,7 @@ def split_model(
   """
   layers = [
       layer for layer in keras_model.layers
-      if not isinstance(layer, tf.keras.layers.InputLayer)
+      if not isinstance(layer, keras.layers.InputLayer)
   ]
   names = [layer.name for layer in layers]
   if split_layer is None:
@@ -126,7 +127,7 @@ def split_model(
   return body, head
 
 
-def _apply(layers: list[tf.keras.layers.Layer], inputs: tf.Tensor) -> tf.Tensor:
+def _apply(layers: list[keras.layers.Layer], inputs: tf.Tensor) -> tf.Tensor:
   """In inference mode: statistics are of real examples only."""
   outputs = inputs
   for layer in layers:
@@ -258,14 +259,14 @@ class FeatureGenerator(companions.Companion):
       raise ValueError(refusal)
     return tuple(features.shape[1:])
 
-  def _default_generator(self) -> tf.keras.Model:
-    return tf.keras.Sequential([
-        tf.keras.layers.InputLayer((self._noise_dim + self._classes,)),
-        tf.keras.layers.Dense(self._hidden_units, activation='relu'),
-        tf.keras.layers.Dense(self._num_features),
+  def _default_generator(self) -> keras.Model:
+    return keras.Sequential([
+        keras.layers.InputLayer((self._noise_dim + self._classes,)),
+        keras.layers.Dense(self._hidden_units, activation='relu'),
+        keras.layers.Dense(self._num_features),
     ])
 
-  def _build_generator(self) -> tf.keras.Model:
+  def _build_generator(self) -> keras.Model:
     generator = self._generator_fn()
     outputs = generator(tf.zeros([2, self._noise_dim + self._classes]))
     if outputs.shape[1:].as_list() != [self._num_features]:
@@ -277,7 +278,7 @@ class FeatureGenerator(companions.Companion):
     return generator
 
   def _generate(
-      self, generator: tf.keras.Model, noise: tf.Tensor, labels: tf.Tensor
+      self, generator: keras.Model, noise: tf.Tensor, labels: tf.Tensor
   ) -> tf.Tensor:
     one_hot = tf.one_hot(labels, self._classes)
     return generator(tf.concat([noise, one_hot], axis=-1), training=False)
@@ -462,7 +463,7 @@ class FeatureGenerator(companions.Companion):
     return down, up
 
 
-def _variables(layers: list[tf.keras.layers.Layer]) -> list[tf.Variable]:
+def _variables(layers: list[keras.layers.Layer]) -> list[tf.Variable]:
   return [v for layer in layers for v in layer.variables]
 
 

@@ -1,19 +1,20 @@
 """Student and teacher models ready to use. All return logits.
 
-Each builder has the signature (num_classes, input_shape) -> `tf.keras.Model`;
+Each builder has the signature (num_classes, input_shape) -> `keras.Model`;
 `STUDENTS` and `TEACHERS` list them by name. A name in both is a pair.
 """
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
 
+import keras
 import tensorflow as tf
 
-_register = tf.keras.saving.register_keras_serializable(package='tff_kd')
+_register = keras.saving.register_keras_serializable(package='tff_kd')
 
 
 @_register
-class RepeatableDropout(tf.keras.layers.Layer):
+class RepeatableDropout(keras.layers.Layer):
   """Dropout whose mask is a function of its inputs, so that a run repeats exactly.
 
   Keras's own layer draws from a generator whose state is not part of a training's
@@ -43,7 +44,7 @@ class RepeatableDropout(tf.keras.layers.Layer):
 
 
 @_register
-class MeanOfTokens(tf.keras.layers.Layer):
+class MeanOfTokens(keras.layers.Layer):
   """The mean of the vectors of a text's tokens; token 0 is padding and not in it.
 
   Takes [tokens, int `[batch, length]`, vectors, `[batch, length, width]`].
@@ -57,7 +58,7 @@ class MeanOfTokens(tf.keras.layers.Layer):
 
 
 @_register
-class AttendedTokens(tf.keras.layers.Layer):
+class AttendedTokens(keras.layers.Layer):
   """A mean of the vectors of a text's tokens in which each token has its own weight.
 
   The weights are the softmax over the text of a number that each token of the vocabulary
@@ -68,7 +69,7 @@ class AttendedTokens(tf.keras.layers.Layer):
   def __init__(self, vocabulary_size: int, **kwargs):
     super().__init__(**kwargs)
     self.vocabulary_size = vocabulary_size
-    self.scores = tf.keras.layers.Embedding(
+    self.scores = keras.layers.Embedding(
         vocabulary_size, 1, embeddings_initializer='zeros'
     )
 
@@ -85,7 +86,7 @@ class AttendedTokens(tf.keras.layers.Layer):
 
 
 @_register
-class DenseModel(tf.keras.Model):
+class DenseModel(keras.Model):
   """Flattens, then dense layers with relu, then logits."""
 
   def __init__(
@@ -94,13 +95,13 @@ class DenseModel(tf.keras.Model):
     super().__init__(**kwargs)
     self.hidden_units = tuple(hidden_units)
     self.num_classes = num_classes
-    self.flatten = tf.keras.layers.Flatten()
+    self.flatten = keras.layers.Flatten()
     self.hidden = [
-        tf.keras.layers.Dense(units, activation='relu')
+        keras.layers.Dense(units, activation='relu')
         for units in self.hidden_units
     ]
     # The document ends in softmax under a from_logits loss; logits are right.
-    self.classifier = tf.keras.layers.Dense(num_classes)
+    self.classifier = keras.layers.Dense(num_classes)
 
   def call(self, inputs, training=False):
     outputs = self.flatten(inputs)
@@ -139,7 +140,7 @@ def build_cnn(
     filters: Sequence[int],
     units: int,
     dropout: float = 0.0,
-) -> tf.keras.Model:
+) -> keras.Model:
   """3 x 3 convolutions, each followed by 2 x 2 pooling, and one dense layer.
 
   Args:
@@ -149,8 +150,8 @@ def build_cnn(
     units: Of the dense layer.
     dropout: The rate before the logits; no dropout layer if 0.
   """
-  layers = tf.keras.layers
-  model = tf.keras.Sequential([layers.InputLayer(tuple(input_shape))])
+  layers = keras.layers
+  model = keras.Sequential([layers.InputLayer(tuple(input_shape))])
   for count in filters:
     model.add(layers.Conv2D(count, 3, padding='same', activation='relu'))
     model.add(layers.MaxPool2D())
@@ -168,7 +169,7 @@ def build_group_norm_resnet(
     *,
     blocks: int,
     width: int,
-) -> tf.keras.Model:
+) -> keras.Model:
   """A CIFAR ResNet of depth 6 * blocks + 2 with group norm.
 
   Source: He et al., "Deep Residual Learning" (2016), section 4.2, and Hsieh et
@@ -181,7 +182,7 @@ def build_group_norm_resnet(
     blocks: Residual blocks in each of the three stages.
     width: Channels of the first stage, a multiple of 8; doubled twice.
   """
-  layers = tf.keras.layers
+  layers = keras.layers
 
   def conv(x, channels, stride):
     x = layers.Conv2D(
@@ -203,10 +204,10 @@ def build_group_norm_resnet(
         shortcut = layers.Conv2D(channels, 1, stride, use_bias=False)(shortcut)
       x = layers.ReLU()(layers.Add()([x, shortcut]))
   x = layers.GlobalAveragePooling2D()(x)
-  return tf.keras.Model(inputs, layers.Dense(num_classes)(x))
+  return keras.Model(inputs, layers.Dense(num_classes)(x))
 
 
-ModelBuilder = Callable[[int, Sequence[int]], tf.keras.Model]
+ModelBuilder = Callable[[int, Sequence[int]], keras.Model]
 
 STUDENTS: dict[str, ModelBuilder] = {
     'document': lambda classes, shape: StudentModel(classes),
@@ -231,7 +232,7 @@ TEACHERS: dict[str, ModelBuilder] = {
 
 def of_shape(
     builders: Mapping[str, ModelBuilder], num_classes: int, input_shape: Sequence[int]
-) -> dict[str, Callable[[], tf.keras.Model]]:
+) -> dict[str, Callable[[], keras.Model]]:
   """Builders without arguments, for images of a shape and so many classes."""
   return {
       name: functools.partial(build, num_classes, tuple(input_shape))

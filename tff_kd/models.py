@@ -13,16 +13,17 @@ import dataclasses
 import functools
 from typing import Any, Optional
 
+import keras
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import graphs
 from tff_kd import losses
 
-KerasModelFn = Callable[[], tf.keras.Model]
-LossFn = Callable[[], tf.keras.losses.Loss]
-MetricsFn = Callable[[], Sequence[tf.keras.metrics.Metric]]
+KerasModelFn = Callable[[], keras.Model]
+LossFn = Callable[[], keras.losses.Loss]
+MetricsFn = Callable[[], Sequence[keras.metrics.Metric]]
 
 _PROBE_BATCH = 16
 _UNKNOWN_DIMENSION = 16
@@ -43,10 +44,10 @@ class KerasModel(tff.learning.models.VariableModel):
 
   def __init__(
       self,
-      keras_model: tf.keras.Model,
+      keras_model: keras.Model,
       *,
       input_spec: Any,
-      loss: tf.keras.losses.Loss,
+      loss: keras.losses.Loss,
       metrics_fn: Optional[MetricsFn],
       from_logits: bool,
   ):
@@ -61,7 +62,7 @@ class KerasModel(tff.learning.models.VariableModel):
     )
 
   @property
-  def keras_model(self) -> tf.keras.Model:
+  def keras_model(self) -> keras.Model:
     return self._keras_model
 
   @property
@@ -130,7 +131,7 @@ class KerasModel(tff.learning.models.VariableModel):
       weights = counted
       if mask is not None:
         weights *= tf.reshape(mask, [-1] + [1] * (counted.shape.rank - 1))
-      each = tf.keras.losses.sparse_categorical_crossentropy(
+      each = keras.losses.sparse_categorical_crossentropy(
           tf.where(counted > 0.0, labels, tf.zeros_like(labels)),
           outputs, from_logits=self._from_logits,
       )
@@ -179,7 +180,7 @@ class KerasModel(tff.learning.models.VariableModel):
       scalar that tells whether there were any. Labels of a loss other than
       `SparseCategoricalCrossentropy` pass as they are.
     """
-    if not isinstance(self._loss, tf.keras.losses.SparseCategoricalCrossentropy):
+    if not isinstance(self._loss, keras.losses.SparseCategoricalCrossentropy):
       return labels, tf.constant(False)
     classes = tf.cast(outputs_shape[-1], labels.dtype)
     # Also False for NaN, where labels are floats.
@@ -278,7 +279,7 @@ class KerasModel(tff.learning.models.VariableModel):
     tf.cond(condition, lambda: True, reset)
 
 
-class _LossMean(tf.keras.metrics.Mean):
+class _LossMean(keras.metrics.Mean):
   """The mean loss of an example."""
 
   def __init__(self, name='loss', dtype=None):
@@ -300,14 +301,14 @@ _TOTALS = (
 
 def _metric_constructors(
     metrics_fn: Optional[MetricsFn],
-) -> dict[str, Callable[[], tf.keras.metrics.Metric]]:
+) -> dict[str, Callable[[], keras.metrics.Metric]]:
   """The user's metrics by name, and the totals where they are missing."""
   metrics = list(metrics_fn()) if metrics_fn is not None else []
   constructors = collections.OrderedDict()
   for index, metric in enumerate(metrics):
-    if not isinstance(metric, tf.keras.metrics.Metric):
+    if not isinstance(metric, keras.metrics.Metric):
       raise TypeError(
-          '`metrics_fn` must return a list of `tf.keras.metrics.Metric`, found '
+          '`metrics_fn` must return a list of `keras.metrics.Metric`, found '
           f'{metric!r} in it.'
       )
     if metric.name in constructors or metric.name == 'loss':
@@ -364,17 +365,17 @@ def build_model_spec(
   """Checks a Keras builder against its data and its loss.
 
   Args:
-    keras_model_fn: A no-argument function that returns a new `tf.keras.Model`
+    keras_model_fn: A no-argument function that returns a new `keras.Model`
       on each call, with one output tensor `[batch, ..., classes]`. The weights
       of its first model become the initial weights, so a builder may load
-      trained ones; call `tf.keras.utils.set_random_seed` before for
+      trained ones; call `keras.utils.set_random_seed` before for
       reproducible ones.
     input_spec: What the clients' datasets yield, e.g. `dataset.element_spec`: a
       pair `(x, y)` or a mapping with keys 'x' and 'y', batched; `x` may be a
       structure of several inputs.
-    loss_fn: A no-argument function that returns a `tf.keras.losses.Loss`.
+    loss_fn: A no-argument function that returns a `keras.losses.Loss`.
     metrics_fn: An optional no-argument function that returns a list of new
-      `tf.keras.metrics.Metric`s.
+      `keras.metrics.Metric`s.
     name: What error messages call the model.
 
   Returns:
@@ -389,17 +390,17 @@ def build_model_spec(
   """
   input_spec = _checked_input_spec(input_spec)
   inputs_spec, labels_spec = split_batch(input_spec)
-  if not callable(keras_model_fn) or isinstance(keras_model_fn, tf.keras.Model):
+  if not callable(keras_model_fn) or isinstance(keras_model_fn, keras.Model):
     raise TypeError(
-        f'The {name} must be a function that returns a new `tf.keras.Model`, '
+        f'The {name} must be a function that returns a new `keras.Model`, '
         f'found {keras_model_fn!r}. Wrap the construction of the model: '
-        '`def build(): return tf.keras.Sequential([...])`.'
+        '`def build(): return keras.Sequential([...])`.'
     )
   keras_model, second = keras_model_fn(), keras_model_fn()
   for model in (keras_model, second):
-    if not isinstance(model, tf.keras.Model):
+    if not isinstance(model, keras.Model):
       raise TypeError(
-          f'The {name} builder must return a `tf.keras.Model`, found '
+          f'The {name} builder must return a `keras.Model`, found '
           f'{type(model).__name__}.'
       )
   if keras_model is second:
@@ -409,9 +410,9 @@ def build_model_spec(
         'variables.'
     )
   loss = loss_fn()
-  if not isinstance(loss, tf.keras.losses.Loss):
+  if not isinstance(loss, keras.losses.Loss):
     raise TypeError(
-        '`loss_fn` must return a `tf.keras.losses.Loss`, found '
+        '`loss_fn` must return a `keras.losses.Loss`, found '
         f'{type(loss).__name__}.'
     )
 
@@ -485,7 +486,7 @@ def _create_blank(blank: list[tf.Variable], create_fn, **kwargs) -> tf.Variable:
   return variable
 
 
-def weights_of(keras_model: tf.keras.Model) -> tff.learning.models.ModelWeights:
+def weights_of(keras_model: keras.Model) -> tff.learning.models.ModelWeights:
   """The weights of a built Keras model as a value for `set_model_weights`."""
   return tff.learning.models.ModelWeights(
       trainable=[v.numpy() for v in keras_model.trainable_variables],
@@ -495,21 +496,21 @@ def weights_of(keras_model: tf.keras.Model) -> tff.learning.models.ModelWeights:
 
 # Keras's losses of numbers. Another loss of numbers is taken for one of logits.
 _REGRESSION_LOSSES = (
-    tf.keras.losses.MeanSquaredError,
-    tf.keras.losses.MeanAbsoluteError,
-    tf.keras.losses.MeanAbsolutePercentageError,
-    tf.keras.losses.MeanSquaredLogarithmicError,
-    tf.keras.losses.Huber,
-    tf.keras.losses.LogCosh,
-    tf.keras.losses.Poisson,
+    keras.losses.MeanSquaredError,
+    keras.losses.MeanAbsoluteError,
+    keras.losses.MeanAbsolutePercentageError,
+    keras.losses.MeanSquaredLogarithmicError,
+    keras.losses.Huber,
+    keras.losses.LogCosh,
+    keras.losses.Poisson,
 )
 
 
-def _is_regression(loss: tf.keras.losses.Loss) -> bool:
+def _is_regression(loss: keras.losses.Loss) -> bool:
   return isinstance(loss, _REGRESSION_LOSSES)
 
 
-def _ignored_label(loss: tf.keras.losses.Loss) -> Optional[int]:
+def _ignored_label(loss: keras.losses.Loss) -> Optional[int]:
   return getattr(loss, '_fn_kwargs', {}).get('ignore_class')
 
 
@@ -586,7 +587,7 @@ def _example(spec: Any, batch_size: int, rng=None) -> Any:
   return tf.nest.map_structure(make, spec)
 
 
-def _probe(keras_model: tf.keras.Model, inputs_spec: Any, name: str) -> tf.Tensor:
+def _probe(keras_model: keras.Model, inputs_spec: Any, name: str) -> tf.Tensor:
   """The model's outputs on a random batch, with their static shape."""
   rng = np.random.default_rng(0)
   try:

@@ -4,12 +4,13 @@ from collections.abc import Callable, Sequence
 import collections
 from typing import Any, Optional, Union
 
+import keras
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 Optimizer = Union[
     tff.learning.optimizers.Optimizer,
-    Callable[[], tf.keras.optimizers.Optimizer],
+    Callable[[], keras.optimizers.Optimizer],
 ]
 
 _LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
@@ -22,7 +23,7 @@ def check_optimizer(
 
   Args:
     optimizer: A `tff.learning.optimizers.Optimizer`, or a no-argument function
-      that returns a new `tf.keras.optimizers.Optimizer`.
+      that returns a new `keras.optimizers.Optimizer`.
     name: The argument's name, for the error.
     scheduled: Whether its learning rate will be scaled from step to step.
 
@@ -40,22 +41,22 @@ def check_optimizer(
           'plain optimizer.'
       )
     return optimizer
-  if isinstance(optimizer, tf.keras.optimizers.Optimizer):
+  if isinstance(optimizer, keras.optimizers.Optimizer):
     raise TypeError(
         f'`{name}` must be a function that returns a new Keras optimizer, found '
         f'an optimizer object. Its variables belong to one model, so pass '
-        f'`lambda: tf.keras.optimizers.{type(optimizer).__name__}(...)`.'
+        f'`lambda: keras.optimizers.{type(optimizer).__name__}(...)`.'
     )
   made = optimizer() if callable(optimizer) else optimizer
-  if not isinstance(made, tf.keras.optimizers.Optimizer):
+  if not isinstance(made, keras.optimizers.Optimizer):
     raise TypeError(
         f'`{name}` must be a `tff.learning.optimizers.Optimizer` or a no-argument '
-        f'function that returns a `tf.keras.optimizers.Optimizer`, found {made!r}.'
+        f'function that returns a `keras.optimizers.Optimizer`, found {made!r}.'
     )
   # A schedule's rate cannot be assigned; Keras offers no public way to ask.
   if scheduled and isinstance(
       getattr(made, '_learning_rate', None),
-      tf.keras.optimizers.schedules.LearningRateSchedule,
+      keras.optimizers.schedules.LearningRateSchedule,
   ):
     raise ValueError(
         f'`{name}` has a learning rate schedule of its own. Use it without a '

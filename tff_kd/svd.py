@@ -10,7 +10,7 @@ from typing import Optional
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 
 def energy_rank(singular_values: tf.Tensor, energy: tf.Tensor) -> tf.Tensor:

@@ -11,7 +11,7 @@ anew; these labels, quantised, go down in the next round.
 
 from typing import Any, Optional
 
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import cohorts
 from tff_kd import knowledge
@@ -53,11 +53,11 @@ def build_cfd(
   client's labels; the process itself only adds them up, and counts the code's bits.
 
   Args:
-    student_fn: Returns a new `tf.keras.Model`; its first weights are those with which
+    student_fn: Returns a new `keras.Model`; its first weights are those with which
       every client begins each round. A list of such functions, one a cohort, of which
       the first is the server's.
     input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `tf.keras.losses.Loss`.
+    loss_fn: Returns a `keras.losses.Loss`.
     transfer_set: The examples on which labels are exchanged.
     client_optimizer: For the clients' own examples.
     student_optimizer: For the transfer examples, of the clients and of the server; Adam
@@ -67,7 +67,7 @@ def build_cfd(
     up_bits: Bits of a class's probability in what clients send: 1 (the most likely class
       only) to 8, or 32: not quantised.
     down_bits: Likewise in what goes down.
-    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     seed: With the round number, decides the order of the transfer examples.
     **kwargs: Further arguments of `private_process.build_private_process`.
 

@@ -9,7 +9,7 @@ and the server's model learn it by cross-entropy.
 
 from typing import Any, Optional
 
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import cohorts
 from tff_kd import knowledge
@@ -44,11 +44,11 @@ def build_ds_fl(
   """Builds DS-FL.
 
   Args:
-    student_fn: Returns a new `tf.keras.Model`, of which each client has its own, and
+    student_fn: Returns a new `keras.Model`, of which each client has its own, and
       the server one; a list of such functions, one a cohort, of which the first is the
       server's.
     input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `tf.keras.losses.Loss`.
+    loss_fn: Returns a `keras.losses.Loss`.
     transfer_set: The examples on which clients predict.
     client_optimizer: For the clients' own examples.
     student_optimizer: For the transfer examples, of the clients and of the server;
@@ -57,7 +57,7 @@ def build_ds_fl(
       paper's cross-entropy against the soft labels.)
     consensus_rule: ERA with the paper's temperature. `MeanProbabilities(power=2.0)` is
       Enhanced ERA; `MeanProbabilities()` is the paper's simple aggregation.
-    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     seed: With the round number, decides the order of the transfer examples.
     **kwargs: Further arguments of `private_process.build_private_process`.
 

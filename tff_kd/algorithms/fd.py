@@ -32,13 +32,13 @@ def build_fd(
   """Builds FD.
 
   Args:
-    student_fn: Returns a new `tf.keras.Model`, of which each client has its own; a list
+    student_fn: Returns a new `keras.Model`, of which each client has its own; a list
       of such functions, one a cohort.
     input_spec: The clients' `dataset.element_spec`; labels are class indices.
-    loss_fn: Returns a `tf.keras.losses.Loss`.
+    loss_fn: Returns a `keras.losses.Loss`.
     client_optimizer: The clients' optimizer.
     regularizer_weight: lambda, above 0.
-    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     **kwargs: Further arguments of `private_process.build_private_process`.
 
   Returns:

@@ -14,7 +14,7 @@ the extractor as `feature_fn`, and start the student from it in `student_fn`.
 
 from typing import Any, Optional
 
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import certainty
 from tff_kd import cohorts
@@ -60,9 +60,9 @@ def build_fed_aux(
   larger `regularization` or a larger `epsilon` lower it.
 
   Args:
-    student_fn: Returns a new `tf.keras.Model`; a list of such functions, one a cohort.
+    student_fn: Returns a new `keras.Model`; a list of such functions, one a cohort.
     input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `tf.keras.losses.Loss`.
+    loss_fn: Returns a `keras.losses.Loss`.
     transfer_set: The examples on which the ensemble is distilled.
     negatives: Further public inputs, arrays or a `TransferSet`, for what is not a
       client's own; not those of the transfer set.
@@ -76,7 +76,7 @@ def build_fed_aux(
     epsilon: Of the scores; no noise, and no privacy, if `None`. Needs `client_data`.
     delta: Of the scores.
     regularization: lambda of the logistic regression.
-    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     seed: Decides the server's order of examples, and, with a client's number, its noise:
       in a simulation only; a deployment draws it in secret, at the client.
     **kwargs: Further arguments of `process.build_distillation_process`. Clients'

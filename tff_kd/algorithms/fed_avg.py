@@ -28,11 +28,11 @@ def build_fed_avg(
   model, and also averages batch norm's statistics.
 
   Args:
-    student_fn: Returns a new `tf.keras.Model`; a list of such functions, one a cohort.
+    student_fn: Returns a new `keras.Model`; a list of such functions, one a cohort.
     input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `tf.keras.losses.Loss`.
+    loss_fn: Returns a `keras.losses.Loss`.
     client_optimizer: The clients' optimizer.
-    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     **kwargs: Further arguments of `process.build_distillation_process`
       (`server_optimizer`, `client_weighting`, `model_aggregator`,
       `local_terms`, ...).

@@ -8,7 +8,7 @@ no client's model is seen.
 
 from typing import Any, Optional
 
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import cohorts
 from tff_kd import models
@@ -48,16 +48,16 @@ def build_fed_df(
   patience=10, ...)` with a `validation_size` gives that. The default takes 200.
 
   Args:
-    student_fn: Returns a new `tf.keras.Model`; a list of such functions, one a cohort
+    student_fn: Returns a new `keras.Model`; a list of such functions, one a cohort
       (the paper's prototypes), all of which learn from the ensemble of all clients.
     input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `tf.keras.losses.Loss`.
+    loss_fn: Returns a `keras.losses.Loss`.
     transfer_set: The examples on which the ensemble is distilled.
     client_optimizer: The clients' optimizer.
     student_optimizer: The server's, for the distillation; Adam with the paper's
       rate 1e-3 if `None`.
     distillation: How the student learns from the ensemble.
-    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     **kwargs: Further arguments of `process.build_distillation_process`.
 
   Returns:

@@ -11,7 +11,7 @@ and the student is refreshed from the teacher before it goes back to the clients
 
 from typing import Any, Optional
 
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import cohorts
 from tff_kd import models
@@ -48,11 +48,11 @@ def build_fed_distillation(
   """Builds the fusion of federated averaging and distillation through a teacher.
 
   Args:
-    student_fn: Returns a new, small `tf.keras.Model`, which clients train; a list of
+    student_fn: Returns a new, small `keras.Model`, which clients train; a list of
       such functions, one a cohort.
-    teacher_fn: Returns a new, large `tf.keras.Model`, which stays on the server.
+    teacher_fn: Returns a new, large `keras.Model`, which stays on the server.
     input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `tf.keras.losses.Loss`, for both models.
+    loss_fn: Returns a `keras.losses.Loss`, for both models.
     transfer_set: The examples on which knowledge passes between models.
     client_optimizer: The clients' optimizer.
     teacher_optimizer: The teacher's own; its state lives in the process state.
@@ -62,7 +62,7 @@ def build_fed_distillation(
     distillation: How the teacher learns.
     back_distillation: How the student learns from the teacher afterwards; not at
       all if `None`.
-    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     **kwargs: Further arguments of `process.build_distillation_process`
       (`server_optimizer`, `client_weighting`, `knowledge_weighting`,
       `model_aggregator`, `knowledge_aggregator`, `consensus_rule`, `local_terms`,

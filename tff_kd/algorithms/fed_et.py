@@ -13,7 +13,7 @@ The students are averaged, as there within models of one architecture.
 
 from typing import Any, Optional
 
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import knowledge
 from tff_kd import cohorts
@@ -49,16 +49,16 @@ def build_fed_et(
   (`diversity_weight=0`) they are plain sums.
 
   Args:
-    student_fn: Returns a new, small `tf.keras.Model`, which clients train; a list of
+    student_fn: Returns a new, small `keras.Model`, which clients train; a list of
       such functions, one a cohort.
-    teacher_fn: Returns a new, large `tf.keras.Model`, the server's.
+    teacher_fn: Returns a new, large `keras.Model`, the server's.
     input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `tf.keras.losses.Loss`, for both models.
+    loss_fn: Returns a `keras.losses.Loss`, for both models.
     transfer_set: The examples on which the ensemble is distilled.
     client_optimizer: The clients' optimizer.
     teacher_optimizer: The server model's; Adam with rate 1e-3 if `None`.
     distillation: How the server model learns.
-    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     **kwargs: Further arguments of `process.build_distillation_process`. The clients'
       predictions weigh the same whatever their examples, as in the paper, unless
       `knowledge_weighting` says otherwise.

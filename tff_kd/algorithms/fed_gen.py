@@ -12,7 +12,7 @@ seen, see `tff_kd.generator`.
 
 from typing import Any, Optional
 
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import generator
 from tff_kd import models
@@ -46,10 +46,10 @@ def build_fed_gen(
   ways a round, and 50 round trips.
 
   Args:
-    student_fn: Returns a new `tf.keras.Model` that applies its layers one after the
+    student_fn: Returns a new `keras.Model` that applies its layers one after the
       other; one architecture for all clients.
     input_spec: The clients' `dataset.element_spec`; labels are class indices.
-    loss_fn: Returns a `tf.keras.losses.Loss`.
+    loss_fn: Returns a `keras.losses.Loss`.
     client_optimizer: The clients' optimizer.
     split_layer: The name of the student's layer whose outputs are generated; the one
       before the last with weights if `None`.
@@ -63,7 +63,7 @@ def build_fed_gen(
     generative_weight: a of the second round. The paper has 10, with a clients' rate of
       .01; with a rate of .1 that is too much.
     generative_decay: a's factor from round to round.
-    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     seed: With the round number, decides what is generated.
     **kwargs: Further arguments of `process.build_distillation_process`.
 

@@ -37,17 +37,17 @@ def build_fed_kd(
   """Builds FedKD.
 
   Args:
-    student_fn: Returns a new, shared `tf.keras.Model`; a list of such functions, one a
+    student_fn: Returns a new, shared `keras.Model`; a list of such functions, one a
       cohort.
-    mentor_fn: Returns a new, larger `tf.keras.Model`, of which each client has its own.
+    mentor_fn: Returns a new, larger `keras.Model`, of which each client has its own.
     input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `tf.keras.losses.Loss`, for both.
+    loss_fn: Returns a `keras.losses.Loss`, for both.
     client_optimizer: The clients' optimizer, for both.
     start_energy: The share of the update's energy that goes up in the first round.
     end_energy: And from round `energy_rounds` on; linear between them.
     energy_rounds: 1 or more.
     temperature: T of both divergences, above 0.
-    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s, of the student.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s, of the student.
     **kwargs: Further arguments of `process.build_distillation_process`; a
       `model_aggregator` is what the truncated updates go through, and must be weighted.
 

@@ -9,7 +9,7 @@ sends its logits on the transfer examples. The server has no model.
 
 from typing import Any, Optional
 
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import cohorts
 from tff_kd import knowledge
@@ -40,10 +40,10 @@ def build_fed_md(
   """Builds FedMD.
 
   Args:
-    student_fn: Returns a new `tf.keras.Model`, of which each client has its own; a list
+    student_fn: Returns a new `keras.Model`, of which each client has its own; a list
       of such functions, one a cohort.
     input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `tf.keras.losses.Loss`.
+    loss_fn: Returns a `keras.losses.Loss`.
     transfer_set: The examples on which clients predict; 5,000 a round in the paper.
     client_optimizer: For the clients' own examples.
     digest_optimizer: For the transfer examples; Adam with the paper's rate 1e-3 if
@@ -54,7 +54,7 @@ def build_fed_md(
       round; with them the transfer set must have labels.
     consensus_rule: How the predictions become what clients fit; the mean logits, as in
       the paper.
-    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     seed: With the round number, decides the order of the transfer examples.
     **kwargs: Further arguments of `private_process.build_private_process`.
 

@@ -33,16 +33,16 @@ def build_fml(
   """Builds FML.
 
   Args:
-    student_fn: Returns a new, shared `tf.keras.Model`; a list of such functions, one a
+    student_fn: Returns a new, shared `keras.Model`; a list of such functions, one a
       cohort.
-    mentor_fn: Returns a new `tf.keras.Model`, of which each client has its own.
+    mentor_fn: Returns a new `keras.Model`, of which each client has its own.
     input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `tf.keras.losses.Loss`, for both.
+    loss_fn: Returns a `keras.losses.Loss`, for both.
     client_optimizer: The clients' optimizer, for both.
     student_weight: w, between 0 and 1.
     mentor_weight: v, between 0 and 1.
     temperature: T of both divergences, above 0.
-    metrics_fn: Returns a list of `tf.keras.metrics.Metric`s, of the student.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s, of the student.
     **kwargs: Further arguments of `process.build_distillation_process`.
 
   Returns:

@@ -6,12 +6,13 @@ import importlib.metadata
 import pathlib
 from typing import Any, NamedTuple, Optional
 
+import keras
 import numpy as np
 import tensorflow as tf
 
 from tff_kd import keras_models
 
-ModelFn = Callable[[], tf.keras.Model]
+ModelFn = Callable[[], keras.Model]
 
 
 class Examples(NamedTuple):
@@ -32,12 +33,12 @@ class Examples(NamedTuple):
     return len(self.labels)
 
 
-def _cross_entropy() -> tf.keras.losses.Loss:
-  return tf.keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+def _cross_entropy() -> keras.losses.Loss:
+  return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
-def _accuracy() -> list[tf.keras.metrics.Metric]:
-  return [tf.keras.metrics.SparseCategoricalAccuracy(name='accuracy')]
+def _accuracy() -> list[keras.metrics.Metric]:
+  return [keras.metrics.SparseCategoricalAccuracy(name='accuracy')]
 
 
 # What a prediction is worth beyond the labels: (inputs -> outputs) to named scores.
@@ -82,8 +83,8 @@ class Task:
   num_classes: Optional[int]
   client_rows: Optional[Sequence[np.ndarray]] = None
   test_rows: Optional[Sequence[np.ndarray]] = None
-  loss_fn: Callable[[], tf.keras.losses.Loss] = _cross_entropy
-  metrics_fn: Callable[[], list[tf.keras.metrics.Metric]] = _accuracy
+  loss_fn: Callable[[], keras.losses.Loss] = _cross_entropy
+  metrics_fn: Callable[[], list[keras.metrics.Metric]] = _accuracy
   scores_fn: Optional[ScoresFn] = None
   class_names: Optional[Sequence[str]] = None
   num_labelled: Optional[int] = None

@@ -14,8 +14,8 @@ from typing import Any, Optional, Union
 
 import numpy as np
 import tensorflow as tf
-import tensorflow_federated as tff
-import tensorflow_privacy as tfp
+from tff_kd.compat import tff
+from tff_kd.compat import tensorflow_privacy as tfp
 
 from tff_kd import knowledge
 from tff_kd.privacy import accounting

@@ -2,6 +2,7 @@
 
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import scipy.special
 import tensorflow as tf
@@ -75,15 +76,15 @@ class Inverter:
     self._mean, self._scale = features.mean(0), features.std(0) + 1e-3
     generator = tf.random.Generator.from_seed(seed)
     weight_seeds = [int(its) for its in generator.uniform([2], 0, 2**31 - 1, tf.int32)]
-    self._network = tf.keras.Sequential([
-        tf.keras.layers.InputLayer(features.shape[1:]),
-        tf.keras.layers.Dense(
+    self._network = keras.Sequential([
+        keras.layers.InputLayer(features.shape[1:]),
+        keras.layers.Dense(
             _HIDDEN_UNITS, 'relu',
-            kernel_initializer=tf.keras.initializers.GlorotUniform(weight_seeds[0]),
+            kernel_initializer=keras.initializers.GlorotUniform(weight_seeds[0]),
         ),
-        tf.keras.layers.Dense(
+        keras.layers.Dense(
             int(np.prod(self._shape)), 'sigmoid',
-            kernel_initializer=tf.keras.initializers.GlorotUniform(weight_seeds[1]),
+            kernel_initializer=keras.initializers.GlorotUniform(weight_seeds[1]),
         ),
     ])
     self._network.compile('adam', 'mse')

@@ -12,7 +12,7 @@ import math
 from typing import Any, Optional
 
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 # Weights of clients are whole numbers up to this, as in TFF's `secure_aggregator`.
 _MAX_WEIGHT = 2.0**20 - 1

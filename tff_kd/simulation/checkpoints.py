@@ -7,7 +7,7 @@ from typing import Any, Optional
 
 from absl import logging
 import tensorflow as tf
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 _PREFIX = 'program_state_'
 _DAMAGED = 'damaged_'

@@ -6,7 +6,7 @@ import socket
 from typing import Optional
 
 import grpc
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd.simulation import channels
 from tff_kd.simulation import tls

@@ -6,7 +6,7 @@ from typing import Any, Optional
 from absl import logging
 import cachetools
 import numpy as np
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 # What the clients' values of one part may take in the worker.
 PART_BYTES = 256 * 2**20

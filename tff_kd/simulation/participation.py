@@ -7,7 +7,7 @@ import os
 from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import conditions
 

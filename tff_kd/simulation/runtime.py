@@ -17,7 +17,7 @@ from typing import Any, BinaryIO, Optional
 
 from absl import logging
 import portpicker
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd.simulation import channels
 from tff_kd.simulation import contexts

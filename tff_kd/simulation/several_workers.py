@@ -19,7 +19,7 @@ from typing import Any, Optional, Protocol
 
 from absl import logging
 import cachetools
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 # Not public, and the release that has them is the last: `Executor`, `ExecutorValue`.
 from tensorflow_federated.python.core.impl.executors import executor_base
 from tensorflow_federated.python.core.impl.executors import executor_value_base

@@ -12,7 +12,7 @@ import dataclasses
 import enum
 from typing import Any, Optional
 
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd.simulation import contexts
 

@@ -9,7 +9,7 @@ import time
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd import communication
 from tff_kd import process as process_lib

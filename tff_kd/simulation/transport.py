@@ -13,7 +13,7 @@ from typing import Any, Optional
 import cachetools
 import grpc
 import numpy as np
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 from tensorflow_federated.proto.v0 import executor_pb2
 from tensorflow_federated.proto.v0 import executor_pb2_grpc
 # Not public, and the release that has it is the last: `RemoteValue`.

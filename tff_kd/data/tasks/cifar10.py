@@ -1,4 +1,4 @@
-"""CIFAR-10, as `tf.keras.datasets` has it."""
+"""CIFAR-10, as `keras.datasets` has it."""
 
 from tff_kd.data import task as task_lib
 from tff_kd.data.tasks import downloads

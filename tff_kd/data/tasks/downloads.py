@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -37,8 +38,8 @@ def keras_image_task(
     name: str, seed: int, transfer_size: int, validation_size: int,
     *, class_names: Sequence[str],
 ) -> task_lib.Task:
-  """A task of `tf.keras.datasets`; their test images are the test part."""
-  source = getattr(tf.keras.datasets, name)
+  """A task of `keras.datasets`; their test images are the test part."""
+  source = getattr(keras.datasets, name)
   train, test = (
       _examples(*part)
       for part in fetch(name, source.load_data, '~/.keras/datasets')

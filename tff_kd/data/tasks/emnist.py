@@ -1,7 +1,7 @@
 """Federated EMNIST, digits only: by the person who wrote them, as TFF has it."""
 
 import numpy as np
-import tensorflow_federated as tff
+from tff_kd.compat import tff
 
 from tff_kd.data import task as task_lib
 from tff_kd.data.tasks import downloads

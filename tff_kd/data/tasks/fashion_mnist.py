@@ -1,4 +1,4 @@
-"""Fashion-MNIST, as `tf.keras.datasets` has it."""
+"""Fashion-MNIST, as `keras.datasets` has it."""
 
 from tff_kd.data import task as task_lib
 from tff_kd.data.tasks import downloads

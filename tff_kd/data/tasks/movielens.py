@@ -19,6 +19,7 @@ person one film against 99 that were not rated.
 from collections.abc import Callable
 from typing import Any
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -87,14 +88,14 @@ def build_examples(
 
 def _inputs() -> dict[str, Any]:
   return {
-      'film': tf.keras.Input((), dtype=tf.int32, name='film'),
-      'films': tf.keras.Input((HISTORY,), dtype=tf.int32, name='films'),
-      'stars': tf.keras.Input((HISTORY,), name='stars'),
+      'film': keras.Input((), dtype=tf.int32, name='film'),
+      'films': keras.Input((HISTORY,), dtype=tf.int32, name='films'),
+      'stars': keras.Input((HISTORY,), name='stars'),
   }
 
 
-@tf.keras.saving.register_keras_serializable(package='tff_kd')
-class Tastes(tf.keras.layers.Layer):
+@keras.saving.register_keras_serializable(package='tff_kd')
+class Tastes(keras.layers.Layer):
   """What a person's ratings say: of the film that is asked about, and of the person.
 
   With m the mean of all ratings, b a film's bias, n the number of ratings held: the
@@ -109,20 +110,20 @@ class Tastes(tf.keras.layers.Layer):
     super().__init__(**kwargs)
     self.width = width
 
-    def embedding(width: int, initializer: Any = 'zeros') -> tf.keras.layers.Layer:
-      return tf.keras.layers.Embedding(
+    def embedding(width: int, initializer: Any = 'zeros') -> keras.layers.Layer:
+      return keras.layers.Embedding(
           NUM_FILMS + 1, width, embeddings_initializer=initializer
       )
 
     self.bias = embedding(1)
     self.rated, self.asked = (
-        embedding(width, tf.keras.initializers.RandomNormal(stddev=0.05))
+        embedding(width, keras.initializers.RandomNormal(stddev=0.05))
         for _ in range(2)
     )
 
   def build(self, input_shape):
     self.mean = self.add_weight(
-        'mean', (), initializer=tf.keras.initializers.Constant(3.5)
+        'mean', (), initializer=keras.initializers.Constant(3.5)
     )
     super().build(input_shape)
 
@@ -143,16 +144,16 @@ class Tastes(tf.keras.layers.Layer):
     return {**super().get_config(), 'width': self.width}
 
 
-def build_factors(width: int = 16) -> tf.keras.Model:
+def build_factors(width: int = 16) -> keras.Model:
   """Asymmetric SVD."""
   inputs = _inputs()
   stars, _, _ = Tastes(width)(inputs)
-  return tf.keras.Model(inputs, stars)
+  return keras.Model(inputs, stars)
 
 
 def build_deep(
     width: int = 64, units: tuple[int, ...] = (64, 32), decay: float = 3e-3
-) -> tf.keras.Model:
+) -> keras.Model:
   """The same, wider, corrected by dense layers over both vectors and their product.
 
   Args:
@@ -160,8 +161,8 @@ def build_deep(
     units: Of the dense layers.
     decay: The L2 factor of their kernels.
   """
-  small = tf.keras.regularizers.L2(decay)
-  layers = tf.keras.layers
+  small = keras.regularizers.L2(decay)
+  layers = keras.layers
   inputs = _inputs()
   stars, tastes, film = Tastes(width)(inputs)
   product = layers.Multiply()([tastes, film])
@@ -169,7 +170,7 @@ def build_deep(
   for count in units:
     x = layers.Dense(count, activation='relu', kernel_regularizer=small)(x)
   x = layers.Dense(1, kernel_initializer='zeros', kernel_regularizer=small)(x)
-  return tf.keras.Model(inputs, layers.Add()([stars, x]))
+  return keras.Model(inputs, layers.Add()([stars, x]))
 
 
 def ranking_scores(
@@ -273,8 +274,8 @@ def load(
       test_rows=test_rows,
       num_classes=None,
       num_labelled=num_rated,
-      loss_fn=tf.keras.losses.MeanSquaredError,
-      metrics_fn=lambda: [tf.keras.metrics.RootMeanSquaredError(name='rmse')],
+      loss_fn=keras.losses.MeanSquaredError,
+      metrics_fn=lambda: [keras.metrics.RootMeanSquaredError(name='rmse')],
       scores_fn=lambda predict_fn: ranking_scores(predict_fn, ranked),
       students={'factors': build_factors},
       teachers={'deep': build_deep},

@@ -10,6 +10,7 @@ import csv
 import re
 import sys
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -65,23 +66,23 @@ def encode(texts: list[str], vocabulary: list[str]) -> np.ndarray:
   return encoded
 
 
-def build_embedding(num_classes: int, width: int = 32) -> tf.keras.Model:
+def build_embedding(num_classes: int, width: int = 32) -> keras.Model:
   """The mean of the words' vectors; logits.
 
   Args:
     num_classes: How many logits.
     width: Of a word's vector.
   """
-  layers = tf.keras.layers
+  layers = keras.layers
   words = layers.Input((LENGTH,), dtype=tf.int32)
   vectors = layers.Embedding(VOCABULARY_SIZE, width)(words)
   x = keras_models.MeanOfTokens()([words, vectors])
-  return tf.keras.Model(words, layers.Dense(num_classes)(x))
+  return keras.Model(words, layers.Dense(num_classes)(x))
 
 
 def build_attention(
     num_classes: int, width: int = 128, dropout: float = 0.5
-) -> tf.keras.Model:
+) -> keras.Model:
   """The mean of wider vectors beside one that attends to what words tell; logits.
 
   Args:
@@ -89,7 +90,7 @@ def build_attention(
     width: Of a word's vector.
     dropout: The rate before the logits.
   """
-  layers = tf.keras.layers
+  layers = keras.layers
   words = layers.Input((LENGTH,), dtype=tf.int32)
   vectors = layers.Embedding(VOCABULARY_SIZE, width)(words)
   x = layers.Concatenate()([
@@ -97,7 +98,7 @@ def build_attention(
       keras_models.AttendedTokens(VOCABULARY_SIZE)([words, vectors]),
   ])
   x = keras_models.RepeatableDropout(dropout)(x)
-  return tf.keras.Model(words, layers.Dense(num_classes)(x))
+  return keras.Model(words, layers.Dense(num_classes)(x))
 
 
 def load(

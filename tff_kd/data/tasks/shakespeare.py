@@ -11,6 +11,7 @@ Decentralized Data" (AISTATS 2017), section 3.
 import collections
 import re
 
+import keras
 import numpy as np
 import tensorflow as tf
 
@@ -97,19 +98,19 @@ def _full(examples: task_lib.Examples) -> task_lib.Examples:
   return examples.take(np.flatnonzero((examples.labels != PAD).all(axis=1)))
 
 
-def build_model(*, width: int, units: tuple[int, ...]) -> tf.keras.Model:
+def build_model(*, width: int, units: tuple[int, ...]) -> keras.Model:
   """Embeds characters, then GRU layers, then the logits of the next character.
 
   Args:
     width: Of a character's vector.
     units: Of each GRU layer.
   """
-  layers = tf.keras.layers
+  layers = keras.layers
   characters = layers.Input((WINDOW,), dtype=tf.int32)
   x = layers.Embedding(VOCABULARY_SIZE, width)(characters)
   for count in units:
     x = layers.GRU(count, return_sequences=True)(x)
-  return tf.keras.Model(characters, layers.Dense(VOCABULARY_SIZE)(x))
+  return keras.Model(characters, layers.Dense(VOCABULARY_SIZE)(x))
 
 
 def load(
@@ -161,7 +162,7 @@ def load(
       validation=chosen.take(np.arange(transfer_size, len(chosen))),
       test=tests, test_rows=test_rows,
       num_classes=VOCABULARY_SIZE,
-      loss_fn=lambda: tf.keras.losses.SparseCategoricalCrossentropy(
+      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
           from_logits=True, ignore_class=PAD
       ),
       students={'gru': lambda: build_model(width=8, units=(64,))},
