@@ -14,6 +14,7 @@ from tff_kd.compat import tff
 
 from tff_kd import client_work
 from tff_kd import communication
+from tff_kd import graphs
 from tff_kd.privacy import secure as secure_lib
 
 AggregationFactory = Union[
@@ -99,7 +100,7 @@ def build_client_output_aggregator(
     # Only counts are left, each 0 or 1.
     sum_securely = tff.aggregators.SecureSumFactory(1, 0).create(summed_type)
 
-  @tff.tensorflow.computation(summed_type)
+  @graphs.computation(summed_type)
   def finish(sums):
     means = {}
     for channel in summed:

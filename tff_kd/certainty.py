@@ -33,6 +33,7 @@ from dp_accounting.pld import common
 import tensorflow as tf
 
 from tff_kd import companions
+from tff_kd import graphs
 from tff_kd import models
 from tff_kd import transfer
 
@@ -246,31 +247,32 @@ class CertaintyScorer(companions.Companion):
   def initial_client_state(self):
     return ScorerState(tf.zeros([self._dim]), tf.constant(False))
 
-  def attach(self, model):
-    del model  # A scorer knows the examples only.
-    scorer = tf.Variable(tf.zeros([self._dim]), trainable=False)
+  def attach(self, student):
+    del student  # A scorer knows the examples only.
 
-    def begin(received, client_state, round_num, examples):
-      del received, round_num
-      scorer.assign(
-          tf.cond(
-              client_state.is_fitted,
-              lambda: client_state.weights,
-              lambda: self._release(examples),
-          )
+    def begin(beginning):
+      kept = beginning.client_state
+      scorer = tf.cond(
+          kept.is_fitted,
+          lambda: kept.weights,
+          lambda: self._release(beginning.examples),
       )
-      return ()
+      return (), companions.CompanionValues(state=scorer)
+
+    def end(observed, student, companion):
+      del observed, student
+      return ScorerState(companion.state, tf.constant(True)), ()
 
     return companions.Attachment(
         begin=begin,
-        end=lambda observed: (
-            ScorerState(tf.identity(scorer), tf.constant(True)), ()
+        end=end,
+        certainty=lambda inputs, companion: score(
+            companion.state, self._features(inputs)
         ),
-        certainty=lambda inputs: score(scorer, self._features(inputs)),
     )
 
   def _features(self, inputs: Any) -> tf.Tensor:
-    return bounded_features(self._feature_fn(inputs))
+    return bounded_features(graphs.user_function(self._feature_fn)(inputs))
 
   def _release(self, examples: companions.ClientExamples) -> tf.Tensor:
     """A client's scorer with its noise."""
@@ -307,12 +309,7 @@ def _check_same_inputs(expected: Any, found: Any) -> None:
 
 
 def _num_features(feature_fn: FeatureFn, inputs_spec: Any) -> int:
-  with tf.Graph().as_default():
-    features = feature_fn(
-        tf.nest.map_structure(
-            lambda s: tf.compat.v1.placeholder(s.dtype, s.shape), inputs_spec
-        )
-    )
+  features = tf.function(feature_fn).get_concrete_function(inputs_spec).outputs[0]
   shape = features.shape
   if shape.rank != 2 or shape[1] is None or not features.dtype.is_floating:
     raise ValueError(

@@ -6,7 +6,9 @@ ensemble, the predictions on this round's transfer examples.
 """
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
+import dataclasses
+import functools
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -20,13 +22,13 @@ from tff_kd import conditions as conditions_lib
 from tff_kd import graphs
 from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
+from tff_kd import local_training
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import raw_files
 from tff_kd import transfer
 
-# The round's number, from 0 -> a learning rate; as TFF's optimizer schedules.
-LearningRateFn = Callable[[tf.Tensor], Any]
+LearningRateFn = local_training.LearningRateFn
 
 
 class Broadcast(NamedTuple):
@@ -53,10 +55,9 @@ class ClientUpdate(NamedTuple):
   """What a client sends up, or the weights of the two channels.
 
   Attributes:
-    model: A `ModelWeights` of deltas (received minus trained): `trainable`, and
-      in `non_trainable` only the statistics that layers keep (batch norm); of
-      several cohorts by cohort, with zeros for the others. As a weight: a float32
-      scalar, likewise.
+    model: A `ModelWeights` of deltas (received minus trained), of weights and of
+      statistics; of several cohorts by cohort, with zeros for the others. As a
+      weight: a float32 scalar, likewise.
     knowledge: A `knowledge.KnowledgePayload`, or () without that channel. As a
       weight: a float32 scalar or ().
   """
@@ -129,18 +130,6 @@ class ClientWork(NamedTuple):
     return result if result.python_container is ClientOutput else result[0]
 
 
-def model_update_spec(student: models.ModelSpec) -> tff.learning.models.ModelWeights:
-  """The `tf.TensorSpec`s of the model channel: deltas of weights and statistics."""
-  with tf.Graph().as_default():
-    model = student.blank_model_fn()
-    return tff.learning.models.ModelWeights(
-        trainable=[
-            tf.TensorSpec(v.shape, v.dtype) for v in model.trainable_variables
-        ],
-        non_trainable=[tf.TensorSpec(v.shape, v.dtype) for v in model.statistics],
-    )
-
-
 def build_client_work(
     students: cohorts.Students,
     *,
@@ -157,6 +146,7 @@ def build_client_work(
     learning_rate_fn: Optional[LearningRateFn] = None,
     reporting: Optional[conditions_lib.Reporting] = None,
     releases_metrics: bool = True,
+    seed: int = 0,
 ) -> ClientWork:
   """Builds the client's part of a round.
 
@@ -183,20 +173,22 @@ def build_client_work(
       `ClientConditions`. Needs `client_data`.
     releases_metrics: Whether clients report their metrics, and why they are left out;
       else nothing but `public_participation`.
+    seed: With the round and the client, decides what training draws (dropout).
 
   Returns:
     A `ClientWork`.
   """
-  for term in local_terms:
-    if term.needs_labels and client_data is not None and client_data.label_share < 1.0:
-      raise ValueError(
-          f'{term} needs the label of every example: `label_share` must be 1, found '
-          f'{client_data.label_share}.'
-      )
-    if term.needs_classes:
-      models.check_has_classes(students.first, type(term).__name__)
+  _check_terms(students.first, local_terms, client_data)
   targets = {term.target for term in local_terms if term.target is not None}
   hparams = optimizers.initial_hparams(optimizer)
+  needs_round = (
+      transfer_set is not None
+      or client_data is not None
+      or companion is not None
+      or learning_rate_fn is not None
+      or any(spec.is_random for spec in students.specs)
+  )
+  nothing = companion.broadcast(companion.initial_server_state()) if companion else ()
   broadcast_type = tff.to_type(
       Broadcast(
           student=students.weights_type,
@@ -204,19 +196,8 @@ def build_client_work(
           student_history=(
               students.weights_type if 'student_history' in targets else ()
           ),
-          round_num=(
-              np.int32
-              if transfer_set is not None
-              or client_data is not None
-              or companion is not None
-              or learning_rate_fn is not None
-              else ()
-          ),
-          companion=companion_type(
-              lambda: companion.broadcast(companion.initial_server_state())
-              if companion is not None
-              else ()
-          ),
+          round_num=np.int32 if needs_round else (),
+          companion=type_of(nothing),
       )
   )
   if client_data is not None:
@@ -231,192 +212,38 @@ def build_client_work(
   broadcast_history = conditions_lib.BroadcastHistory(
       broadcast_type, reporting.max_delay if reporting is not None else 0
   )
-  with tf.Graph().as_default():
-    metric_finalizers = students.first.blank_model_fn().metric_finalizers()
-  if not releases_metrics:
-    metric_finalizers = collections.OrderedDict()
-  update_specs = [model_update_spec(spec) for spec in students.specs]
+  metric_finalizers = collections.OrderedDict()
+  if releases_metrics:
+    metric_finalizers = students.first.metrics.finalizers()
 
   @tff.federated_computation
   def initialize():
     return tff.federated_value(hparams, tff.SERVER)
 
   hparams_type = initialize.type_signature.result.member
-
-  def build_update(cohort: int):
-    """One client's round; returns a function of what the computation gets."""
-    student = students.specs[cohort]
-    model = student.blank_model_fn()
-    target_models = {
-        name: (teacher if name == 'teacher' else student).blank_model_fn()
-        for name in sorted(targets)
-    }
-    attached = None
-    if companion is not None:
-      attached = companion.attach(model)
-    train = build_training(
-        model,
-        target_models,
-        optimizer,
-        client_data,
-        observer=attached.observer if attached else None,
-        extra_variables=attached.trainable_variables if attached else (),
-        learning_rate_fn=learning_rate_fn,
-    )
-
-    def client_update(client_hparams, sent, data, client_state=(), conditions=None):
-      broadcast, step_share = sent, None
-      if reporting is not None:
-        conditions_lib.check_conditions(reporting, conditions)
-        broadcast = broadcast_history.received(sent, conditions.delay)
-        step_share = conditions.step_share
-      # A read-only view of what came in, before any variable changes.
-      received = students.unpack(broadcast.student)[cohort]
-      model.assign(received)
-      for name, target in target_models.items():
-        weights = getattr(broadcast, name)
-        if name != 'teacher':
-          weights = students.unpack(weights)[cohort]
-        target.assign(weights)
-      terms = list(local_terms)
-      if attached is not None:
-        terms += attached.begin(
-            broadcast.companion,
-            client_state,
-            broadcast.round_num,
-            _client_examples(client_data, data),
-        )
-      num_examples, bad_labels, observed = train(
-          client_hparams,
-          data,
-          broadcast.round_num,
-          terms,
-          received.trainable,
-          step_share,
+  updates = [
+      _ClientUpdate(
+          students=students,
+          cohort=cohort,
+          optimizer=optimizer,
+          weightings=ClientUpdate(model_weighting, knowledge_weighting),
+          multiplied=multiplied,
+          client_data=client_data,
+          transfer_set=transfer_set,
+          teacher=teacher,
+          consensus_rule=consensus_rule,
+          local_terms=tuple(local_terms),
+          companion=companion,
+          learning_rate_fn=learning_rate_fn,
+          reporting=reporting,
+          broadcast_history=broadcast_history,
+          releases_metrics=releases_metrics,
+          seed=seed,
       )
-
-      delta = tf.nest.map_structure(
-          tf.subtract, _exchanged(model, received), _exchanged(model)
-      )
-      left = None
-      if attached is not None:
-        left = CompanionOutput(*attached.end(observed))
-      # One pass each, where looking at every number would take two.
-      sums = [
-          tf.reduce_sum(tf.cast(d, tf.float32))
-          for d in tf.nest.flatten([delta, left])
-          if d is not None
-      ]
-      finite = tf.reduce_all(tf.math.is_finite(tf.stack(sums)))
-      is_empty = tf.equal(num_examples, 0)
-      valid = finite & ~is_empty & ~bad_labels
-      included = valid
-      if reporting is not None:
-        included = valid & conditions.reports
-      model.reset_metrics_unless(included)
-
-      def in_cohort(value, specs):
-        """The value at the cohort's place, with zeros for the others."""
-        return students.pack([
-            value
-            if i == cohort
-            else tf.nest.map_structure(lambda t: tf.zeros(t.shape, t.dtype), spec)
-            for i, spec in enumerate(specs)
-        ])
-
-      def weight_of(weighting):
-        weight = client_weight(weighting, num_examples, included)
-        if reporting is not None:
-          weight *= reporting.weight(conditions.delay)
-        return weight
-
-      def prepared(update, weighting, is_multiplied):
-        """A channel's update, on its way up."""
-        if not is_multiplied:
-          return update
-        weight = weight_of(weighting)
-        return tf.nest.map_structure(
-            lambda t: t * tf.cast(weight, t.dtype), update
-        )
-
-      model_update = tf.cond(
-          included,
-          lambda: prepared(delta, model_weighting, multiplied.model),
-          lambda: tf.nest.map_structure(tf.zeros_like, delta),
-      )
-      payload, knowledge_weight = (), ()
-      if not releases_metrics:
-        counts = public_participation()
-      else:
-        counts = participation(included, is_empty, bad_labels, finite)
-        if reporting is not None:
-          counts.update(conditions_lib.condition_counts(conditions, valid))
-      if transfer_set is not None:
-
-        def predict():
-          round_num = broadcast.round_num
-          if reporting is not None:
-            round_num = broadcast_history.current(sent).round_num
-          ids = transfer_set.prediction_ids(round_num)
-          logits = knowledge.predict_logits(model, transfer_set, ids)
-          if reporting is not None:
-            covered = conditions_lib.covered_rows(
-                transfer_set, conditions, broadcast.round_num, round_num
-            )
-            logits = knowledge.without_rows(logits, covered)
-          predictions = [logits]
-          if consensus_rule.needs_certainty:
-            predictions.append(transfer_set.map_inputs(attached.certainty, ids))
-          return prepared(
-              consensus_rule.encode(*predictions),
-              knowledge_weighting,
-              multiplied.knowledge,
-          )
-
-        payload = tf.cond(
-            included,
-            predict,
-            lambda: consensus_rule.zero_payload(
-                students.first.logits_shape, transfer_set.num_predictions
-            ),
-        )
-        knowledge_weight = weight_of(knowledge_weighting)
-        if consensus_rule.is_coded:
-          # Clients keep nothing here: there is no message to code it against.
-          bits = consensus_rule.message_bits(payload)
-          counts['knowledge_bits'] = tf.where(included, bits, tf.zeros_like(bits))
-      output = ClientOutput(
-          update=ClientUpdate(
-              model=in_cohort(model_update, update_specs), knowledge=payload
-          ),
-          weight=ClientUpdate(
-              model=in_cohort(
-                  weight_of(model_weighting), [tf.TensorSpec([])] * len(update_specs)
-              ),
-              knowledge=knowledge_weight,
-          ),
-          metrics=(
-              model.report_local_unfinalized_metrics() if releases_metrics else ()
-          ),
-          participation=counts,
-      )
-      if left is None:
-        return output
-      return output, CompanionOutput(
-          client_state=tf.nest.map_structure(
-              lambda new, old: tf.where(valid, new, old),
-              left.client_state,
-              client_state,
-          ),
-          exchanged=tf.nest.map_structure(
-              lambda t: tf.where(included, t, tf.zeros_like(t)), left.exchanged
-          ),
-      )
-
-    return graphs.function(client_update)
+      for cohort in range(len(students.specs))
+  ]
 
   def run(client_hparams, broadcast, client, client_state=()):
-    updates = [build_update(i) for i in range(len(students.specs))]
     return students.run_client(
         client,
         updates,
@@ -425,28 +252,24 @@ def build_client_work(
         has_conditions=reporting is not None,
     )
 
+  types = [hparams_type, broadcast_history.sent_type, data_type]
   if companion is None:
 
-    @tff.tensorflow.computation(
-        hparams_type, broadcast_history.sent_type, data_type
-    )
+    @graphs.computation(*types)
     def client_computation(client_hparams, broadcast, data):
       return run(client_hparams, broadcast, data)
 
   else:
-    client_state_type = companion_type(companion.initial_client_state)
 
-    @tff.tensorflow.computation(
-        hparams_type, broadcast_history.sent_type, data_type, client_state_type
-    )
+    @graphs.computation(*types, type_of(companion.initial_client_state()))
     def client_computation(client_hparams, broadcast, data, client_state):
       return run(client_hparams, broadcast, data, client_state)
 
-  @tff.tensorflow.computation(hparams_type)
+  @graphs.computation(hparams_type)
   def get_hparams_fn(state):
     return state
 
-  @tff.tensorflow.computation(hparams_type, hparams_type)
+  @graphs.computation(hparams_type, hparams_type)
   def set_hparams_fn(state, hparams):
     del state
     return hparams
@@ -460,6 +283,258 @@ def build_client_work(
       get_hparams=get_hparams_fn,
       set_hparams=set_hparams_fn,
   )
+
+
+def _check_terms(
+    student: models.ModelSpec,
+    terms: Sequence[local_terms_lib.LocalTerm],
+    client_data: Optional[client_data_lib.ClientBatches],
+) -> None:
+  """Refuses terms that need labels or classes where there are none."""
+  for term in terms:
+    if term.needs_labels and client_data is not None and client_data.label_share < 1.0:
+      raise ValueError(
+          f'{term} needs the label of every example: `label_share` must be 1, found '
+          f'{client_data.label_share}.'
+      )
+    if term.needs_classes:
+      models.check_has_classes(student, type(term).__name__)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _ClientUpdate:
+  """One client's round in a cohort; the attributes are those of `build_client_work`."""
+
+  students: cohorts.Students
+  cohort: int
+  optimizer: optimizers.Optimizer
+  weightings: ClientUpdate
+  multiplied: ClientUpdate
+  client_data: Optional[client_data_lib.ClientBatches]
+  transfer_set: Optional[transfer.TransferSet]
+  teacher: Optional[models.ModelSpec]
+  consensus_rule: knowledge.ConsensusRule
+  local_terms: tuple[local_terms_lib.LocalTerm, ...]
+  companion: Optional[companions.Companion]
+  learning_rate_fn: Optional[LearningRateFn]
+  reporting: Optional[conditions_lib.Reporting]
+  broadcast_history: conditions_lib.BroadcastHistory
+  releases_metrics: bool
+  seed: int
+
+  @property
+  def student(self) -> models.ModelSpec:
+    return self.students.specs[self.cohort]
+
+  @functools.cached_property
+  def attachment(self) -> companions.Attachment:
+    if self.companion is None:
+      return companions.Attachment()
+    return self.companion.attach(self.student)
+
+  @functools.cached_property
+  def training(self) -> local_training.LocalTraining:
+    return local_training.LocalTraining(
+        self.student,
+        self.optimizer,
+        self.client_data,
+        attachment=self.attachment,
+        learning_rate_fn=self.learning_rate_fn,
+    )
+
+  def __call__(self, hparams, sent, data, client_state=(), conditions=None):
+    """The computation of a client: `ClientOutput`, and a companion's `CompanionOutput`."""
+    broadcast, step_share = sent, None
+    if self.reporting is not None:
+      conditions_lib.check_conditions(self.reporting, conditions)
+      broadcast = self.broadcast_history.received(sent, conditions.delay)
+      step_share = conditions.step_share
+    received = self.students.unpack(broadcast.student)[self.cohort]
+    start = self._start(hparams, broadcast, data, client_state, received, step_share)
+    trained = self.training(data, start)
+    bound = models.BoundModel(self.student, trained.values)
+    delta = tf.nest.map_structure(tf.subtract, received, trained.values.weights)
+    left = None
+    if self.companion is not None:
+      left = CompanionOutput(
+          *self.attachment.end(trained.observed, bound, trained.companion)
+      )
+    finite = is_finite([delta, left])
+    is_empty = tf.equal(trained.num_examples, 0)
+    valid = finite & ~is_empty & ~trained.bad_labels
+    included, delay = valid, None
+    if self.reporting is not None:
+      included, delay = valid & conditions.reports, conditions.delay
+    counts = public_participation()
+    if self.releases_metrics:
+      counts = participation(included, is_empty, trained.bad_labels, finite)
+      if self.reporting is not None:
+        counts.update(conditions_lib.condition_counts(conditions, valid))
+    weight = self._weights(trained.num_examples, included, delay)
+    payload = self._payload(sent, broadcast, conditions, included, weight, trained)
+    if self.transfer_set is not None and self.consensus_rule.is_coded:
+      # Clients keep nothing here: there is no message to code it against.
+      bits = self.consensus_rule.message_bits(payload)
+      counts['knowledge_bits'] = tf.where(included, bits, tf.zeros_like(bits))
+    output = ClientOutput(
+        update=ClientUpdate(
+            model=self._model_update(delta, included, weight.model), knowledge=payload
+        ),
+        weight=weight._replace(
+            model=self._in_cohort(
+                weight.model, [tf.TensorSpec([])] * len(self.students.specs)
+            )
+        ),
+        metrics=self._metrics(trained, included),
+        participation=counts,
+    )
+    if left is None:
+      return output
+    return output, CompanionOutput(
+        client_state=tf.nest.map_structure(
+            lambda new, old: tf.where(valid, new, old), left.client_state, client_state
+        ),
+        exchanged=tf.nest.map_structure(
+            lambda t: tf.where(included, t, tf.zeros_like(t)), left.exchanged
+        ),
+    )
+
+  def _start(
+      self, hparams, broadcast, data, client_state, received, step_share
+  ) -> local_training.Start:
+    """With what the client's training begins."""
+    client = data if self.client_data is not None else None
+    seed = local_training.client_seed(self.seed, broadcast.round_num, client)
+    terms, companion = self.attachment.begin(
+        companions.Beginning(
+            received=broadcast.companion,
+            client_state=client_state,
+            round_num=broadcast.round_num,
+            examples=_client_examples(self.client_data, data),
+            seed=seed,
+        )
+    )
+    return local_training.Start(
+        values=self.student.values(received, seed),
+        received=received.trainable,
+        terms=[*self.local_terms, *terms],
+        targets=self._targets(broadcast),
+        companion=companion,
+        hparams=hparams,
+        round_num=broadcast.round_num,
+        step_share=step_share,
+    )
+
+  def _targets(self, broadcast: Broadcast) -> dict[str, models.BoundModel]:
+    """The models that local terms learn from, by the name of their target."""
+    targets = {}
+    for name in sorted({term.target for term in self.local_terms} - {None}):
+      spec, weights = self.teacher, getattr(broadcast, name)
+      if name != 'teacher':
+        spec, weights = self.student, self.students.unpack(weights)[self.cohort]
+      targets[name] = models.BoundModel(spec, spec.values(weights))
+    return targets
+
+  def _weights(
+      self, num_examples: tf.Tensor, included: tf.Tensor, delay: Optional[tf.Tensor]
+  ) -> ClientUpdate:
+    """The client's weight in each channel."""
+
+    def weight_of(weighting):
+      weight = client_weight(weighting, num_examples, included)
+      return weight if delay is None else weight * self.reporting.weight(delay)
+
+    return ClientUpdate(
+        model=weight_of(self.weightings.model),
+        knowledge=(
+            weight_of(self.weightings.knowledge) if self.transfer_set is not None else ()
+        ),
+    )
+
+  def _model_update(self, delta: Any, included: tf.Tensor, weight: tf.Tensor) -> Any:
+    """The delta on its way up, at the place of the cohort."""
+    update = tf.cond(
+        included,
+        lambda: _times(delta, weight) if self.multiplied.model else delta,
+        lambda: tf.nest.map_structure(tf.zeros_like, delta),
+    )
+    return self._in_cohort(update, [spec.weights_spec for spec in self.students.specs])
+
+  def _in_cohort(self, value: Any, specs: Sequence[Any]) -> Any:
+    """The value at the place of the cohort, with zeros for the others."""
+    return self.students.pack([
+        value
+        if cohort == self.cohort
+        else tf.nest.map_structure(lambda t: tf.zeros(t.shape, t.dtype), spec)
+        for cohort, spec in enumerate(specs)
+    ])
+
+  def _payload(
+      self, sent, broadcast, conditions, included, weight: ClientUpdate, trained
+  ) -> Any:
+    """The predictions on their way up; () without that channel."""
+    if self.transfer_set is None:
+      return ()
+
+    def predict():
+      round_num = broadcast.round_num
+      if self.reporting is not None:
+        round_num = self.broadcast_history.current(sent).round_num
+      ids = self.transfer_set.prediction_ids(round_num)
+      logits = knowledge.predict_logits(
+          models.BoundModel(self.student, trained.values), self.transfer_set, ids
+      )
+      if self.reporting is not None:
+        covered = conditions_lib.covered_rows(
+            self.transfer_set, conditions, broadcast.round_num, round_num
+        )
+        logits = knowledge.without_rows(logits, covered)
+      predictions = [logits]
+      if self.consensus_rule.needs_certainty:
+        certainty = lambda x: self.attachment.certainty(x, trained.companion)
+        predictions.append(self.transfer_set.map_inputs(certainty, ids))
+      payload = self.consensus_rule.encode(*predictions)
+      return _times(payload, weight.knowledge) if self.multiplied.knowledge else payload
+
+    return tf.cond(
+        included,
+        predict,
+        lambda: self.consensus_rule.zero_payload(
+            self.student.logits_shape, self.transfer_set.num_predictions
+        ),
+    )
+
+  def _metrics(self, trained: local_training.Trained, included: tf.Tensor) -> Any:
+    """The metrics' states; as at the beginning for a client that is left out."""
+    if not self.releases_metrics:
+      return ()
+    return reported_metrics(self.student, trained, included)
+
+
+def reported_metrics(
+    student: models.ModelSpec, trained: local_training.Trained, included: tf.Tensor
+) -> Any:
+  """The metrics' states of a client; as at the beginning if it is left out."""
+  return tf.nest.map_structure(
+      lambda new, old: tf.where(included, new, old),
+      trained.metrics,
+      student.metrics.initial_state(),
+  )
+
+
+def _times(update: Any, weight: tf.Tensor) -> Any:
+  return tf.nest.map_structure(lambda t: t * tf.cast(weight, t.dtype), update)
+
+
+def is_finite(values: Any) -> tf.Tensor:
+  """Whether all numbers, or at least their sums, are finite; a bool scalar."""
+  # One pass each, where looking at every number would take two.
+  sums = [
+      tf.reduce_sum(tf.cast(value, tf.float32))
+      for value in tf.nest.flatten(values)
+      if value is not None
+  ]
+  return tf.reduce_all(tf.math.is_finite(tf.stack(sums)))
 
 
 def _client_examples(
@@ -488,33 +563,12 @@ def _client_examples(
   return companions.ClientExamples(data, map_rows)
 
 
-def companion_type(make: Callable[[], Any]) -> tff.Type:
-  """The type of what a companion's method makes."""
-  return tff.tensorflow.computation(make).type_signature.result
-
-
-def _exchanged(
-    model: models.KerasModel,
-    weights: Optional[tff.learning.models.ModelWeights] = None,
-) -> tff.learning.models.ModelWeights:
-  """The part of the weights that a client sends: trained ones and statistics.
-
-  Args:
-    model: Tells which those are.
-    weights: Values to pick from; the model's own variables if `None`.
-  """
-  if weights is None:
-    weights = model.weights()
-  sent = {v.ref() for v in model.statistics}
-  return tff.learning.models.ModelWeights(
-      trainable=[tf.convert_to_tensor(w) for w in weights.trainable],
-      non_trainable=[
-          tf.convert_to_tensor(w)
-          for v, w in zip(
-              model.non_trainable_variables, weights.non_trainable, strict=True
-          )
-          if v.ref() in sent
-      ],
+def type_of(value: Any) -> tff.Type:
+  """The type of a structure of tensors."""
+  return tff.types.tensorflow_to_type(
+      tf.nest.map_structure(
+          lambda t: tf.TensorSpec.from_tensor(tf.convert_to_tensor(t)), value
+      )
   )
 
 
@@ -547,193 +601,3 @@ def client_weight(
   else:
     weight = tf.constant(1.0)
   return tf.where(included, weight, 0.0)
-
-
-def _dataset_options() -> tf.data.Options:
-  """For a few batches that are read once: tuning itself would cost as much."""
-  options = tf.data.Options()
-  options.autotune.enabled = False
-  options.experimental_optimization.apply_default_optimizations = False
-  options.threading.private_threadpool_size = 1
-  options.threading.max_intra_op_parallelism = 1
-  return options
-
-
-class _Progress(NamedTuple):
-  """What the training loop carries, beside the variables.
-
-  Attributes:
-    carry: The stepper's.
-    loss_sum: float32, over the examples.
-    num_examples: int32.
-    num_batches: int32.
-    bad_labels: Whether there were any so far.
-    observed: The observer's sums.
-  """
-
-  carry: Any
-  loss_sum: tf.Tensor
-  num_examples: tf.Tensor
-  num_batches: tf.Tensor
-  bad_labels: tf.Tensor
-  observed: Any
-
-
-def build_training(
-    model: models.KerasModel,
-    target_models: dict[str, models.KerasModel],
-    optimizer: optimizers.Optimizer,
-    client_data: Optional[client_data_lib.ClientBatches],
-    observer: Optional[companions.Observer] = None,
-    extra_variables: Sequence[tf.Variable] = (),
-    learning_rate_fn: Optional[LearningRateFn] = None,
-):
-  """A client's training as a function, to be called in a `tf.function`.
-
-  Args:
-    model: Is trained in place.
-    target_models: What the terms compare it with, by the name of their target.
-    optimizer: As `build_client_work` takes it.
-    client_data: Where clients read their examples, if not from datasets.
-    observer: Looks at each step, if something is to be added up over them.
-    extra_variables: Trained, too; some term of the loss must depend on them.
-    learning_rate_fn: The optimizer's rate in a round, if it changes.
-
-  Returns:
-    (hparams, data, round_num, local_terms, received, step_share) -> (num_examples,
-    bad_labels, observed): the client's dataset or number, the terms of the loss beside
-    the supervised one, the trainable weights as sent and the part of its steps that it
-    does (all if `None`), to an int64, a bool and the observer's sums, () without one.
-  """
-  if client_data is not None and client_data.label_share < 1.0 and observer is not None:
-    raise ValueError(
-        'This algorithm adds up something by label over the steps, so all labels must be '
-        f'known: `label_share` must be 1, found {client_data.label_share}.'
-    )
-  trainable = model.trainable_variables
-  all_variables = [*trainable, *extra_variables]
-  stepper = optimizers.build_stepper(optimizer, all_variables)
-
-  def gradients_on(batch, step_num, labelled, local_terms, received):
-    inputs, labels = models.split_batch(batch)
-    target_logits = {
-        name: target.logits(inputs) for name, target in target_models.items()
-    }
-    with tf.GradientTape() as tape:
-      outputs = model.keras_model(inputs, training=True)
-      labels, bad = model.usable_labels(labels, outputs.shape)
-      supervised_loss = model.supervised_loss(labels, outputs, labelled)
-      loss = supervised_loss
-      for term in local_terms:
-        loss = term(
-            loss,
-            local_terms_lib.LocalStep(
-                inputs=inputs,
-                logits=model.class_logits(outputs),
-                labels=labels,
-                labelled=labelled,
-                target_logits=target_logits.get(term.target),
-                supervised_loss=supervised_loss,
-                step_num=step_num,
-                weights=trainable,
-                received=received,
-                counted=model.counted_labels(labels),
-                is_regression=model.is_regression,
-            ),
-        )
-      loss += model.regularization_loss()
-    model.update_metrics(labels, outputs, labelled)
-    seen = ()
-    if observer is not None:
-      seen = observer.observe(model.class_logits(outputs), labels)
-    gradients = tape.gradient(loss, all_variables)
-    return loss, gradients, tf.shape(outputs)[0], bad, seen
-
-  def step(
-      progress: _Progress, batch: Any, extra: Any, may_be_empty: bool,
-      labelled: Optional[tf.Tensor] = None,
-  ):
-    loss, gradients, batch_size, bad, seen = gradients_on(
-        batch, progress.num_batches, labelled, *extra
-    )
-    carry = progress.carry
-    loss_sum = loss * tf.cast(batch_size, loss.dtype)
-    if may_be_empty:
-      # Its mean loss is 0 / 0: it takes no step.
-      loss_sum = tf.where(batch_size > 0, loss_sum, 0.0)
-      carry = tf.cond(
-          batch_size > 0, lambda: stepper.apply(carry, gradients), lambda: carry
-      )
-    else:
-      carry = stepper.apply(carry, gradients)
-    return _Progress(
-        carry,
-        progress.loss_sum + loss_sum,
-        progress.num_examples + batch_size,
-        progress.num_batches + 1,
-        tf.logical_or(progress.bad_labels, bad),
-        tf.nest.map_structure(tf.add, progress.observed, seen),
-    )
-
-  def train(
-      hparams: Any,
-      data: Any,
-      round_num: tf.Tensor,
-      local_terms: Sequence[local_terms_lib.LocalTerm],
-      received: Sequence[tf.Tensor],
-      step_share: Optional[tf.Tensor] = None,
-  ):
-    extra = local_terms, received
-    if learning_rate_fn is not None:
-      # The user's: AutoGraph reads it, if nothing else here.
-      rate = tf.function(learning_rate_fn)(round_num)
-      hparams = optimizers.with_learning_rate(hparams, rate)
-    progress = _Progress(
-        carry=stepper.begin(stepper.initialize(hparams)),
-        loss_sum=tf.constant(0.0),
-        num_examples=tf.constant(0),
-        num_batches=tf.constant(0),
-        bad_labels=tf.constant(False),
-        observed=observer.zero() if observer is not None else (),
-    )
-    if client_data is None:
-      batches = iter(data.with_options(_dataset_options()))
-
-      def next_batch(_, progress: _Progress):
-        batch = batches.get_next_as_optional()
-        return tf.cond(
-            batch.has_value(),
-            lambda: (True, step(progress, batch.get_value(), extra, may_be_empty=True)),
-            lambda: (False, progress),
-        )
-
-      _, progress = tf.while_loop(lambda more, _: more, next_batch, (True, progress))
-    else:
-      # Slices, not a `tf.data.Dataset`: its iterator costs as much as a small step.
-      examples = client_data.data.open()
-      rows, labelled = client_data.rows_and_labelled(data, round_num)
-      if step_share is not None:
-        rows = rows[: client_data.num_elements(tf.size(rows), step_share)]
-      observed_inputs = client_data.input_mask(data)
-
-      def next_slice(start: tf.Tensor, progress: _Progress):
-        end = start + client_data.batch_size
-        batch = client_data_lib.masked_inputs(
-            raw_files.gather(examples, rows[start:end]), observed_inputs
-        )
-        mask = None if labelled is None else labelled[start:end]
-        return end, step(progress, batch, extra, may_be_empty=False, labelled=mask)
-
-      _, progress = tf.while_loop(
-          lambda start, _: start < tf.size(rows), next_slice, (0, progress)
-      )
-    model.add_totals(
-        progress.loss_sum, progress.num_examples, progress.num_batches
-    )
-    return (
-        tf.cast(progress.num_examples, tf.int64),
-        progress.bad_labels,
-        progress.observed,
-    )
-
-  return train

@@ -14,7 +14,6 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
-from tff_kd import graphs
 from tff_kd import models
 
 StudentFn = Union[models.KerasModelFn, Sequence[models.KerasModelFn]]
@@ -71,15 +70,11 @@ class Students:
     """The result of the cohort's branch; all have results of one structure."""
     last = len(self.specs) - 1
 
-    @graphs.function
-    def switch():
-      tf.debugging.Assert(
-          (cohort >= 0) & (cohort <= last),
-          [f"A client's cohort must be a number from 0 to {last}, found", cohort],
-      )
-      return tf.switch_case(cohort, list(branches))
-
-    return switch()
+    tf.debugging.Assert(
+        (cohort >= 0) & (cohort <= last),
+        [f"A client's cohort must be a number from 0 to {last}, found", cohort],
+    )
+    return tf.switch_case(cohort, list(branches))
 
   def run_client(
       self,

@@ -10,6 +10,7 @@ import abc
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple, Optional
 
+import keras
 import tensorflow as tf
 from tff_kd.compat import tff
 
@@ -57,29 +58,72 @@ class ClientExamples(NamedTuple):
   map_inputs: Callable[[Callable[[Any], tf.Tensor]], tf.Tensor]
 
 
+class CompanionValues(NamedTuple):
+  """What of a companion changes during a client's training, as tensors.
+
+  Attributes:
+    trainable: Weights that are trained beside the student's, by the clients' optimizer.
+    state: A structure of anything else.
+  """
+
+  trainable: list[Any] = []
+  state: Any = ()
+
+
+class Beginning(NamedTuple):
+  """What a companion knows when a client's training begins.
+
+  Attributes:
+    received: What came down, of `Companion.broadcast`.
+    client_state: What the client kept.
+    round_num: int32 scalar.
+    examples: The `ClientExamples`.
+    seed: int32 `[2]`, decides what this training draws.
+  """
+
+  received: Any
+  client_state: Any
+  round_num: Any
+  examples: ClientExamples
+  seed: tf.Tensor
+
+
+def _begin_nothing(beginning: Beginning):
+  del beginning
+  return (), CompanionValues()
+
+
 class Attachment(NamedTuple):
   """A companion within the computation of one client's round.
 
   Attributes:
-    begin: (received, client_state, round_num, examples) -> the local terms: called
-      before the local training, with what came down, what the client kept, and its
-      `ClientExamples`.
-    end: (observed) -> (client_state, exchanged): what the client keeps for its next
-      round, and what `Companion.exchange` gets of it. Called after the training, and
-      also for a client that is left out: then the old client state stays.
-    trainable_variables: Trained beside the student's, by the clients' optimizer.
+    begin: (`Beginning`) -> (local terms, `CompanionValues`): called before the training.
+    end: (observed, student, `CompanionValues`) -> (client_state, exchanged): what the
+      client keeps for its next round, and what `Companion.exchange` gets of it, from the
+      observer's sums, the student as a `BoundModel` and the companion's values. Called
+      after the training, and also for a client that is left out: then the old client
+      state stays.
+    joint_loss: (loss, `LocalStep`, `CompanionValues`) -> (loss, `CompanionValues`): the
+      loss with a term that trains the companion's weights too; after all other terms.
+    trainable_variables: The Keras variables of `CompanionValues.trainable`.
     observer: Looks at the steps, if something is to be added up over them.
-    certainty: (inputs) -> float32 `[batch]`, 0 or more: how certain the client is of
-      its predictions on them. There if the companion `gives_certainty`.
+    certainty: (inputs, `CompanionValues`) -> float32 `[batch]`, 0 or more: how certain
+      the client is of its predictions on them. There if the companion `gives_certainty`.
   """
 
   begin: Callable[
-      [Any, Any, tf.Tensor, ClientExamples], Sequence[local_terms.LocalTerm]
-  ]
-  end: Callable[[Any], tuple[Any, Any]]
-  trainable_variables: Sequence[tf.Variable] = ()
+      [Beginning], tuple[Sequence[local_terms.LocalTerm], CompanionValues]
+  ] = _begin_nothing
+  end: Optional[Callable[[Any, models.BoundModel, CompanionValues], tuple[Any, Any]]] = None
+  joint_loss: Optional[
+      Callable[
+          [tf.Tensor, local_terms.LocalStep, CompanionValues],
+          tuple[tf.Tensor, CompanionValues],
+      ]
+  ] = None
+  trainable_variables: Sequence[keras.Variable] = ()
   observer: Optional[Observer] = None
-  certainty: Optional[Callable[[Any], tf.Tensor]] = None
+  certainty: Optional[Callable[[Any, CompanionValues], tf.Tensor]] = None
 
 
 class Companion(abc.ABC):
@@ -120,12 +164,8 @@ class Companion(abc.ABC):
     return ()
 
   @abc.abstractmethod
-  def attach(self, model: models.KerasModel) -> Attachment:
-    """Its part of one client's computation, outside any `tf.function`.
-
-    Args:
-      model: The student that will be trained in place.
-    """
+  def attach(self, student: models.ModelSpec) -> Attachment:
+    """The companion's part of the computation of a client with this student."""
 
   def exchange(
       self, server_state: tff.Value, exchanged: tff.Value, round_num: tff.Value

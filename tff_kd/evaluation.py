@@ -1,12 +1,15 @@
 """How good a model is: centrally, in its confidence, and client by client."""
 
 from collections.abc import Sequence
+import concurrent.futures
+import os
 from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from tff_kd import graphs
 from tff_kd import models
 
 _BATCH_SIZE = 256
@@ -92,7 +95,7 @@ def counted_predictions(
 class CentralEvaluator:
   """Evaluates weights on examples that the server holds.
 
-  One Keras model and one traced function serve all calls.
+  One traced function serves all calls.
   """
 
   def __init__(self, spec: models.ModelSpec):
@@ -102,18 +105,18 @@ class CentralEvaluator:
       spec: The model whose weights will be evaluated.
     """
     self._spec = spec
-    self._model = spec.model_fn()
-    self._logits = tf.function(self._model.logits, reduce_retracing=True)
+    self._logits = graphs.function(spec.logits)
 
   def logits(self, weights: Any, inputs: Any) -> np.ndarray:
     """The model's logits `[n, ..., classes]` under `ModelWeights`."""
-    self._model.assign(weights)
+    weights = tf.nest.map_structure(tf.constant, _model_weights(weights))
     size = len(tf.nest.flatten(inputs)[0])
     return np.concatenate([
         self._logits(
+            weights,
             tf.nest.map_structure(
                 lambda a: tf.constant(a[start : start + _BATCH_SIZE]), inputs
-            )
+            ),
         ).numpy()
         for start in range(0, size, _BATCH_SIZE)
     ])
@@ -148,37 +151,55 @@ class FederatedEvaluation(NamedTuple):
 
 
 class ClientsEvaluator:
-  """Evaluates weights on each client's data, by `tff.learning`'s `build_fed_eval`.
+  """Evaluates weights on each client's data, in this process.
 
-  One computation serves all calls.
+  One traced function serves all calls; clients are evaluated at the same time on the
+  cores that there are.
   """
 
   def __init__(
-      self, spec: models.ModelSpec, num_clients: int, *, metric: str,
-      lower_is_better: bool = False,
+      self, spec: models.ModelSpec, *, metric: str, lower_is_better: bool = False
   ):
     """Initializes the evaluator.
 
     Args:
       spec: The model whose weights will be evaluated.
-      num_clients: How many clients there are at most.
       metric: The name of a metric of the model.
       lower_is_better: Whether it is an error: low values are good.
 
     Raises:
       ValueError: If there is no such metric.
     """
-    finalizers = list(spec.model_fn().metric_finalizers())
-    if metric not in finalizers:
-      raise ValueError(f'`metric` must be one of {finalizers}, found {metric!r}.')
+    if metric not in spec.metrics.names:
+      raise ValueError(
+          f'`metric` must be one of {spec.metrics.names}, found {metric!r}.'
+      )
+    self._spec = spec
     self._metric = metric
     self._lower_is_better = lower_is_better
-    self._process = tff.learning.algorithms.build_fed_eval(
-        spec.model_fn,
-        metrics_aggregation_process=_build_per_client_aggregation(
-            spec, max(num_clients, 1)
-        ),
-    )
+    self._evaluate = graphs.function(self._metric_and_count)
+
+  def _metric_and_count(
+      self, weights: Any, dataset: tf.data.Dataset
+  ) -> tuple[tf.Tensor, tf.Tensor]:
+    """The metric over a client's batches, and how many examples there are."""
+    spec, metrics = self._spec, self._spec.metrics
+    values = spec.values(weights)
+
+    def add(state, batch):
+      inputs, labels = models.split_batch(batch)
+      outputs = spec.call(values, inputs).outputs
+      mask = spec.metric_mask(labels, None)
+      size = tf.shape(outputs)[0]
+      loss_sum = tf.cast(spec.supervised_loss(labels, outputs), tf.float32) * tf.cast(
+          size, tf.float32
+      )
+      loss_sum = tf.where(size > 0, loss_sum, 0.0)
+      state = metrics.update(state, labels, outputs, mask)
+      return metrics.add_totals(state, loss_sum, size, tf.constant(1))
+
+    state = dataset.reduce(metrics.initial_state(), add)
+    return metrics.result(state)[self._metric], metrics.result(state)['num_examples']
 
   def evaluate(
       self, weights: Any, client_datasets: Sequence[tf.data.Dataset]
@@ -187,17 +208,15 @@ class ClientsEvaluator:
 
     Args:
       weights: `ModelWeights` of the model.
-      client_datasets: Batched datasets, one a client.
+      client_datasets: Batched datasets, one a client, all of one `element_spec`.
 
     Raises:
       ValueError: If no client has an example.
     """
-    state = self._process.set_model_weights(self._process.initialize(), weights)
-    output = self._process.next(state, list(client_datasets))
-    per_client = output.metrics['client_work']['eval']['current_round_metrics']
-    values = np.asarray(per_client[self._metric], np.float64)
-    counts = np.asarray(per_client['num_examples'])
-    values = values[counts > 0]
+    weights = tf.nest.map_structure(tf.constant, _model_weights(weights))
+    with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
+      results = list(pool.map(lambda d: self._evaluate(weights, d), client_datasets))
+    values = np.array([float(value) for value, count in results if count > 0])
     if not len(values):
       raise ValueError('No client has an example to evaluate on.')
     return FederatedEvaluation(
@@ -208,40 +227,8 @@ class ClientsEvaluator:
     )
 
 
-def _build_per_client_aggregation(
-    spec: models.ModelSpec, num_clients: int
-) -> tff.templates.AggregationProcess:
-  """Brings every client's finalized metrics to the server, as vectors.
-
-  TFF's own factory for this carries samples over rounds in its state, which does
-  not fit `build_fed_eval`; this takes one round's.
-  """
-  with tf.Graph().as_default():
-    model = spec.model_fn()
-    unfinalized_type = tff.types.tensorflow_to_type(
-        tf.nest.map_structure(
-            lambda t: tf.TensorSpec(t.shape, t.dtype),
-            model.report_local_unfinalized_metrics(),
-        )
-    )
-    sample = tff.learning.metrics.finalize_then_sample(
-        model.metric_finalizers(), unfinalized_type, num_clients
-    )
-
-  @tff.federated_computation
-  def init_fn():
-    return tff.federated_value((), tff.SERVER)
-
-  @tff.federated_computation(
-      init_fn.type_signature.result,
-      tff.FederatedType(unfinalized_type, tff.CLIENTS),
+def _model_weights(weights: Any) -> tff.learning.models.ModelWeights:
+  """The same as one Python structure, whatever a computation made of it."""
+  return tff.learning.models.ModelWeights(
+      list(weights.trainable), list(weights.non_trainable)
   )
-  def next_fn(state, unfinalized):
-    metrics = sample(unfinalized)
-    return tff.templates.MeasuredProcessOutput(
-        state,
-        tff.federated_zip((metrics, metrics)),
-        tff.federated_value((), tff.SERVER),
-    )
-
-  return tff.templates.AggregationProcess(init_fn, next_fn)

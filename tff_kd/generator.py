@@ -12,7 +12,7 @@ Source: Zhu, Hong & Zhou, "Data-Free Knowledge Distillation for Heterogeneous Fe
 Learning" (FedGen, ICML 2021), section 4 and Algorithm 1.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 import inspect
 import math
 from typing import Any, NamedTuple, Optional
@@ -39,7 +39,7 @@ class GeneratorState(NamedTuple):
   """What the server keeps.
 
   Attributes:
-    weights: The generator's variables.
+    weights: The generator's `ModelWeights`.
     optimizer: Its optimizer's state.
     seen: float32 `[classes]`, 1 for each class that some client has had.
   """
@@ -58,7 +58,7 @@ class _Kept(NamedTuple):
   """What a client holds for the exchange.
 
   Attributes:
-    head: The trained variables of its head.
+    head: The values of the variables of its trained head.
     counts: float32 `[classes]`, how often it has seen each class in this round.
   """
 
@@ -91,12 +91,12 @@ class _Answer(NamedTuple):
 
 
 def split_model(
-    keras_model: keras.Model, split_layer: Optional[str]
+    model_layers: Sequence[keras.layers.Layer], split_layer: Optional[str]
 ) -> tuple[list[keras.layers.Layer], list[keras.layers.Layer]]:
   """The layers up to and with the split layer, and those after it: the head.
 
   Args:
-    keras_model: A model that applies its layers one after the other.
+    model_layers: Those of a model that applies them one after the other.
     split_layer: The name of the layer whose outputs are the features; if `None`, the one
       before the last with weights.
 
@@ -104,7 +104,7 @@ def split_model(
     ValueError: If there is no such layer, or nothing before or in the head.
   """
   layers = [
-      layer for layer in keras_model.layers
+      layer for layer in model_layers
       if not isinstance(layer, keras.layers.InputLayer)
   ]
   names = [layer.name for layer in layers]
@@ -225,8 +225,11 @@ class FeatureGenerator(companions.Companion):
     self._noise_dim, self._hidden_units = noise_dim, hidden_units
     self._num_steps, self._batch_size = num_steps, batch_size
     self._weight, self._decay = weight, decay
-    self._optimizer, self._seed = optimizer, seed
-    self._initial_weights = [v.numpy() for v in self._build_generator().variables]
+    self._seed = seed
+    self._generator = self._build_generator()
+    self._stepper = optimizers.build_stepper(
+        optimizer, self._generator.trainable_variables
+    )
 
   @property
   def _num_features(self) -> int:
@@ -234,8 +237,7 @@ class FeatureGenerator(companions.Companion):
 
   def _checked_feature_shape(self) -> tuple[int, ...]:
     """The shape of one example's features; refuses what is no chain of layers."""
-    model = self._student.model_fn().keras_model
-    body, head = split_model(model, self._split_layer)
+    body, head = split_model(self._student.layers, self._split_layer)
     inputs_spec = models.split_batch(self._student.input_spec)[0]
     refusal = (
         'To be split, the student must apply its layers one after the other; here '
@@ -252,7 +254,9 @@ class FeatureGenerator(companions.Companion):
       outputs = _apply(head, features)
     except (TypeError, ValueError) as error:
       raise ValueError(f'{refusal} Keras says: {error}') from error
-    expected = model(inputs, training=False)
+    expected = self._student.call(
+        self._student.values(self._student.initial_weights), inputs
+    ).outputs
     if outputs.shape != expected.shape or not np.allclose(
         outputs, expected, atol=_TOLERANCE
     ):
@@ -266,65 +270,81 @@ class FeatureGenerator(companions.Companion):
         keras.layers.Dense(self._num_features),
     ])
 
-  def _build_generator(self) -> keras.Model:
-    generator = self._generator_fn()
-    outputs = generator(tf.zeros([2, self._noise_dim + self._classes]))
-    if outputs.shape[1:].as_list() != [self._num_features]:
+  def _build_generator(self) -> models.ModelSpec:
+    generator = models.build_model_spec(
+        self._generator_fn,
+        input_spec=(
+            tf.TensorSpec([None, self._noise_dim + self._classes]),
+            tf.TensorSpec([None, self._num_features]),
+        ),
+        loss_fn=keras.losses.MeanSquaredError,  # Not used: the clients are the loss.
+        name='generator',
+    )
+    if generator.logits_shape.as_list() != [self._num_features]:
       raise ValueError(
           '`generator_fn` must return a model with outputs of shape [batch, '
           f'{self._num_features}] (the features of one example), found '
-          f'{outputs.shape}.'
+          f'{generator.logits_shape} an example.'
       )
     return generator
 
-  def _generate(
-      self, generator: keras.Model, noise: tf.Tensor, labels: tf.Tensor
-  ) -> tf.Tensor:
+  def _generate(self, weights: Any, noise: tf.Tensor, labels: tf.Tensor) -> tf.Tensor:
     one_hot = tf.one_hot(labels, self._classes)
-    return generator(tf.concat([noise, one_hot], axis=-1), training=False)
+    inputs = tf.concat([noise, one_hot], axis=-1)
+    return self._generator.call(self._generator.values(weights), inputs).outputs
+
+  def _head_logits(self, student: models.BoundModel, features: tf.Tensor) -> tf.Tensor:
+    """What a student makes of generated features."""
+    with student.scope():
+      return self._logits_in_scope(features)
+
+  def _logits_in_scope(self, features: tf.Tensor) -> tf.Tensor:
+    shaped = tf.reshape(features, [-1, *self._feature_shape])
+    return self._student.class_logits(_apply(self._head, shaped))
+
+  @property
+  def _head(self) -> list[keras.layers.Layer]:
+    return split_model(self._student.layers, self._split_layer)[1]
+
+  @property
+  def _head_variables(self) -> list[keras.Variable]:
+    return [v for layer in self._head for v in layer.variables]
 
   def initial_server_state(self):
-    generator = self._build_generator()
-    stepper = optimizers.build_stepper(self._optimizer, generator.trainable_variables)
     return GeneratorState(
-        weights=[tf.constant(w) for w in self._initial_weights],
-        optimizer=stepper.initialize(),
+        weights=tf.nest.map_structure(tf.constant, self._generator.initial_weights),
+        optimizer=self._stepper.initialize(),
         seen=tf.zeros([self._classes]),
     )
 
   def broadcast(self, server_state):
-    return _Broadcast(list(server_state.weights), server_state.seen)
+    return _Broadcast(server_state.weights, server_state.seen)
 
-  def attach(self, model):
-    generator = self._build_generator()
-    _, head = split_model(model.keras_model, self._split_layer)
+  def attach(self, student):
+    del student  # The one that this generator was built for.
 
-    def head_logits(features: tf.Tensor) -> tf.Tensor:
-      shaped = tf.reshape(features, [-1, *self._feature_shape])
-      return model.class_logits(_apply(head, shaped))
-
-    def begin(received, client_state, round_num, examples):
-      del client_state, examples
-      _assign(generator.variables, received.weights)
+    def begin(beginning):
+      received, round_num = beginning.received, beginning.round_num
       seed = tf.random.experimental.stateless_fold_in(
           tf.constant([self._seed, _CLIENT_STREAM]), round_num
       )
-      return [
-          _GeneratorTerm(
-              lambda noise, labels: head_logits(
-                  self._generate(generator, noise, labels)
-              ),
-              noise_dim=self._noise_dim,
-              weight=self._weight
-              * self._decay ** tf.cast(round_num - 1, tf.float32),
-              is_on=round_num > 0,
-              seen=received.seen,
-              seed=seed,
-          )
-      ]
+      term = _GeneratorTerm(
+          lambda student, noise, labels: self._head_logits(
+              student, self._generate(received.weights, noise, labels)
+          ),
+          noise_dim=self._noise_dim,
+          weight=self._weight * self._decay ** tf.cast(round_num - 1, tf.float32),
+          is_on=round_num > 0,
+          seen=received.seen,
+          seed=seed,
+      )
+      return [term], companions.CompanionValues()
 
-    def end(observed):
-      return (), _Kept([tf.convert_to_tensor(v) for v in _variables(head)], observed)
+    def end(observed, student, companion):
+      del companion
+      with student.scope():
+        head = [tf.convert_to_tensor(v.value) for v in self._head_variables]
+      return (), _Kept(head, observed)
 
     def count(logits, labels):
       del logits
@@ -357,88 +377,62 @@ class FeatureGenerator(companions.Companion):
       # Out of range where there is no label at all; then nothing is learned either.
       return noise, tf.minimum(labels, self._classes - 1)
 
-    @tff.tensorflow.computation(state_type, counts_type, np.int32)
+    @graphs.computation(state_type, counts_type, np.int32)
     def start(state, counts, round_num):
-      generator = self._build_generator()
-
-      @graphs.function
-      def run():
-        _assign(generator.variables, state.weights)
-        noise, labels = draw(0, round_num, counts)
-        features = self._generate(generator, noise, labels)
-        return _Generated(features, labels)
-
-      return run()
+      noise, labels = draw(0, round_num, counts)
+      return _Generated(self._generate(state.weights, noise, labels), labels)
 
     generated_type = start.type_signature.result
 
-    @tff.tensorflow.computation(kept_type, generated_type)
+    @graphs.computation(kept_type, generated_type)
     def answer(kept, generated):
-      model = self._student.blank_model_fn()
-      _, head = split_model(model.keras_model, self._split_layer)
+      scope = keras.StatelessScope(list(zip(self._head_variables, kept.head)))
+      with tf.GradientTape() as tape, scope:
+        tape.watch(generated.features)
+        each = tf.nn.sparse_softmax_cross_entropy_with_logits(
+            generated.labels, self._logits_in_scope(generated.features)
+        ) * tf.gather(kept.counts, generated.labels)
+      return _Answer(tape.gradient(each, generated.features), each)
 
-      @graphs.function
-      def run():
-        _assign(_variables(head), kept.head)
-        with tf.GradientTape() as tape:
-          tape.watch(generated.features)
-          shaped = tf.reshape(generated.features, [-1, *self._feature_shape])
-          logits = model.class_logits(_apply(head, shaped))
-          each = tf.nn.sparse_softmax_cross_entropy_with_logits(
-              generated.labels, logits
-          ) * tf.gather(kept.counts, generated.labels)
-        return _Answer(tape.gradient(each, generated.features), each)
-
-      return run()
-
-    @tff.tensorflow.computation(
+    @graphs.computation(
         state_type, counts_type, np.int32, np.int32, answer.type_signature.result
     )
     def advance(state, counts, round_num, step, answers):
-      generator = self._build_generator()
-      variables = generator.trainable_variables
-      stepper = optimizers.build_stepper(self._optimizer, variables)
-
-      @graphs.function
-      def run():
-        _assign(generator.variables, state.weights)
-        noise, labels = draw(step, round_num, counts)
-        # Each client's share of its label, and the mean over the batch.
-        share = tf.math.divide_no_nan(
-            1.0 / self._batch_size, tf.gather(counts, labels)
+      noise, labels = draw(step, round_num, counts)
+      # Each client's share of its label, and the mean over the batch.
+      share = tf.math.divide_no_nan(1.0 / self._batch_size, tf.gather(counts, labels))
+      trained = list(state.weights.trainable)
+      with tf.GradientTape() as tape:
+        tape.watch(trained)
+        features = self._generate(
+            tff.learning.models.ModelWeights(trained, state.weights.non_trainable),
+            noise, labels,
         )
-        with tf.GradientTape() as tape:
-          features = self._generate(generator, noise, labels)
-          diversity = diversity_loss(noise, features)
-          # Its gradient by the features is the clients'.
-          surrogate = tf.reduce_sum(
-              features * answers.gradients * share[:, tf.newaxis]
-          )
-          loss = surrogate + diversity
-        gradients = tape.gradient(loss, variables)
-        new_optimizer = tf.cond(
-            tf.reduce_sum(counts) > 0.0,
-            lambda: stepper.end(
-                stepper.apply(stepper.begin(state.optimizer), gradients)
-            ),
-            lambda: state.optimizer,
+        diversity = diversity_loss(noise, features)
+        # Its gradient by the features is the clients'.
+        surrogate = tf.reduce_sum(
+            features * answers.gradients * share[:, tf.newaxis]
         )
-        next_noise, next_labels = draw(step + 1, round_num, counts)
-        new_state = GeneratorState(
-            [tf.convert_to_tensor(v) for v in generator.variables],
-            new_optimizer,
-            tf.maximum(state.seen, tf.cast(counts > 0.0, tf.float32)),
-        )
-        return (
-            new_state,
-            _Generated(
-                self._generate(generator, next_noise, next_labels), next_labels
-            ),
-            tf.reduce_sum(answers.losses * share),
-            diversity,
-        )
-
-      return run()
+        loss = surrogate + diversity
+      gradients = tape.gradient(loss, trained)
+      new_optimizer, trained = tf.cond(
+          tf.reduce_sum(counts) > 0.0,
+          lambda: self._stepper.apply(state.optimizer, trained, gradients),
+          lambda: (state.optimizer, trained),
+      )
+      weights = tff.learning.models.ModelWeights(trained, state.weights.non_trainable)
+      next_noise, next_labels = draw(step + 1, round_num, counts)
+      new_state = GeneratorState(
+          weights,
+          new_optimizer,
+          tf.maximum(state.seen, tf.cast(counts > 0.0, tf.float32)),
+      )
+      return (
+          new_state,
+          _Generated(self._generate(weights, next_noise, next_labels), next_labels),
+          tf.reduce_sum(answers.losses * share),
+          diversity,
+      )
 
     counts = tff.federated_sum(exchanged.counts)
     generated = tff.federated_map(start, (server_state, counts, round_num))
@@ -463,21 +457,12 @@ class FeatureGenerator(companions.Companion):
     return down, up
 
 
-def _variables(layers: list[keras.layers.Layer]) -> list[tf.Variable]:
-  return [v for layer in layers for v in layer.variables]
-
-
-def _assign(variables: list[tf.Variable], values: Any) -> None:
-  for variable, value in zip(variables, values, strict=True):
-    variable.assign(value)
-
-
 class _GeneratorTerm(local_terms.LocalTerm):
   """L + a CE(h(G(noise', y')), y') + a KL(h(G(noise, y)) || z), y' of classes seen."""
 
   def __init__(
       self,
-      logits_fn: Callable[[tf.Tensor, tf.Tensor], tf.Tensor],
+      logits_fn: Callable[[models.BoundModel, tf.Tensor, tf.Tensor], tf.Tensor],
       *,
       noise_dim: int,
       weight: tf.Tensor,
@@ -506,10 +491,10 @@ class _GeneratorTerm(local_terms.LocalTerm):
           tf.math.log(self._seen)[tf.newaxis], size, seeds[0], dtype=tf.int32
       )[0]
       taught = tf.nn.sparse_softmax_cross_entropy_with_logits(
-          others, self._logits_fn(noise(seeds[1]), others)
+          others, self._logits_fn(step.model, noise(seeds[1]), others)
       )
       near = losses.kl_divergence(
-          self._logits_fn(noise(seeds[2]), labels), step.logits
+          self._logits_fn(step.model, noise(seeds[2]), labels), step.logits
       )
       return loss + self._weight * (tf.reduce_mean(taught) + tf.reduce_mean(near))
 

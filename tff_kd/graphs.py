@@ -1,30 +1,314 @@
-"""`tf.function` without AutoGraph's reading of all that is called.
+"""TensorFlow computations that are traced as TensorFlow 2, then placed into TFF's graphs.
 
-AutoGraph would parse and rewrite every function that it meets, of this package and of
-TFF, for a quarter of what a script's start takes. None of them needs that: they say
-`tf.cond` and `tf.while_loop` themselves.
+The graph in which `tff.tensorflow.computation` traces is one of TensorFlow 1: there `a == b`
+compares the identities of two tensors, `if` on a tensor takes a branch by that, and what
+was made eagerly before (constants, Keras models) cannot be used. `computation` therefore
+traces a function eagerly, once, as `tf.function` does, and imports its finished graph:
+users' models, losses, metrics and schedules mean what they mean in Keras.
+
+AutoGraph, which would parse and rewrite every function that it meets, is off: this package
+uses `tf.cond` and `tf.while_loop`. What users pass as plain functions is called through
+`user_function`, where it is on.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import collections
 import functools
-from typing import Any
+import inspect
+import re
+import traceback
+from typing import Any, Optional
 
 import tensorflow as tf
 
-# What AutoGraph is outside of any function: Keras lets it read the user's own layers,
-# losses and metrics then. (`autograph=False` alone would forbid that, too.)
-_AS_USUAL = tf.__internal__.autograph.control_status_ctx()
+from tff_kd.compat import tff
+
+# AutoGraph's status outside of any function; `autograph=False` would forbid it to what is
+# called inside as well. There is no public name.
+_AUTOGRAPH_DEFAULT = tf.__internal__.autograph.control_status_ctx()
+# The graphs traced last, whose operations know where they were created.
+_GRAPHS = collections.deque(maxlen=200)
+_LIBRARIES = re.compile(r'/(tensorflow|keras|tensorflow_federated)/')
+_NODE = re.compile(r'\{\{(?:function_node [^}]*?\}\} ?\{\{)?node ([^}]+?)\}\}')
 
 
 def function(fn: Callable[..., Any]) -> Callable[..., Any]:
-  """As `tf.function`, but AutoGraph reads only what Keras has it read.
-
-  What else is the user's, such as a schedule, is to be called as a `tf.function`.
-  """
+  """As `tf.function`, without AutoGraph's reading of this package's own code."""
 
   @functools.wraps(fn)
-  def as_it_stands(*args, **kwargs):
-    with _AS_USUAL:
+  def with_default_status(*args, **kwargs):
+    with _AUTOGRAPH_DEFAULT:
       return fn(*args, **kwargs)
 
-  return tf.function(as_it_stands, autograph=False)
+  return tf.function(with_default_status, autograph=False)
+
+
+def user_function(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """A user's function as this package calls it where it traces: with AutoGraph.
+
+  Args:
+    fn: A function, or a bound method. One of this package is returned as it is.
+  """
+  if getattr(fn, '__module__', None) and fn.__module__.startswith(f'{__package__}.'):
+    return fn
+  return tf.__internal__.autograph.tf_convert(fn, _AUTOGRAPH_DEFAULT)
+
+
+def specs_of(type_spec: tff.Type) -> Any:
+  """The structure of `tf.TypeSpec`s of a TFF type, in the Python containers that it has.
+
+  Args:
+    type_spec: A type without placements and functions.
+
+  Returns:
+    Tensors as `tf.TensorSpec`, sequences as `tf.data.DatasetSpec`, structures as the
+    NamedTuple, dict, list or tuple that they came from.
+  """
+  if isinstance(type_spec, tff.TensorType):
+    return tf.TensorSpec(type_spec.shape, type_spec.dtype)
+  if isinstance(type_spec, tff.SequenceType):
+    return tf.data.DatasetSpec(specs_of(type_spec.element))
+  if not isinstance(type_spec, tff.StructType):
+    raise TypeError(f'A TensorFlow computation cannot take {type_spec}.')
+  return _pack(type_spec, [specs_of(element) for element in type_spec])
+
+
+def _pack(type_spec: tff.StructType, values: Sequence[Any]) -> Any:
+  """Values of a structure's elements in its Python container."""
+  names = [name for name, _ in tff.structure.iter_elements(type_spec)]
+  container = getattr(type_spec, 'python_container', None)
+  if all(name is None for name in names):
+    return list(values) if container is list else tuple(values)
+  named = collections.OrderedDict(zip(names, values, strict=True))
+  if container is None or issubclass(container, Mapping):
+    return named
+  return container(**named)
+
+
+def _unpack(value: Any) -> list[Any]:
+  """The leaves of an argument of a TFF computation, in the order of its type."""
+  if isinstance(value, tff.structure.Struct):
+    return [leaf for element in value for leaf in _unpack(element)]
+  if isinstance(value, Mapping):
+    return [leaf for element in value.values() for leaf in _unpack(element)]
+  if isinstance(value, (tuple, list)):
+    return [leaf for element in value for leaf in _unpack(element)]
+  if hasattr(type(value), '__attrs_attrs__'):
+    fields = [getattr(value, its.name) for its in type(value).__attrs_attrs__]
+    return [leaf for element in fields for leaf in _unpack(element)]
+  return [value]
+
+
+class TracedFunction:
+  """A function that has been traced eagerly, to be called in any graph.
+
+  Attributes:
+    output: The structure of what the function returned, of `tf.TensorSpec`s.
+  """
+
+  def __init__(self, fn: Callable[..., Any], specs: Sequence[Any]):
+    """Traces a function.
+
+    Args:
+      fn: Takes the arguments that `specs` describe, returns a structure of tensors.
+      specs: One structure of `tf.TypeSpec`s an argument.
+
+    Raises:
+      ValueError: If the function reads a variable that is not among its arguments.
+    """
+    specs = [_unpack_specs(spec) for spec in specs]
+    structure = None
+
+    def flat_fn(*leaves):
+      nonlocal structure
+      leaves = iter(leaves)
+      args = [rebuild([next(leaves) for _ in flat]) for flat, rebuild in specs]
+      with _AUTOGRAPH_DEFAULT:
+        result = fn(*args)
+      structure = result
+      return [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(result)]
+
+    # Out of TFF's graph, where `tf.init_scope` would stay.
+    with tf.__internal__.eager_context.eager_mode():
+      self._traced = tf.function(flat_fn, autograph=False).get_concrete_function(
+          *[leaf for flat, _ in specs for leaf in flat]
+      )
+      self._captured = self._constants(fn)
+    outputs = self._traced.outputs
+    self.output = tf.nest.pack_sequence_as(
+        structure, [tf.TensorSpec(t.shape, t.dtype) for t in outputs]
+    )
+    self._graph_def = self._traced.graph.as_graph_def()
+    _GRAPHS.append(self._traced.graph)
+
+  def _constants(self, fn) -> dict[str, Any]:
+    """What the function uses of what is around it, by placeholder."""
+    constants = {}
+    for value, placeholder in self._traced.graph.captures:
+      if value.dtype in (tf.resource, tf.variant):
+        raise ValueError(
+            f'{getattr(fn, "__qualname__", fn)} uses something that is neither among its '
+            f'arguments nor a constant, such as a `tf.Variable`, a table or a generator: '
+            f'{value!r}. Keep the state of layers, losses and metrics in `keras.Variable`s '
+            '(`self.add_weight`), and random states in a `keras.random.SeedGenerator`.'
+        )
+      constants[placeholder.name] = value.numpy()
+    return constants
+
+  def __call__(self, *args: Any) -> Any:
+    """The function's result, in the graph (or eager context) of the call."""
+    leaves = [_as_tensor(leaf) for arg in args for leaf in _unpack(arg)]
+    if tf.executing_eagerly():
+      results = self._traced(*leaves)
+    else:
+      results = self._place(leaves)
+    return tf.nest.pack_sequence_as(self.output, results)
+
+  def _place(self, leaves: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    graph = self._traced.graph
+    captured = {placeholder.name for _, placeholder in graph.captures}
+    inputs = [t for t in self._traced.inputs if t.name not in captured]
+    input_map = {t.name: leaf for t, leaf in zip(inputs, leaves, strict=True)}
+    for name, value in self._captured.items():
+      input_map[name] = tf.constant(value)
+    used = {name.lstrip('^').split(':')[0] for n in self._graph_def.node for name in n.input}
+    outputs = [t.name for t in self._traced.outputs]
+    used |= {name.split(':')[0] for name in outputs}
+    input_map = {k: v for k, v in input_map.items() if k.split(':')[0] in used}
+    controls = [op.name for op in graph.control_outputs]
+    elements = tf.graph_util.import_graph_def(
+        self._graph_def,
+        input_map=input_map,
+        return_elements=[*outputs, *controls],
+        name='',
+    )
+    results, ran = elements[: len(outputs)], elements[len(outputs) :]
+    with tf.control_dependencies(ran):  # Such as assertions.
+      results = [tf.identity(t) for t in results]
+    for result, traced in zip(results, self._traced.outputs):
+      result.set_shape(traced.shape)
+    return results
+
+
+def _as_tensor(leaf: Any) -> Any:
+  if isinstance(leaf, tf.data.Dataset):
+    return tf.data.experimental.to_variant(leaf) if not tf.executing_eagerly() else leaf
+  return tf.convert_to_tensor(leaf)
+
+
+def _unpack_specs(spec: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
+  """The leaves of a structure of specs, and what rebuilds it of such leaves."""
+  if isinstance(spec, tf.TypeSpec):
+    return [spec], lambda leaves: leaves[0]
+  if isinstance(spec, Mapping):
+    names, elements = list(spec), list(spec.values())
+    build = lambda parts: collections.OrderedDict(zip(names, parts))
+  elif hasattr(type(spec), '__attrs_attrs__'):
+    names = [its.name for its in type(spec).__attrs_attrs__]
+    elements = [getattr(spec, name) for name in names]
+    build = lambda parts: type(spec)(**dict(zip(names, parts)))
+  elif hasattr(spec, '_fields'):
+    elements = list(spec)
+    build = lambda parts: type(spec)(*parts)
+  else:
+    elements = list(spec)
+    build = list if isinstance(spec, list) else tuple
+  flat = [_unpack_specs(element) for element in elements]
+
+  def rebuild(leaves: Sequence[Any]) -> Any:
+    parts, start = [], 0
+    for its_leaves, its_rebuild in flat:
+      parts.append(its_rebuild(leaves[start : start + len(its_leaves)]))
+      start += len(its_leaves)
+    return build(parts)
+
+  return [leaf for leaves, _ in flat for leaf in leaves], rebuild
+
+
+def placed(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """A function that is traced eagerly wherever it is called, by what it is called with.
+
+  For what TFF itself calls in its graphs: finalizers of metrics, parts of models.
+  """
+
+  def call(*args):
+    if tf.executing_eagerly() or tf.compat.v1.executing_eagerly_outside_functions():
+      return fn(*args)
+    specs = [
+        tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), arg)
+        for arg in args
+    ]
+    return TracedFunction(fn, specs)(*args)
+
+  return call
+
+
+def computation(*types: Any) -> Callable[[Callable[..., Any]], tff.Computation]:
+  """As `tff.tensorflow.computation`, but traced as TensorFlow 2.
+
+  Args:
+    *types: The types of the function's arguments, or what `tff.to_type` takes.
+
+  Returns:
+    A decorator of a function from tensors, in the Python containers of the types, to a
+    structure of tensors.
+  """
+  types = [tff.to_type(its) for its in types]
+
+  def decorator(fn: Callable[..., Any]) -> tff.Computation:
+    traced = TracedFunction(fn, [specs_of(its) for its in types])
+
+    def call(*args, **kwargs):
+      return traced(*args, *kwargs.values())
+
+    # TFF names the parameters after those of the function.
+    call.__name__ = getattr(fn, '__name__', 'computation')
+    parameters = list(inspect.signature(fn).parameters.values())[: len(types)]
+    call.__signature__ = inspect.Signature(parameters)
+    if not types:
+      return tff.tensorflow.computation(call)
+    return tff.tensorflow.computation(*types)(call)
+
+  return decorator
+
+
+def user_traceback(message: str) -> Optional[str]:
+  """Where the code stands that made the node which an error of TensorFlow names.
+
+  Args:
+    message: The error's message.
+
+  Returns:
+    The frames of the Python traceback outside of TensorFlow, Keras and TFF, the latest
+    last, as `traceback` prints them; `None` if the node is not known.
+  """
+  for name in _NODE.findall(message):
+    frames = _frames_of(name.split('}}')[0].strip())
+    if frames is not None:
+      return ''.join(traceback.format_list(frames))
+  return None
+
+
+def _frames_of(name: str) -> Optional[list[traceback.FrameSummary]]:
+  """The frames outside of libraries of the operation with a name."""
+  while name:
+    for graph in reversed(_GRAPHS):
+      for op in _operations(graph, name):
+        return [
+            traceback.FrameSummary(frame.filename, frame.lineno, frame.name)
+            for frame in op.traceback
+            if not _LIBRARIES.search(frame.filename.replace('\\', '/'))
+        ]
+    name = name.partition('/')[2]  # Inlining prepends the names of calls.
+  return None
+
+
+def _operations(graph: tf.Graph, name: str) -> Iterator[tf.Operation]:
+  """The operations of a name in a graph and in its functions."""
+  try:
+    yield graph.get_operation_by_name(name)
+  except KeyError:
+    pass
+  for inner in getattr(graph, '_functions', {}).values():  # There is no public way.
+    if getattr(inner, 'graph', None) is not None:
+      yield from _operations(inner.graph, name)

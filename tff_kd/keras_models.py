@@ -6,55 +6,27 @@ Each builder has the signature (num_classes, input_shape) -> `keras.Model`;
 
 from collections.abc import Callable, Mapping, Sequence
 import functools
+import math
 
 import keras
-import tensorflow as tf
+from keras import ops
 
 _register = keras.saving.register_keras_serializable(package='tff_kd')
-
-
-@_register
-class RepeatableDropout(keras.layers.Layer):
-  """Dropout whose mask is a function of its inputs, so that a run repeats exactly.
-
-  Keras's own layer draws from a generator whose state is not part of a training's
-  state: a resumed run draws other masks. This one seeds each draw with a digest of
-  what it is applied to, which changes from batch to batch and from step to step.
-
-  Source: Srivastava et al., "Dropout" (2014), in the inverted form of Keras.
-  """
-
-  def __init__(self, rate: float, **kwargs):
-    super().__init__(**kwargs)
-    if not 0.0 <= rate < 1.0:
-      raise ValueError(f'`rate` must be at least 0 and below 1, found {rate!r}.')
-    self.rate = rate
-
-  def call(self, inputs, training=False):
-    if not training or self.rate == 0.0:
-      return inputs
-    x = tf.cast(tf.stop_gradient(inputs), tf.float32)
-    digest = tf.stack([tf.reduce_sum(x), tf.reduce_sum(tf.square(x))])
-    return tf.nn.experimental.stateless_dropout(
-        inputs, self.rate, seed=tf.bitcast(digest, tf.int32)
-    )
-
-  def get_config(self):
-    return {**super().get_config(), 'rate': self.rate}
 
 
 @_register
 class MeanOfTokens(keras.layers.Layer):
   """The mean of the vectors of a text's tokens; token 0 is padding and not in it.
 
-  Takes [tokens, int `[batch, length]`, vectors, `[batch, length, width]`].
+  Takes [tokens, int `[batch, length]`, vectors, `[batch, length, width]`], returns
+  `[batch, width]`; of a text without tokens, zeros.
   """
 
   def call(self, inputs):
     tokens, vectors = inputs
-    there = tf.cast(tokens > 0, vectors.dtype)[..., tf.newaxis]
-    count = tf.reduce_sum(there, axis=1)
-    return tf.reduce_sum(vectors * there, axis=1) / tf.maximum(count, 1.0)
+    there = ops.cast(tokens > 0, vectors.dtype)[..., None]
+    count = ops.sum(there, axis=1)
+    return ops.sum(vectors * there, axis=1) / ops.maximum(count, 1.0)
 
 
 @_register
@@ -63,23 +35,29 @@ class AttendedTokens(keras.layers.Layer):
 
   The weights are the softmax over the text of a number that each token of the vocabulary
   has, 0 at first. Takes [tokens, int `[batch, length]`, vectors, `[batch, length,
-  width]`]; token 0 is padding and not in it.
+  width]`], returns `[batch, width]`; token 0 is padding and not in it.
   """
 
   def __init__(self, vocabulary_size: int, **kwargs):
     super().__init__(**kwargs)
     self.vocabulary_size = vocabulary_size
     self.scores = keras.layers.Embedding(
-        vocabulary_size, 1, embeddings_initializer='zeros'
+        vocabulary_size, 1, embeddings_initializer='zeros', dtype=self.dtype_policy
     )
+
+  def build(self, input_shape):
+    self.scores.build(input_shape[0])
+    super().build(input_shape)
 
   def call(self, inputs):
     tokens, vectors = inputs
-    there = tf.cast(tokens > 0, vectors.dtype)
-    scores = self.scores(tokens)[..., 0] - 1e9 * (1.0 - there)
+    there = tokens > 0
+    # Half precision has no -1e9, and would round the shares of a long text.
+    scores = ops.cast(self.scores(tokens)[..., 0], 'float32')
+    shares = ops.softmax(ops.where(there, scores, -1e9), axis=1)
     # Of a text without tokens nothing is left.
-    shares = tf.nn.softmax(scores, axis=1) * there
-    return tf.reduce_sum(shares[..., tf.newaxis] * vectors, axis=1)
+    shares = ops.cast(ops.where(there, shares, 0.0), vectors.dtype)
+    return ops.sum(shares[..., None] * vectors, axis=1)
 
   def get_config(self):
     return {**super().get_config(), 'vocabulary_size': self.vocabulary_size}
@@ -95,13 +73,22 @@ class DenseModel(keras.Model):
     super().__init__(**kwargs)
     self.hidden_units = tuple(hidden_units)
     self.num_classes = num_classes
-    self.flatten = keras.layers.Flatten()
+    # A file names one dtype policy for the whole model.
+    policy = self.dtype_policy
+    self.flatten = keras.layers.Flatten(dtype=policy)
     self.hidden = [
-        keras.layers.Dense(units, activation='relu')
+        keras.layers.Dense(units, activation='relu', dtype=policy)
         for units in self.hidden_units
     ]
     # The document ends in softmax under a from_logits loss; logits are right.
-    self.classifier = keras.layers.Dense(num_classes)
+    self.classifier = keras.layers.Dense(num_classes, dtype=policy)
+
+  def build(self, input_shape):
+    width = math.prod(input_shape[1:])
+    for layer in [*self.hidden, self.classifier]:
+      layer.build((None, width))
+      width = layer.units
+    super().build(input_shape)
 
   def call(self, inputs, training=False):
     outputs = self.flatten(inputs)
@@ -151,14 +138,14 @@ def build_cnn(
     dropout: The rate before the logits; no dropout layer if 0.
   """
   layers = keras.layers
-  model = keras.Sequential([layers.InputLayer(tuple(input_shape))])
+  model = keras.Sequential([keras.Input(tuple(input_shape))])
   for count in filters:
     model.add(layers.Conv2D(count, 3, padding='same', activation='relu'))
     model.add(layers.MaxPool2D())
   model.add(layers.Flatten())
   model.add(layers.Dense(units, activation='relu'))
   if dropout:
-    model.add(RepeatableDropout(dropout))
+    model.add(layers.Dropout(dropout))
   model.add(layers.Dense(num_classes))
   return model
 
@@ -191,7 +178,7 @@ def build_group_norm_resnet(
     )(x)
     return layers.GroupNormalization(8)(x)
 
-  inputs = layers.Input(tuple(input_shape))
+  inputs = keras.Input(tuple(input_shape))
   x = layers.ReLU()(conv(inputs, width, 1))
   for stage in range(3):
     channels = width * 2**stage

@@ -51,14 +51,14 @@ class Consensus(NamedTuple):
 
 
 def predict_logits(
-    model: models.KerasModel,
+    model: models.BoundModel,
     transfer_set: transfer.TransferSet,
     ids: tf.Tensor,
 ) -> tf.Tensor:
   """A model's logits on rows of the transfer set, in inference mode.
 
   Args:
-    model: The model.
+    model: Anything with `logits(inputs)`, such as a `models.BoundModel`.
     transfer_set: Where the inputs are read.
     ids: int32 `[k]` with a static k.
 

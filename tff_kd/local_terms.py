@@ -11,6 +11,7 @@ from typing import Any, NamedTuple, Optional
 import tensorflow as tf
 
 from tff_kd import losses
+from tff_kd import models
 
 # What a term may compare the model with; all but the teacher are students.
 TARGETS = ('student', 'student_history', 'teacher')
@@ -27,11 +28,12 @@ class LocalStep(NamedTuple):
     target_logits: Like `logits`, of the term's target; `None` without one.
     supervised_loss: float32 scalar, the loss on the labels alone.
     step_num: int32, how many of the client's steps in this round came before.
-    weights: The model's trainable variables.
-    received: Their values as the server sent them.
+    weights: The model's trainable weights.
+    received: The same as the server sent them.
     counted: 0/1 float32 like `labels`, 0 where the loss ignores the label (padding);
       `None` where it ignores none.
     is_regression: Whether the outputs are numbers to be fitted, not logits.
+    model: The `models.BoundModel` in training, for terms that call it again.
   """
 
   inputs: Any
@@ -41,10 +43,11 @@ class LocalStep(NamedTuple):
   target_logits: Optional[tf.Tensor]
   supervised_loss: tf.Tensor
   step_num: tf.Tensor
-  weights: list[tf.Variable]
+  weights: list[tf.Tensor]
   received: list[tf.Tensor]
   counted: Optional[tf.Tensor] = None
   is_regression: bool = False
+  model: Optional[models.BoundModel] = None
 
 
 class LocalTerm(abc.ABC):

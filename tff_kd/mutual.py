@@ -15,9 +15,12 @@ from typing import Optional
 import tensorflow as tf
 
 from tff_kd import companions
-from tff_kd import local_terms
 from tff_kd import losses
 from tff_kd import models
+
+
+# Keeps the mentor's random draws apart from the student's.
+_MENTOR_STREAM = 1
 
 
 class MutualLearning(companions.Companion):
@@ -70,43 +73,35 @@ class MutualLearning(companions.Companion):
         weights=tf.nest.map_structure(tf.constant, self.client_spec.initial_weights)
     )
 
-  def attach(self, model):
-    mentor = self.client_spec.blank_model_fn()
-    term = _MutualTerm(mentor, self._weights, self._temperature)
+  def attach(self, student):
+    del student  # The mentor learns from its predictions.
+    mentor = self.client_spec
 
-    def begin(received, client_state, round_num, examples):
-      del received, round_num, examples
-      mentor.assign(client_state.weights)
-      return [term]
+    def begin(beginning):
+      seed = tf.random.experimental.stateless_fold_in(beginning.seed, _MENTOR_STREAM)
+      values = mentor.values(beginning.client_state.weights, seed)
+      return (), companions.CompanionValues(
+          values.trainable, values._replace(trainable=[])
+      )
 
-    def end(observed):
-      del observed
-      kept = tf.nest.map_structure(tf.convert_to_tensor, mentor.weights())
-      return companions.ClientState(weights=kept), ()
+    def end(observed, student, companion):
+      del observed, student
+      return companions.ClientState(weights=_mentor_values(companion).weights), ()
 
     return companions.Attachment(
-        begin, end, trainable_variables=mentor.trainable_variables
+        begin, end, self._joint_loss, trainable_variables=mentor.trainable_variables
     )
 
-
-class _MutualTerm(local_terms.LocalTerm):
-  """Both losses in one: neither depends on the other's variables."""
-
-  def __init__(
-      self,
-      mentor: models.KerasModel,
-      weights: Optional[tuple[float, float]],
-      temperature: float,
-  ):
-    self._mentor, self._weights = mentor, weights
-    self._temperature = temperature
-
-  def __call__(self, loss, step):
-    outputs = self._mentor.keras_model(step.inputs, training=True)
-    mentor_loss = self._mentor.supervised_loss(
-        step.labels, outputs, step.labelled
+  def _joint_loss(self, loss, step, companion):
+    """Both losses in one: neither depends on the other's weights."""
+    mentor = self.client_spec
+    outputs, values, regularization = mentor.call(
+        _mentor_values(companion), step.inputs, training=True
     )
-    logits = self._mentor.class_logits(outputs)
+    mentor_loss = tf.cast(
+        mentor.supervised_loss(step.labels, outputs, step.labelled), tf.float32
+    )
+    logits = mentor.class_logits(outputs)
 
     def divergence(target: tf.Tensor, own: tf.Tensor) -> tf.Tensor:
       return losses.weighted_mean(
@@ -125,4 +120,10 @@ class _MutualTerm(local_terms.LocalTerm):
     else:
       w, v = self._weights
       both = (1 - w) * loss + w * to_student + (1 - v) * mentor_loss + v * to_mentor
-    return both + self._mentor.regularization_loss()
+    return both + regularization, companions.CompanionValues(
+        values.trainable, values._replace(trainable=[])
+    )
+
+
+def _mentor_values(companion: companions.CompanionValues) -> models.ModelValues:
+  return companion.state._replace(trainable=companion.trainable)

@@ -1,4 +1,4 @@
-"""One way to step TFF and Keras optimizers on the variables of a model."""
+"""One way to step TFF and Keras optimizers: values and states in and out."""
 
 from collections.abc import Callable, Sequence
 import collections
@@ -7,6 +7,8 @@ from typing import Any, Optional, Union
 import keras
 import tensorflow as tf
 from tff_kd.compat import tff
+from tff_kd import models
+from tff_kd.models import stateless
 
 Optimizer = Union[
     tff.learning.optimizers.Optimizer,
@@ -98,13 +100,17 @@ def with_learning_rate(
 
 
 def build_stepper(
-    optimizer: Optimizer, variables: Sequence[tf.Variable]
+    optimizer: Optimizer, variables: Sequence[keras.Variable]
 ) -> Union['_TffStepper', '_KerasStepper']:
-  """Binds an optimizer to variables, inside the computation that has them.
+  """An optimizer as a function of the values of some variables.
 
-  The result has `initialize() -> state` (tensors to carry between rounds) and
-  `begin(state) -> carry`, `apply(carry, gradients, rate_scale) -> carry`,
-  `end(carry) -> state` around a loop. A gradient of `None` leaves its variable.
+  The result has `initialize(hparams=None) -> state`, tensors to carry from step to step
+  (and between rounds), and `apply(state, values, gradients, rate_scale=None) -> (state,
+  values)`, under the variables' constraints. A gradient of `None` leaves its value.
+
+  Args:
+    optimizer: A TFF optimizer or a function that returns a Keras one.
+    variables: Tell names, shapes and constraints; they are not changed.
   """
   if isinstance(optimizer, tff.learning.optimizers.Optimizer):
     return _TffStepper(optimizer, variables)
@@ -112,7 +118,6 @@ def build_stepper(
 
 
 class _TffStepper:
-  """The optimizer's state is the loop's carry."""
 
   def __init__(self, optimizer, variables):
     self._optimizer = optimizer
@@ -126,56 +131,41 @@ class _TffStepper:
       state = self._optimizer.set_hparams(state, hparams)
     return state
 
-  def begin(self, state):
-    return state
-
-  def end(self, carry):
-    return carry
-
-  def apply(self, carry, gradients, rate_scale: Optional[tf.Tensor] = None):
+  def apply(self, state, values, gradients, rate_scale: Optional[tf.Tensor] = None):
     if rate_scale is not None:
-      hparams = self._optimizer.get_hparams(carry)
+      hparams = self._optimizer.get_hparams(state)
       scaled = collections.OrderedDict(hparams)
       scaled[_LEARNING_RATE] = hparams[_LEARNING_RATE] * rate_scale
-      carry = self._optimizer.set_hparams(carry, scaled)
-    carry, weights = self._optimizer.next(
-        carry, self._variables, tuple(gradients)
-    )
+      state = self._optimizer.set_hparams(state, scaled)
+    state, values = self._optimizer.next(state, tuple(values), tuple(gradients))
     if rate_scale is not None:
-      carry = self._optimizer.set_hparams(carry, hparams)
-    for variable, weight in zip(self._variables, weights, strict=True):
-      variable.assign(weight)
-    return carry
+      state = self._optimizer.set_hparams(state, hparams)
+    return state, models.apply_constraints(self._variables, values)
 
 
 class _KerasStepper:
-  """The state lives in the Keras optimizer's variables while the loop runs."""
 
   def __init__(self, optimizer_fn, variables):
-    self._optimizer = optimizer_fn()
     self._variables = list(variables)
-    self._optimizer.build(self._variables)
-    # The optimizer's own list may gain nothing after `build`.
-    self._state_variables = list(self._optimizer.variables)
+    self._optimizer = stateless.optimizer(optimizer_fn(), self._variables)
+    self._initial = [v.numpy() for v in self._optimizer.variables]
+    self._rate = [
+        i for i, v in enumerate(self._optimizer.variables)
+        if v is getattr(self._optimizer, '_learning_rate', None)
+    ]
 
   def initialize(self, hparams=None):
     del hparams  # A Keras optimizer has none that can be set from outside.
-    return tuple(v.read_value() for v in self._state_variables)
+    return tuple(tf.constant(v) for v in self._initial)
 
-  def begin(self, state):
-    for variable, value in zip(self._state_variables, state, strict=True):
-      variable.assign(value)
-    return ()
-
-  def end(self, carry):
-    del carry
-    return tuple(v.read_value() for v in self._state_variables)
-
-  def apply(self, carry, gradients, rate_scale: Optional[tf.Tensor] = None):
+  def apply(self, state, values, gradients, rate_scale: Optional[tf.Tensor] = None):
+    state = list(state)
     if rate_scale is not None:
-      rate = tf.identity(self._optimizer.learning_rate)
-      self._optimizer.learning_rate.assign(rate * rate_scale)
-    self._optimizer.apply_gradients(zip(gradients, self._variables))
+      (place,) = self._rate
+      rate = state[place]
+      state[place] = rate * tf.cast(rate_scale, rate.dtype)
+    gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+    values, state = stateless.apply(self._optimizer, state, gradients, list(values))
     if rate_scale is not None:
-      self._optimizer.learning_rate.assign(rate)
-    return carry
+      state[place] = rate
+    return tuple(state), values

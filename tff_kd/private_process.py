@@ -30,6 +30,7 @@ from tff_kd import conditions as conditions_lib
 from tff_kd import graphs
 from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
+from tff_kd import local_training
 from tff_kd import losses
 from tff_kd import models
 from tff_kd import optimizers
@@ -113,7 +114,7 @@ class Exchange(abc.ABC):
       self,
       mean_payload: knowledge.KnowledgePayload,
       num_included: tf.Tensor,
-      server_model: Optional[models.KerasModel],
+      server_model: Optional[models.BoundModel],
       round_num: tf.Tensor,
   ) -> Any:
     """What goes down in the next round.
@@ -127,15 +128,15 @@ class Exchange(abc.ABC):
     """
 
   @abc.abstractmethod
-  def build_learning(self, model: models.KerasModel) -> Callable[..., Any]:
+  def build_learning(self, student: models.ModelSpec) -> Callable[..., Any]:
     """How a client learns from what was shared.
 
     Args:
-      model: The client's, to be changed in place.
+      student: The client's model.
 
     Returns:
-      (broadcast, client_state) -> (local_terms, has_learned): runs before the client's
-      own examples; the terms are added to their loss; a bool tensor.
+      (weights, broadcast, client_state) -> (weights, local_terms, has_learned): runs
+      before the client's own examples; the terms are added to their loss; a bool tensor.
     """
 
   def observer(self) -> Optional[companions.Observer]:
@@ -145,7 +146,7 @@ class Exchange(abc.ABC):
   @abc.abstractmethod
   def payload(
       self,
-      model: models.KerasModel,
+      model: models.BoundModel,
       round_num: tf.Tensor,
       observed: Any,
       covered: Optional[tf.Tensor],
@@ -232,22 +233,20 @@ class TransferExchange(Exchange):
     mask = tf.where(num_included > 0.0, labels.mask, 0.0)
     return labels._replace(mask=mask, diversity=())
 
-  def build_learning(self, model):
-    learn = server_distillation_lib.build_stage(
-        self._digest, {'student': model}, self.transfer_set
-    )
+  def build_learning(self, student):
+    learn = server_distillation_lib.Lesson(self._digest, student, self.transfer_set)
 
-    def run(broadcast, client_state):
+    def run(weights, broadcast, client_state):
       del client_state
       consensus = knowledge.Consensus(
           broadcast.shared.logits, broadcast.shared.mask
       )
       # On the examples of the round that the consensus comes from.
       shared_round = tf.maximum(broadcast.shared_round, 0)
-      _, measured = learn(
-          None, consensus, shared_round, tf.constant([self._seed, 1])
+      learned = learn(
+          weights, None, {}, consensus, shared_round, tf.constant([self._seed, 1])
       )
-      return (), measured['num_steps'] > 0
+      return learned.weights, (), learned.measurements['num_steps'] > 0
 
     return run
 
@@ -362,8 +361,10 @@ class ClassExchange(Exchange):
         lambda t: tf.math.multiply_no_nan(t, num_included), mean_payload
     )
 
-  def build_learning(self, model):
-    def run(broadcast, client_state):
+  def build_learning(self, student):
+    del student
+
+    def run(weights, broadcast, client_state):
       values, counts = broadcast.shared
       min_count = 0.0
       if self.keeps_sent:
@@ -379,7 +380,7 @@ class ClassExchange(Exchange):
           values, tf.where(is_known, counts, 0.0)[:, tf.newaxis]
       )
       term = _ClassTargets(self._weight, targets, mask)
-      return (term,), tf.reduce_any(mask > 0.0)
+      return weights, (term,), tf.reduce_any(mask > 0.0)
 
     return run
 
@@ -533,39 +534,28 @@ def build_private_process(
   def zero_payload() -> knowledge.KnowledgePayload:
     return tf.nest.map_structure(lambda s: tf.zeros(s.shape), payload_spec)
 
-  @tff.tensorflow.computation
+  @graphs.computation()
   def initial_shared():
     return exchange.initial_shared()
 
-  def build_initial_weights(spec: models.ModelSpec) -> tff.Computation:
+  def initial_weights_of(cohort: int) -> Any:
+    """The weights of a new client of a cohort, in a trace."""
+    spec = students.specs[cohort]
+    weights = tf.nest.map_structure(tf.constant, spec.initial_weights)
+    if pretraining is None:
+      return weights
+    # Labels only: no example has a target.
+    nothing = consensus_rule.decode(
+        consensus_rule.zero_payload(spec.logits_shape, transfer_set.num_predictions)
+    )
+    pretrain = server_distillation_lib.Lesson(pretraining, spec, transfer_set)
+    return pretrain(
+        weights, None, {}, nothing, tf.constant(0), tf.constant([seed, 2])
+    ).weights
 
-    @tff.tensorflow.computation
-    def initial_weights():
-      model = spec.blank_model_fn()
-      pretrain = None
-      if pretraining is not None:
-        pretrain = server_distillation_lib.build_stage(
-            pretraining, {'student': model}, transfer_set
-        )
-
-      @graphs.function
-      def run():
-        model.assign(tf.nest.map_structure(tf.constant, spec.initial_weights))
-        if pretrain is not None:
-          # Labels only: no example has a target.
-          nothing = consensus_rule.decode(
-              consensus_rule.zero_payload(
-                  spec.logits_shape, transfer_set.num_predictions
-              )
-          )
-          pretrain(None, nothing, tf.constant(0), tf.constant([seed, 2]))
-        return tf.nest.map_structure(tf.convert_to_tensor, model.weights())
-
-      return run()
-
-    return initial_weights
-
-  initial_weights = [build_initial_weights(spec) for spec in students.specs]
+  @graphs.computation()
+  def initial_server_weights():
+    return initial_weights_of(0)
 
   def in_cohort(cohort: int, weights: Any) -> Any:
     """A cohort's weights at its place; arrays without entries for the others."""
@@ -578,12 +568,12 @@ def build_private_process(
         for i, spec in enumerate(students.specs)
     ])
 
-  @tff.tensorflow.computation
+  @graphs.computation()
   def initialize_client():
     keeps = exchange.keeps_sent
     return students.pack([
         companions.ClientState(
-            weights=in_cohort(i, initial_weights[i]()) if keeps_models else (),
+            weights=in_cohort(i, initial_weights_of(i)) if keeps_models else (),
             sent=zero_payload() if keeps else (),
             sent_round=tf.constant(-1) if keeps else (),
         )
@@ -634,18 +624,15 @@ def build_private_process(
   def build_update(cohort: int):
     """One client's round; returns a function of what the computation gets."""
     spec = students.specs[cohort]
-    model = spec.blank_model_fn()
-    learn = exchange.build_learning(model)
-    train = client_work_lib.build_training(
-        model,
-        {},
+    learn = exchange.build_learning(spec)
+    train = local_training.LocalTraining(
+        spec,
         client_optimizer,
         client_data,
-        exchange.observer(),
+        observer=exchange.observer(),
         learning_rate_fn=learning_rate_fn,
     )
 
-    @graphs.function
     def client_update(client_hparams, sent, data, client_state, conditions):
       broadcast, step_share = sent, None
       if reporting is not None:
@@ -659,12 +646,25 @@ def build_private_process(
             students.unpack(client_state.weights)[cohort],
             spec.initial_weights,
         )
-      model.assign(before)
-      local_terms, has_learned = learn(broadcast, client_state)
-      num_examples, bad_labels, observed = train(
-          client_hparams, data, broadcast.round_num, local_terms, (), step_share
+      taught, local_terms, has_learned = learn(before, broadcast, client_state)
+      draws = local_training.client_seed(
+          seed, broadcast.round_num, data if client_data is not None else None
       )
-      after = tf.nest.map_structure(tf.convert_to_tensor, model.weights())
+      trained = train(
+          data,
+          local_training.Start(
+              values=spec.values(taught, draws),
+              received=(),
+              terms=local_terms,
+              targets={},
+              companion=companions.CompanionValues(),
+              hparams=client_hparams,
+              round_num=broadcast.round_num,
+              step_share=step_share,
+          ),
+      )
+      num_examples, bad_labels = trained.num_examples, trained.bad_labels
+      after = trained.values.weights
       finite = tf.reduce_all([
           tf.reduce_all(tf.math.is_finite(w))
           for w in tf.nest.flatten(after) if w.dtype.is_floating
@@ -682,7 +682,6 @@ def build_private_process(
           covered = conditions_lib.covered_rows(
               transfer_set, conditions, broadcast.round_num, round_num
           )
-      model.reset_metrics_unless(included)
       weight = client_work_lib.client_weight(
           knowledge_weighting, num_examples, included
       )
@@ -690,7 +689,12 @@ def build_private_process(
         weight *= reporting.weight(conditions.delay)
       payload = tf.cond(
           included,
-          lambda: exchange.payload(model, round_num, observed, covered),
+          lambda: exchange.payload(
+              models.BoundModel(spec, trained.values),
+              round_num,
+              trained.observed,
+              covered,
+          ),
           zero_payload,
       )
       factor = 1.0 if knowledge_aggregator is not None else weight
@@ -719,7 +723,9 @@ def build_private_process(
       bits = exchange.message_bits(payload, client_state)
       if bits is not None:
         counts['knowledge_bits'] = tf.where(included, bits, tf.zeros_like(bits))
-      metrics = model.report_local_unfinalized_metrics() if privacy is None else ()
+      metrics = ()
+      if privacy is None:
+        metrics = client_work_lib.reported_metrics(spec, trained, included)
       output = client_work_lib.ClientOutput(
           update=client_work_lib.ClientUpdate(
               model=(),
@@ -733,23 +739,24 @@ def build_private_process(
 
     return client_update
 
-  @tff.tensorflow.computation(
+  updates = [build_update(i) for i in range(len(students.specs))]
+
+  @graphs.computation(
       hparams_type, broadcasts.sent_type, data_type, client_state_type
   )
   def client_computation(client_hparams, sent, client, client_state):
     return students.run_client(
         client,
-        [build_update(i) for i in range(len(students.specs))],
+        updates,
         (client_hparams, sent),
         client_state,
         has_conditions=reporting is not None,
     )
 
   output_type, _ = client_computation.type_signature.result
-  with tf.Graph().as_default():
-    metric_finalizers = student.blank_model_fn().metric_finalizers()
-  if privacy is not None:
-    metric_finalizers = collections.OrderedDict()
+  metric_finalizers = collections.OrderedDict()
+  if privacy is None:
+    metric_finalizers = student.metrics.finalizers()
   aggregator, aggregated_bytes = aggregation.build_client_output_aggregator(
       output_type,
       metric_finalizers,
@@ -770,29 +777,24 @@ def build_private_process(
 
   needs_model = exchange.needs_server_model
 
-  @tff.tensorflow.computation(
+  @graphs.computation(
       payload_type,
       np.int32,
       student.weights_type if needs_model else tff.to_type(()),
       np.int32,
   )
   def share(mean_payload, num_included, server_weights, round_num):
-    server_model = student.blank_model_fn() if needs_model else None
+    server_model = None
+    if needs_model:
+      server_model = models.BoundModel(student, student.values(server_weights))
+    return exchange.share(
+        knowledge.KnowledgePayload(mean_payload.values, mean_payload.weights),
+        tf.cast(num_included, tf.float32),
+        server_model,
+        round_num,
+    )
 
-    @graphs.function
-    def run():
-      if needs_model:
-        server_model.assign(server_weights)
-      return exchange.share(
-          knowledge.KnowledgePayload(mean_payload.values, mean_payload.weights),
-          tf.cast(num_included, tf.float32),
-          server_model,
-          round_num,
-      )
-
-    return run()
-
-  @tff.tensorflow.computation(np.int32)
+  @graphs.computation(np.int32)
   def add_one(x):
     return x + 1
 
@@ -802,7 +804,7 @@ def build_private_process(
     return tff.federated_zip(
         PrivateState(
             global_model_weights=(
-                tff.federated_eval(initial_weights[0], tff.SERVER)
+                tff.federated_eval(initial_server_weights, tff.SERVER)
                 if server_stage is not None else nothing
             ),
             shared=tff.federated_eval(initial_shared, tff.SERVER),
@@ -911,7 +913,7 @@ def build_private_process(
   get_model_weights = None
   if server_stage is not None:
 
-    @tff.tensorflow.computation(state_type.member)
+    @graphs.computation(state_type.member)
     def get_model_weights(state):
       return state.global_model_weights
 

@@ -15,6 +15,7 @@ from collections.abc import Mapping, Sequence
 import types
 from typing import Any, NamedTuple, Optional, Union
 
+import keras
 import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
@@ -84,6 +85,10 @@ class CodedBytes(NamedTuple):
 
 
 _NOT_CODED = CodedBytes()
+_NO_TEACHER = (
+    'This process has no teacher. Build one with `teacher_fn`, for example '
+    '`tff_kd.algorithms.build_fed_distillation`.'
+)
 
 
 class Guard(NamedTuple):
@@ -103,8 +108,53 @@ class Guard(NamedTuple):
 _NO_GUARD = Guard()
 
 
-class DistillationProcess(tff.learning.templates.LearningProcess):
+def _keras_models(students: cohorts.Students, weights: Any) -> Any:
+  """A Keras model, or a list of them by cohort."""
+  models_by_cohort = [
+      spec.to_keras(its) for spec, its in zip(students.specs, students.unpack(weights))
+  ]
+  return models_by_cohort if students.has_cohorts else models_by_cohort[0]
+
+
+class _KerasOut:
+  """How the models of a process come out of its state."""
+
+  def to_keras(self, state: Any) -> Any:
+    """The student as a Keras model.
+
+    Args:
+      state: The process's state.
+
+    Returns:
+      A new `keras.Model` of the builder, with the student's weights and statistics; with
+      cohorts, a list of them.
+
+    Raises:
+      ValueError: If the server has no student.
+    """
+    if self.get_model_weights is None:
+      raise ValueError(
+          'The server of this process has no student: each client keeps its own model, '
+          "in its `ClientState`'s `weights`."
+      )
+    return _keras_models(self.students, state.global_model_weights)
+
+  def teacher_to_keras(self, state: Any) -> keras.Model:
+    """The teacher as a Keras model.
+
+    Raises:
+      ValueError: If the process has no teacher.
+    """
+    if self.teacher_spec is None:
+      raise ValueError(_NO_TEACHER)
+    return self.teacher_spec.to_keras(state.teacher_weights)
+
+
+class DistillationProcess(_KerasOut, tff.learning.templates.LearningProcess):
   """A `LearningProcess` for a student that may also carry a teacher.
+
+  `to_keras(state)` gives the student as a Keras model, `teacher_to_keras(state)` the
+  teacher.
 
   `get_model_weights` and `set_model_weights` are the student's, as everywhere in
   `tff.learning`.
@@ -175,10 +225,7 @@ class DistillationProcess(tff.learning.templates.LearningProcess):
 
   def _check_has_teacher(self) -> None:
     if self._get_teacher_weights is None:
-      raise ValueError(
-          'This process has no teacher. Build one with `teacher_fn`, for example '
-          '`tff_kd.algorithms.build_fed_distillation`.'
-      )
+      raise ValueError(_NO_TEACHER)
 
 
 class PrivateOutput(NamedTuple):
@@ -195,7 +242,7 @@ class PrivateOutput(NamedTuple):
   metrics: Any
 
 
-class PrivateProcess(tff.templates.IterativeProcess):
+class PrivateProcess(_KerasOut, tff.templates.IterativeProcess):
   """Rounds of clients that keep something for themselves.
 
   `next` has the type (<S@SERVER, {D}@CLIENTS, {ClientState}@CLIENTS> ->
@@ -406,6 +453,7 @@ def build_distillation_process(
       learning_rate_fn=learning_rate_fn,
       reporting=reporting,
       releases_metrics=privacy is None,
+      seed=seed,
   )
   broadcast_type = client_work.broadcast_type
   broadcasts = client_work.broadcast_history
@@ -439,11 +487,11 @@ def build_distillation_process(
   broadcasts_teacher = len(tff.structure.flatten(broadcast_type.teacher)) > 0
   broadcasts_round = isinstance(broadcast_type.round_num, tff.TensorType)
 
-  @tff.tensorflow.computation
+  @graphs.computation()
   def initial_student():
     return tf.nest.map_structure(tf.constant, students.initial_weights)
 
-  @tff.tensorflow.computation
+  @graphs.computation()
   def initial_teacher():
     if teacher is None:
       return ()
@@ -451,7 +499,7 @@ def build_distillation_process(
 
   initial_history, remember = _build_history(students, history_size)
 
-  @tff.tensorflow.computation
+  @graphs.computation()
   def initial_companion():
     return companion.initial_server_state() if companion is not None else ()
 
@@ -481,11 +529,11 @@ def build_distillation_process(
   state_type = init_fn.type_signature.result
   client_data_type = tff.FederatedType(client_work.data_type, tff.CLIENTS)
 
-  @tff.tensorflow.computation(np.int32)
+  @graphs.computation(np.int32)
   def add_one(x):
     return x + 1
 
-  @tff.tensorflow.computation(state_type.member.companion)
+  @graphs.computation(state_type.member.companion)
   def broadcast_companion(server_state):
     return companion.broadcast(server_state) if companion is not None else ()
 
@@ -610,7 +658,7 @@ def build_distillation_process(
         state_type,
         client_data_type,
         tff.FederatedType(
-            client_work_lib.companion_type(companion.initial_client_state),
+            client_work_lib.type_of(companion.initial_client_state()),
             tff.CLIENTS,
         ),
     )
@@ -626,19 +674,20 @@ def build_distillation_process(
       return tff.learning.templates.LearningProcessOutput(new_state, metrics)
 
   def build_getter(field):
-    @tff.tensorflow.computation(member)
+    @graphs.computation(member)
     def get_fn(state):
       return getattr(state, field)
 
     return get_fn
 
   def build_setter(field):
-    @tff.tensorflow.computation(member, getattr(member, field))
+    @graphs.computation(member, getattr(member, field))
     def set_fn(state, value):
-      return _replaced(state, **{field: value})
+      return state._replace(**{field: value})
 
     return set_fn
 
+  # TFF's own tracing: these call other computations.
   @tff.tensorflow.computation(member)
   def get_hparams_fn(state):
     return collections.OrderedDict(
@@ -648,13 +697,17 @@ def build_distillation_process(
 
   @tff.tensorflow.computation(member, get_hparams_fn.type_signature.result)
   def set_hparams_fn(state, hparams):
-    return _replaced(
-        state,
-        client_work=client_work.set_hparams(
+    changed = {
+        'client_work': client_work.set_hparams(
             state.client_work, hparams['client_work']
         ),
-        finalizer=finalizer.set_hparams(state.finalizer, hparams['finalizer']),
-    )
+        'finalizer': finalizer.set_hparams(state.finalizer, hparams['finalizer']),
+    }
+    # There `state` is TFF's own structure, without `_replace`.
+    return DistillationState(**{
+        field: changed.get(field, getattr(state, field))
+        for field in DistillationState._fields
+    })
 
   has_teacher = teacher is not None
   shared = dict(
@@ -676,9 +729,7 @@ def build_distillation_process(
     return PrivateProcess(
         init_fn,
         next_fn,
-        initialize_client_fn=tff.tensorflow.computation(
-            companion.initial_client_state
-        ),
+        initialize_client_fn=graphs.computation()(companion.initial_client_state),
         clients=(
             cohorts.as_students(companion.client_spec)
             if companion.client_spec is not None
@@ -707,7 +758,7 @@ def _build_history(students: cohorts.Students, size: int):
     size: How many to keep; with 0 the history is (), and never to be updated.
   """
 
-  @tff.tensorflow.computation
+  @graphs.computation()
   def initial_history():
     return tf.nest.map_structure(
         lambda w: tf.zeros([size, *w.shape], w.dtype),
@@ -717,7 +768,7 @@ def _build_history(students: cohorts.Students, size: int):
   if not size:
     return initial_history, None
 
-  @tff.tensorflow.computation(
+  @graphs.computation(
       initial_history.type_signature.result, students.weights_type, np.int32
   )
   def remember(history, weights, round_num):
@@ -753,7 +804,7 @@ def build_skipping(
     int32 1 if the round is skipped>).
   """
 
-  @tff.tensorflow.computation(state_type, state_type, np.int32)
+  @graphs.computation(state_type, state_type, np.int32)
   def keep_or_skip(before, after, num_reports):
     skipped = num_reports < min_reports
     fields = {}
@@ -908,16 +959,6 @@ def _check_companion(
     )
 
 
-def _replaced(state: DistillationState, **changes) -> DistillationState:
-  # Inside a computation `state` is TFF's own structure, without `_replace`.
-  return DistillationState(
-      **{
-          field: changes.get(field, getattr(state, field))
-          for field in DistillationState._fields
-      }
-  )
-
-
 def _is_compatible(expected: Any, found: Any) -> bool:
   """Whether batches of one spec can stand for batches of the other."""
   try:
@@ -969,7 +1010,7 @@ def check_transfer_set(
         transfer_set.gather_label_weights(rows) > 0.0,
     )
     outputs_shape = tf.TensorShape([None]).concatenate(student.logits_shape)
-    _, bad = student.model_fn().usable_labels(known, outputs_shape)
+    _, bad = student.usable_labels(known, outputs_shape)
     if bad:
       raise ValueError(
           f"The transfer set's labels must be class numbers from 0 to "
@@ -998,55 +1039,38 @@ def build_student_finalizer(
     part.
   """
   weights_type = students.weights_type
-  update_type = tff.types.tensorflow_to_type(
-      students.pack([client_work_lib.model_update_spec(s) for s in students.specs])
-  )
+  steppers = [
+      optimizers.build_stepper(optimizer, spec.trainable_variables)
+      for spec in students.specs
+  ]
 
-  @tff.tensorflow.computation
+  @graphs.computation()
   def init_tf():
-    states = []
-    for spec in students.specs:
-      model = spec.blank_model_fn()
-      stepper = optimizers.build_stepper(optimizer, model.trainable_variables)
-      states.append(stepper.initialize())
-    return students.pack(states)
+    return students.pack([stepper.initialize() for stepper in steppers])
 
   state_type = init_tf.type_signature.result
 
-  def build_finalize(spec):
-    model = spec.blank_model_fn()
-    stepper = optimizers.build_stepper(optimizer, model.trainable_variables)
+  def finalize(stepper, state, weights, update):
+    finite = tf.reduce_all(
+        [tf.reduce_all(tf.math.is_finite(u)) for u in tf.nest.flatten(update)]
+    )
 
-    @graphs.function
-    def finalize(state, weights, update):
-      model.assign(weights)
-      finite = tf.reduce_all(
-          [tf.reduce_all(tf.math.is_finite(u)) for u in tf.nest.flatten(update)]
+    def apply():
+      new_state, trainable = stepper.apply(
+          state, weights.trainable, list(update.trainable)
       )
+      statistics = [w - u for w, u in zip(weights.non_trainable, update.non_trainable)]
+      return new_state, tff.learning.models.ModelWeights(list(trainable), statistics)
 
-      def apply():
-        new_state = stepper.end(
-            stepper.apply(stepper.begin(state), list(update.trainable))
-        )
-        for variable, change in zip(
-            model.statistics, update.non_trainable, strict=True
-        ):
-          variable.assign_sub(change)
-        return new_state
+    new_state, new_weights = tf.cond(finite, apply, lambda: (state, weights))
+    return new_state, new_weights, tf.cast(~finite, tf.int32)
 
-      new_state = tf.cond(finite, apply, lambda: state)
-      result = tf.nest.map_structure(tf.convert_to_tensor, model.weights())
-      return new_state, result, tf.cast(~finite, tf.int32)
-
-    return finalize
-
-  @tff.tensorflow.computation(state_type, weights_type, update_type)
+  # A mean over clients has the type of what is averaged.
+  @graphs.computation(state_type, weights_type, weights_type)
   def next_tf(state, weights, update):
     results = [
-        build_finalize(spec)(*its)
-        for spec, *its in zip(
-            students.specs, *map(students.unpack, (state, weights, update))
-        )
+        finalize(*its)
+        for its in zip(steppers, *map(students.unpack, (state, weights, update)))
     ]
     states, new_weights, rejected = zip(*results)
     measurements = collections.OrderedDict(update_non_finite=tf.add_n(rejected))
@@ -1059,7 +1083,7 @@ def build_student_finalizer(
   @tff.federated_computation(
       init_fn.type_signature.result,
       tff.FederatedType(weights_type, tff.SERVER),
-      tff.FederatedType(update_type, tff.SERVER),
+      tff.FederatedType(weights_type, tff.SERVER),
   )
   def next_fn(state, weights, update):
     return tff.templates.MeasuredProcessOutput(
@@ -1069,13 +1093,13 @@ def build_student_finalizer(
   if not isinstance(optimizer, tff.learning.optimizers.Optimizer):
     return tff.learning.templates.FinalizerProcess(init_fn, next_fn)
 
-  @tff.tensorflow.computation(state_type)
+  @graphs.computation(state_type)
   def get_hparams_fn(state):
     return students.pack([
         optimizer.get_hparams(its) for its in students.unpack(state)
     ])
 
-  @tff.tensorflow.computation(state_type, get_hparams_fn.type_signature.result)
+  @graphs.computation(state_type, get_hparams_fn.type_signature.result)
   def set_hparams_fn(state, hparams):
     return students.pack([
         optimizer.set_hparams(*its)

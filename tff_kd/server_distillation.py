@@ -7,7 +7,7 @@ part can tell, and always finite.
 """
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 from typing import Any, NamedTuple, Optional, Union
 
@@ -146,8 +146,7 @@ class Distillation:
   ) -> Callable[[tf.Tensor, tf.Tensor, float], tf.Tensor]:
     """The loss between targets and outputs, of classes or of numbers."""
     if callable(self.loss):
-      # The user's: AutoGraph reads it, if nothing else here.
-      return tf.function(self.loss)
+      return graphs.user_function(self.loss)
     return _DISTILLATION_LOSSES[self.loss or ('mse' if is_regression else 'kl')]
 
   def check_outputs(self, learner: models.ModelSpec) -> None:
@@ -303,61 +302,58 @@ def build_server_distillation(
       for stage in stages
       for cohort in range(len(students.specs) if stage.learner == 'student' else 1)
   ]
-
-  @tff.tensorflow.computation
-  def init_tf():
-    states = []
-    for stage, cohort in lessons:
-      spec = teacher if stage.learner == 'teacher' else students.specs[cohort]
-      model = spec.blank_model_fn()
-      stepper = optimizers.build_stepper(
-          stage.optimizer, model.trainable_variables
+  runs = [
+      Lesson(
+          stage,
+          teacher if stage.learner == 'teacher' else students.specs[cohort],
+          transfer_set,
       )
-      states.append(stepper.initialize())
-    return tuple(states)
+      for stage, cohort in lessons
+  ]
+
+  @graphs.computation()
+  def init_tf():
+    return tuple(run.initial_state() for run in runs)
 
   state_type = init_tf.type_signature.result
 
-  @tff.tensorflow.computation(state_type, models_type, knowledge_type, np.int32)
+  @graphs.computation(state_type, models_type, knowledge_type, np.int32)
   def next_tf(state, weights, mean_knowledge, round_num):
-    live_students = [spec.blank_model_fn() for spec in students.specs]
-    live_teacher = teacher.blank_model_fn() if teacher is not None else None
-    runs = []
-    for stage, cohort in lessons:
-      student = live_students[cohort]
-      if stage.learner == 'teacher' and students.has_cohorts:
-        student = _MeanModel(live_students)
-      live = {'student': student, 'teacher': live_teacher}
-      runs.append(build_stage(stage, live, transfer_set))
-
-    @graphs.function
-    def run_all():
-      for model, its in zip(live_students, students.unpack(weights.student)):
-        model.assign(its)
-      if teacher is not None:
-        live_teacher.assign(weights.teacher)
-      consensus = None
-      if uses_ensemble:
-        consensus = consensus_rule.decode(mean_knowledge)
-      new_state, measurements = [], collections.OrderedDict()
-      for index, ((stage, cohort), run) in enumerate(zip(lessons, runs)):
-        stage_state, measured = run(
-            state[index], consensus, round_num, tf.stack([seed, index])
-        )
-        new_state.append(stage_state)
-        name = stage.learner
-        if name == 'student' and students.has_cohorts:
-          name = f'student_{cohort}'
-        if name in measurements:  # It learns in more than one stage.
-          name = f'{name}_{index + 1}'
-        measurements[name] = measured
-      result = ServerModels(
-          student=students.pack([_values(model) for model in live_students]),
-          teacher=_values(live_teacher) if teacher is not None else (),
+    live_students = students.unpack(weights.student)
+    live_teacher = weights.teacher
+    consensus = None
+    if uses_ensemble:
+      consensus = consensus_rule.decode(mean_knowledge)
+    new_state, measurements = [], collections.OrderedDict()
+    for index, ((stage, cohort), run) in enumerate(zip(lessons, runs)):
+      teaches_all = stage.learner == 'teacher' and students.has_cohorts
+      bound = {
+          'student': (
+              _MeanModel([
+                  _bound(spec, its) for spec, its in zip(students.specs, live_students)
+              ])
+              if teaches_all
+              else _bound(students.specs[cohort], live_students[cohort])
+          ),
+          'teacher': _bound(teacher, live_teacher) if teacher is not None else None,
+      }
+      learner = live_teacher if stage.learner == 'teacher' else live_students[cohort]
+      learned = run(
+          learner, state[index], bound, consensus, round_num, tf.stack([seed, index])
       )
-      return tuple(new_state), result, measurements
-
-    return run_all()
+      new_state.append(learned.state)
+      if stage.learner == 'teacher':
+        live_teacher = learned.weights
+      else:
+        live_students[cohort] = learned.weights
+      name = stage.learner
+      if name == 'student' and students.has_cohorts:
+        name = f'student_{cohort}'
+      if name in measurements:  # It learns in more than one stage.
+        name = f'{name}_{index + 1}'
+      measurements[name] = learned.measurements
+    result = ServerModels(student=students.pack(live_students), teacher=live_teacher)
+    return tuple(new_state), result, measurements
 
   @tff.federated_computation
   def init_fn():
@@ -382,15 +378,15 @@ def build_server_distillation(
 class _MeanModel:
   """Several students as one to learn from: the mean of their logits."""
 
-  def __init__(self, students: Sequence[models.KerasModel]):
+  def __init__(self, students: Sequence[models.BoundModel]):
     self._students = students
 
   def logits(self, inputs: Any) -> tf.Tensor:
     return tf.add_n([s.logits(inputs) for s in self._students]) / len(self._students)
 
 
-def _values(model: models.KerasModel) -> tff.learning.models.ModelWeights:
-  return tf.nest.map_structure(tf.convert_to_tensor, model.weights())
+def _bound(spec: models.ModelSpec, weights: Any) -> models.BoundModel:
+  return models.BoundModel(spec, spec.values(weights))
 
 
 class _Examples(NamedTuple):
@@ -404,61 +400,156 @@ class _Examples(NamedTuple):
 
 
 class _Steps(NamedTuple):
-  """What the steps of a stage carry, beside the learner's variables."""
+  """What the steps of a lesson carry."""
 
   step: tf.Tensor
-  carry: Any
+  values: models.ModelValues
+  optimizer: Any
   first_loss: tf.Tensor
   last_loss: tf.Tensor
 
 
 class _Best(NamedTuple):
-  """The best weights and optimizer state of a stage so far, by validation."""
+  """The best weights and optimizer state of a lesson so far, by validation."""
 
-  values: Any
+  weights: Any
+  optimizer: Any
   loss: tf.Tensor
   step: tf.Tensor
   looks_waited: tf.Tensor
 
 
-def build_stage(
-    stage: DistillationStage,
-    live: dict[str, models.KerasModel],
-    transfer_set: transfer.TransferSet,
-):
-  """One stage as a function, to be called in a `tf.function`.
+class Learned(NamedTuple):
+  """What a lesson leaves.
 
-  Args:
-    stage: What learns from what.
-    live: The models by name; the learner among them is changed in place.
-    transfer_set: Where the examples are read.
-
-  Returns:
-    (state, consensus, round_num, seed) -> (state, measurements), where a state of
-    `None` is a fresh one.
+  Attributes:
+    weights: The learner's `ModelWeights`.
+    state: The optimizer's state.
+    measurements: See `build_server_distillation`.
   """
-  d = stage.distillation
-  learner = live[stage.learner]
-  trainable = learner.trainable_variables
-  distillation_loss = d.loss_fn(is_regression=learner.is_regression)
-  stepper = optimizers.build_stepper(stage.optimizer, trainable)
-  distillation_weight = d.distillation_weight
-  if distillation_weight is None:
-    distillation_weight = 0.5 if transfer_set.labelled else 1.0
-  m = transfer_set.subset_size
-  batch_size = min(d.batch_size, m)
-  has_validation = transfer_set.validation_size > 0
-  check_every = min(d.validate_every or d.num_steps, d.num_steps)
 
-  def examples(consensus, round_num) -> tuple[_Examples, Optional[_Examples]]:
+  weights: Any
+  state: Any
+  measurements: collections.OrderedDict[str, tf.Tensor]
+
+
+class Lesson:
+  """A stage for one learner as a function, to be called where a computation is traced."""
+
+  def __init__(
+      self,
+      stage: DistillationStage,
+      learner: models.ModelSpec,
+      transfer_set: transfer.TransferSet,
+  ):
+    """Initializes the lesson.
+
+    Args:
+      stage: What learns from what.
+      learner: The model that learns.
+      transfer_set: Where the examples are read.
+    """
+    d = stage.distillation
+    self._stage, self._distillation = stage, d
+    self._learner, self._transfer_set = learner, transfer_set
+    self._loss = d.loss_fn(is_regression=learner.is_regression)
+    self._stepper = optimizers.build_stepper(
+        stage.optimizer, learner.trainable_variables
+    )
+    self._distillation_weight = d.distillation_weight
+    if self._distillation_weight is None:
+      self._distillation_weight = 0.5 if transfer_set.labelled else 1.0
+    self._batch_size = min(d.batch_size, transfer_set.subset_size)
+    self._has_validation = transfer_set.validation_size > 0
+
+  def initial_state(self) -> Any:
+    """The optimizer's state before the first round."""
+    return self._stepper.initialize()
+
+  def __call__(
+      self,
+      weights: Any,
+      state: Any,
+      models_by_name: Mapping[str, Any],
+      consensus: Optional[knowledge.Consensus],
+      round_num: tf.Tensor,
+      seed: tf.Tensor,
+  ) -> Learned:
+    """Learns.
+
+    Args:
+      weights: The learner's `ModelWeights`.
+      state: The optimizer's state; a fresh one if `None`.
+      models_by_name: What there is to learn from beside the consensus, by the name of the
+        target: anything with `logits(inputs)`.
+      consensus: The ensemble's, where the stage uses it.
+      round_num: int32 scalar.
+      seed: int32 `[2]`, decides the order of the examples and what training draws.
+    """
+    d = self._distillation
+    if d.reset_optimizer or state is None:
+      state = self._stepper.initialize()
+    opened = self._transfer_set.open()
+    learn, validation = self._examples(models_by_name, consensus, round_num)
+    num_targets = tf.reduce_sum(learn.mask)
+    # With neither targets nor labels there is nothing to learn from.
+    num_steps = tf.constant(d.num_steps)
+    if self._distillation_weight == 1.0:
+      num_steps = tf.where(num_targets > 0.0, num_steps, 0)
+    order = _batch_order(
+        self._transfer_set.subset_size, d.num_steps * self._batch_size, round_num, seed
+    )
+    draws = tf.random.experimental.stateless_fold_in(seed, round_num)
+    values = self._learner.values(weights, draws)
+    before = self._validation_loss(values, validation)
+
+    def take_step(now: _Steps) -> tuple[_Steps]:
+      rows = order[now.step * self._batch_size : (now.step + 1) * self._batch_size]
+      rows = tf.ensure_shape(rows, [self._batch_size])
+      batch = tf.nest.map_structure(lambda a: tf.gather(a, rows), learn)
+      return (self._step(now, opened, batch),)
+
+    check_every = min(d.validate_every or d.num_steps, d.num_steps)
+
+    def steps_and_look(now: _Steps, best: _Best) -> tuple[_Steps, _Best]:
+      until = tf.minimum(now.step + check_every, num_steps)
+      (now,) = tf.while_loop(lambda now: now.step < until, take_step, (now,))
+      return now, self._better(now, best, validation)
+
+    patience = d.patience or d.num_steps
+    begin = _Steps(tf.constant(0), values, state, tf.zeros([]), tf.zeros([]))
+    done, best = tf.while_loop(
+        lambda now, best: (now.step < num_steps) & (best.looks_waited < patience),
+        steps_and_look,
+        (
+            begin,
+            _Best(values.weights, state, before, tf.constant(0), tf.constant(0)),
+        ),
+    )
+    measurements = collections.OrderedDict(
+        num_steps=done.step,
+        num_targets=num_targets,
+        first_loss=done.first_loss,
+        last_loss=done.last_loss,
+        validation_loss_before=before,
+        validation_loss_after=best.loss,
+        best_step=best.step,
+        rolled_back=tf.cast((done.step > 0) & tf.equal(best.step, 0), tf.int32),
+    )
+    return Learned(best.weights, best.optimizer, measurements)
+
+  def _examples(
+      self, models_by_name, consensus, round_num
+  ) -> tuple[_Examples, Optional[_Examples]]:
     """The rows to learn from and to validate on; targets are computed once."""
+    d, transfer_set = self._distillation, self._transfer_set
     ids = transfer_set.round_ids(round_num)
-    needs_targets = has_validation and not transfer_set.fully_labelled
+    needs_targets = self._has_validation and not transfer_set.fully_labelled
     all_ids = transfer_set.prediction_ids(round_num) if needs_targets else ids
-    count = all_ids.shape[0]
+    count, m = all_ids.shape[0], transfer_set.subset_size
 
     def predictions(name):
-      return knowledge.predict_logits(live[name], transfer_set, all_ids)
+      return knowledge.predict_logits(models_by_name[name], transfer_set, all_ids)
 
     mask = tf.ones([count])
     if isinstance(d.target, str) and d.target != 'ensemble':
@@ -475,141 +566,118 @@ def build_stage(
           diversity_logits=consensus.diversity.logits[:m],
           diversity_mask=consensus.diversity.mask[:m],
       )
-    if not has_validation:
+    if not self._has_validation:
       return learn, None
     if transfer_set.fully_labelled:
       return learn, _Examples(transfer_set.validation_ids())
     return learn, _Examples(all_ids[m:], targets[m:], mask[m:])
 
-  def batch_gradients(opened, batch: _Examples):
-    inputs = opened.gather_inputs(batch.ids)
-    with tf.GradientTape() as tape:
-      outputs = learner.keras_model(inputs, training=True)
-      logits = learner.class_logits(outputs)
-      loss = losses.weighted_mean(
-          distillation_loss(batch.target_logits, logits, d.temperature), batch.mask
+  def _step(
+      self, now: _Steps, opened: transfer.OpenTransferSet, batch: _Examples
+  ) -> _Steps:
+    """One gradient step."""
+    d = self._distillation
+    trainable = now.values.trainable
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+      tape.watch(trainable)
+      outputs, values, regularization = self._learner.call(
+          now.values, opened.gather_inputs(batch.ids), training=True
       )
-      if d.diversity_weight:
-        loss += d.diversity_weight * losses.weighted_mean(
-            losses.kl_divergence(batch.diversity_logits, logits, d.temperature),
-            batch.diversity_mask,
-        )
-      loss *= distillation_weight
-      if distillation_weight < 1.0:
-        # Where a label is unknown, its entry may be anything.
-        labels, _ = learner.usable_labels(
-            opened.gather_labels(batch.ids), outputs.shape
-        )
-        loss += (1.0 - distillation_weight) * learner.supervised_loss(
-            labels, outputs, opened.gather_label_weights(batch.ids)
-        )
-      loss += learner.regularization_loss()
-    return loss, tape.gradient(loss, trainable)
+      loss = self._batch_loss(outputs, opened, batch) + regularization
+    rate_scale = None
+    if d.schedule is not None:
+      rate_scale = graphs.user_function(d.schedule)(
+          tf.cast(now.step, tf.float32) / float(d.num_steps)
+      )
+    state, trainable = self._stepper.apply(
+        now.optimizer, trainable, tape.gradient(loss, trainable), rate_scale
+    )
+    return _Steps(
+        now.step + 1,
+        values._replace(trainable=list(trainable)),
+        state,
+        tf.where(tf.equal(now.step, 0), loss, now.first_loss),
+        loss,
+    )
 
-  def validation_loss(validation: _Examples) -> tf.Tensor:
+  def _batch_loss(
+      self, outputs: tf.Tensor, opened: transfer.OpenTransferSet, batch: _Examples
+  ) -> tf.Tensor:
+    """The distillation's loss on a batch, with that on its labels."""
+    d, weight = self._distillation, self._distillation_weight
+    logits = self._learner.class_logits(outputs)
+    loss = losses.weighted_mean(
+        self._loss(batch.target_logits, logits, d.temperature), batch.mask
+    )
+    if d.diversity_weight:
+      loss += d.diversity_weight * losses.weighted_mean(
+          losses.kl_divergence(batch.diversity_logits, logits, d.temperature),
+          batch.diversity_mask,
+      )
+    loss *= weight
+    if weight < 1.0:
+      # Where a label is unknown, its entry may be anything.
+      labels, _ = self._learner.usable_labels(
+          opened.gather_labels(batch.ids), outputs.shape
+      )
+      supervised = self._learner.supervised_loss(
+          labels, outputs, opened.gather_label_weights(batch.ids)
+      )
+      loss += (1.0 - weight) * tf.cast(supervised, tf.float32)
+    return loss
+
+  def _validation_loss(
+      self, values: models.ModelValues, validation: Optional[_Examples]
+  ) -> tf.Tensor:
+    """The loss on the validation part; 0 without one."""
+    if validation is None:
+      return tf.zeros([])
+    transfer_set, learner = self._transfer_set, self._learner
     if transfer_set.fully_labelled:
-      outputs = learner.keras_model(
-          transfer_set.gather_inputs(validation.ids), training=False
-      )
-      return learner.supervised_loss(
-          transfer_set.gather_labels(validation.ids), outputs
-      )
-    logits = knowledge.predict_logits(learner, transfer_set, validation.ids)
+      outputs = learner.call(
+          values, transfer_set.gather_inputs(validation.ids)
+      ).outputs
+      labels = transfer_set.gather_labels(validation.ids)
+      return tf.cast(learner.supervised_loss(labels, outputs), tf.float32)
+    logits = knowledge.predict_logits(
+        models.BoundModel(learner, values), transfer_set, validation.ids
+    )
     return losses.weighted_mean(
-        distillation_loss(validation.target_logits, logits, d.temperature),
+        self._loss(validation.target_logits, logits, self._distillation.temperature),
         validation.mask,
     )
 
-  def all_finite(weights) -> tf.Tensor:
-    return tf.reduce_all(
-        [
-            tf.reduce_all(tf.math.is_finite(w))
-            for w in tf.nest.flatten(weights)
-            if w.dtype.is_floating
-        ]
+  def _better(
+      self, now: _Steps, best: _Best, validation: Optional[_Examples]
+  ) -> _Best:
+    """The better of what there is now and the best so far."""
+    current = (now.values.weights, now.optimizer)
+    improved, loss = _all_finite(current), best.loss
+    if validation is not None:
+      current_loss = self._validation_loss(now.values, validation)
+      # False for a loss that is not a number.
+      improved = tf.logical_and(improved, current_loss < loss)
+      loss = tf.where(improved, current_loss, loss)
+    weights, optimizer = tf.nest.map_structure(
+        lambda new, old: tf.where(improved, new, old),
+        current,
+        (best.weights, best.optimizer),
+    )
+    return _Best(
+        weights,
+        optimizer,
+        loss,
+        tf.where(improved, now.step, best.step),
+        tf.where(improved, 0, best.looks_waited + 1),
     )
 
-  def run(state, consensus, round_num, seed):
-    if d.reset_optimizer or state is None:
-      state = stepper.initialize()
-    opened = transfer_set.open()
-    learn, validation = examples(consensus, round_num)
-    num_targets = tf.reduce_sum(learn.mask)
-    # With neither targets nor labels there is nothing to learn from.
-    num_steps = tf.constant(d.num_steps)
-    if distillation_weight == 1.0:
-      num_steps = tf.where(num_targets > 0.0, num_steps, 0)
-    order = _batch_order(m, d.num_steps * batch_size, round_num, seed)
 
-    before = validation_loss(validation) if has_validation else tf.zeros([])
-    patience = d.patience or d.num_steps
-
-    def take_step(now: _Steps) -> tuple[_Steps]:
-      rows = order[now.step * batch_size : (now.step + 1) * batch_size]
-      rows = tf.ensure_shape(rows, [batch_size])
-      loss, gradients = batch_gradients(
-          opened, tf.nest.map_structure(lambda a: tf.gather(a, rows), learn)
-      )
-      rate_scale = None
-      if d.schedule is not None:
-        # The user's: AutoGraph reads it, if nothing else here.
-        rate_scale = tf.function(d.schedule)(
-            tf.cast(now.step, tf.float32) / float(d.num_steps)
-        )
-      taken = _Steps(
-          now.step + 1,
-          stepper.apply(now.carry, gradients, rate_scale),
-          # Not `==`: outside eager mode that compares Python identities.
-          tf.where(tf.equal(now.step, 0), loss, now.first_loss),
-          loss,
-      )
-      return (taken,)
-
-    def steps_and_look(now: _Steps, best: _Best) -> tuple[_Steps, _Best]:
-      until = tf.minimum(now.step + check_every, num_steps)
-      (now,) = tf.while_loop(lambda now: now.step < until, take_step, (now,))
-      current = (_values(learner), stepper.end(now.carry))
-      improved, loss = all_finite(current), best.loss
-      if has_validation:
-        current_loss = validation_loss(validation)
-        # False for a loss that is not a number.
-        improved = tf.logical_and(improved, current_loss < loss)
-        loss = tf.where(improved, current_loss, loss)
-      values = tf.nest.map_structure(
-          lambda new, old: tf.where(improved, new, old), current, best.values
-      )
-      return now, _Best(
-          values,
-          loss,
-          tf.where(improved, now.step, best.step),
-          tf.where(improved, 0, best.looks_waited + 1),
-      )
-
-    done, best = tf.while_loop(
-        lambda now, best: (now.step < num_steps) & (best.looks_waited < patience),
-        steps_and_look,
-        (
-            _Steps(
-                tf.constant(0), stepper.begin(state), tf.zeros([]), tf.zeros([])
-            ),
-            _Best((_values(learner), state), before, tf.constant(0), tf.constant(0)),
-        ),
-    )
-    weights, state = best.values
-    learner.assign(weights)
-    measurements = collections.OrderedDict(
-        num_steps=done.step,
-        num_targets=num_targets,
-        first_loss=done.first_loss,
-        last_loss=done.last_loss,
-        validation_loss_before=before,
-        validation_loss_after=best.loss,
-        best_step=best.step,
-        rolled_back=tf.cast((done.step > 0) & tf.equal(best.step, 0), tf.int32),
-    )
-    return state, measurements
-
-  return run
+def _all_finite(values: Any) -> tf.Tensor:
+  return tf.reduce_all([
+      tf.reduce_all(tf.math.is_finite(v))
+      for v in tf.nest.flatten(values)
+      if v.dtype.is_floating
+  ])
 
 
 def _batch_order(

@@ -1,0 +1,309 @@
+"""The one loop of local training: steps on a client's batches, further terms included.
+
+Everything that changes is a value: the loop carries the model's weights, statistics and
+seeds, the optimizer's state, the metrics' states and what a companion trains beside.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Optional
+
+import tensorflow as tf
+
+from tff_kd import client_data as client_data_lib
+from tff_kd import companions
+from tff_kd import graphs
+from tff_kd import local_terms as local_terms_lib
+from tff_kd import models
+from tff_kd import optimizers
+from tff_kd import raw_files
+
+# The round's number, from 0 -> a learning rate; as TFF's optimizer schedules.
+LearningRateFn = Callable[[tf.Tensor], Any]
+
+# Keeps what training draws (dropout) apart from other random streams of the same seed.
+_TRAINING_STREAM = 41
+_NO_COMPANION = companions.Attachment()
+
+
+class Start(NamedTuple):
+  """With what a client's training begins.
+
+  Attributes:
+    values: The student's `ModelValues`.
+    received: The trainable weights as the server sent them.
+    terms: The `LocalTerm`s beside the supervised loss, in order.
+    targets: By name ('student', 'teacher', ...), the `BoundModel`s that terms learn from.
+    companion: A companion's `CompanionValues`.
+    hparams: The optimizer's hyperparameters.
+    round_num: int32 scalar, or () where nothing needs it.
+    step_share: float32, which part of its steps the client does; all of them if `None`.
+  """
+
+  values: models.ModelValues
+  received: Sequence[tf.Tensor]
+  terms: Sequence[local_terms_lib.LocalTerm]
+  targets: dict[str, models.BoundModel]
+  companion: companions.CompanionValues
+  hparams: Any
+  round_num: Any
+  step_share: Optional[tf.Tensor] = None
+
+
+class Trained(NamedTuple):
+  """What a client's training leaves.
+
+  Attributes:
+    values: The student's `ModelValues` after it.
+    companion: The companion's `CompanionValues` after it.
+    metrics: The metrics' states, totals included.
+    num_examples: int64, how many examples it has seen, all epochs counted.
+    bad_labels: bool, whether there were class labels out of range.
+    observed: The observer's sums, () without one.
+  """
+
+  values: models.ModelValues
+  companion: companions.CompanionValues
+  metrics: Any
+  num_examples: tf.Tensor
+  bad_labels: tf.Tensor
+  observed: Any
+
+
+class _Progress(NamedTuple):
+  """What the loop carries."""
+
+  values: models.ModelValues
+  companion: companions.CompanionValues
+  optimizer: Any
+  metrics: Any
+  loss_sum: tf.Tensor
+  num_examples: tf.Tensor
+  num_batches: tf.Tensor
+  bad_labels: tf.Tensor
+  observed: Any
+
+
+def client_seed(seed: int, round_num: Any, client: Optional[tf.Tensor]) -> tf.Tensor:
+  """What decides the random draws of one client's training, int32 `[2]`.
+
+  Args:
+    seed: The process's.
+    round_num: int32 scalar, or () where the round is not known.
+    client: The client's number, int32; `None` where clients come as datasets. These have
+      no number, and those of one round draw alike.
+  """
+  folded = tf.constant([seed, _TRAINING_STREAM])
+  for number in (round_num, client):
+    if tf.is_tensor(number):
+      folded = tf.random.experimental.stateless_fold_in(folded, number)
+  return folded
+
+
+class LocalTraining:
+  """A client's training as a function, to be called where a computation is traced."""
+
+  def __init__(
+      self,
+      student: models.ModelSpec,
+      optimizer: optimizers.Optimizer,
+      client_data: Optional[client_data_lib.ClientBatches],
+      *,
+      attachment: companions.Attachment = _NO_COMPANION,
+      observer: Optional[companions.Observer] = None,
+      learning_rate_fn: Optional[LearningRateFn] = None,
+  ):
+    """Initializes the training.
+
+    Args:
+      student: The model to train.
+      optimizer: A TFF optimizer or a function that returns a Keras one; fresh for every
+        client and round.
+      client_data: Where clients read their examples, if not from datasets.
+      attachment: What a companion adds to it.
+      observer: Looks at each step, if something is to be added up over them; that of the
+        attachment if `None`.
+      learning_rate_fn: The optimizer's rate in a round, if it changes.
+
+    Raises:
+      ValueError: If an observer needs labels that clients do not know.
+    """
+    self._student = student
+    self._client_data = client_data
+    self._attachment = attachment
+    self._observer = observer or attachment.observer
+    self._learning_rate_fn = learning_rate_fn
+    if (
+        client_data is not None
+        and client_data.label_share < 1.0
+        and self._observer is not None
+    ):
+      raise ValueError(
+          'This algorithm adds up something by label over the steps, so all labels must '
+          f'be known: `label_share` must be 1, found {client_data.label_share}.'
+      )
+    self._num_own = len(student.trainable_variables)
+    self._stepper = optimizers.build_stepper(
+        optimizer, [*student.trainable_variables, *attachment.trainable_variables]
+    )
+
+  def __call__(self, data: Any, start: Start) -> Trained:
+    """Trains on a client's dataset, or on the examples of its number."""
+    hparams = start.hparams
+    if self._learning_rate_fn is not None:
+      rate = graphs.user_function(self._learning_rate_fn)(start.round_num)
+      hparams = optimizers.with_learning_rate(hparams, rate)
+    progress = _Progress(
+        values=start.values,
+        companion=start.companion,
+        optimizer=self._stepper.initialize(hparams),
+        metrics=self._student.metrics.initial_state(),
+        loss_sum=tf.constant(0.0),
+        num_examples=tf.constant(0),
+        num_batches=tf.constant(0),
+        bad_labels=tf.constant(False),
+        observed=self._observer.zero() if self._observer is not None else (),
+    )
+    run = self._over_dataset if self._client_data is None else self._over_slices
+    progress = run(data, start, progress)
+    return Trained(
+        values=progress.values,
+        companion=progress.companion,
+        metrics=self._student.metrics.add_totals(
+            progress.metrics,
+            progress.loss_sum,
+            progress.num_examples,
+            progress.num_batches,
+        ),
+        num_examples=tf.cast(progress.num_examples, tf.int64),
+        bad_labels=progress.bad_labels,
+        observed=progress.observed,
+    )
+
+  def _over_dataset(
+      self, dataset: tf.data.Dataset, start: Start, progress: _Progress
+  ) -> _Progress:
+    batches = iter(dataset.with_options(_dataset_options()))
+
+    def next_batch(_, progress: _Progress):
+      batch = batches.get_next_as_optional()
+
+      def step():
+        value = batch.get_value()
+        size = tf.shape(tf.nest.flatten(value)[0])[0]
+        # An empty batch has no loss: 0 / 0.
+        return True, tf.cond(
+            size > 0, lambda: self._step(progress, value, start), lambda: progress
+        )
+
+      return tf.cond(batch.has_value(), step, lambda: (False, progress))
+
+    return tf.while_loop(lambda more, _: more, next_batch, (True, progress))[1]
+
+  def _over_slices(
+      self, client: tf.Tensor, start: Start, progress: _Progress
+  ) -> _Progress:
+    # Slices, not a `tf.data.Dataset`: its iterator costs as much as a small step.
+    client_data = self._client_data
+    examples = client_data.data.open()
+    rows, labelled = client_data.rows_and_labelled(client, start.round_num)
+    if start.step_share is not None:
+      rows = rows[: client_data.num_elements(tf.size(rows), start.step_share)]
+    observed_inputs = client_data.input_mask(client)
+
+    def next_slice(begin: tf.Tensor, progress: _Progress):
+      end = begin + client_data.batch_size
+      batch = client_data_lib.masked_inputs(
+          raw_files.gather(examples, rows[begin:end]), observed_inputs
+      )
+      mask = None if labelled is None else labelled[begin:end]
+      return end, self._step(progress, batch, start, labelled=mask)
+
+    return tf.while_loop(
+        lambda begin, _: begin < tf.size(rows), next_slice, (0, progress)
+    )[1]
+
+  def _step(
+      self,
+      progress: _Progress,
+      batch: Any,
+      start: Start,
+      labelled: Optional[tf.Tensor] = None,
+  ) -> _Progress:
+    """One gradient step on one batch."""
+    student = self._student
+    inputs, labels = models.split_batch(batch)
+    trained = [*progress.values.trainable, *progress.companion.trainable]
+    with tf.GradientTape(watch_accessed_variables=False) as tape:
+      tape.watch(trained)
+      outputs, values, regularization = student.call(
+          progress.values, inputs, training=True
+      )
+      labels, bad = student.usable_labels(labels, outputs.shape)
+      supervised_loss = tf.cast(
+          student.supervised_loss(labels, outputs, labelled), tf.float32
+      )
+      step = local_terms_lib.LocalStep(
+          inputs=inputs,
+          logits=student.class_logits(outputs),
+          labels=labels,
+          labelled=labelled,
+          target_logits=None,
+          supervised_loss=supervised_loss,
+          step_num=progress.num_batches,
+          weights=progress.values.trainable,
+          received=start.received,
+          counted=student.counted_labels(labels),
+          is_regression=student.is_regression,
+          model=models.BoundModel(student, progress.values),
+      )
+      loss, companion = self._with_terms(supervised_loss, step, start, progress)
+      loss += regularization
+    optimizer, trained = self._stepper.apply(
+        progress.optimizer, trained, tape.gradient(loss, trained)
+    )
+    size = tf.shape(outputs)[0]
+    observed = progress.observed
+    if self._observer is not None:
+      seen = self._observer.observe(step.logits, labels)
+      observed = tf.nest.map_structure(tf.add, observed, seen)
+    return _Progress(
+        values=values._replace(trainable=list(trained[: self._num_own])),
+        companion=companion._replace(trainable=list(trained[self._num_own :])),
+        optimizer=optimizer,
+        metrics=student.metrics.update(
+            progress.metrics, labels, outputs, student.metric_mask(labels, labelled)
+        ),
+        loss_sum=progress.loss_sum + loss * tf.cast(size, tf.float32),
+        num_examples=progress.num_examples + size,
+        num_batches=progress.num_batches + 1,
+        bad_labels=progress.bad_labels | bad,
+        observed=observed,
+    )
+
+  def _with_terms(
+      self,
+      loss: tf.Tensor,
+      step: local_terms_lib.LocalStep,
+      start: Start,
+      progress: _Progress,
+  ) -> tuple[tf.Tensor, companions.CompanionValues]:
+    """The loss with all further terms, and the companion's values after the step."""
+    target_logits = {
+        name: target.logits(step.inputs) for name, target in start.targets.items()
+    }
+    for term in start.terms:
+      seen = step._replace(target_logits=target_logits.get(term.target))
+      loss = graphs.user_function(term.__call__)(loss, seen)
+    if self._attachment.joint_loss is None:
+      return loss, progress.companion
+    return self._attachment.joint_loss(loss, step, progress.companion)
+
+
+def _dataset_options() -> tf.data.Options:
+  """For a few batches that are read once: tuning itself would cost as much."""
+  options = tf.data.Options()
+  options.autotune.enabled = False
+  options.experimental_optimization.apply_default_optimizations = False
+  options.threading.private_threadpool_size = 1
+  options.threading.max_intra_op_parallelism = 1
+  return options

@@ -1,0 +1,15 @@
+"""Keras models as functions of their weights, checked against data and loss."""
+
+from tff_kd.models.metrics import Metrics
+from tff_kd.models.metrics import MetricsFn
+from tff_kd.models.spec import apply_constraints
+from tff_kd.models.spec import BoundModel
+from tff_kd.models.spec import build_model_spec
+from tff_kd.models.spec import check_has_classes
+from tff_kd.models.spec import check_same_outputs
+from tff_kd.models.spec import KerasModelFn
+from tff_kd.models.spec import LossFn
+from tff_kd.models.spec import ModelSpec
+from tff_kd.models.spec import ModelValues
+from tff_kd.models.spec import split_batch
+from tff_kd.models.spec import weights_of

@@ -1,0 +1,169 @@
+"""Keras metrics as sums over clients: their states are values that go in and come out."""
+
+import collections
+from collections.abc import Callable, Sequence
+import functools
+from typing import Any, Optional
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tff_kd import graphs
+
+MetricsFn = Callable[[], Sequence[keras.metrics.Metric]]
+
+# Always reported, unless the user has a metric of that name. As sums they are kept by the
+# training loop itself: in every step they would cost as much as a small layer.
+_TOTALS = ('num_examples', 'num_batches', 'loss')
+
+
+class Metrics:
+  """The user's metrics and the totals, by name, as functions of their states.
+
+  A state is an ordered dict of tuples of arrays; the states of clients are summed.
+
+  Attributes:
+    names: The names of all metrics.
+  """
+
+  def __init__(
+      self,
+      metrics_fn: Optional[MetricsFn],
+      labels: Any,
+      outputs: tf.Tensor,
+  ):
+    """Builds the metrics once, eagerly.
+
+    Args:
+      metrics_fn: A function that returns a list of new `keras.metrics.Metric`s; no
+        metrics but the totals if `None`.
+      labels: A batch of labels, which metrics that build on their first update need.
+      outputs: The model's outputs for it.
+
+    Raises:
+      TypeError: If `metrics_fn` returns something else than metrics.
+      ValueError: If two metrics have one name, or a metric does not take such labels.
+    """
+    self._metrics = collections.OrderedDict()
+    for metric in list(metrics_fn()) if metrics_fn is not None else []:
+      if not isinstance(metric, keras.metrics.Metric):
+        raise TypeError(
+            '`metrics_fn` must return a list of `keras.metrics.Metric`, found '
+            f'{metric!r} in it.'
+        )
+      if metric.name in self._metrics or metric.name == 'loss':
+        raise ValueError(
+            f'`metrics_fn` returns a metric named {metric.name!r}, which is taken. '
+            'Give each metric its own `name`; "loss" is always reported.'
+        )
+      _build(metric, labels, outputs)
+      self._metrics[metric.name] = metric
+    self._initial = collections.OrderedDict(
+        (name, tuple(v.numpy() for v in metric.variables))
+        for name, metric in self._metrics.items()
+    )
+    for name in _TOTALS:
+      self._initial.setdefault(name, _initial_total(name))
+
+  @property
+  def names(self) -> list[str]:
+    return list(self._initial)
+
+  def initial_state(self) -> Any:
+    """The state before any example, as tensors."""
+    return tf.nest.map_structure(tf.constant, self._initial)
+
+  def update(
+      self, state: Any, labels: Any, outputs: tf.Tensor, mask: Optional[tf.Tensor]
+  ) -> Any:
+    """The state of the user's metrics after a batch; that of the totals as it was.
+
+    Args:
+      state: The state before.
+      labels: The labels of the batch.
+      outputs: The model's outputs for it.
+      mask: Optional 0/1 float32 like the labels or `[batch]`: which ones count.
+    """
+    weights = {} if mask is None else {'sample_weight': mask}
+    updated = collections.OrderedDict(state)
+    for name, metric in self._metrics.items():
+      values = metric.stateless_update_state(
+          list(state[name]), labels, outputs, **weights
+      )
+      updated[name] = tuple(tf.convert_to_tensor(value) for value in values)
+    return updated
+
+  def add_totals(
+      self,
+      state: Any,
+      loss_sum: tf.Tensor,
+      num_examples: tf.Tensor,
+      num_batches: tf.Tensor,
+  ) -> Any:
+    """The state after more batches, as far as it is plain sums.
+
+    Args:
+      state: The state before.
+      loss_sum: The sum over examples of the loss.
+      num_examples: How many examples.
+      num_batches: In how many batches.
+    """
+    added = {
+        'loss': [loss_sum, num_examples],
+        'num_examples': [num_examples],
+        'num_batches': [num_batches],
+    }
+    updated = collections.OrderedDict(state)
+    for name, values in added.items():
+      if name not in self._metrics:
+        updated[name] = tuple(
+            old + tf.cast(new, old.dtype) for old, new in zip(state[name], values)
+        )
+    return updated
+
+  def finalizers(self) -> collections.OrderedDict[str, Callable[[Any], Any]]:
+    """By name, what makes a state that is summed over clients into the metric."""
+    finalizers = collections.OrderedDict(
+        (name, graphs.placed(functools.partial(_result, metric)))
+        for name, metric in self._metrics.items()
+    )
+    for name in _TOTALS:
+      finalizers.setdefault(name, _mean_loss if name == 'loss' else _only_value)
+    return finalizers
+
+  def result(self, state: Any) -> dict[str, Any]:
+    """The values of all metrics of a state."""
+    return {name: finalize(state[name]) for name, finalize in self.finalizers().items()}
+
+
+def _build(metric: keras.metrics.Metric, labels: Any, outputs: tf.Tensor) -> None:
+  """Creates the metric's variables, with their values before any example."""
+  try:
+    metric.update_state(labels, outputs)
+    metric.result()
+  except Exception as error:
+    raise ValueError(
+        f'The metric {metric.name!r} ({type(metric).__name__}) does not take labels of '
+        f'shape {tf.nest.map_structure(lambda t: t.shape, labels)} with outputs of shape '
+        f'{outputs.shape}. Keras says: {error}'
+    ) from error
+  metric.reset_state()
+
+
+def _result(metric: keras.metrics.Metric, state: Sequence[tf.Tensor]) -> Any:
+  return metric.stateless_result(list(state))
+
+
+def _initial_total(name: str) -> tuple[np.ndarray, ...]:
+  if name == 'loss':
+    return np.float32(0.0), np.float32(0.0)
+  return (np.int64(0),)
+
+
+def _mean_loss(state: Sequence[tf.Tensor]) -> tf.Tensor:
+  return tf.math.divide_no_nan(state[0], state[1])
+
+
+def _only_value(state: Sequence[tf.Tensor]) -> tf.Tensor:
+  return tf.convert_to_tensor(state[0])

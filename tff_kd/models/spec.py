@@ -1,0 +1,810 @@
+"""Keras builders in, functions of weights inside, Keras models back out.
+
+`build_model_spec` calls a Keras builder once, eagerly, and checks the model against its
+data and its loss. From then on the model is a function: `ModelSpec.call` takes weights and
+inputs and returns outputs and weights, by `keras.Model.stateless_call`. Inside of TFF's
+computations there are no variables.
+
+What a model holds is told apart by what a step of training does to it:
+
+- trainable weights take gradient steps;
+- *statistics* (batch norm's moving averages) are numbers that a training call changes;
+  they are averaged over clients like weights;
+- *local* values (seeds of dropout, counters, states of recurrent layers) begin anew in
+  every local training; seeds are drawn from (seed, round, client);
+- all else (frozen layers, adapted preprocessing) is constant: it never moves and never
+  travels.
+"""
+
+from collections.abc import Callable, Mapping, Sequence
+import collections
+import contextlib
+import dataclasses
+import functools
+from typing import Any, NamedTuple, Optional
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tff_kd import graphs
+from tff_kd import losses
+from tff_kd.compat import tff
+from tff_kd.models import metrics as metrics_lib
+
+KerasModelFn = Callable[[], keras.Model]
+LossFn = Callable[[], keras.losses.Loss]
+
+_PROBE_BATCH = 16
+_UNKNOWN_DIMENSION = 16
+# Keras's name of the state of a `keras.random.SeedGenerator`.
+_SEED_STATE = 'seed_generator_state'
+
+
+def split_batch(batch: Any) -> tuple[Any, Any]:
+  """Returns the (inputs, labels) of a batch or of an `input_spec`."""
+  if isinstance(batch, Mapping):
+    return batch['x'], batch['y']
+  return batch[0], batch[1]
+
+
+class ModelValues(NamedTuple):
+  """All values of a model that can change, as tensors.
+
+  Attributes:
+    trainable: A list, in the order of `keras.Model.trainable_variables`.
+    statistics: A list of what training calls change and clients average.
+    local: A list of seeds, counters and states, for this training alone.
+  """
+
+  trainable: list[Any]
+  statistics: list[Any]
+  local: list[Any]
+
+  @property
+  def weights(self) -> tff.learning.models.ModelWeights:
+    """What belongs to the model beyond this training."""
+    return tff.learning.models.ModelWeights(list(self.trainable), list(self.statistics))
+
+
+class Outputs(NamedTuple):
+  """What a call of a model leaves.
+
+  Attributes:
+    outputs: The output tensor `[batch, ...]`.
+    values: The `ModelValues` after the call.
+    regularization_loss: A scalar, the sum of the layers' own losses.
+  """
+
+  outputs: tf.Tensor
+  values: ModelValues
+  regularization_loss: tf.Tensor
+
+
+class _Layout(NamedTuple):
+  """Where the values of a model are among `keras.Model.non_trainable_variables`."""
+
+  statistics: tuple[int, ...]
+  local: Mapping[int, np.ndarray]
+  seeds: frozenset[int]
+  constants: Mapping[int, np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ModelSpec:
+  """A checked Keras model as a function of its weights.
+
+  Attributes:
+    name: What error messages call the model ('student', 'teacher').
+    keras_model_fn: The builder. Its own random initialisation differs from call to call.
+    input_spec: The (inputs, labels) structure of `tf.TensorSpec`, batched.
+    initial_weights: The weights of the builder's model as NumPy arrays: a
+      `tff.learning.models.ModelWeights` of `trainable` weights and, in `non_trainable`,
+      the statistics.
+    logits_shape: The static shape of one example's logits, classes last.
+    from_logits: Whether the model's outputs are logits (or probabilities).
+    loss: The loss.
+    metrics: The `Metrics`.
+    is_regression: Whether the outputs are numbers to be fitted, not classes. They are
+      then compared by their squared distance wherever logits are by their divergence.
+    ignored_label: The label that counts nowhere (padding), if the loss has one.
+  """
+
+  name: str
+  keras_model_fn: KerasModelFn
+  input_spec: Any
+  initial_weights: tff.learning.models.ModelWeights
+  logits_shape: tf.TensorShape
+  from_logits: bool
+  loss: keras.losses.Loss
+  metrics: metrics_lib.Metrics
+  is_regression: bool
+  ignored_label: Optional[int]
+  _model: keras.Model
+  _layout: _Layout
+
+  @functools.cached_property
+  def weights_spec(self) -> tff.learning.models.ModelWeights:
+    """The `ModelWeights` of `tf.TensorSpec`s."""
+    return tf.nest.map_structure(
+        lambda w: tf.TensorSpec(w.shape, w.dtype), self.initial_weights
+    )
+
+  @functools.cached_property
+  def weights_type(self) -> tff.StructType:
+    """The TFF type of the model's `ModelWeights`."""
+    return tff.types.tensorflow_to_type(self.weights_spec)
+
+  @property
+  def trainable_variables(self) -> list[keras.Variable]:
+    """The Keras variables of the trainable weights: names, shapes and constraints."""
+    return list(self._model.trainable_variables)
+
+  @property
+  def layers(self) -> list[keras.layers.Layer]:
+    """The layers of the model, to be called within `BoundModel.scope`."""
+    return list(self._model.layers)
+
+  @property
+  def is_random(self) -> bool:
+    """Whether training draws random numbers (dropout)."""
+    return bool(self._layout.seeds)
+
+  def values(
+      self, weights: Any, seed: Optional[tf.Tensor] = None
+  ) -> ModelValues:
+    """The values with which a training begins.
+
+    Args:
+      weights: A structure with `trainable` and `non_trainable`.
+      seed: int32 `[2]`, decides what the training draws; the seeds of the builder's
+        model if `None`, for calls that draw nothing.
+    """
+    local = []
+    for place, initial in self._layout.local.items():
+      value = tf.constant(initial)
+      if seed is not None and place in self._layout.seeds:
+        bits = tf.random.experimental.stateless_fold_in(seed, place)
+        value = tf.cast(tf.bitwise.right_shift(tf.bitcast(bits, tf.uint32), 1), value.dtype)
+      local.append(value)
+    return ModelValues(
+        [tf.convert_to_tensor(w) for w in weights.trainable],
+        [tf.convert_to_tensor(w) for w in weights.non_trainable],
+        local,
+    )
+
+  def _non_trainable(self, values: ModelValues) -> list[tf.Tensor]:
+    """All values in the order of `keras.Model.non_trainable_variables`."""
+    by_place = {
+        **dict(zip(self._layout.statistics, values.statistics)),
+        **dict(zip(self._layout.local, values.local)),
+        **{place: tf.constant(v) for place, v in self._layout.constants.items()},
+    }
+    return [by_place[place] for place in sorted(by_place)]
+
+  def call(
+      self, values: ModelValues, inputs: Any, *, training: bool = False
+  ) -> Outputs:
+    """Calls the model.
+
+    Args:
+      values: The model's values; they are not changed.
+      inputs: A batch of inputs.
+      training: Whether the model is in training mode.
+
+    Returns:
+      The `Outputs`.
+    """
+    outputs, non_trainable, own_losses = self._model.stateless_call(
+        values.trainable,
+        self._non_trainable(values),
+        inputs,
+        training=training,
+        return_losses=True,
+    )
+    after = ModelValues(
+        list(values.trainable),
+        [tf.convert_to_tensor(non_trainable[i]) for i in self._layout.statistics],
+        [tf.convert_to_tensor(non_trainable[i]) for i in self._layout.local],
+    )
+    regularization = tf.add_n(
+        [tf.zeros([])] + [tf.cast(loss, tf.float32) for loss in own_losses]
+    )
+    return Outputs(outputs, after, regularization)
+
+  def logits(self, weights: Any, inputs: Any) -> tf.Tensor:
+    """Predictions in inference mode, as float32 logits `[batch, ..., classes]`."""
+    return BoundModel(self, self.values(weights)).logits(inputs)
+
+  def class_logits(self, outputs: tf.Tensor) -> tf.Tensor:
+    """The outputs as float32 logits; a softmax model's as log-probabilities."""
+    outputs = tf.cast(outputs, tf.float32)
+    if self.from_logits:
+      return outputs
+    return losses.logits_from_probabilities(outputs)
+
+  def constrained(self, trainable: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """Trainable weights after a step, under the constraints of their layers."""
+    return apply_constraints(self.trainable_variables, trainable)
+
+  def supervised_loss(
+      self, labels: Any, outputs: tf.Tensor, mask: Optional[tf.Tensor] = None
+  ) -> tf.Tensor:
+    """The user's loss on the model's outputs, without regularisation.
+
+    Args:
+      labels: The labels of a batch.
+      outputs: The model's outputs for it.
+      mask: Optional 0/1 float32 `[batch]`; the mean is over the ones, and 0 where
+        there are none.
+    """
+    if self.is_regression and labels.shape.rank == outputs.shape.rank - 1:
+      # Else Keras squeezes the outputs, and has one loss for the whole batch.
+      labels = labels[..., tf.newaxis]
+    counted = self.counted_labels(labels)
+    if mask is None and counted is None:
+      return self.loss(labels, outputs)
+    if counted is not None:
+      # Keras's own mean over what is not ignored is 0 / 0 where all of it is.
+      weights = counted
+      if mask is not None:
+        weights *= tf.reshape(mask, [-1] + [1] * (counted.shape.rank - 1))
+      each = keras.losses.sparse_categorical_crossentropy(
+          tf.where(counted > 0.0, labels, tf.zeros_like(labels)),
+          outputs, from_logits=self.from_logits,
+      )
+      return losses.weighted_mean(each, weights)
+    loss = self.loss(labels, outputs, sample_weight=mask)
+    # Keras divides by the size of the batch, not by the sum of the weights.
+    size = tf.cast(tf.shape(mask)[0], loss.dtype)
+    return tf.math.divide_no_nan(loss * size, tf.cast(tf.reduce_sum(mask), loss.dtype))
+
+  def counted_labels(self, labels: Any) -> Optional[tf.Tensor]:
+    """0/1 float32 in the labels' shape: 0 at the loss's `ignore_class` (padding).
+
+    `None` where the loss ignores no class: all labels count.
+    """
+    if self.ignored_label is None:
+      return None
+    ignored = tf.equal(labels, tf.cast(self.ignored_label, labels.dtype))
+    return 1.0 - tf.cast(ignored, tf.float32)
+
+  def usable_labels(
+      self, labels: Any, outputs_shape: tf.TensorShape
+  ) -> tuple[Any, tf.Tensor]:
+    """Brings class indices into range, so that a bad one can't end the round.
+
+    Args:
+      labels: The labels of a batch.
+      outputs_shape: The static shape of the model's outputs.
+
+    Returns:
+      The labels, with those outside `[0, classes)` replaced by 0, and a boolean
+      scalar that tells whether there were any. Labels of a loss other than
+      `SparseCategoricalCrossentropy` pass as they are.
+    """
+    if not isinstance(self.loss, keras.losses.SparseCategoricalCrossentropy):
+      return labels, tf.constant(False)
+    # In a wide type: 256 classes are none of uint8. False for NaN, where labels are floats.
+    wide = labels if labels.dtype.is_floating else tf.cast(labels, tf.int64)
+    in_range = (wide >= 0) & (wide < tf.cast(outputs_shape[-1], wide.dtype))
+    if self.ignored_label is not None:
+      in_range |= tf.equal(labels, tf.cast(self.ignored_label, labels.dtype))
+    return (
+        tf.where(in_range, labels, tf.zeros_like(labels)),
+        tf.logical_not(tf.reduce_all(in_range)),
+    )
+
+  def metric_mask(
+      self, labels: Any, mask: Optional[tf.Tensor]
+  ) -> Optional[tf.Tensor]:
+    """Which labels count in metrics: 0/1 float32, or `None` if all of them do.
+
+    Args:
+      labels: The labels of a batch.
+      mask: Optional 0/1 float32 `[batch]`: which examples count.
+    """
+    counted = self.counted_labels(labels)
+    if counted is None or mask is None:
+      return mask if counted is None else counted
+    return counted * tf.reshape(mask, [-1] + [1] * (counted.shape.rank - 1))
+
+  def to_keras(self, weights: Any) -> keras.Model:
+    """A Keras model of the builder with these weights.
+
+    Args:
+      weights: A `ModelWeights` of this model, such as `process.get_model_weights(state)`.
+
+    Returns:
+      A new model. Frozen and adapted values are those of the model that was checked.
+
+    Raises:
+      ValueError: If the weights are of another model.
+    """
+    model = self.keras_model_fn()
+    # Subclassed models have no variables before their first call.
+    model(_example(split_batch(self.input_spec)[0], batch_size=1), training=False)
+    self.assign(model, weights)
+    return model
+
+  def assign(self, model: keras.Model, weights: Any) -> None:
+    """Assigns weights to a built model of the same builder.
+
+    Raises:
+      ValueError: If the weights are of another model.
+    """
+    found = [np.shape(w) for w in tf.nest.flatten([weights.trainable, weights.non_trainable])]
+    expected = [w.shape for w in tf.nest.flatten(self.initial_weights)]
+    if [tuple(s) for s in found] != [tuple(s) for s in expected]:
+      raise ValueError(
+          f'The weights are not those of the {self.name}: expected arrays of shapes '
+          f'{expected}, found {found}.'
+      )
+    for variable, value in zip(model.trainable_variables, weights.trainable):
+      variable.assign(value)
+    values = {
+        **dict(zip(self._layout.statistics, weights.non_trainable)),
+        **self._layout.constants,
+    }
+    for place, value in values.items():
+      model.non_trainable_variables[place].assign(value)
+
+  @functools.cached_property
+  def functional_model(self) -> tff.learning.models.FunctionalModel:
+    """The model as `tff.learning` takes it (`build_weighted_fed_avg`, `build_fed_eval`).
+
+    TFF averages trainable weights only, and statistics stay as they were.
+    """
+    return _functional_model(self)
+
+
+class BoundModel(NamedTuple):
+  """A model with values, as what computes predictions.
+
+  Attributes:
+    spec: The `ModelSpec`.
+    values: Its `ModelValues`.
+  """
+
+  spec: ModelSpec
+  values: ModelValues
+
+  def logits(self, inputs: Any) -> tf.Tensor:
+    """Predictions in inference mode, as float32 logits `[batch, ..., classes]`."""
+    return self.spec.class_logits(self.spec.call(self.values, inputs).outputs)
+
+  def scope(self) -> contextlib.AbstractContextManager:
+    """Within it the layers of the model have these values, and keep them."""
+    # pylint: disable=protected-access
+    model = self.spec._model
+    return keras.StatelessScope([
+        *zip(model.trainable_variables, self.values.trainable),
+        *zip(model.non_trainable_variables, self.spec._non_trainable(self.values)),
+    ])
+
+
+def apply_constraints(
+    variables: Sequence[keras.Variable], values: Sequence[tf.Tensor]
+) -> list[tf.Tensor]:
+  """Values of variables after a step, under the variables' constraints."""
+  return [
+      value if v.constraint is None else tf.convert_to_tensor(v.constraint(value))
+      for v, value in zip(variables, values, strict=True)
+  ]
+
+
+def build_model_spec(
+    keras_model_fn: KerasModelFn,
+    *,
+    input_spec: Any,
+    loss_fn: LossFn,
+    metrics_fn: Optional[metrics_lib.MetricsFn] = None,
+    name: str = 'model',
+) -> ModelSpec:
+  """Checks a Keras builder against its data and its loss.
+
+  Args:
+    keras_model_fn: A no-argument function that returns a `keras.Model` with one output
+      tensor `[batch, ..., classes]`. It is called once here; the weights of its model
+      become the initial weights, so a builder may load or adapt; call
+      `keras.utils.set_random_seed` before for reproducible ones.
+    input_spec: What the clients' datasets yield, e.g. `dataset.element_spec`: a
+      pair `(x, y)` or a mapping with keys 'x' and 'y', batched; `x` may be a
+      structure of several inputs.
+    loss_fn: A no-argument function that returns a `keras.losses.Loss`.
+    metrics_fn: An optional no-argument function that returns a list of new
+      `keras.metrics.Metric`s.
+    name: What error messages call the model.
+
+  Returns:
+    A `ModelSpec`.
+
+  Raises:
+    TypeError: If an argument has the wrong type.
+    ValueError: If the model has a training step of its own, does not take inputs of
+      `input_spec`, has several outputs, or if its outputs contradict the loss:
+      probabilities under `from_logits=True`, or logits under a cross-entropy with
+      `from_logits=False`.
+  """
+  input_spec = _checked_input_spec(input_spec)
+  inputs_spec, labels_spec = split_batch(input_spec)
+  model = _build_keras_model(keras_model_fn, name)
+  loss = loss_fn()
+  if not isinstance(loss, keras.losses.Loss):
+    raise TypeError(
+        f'`loss_fn` must return a `keras.losses.Loss`, found {type(loss).__name__}.'
+    )
+  outputs = _probe(model, inputs_spec, name)
+  labels = _example(labels_spec, _PROBE_BATCH)
+  _check_loss(loss, labels, outputs, name)
+  traced = _trace(model, inputs_spec, name)
+  is_regression = isinstance(loss, _REGRESSION_LOSSES)
+  from_logits = is_regression or _check_from_logits(loss, traced.activation, name)
+  variables = model.non_trainable_variables
+  layout = traced.layout
+  return ModelSpec(
+      name=name,
+      keras_model_fn=keras_model_fn,
+      input_spec=input_spec,
+      initial_weights=tff.learning.models.ModelWeights(
+          trainable=[v.numpy() for v in model.trainable_variables],
+          non_trainable=[variables[i].numpy() for i in layout.statistics],
+      ),
+      logits_shape=traced.output_shape[1:],
+      from_logits=from_logits,
+      loss=loss,
+      metrics=metrics_lib.Metrics(metrics_fn, labels, outputs),
+      is_regression=is_regression,
+      ignored_label=_config_of(loss, 'ignore_class'),
+      _model=model,
+      _layout=layout,
+  )
+
+
+def _build_keras_model(keras_model_fn: KerasModelFn, name: str) -> keras.Model:
+  """Calls the builder; refuses what is no Keras 3 model, or trains by itself."""
+  if not callable(keras_model_fn) or isinstance(keras_model_fn, keras.Model):
+    raise TypeError(
+        f'The {name} must be a function that returns a `keras.Model`, '
+        f'found {keras_model_fn!r}. Wrap the construction of the model: '
+        '`def build(): return keras.Sequential([...])`.'
+    )
+  model = keras_model_fn()
+  if not isinstance(model, keras.Model):
+    hint = ''
+    if type(model).__mro__[-2].__module__.startswith('tensorflow') or any(
+        'tf_keras' in c.__module__ for c in type(model).__mro__
+    ):
+      hint = (
+          ' Models of Keras 2 (`tf_keras`, or `tf.keras` under TF_USE_LEGACY_KERAS=1) '
+          'cannot be used: build the model with `import keras` (Keras 3).'
+      )
+    raise TypeError(
+        f'The {name} builder must return a `keras.Model`, found '
+        f'{type(model).__module__}.{type(model).__name__}.{hint}'
+    )
+  for method in ('train_step', 'compute_loss'):
+    if getattr(type(model), method) is not getattr(keras.Model, method):
+      raise ValueError(
+          f'The {name}, a {type(model).__name__}, has a `{method}` of its own, which '
+          'federated training would not use. Put the model into a plain `keras.Model`, '
+          'its loss into `loss_fn`, and further terms into `self.add_loss` or a '
+          '`tff_kd.local_terms.LocalTerm`.'
+      )
+  return model
+
+
+def weights_of(keras_model: keras.Model) -> tff.learning.models.ModelWeights:
+  """The trainable and the non-trainable values of a built Keras model, as arrays."""
+  return tff.learning.models.ModelWeights(
+      trainable=[v.numpy() for v in keras_model.trainable_variables],
+      non_trainable=[v.numpy() for v in keras_model.non_trainable_variables],
+  )
+
+
+# Keras's losses of numbers. Another loss of numbers is taken for one of logits.
+_REGRESSION_LOSSES = (
+    keras.losses.MeanSquaredError,
+    keras.losses.MeanAbsoluteError,
+    keras.losses.MeanAbsolutePercentageError,
+    keras.losses.MeanSquaredLogarithmicError,
+    keras.losses.Huber,
+    keras.losses.LogCosh,
+    keras.losses.Poisson,
+)
+
+
+def _config_of(loss: keras.losses.Loss, key: str) -> Any:
+  """What a loss was built with; `None` where it does not tell."""
+  value = getattr(loss, key, None)
+  if value is None:
+    with contextlib.suppress(Exception):  # A user's loss may have no config.
+      value = loss.get_config().get(key)
+  return value
+
+
+def check_has_classes(spec: ModelSpec, what: str) -> None:
+  """Refuses a regression model where something is about classes.
+
+  Raises:
+    ValueError: If the model's outputs are numbers.
+  """
+  if spec.is_regression:
+    raise ValueError(
+        f'{what} is about classes, and the {spec.name} is a regression model (by its '
+        'loss). Use an algorithm and a consensus that compare outputs as they are: '
+        'fed_avg, fed_prox, fed_gkd, fed_kd, fml, fed_df, fed_distillation or fed_md, '
+        'with mean_logits.'
+    )
+
+
+def check_same_outputs(first: ModelSpec, second: ModelSpec) -> None:
+  """Refuses a pair whose predictions cannot be compared.
+
+  Raises:
+    ValueError: If the output shapes differ.
+  """
+  if first.logits_shape.as_list() != second.logits_shape.as_list():
+    raise ValueError(
+        f'The {first.name} and the {second.name} must have outputs of the same shape '
+        f'to learn from each other, found {first.logits_shape} and '
+        f'{second.logits_shape} (an example, without batch).'
+    )
+
+
+def _checked_input_spec(input_spec: Any) -> Any:
+  """The pair or mapping of `tf.TensorSpec`s, or a clear error."""
+  is_mapping = isinstance(input_spec, Mapping)
+  is_pair = isinstance(input_spec, (tuple, list)) and len(input_spec) == 2
+  if not ((is_mapping and set(input_spec) == {'x', 'y'}) or is_pair):
+    raise ValueError(
+        '`input_spec` must describe batches as a pair (x, y) or a mapping with '
+        f"exactly the keys 'x' and 'y', found {input_spec!r}. Pass the clients' "
+        '`dataset.element_spec`.'
+    )
+  for spec in tf.nest.flatten(input_spec):
+    if not isinstance(spec, tf.TensorSpec):
+      raise TypeError(
+          f'`input_spec` must hold only `tf.TensorSpec`s, found {spec!r}.'
+      )
+    if spec.shape.rank is None or spec.shape.rank < 1:
+      raise ValueError(
+          f'`input_spec` must have a batch dimension, found {spec!r}. Call '
+          '`.batch(...)` on the datasets.'
+      )
+  if is_mapping:
+    return collections.OrderedDict(x=input_spec['x'], y=input_spec['y'])
+  return tuple(input_spec)
+
+
+def _example(spec: Any, batch_size: int, rng=None) -> Any:
+  """Zeros (or random values) of a batched spec."""
+
+  def make(leaf: tf.TensorSpec):
+    shape = [batch_size] + [
+        d if d is not None else _UNKNOWN_DIMENSION
+        for d in leaf.shape.as_list()[1:]
+    ]
+    if rng is None or leaf.dtype == tf.string:
+      return tf.zeros(shape, leaf.dtype) if leaf.dtype != tf.string else tf.fill(
+          shape, ''
+      )
+    if leaf.dtype.is_floating:
+      return tf.constant(rng.standard_normal(shape), leaf.dtype)
+    return tf.cast(tf.constant(rng.integers(0, 2, shape)), leaf.dtype)
+
+  return tf.nest.map_structure(make, spec)
+
+
+def _probe(keras_model: keras.Model, inputs_spec: Any, name: str) -> tf.Tensor:
+  """The model's outputs on a random batch; builds the model."""
+  rng = np.random.default_rng(0)
+  try:
+    outputs = keras_model(
+        _example(inputs_spec, _PROBE_BATCH, rng), training=False
+    )
+  except Exception as error:
+    raise ValueError(
+        f'The {name} does not take inputs of the spec {inputs_spec}. Make the '
+        "model's inputs and the datasets' `element_spec` agree. Keras says: "
+        f'{error}'
+    ) from error
+  if not tf.is_tensor(outputs) or not outputs.dtype.is_floating:
+    raise ValueError(
+        f'The {name} must have one floating-point output tensor, found '
+        f'{tf.nest.map_structure(lambda t: getattr(t, "shape", t), outputs)}.'
+    )
+  if outputs.shape.rank < 2 or outputs.shape[0] != _PROBE_BATCH:
+    raise ValueError(
+        f'The {name} must return outputs of shape [batch, ..., classes], found '
+        f'{outputs.shape} for a batch of {_PROBE_BATCH}.'
+    )
+  return outputs
+
+
+class _Traced(NamedTuple):
+  """What the graph of a model tells.
+
+  Attributes:
+    layout: The `_Layout`.
+    activation: 'softmax' or 'sigmoid' if the model ends in one, else `None`.
+    output_shape: The static shape of its outputs, the batch included.
+  """
+
+  layout: _Layout
+  activation: Optional[str]
+  output_shape: tf.TensorShape
+
+
+def _trace(model: keras.Model, inputs_spec: Any, name: str) -> _Traced:
+  """Traces an inference and a training call of a built model."""
+  variables = model.non_trainable_variables
+  moved = []
+
+  def calls(trainable, non_trainable, inputs):
+    outputs, _ = model.stateless_call(
+        trainable, non_trainable, inputs, training=False
+    )
+    _, after = model.stateless_call(trainable, non_trainable, inputs, training=True)
+    moved[:] = [
+        i for i, (old, new) in enumerate(zip(non_trainable, after)) if new is not old
+    ]
+    return outputs
+
+  def spec_of(variable: keras.Variable) -> tf.TensorSpec:
+    return tf.TensorSpec(variable.shape, variable.dtype)
+
+  batch_spec = tf.nest.map_structure(
+      lambda s: tf.TensorSpec([None, *s.shape[1:]], s.dtype), inputs_spec
+  )
+  try:
+    traced = graphs.function(calls).get_concrete_function(
+        [spec_of(v) for v in model.trainable_variables],
+        [spec_of(v) for v in variables],
+        batch_spec,
+    )
+  except Exception as error:
+    raise ValueError(
+        f'The {name} cannot be called in training mode in a graph, as Keras\'s `fit` '
+        f'would: {error}'
+    ) from error
+  recurrent = _recurrent_states(model)
+  seeds = frozenset(
+      i for i in moved if variables[i].name == _SEED_STATE
+  )
+  statistics = tuple(
+      i
+      for i in moved
+      if tf.as_dtype(variables[i].dtype).is_floating and id(variables[i]) not in recurrent
+  )
+  layout = _Layout(
+      statistics=statistics,
+      local={i: variables[i].numpy() for i in moved if i not in statistics},
+      seeds=seeds,
+      constants={
+          i: v.numpy() for i, v in enumerate(variables) if i not in moved
+      },
+  )
+  output = traced.outputs[0]
+  shape = output.shape
+  if shape.rank is None:
+    shape = model(_example(inputs_spec, _PROBE_BATCH), training=False).shape
+  return _Traced(layout, _last_activation(output), shape)
+
+
+def _recurrent_states(model: keras.Model) -> set[int]:
+  """The identities of what recurrent layers with `stateful=True` keep."""
+  pending, states = [model], set()
+  while pending:
+    layer = pending.pop()
+    if isinstance(layer, keras.layers.RNN) and layer.stateful:
+      states |= {id(s) for s in tf.nest.flatten(layer.states)}
+    pending += [*getattr(layer, 'layers', ()), *filter(
+        None, [getattr(layer, 'layer', None)]
+    )]
+  return states
+
+
+# What leaves the values as they are.
+_PASSING = frozenset(['Identity', 'Reshape', 'Cast', 'Squeeze', 'ExpandDims'])
+
+
+def _last_activation(output: tf.Tensor) -> Optional[str]:
+  """The activation in which a traced model ends, as far as it decides the loss."""
+  op = output.op
+  while op.type in _PASSING:
+    op = op.inputs[0].op
+  return {'Softmax': 'softmax', 'Sigmoid': 'sigmoid'}.get(op.type)
+
+
+def _check_loss(loss, labels, outputs, name) -> None:
+  try:
+    value = loss(labels, outputs)
+  except Exception as error:
+    shapes = tf.nest.map_structure(lambda t: (t.shape, t.dtype.name), labels)
+    raise ValueError(
+        f'The loss {type(loss).__name__} does not take labels of shape and dtype '
+        f'{shapes} with outputs of shape {outputs.shape} of the {name}. '
+        f'Keras says: {error}'
+    ) from error
+  if value.shape.rank != 0:
+    raise ValueError(
+        f'The loss {type(loss).__name__} must return a scalar, found the shape '
+        f'{value.shape}. Leave its `reduction` at the default.'
+    )
+
+
+def _check_from_logits(loss, activation: Optional[str], name: str) -> bool:
+  """Whether the outputs are logits; refuses a loss that takes them otherwise."""
+  from_logits = _config_of(loss, 'from_logits')
+  if from_logits and activation is not None:
+    raise ValueError(
+        f'The {name} ends in {activation} (its outputs are probabilities), but '
+        f'{type(loss).__name__} has from_logits=True and would apply {activation}'
+        f' again. Remove the last activation of the {name}, or build the loss '
+        'with from_logits=False.'
+    )
+  if from_logits is False and activation is None:
+    raise ValueError(
+        f'{type(loss).__name__} has from_logits=False and expects probabilities, '
+        f'but the outputs of the {name} are not probabilities: it ends in no softmax or '
+        f'sigmoid. Build the loss with from_logits=True, or end the {name} in one.'
+    )
+  return activation is None if from_logits is None else bool(from_logits)
+
+
+def _functional_model(spec: ModelSpec) -> tff.learning.models.FunctionalModel:
+  """A `ModelSpec` as TFF's functional model."""
+
+  def predict(training: bool):
+    def fn(trainable, non_trainable, inputs, seed):
+      weights = tff.learning.models.ModelWeights(list(trainable), list(non_trainable))
+      return spec.call(spec.values(weights, seed), inputs, training=training).outputs
+
+    return graphs.placed(fn)
+
+  predict_fns = {training: predict(training) for training in (False, True)}
+
+  @tf.function(autograph=False)
+  def predict_on_batch(model_weights, x, training):
+    seed = tf.random.uniform([2], maxval=tf.int32.max, dtype=tf.int32)
+    return predict_fns[bool(training)](*map(tuple, model_weights), x, seed)
+
+  def loss(output, label, sample_weight=None):
+    del sample_weight
+    return graphs.placed(spec.supervised_loss)(label, output)
+
+  def update(state, labels, batch_output, sample_weight=None):
+    del sample_weight
+
+    def fn(state, labels, predictions, num_examples, loss):
+      mask = spec.metric_mask(labels, None)
+      state = spec.metrics.update(state, labels, predictions, mask)
+      loss_sum = loss * tf.cast(num_examples, loss.dtype)
+      return spec.metrics.add_totals(state, loss_sum, num_examples, tf.constant(1))
+
+    return graphs.placed(fn)(
+        state, labels, batch_output.predictions, batch_output.num_examples,
+        batch_output.loss,
+    )
+
+  def finalize(state):
+    return collections.OrderedDict(
+        (name, finalizer(state[name]))
+        for name, finalizer in spec.metrics.finalizers().items()
+    )
+
+  return tff.learning.models.FunctionalModel(
+      initial_weights=(
+          tuple(spec.initial_weights.trainable),
+          tuple(spec.initial_weights.non_trainable),
+      ),
+      predict_on_batch_fn=predict_on_batch,
+      loss_fn=loss,
+      metrics_fns=(
+          tf.function(spec.metrics.initial_state, autograph=False),
+          tf.function(update, autograph=False),
+          tf.function(finalize, autograph=False),
+      ),
+      input_spec=spec.input_spec,
+  )

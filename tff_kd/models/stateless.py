@@ -1,0 +1,82 @@
+"""Keras optimizers as functions, with TensorFlow as the backend.
+
+`keras.optimizers.Optimizer.stateless_apply` refuses TensorFlow, because Keras's TensorFlow
+optimizers update `tf.Variable`s under a `tf.distribute` strategy. Beneath that layer each
+optimizer is written for all backends. `optimizer` removes the layer from one optimizer;
+this can go when Keras offers `stateless_apply` there.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+# `keras.optimizers.Optimizer` puts the backend's layer upon the base of all backends.
+_BACKEND_LAYER = keras.optimizers.Optimizer.__mro__[1]
+(_BASE,) = (
+    c for c in keras.optimizers.Optimizer.__mro__ if c.__name__ == 'BaseOptimizer'
+)
+
+
+class _Stateless(keras.optimizers.Optimizer):
+  """The base's own methods again, where the backend's layer has others."""
+
+  for _name in set(vars(_BASE)) & set(vars(_BACKEND_LAYER)):
+    if callable(vars(_BASE)[_name]) and not _name.startswith('__'):
+      locals()[_name] = vars(_BASE)[_name]
+  del _name
+
+
+def optimizer(
+    optimizer: keras.optimizers.Optimizer, variables: Sequence[keras.Variable]
+) -> keras.optimizers.Optimizer:
+  """Builds an optimizer for `apply`.
+
+  Args:
+    optimizer: A new Keras optimizer; it is changed.
+    variables: What it will update; they are not changed.
+
+  Raises:
+    ValueError: If the optimizer scales the loss, or averages weights over steps.
+  """
+  if isinstance(optimizer, keras.optimizers.LossScaleOptimizer):
+    raise ValueError(
+        f'A `LossScaleOptimizer` is not supported: pass the optimizer inside of it '
+        f'({type(optimizer.inner_optimizer).__name__}), and use the mixed_bfloat16 '
+        'policy, which needs no scaling.'
+    )
+  if optimizer.use_ema or optimizer.gradient_accumulation_steps:
+    raise ValueError(
+        f'{type(optimizer).__name__} has use_ema={optimizer.use_ema} and '
+        f'gradient_accumulation_steps={optimizer.gradient_accumulation_steps}, which are '
+        'not supported. Leave them at their defaults.'
+    )
+  # Beside the optimizer's own class, so that `super()` in it finds these methods.
+  kind = type(optimizer)
+  optimizer.__class__ = type(kind.__name__, (kind, _Stateless), {})
+  optimizer.build(list(variables))
+  return optimizer
+
+
+def apply(
+    optimizer: keras.optimizers.Optimizer,
+    state: Sequence[tf.Tensor],
+    gradients: Sequence[Any],
+    values: Sequence[tf.Tensor],
+) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
+  """One step.
+
+  Args:
+    optimizer: From `optimizer`.
+    state: The values of its variables.
+    gradients: One tensor a value, or `None`.
+    values: The values of the variables that it was built with.
+
+  Returns:
+    The values and the state after the step.
+  """
+  values, state = optimizer.stateless_apply(list(state), list(gradients), list(values))
+  return [tf.convert_to_tensor(v) for v in values], [
+      tf.convert_to_tensor(v) for v in state
+  ]
