@@ -1,13 +1,16 @@
-# make train | test | lint | lock | clean. `make PYTHON=/path/to/python3.11 ...`
-# names another interpreter; `make train FLAGS="--rounds=50"` passes flags on.
+# make train | test | slow | smoke | lint | lock | clean. The newest of Python 3.13, 3.12
+# and 3.11 is taken; `make PYTHON=/path/to/python3.12 ...` (or PYTHON=3.12) names another.
+# `make train FLAGS="--rounds=50"` passes flags on.
 
-PYTHON ?= $(shell command -v python3.11 || command -v python3)
+PYTHON ?=
 VENV := .venv
 BIN := $(VENV)/bin
 FLAGS ?=
 STAMP := $(VENV)/.installed
+SMOKE := .venv-smoke
+INPUTS := requirements.txt requirements-data.txt setup.cfg pyproject.toml
 
-.PHONY: train test slow lint lock clean install
+.PHONY: train test slow smoke lint lock clean install
 
 train: $(STAMP)
 	$(BIN)/python -m pipelines.train $(FLAGS)
@@ -25,21 +28,53 @@ lint: $(STAMP)
 
 install: $(STAMP)
 
-$(STAMP): requirements.txt requirements-data.txt setup.cfg pyproject.toml
-	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info[:2] != (3, 11))' 2>/dev/null || \
-	  { echo "tff_kd needs Python 3.11 (TensorFlow Federated 0.87 takes nothing newer), but $(PYTHON) is $$("$(PYTHON)" --version 2>&1 || echo not there); pass one with: make PYTHON=/path/to/python3.11" >&2; exit 1; }
-	"$(PYTHON)" -m venv $(VENV)
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --require-hashes -r requirements.txt -r requirements-data.txt
-	$(BIN)/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
-	@touch $@
+# On each Python but the one of $(VENV): install, import, run one small round.
+smoke: $(STAMP)
+	@set -e; used="$$($(BIN)/python -c 'import sys; print("%d.%d" % sys.version_info[:2])')"; \
+	for version in 3.13 3.12 3.11; do \
+	  if [ $$version = $$used ]; then continue; fi; \
+	  if .ci/pythons $$version >/dev/null; then $(MAKE) --no-print-directory smoke-$$version; \
+	  else echo "smoke: Python $$version is not here."; fi; \
+	done
+
+smoke-%: $(SMOKE)/%/.installed
+	rm -rf $(SMOKE)/$*/run
+	$(SMOKE)/$*/bin/python -c 'from tff_kd import tff; print("TFF", tff.__version__)'
+	$(SMOKE)/$*/bin/python -m pipelines.train --rounds=1 --compare_with_fed_avg=false \
+	  --num_clients=4 --clients_per_round=2 --client_epochs=1 --pretrain_epochs=1 \
+	  --teacher=document --server_steps=2 --back_steps=2 --output_dir=$(SMOKE)/$*/run
+	@echo "smoke: Python $* imports and runs a round."
+
+# $(call install,folder,python): a virtual environment with the lock and this package.
+# pip must not resolve, nor mind what TFF's metadata say of Python. See BUILD_NOTES.md.
+define install
+	@python="$$(.ci/pythons $(2))" || { echo 'tff_kd needs Python 3.13, 3.12 or 3.11 with its modules venv and ensurepip, but $(or $(2:%=% is none that runs),there is none on the PATH or in pyenv); name one with: make PYTHON=/path/to/python3.13' >&2; exit 1; }; \
+	set -x; "$$(echo "$$python" | head -n 1)" -m venv --clear $(1)
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python --require-hashes -r requirements.txt -r requirements-data.txt
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	@touch $(1)/.installed
+endef
+
+$(STAMP): $(INPUTS)
+	$(call install,$(VENV),$(PYTHON))
+
+.PRECIOUS: $(SMOKE)/%/.installed
+$(SMOKE)/%/.installed: $(INPUTS)
+	$(call install,$(SMOKE)/$*,$*)
+
+# A PYTHON that is not the one of $(VENV): install anew.
+ifneq ($(PYTHON),)
+ifneq ($(shell "$$(.ci/pythons $(PYTHON))" -V 2>&1),$(shell $(BIN)/python -V 2>&1))
+.PHONY: $(STAMP)
+endif
+endif
 
 # The one command that makes the two lock files; needs uv. See BUILD_NOTES.md.
 lock:
-	uv pip compile requirements.in --override overrides.txt --generate-hashes \
-	  --python-version 3.11 --python-platform x86_64-manylinux_2_31 \
-	  --output-file requirements.txt
-	uv pip compile requirements-data.in --no-deps --generate-hashes --python-version 3.11 \
-	  --output-file requirements-data.txt
+	uv pip compile requirements.in --override overrides.txt --universal --python-version 3.11 \
+	  --only-binary :all: --generate-hashes --output-file requirements.txt
+	uv pip compile requirements-data.in --no-deps --universal --python-version 3.11 \
+	  --only-binary :all: --generate-hashes --output-file requirements-data.txt
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(SMOKE) build *.egg-info

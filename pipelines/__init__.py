@@ -53,9 +53,6 @@ def for_users(
 def run(main: Callable[[list[str]], Optional[int]]) -> None:
   """As `absl.app.run`, for a main that imports TensorFlow only when it runs.
 
-  In a process whose TensorFlow was first imported under `absl.app.run`, Keras cannot
-  build functional models (TensorFlow 2.14), so that one does not serve.
-
   Args:
     main: Takes the arguments that are no flags; returns the exit status.
   """
@@ -73,9 +70,4 @@ def run(main: Callable[[list[str]], Optional[int]]) -> None:
   except app.UsageError as error:
     print(f'error: {error}\nTry --help.', file=sys.stderr)
     status = error.exitcode
-  finally:
-    if 'tensorflow_federated' in sys.modules:
-      from tff_kd.simulation import runtime
-
-      runtime.end_tffs_own_worker_at_exit()
   sys.exit(status)

@@ -4,6 +4,8 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import pathlib
+import sys
+import time
 from typing import Any, NamedTuple, Optional
 
 from absl import flags
@@ -13,6 +15,7 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from pipelines import central
 from pipelines import plots
 from pipelines import tables
 from pipelines import train_flags as args
@@ -29,18 +32,59 @@ from tff_kd.privacy import membership
 _MIN_VICTIM_EXAMPLES = 5
 # Classes that a picture shows.
 _MAX_SHOWN = 8
-_NOT_TESTED = """\
-## What this does not test
-
+# Of shadow models: Adam's rate, and examples a step.
+_SHADOW_RATE, _SHADOW_BATCH = 0.001, 32
+_NO_SHADOWS = """\
 - Attacks that train models of their own to compare with (shadow models, LiRA), which find
-  more at low false positive rates; those that change what is sent (a malicious server, a
-  malicious client), clients that work together, and whoever watches a client over many
-  rounds.
+  more at low false positive rates; `--shadow_models=16` runs them.
+"""
+_WITH_SHADOWS = """\
+- Shadow models that are trained as the run was, round by round, and that are asked about
+  several variants of an example: closer ones find more. And attacks with shadow models on
+  a teacher, or on what single clients send.
+"""
+_NOT_TESTED = """\
+- Attacks that change what is sent (by a malicious server or client), clients that work
+  together, and whoever watches a client over many rounds.
 - What models tell of a client beside membership: properties, labels, single features.
 - Gradients: the server's view here is a client's model and its predictions.
 - An AUC of about .5 says that these attacks found nothing. It is no guarantee; epsilon is
   one, about every attack.
 """
+
+
+class _Run(NamedTuple):
+  """A finished run.
+
+  Attributes:
+    folder: Where it is.
+    config: Its flags.
+    algorithm: Which.
+    task: Its data.
+    rows: The rows of each client's examples.
+    batches: How clients read them.
+    took_part: The numbers of the clients that were in any round, with examples.
+    released: The models, by name.
+  """
+
+  folder: pathlib.Path
+  config: Mapping[str, Any]
+  algorithm: algorithms.Algorithm
+  task: tff_kd.data.Task
+  rows: Sequence[np.ndarray]
+  batches: tff_kd.ClientBatches
+  took_part: Sequence[int]
+  released: Mapping[str, keras.Model]
+
+  @property
+  def keeps_models(self) -> bool:
+    """Whether clients go on with models of their own, and send something about these."""
+    return not self.algorithm.averages and any(
+        (self.folder / 'clients').glob('client-*')
+    )
+
+  def members(self) -> tff_kd.data.Examples:
+    return self.task.clients.take(np.concatenate([self.rows[k] for k in self.took_part]))
 
 
 class _Victim(NamedTuple):
@@ -69,6 +113,56 @@ class _Inverted(NamedTuple):
   images: Mapping[str, np.ndarray]
 
 
+class _Inversion(NamedTuple):
+  """What was reconstructed from predictions.
+
+  Attributes:
+    gains: By score, over what needs no client; `None` if nothing was tried.
+    shown: To be drawn.
+    reason: Why nothing was tried.
+  """
+
+  gains: Optional[Mapping[str, membership.Estimate]] = None
+  shown: Sequence[_Inverted] = ()
+  reason: Optional[str] = None
+
+
+class _Shadows(NamedTuple):
+  """What shadow models found.
+
+  Attributes:
+    reports: By released student.
+    num_models: Of each.
+    num_examples: What each was trained with.
+    max_epochs: Passes over these, at most.
+  """
+
+  reports: Mapping[str, membership.LiraReport]
+  num_models: int
+  num_examples: int
+  max_epochs: int
+
+
+class _Results(NamedTuple):
+  """All that the audit found.
+
+  Attributes:
+    found: By released model, what membership inference found.
+    leaks: The AUC on single clients, by loss.
+    clients: The numbers of these.
+    inversion: Of their predictions.
+    shadows: `None` if there were none.
+    num_members: Examples of all clients that took part.
+  """
+
+  found: Mapping[str, membership.Report]
+  leaks: membership.Estimate
+  clients: Sequence[int]
+  inversion: _Inversion
+  shadows: Optional[_Shadows]
+  num_members: int
+
+
 def run(
     run_dir: pathlib.Path,
     report_dir: pathlib.Path,
@@ -76,10 +170,61 @@ def run(
     num_victims: int,
     seed: int,
     num_epochs: int,
+    num_shadow_models: int = 0,
+    shadow_epochs: int = 20,
 ) -> None:
-  """The whole job."""
+  """The whole job.
+
+  Args:
+    run_dir: Of the run that is attacked.
+    report_dir: Where the report goes.
+    num_victims: How many clients are attacked one by one.
+    seed: Decides whom, the halves, and what attackers train with.
+    num_epochs: Of the inversion; 0 for none.
+    num_shadow_models: For each released student; 0 for none.
+    shadow_epochs: Passes of a shadow model over its examples, at most.
+
+  Raises:
+    UserError: If there is no such run, or nothing to attack.
+  """
+  finished = _open_run(run_dir)
+  report_dir.mkdir(parents=True, exist_ok=True)
+  members, others = finished.members(), finished.task.test
+  answers = {
+      name: (_predict(model, members), _predict(model, others))
+      for name, model in finished.released.items()
+  }
+  found = {
+      name: membership.infer_membership(*both, seed=seed)
+      for name, both in answers.items()
+  }
+  with train_job.runtime():
+    victims = _train_victims(finished, num_victims, seed)
+  leaks = membership.mean_with_interval([
+      membership.infer_by_loss(
+          _predict(victim.model, victim.examples), _predict(victim.model, others)
+      )
+      for victim in victims
+  ])
+  inverted = _try_inversion(finished, victims, num_epochs=num_epochs, seed=seed)
+  shadows = None
+  if num_shadow_models:
+    shadows = _attack_by_shadow_models(
+        finished.task, members, answers, num_models=num_shadow_models,
+        max_epochs=shadow_epochs, seed=seed,
+    )
+  _report(
+      report_dir, finished,
+      _Results(
+          found, leaks, [victim.client for victim in victims], inverted, shadows,
+          num_members=len(members),
+      ),
+  )
+
+
+def _open_run(run_dir: pathlib.Path) -> _Run:
+  """The run, if it can be attacked."""
   config = _restore_flags(run_dir)
-  algorithm = algorithms.REGISTRY[args.ALGORITHM.value]
   task = train_job.load_task()
   if task.is_regression or task.clients.labels.ndim > 1:
     raise UserError(
@@ -87,7 +232,6 @@ def run(
         f'{task.name} is no such task.'
     )
   rows = train_job.split_clients(task)
-  report_dir.mkdir(parents=True, exist_ok=True)
   batches = train_job.build_batches(task, rows)
   took_part = _who_took_part(run_dir, batches)
   if not took_part:
@@ -95,37 +239,13 @@ def run(
         f'No client with examples took part in the run in {run_dir}: there is nothing to '
         'find out.'
     )
-  members = task.clients.take(np.concatenate([rows[k] for k in took_part]))
-  released = {
-      path.stem: keras.models.load_model(path, compile=False)
-      for path in sorted(run_dir.glob('*.keras'))
-  }
-  found = {
-      name: membership.infer_membership(
-          _predict(model, members), _predict(model, task.test), seed=seed
-      )
-      for name, model in released.items()
-  }
-  with train_job.runtime(report_dir):
-    victims = _train_victims(
-        run_dir, algorithm, task, rows, batches, released, took_part, num_victims, seed
-    )
-  leaks = membership.mean_with_interval([
-      membership.infer_by_loss(
-          _predict(its.model, its.examples), _predict(its.model, task.test)
-      )
-      for its in victims
-  ])
-  inverted, shown = None, []
-  reason = _why_not_inverted(algorithm, task, released, num_epochs)
-  if reason is None:
-    inverted, shown = _invert(
-        task, _server_model(released), victims, num_epochs=num_epochs, seed=seed
-    )
-  _report(
-      report_dir, config, found, leaks, victims, inverted, shown, reason,
-      num_members=len(members), num_clients=len(took_part),
-      keeps_models=_keeps_models(run_dir, algorithm),
+  return _Run(
+      run_dir, config, algorithms.REGISTRY[args.ALGORITHM.value], task, rows, batches,
+      took_part,
+      released={
+          path.stem: keras.models.load_model(path, compile=False)
+          for path in sorted(run_dir.glob('*.keras'))
+      },
   )
 
 
@@ -171,7 +291,7 @@ def _who_took_part(
     for client in participation(round_num):
       found.add(client['data'] if isinstance(client, Mapping) else client)
   # An empty client has nothing to be found out.
-  return sorted(its for its in found if batches.data.num_examples[its])
+  return sorted(client for client in found if batches.data.num_examples[client])
 
 
 def _predict(model: keras.Model, examples) -> membership.Predictions:
@@ -186,11 +306,10 @@ def _server_model(released: Mapping[str, keras.Model]) -> Optional[keras.Model]:
   return None
 
 
-def _train_victims(
-    run_dir, algorithm, task, rows, batches, released, took_part, num_victims, seed
-) -> list[_Victim]:
+def _train_victims(finished: _Run, num_victims: int, seed: int) -> list[_Victim]:
   """Some clients with the models that they would send, or keep, after one more round."""
-  fitting = [k for k in took_part if len(rows[k]) >= _MIN_VICTIM_EXAMPLES]
+  rows = finished.rows
+  fitting = [k for k in finished.took_part if len(rows[k]) >= _MIN_VICTIM_EXAMPLES]
   if not fitting:
     raise UserError(
         f'No client that took part has {_MIN_VICTIM_EXAMPLES} examples or more: there is '
@@ -198,55 +317,42 @@ def _train_victims(
     )
   order = np.random.default_rng(seed).permutation(len(fitting))
   clients = sorted(fitting[i] for i in order[:num_victims])
-  names = args.STUDENT.value
-
-  def build(cohort: int) -> keras.Model:
-    model = task.students[names[cohort]]()
-    model(task.test.inputs[:1])  # Until then a subclassed one has no weights to set.
-    return model
-
-  if _keeps_models(run_dir, algorithm):
-    weights = _kept_weights(run_dir, algorithm, task, batches, clients)
-  else:
-    weights = _local_weights(task, batches, released, clients)
-  victims = []
-  for client, its in zip(clients, weights, strict=True):
-    model = build(client % len(names))
-    its.assign_weights_to(model)
-    victims.append(_Victim(client, model, task.clients.take(rows[client])))
-  return victims
-
-
-def _keeps_models(run_dir: pathlib.Path, algorithm: algorithms.Algorithm) -> bool:
-  """Whether clients go on with models of their own, and send something about these."""
-  return not algorithm.averages and any((run_dir / 'clients').glob('client-*'))
-
-
-def _kept_weights(run_dir, algorithm, task, batches, clients):
-  """Of clients that keep their models: those."""
-  process = train_job.build_process(
-      algorithm, task, train_job.common_arguments(task, batches)
+  models = _kept_models(finished, clients) if finished.keeps_models else (
+      _local_models(finished, clients)
   )
-  count = len(process.clients.specs)
-  states = tff_kd.simulation.ClientStates(
-      process.initialize_client(), run_dir / 'clients',
-      cohort_fn=(lambda client: client % count) if count > 1 else None,
-  ).load(clients)
   return [
-      tff.learning.models.ModelWeights(
-          *process.clients.unpack(its.weights)[client % count]
-      )
-      for client, its in zip(clients, states)
+      _Victim(client, model, finished.task.clients.take(rows[client]))
+      for client, model in zip(clients, models, strict=True)
   ]
 
 
-def _local_weights(task, batches, released, clients):
+def _kept_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
+  """Of clients that keep their models: those."""
+  common = train_job.common_arguments(finished.task, finished.batches)
+  process = train_job.build_process(finished.algorithm, finished.task, common)
+  specs = process.clients.specs
+  count = len(specs)
+  states = tff_kd.simulation.ClientStates(
+      process.initialize_client(), finished.folder / 'clients',
+      cohort_fn=(lambda client: client % count) if count > 1 else None,
+  ).load(clients)
+  return [
+      specs[client % count].to_keras(
+          tff.learning.models.ModelWeights(
+              *process.clients.unpack(state.weights)[client % count]
+          )
+      )
+      for client, state in zip(clients, states)
+  ]
+
+
+def _local_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
   """Of the others: the student after their local training, as their delta gives it."""
   names = args.STUDENT.value
   found = {}
   for cohort in range(len(names)):
-    student = released.get('student') or released[f'student_{cohort}']
-    common = train_job.common_arguments(task, batches)
+    student = finished.released.get('student') or finished.released[f'student_{cohort}']
+    common = train_job.common_arguments(finished.task, finished.batches)
     functions = common['student_fn']
     process = algorithms.build_fed_avg(
         **{
@@ -258,40 +364,139 @@ def _local_weights(task, batches, released, clients):
         }
     )
     state = process.set_model_weights(
-        process.initialize(), tff_kd.models.weights_of(student)
+        process.initialize(), process.student_spec.weights_of(student)
     )
     for client in clients:
       if client % len(names) == cohort:
-        output = process.next(state, [client])
-        found[client] = process.get_model_weights(output.state)
+        weights = process.get_model_weights(process.next(state, [client]).state)
+        found[client] = process.students.first.to_keras(weights)
   return [found[client] for client in clients]
 
 
-def _why_not_inverted(algorithm, task, released, num_epochs: int) -> Optional[str]:
+def _students_released(
+    task: tff_kd.data.Task, released: Sequence[str]
+) -> dict[str, tff_kd.models.KerasModelFn]:
+  """The builders of the released students, by their names."""
+  names = args.STUDENT.value
+  if len(names) == 1:
+    builders = {'student': task.students[names[0]]}
+  else:
+    builders = {f'student_{i}': task.students[name] for i, name in enumerate(names)}
+  return {name: builder for name, builder in builders.items() if name in released}
+
+
+def _attack_by_shadow_models(
+    task: tff_kd.data.Task,
+    members: tff_kd.data.Examples,
+    answers: Mapping[str, tuple[membership.Predictions, membership.Predictions]],
+    *,
+    num_models: int,
+    max_epochs: int,
+    seed: int,
+) -> _Shadows:
+  """Compares each released student with models whose training is known."""
+  audited = tf.nest.map_structure(
+      lambda *arrays: np.concatenate(arrays), members, task.test
+  )
+  is_member = np.arange(len(audited)) < len(members)
+  trained = membership.draw_shadow_membership(num_models, len(audited), seed=seed)
+  reports = {}
+  for name, builder in _students_released(task, list(answers)).items():
+    confidences = _train_shadows(
+        name, builder, task, audited, trained, max_epochs=max_epochs, seed=seed
+    )
+    reports[name] = membership.infer_by_shadow_models(
+        np.concatenate(
+            [membership.logit_scaled_confidences(answer) for answer in answers[name]]
+        ),
+        is_member, confidences, trained,
+    )
+  return _Shadows(reports, num_models, int(trained[0].sum()), max_epochs)
+
+
+def _train_shadows(
+    name: str,
+    builder: tff_kd.models.KerasModelFn,
+    task: tff_kd.data.Task,
+    audited: tff_kd.data.Examples,
+    trained: np.ndarray,
+    *,
+    max_epochs: int,
+    seed: int,
+) -> np.ndarray:
+  """The confidences `[models, n]` of models that are trained as `trained` says."""
+  print(
+      f'{name}: trains {len(trained)} shadow models on {trained[0].sum():,} examples '
+      f'each, up to {max_epochs} passes each. This can take long.',
+      file=sys.stderr, flush=True,
+  )
+  evaluator = tff_kd.evaluation.CentralEvaluator(
+      tff_kd.models.build_model_spec(
+          builder, input_spec=task.input_spec, loss_fn=task.loss_fn,
+          metrics_fn=task.metrics_fn, name=name,
+      )
+  )
+  confidences, start = [], time.monotonic()
+  for number, rows in enumerate(trained):
+    keras.utils.set_random_seed(seed + number)
+    model = builder()
+    model.compile(keras.optimizers.Adam(_SHADOW_RATE), task.loss_fn())
+    best = central.fit(
+        model, evaluator, task, audited.take(np.flatnonzero(rows)), seed=seed + number,
+        max_epochs=max_epochs, batch_size=_SHADOW_BATCH,
+    )
+    if not best:
+      raise UserError(
+          f'A shadow model of the {name} has a validation {task.metric} that is no '
+          'number after a pass, so there is nothing to compare with. Leave '
+          '--shadow_models out.'
+      )
+    confidences.append(membership.logit_scaled_confidences(_predict(model, audited)))
+    left = (time.monotonic() - start) / (number + 1) * (len(trained) - number - 1)
+    print(
+        f'{name}: shadow model {number + 1} of {len(trained)}, best after pass {best}; '
+        f'about {left:,.0f} s to go.', file=sys.stderr, flush=True,
+    )
+  return np.stack(confidences)
+
+
+def _try_inversion(
+    finished: _Run, victims: Sequence[_Victim], *, num_epochs: int, seed: int
+) -> _Inversion:
+  reason = _why_not_inverted(finished, num_epochs)
+  if reason is not None:
+    return _Inversion(reason=reason)
+  return _invert(
+      finished.task, _server_model(finished.released), victims, num_epochs=num_epochs,
+      seed=seed,
+  )
+
+
+def _why_not_inverted(finished: _Run, num_epochs: int) -> Optional[str]:
   if not num_epochs:
     return 'It was turned off.'
-  if not np.issubdtype(np.asarray(task.transfer.inputs).dtype, np.floating):
+  if not np.issubdtype(np.asarray(finished.task.transfer.inputs).dtype, np.floating):
     return 'Inputs are numbers of words, not values that could be drawn.'
-  if algorithm.takes('regularizer_weight'):
+  if finished.algorithm.takes('regularizer_weight'):
     return 'Clients send one mean for each class, not predictions on examples.'
-  if not algorithm.takes('transfer_set'):
+  if not finished.algorithm.takes('transfer_set'):
     return 'This algorithm has no channel of predictions: clients send weights only.'
-  if _server_model(released) is None:
+  if _server_model(finished.released) is None:
     return 'The server has no model, whose predictions the attack would compare with.'
   return None
 
 
+def _logits(model: keras.Model, inputs: Any) -> np.ndarray:
+  return model.predict(inputs, batch_size=256, verbose=0)
+
+
 def _invert(
-    task, server: keras.Model, victims: Sequence[_Victim], *, num_epochs, seed
-) -> tuple[dict[str, membership.Estimate], list[_Inverted]]:
+    task: tff_kd.data.Task, server: keras.Model, victims: Sequence[_Victim], *,
+    num_epochs: int, seed: int,
+) -> _Inversion:
   """Scores of the reconstructions, each against what needs no client; and pictures."""
   public = task.transfer.inputs
-  value_range = float(np.ptp(public))
-
-  def logits(model, inputs) -> np.ndarray:
-    return model.predict(inputs, batch_size=256, verbose=0)
-
-  server_public = logits(server, public)
+  server_public = _logits(server, public)
   # What the server thinks that a class looks like, without any client.
   of_class = {
       int(label): public[np.argmax(server_public, -1) == label].mean(0)
@@ -302,93 +507,140 @@ def _invert(
   shown = []
   for victim in victims:
     inverter = inversion.Inverter(
-        public, inversion.Pairs(logits(victim.model, public), server_public),
+        public, inversion.Pairs(_logits(victim.model, public), server_public),
         num_epochs=num_epochs, seed=seed,
     )
-    private = victim.examples
-    by_class = []
-    for label in np.unique(private.labels):
-      if int(label) not in of_class:
-        continue
-      mean = private.inputs[private.labels == label].mean(0)
-      image = inverter.invert(inverter.pair_of(int(label)))[0]
-      known = of_class[int(label)]
-      scores = [
-          inversion.similarity(its[np.newaxis], mean[np.newaxis], value_range)
-          for its in (image, known)
-      ]
-      by_class.append([float(a[0] - b[0]) for a, b in zip(*scores)])
-      if len(shown) < _MAX_SHOWN:
-        shown.append(
-            _Inverted(
-                f'client {victim.client},\nclass {label}',
-                {
-                    'private: one example': private.inputs[private.labels == label][0],
-                    'private: mean of the class': mean,
-                    'reconstructed from predictions': image,
-                    'public: mean of the class': known,
-                },
-            )
-        )
-    pairs = inversion.Pairs(
-        logits(victim.model, private.inputs), logits(server, private.inputs)
-    )
-    guesses = np.stack([
-        of_class.get(int(label), public.mean(0)) for label in np.argmax(pairs.server, -1)
-    ])
-    scores = [
-        inversion.similarity(its, private.inputs, value_range)
-        for its in (inverter.invert(pairs), guesses)
-    ]
+    by_class, images = _invert_classes(inverter, victim, of_class, np.ptp(public))
+    shown += images[: _MAX_SHOWN - len(shown)]
     # One number a client: its examples are alike.
     of_client = [
         *(np.mean(by_class, axis=0) if by_class else (np.nan, np.nan)),
-        *(float(np.mean(a - b)) for a, b in zip(*scores)),
+        *_invert_examples(inverter, victim, server, of_class, public),
     ]
     for name, value in zip(gains, of_client):
       if np.isfinite(value):
         gains[name].append(value)
-  return {
-      name: membership.mean_with_interval(values)
-      for name, values in gains.items() if values
-  }, shown
-
-
-def _report(
-    report_dir, config, found, leaks, victims, inverted, shown, reason, *, num_members,
-    num_clients, keeps_models,
-) -> None:
-  """Prints the tables; writes report.md, report.json and the pictures."""
-  rows = [(
-      'released model', 'accuracy: members', 'others', 'AUC', 'advantage', 'worst class',
-      'its AUC', 'attack',
-  )]
-  for name, its in found.items():
-    worst = its.worst_class
-    rows.append((
-        name, f'{its.member_accuracy:.3f}', f'{its.non_member_accuracy:.3f}',
-        str(its.overall.auc), str(its.overall.advantage),
-        str(worst.label) if worst is not None else '',
-        str(worst.auc) if worst is not None else 'too few examples',
-        its.overall.attack,
-    ))
-  whose = (
-      "clients' own models, about which they send something"
-      if keeps_models
-      else "single clients' models, as one that sees what they send"
+  return _Inversion(
+      {
+          name: membership.mean_with_interval(values)
+          for name, values in gains.items() if values
+      },
+      shown,
   )
-  clients = [
-      ('against', 'found', 'mean over clients'),
-      (whose, 'membership by loss, AUC', str(leaks)),
+
+
+def _gains(
+    found: np.ndarray, known: np.ndarray, truth: np.ndarray, value_range: float
+) -> list[np.ndarray]:
+  """How much nearer the truth it is than what was known: PSNR and SSIM, by image."""
+  return [
+      np.asarray(of_found) - np.asarray(of_known)
+      for of_found, of_known in zip(*(
+          inversion.similarity(images, truth, float(value_range))
+          for images in (found, known)
+      ))
   ]
-  if inverted is not None:
-    named = {
-        'class': 'classes, reconstructed, over the public mean',
-        'example': 'examples whose predictions leak, likewise',
-    }
-    for name, its in inverted.items():
-      kind, score = name.split()
-      clients.append(('predictions', f'{score} of {named[kind]}', str(its)))
+
+
+def _invert_classes(
+    inverter: inversion.Inverter, victim: _Victim, of_class: Mapping[int, np.ndarray],
+    value_range: float,
+) -> tuple[list[list[float]], list[_Inverted]]:
+  """By class of the victim, the gains; and pictures."""
+  private = victim.examples
+  by_class, shown = [], []
+  for label in np.unique(private.labels):
+    if int(label) not in of_class:
+      continue
+    own = private.inputs[private.labels == label]
+    image = inverter.invert(inverter.pair_of(int(label)))
+    known = of_class[int(label)][np.newaxis]
+    by_class.append([
+        float(gain[0])
+        for gain in _gains(image, known, own.mean(0)[np.newaxis], value_range)
+    ])
+    shown.append(
+        _Inverted(
+            f'client {victim.client},\nclass {label}',
+            {
+                'private: one example': own[0],
+                'private: mean of the class': own.mean(0),
+                'reconstructed from predictions': image[0],
+                'public: mean of the class': known[0],
+            },
+        )
+    )
+  return by_class, shown
+
+
+def _invert_examples(
+    inverter: inversion.Inverter, victim: _Victim, server: keras.Model,
+    of_class: Mapping[int, np.ndarray], public: np.ndarray,
+) -> list[float]:
+  """The mean gains over the victim's examples whose predictions leak."""
+  private = victim.examples.inputs
+  pairs = inversion.Pairs(_logits(victim.model, private), _logits(server, private))
+  guesses = np.stack([
+      of_class.get(int(label), public.mean(0)) for label in np.argmax(pairs.server, -1)
+  ])
+  return [
+      float(np.mean(gain))
+      for gain in _gains(inverter.invert(pairs), guesses, private, np.ptp(public))
+  ]
+
+
+def _report(report_dir: pathlib.Path, finished: _Run, results: _Results) -> None:
+  """Prints the tables; writes report.md, report.json and the pictures."""
+  setup = _setup(finished, results)
+  guards = _guards(finished.config)
+  released = _rows_of_released(results.found)
+  clients = _rows_of_clients(finished, results)
+  _write_text(report_dir, setup, guards, released, clients, results)
+  (report_dir / 'report.json').write_text(
+      json.dumps(_results_as_json(results), indent=2) + '\n'
+  )
+  _draw(report_dir, results)
+  print(setup)
+  for guard in guards:
+    print(guard)
+  print()
+  if results.found:
+    tables.print_table(released)
+    print()
+  tables.print_table(clients)
+  if results.inversion.reason is not None:
+    print(f'Predictions were not inverted. {results.inversion.reason}')
+  if results.shadows is not None:
+    print()
+    if results.shadows.reports:
+      tables.print_table(_rows_of_shadows(results.shadows))
+    else:
+      print(_NO_STUDENT)
+  print(f'\n{report_dir / "report.md"}')
+
+
+def _setup(finished: _Run, results: _Results) -> str:
+  config, num_clients = finished.config, len(finished.took_part)
+  setup = (
+      f'{config["algorithm"]} on {config["task"]}. Members: {results.num_members} '
+      f'examples of the {num_clients} clients that took part; others: the test part, '
+      'equally many. Attack, class and threshold were chosen on one half and measured on '
+      'the other. '
+      f'{len(results.clients)} clients were attacked one by one, with '
+      + (
+          'the models that they keep. In'
+          if finished.keeps_models
+          else 'the models that they would send after one more round. In'
+      )
+      + ' brackets: 95 % confidence intervals. Chance '
+      'is an AUC of .5, an advantage of 0, and no decibel and no SSIM over the public '
+      'mean.'
+  )
+  return setup if results.found else f'{setup} This run releases no model.'
+
+
+def _guards(config: Mapping[str, Any]) -> list[str]:
+  """What the run does against these attacks, and what not."""
   guards = []
   if config.get('epsilon') is not None or config.get('noise_multiplier') is not None:
     guards.append(
@@ -400,78 +652,214 @@ def _report(
         'Under a secure protocol the server would see sums only. What single clients '
         'send is attacked here as if it saw that.'
     )
-  setup = (
-      f'{config["algorithm"]} on {config["task"]}. Members: {num_members} examples of '
-      f'the {num_clients} clients that took part; others: the test part, equally many. '
-      'Attack, class and threshold were chosen on one half and measured on the other. '
-      f'{len(victims)} clients were attacked one by one, with '
-      + (
-          'the models that they keep. In'
-          if keeps_models
-          else 'the models that they would send after one more round. In'
-      )
-      + ' brackets: 95 % confidence intervals. Chance '
-      'is an AUC of .5, an advantage of 0, and no decibel and no SSIM over the public '
-      'mean.'
+  return guards
+
+
+def _rows_of_released(found: Mapping[str, membership.Report]) -> list[tuple[str, ...]]:
+  rows = [(
+      'released model', 'accuracy: members', 'others', 'AUC', 'advantage', 'worst class',
+      'its AUC', 'attack',
+  )]
+  for name, report in found.items():
+    worst = report.worst_class
+    rows.append((
+        name, f'{report.member_accuracy:.3f}', f'{report.non_member_accuracy:.3f}',
+        str(report.overall.auc), str(report.overall.advantage),
+        str(worst.label) if worst is not None else '',
+        str(worst.auc) if worst is not None else 'too few examples',
+        report.overall.attack,
+    ))
+  return rows
+
+
+def _rows_of_clients(finished: _Run, results: _Results) -> list[tuple[str, ...]]:
+  whose = (
+      "clients' own models, about which they send something"
+      if finished.keeps_models
+      else "single clients' models, as one that sees what they send"
   )
-  if not found:
-    setup += ' This run releases no model.'
+  rows = [
+      ('against', 'found', 'mean over clients'),
+      (whose, 'membership by loss, AUC', str(results.leaks)),
+  ]
+  named = {
+      'class': 'classes, reconstructed, over the public mean',
+      'example': 'examples whose predictions leak, likewise',
+  }
+  for name, gain in (results.inversion.gains or {}).items():
+    kind, score = name.split()
+    rows.append(('predictions', f'{score} of {named[kind]}', str(gain)))
+  return rows
+
+
+def _rows_of_shadows(shadows: _Shadows) -> list[tuple[str, ...]]:
+  rows = [(
+      'attacked', 'attack', 'AUC',
+      *(f'members found at {100 * rate:g} %' for rate in membership.LOW_RATES),
+  )]
+  for name, report in shadows.reports.items():
+    for attacked, finding in (
+        (name, report.online), (name, report.offline), (name, report.loss),
+        (f'a shadow model of the {name}', report.of_shadow),
+    ):
+      if finding is not None:
+        rows.append((
+            attacked, finding.attack, str(finding.auc),
+            *(str(found.true_positive_rate) for found in finding.detections),
+        ))
+  return rows
+
+
+def _about_shadows(shadows: _Shadows) -> str:
+  """What the attacks with shadow models are, and what they can show."""
+  first = next(iter(shadows.reports.values()))
+  rates = ' '.join(
+      f'At {100 * found.allowed_rate:g} %, '
+      f'{round(found.false_positive_rate.value * first.online.num_non_members)} of '
+      f'{first.online.num_non_members:,} others pass, so up to '
+      f'{100 * found.false_positive_rate.high:.2g} % of further ones would.'
+      for found in first.online.detections
+  )
+  text = (
+      f'{shadows.num_models} models of each released student were trained in one place, '
+      f'each with half ({shadows.num_examples:,}) of the members and the others, the '
+      f'best of up to {shadows.max_epochs} passes by validation. LiRA asks of each '
+      "example whether the student's confidence in its label is more like that of shadow "
+      'models with it or without it (online), or how far it is above those without it '
+      '(offline, for those who cannot train with it). The loss alone needs no shadow '
+      'models. Nothing was chosen: all that was tried is here. "Members found at 0.1 %" '
+      'is the share of members above a threshold that at most 0.1 % of the others pass; '
+      'chance is 0.001 there. In brackets: 95 % intervals, of shares the exact ones '
+      f'(Clopper and Pearson). {rates}\n\n'
+      '**What it tests:** those who have the student, know its architecture, and have '
+      'the examples in question with others like them. **What it does not:** the shadow '
+      'models were trained with Adam in one place, not by the algorithm of the run, so '
+      'they are like the student only as far as the two trainings agree; an attack that '
+      'repeats the run may find more.'
+  )
+  if first.of_shadow is not None:
+    text += (
+        ' The attack on a shadow model shows what it finds where they do agree: if it '
+        'finds something there and nothing in the student, either the run learns less by '
+        'heart or the shadow models are too unlike it, and this audit cannot tell which.'
+    )
+  return text
+
+
+_NO_STUDENT = 'There are no attacks with shadow models: this run releases no student.'
+
+
+def _write_text(
+    report_dir: pathlib.Path, setup: str, guards: Sequence[str],
+    released: Sequence[tuple[str, ...]], clients: Sequence[tuple[str, ...]],
+    results: _Results,
+) -> None:
+  """Writes report.md."""
   text = [f'# Audit\n\n{setup}\n']
-  text += [f'{its}\n' for its in guards]
+  text += [f'{guard}\n' for guard in guards]
   text.append('## As one who has the released models\n')
-  if found:
-    text.append(tables.markdown_table(rows) + '\n![ROC curves](membership.png)\n')
+  if results.found:
+    text.append(tables.markdown_table(released) + '\n![ROC curves](membership.png)\n')
   else:
     text.append('There is none.\n')
+  if results.shadows is not None:
+    text.append('## As one who also trains shadow models\n')
+    if results.shadows.reports:
+      text += [
+          _about_shadows(results.shadows) + '\n',
+          tables.markdown_table(_rows_of_shadows(results.shadows)),
+          '![ROC curves with shadow models](shadow_models.png)\n',
+      ]
+    else:
+      text.append(f'{_NO_STUDENT}\n')
   text.append('## As the server that sees what single clients send\n')
   text.append(tables.markdown_table(clients))
-  if reason is not None:
-    text.append(f'Predictions were not inverted. {reason}\n')
-  elif shown:
+  if results.inversion.reason is not None:
+    text.append(f'Predictions were not inverted. {results.inversion.reason}\n')
+  elif results.inversion.shown:
     text.append('![Reconstructions](inversion.png)\n')
-  text.append(_NOT_TESTED)
-  (report_dir / 'report.md').write_text('\n'.join(text))
-  (report_dir / 'report.json').write_text(
-      json.dumps(
-          {
-              'membership': {name: _as_json(its) for name, its in found.items()},
-              'clients': {
-                  'membership_auc': leaks._asdict(),
-                  'numbers': [its.client for its in victims],
-              },
-              'inversion': inverted and {
-                  name: its._asdict() for name, its in inverted.items()
-              },
-          },
-          indent=2,
-      )
-      + '\n'
+  tested = results.shadows is not None and results.shadows.reports
+  text.append(
+      '## What this does not test\n\n'
+      + (_WITH_SHADOWS if tested else _NO_SHADOWS) + _NOT_TESTED
   )
-  if found:
+  (report_dir / 'report.md').write_text('\n'.join(text))
+
+
+def _draw(report_dir: pathlib.Path, results: _Results) -> None:
+
+  def curve(finding) -> tuple[np.ndarray, np.ndarray, float]:
+    return (
+        finding.false_positive_rates, finding.true_positive_rates, finding.auc.value
+    )
+
+  if results.found:
     plots.plot_roc(
-        {
-            name: (
-                its.overall.false_positive_rates, its.overall.true_positive_rates,
-                its.overall.auc.value,
-            )
-            for name, its in found.items()
-        },
+        {name: curve(report.overall) for name, report in results.found.items()},
         report_dir / 'membership.png',
     )
-  if shown:
-    plots.plot_images({its.title: its.images for its in shown}, report_dir /
-                      'inversion.png')
-  print(setup)
-  for its in guards:
-    print(its)
-  print()
-  if found:
-    tables.print_table(rows)
-    print()
-  tables.print_table(clients)
-  if reason is not None:
-    print(f'Predictions were not inverted. {reason}')
-  print(f'\n{report_dir / "report.md"}')
+  if results.shadows is not None and results.shadows.reports:
+    plots.plot_roc(
+        {
+            f'{name}, {finding.attack}': curve(finding)
+            for name, report in results.shadows.reports.items()
+            for finding in (report.online, report.offline, report.loss)
+        },
+        report_dir / 'shadow_models.png',
+    )
+  if results.inversion.shown:
+    plots.plot_images(
+        {inverted.title: inverted.images for inverted in results.inversion.shown},
+        report_dir / 'inversion.png',
+    )
+
+
+def _results_as_json(results: _Results) -> dict[str, Any]:
+  gains = results.inversion.gains
+  shadows = results.shadows
+  return {
+      'membership': {name: _as_json(report) for name, report in results.found.items()},
+      'clients': {
+          'membership_auc': results.leaks._asdict(),
+          'numbers': list(results.clients),
+      },
+      'inversion': gains and {name: gain._asdict() for name, gain in gains.items()},
+      'shadow_models': shadows and {
+          'num_models': shadows.num_models,
+          'num_examples': shadows.num_examples,
+          'max_epochs': shadows.max_epochs,
+          'students': {
+              name: _lira_as_json(report) for name, report in shadows.reports.items()
+          },
+      },
+  }
+
+
+def _lira_as_json(report: membership.LiraReport) -> dict[str, Any]:
+
+  def of(finding: Optional[membership.LiraFinding]) -> Optional[dict[str, Any]]:
+    return finding and {
+        'attack': finding.attack,
+        'auc': finding.auc._asdict(),
+        'num_members': finding.num_members,
+        'num_non_members': finding.num_non_members,
+        'detections': [
+            {
+                'allowed_rate': found.allowed_rate,
+                'true_positive_rate': found.true_positive_rate._asdict(),
+                'false_positive_rate': found.false_positive_rate._asdict(),
+            }
+            for found in finding.detections
+        ],
+    }
+
+  return {
+      'online': of(report.online),
+      'offline': of(report.offline),
+      'loss': of(report.loss),
+      'of_shadow': of(report.of_shadow),
+      'fixed_variance': report.fixed_variance,
+  }
 
 
 def _as_json(report: membership.Report) -> dict[str, Any]:

@@ -5,7 +5,6 @@ from typing import Optional
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 import tff_kd
 
@@ -50,7 +49,7 @@ def fit(
         *examples.take(np.concatenate(rows)), batch_size=batch_size, shuffle=False,
         verbose=0,
     )
-    weights = tff_kd.models.weights_of(model)
+    weights = evaluator.spec.weights_of(model)
     score = evaluator.evaluate(weights, *task.validation)[task.metric]
     if name is not None:
       print(f'{name}, epoch {epoch}: validation {score:.4f}', file=sys.stderr, flush=True)

@@ -6,7 +6,6 @@ from typing import Any
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from pipelines import central
 from pipelines import tables
@@ -61,7 +60,8 @@ def run(
           f'{name}: the validation {task.metric} is no number after an epoch. Lower '
           '--central_learning_rate.'
       )
-    scores = evaluators[name].evaluate(tff_kd.models.weights_of(model), *task.test)
+    evaluator = evaluators[name]
+    scores = evaluator.evaluate(evaluator.spec.weights_of(model), *task.test)
     if task.scores_fn is not None:
       scores |= task.scores_fn(
           lambda inputs, model=model: model.predict(inputs, batch_size=1024, verbose=0)

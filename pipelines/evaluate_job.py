@@ -114,8 +114,8 @@ def _evaluate_own(
     )
     return None
   best_round = json.loads((run_dir / train_job.RESULTS).read_text())['best_round']
-  # Here, whatever workers the run had; and its worker.log stays.
-  with tff_kd.simulation.local_runtime():
+  # Here, whatever workers the run had.
+  with tff_kd.runtime.in_process():
     initial = process.initialize_client()
   specs = process.clients.specs
   states = tff_kd.simulation.ClientStates(

@@ -152,13 +152,13 @@ class _Test:
     As the paper's: there the statistics stay with the users. Training does not see them,
     so it is the same; a round's batches bring them to the user's.
     """
-    model = spec.model_fn().keras_model
+    model = spec.to_keras(weights)
     of_users = []
     for user in range(_USERS):
-      weights.assign_weights_to(model)
+      spec.assign(model, weights)
       for inputs, _ in batches.dataset(user, round_num):
         model(inputs, training=True)
-      of_users.append(tff_kd.models.weights_of(model))
+      of_users.append(spec.weights_of(model))
     return self._of_own_classes(self._answers(evaluator, of_users))
 
 
@@ -218,7 +218,7 @@ def run(
   sample = tff.simulation.build_uniform_sampling_fn(range(_USERS), random_seed=seed)
   store = None
   if isinstance(process, tff_kd.PrivateProcess):
-    with tff_kd.simulation.local_runtime():
+    with tff_kd.runtime.in_process():
       initial = process.initialize_client()
     store = tff_kd.simulation.ClientStates(initial, folder / 'clients')
   test_fn = _Test(task, [train.labels[rows] for rows in split])
@@ -245,7 +245,7 @@ def run(
     }
 
   metrics_path = folder / 'metrics.csv'
-  with tff_kd.simulation.local_runtime():
+  with tff_kd.runtime.in_process():
     result = tff_kd.simulation.train(
         process,
         select_clients=lambda n: [int(k) for k in sample(n, _USERS_PER_ROUND)],

@@ -4,7 +4,6 @@ import pathlib
 from typing import Any, NamedTuple
 
 import keras
-import tensorflow as tf
 
 from pipelines import train_flags as args
 from pipelines import UserError
@@ -48,7 +47,7 @@ def load(
         else 'a run leaves its models when it is over'
     )
     raise UserError(f'{run_dir} has no model (*.keras): {why}.')
-  specs = []
+  found = []
   for path in paths:
     builders = task.teachers
     name = args.TEACHER.value
@@ -56,20 +55,15 @@ def load(
       builders = task.students
       number = path.stem.removeprefix('student').removeprefix('_')
       name = args.STUDENT.value[int(number) if number else 0]
-    specs.append(
-        tff_kd.models.build_model_spec(
-            builders[name], input_spec=task.input_spec, loss_fn=task.loss_fn,
-            metrics_fn=task.metrics_fn, name=path.stem,
-        )
+    spec = tff_kd.models.build_model_spec(
+        builders[name], input_spec=task.input_spec, loss_fn=task.loss_fn,
+        metrics_fn=task.metrics_fn, name=path.stem,
     )
-  found = []
-  # Not in one loop: building a spec enters a graph, which spoils older Keras models.
-  for path, spec in zip(paths, specs):
     try:
       model = keras.models.load_model(path, compile=False)
     except (OSError, ValueError) as error:
       raise UserError(
           f'{path} is damaged or not a Keras model: {str(error).splitlines()[0]}'
       ) from error
-    found.append(Released(path.stem, model, spec, tff_kd.models.weights_of(model)))
+    found.append(Released(path.stem, model, spec, spec.weights_of(model)))
   return found

@@ -469,10 +469,19 @@ ROUNDS_PER_CHECKPOINT = flags.DEFINE_integer(
 )
 
 topics.topic('Where it runs')
+DEVICE = flags.DEFINE_list(
+    'device', [], 'TensorFlow devices that compute, such as GPU, GPU:0 or CPU. Clients '
+    'run in parallel on CPU cores, in turn on one accelerator, spread over several. '
+    'Where TensorFlow places them if unset.'
+)
+RUNTIME = flags.DEFINE_enum(
+    'runtime', 'in_process', ['in_process', 'tff'], "in_process: the script's own "
+    "TensorFlow computes; tff: TensorFlow Federated's own C++ worker does, on the CPU."
+)
 WORKERS = flags.DEFINE_list(
     'workers', [], 'host:port of workers (pipelines.worker) over which the clients of '
-    'each round are spread; --cache_dir must be the same folder for all of them. One '
-    'worker of its own on this machine if unset.'
+    'each round are spread; --cache_dir must be the same folder for all of them. This '
+    'process computes if unset.'
 )
 TLS_DIR = flags.DEFINE_string(
     'tls_dir', None, 'The folder `script` that pipelines.certificates has made, for '
@@ -570,8 +579,8 @@ def is_taken(algorithm: algorithms.Algorithm, name: str) -> bool:
 FREE_ON_RESUME = {
     'config', 'dry_run',
     'rounds', 'patience', 'output_dir', 'resume', 'rounds_per_checkpoint',
-    'compare_with_fed_avg', 'cache_dir', 'workers', 'tls_dir', 'allow_open',
-    'silence_s',
+    'compare_with_fed_avg', 'cache_dir', 'device', 'runtime', 'workers', 'tls_dir',
+    'allow_open', 'silence_s',
 }
 
 

@@ -477,8 +477,7 @@ def _begun_anew(
     spec: tff_kd.models.ModelSpec, task: tff_kd.data.Task
 ) -> keras.Model:
   """The model with its first weights, ready for `fit`."""
-  model = spec.model_fn().keras_model
-  tff.learning.models.ModelWeights(*spec.initial_weights).assign_weights_to(model)
+  model = spec.to_keras(spec.initial_weights)
   keras.utils.set_random_seed(args.SEED.value)
   model.compile('adam', task.loss_fn())
   return model
@@ -498,7 +497,7 @@ def _pretrain(
       *_labelled(task), batch_size=_CENTRAL_BATCH, epochs=args.PRETRAIN_EPOCHS.value,
       verbose=0,
   )
-  return tff_kd.models.weights_of(model)
+  return spec.weights_of(model)
 
 
 def _train_alone(
@@ -516,7 +515,7 @@ def _train_alone(
       epochs_per_look=-(-_ALONE_LOOK // steps),
       patience=_ALONE_PATIENCE, seed=args.SEED.value,
   )
-  return evaluator.evaluate(tff_kd.models.weights_of(model), *task.test)
+  return evaluator.evaluate(spec.weights_of(model), *task.test)
 
 
 class _Evaluation:
@@ -782,14 +781,6 @@ def _open_run_dir() -> pathlib.Path:
   return run_dir
 
 
-def _save_keras(
-    spec: tff_kd.models.ModelSpec, weights: Any, path: pathlib.Path
-) -> None:
-  model = spec.model_fn().keras_model
-  weights.assign_weights_to(model)
-  model.save(path)
-
-
 @contextlib.contextmanager
 def errors_for_users() -> Iterator[None]:
   """Turns refusals of bad settings into one sentence, without a traceback."""
@@ -812,13 +803,12 @@ def run() -> None:
       return
     run_dir, setup, accountant = _begin(setup)
   try:
-    with runtime(run_dir):
+    with runtime():
       _train_and_report(setup, accountant, run_dir)
   except (
       tff_kd.simulation.CheckpointError,
       tff_kd.simulation.NoWorkerError,
       tff_kd.simulation.WorkerLostError,
-      tff_kd.simulation.RuntimeStartError,
   ) as error:
     raise UserError(str(error)) from error
   # Both of them where a disk is full.
@@ -830,14 +820,13 @@ def run() -> None:
     ) from error
 
 
-def runtime(run_dir: pathlib.Path) -> contextlib.AbstractContextManager:
-  if not args.WORKERS.value:
-    return tff_kd.simulation.local_runtime(
-        log_path=run_dir / 'worker.log',
-        silence_s=args.SILENCE.value,
-        allow_open=args.ALLOW_OPEN.value,
-    )
-  return tff_kd.simulation.remote_runtime(_workers())
+def runtime() -> contextlib.AbstractContextManager:
+  """Where the run computes, by --runtime, --device and --workers."""
+  if args.WORKERS.value:
+    return tff_kd.simulation.remote_runtime(_workers())
+  if args.RUNTIME.value == 'tff':
+    return tff_kd.runtime.tff_worker()
+  return tff_kd.runtime.in_process(device=args.DEVICE.value or None)
 
 
 def _workers() -> list[tff_kd.simulation.RemoteWorker]:
@@ -965,10 +954,6 @@ def _print_plan(setup: Setup) -> None:
       ('held, MB', ''),
       ("the server's state", f'{state / 1e6:.3g}'),
       ('the checkpoints', f'{4 * state / 1e6:.3g}'),
-      (
-          "the worker, of a round's clients (about)",
-          f'{contexts.held_bytes(round(each.up), clients) / 1e6:.3g}',
-      ),
   ]
   if isinstance(process, tff_kd.PrivateProcess):
     kept = contexts.num_bytes(process.initialize_client.type_signature.result)
@@ -1015,7 +1000,7 @@ def _train_and_report(
   evaluation = _Evaluation(process, task)
   for name, (_, weights) in evaluation.models(result.best_state).items():
     if name in specs:
-      _save_keras(specs[name], weights, run_dir / f'{name}.keras')
+      specs[name].to_keras(weights).save(run_dir / f'{name}.keras')
 
   baseline = None
   if args.FEDAVG.value and args.ALGORITHM.value != 'fed_avg' and accountant is None:
@@ -1102,7 +1087,7 @@ def _report(
   test = _best_row(history, result.round_num, _monitor(task))
   evaluators = {
       name: tff_kd.evaluation.ClientsEvaluator(
-          specs[name], len(client_tests), metric=metric,
+          specs[name], metric=metric,
           lower_is_better=_mode(metric) == 'min',
       )
       for name in {its.replace('_before', '') for its in server_models}

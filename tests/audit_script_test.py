@@ -45,9 +45,46 @@ def test_it_attacks_and_reports(run_dir):
   }
   text = (run_dir / 'audit' / 'report.md').read_text()
   assert '## What this does not test' in text
+  assert report['shadow_models'] is None and '--shadow_models=16` runs them' in text
   for name in ('membership.png', 'inversion.png'):
     assert f']({name})' in text
     assert (run_dir / 'audit' / name).stat().st_size > 5000
+
+
+def test_shadow_models(run_dir, tmp_path):
+  done = _script(
+      'audit', f'--run={run_dir}', f'--report_dir={tmp_path}', '--victims=1',
+      '--inversion_epochs=0', '--shadow_models=4', '--shadow_epochs=1',
+  )
+  assert done.returncode == 0, done.stderr
+  assert 'student: trains 4 shadow models on' in done.stderr
+  assert 'shadow model 4 of 4, best after pass 1; about 0 s to go' in done.stderr
+  assert 'members found at 0.1 %' in done.stdout
+  found = json.loads((tmp_path / 'report.json').read_text())['shadow_models']
+  assert found['num_models'] == 4 and set(found['students']) == {'student'}
+  student = found['students']['student']
+  # All members and the 1,000 others were shared out.
+  online = student['online']
+  assert online['num_non_members'] == 1000
+  assert found['num_examples'] == -(-(online['num_members'] + 1000) // 2)
+  assert student['of_shadow'] is None and student['fixed_variance']
+  for attack in ('online', 'offline', 'loss'):
+    low, high = student[attack]['detections']
+    assert (low['allowed_rate'], high['allowed_rate']) == (0.001, 0.01)
+    assert low['true_positive_rate']['value'] <= high['true_positive_rate']['value']
+    rate = low['false_positive_rate']
+    assert 0 <= rate['low'] <= rate['value'] <= 0.001 < rate['high']
+  text = (tmp_path / 'report.md').read_text()
+  assert '## As one who also trains shadow models' in text
+  assert 'not by the algorithm of the run' in text and '--shadow_models=16' not in text
+  assert '](shadow_models.png)' in text
+  assert (tmp_path / 'shadow_models.png').stat().st_size > 5000
+
+
+def test_a_wrong_number_of_shadow_models_is_named():
+  done = _script('audit', '--run=nowhere', '--shadow_models=5')
+  assert done.returncode == 1
+  assert 'an even number of 4 or more' in done.stderr
 
 
 def test_clients_that_keep_their_models(tmp_path, capsys):
@@ -57,12 +94,16 @@ def test_clients_that_keep_their_models(tmp_path, capsys):
   )
   with helpers.flags_of():
     audit_job.run(
-        tmp_path / 'run', tmp_path / 'audit', num_victims=2, seed=0, num_epochs=60
+        tmp_path / 'run', tmp_path / 'audit', num_victims=2, seed=0, num_epochs=60,
+        num_shadow_models=4,
     )
   printed = capsys.readouterr().out
   assert 'This run releases no model.' in printed
   assert "clients' own models, about which they send" in printed
   assert 'one mean for each class' in printed
+  assert 'no attacks with shadow models: this run releases no student' in printed
+  text = (tmp_path / 'audit' / 'report.md').read_text()
+  assert '--shadow_models=16` runs them' in text
 
 
 def test_what_is_no_finished_run_is_named(tmp_path):

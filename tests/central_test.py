@@ -4,7 +4,6 @@ import types
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from pipelines import central
 from tff_kd import data

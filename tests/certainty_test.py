@@ -165,8 +165,12 @@ def _released(scorer, clients, x):
   @tf.function
   def release(client):
     examples = companions.ClientExamples(client, lambda fn: fn(tf.constant(x)))
-    attached.begin((), scorer.initial_client_state(), tf.constant(0), examples)
-    return attached.end(())[0].weights
+    beginning = companions.Beginning(
+        received=(), client_state=scorer.initial_client_state(),
+        round_num=tf.constant(0), examples=examples, seed=tf.constant([0, 0]),
+    )
+    _, values = attached.begin(beginning)
+    return attached.end((), None, values)[0].weights
 
   return np.stack([release(tf.constant(k)) for k in clients])
 

@@ -4,7 +4,6 @@ import keras
 import numpy as np
 import pytest
 import scipy.special
-import tensorflow as tf
 from tff_kd.compat import tff
 
 import tff_kd

@@ -56,7 +56,7 @@ def test_clients_are_evaluated_each_on_its_own():
     datasets.append(helpers.dataset(x, y))
     if n:
       accuracies.append(np.mean((x @ kernel + bias).argmax(-1) == y))
-  evaluator = evaluation.ClientsEvaluator(spec, 5, metric='accuracy')
+  evaluator = evaluation.ClientsEvaluator(spec, metric='accuracy')
   result = evaluator.evaluate(spec.initial_weights, datasets)
   assert result.num_clients == 4
   np.testing.assert_allclose(result.mean, np.mean(accuracies), rtol=1e-6)
@@ -70,8 +70,8 @@ def test_nothing_to_evaluate_is_refused():
   spec = _spec()
   empty = helpers.dataset(*helpers.examples(0, 0))
   with pytest.raises(ValueError, match='No client has an example'):
-    evaluation.ClientsEvaluator(spec, 1, metric='accuracy').evaluate(
+    evaluation.ClientsEvaluator(spec, metric='accuracy').evaluate(
         spec.initial_weights, [empty]
     )
   with pytest.raises(ValueError, match='accuracy'):
-    evaluation.ClientsEvaluator(spec, 1, metric='f1')
+    evaluation.ClientsEvaluator(spec, metric='f1')

@@ -128,7 +128,7 @@ def test_three_rounds_equal_the_objective_with_all_heads_in_one_place(process):
   sizes = [8, 4, 12]
   state = process.initialize()
   student = list(state.global_model_weights.trainable)
-  gen = [tf.constant(v) for v in state.companion.weights]
+  gen = [tf.constant(v) for v in state.companion.weights.trainable]
   momentum = [tf.zeros_like(v) for v in gen]
   seen = np.zeros(helpers.CLASSES, np.float32)
   for round_num in range(3):
@@ -156,7 +156,7 @@ def test_three_rounds_equal_the_objective_with_all_heads_in_one_place(process):
     helpers.assert_weights_close(
         state.global_model_weights.trainable, student, **close
     )
-    helpers.assert_weights_close(state.companion.weights, gen, **close)
+    helpers.assert_weights_close(state.companion.weights.trainable, gen, **close)
     np.testing.assert_array_equal(state.companion.seen, seen)
     measured = output.metrics['companion']
     np.testing.assert_allclose(measured['generator_loss'], loss, **close)
@@ -200,7 +200,7 @@ def test_bytes(process):
 
 def test_the_split():
   model = _student_fn()
-  body, head = generator.split_model(model, None)
+  body, head = generator.split_model(model.layers, None)
   assert [its.name for its in body] == ['features']
   assert [its.name for its in head] == ['last']
   deeper = keras.Sequential([
@@ -210,7 +210,7 @@ def test_the_split():
       keras.layers.Flatten(),
       keras.layers.Dense(3, name='last'),
   ])
-  body, head = generator.split_model(deeper, 'conv')
+  body, head = generator.split_model(deeper.layers, 'conv')
   assert len(body) == 1 and len(head) == 3
 
 

@@ -123,16 +123,15 @@ def test_train_model(process, by_id, worker, tmp_path):
 
 def test_weights_go_into_build_fed_eval(process):
   state = process.next(process.initialize(), _datasets(sorted(_CLIENTS))).state
-  for spec, weights, units in (
-      (process.student_spec, process.get_model_weights(state), ()),
-      (process.teacher_spec, process.get_teacher_weights(state), (8,)),
+  for spec, weights in (
+      (process.student_spec, process.get_model_weights(state)),
+      (process.teacher_spec, process.get_teacher_weights(state)),
   ):
-    evaluation = tff.learning.algorithms.build_fed_eval(spec.model_fn)
+    evaluation = tff.learning.algorithms.build_fed_eval(spec.functional_model)
     eval_state = evaluation.set_model_weights(evaluation.initialize(), weights)
     output = evaluation.next(eval_state, _datasets(sorted(_CLIENTS)))
     metrics = output.metrics['client_work']['eval']['current_round_metrics']
-    model = helpers.dense_fn(units)()
-    weights.assign_weights_to(model)
+    model = spec.to_keras(weights)
     x = np.concatenate([x for x, _ in _CLIENTS.values()])
     y = np.concatenate([y for _, y in _CLIENTS.values()])
     np.testing.assert_allclose(
@@ -142,9 +141,9 @@ def test_weights_go_into_build_fed_eval(process):
 
 
 def test_spec_serves_tffs_own_fed_avg(process):
-  """The wrapped model is a TFF model like any other."""
+  """A spec is also a functional model of TFF."""
   theirs = tff.learning.algorithms.build_weighted_fed_avg(
-      process.student_spec.model_fn, client_optimizer_fn=helpers.sgd()
+      process.student_spec.functional_model, client_optimizer_fn=helpers.sgd()
   )
   output = theirs.next(theirs.initialize(), _datasets(['client_0', 'client_2']))
   metrics = output.metrics['client_work']['train']

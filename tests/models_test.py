@@ -59,13 +59,13 @@ def _regularized():
 
 
 def _frozen():
-  model = keras.Sequential([
+  return keras.Sequential([
       layers.InputLayer((helpers.DIM,)),
       layers.Dense(6, activation='relu', trainable=False),
       layers.BatchNormalization(),
+      layers.BatchNormalization(trainable=False),
       layers.Dense(helpers.CLASSES),
   ])
-  return model
 
 
 def _compiled():
@@ -98,14 +98,14 @@ def test_every_kind_of_model_trains_on_both_sides(student_fn):
   output = process.next(state, data)
   assert output.metrics['client_work']['participation']['num_included'] == 2
   assert np.isfinite(output.metrics['client_work']['train']['loss'])
-  model = student_fn()
   x, _ = helpers.examples(4, 0)
-  model(x)
-  process.get_model_weights(output.state).assign_weights_to(model)
-  teacher = student_fn()
-  teacher(x)
-  process.get_teacher_weights(output.state).assign_weights_to(teacher)
-  assert np.isfinite(model(x)).all() and np.isfinite(teacher(x)).all()
+  student = process.to_keras(output.state)
+  teacher = process.teacher_to_keras(output.state)
+  assert np.isfinite(student(x)).all() and np.isfinite(teacher(x)).all()
+  np.testing.assert_allclose(
+      student(x), process.student_spec.logits(output.state.global_model_weights, x),
+      rtol=1e-6,
+  )
   for before, after in (
       (state.global_model_weights, output.state.global_model_weights),
       (state.teacher_weights, output.state.teacher_weights),
@@ -169,20 +169,23 @@ def test_batch_norm_statistics_of_the_teacher_move():
   assert np.abs(mean - state.teacher_weights.non_trainable[0]).max() > 1e-3
 
 
-def test_frozen_weights_stay_and_do_not_travel_up():
+def test_frozen_values_never_move_and_never_travel():
+  keras.utils.set_random_seed(0)
   process = tff_kd.algorithms.build_fed_avg(**helpers.common(student_fn=_frozen))
   state = process.initialize()
   after = process.next(state, [helpers.dataset(*helpers.examples(8, 1))]).state
-  before = state.global_model_weights
-  # [kernel, bias] of the frozen layer, then batch norm's two statistics.
+  # Two of batch norm that trains; neither those of the frozen one nor its weights.
+  assert [w.shape for w in state.global_model_weights.non_trainable] == [(6,), (6,)]
+  assert np.abs(after.global_model_weights.non_trainable[0]).max() > 0
+  sizes = tff_kd.communication.round_bytes(process)
+  trained = 4 * (2 * 6 + 2 * 6 + 6 * 3 + 3)
+  assert sizes.up_model == sizes.down == trained
+  first, second = process.to_keras(state), process.to_keras(after)
   helpers.assert_weights_close(
-      after.global_model_weights.non_trainable[:2], before.non_trainable[:2],
+      first.layers[0].weights + first.layers[2].weights,
+      second.layers[0].weights + second.layers[2].weights,
       rtol=0,
   )
-  sizes = tff_kd.communication.round_bytes(process)
-  frozen = 4 * (helpers.DIM * 6 + 6)
-  assert sizes.up_model == sizes.down - frozen
-  assert np.abs(after.global_model_weights.non_trainable[2]).max() > 0
 
 
 def test_regularization_is_in_the_gradient():
@@ -192,9 +195,7 @@ def test_regularization_is_in_the_gradient():
   )
   state = process.initialize()
   x, y = helpers.examples(4, 1)
-  model = _regularized()
-  model(x)
-  state.global_model_weights.assign_weights_to(model)
+  model = process.to_keras(state)
   with tf.GradientTape() as tape:
     loss = helpers.loss_fn()(y, model(x)) + tf.add_n(model.losses)
   expected = [
@@ -217,12 +218,19 @@ def test_dropout_acts_in_training_only():
   spec = tff_kd.models.build_model_spec(
       _dropout, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn
   )
-  model = spec.model_fn()
-  batch = helpers.examples(64, 0)
-  inference = [model.forward_pass(batch, training=False).loss for _ in range(2)]
-  training = [model.forward_pass(batch, training=True).loss for _ in range(2)]
-  assert inference[0] == inference[1]
-  assert training[0] != training[1]
+  x, _ = helpers.examples(64, 0)
+
+  def outputs(training, seed):
+    values = spec.values(spec.initial_weights, tf.constant([seed, 0]))
+    return spec.call(values, x, training=training).outputs.numpy()
+
+  np.testing.assert_array_equal(outputs(False, 0), outputs(False, 1))
+  np.testing.assert_array_equal(outputs(True, 0), outputs(True, 0))
+  assert np.any(outputs(True, 0) != outputs(True, 1))
+  # Each call goes on from what the one before left.
+  values = spec.values(spec.initial_weights, tf.constant([0, 0]))
+  first = spec.call(values, x, training=True)
+  assert np.any(first.outputs != spec.call(first.values, x, training=True).outputs)
 
 
 def _two_inputs(kind):
@@ -343,7 +351,7 @@ class _CountOf(keras.metrics.Metric):
   def __init__(self, label, name='count_of'):
     super().__init__(name=name)
     self.label = label
-    self.count = self.add_weight('count', initializer='zeros')
+    self.count = self.add_weight(name='count', initializer='zeros')
 
   def update_state(self, y_true, y_pred, sample_weight=None):
     self.count.assign_add(
@@ -418,15 +426,36 @@ def test_logits_under_a_probability_loss_are_refused():
   )
 
 
-def test_one_model_twice_is_refused():
-  model = helpers.dense_fn()()
-  _refused('same model twice', keras_model_fn=lambda: model)
-  shared = layers.Dense(helpers.CLASSES)
-  _refused(
-      'share variables', keras_model_fn=lambda: keras.Sequential([shared])
-  )
-  _refused('must be a function', TypeError, keras_model_fn=model)
+def test_what_is_no_builder_of_a_keras_model_is_refused():
+  _refused('must be a function', TypeError, keras_model_fn=helpers.dense_fn()())
   _refused('must return a `keras.Model`', TypeError, keras_model_fn=lambda: 3)
+  tf_keras = pytest.importorskip('tf_keras')
+  _refused(
+      'Keras 2', TypeError,
+      keras_model_fn=lambda: tf_keras.Sequential([tf_keras.layers.Dense(3)]),
+  )
+
+  class OwnStep(keras.Sequential):
+
+    def train_step(self, data):
+      return {}
+
+  _refused(
+      'train_step', keras_model_fn=lambda: OwnStep([layers.Dense(helpers.CLASSES)])
+  )
+
+
+def test_a_model_made_before_is_used_as_it_is():
+  model = helpers.dense_fn((4,))()
+  x, _ = helpers.examples(6, 0)
+  before = model(x).numpy()
+  process = tff_kd.algorithms.build_fed_avg(**helpers.common(student_fn=lambda: model))
+  state = process.initialize()
+  np.testing.assert_allclose(
+      process.student_spec.logits(state.global_model_weights, x), before, rtol=1e-6
+  )
+  process.next(state, [helpers.dataset(*helpers.examples(8, 1))])
+  np.testing.assert_array_equal(model(x), before)  # Rounds leave the user's alone.
 
 
 def test_pairs_with_other_outputs_are_refused():
@@ -470,22 +499,6 @@ def test_specs_that_do_not_fit_are_refused():
       'named',
       metrics_fn=lambda: [keras.metrics.Mean(name='a')] * 2,
   )
-
-
-def test_repeatable_dropout():
-  layer = keras_models.RepeatableDropout(0.25)
-  x = np.random.default_rng(0).normal(size=(400, 50)).astype('f')
-  np.testing.assert_array_equal(layer(x), x)
-  first = layer(x, training=True).numpy()
-  np.testing.assert_array_equal(first, layer(x, training=True))
-  kept = first != 0
-  assert abs(kept.mean() - 0.75) < 0.02
-  np.testing.assert_allclose(first[kept], x[kept] / 0.75, rtol=1e-6)
-  other = layer(x + 1e-3, training=True).numpy() != 0
-  # Independent masks agree on .75^2 + .25^2 of the entries.
-  assert abs((kept == other).mean() - 0.625) < 0.02
-  with pytest.raises(ValueError, match='rate'):
-    keras_models.RepeatableDropout(1.0)
 
 
 @pytest.mark.parametrize('name', sorted(keras_models.STUDENTS))

@@ -4,7 +4,6 @@ import keras
 import numpy as np
 import pytest
 import scipy.special
-import tensorflow as tf
 
 import tff_kd
 from tests import helpers

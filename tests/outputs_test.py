@@ -77,30 +77,33 @@ def test_padding_counts_nowhere(mask):
   labels[0, 2:] = _PAD
   labels[2] = _PAD
   weights = (labels != _PAD) * (np.ones(3) if mask is None else np.array(mask))[:, None]
-  model = spec.model_fn()
   batch = tf.constant(labels), tf.constant(logits)
-  batch += (None if mask is None else tf.constant(mask),)
-  loss = model.supervised_loss(*batch)
+  mask = None if mask is None else tf.constant(mask)
+  loss = spec.supervised_loss(*batch, mask)
   each = _cross_entropy(logits, labels)
   expected = (each * weights).sum() / max(weights.sum(), 1.0)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
-  model.reset_metrics()
-  model.update_metrics(*batch)
+  state = spec.metrics.update(
+      spec.metrics.initial_state(), *batch, spec.metric_mask(batch[0], mask)
+  )
   right = (logits.argmax(-1) == labels) * weights
-  accuracy = model.report_local_unfinalized_metrics()['accuracy']
-  np.testing.assert_allclose(accuracy, [right.sum(), weights.sum()], rtol=1e-6)
+  np.testing.assert_allclose(
+      spec.metrics.result(state)['accuracy'], right.sum() / max(weights.sum(), 1),
+      rtol=1e-6,
+  )
 
 
 def test_all_padding_has_no_loss_and_no_gradient():
   spec = models.build_model_spec(
       _sequence_model, input_spec=_SEQUENCES, loss_fn=_sequence_loss
   )
-  model = spec.model_fn()
   zeros = tf.zeros([2, 6], tf.int32)
+  values = spec.values(spec.initial_weights)
   with tf.GradientTape() as tape:
-    loss = model.supervised_loss(zeros, model.keras_model(zeros))
+    tape.watch(values.trainable)
+    loss = spec.supervised_loss(zeros, spec.call(values, zeros).outputs)
   assert float(loss) == 0.0
-  for gradient in tape.gradient(loss, model.trainable_variables):
+  for gradient in tape.gradient(loss, values.trainable):
     assert np.all(tf.convert_to_tensor(gradient).numpy() == 0.0)
 
 
@@ -247,7 +250,7 @@ def test_masked_regression_labels():
       _regression_model, input_spec=_NUMBERS, loss_fn=keras.losses.MeanSquaredError
   )
   labels, outputs = np.array([1.0, 2.0, 9.0]), np.array([[2.0], [4.0], [0.0]])
-  loss = spec.model_fn().supervised_loss(
+  loss = spec.supervised_loss(
       tf.constant(labels, tf.float32), tf.constant(outputs, tf.float32),
       tf.constant([1.0, 1.0, 0.0]),
   )

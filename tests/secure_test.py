@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from tff_kd.compat import tff
 
 from tests import helpers

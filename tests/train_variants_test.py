@@ -7,7 +7,6 @@ import shutil
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 
 from pipelines import evaluate_job
 from pipelines import train_flags

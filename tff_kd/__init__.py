@@ -6,7 +6,7 @@ _MODULES = (
     'algorithms', 'certainty', 'client_data', 'codecs', 'communication',
     'conditions', 'data',
     'evaluation', 'keras_models', 'knowledge', 'local_terms', 'losses', 'models',
-    'privacy', 'robust', 'simulation',
+    'privacy', 'robust', 'runtime', 'simulation',
 )
 
 __getattr__, __dir__ = _lazy.attach(

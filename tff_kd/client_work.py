@@ -343,7 +343,7 @@ class _ClientUpdate:
     )
 
   def __call__(self, hparams, sent, data, client_state=(), conditions=None):
-    """The computation of a client: `ClientOutput`, and a companion's `CompanionOutput`."""
+    """A client's `ClientOutput`; with a companion, its `CompanionOutput` too."""
     broadcast, step_share = sent, None
     if self.reporting is not None:
       conditions_lib.check_conditions(self.reporting, conditions)

@@ -9,7 +9,6 @@ from collections.abc import Callable, Sequence
 import functools
 from typing import Any, Optional, Union
 
-import keras
 import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff

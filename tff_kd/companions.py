@@ -114,7 +114,9 @@ class Attachment(NamedTuple):
   begin: Callable[
       [Beginning], tuple[Sequence[local_terms.LocalTerm], CompanionValues]
   ] = _begin_nothing
-  end: Optional[Callable[[Any, models.BoundModel, CompanionValues], tuple[Any, Any]]] = None
+  end: Optional[
+      Callable[[Any, models.BoundModel, CompanionValues], tuple[Any, Any]]
+  ] = None
   joint_loss: Optional[
       Callable[
           [tf.Tensor, local_terms.LocalStep, CompanionValues],

@@ -1,9 +1,9 @@
 """TensorFlow Federated 0.87 on the Python, TensorFlow and Keras of today.
 
 `from tff_kd import tff` gives TensorFlow Federated. Its last release asks for Python 3.11
-and TensorFlow 2.14 in its metadata, but its Python part runs on what is current, once the
-imports below are out of the way. A program that imports `tensorflow_federated` itself must
-import `tff_kd` first.
+and TensorFlow 2.14 in its metadata, but its Python part runs on what is current, once
+the imports below are out of the way. A program that imports `tensorflow_federated` itself
+must import this first.
 
 Each shim says why it is there and when it can go.
 """

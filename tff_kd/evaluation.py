@@ -96,6 +96,9 @@ class CentralEvaluator:
   """Evaluates weights on examples that the server holds.
 
   One traced function serves all calls.
+
+  Attributes:
+    spec: The `ModelSpec`.
   """
 
   def __init__(self, spec: models.ModelSpec):
@@ -104,7 +107,7 @@ class CentralEvaluator:
     Args:
       spec: The model whose weights will be evaluated.
     """
-    self._spec = spec
+    self.spec = spec
     self._logits = graphs.function(spec.logits)
 
   def logits(self, weights: Any, inputs: Any) -> np.ndarray:
@@ -131,7 +134,7 @@ class CentralEvaluator:
       inputs: Inputs as the model takes them, n of each.
       labels: `[n, ...]`: class numbers, or numbers of a regression.
     """
-    return score(self.logits(weights, inputs), labels, spec=self._spec)
+    return score(self.logits(weights, inputs), labels, spec=self.spec)
 
 
 class FederatedEvaluation(NamedTuple):

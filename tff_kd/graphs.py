@@ -1,14 +1,14 @@
 """TensorFlow computations that are traced as TensorFlow 2, then placed into TFF's graphs.
 
-The graph in which `tff.tensorflow.computation` traces is one of TensorFlow 1: there `a == b`
-compares the identities of two tensors, `if` on a tensor takes a branch by that, and what
-was made eagerly before (constants, Keras models) cannot be used. `computation` therefore
-traces a function eagerly, once, as `tf.function` does, and imports its finished graph:
-users' models, losses, metrics and schedules mean what they mean in Keras.
+The graph in which `tff.tensorflow.computation` traces is one of TensorFlow 1: there
+`a == b` compares the identities of two tensors, `if` on a tensor takes a branch by that,
+and what was made eagerly before (constants, Keras models) cannot be used. `computation`
+therefore traces a function eagerly, once, as `tf.function` does, and imports its finished
+graph: users' models, losses, metrics and schedules mean what they mean in Keras.
 
-AutoGraph, which would parse and rewrite every function that it meets, is off: this package
-uses `tf.cond` and `tf.while_loop`. What users pass as plain functions is called through
-`user_function`, where it is on.
+AutoGraph, which would parse and rewrite every function that it meets, is off: this
+package uses `tf.cond` and `tf.while_loop`. What users pass as plain functions is called
+through `user_function`, where it is on.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -147,10 +147,11 @@ class TracedFunction:
     for value, placeholder in self._traced.graph.captures:
       if value.dtype in (tf.resource, tf.variant):
         raise ValueError(
-            f'{getattr(fn, "__qualname__", fn)} uses something that is neither among its '
-            f'arguments nor a constant, such as a `tf.Variable`, a table or a generator: '
-            f'{value!r}. Keep the state of layers, losses and metrics in `keras.Variable`s '
-            '(`self.add_weight`), and random states in a `keras.random.SeedGenerator`.'
+            'A model, loss, metric or term uses something that Keras does not track, such '
+            f'as a `tf.Variable`, a table or a generator: {value!r} (in '
+            f'{getattr(fn, "__qualname__", fn)}). Keep the state of layers, losses and '
+            'metrics in `keras.Variable`s (`self.add_weight`), and random states in a '
+            '`keras.random.SeedGenerator`.'
         )
       constants[placeholder.name] = value.numpy()
     return constants
@@ -171,7 +172,9 @@ class TracedFunction:
     input_map = {t.name: leaf for t, leaf in zip(inputs, leaves, strict=True)}
     for name, value in self._captured.items():
       input_map[name] = tf.constant(value)
-    used = {name.lstrip('^').split(':')[0] for n in self._graph_def.node for name in n.input}
+    used = {
+        name.lstrip('^').split(':')[0] for n in self._graph_def.node for name in n.input
+    }
     outputs = [t.name for t in self._traced.outputs]
     used |= {name.split(':')[0] for name in outputs}
     input_map = {k: v for k, v in input_map.items() if k.split(':')[0] in used}

@@ -12,7 +12,6 @@ Source: Hinton, Vinyals & Dean, "Distilling the Knowledge in a Neural Network"
 
 from typing import Optional
 
-import keras
 import tensorflow as tf
 
 # Probabilities are clipped here before their logarithm, as tf.keras does.

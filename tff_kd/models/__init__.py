@@ -12,4 +12,3 @@ from tff_kd.models.spec import LossFn
 from tff_kd.models.spec import ModelSpec
 from tff_kd.models.spec import ModelValues
 from tff_kd.models.spec import split_batch
-from tff_kd.models.spec import weights_of

@@ -57,8 +57,9 @@ class Metrics:
             f'`metrics_fn` returns a metric named {metric.name!r}, which is taken. '
             'Give each metric its own `name`; "loss" is always reported.'
         )
-      _build(metric, labels, outputs)
       self._metrics[metric.name] = metric
+    for metric in self._metrics.values():
+      _build(metric, labels, outputs)
     self._initial = collections.OrderedDict(
         (name, tuple(v.numpy() for v in metric.variables))
         for name, metric in self._metrics.items()
@@ -152,7 +153,9 @@ def _build(metric: keras.metrics.Metric, labels: Any, outputs: tf.Tensor) -> Non
 
 
 def _result(metric: keras.metrics.Metric, state: Sequence[tf.Tensor]) -> Any:
-  return metric.stateless_result(list(state))
+  # Not `stateless_result`: a metric may return a variable, to be read within the scope.
+  with keras.StatelessScope(list(zip(metric.variables, state))):
+    return tf.nest.map_structure(tf.convert_to_tensor, metric.result())
 
 
 def _initial_total(name: str) -> tuple[np.ndarray, ...]:

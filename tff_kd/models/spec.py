@@ -1,8 +1,8 @@
 """Keras builders in, functions of weights inside, Keras models back out.
 
 `build_model_spec` calls a Keras builder once, eagerly, and checks the model against its
-data and its loss. From then on the model is a function: `ModelSpec.call` takes weights and
-inputs and returns outputs and weights, by `keras.Model.stateless_call`. Inside of TFF's
+data and its loss. From then on the model is a function: `ModelSpec.call` takes values and
+inputs and returns outputs and values, within a `keras.StatelessScope`. Inside of TFF's
 computations there are no variables.
 
 What a model holds is told apart by what a step of training does to it:
@@ -165,7 +165,8 @@ class ModelSpec:
       value = tf.constant(initial)
       if seed is not None and place in self._layout.seeds:
         bits = tf.random.experimental.stateless_fold_in(seed, place)
-        value = tf.cast(tf.bitwise.right_shift(tf.bitcast(bits, tf.uint32), 1), value.dtype)
+        positive = tf.bitwise.right_shift(tf.bitcast(bits, tf.uint32), 1)
+        value = tf.cast(positive, value.dtype)
       local.append(value)
     return ModelValues(
         [tf.convert_to_tensor(w) for w in weights.trainable],
@@ -195,12 +196,12 @@ class ModelSpec:
     Returns:
       The `Outputs`.
     """
-    outputs, non_trainable, own_losses = self._model.stateless_call(
+    outputs, non_trainable, own_losses = _call(
+        self._model,
         values.trainable,
         self._non_trainable(values),
         inputs,
         training=training,
-        return_losses=True,
     )
     after = ModelValues(
         list(values.trainable),
@@ -285,7 +286,7 @@ class ModelSpec:
     """
     if not isinstance(self.loss, keras.losses.SparseCategoricalCrossentropy):
       return labels, tf.constant(False)
-    # In a wide type: 256 classes are none of uint8. False for NaN, where labels are floats.
+    # In a wide type: 256 is no uint8. False for NaN, where labels are floats.
     wide = labels if labels.dtype.is_floating else tf.cast(labels, tf.int64)
     in_range = (wide >= 0) & (wide < tf.cast(outputs_shape[-1], wide.dtype))
     if self.ignored_label is not None:
@@ -333,7 +334,7 @@ class ModelSpec:
     Raises:
       ValueError: If the weights are of another model.
     """
-    found = [np.shape(w) for w in tf.nest.flatten([weights.trainable, weights.non_trainable])]
+    found = [np.shape(w) for w in [*weights.trainable, *weights.non_trainable]]
     expected = [w.shape for w in tf.nest.flatten(self.initial_weights)]
     if [tuple(s) for s in found] != [tuple(s) for s in expected]:
       raise ValueError(
@@ -348,6 +349,14 @@ class ModelSpec:
     }
     for place, value in values.items():
       model.non_trainable_variables[place].assign(value)
+
+  def weights_of(self, model: keras.Model) -> tff.learning.models.ModelWeights:
+    """The `ModelWeights` of a built model of the same builder, as arrays."""
+    variables = model.non_trainable_variables
+    return tff.learning.models.ModelWeights(
+        trainable=[v.numpy() for v in model.trainable_variables],
+        non_trainable=[variables[i].numpy() for i in self._layout.statistics],
+    )
 
   @functools.cached_property
   def functional_model(self) -> tff.learning.models.FunctionalModel:
@@ -441,14 +450,13 @@ def build_model_spec(
   is_regression = isinstance(loss, _REGRESSION_LOSSES)
   from_logits = is_regression or _check_from_logits(loss, traced.activation, name)
   variables = model.non_trainable_variables
-  layout = traced.layout
   return ModelSpec(
       name=name,
       keras_model_fn=keras_model_fn,
       input_spec=input_spec,
       initial_weights=tff.learning.models.ModelWeights(
           trainable=[v.numpy() for v in model.trainable_variables],
-          non_trainable=[variables[i].numpy() for i in layout.statistics],
+          non_trainable=[variables[i].numpy() for i in traced.layout.statistics],
       ),
       logits_shape=traced.output_shape[1:],
       from_logits=from_logits,
@@ -457,7 +465,7 @@ def build_model_spec(
       is_regression=is_regression,
       ignored_label=_config_of(loss, 'ignore_class'),
       _model=model,
-      _layout=layout,
+      _layout=traced.layout,
   )
 
 
@@ -492,14 +500,6 @@ def _build_keras_model(keras_model_fn: KerasModelFn, name: str) -> keras.Model:
           '`tff_kd.local_terms.LocalTerm`.'
       )
   return model
-
-
-def weights_of(keras_model: keras.Model) -> tff.learning.models.ModelWeights:
-  """The trainable and the non-trainable values of a built Keras model, as arrays."""
-  return tff.learning.models.ModelWeights(
-      trainable=[v.numpy() for v in keras_model.trainable_variables],
-      non_trainable=[v.numpy() for v in keras_model.non_trainable_variables],
-  )
 
 
 # Keras's losses of numbers. Another loss of numbers is taken for one of logits.
@@ -622,6 +622,33 @@ def _probe(keras_model: keras.Model, inputs_spec: Any, name: str) -> tf.Tensor:
   return outputs
 
 
+def _call(
+    model: keras.Model,
+    trainable: Sequence[tf.Tensor],
+    non_trainable: Sequence[tf.Tensor],
+    inputs: Any,
+    *,
+    training: bool,
+) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor]]:
+  """Calls a built model with values: its outputs, non-trainable values and losses.
+
+  Unlike `keras.Model.stateless_call` it goes through `__call__`, so that layers know the
+  mode of training, and inputs are cast, as in `fit`.
+  """
+  scope = keras.StatelessScope(
+      [
+          *zip(model.trainable_variables, trainable, strict=True),
+          *zip(model.non_trainable_variables, non_trainable, strict=True),
+      ],
+      collect_losses=True,
+  )
+  with scope:
+    outputs = model(inputs, training=training)
+    own_losses = list(model.losses)
+  after = [scope.get_current_value(v) for v in model.non_trainable_variables]
+  return outputs, after, own_losses
+
+
 class _Traced(NamedTuple):
   """What the graph of a model tells.
 
@@ -642,10 +669,8 @@ def _trace(model: keras.Model, inputs_spec: Any, name: str) -> _Traced:
   moved = []
 
   def calls(trainable, non_trainable, inputs):
-    outputs, _ = model.stateless_call(
-        trainable, non_trainable, inputs, training=False
-    )
-    _, after = model.stateless_call(trainable, non_trainable, inputs, training=True)
+    outputs, _, _ = _call(model, trainable, non_trainable, inputs, training=False)
+    _, after, _ = _call(model, trainable, non_trainable, inputs, training=True)
     moved[:] = [
         i for i, (old, new) in enumerate(zip(non_trainable, after)) if new is not old
     ]

@@ -1,9 +1,9 @@
 """Keras optimizers as functions, with TensorFlow as the backend.
 
-`keras.optimizers.Optimizer.stateless_apply` refuses TensorFlow, because Keras's TensorFlow
+`keras.optimizers.Optimizer.stateless_apply` refuses TensorFlow, because there Keras's
 optimizers update `tf.Variable`s under a `tf.distribute` strategy. Beneath that layer each
 optimizer is written for all backends. `optimizer` removes the layer from one optimizer;
-this can go when Keras offers `stateless_apply` there.
+this can go when Keras offers `stateless_apply` for TensorFlow.
 """
 
 from collections.abc import Sequence

@@ -8,17 +8,13 @@ __getattr__, __dir__ = _lazy.attach(
         name: name
         for name in (
             'checkpoints', 'client_states', 'connections', 'participation',
-            'runtime', 'several_workers', 'tls', 'training',
+            'several_workers', 'tls', 'training',
         )
     }
     | {name: 'checkpoints' for name in ('CheckpointError', 'Checkpoints')}
     | {name: 'client_states' for name in ('ClientStates', 'ClientStatesError')}
     | {'RemoteWorker': 'connections'}
     | {name: 'participation' for name in ('Availability', 'Participation')}
-    | {
-        name: 'runtime'
-        for name in ('build_async_context', 'local_runtime', 'RuntimeStartError')
-    }
     | {'WorkerLostError': 'transport'}
     | {name: 'several_workers' for name in ('NoWorkerError', 'remote_runtime')}
     | {

@@ -534,11 +534,11 @@ def remote_runtime(
 ) -> Iterator[None]:
   """Spreads the clients of all TFF computations over workers while the block lasts.
 
-  Sets TFF's default context, as `runtime.local_runtime` does, and puts back the one
-  before. Every computation with clients is spread, also those with clients' own states
-  and those that need several sums in turn (FedGen); only one that uses intrinsics
-  unknown to `stages` runs on a single worker, and a warning says so. Results are those of
-  `local_runtime` but for the order in which floating-point numbers are added, which
+  Sets TFF's default context, as `tff_kd.runtime.in_process` does, and puts back the
+  one before. Every computation with clients is spread, also those with clients' own
+  states and those that need several sums in turn (FedGen); only one that uses intrinsics
+  unknown to `stages` runs on a single worker, and a warning says so. Results are those
+  of one process but for the order in which floating-point numbers are added, which
   depends on the number of workers, not on which of them are there.
 
   A worker that is lost (`transport.WorkerLostError`) is named in a warning, and its

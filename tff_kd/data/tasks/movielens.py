@@ -20,8 +20,8 @@ from collections.abc import Callable
 from typing import Any
 
 import keras
+from keras import ops
 import numpy as np
-import tensorflow as tf
 
 from tff_kd.data import task as task_lib
 
@@ -88,8 +88,8 @@ def build_examples(
 
 def _inputs() -> dict[str, Any]:
   return {
-      'film': keras.Input((), dtype=tf.int32, name='film'),
-      'films': keras.Input((HISTORY,), dtype=tf.int32, name='films'),
+      'film': keras.Input((), dtype='int32', name='film'),
+      'films': keras.Input((HISTORY,), dtype='int32', name='films'),
       'stars': keras.Input((HISTORY,), name='stars'),
   }
 
@@ -112,7 +112,8 @@ class Tastes(keras.layers.Layer):
 
     def embedding(width: int, initializer: Any = 'zeros') -> keras.layers.Layer:
       return keras.layers.Embedding(
-          NUM_FILMS + 1, width, embeddings_initializer=initializer
+          NUM_FILMS + 1, width, embeddings_initializer=initializer,
+          dtype=self.dtype_policy,
       )
 
     self.bias = embedding(1)
@@ -123,21 +124,23 @@ class Tastes(keras.layers.Layer):
 
   def build(self, input_shape):
     self.mean = self.add_weight(
-        'mean', (), initializer=keras.initializers.Constant(3.5)
+        shape=(), initializer=keras.initializers.Constant(3.5), name='mean'
     )
+    for embedding in (self.bias, self.rated, self.asked):
+      embedding.build(input_shape['films'])
     super().build(input_shape)
 
   def call(self, inputs):
     films, stars = inputs['films'], inputs['stars']
-    there = tf.cast(films > 0, stars.dtype)
-    count = tf.reduce_sum(there, axis=1, keepdims=True)
+    there = ops.cast(films > 0, stars.dtype)
+    count = ops.sum(there, axis=1, keepdims=True)
     above = (stars - self.mean - self.bias(films)[..., 0]) * there
-    own = tf.reduce_sum(above, axis=1, keepdims=True) / (count + 5.0)
+    own = ops.sum(above, axis=1, keepdims=True) / (count + 5.0)
     above = (above - own) * there
-    tastes = tf.reduce_sum(above[..., tf.newaxis] * self.rated(films), axis=1)
-    tastes /= tf.sqrt(count + 1.0)
+    tastes = ops.sum(above[..., None] * self.rated(films), axis=1)
+    tastes /= ops.sqrt(count + 1.0)
     asked = self.asked(inputs['film'])
-    affinity = tf.reduce_sum(tastes * asked, axis=1, keepdims=True)
+    affinity = ops.sum(tastes * asked, axis=1, keepdims=True)
     return self.mean + self.bias(inputs['film']) + own + affinity, tastes, asked
 
   def get_config(self):

@@ -12,7 +12,6 @@ import sys
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from tff_kd import keras_models
 from tff_kd.data import task as task_lib
@@ -74,7 +73,7 @@ def build_embedding(num_classes: int, width: int = 32) -> keras.Model:
     width: Of a word's vector.
   """
   layers = keras.layers
-  words = layers.Input((LENGTH,), dtype=tf.int32)
+  words = keras.Input((LENGTH,), dtype='int32')
   vectors = layers.Embedding(VOCABULARY_SIZE, width)(words)
   x = keras_models.MeanOfTokens()([words, vectors])
   return keras.Model(words, layers.Dense(num_classes)(x))
@@ -91,13 +90,13 @@ def build_attention(
     dropout: The rate before the logits.
   """
   layers = keras.layers
-  words = layers.Input((LENGTH,), dtype=tf.int32)
+  words = keras.Input((LENGTH,), dtype='int32')
   vectors = layers.Embedding(VOCABULARY_SIZE, width)(words)
   x = layers.Concatenate()([
       keras_models.MeanOfTokens()([words, vectors]),
       keras_models.AttendedTokens(VOCABULARY_SIZE)([words, vectors]),
   ])
-  x = keras_models.RepeatableDropout(dropout)(x)
+  x = layers.Dropout(dropout)(x)
   return keras.Model(words, layers.Dense(num_classes)(x))
 
 

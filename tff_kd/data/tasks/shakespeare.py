@@ -13,7 +13,6 @@ import re
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from tff_kd.data import task as task_lib
 
@@ -106,7 +105,7 @@ def build_model(*, width: int, units: tuple[int, ...]) -> keras.Model:
     units: Of each GRU layer.
   """
   layers = keras.layers
-  characters = layers.Input((WINDOW,), dtype=tf.int32)
+  characters = keras.Input((WINDOW,), dtype='int32')
   x = layers.Embedding(VOCABULARY_SIZE, width)(characters)
   for count in units:
     x = layers.GRU(count, return_sequences=True)(x)

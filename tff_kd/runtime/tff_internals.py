@@ -1,0 +1,216 @@
+"""Every use of names that TensorFlow Federated 0.87 does not make public.
+
+TFF 0.87 is the last release on PyPI. Its successor (TFF's main branch, unreleased, with
+`federated_language`) has most of these under public names; each function says which. The
+names are looked up when they are used, and `check_version` gives a clear error first.
+"""
+
+from collections.abc import Iterator
+import contextlib
+import functools
+import inspect
+import signal
+import subprocess
+import sys
+import tempfile
+import threading
+from typing import Any, Optional
+
+import tensorflow as tf
+
+from tff_kd.compat import tff
+
+_VERSION = '0.87.0'
+
+
+def check_version() -> None:
+  """Raises an error if TFF is not the release that this module is written for.
+
+  Raises:
+    ImportError: If it is another one.
+  """
+  if tff.__version__ != _VERSION:
+    raise ImportError(
+        f'tff_kd.runtime uses names of TensorFlow Federated {_VERSION} that are not '
+        f'public, found version {tff.__version__}. Install '
+        f'tensorflow-federated=={_VERSION}, or adapt tff_kd/runtime/tff_internals.py.'
+    )
+
+
+def num_clients(arg: Any, type_spec: Optional[tff.Type]) -> int:
+  """Returns how many clients an argument has values for.
+
+  Why: it has to raise the same errors as TFF's own context. Replacement:
+  `federated_language.framework.infer_cardinalities`.
+
+  Args:
+    arg: The argument of a computation.
+    type_spec: The type of the computation's parameter.
+
+  Returns:
+    The number, 0 if no part of the argument is placed at the clients.
+
+  Raises:
+    TypeError: If a value at the clients is not a list.
+    ValueError: If parts differ in the number of clients.
+  """
+  if arg is None:
+    return 0
+  from tensorflow_federated.python.core.impl.executors import cardinalities_utils
+
+  cardinalities = cardinalities_utils.infer_cardinalities(arg, type_spec)
+  return cardinalities.get(tff.CLIENTS, 0)
+
+
+def check_array(value: Any, type_spec: tff.TensorType) -> None:
+  """Raises an error if TFF would not take a value as a tensor of a type.
+
+  Why: TFF takes Python's numbers, and NumPy's of the same kind that are no larger.
+  Replacement: `federated_language.array_is_compatible_dtype` and `..._shape`.
+
+  Args:
+    value: A number, a string or a NumPy array.
+    type_spec: The type.
+
+  Raises:
+    TypeError: If the dtype or the shape does not fit.
+  """
+  from tensorflow_federated.python.core.impl.compiler import array
+
+  if not array.is_compatible_shape(value, type_spec.shape):
+    raise TypeError(
+        f'Failed to serialize a value with shape {getattr(value, "shape", ())} to shape '
+        f'{type_spec.shape}.'
+    )
+  if not array.is_compatible_dtype(value, type_spec.dtype.type):
+    dtype = getattr(value, 'dtype', None)
+    raise TypeError(
+        f'Failed to serialize a value of dtype {dtype.type if dtype else type(value)} to '
+        f'dtype {type_spec.dtype.type}.'
+    )
+
+
+def dataset_of_elements(elements: list[Any], type_spec: tff.Type) -> tf.data.Dataset:
+  """Makes a dataset of a list, as TFF does with a list that stands for a sequence.
+
+  Why: the rules are TFF's. Replacement: `tff.tensorflow.make_data_set_from_elements`.
+
+  Args:
+    elements: The elements.
+    type_spec: The type of an element.
+
+  Returns:
+    The dataset.
+
+  Raises:
+    TypeError: If an element has another type.
+  """
+  from tensorflow_federated.python.core.impl.utils import tensorflow_utils
+
+  return tensorflow_utils.make_data_set_from_elements(None, elements, type_spec)
+
+
+def check_dataset_containers(type_spec: tff.Type) -> None:
+  """Raises an error if the order of a dataset's tensors is not that of the type's names.
+
+  Why: TFF and `tf.nest` order names differently; TFF refuses what is ambiguous.
+  Replacement: none is public; it stays a private function of `tff.tensorflow`.
+
+  Args:
+    type_spec: The type of an element.
+
+  Raises:
+    ValueError: If the order is ambiguous.
+  """
+  from tensorflow_federated.python.core.impl.executors import value_serialization
+
+  # pylint: disable=protected-access
+  value_serialization._check_container_compat_with_tf_nest(type_spec)
+  # pylint: enable=protected-access
+
+
+def set_default_context(context: Any) -> None:
+  """Sets TFF's default context, in this thread and in all that have set none.
+
+  Why: TFF's stack of contexts is one a thread. A thread that has set none finds an object
+  there, the same in all threads, that only raises an error; it is made to pass on what
+  it is asked. Replacement: none.
+
+  Args:
+    context: The context.
+  """
+  tff.framework.set_default_context(context)
+  _context_of_new_threads().invoke = context.invoke
+
+
+@contextlib.contextmanager
+def default_context(context: Any) -> Iterator[None]:
+  """Sets TFF's default context while the block lasts.
+
+  Why: `get_context_stack().current` is the innermost context, not the default one below
+  all others. Replacement: none.
+
+  Args:
+    context: The context.
+  """
+  # pylint: disable=protected-access
+  before = tff.framework.get_context_stack()._stack[0]
+  # pylint: enable=protected-access
+  of_new_threads = _context_of_new_threads()
+  passed_on = vars(of_new_threads).get('invoke')
+  set_default_context(context)
+  try:
+    yield
+  finally:
+    tff.framework.set_default_context(before)
+    if passed_on is None:
+      del of_new_threads.invoke
+    else:
+      of_new_threads.invoke = passed_on
+
+
+@functools.cache
+def _context_of_new_threads() -> Any:
+  found = []
+  get = lambda: found.append(tff.framework.get_context_stack().current)
+  thread = threading.Thread(target=get)
+  thread.start()
+  thread.join()
+  return found[0]
+
+
+@contextlib.contextmanager
+def worker_factory() -> Iterator[tff.framework.ExecutorFactory]:
+  """Starts the worker that TFF ships, and ends it when the block ends.
+
+  Why: TFF's factory starts the worker at the first call, with the script's own output,
+  and ends it when the factory is collected, which may be never. Replacement: none.
+
+  Yields:
+    What makes executors on the worker.
+  """
+  factory = tff.framework.local_cpp_executor_factory()
+  # pylint: disable=protected-access
+  stack_fn = inspect.getclosurevars(factory._executor_stack_fn).nonlocals
+  manager = stack_fn['service_manager']
+  # pylint: enable=protected-access
+  with tempfile.TemporaryFile('w') as log:
+    try:
+      stdout, stderr = sys.stdout, sys.stderr
+      sys.stdout = sys.stderr = log  # What TFF gives to the process that it starts.
+      try:
+        manager.get_stub()
+      finally:
+        sys.stdout, sys.stderr = stdout, stderr
+      yield factory
+    finally:
+      process: Optional[subprocess.Popen] = manager._process
+      manager._process = manager._stub = None
+      if process is not None:
+        process.send_signal(signal.SIGINT)
+        try:
+          process.wait(5.0)
+        except subprocess.TimeoutExpired:
+          process.kill()
+          process.wait()
+

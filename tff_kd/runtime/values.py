@@ -1,0 +1,132 @@
+"""Python values to tensors and back, as TFF takes and returns them."""
+
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import tree
+
+from tff_kd.compat import tff
+from tff_kd.runtime import dataflow
+from tff_kd.runtime import tff_internals
+
+
+def to_tensors(value: Any, type_spec: tff.Type) -> list[tf.Tensor]:
+  """Returns a value's leaves as tensors.
+
+  Args:
+    value: Tensors, NumPy arrays, numbers, strings, and for a sequence a
+      `tf.data.Dataset`, a list of elements or TFF's serialized form, in the containers
+      that TFF takes.
+    type_spec: The type, without placements.
+
+  Returns:
+    The tensors, in the order of the type; a dataset as its variant tensor.
+
+  Raises:
+    TypeError: If the value does not fit the type.
+  """
+  if isinstance(type_spec, tff.TensorType):
+    return [_to_tensor(value, type_spec)]
+  if isinstance(type_spec, tff.SequenceType):
+    return [_to_variant(value, type_spec)]
+  if not isinstance(type_spec, tff.StructType):
+    raise TypeError(f'A computation cannot take an argument of type {type_spec}.')
+  elements = tff.structure.from_container(value)
+  if len(elements) != len(type_spec):
+    raise TypeError(
+        f'A struct value of {len(elements)} elements does not match a struct type of '
+        f'{len(type_spec)} elements, found\n{value!r}\nfor the type\n{type_spec}.'
+    )
+  leaves = []
+  for (name, element), (wanted, its) in zip(
+      tff.structure.iter_elements(elements), tff.structure.iter_elements(type_spec)
+  ):
+    if isinstance(value, tff.structure.Struct) and name not in (wanted, None):
+      raise TypeError(
+          f'Value {value} does not match type {type_spec}: mismatching tuple element '
+          f'names {name} vs. {wanted}.'
+      )
+    leaves += to_tensors(element, its)
+  return leaves
+
+
+def _to_tensor(value: Any, type_spec: tff.TensorType) -> tf.Tensor:
+  dtype = dataflow.tensor_spec(type_spec).dtype
+  if isinstance(value, tf.Variable):
+    value = value.read_value()
+  if isinstance(value, tf.Tensor):
+    if value.dtype == dtype and value.shape.is_compatible_with(type_spec.shape):
+      return value
+    value = value.numpy()
+  elif isinstance(value, (list, tuple)):
+    for number in tree.flatten(value):
+      tff_internals.check_array(number, tff.TensorType(type_spec.dtype.type))
+    value = np.asarray(value, object if dtype == tf.string else dtype.as_numpy_dtype)
+  elif not isinstance(value, (bool, int, float, complex, str, bytes, np.generic, np.ndarray)):
+    raise TypeError(f'Expected a value of type {type_spec}, found {type(value)}.')
+  tff_internals.check_array(value, type_spec)
+  if dtype == tf.string and isinstance(value, (np.ndarray, np.generic)):
+    value = value.astype(object)
+  return tf.convert_to_tensor(value, dtype)
+
+
+def _to_variant(value: Any, type_spec: tff.SequenceType) -> tf.Tensor:
+  if isinstance(value, list):
+    value = tff_internals.dataset_of_elements(value, type_spec.element)
+  elif hasattr(value, 'WhichOneof'):
+    value, _ = tff.framework.deserialize_value(value, type_spec)
+  if not isinstance(value, tf.data.Dataset):
+    raise TypeError(
+        f'Cannot take a value of Python type {type(value).__qualname__} as a value of '
+        f'TFF type {type_spec}: expected a `tf.data.Dataset` or a list.'
+    )
+  _check_dataset(value.element_spec, type_spec)
+  return tf.data.experimental.to_variant(value)
+
+
+def _check_dataset(spec: Any, type_spec: tff.SequenceType) -> None:
+  """Raises an error if elements of a spec are not those of a type."""
+  element = tff.types.tensorflow_to_type(spec)
+  tff_internals.check_dataset_containers(element)
+  found = tff.SequenceType(element)
+  if not type_spec.is_assignable_from(found):
+    raise TypeError(
+        f'Cannot take a dataset with elements of type {found} as a value of TFF type '
+        f'{type_spec}.'
+    )
+
+
+def from_tensors(tensors: Iterator[tf.Tensor], type_spec: tff.Type) -> Any:
+  """Returns what TFF returns for tensors.
+
+  Args:
+    tensors: The leaves' tensors.
+    type_spec: The type, without placements.
+
+  Returns:
+    NumPy arrays and scalars, `bytes` for scalar strings and `tf.data.Dataset`s, in
+    `tff.structure.Struct`s.
+  """
+  if isinstance(type_spec, tff.StructType):
+    return tff.structure.Struct(
+        (name, from_tensors(tensors, element))
+        for name, element in tff.structure.iter_elements(type_spec)
+    )
+  tensor = next(tensors)
+  if isinstance(type_spec, tff.SequenceType):
+    spec = dataflow.element_spec(type_spec.element)
+    return tf.data.experimental.from_variant(tensor, spec)
+  return tensor.numpy()
+
+
+def short_values(value: Any) -> Sequence[Any]:
+  """Returns the numbers and strings in an argument, for messages."""
+  if isinstance(value, tff.structure.Struct):
+    value = list(value)
+  return [
+      leaf.item() if isinstance(leaf, np.generic) else leaf
+      for leaf in tree.flatten(value)
+      if isinstance(leaf, (bool, int, float, str, bytes, np.generic))
+  ]
