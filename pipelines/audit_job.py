@@ -436,15 +436,23 @@ def _train_shadows(
           metrics_fn=task.metrics_fn, name=name,
       )
   )
+  spec = evaluator.spec
   confidences, start = [], time.monotonic()
   for number, rows in enumerate(trained):
     keras.utils.set_random_seed(seed + number)
-    model = builder()
-    model.compile(keras.optimizers.Adam(_SHADOW_RATE), task.loss_fn())
-    best = central.fit(
-        model, evaluator, task, audited.take(np.flatnonzero(rows)), seed=seed + number,
-        max_epochs=max_epochs, batch_size=_SHADOW_BATCH,
+    fresh = builder()
+    fresh(tf.nest.map_structure(lambda a: a[:1], audited.inputs))
+    training = central.Training(
+        spec, audited.take(np.flatnonzero(rows)), batch_size=_SHADOW_BATCH,
+        seed=seed + number, initial_weights=spec.weights_of(fresh),
+        optimizer_fn=lambda: keras.optimizers.Adam(_SHADOW_RATE),
     )
+    weights, best = central.fit(
+        training,
+        lambda its: evaluator.evaluate(its, *task.validation)[task.metric],
+        higher_is_better=not task.is_regression, max_epochs=max_epochs,
+    )
+    model = spec.to_keras(weights)
     if not best:
       raise UserError(
           f'A shadow model of the {name} has a validation {task.metric} that is no '

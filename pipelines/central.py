@@ -1,66 +1,131 @@
-"""Training by Keras's `fit` until a validation score is not better any more."""
+"""Training in one place, by one compiled loop."""
 
+from collections.abc import Callable
 import sys
-from typing import Optional
+from typing import Any, Optional
 
 import keras
 import numpy as np
+import tensorflow as tf
+from tff_kd.compat import tff
 
 import tff_kd
+from tff_kd import graphs
+from tff_kd import optimizers
+
+OptimizerFn = Callable[[], keras.optimizers.Optimizer]
+
+
+class Training:
+  """A model in training on examples in one place.
+
+  Attributes:
+    weights: The `ModelWeights` that it has reached.
+  """
+
+  def __init__(
+      self,
+      spec: tff_kd.models.ModelSpec,
+      examples: tff_kd.data.Examples,
+      *,
+      batch_size: int,
+      seed: int,
+      optimizer_fn: OptimizerFn = keras.optimizers.Adam,
+      initial_weights: Optional[tff.learning.models.ModelWeights] = None,
+  ):
+    """Begins.
+
+    Args:
+      spec: The model.
+      examples: What it is trained on.
+      batch_size: Examples a step; the last step of all may have fewer.
+      seed: Decides the order of the examples, and what training draws.
+      optimizer_fn: Returns a new optimizer.
+      initial_weights: With what it begins; the initial weights of the spec if `None`.
+    """
+    self._spec, self._batch_size = spec, batch_size
+    self._size, self._rng = len(examples), np.random.default_rng(seed)
+    self._stepper = optimizers.build_stepper(optimizer_fn, spec.trainable_variables)
+    self._examples = tf.nest.map_structure(tf.constant, tuple(examples))
+    self._state = self._stepper.initialize()
+    self._values = spec.values(
+        initial_weights or spec.initial_weights, tf.constant([seed, 0])
+    )
+    self._run = graphs.function(self._steps)
+
+  @property
+  def weights(self) -> tff.learning.models.ModelWeights:
+    return tf.nest.map_structure(lambda t: t.numpy(), self._values.weights)
+
+  def run(self, num_epochs: int) -> None:
+    """Trains for some epochs, each in an order of its own."""
+    rows = [self._rng.permutation(self._size) for _ in range(num_epochs)]
+    rows = tf.constant(np.concatenate(rows), tf.int32)
+    self._values, self._state = self._run(
+        self._examples, self._values, self._state, rows
+    )
+
+  def _steps(self, examples: Any, values: Any, state: Any, rows: tf.Tensor) -> Any:
+    def step(start, values, state):
+      batch = rows[start : start + self._batch_size]
+      inputs, labels = tf.nest.map_structure(lambda a: tf.gather(a, batch), examples)
+      with tf.GradientTape(watch_accessed_variables=False) as tape:
+        tape.watch(values.trainable)
+        outputs, after, regularization = self._spec.call(values, inputs, training=True)
+        loss = tf.cast(self._spec.supervised_loss(labels, outputs), tf.float32)
+        loss += regularization
+      state, trainable = self._stepper.apply(
+          state, values.trainable, tape.gradient(loss, values.trainable)
+      )
+      after = after._replace(trainable=list(trainable))
+      return start + self._batch_size, after, state
+
+    loop = tf.while_loop(
+        lambda start, *_: start < tf.size(rows), step, (0, values, state)
+    )
+    return loop[1:]
 
 
 def fit(
-    model: keras.Model,
-    evaluator: tff_kd.evaluation.CentralEvaluator,
-    task: tff_kd.data.Task,
-    examples: tff_kd.data.Examples,
+    training: Training,
+    evaluate: Callable[[Any], float],
     *,
     max_epochs: int,
-    batch_size: int,
-    seed: int,
+    higher_is_better: bool = True,
     epochs_per_look: int = 1,
     patience: int = 3,
     name: Optional[str] = None,
-) -> int:
-  """Trains a compiled model on examples in one place, and keeps its best weights.
+) -> tuple[tff.learning.models.ModelWeights, int]:
+  """Trains a model until its validation score is not better any more.
 
   Args:
-    model: Is trained; has the weights of the best epoch afterwards.
-    evaluator: Of the model.
-    task: Its validation part and its metric say which epoch is the best.
-    examples: What it is trained on.
+    training: The training, before its first epoch.
+    evaluate: Maps `ModelWeights` to the validation score.
     max_epochs: Passes at most.
-    batch_size: Examples a step.
-    seed: Decides the order of the examples.
+    higher_is_better: Whether the score is none of an error.
     epochs_per_look: Passes between looks at the validation score.
     patience: So many looks without a better score end it.
     name: Makes each look a line on stderr, of this name.
 
   Returns:
-    The best epoch; 0, with the weights as they came, if the first score is not finite.
+    The best weights and the best epoch; the initial weights and 0 if the first score is
+    not finite.
   """
-  sign = -1.0 if task.is_regression else 1.0
-  best_score, best_epoch, best_weights, misses = -np.inf, 0, model.get_weights(), 0
-  rng = np.random.default_rng(seed)
+  sign = 1.0 if higher_is_better else -1.0
+  best_score, best_epoch, best_weights, misses = -np.inf, 0, training.weights, 0
   for epoch in range(epochs_per_look, max_epochs + epochs_per_look, epochs_per_look):
-    # Not Keras's own order, which is of what the process has drawn before.
-    rows = [rng.permutation(len(examples)) for _ in range(epochs_per_look)]
-    model.fit(
-        *examples.take(np.concatenate(rows)), batch_size=batch_size, shuffle=False,
-        verbose=0,
-    )
-    weights = evaluator.spec.weights_of(model)
-    score = evaluator.evaluate(weights, *task.validation)[task.metric]
+    training.run(epochs_per_look)
+    weights = training.weights
+    score = evaluate(weights)
     if name is not None:
       print(f'{name}, epoch {epoch}: validation {score:.4f}', file=sys.stderr, flush=True)
     if not np.isfinite(score):
       break
     if sign * score > best_score:
-      best_score, best_epoch, best_weights = sign * score, epoch, model.get_weights()
+      best_score, best_epoch, best_weights = sign * score, epoch, weights
       misses = 0
     else:
       misses += 1
       if misses == patience:
         break
-  model.set_weights(best_weights)
-  return best_epoch
+  return best_weights, best_epoch

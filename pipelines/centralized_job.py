@@ -32,16 +32,6 @@ def run(
     builders = _builders(task)
     folder.mkdir(parents=True, exist_ok=True)
   examples = task.clients.take(np.concatenate(clients))
-  # Before the models: building a spec enters a graph, which spoils earlier Keras models.
-  evaluators = {
-      name: tff_kd.evaluation.CentralEvaluator(
-          tff_kd.models.build_model_spec(
-              builder, input_spec=task.input_spec, loss_fn=task.loss_fn,
-              metrics_fn=task.metrics_fn, name=name,
-          )
-      )
-      for name, builder in builders.items()
-  }
   print(
       f'{task.name}: {len(examples)} examples of {args.NUM_CLIENTS.value} clients in one '
       f'place; validation {len(task.validation)}, test {len(task.test)}.'
@@ -49,19 +39,28 @@ def run(
   results, rows = {}, []
   for name, builder in builders.items():
     keras.utils.set_random_seed(args.SEED.value)
-    model = builder()
-    model.compile(keras.optimizers.Adam(learning_rate), task.loss_fn())
-    best = central.fit(
-        model, evaluators[name], task, examples, name=name, max_epochs=epochs,
-        batch_size=batch_size, seed=args.SEED.value,
+    evaluator = tff_kd.evaluation.CentralEvaluator(
+        tff_kd.models.build_model_spec(
+            builder, input_spec=task.input_spec, loss_fn=task.loss_fn,
+            metrics_fn=task.metrics_fn, name=name,
+        )
+    )
+    training = central.Training(
+        evaluator.spec, examples, batch_size=batch_size, seed=args.SEED.value,
+        optimizer_fn=lambda: keras.optimizers.Adam(learning_rate),
+    )
+    weights, best = central.fit(
+        training,
+        lambda its, e=evaluator: e.evaluate(its, *task.validation)[task.metric],
+        higher_is_better=not task.is_regression, max_epochs=epochs, name=name,
     )
     if not best:
       raise UserError(
           f'{name}: the validation {task.metric} is no number after an epoch. Lower '
           '--central_learning_rate.'
       )
-    evaluator = evaluators[name]
-    scores = evaluator.evaluate(evaluator.spec.weights_of(model), *task.test)
+    model = evaluator.spec.to_keras(weights)
+    scores = evaluator.evaluate(weights, *task.test)
     if task.scores_fn is not None:
       scores |= task.scores_fn(
           lambda inputs, model=model: model.predict(inputs, batch_size=1024, verbose=0)

@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Optional, Union
 from absl import flags
 
 import keras
+import keras
 import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
@@ -473,31 +474,23 @@ def build_process(
   return algorithm.build(**kwargs)
 
 
-def _begun_anew(
+def _on_server_labels(
     spec: tff_kd.models.ModelSpec, task: tff_kd.data.Task
-) -> keras.Model:
-  """The model with its first weights, ready for `fit`."""
-  model = spec.to_keras(spec.initial_weights)
-  keras.utils.set_random_seed(args.SEED.value)
-  model.compile('adam', task.loss_fn())
-  return model
-
-
-def _labelled(task: tff_kd.data.Task) -> tff_kd.data.Examples:
-  """The server's examples with labels."""
-  return task.transfer.take(np.arange(args.TRANSFER_LABELS.value))
+) -> central.Training:
+  """A model about to be trained on the server's examples with labels."""
+  labelled = task.transfer.take(np.arange(args.TRANSFER_LABELS.value))
+  return central.Training(
+      spec, labelled, batch_size=_CENTRAL_BATCH, seed=args.SEED.value
+  )
 
 
 def _pretrain(
     spec: tff_kd.models.ModelSpec, task: tff_kd.data.Task
 ) -> tff.learning.models.ModelWeights:
   """--pretrain_epochs on the server's labelled examples."""
-  model = _begun_anew(spec, task)
-  model.fit(
-      *_labelled(task), batch_size=_CENTRAL_BATCH, epochs=args.PRETRAIN_EPOCHS.value,
-      verbose=0,
-  )
-  return spec.weights_of(model)
+  training = _on_server_labels(spec, task)
+  training.run(args.PRETRAIN_EPOCHS.value)
+  return training.weights
 
 
 def _train_alone(
@@ -505,17 +498,17 @@ def _train_alone(
     task: tff_kd.data.Task,
 ) -> dict[str, float]:
   """The test scores of what the server's labels give without any client."""
-  model = _begun_anew(spec, task)
-  labelled = _labelled(task)
-  steps = -(-len(labelled) // _CENTRAL_BATCH)  # An epoch's.
+  steps = -(-args.TRANSFER_LABELS.value // _CENTRAL_BATCH)  # An epoch's.
   evaluator = evaluation.evaluators[name]
-  central.fit(
-      model, evaluator, task, labelled, batch_size=_CENTRAL_BATCH,
+  weights, _ = central.fit(
+      _on_server_labels(spec, task),
+      lambda weights: evaluator.evaluate(weights, *task.validation)[task.metric],
+      higher_is_better=not task.is_regression,
       max_epochs=min(_ALONE_EPOCHS, -(-_ALONE_STEPS // steps)),
       epochs_per_look=-(-_ALONE_LOOK // steps),
-      patience=_ALONE_PATIENCE, seed=args.SEED.value,
+      patience=_ALONE_PATIENCE,
   )
-  return evaluator.evaluate(spec.weights_of(model), *task.test)
+  return evaluator.evaluate(weights, *task.test)
 
 
 class _Evaluation:
@@ -829,7 +822,7 @@ def runtime() -> contextlib.AbstractContextManager:
   return tff_kd.runtime.in_process(device=args.DEVICE.value or None)
 
 
-def _workers() -> list[tff_kd.simulation.RemoteWorker]:
+def _workers() -> list['tff_kd.simulation.RemoteWorker']:
   return [
       tff_kd.simulation.RemoteWorker(
           address,

@@ -1,41 +1,56 @@
 """Training in one place: what ends it, and which weights remain."""
 
-import types
-
 import keras
 import numpy as np
+import tensorflow as tf
 
 from pipelines import central
 from tff_kd import data
 from tff_kd import models
 
 
-class _Scores:
-  """An evaluator with the validation scores of a script; keeps the weights it saw."""
-
-  def __init__(self, *scores):
-    self._scores = list(scores)
-    self.weights = []
-
-  def evaluate(self, weights, inputs, labels):
-    del inputs, labels
-    self.weights.append(weights.trainable[0])
-    return {'rmse': self._scores.pop(0)}
-
-
 def _fit(*scores, **kwargs):
+  """The best epoch, the weights that remain, and those that were evaluated."""
   rng = np.random.default_rng(0)
   x = rng.normal(size=(8, 2)).astype(np.float32)
   examples = data.Examples(x, x @ np.float32([[1.0], [2.0]]))
-  model = keras.Sequential([keras.layers.Dense(1, input_shape=(2,))])
-  model.compile('adam', 'mse')
-  task = types.SimpleNamespace(is_regression=True, metric='rmse', validation=examples)
-  evaluator = _Scores(*scores)
-  best = central.fit(
-      model, evaluator, task, examples, batch_size=4, seed=0,
-      **{'max_epochs': 10, **kwargs},
+  spec = models.build_model_spec(
+      lambda: keras.Sequential([keras.layers.Dense(1)]),
+      input_spec=(tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+      loss_fn=keras.losses.MeanSquaredError,
   )
-  return best, models.weights_of(model).trainable[0], evaluator.weights
+  scores, seen = list(scores), []
+
+  def evaluate(weights):
+    seen.append(weights.trainable[0])
+    return scores.pop(0)
+
+  kept, best = central.fit(
+      central.Training(spec, examples, batch_size=4, seed=0),
+      evaluate, higher_is_better=False, **{'max_epochs': 10, **kwargs},
+  )
+  return best, kept.trainable[0], seen
+
+
+def test_a_training_equals_keras():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(6, 2)).astype(np.float32)
+  examples = data.Examples(x, x @ np.float32([[1.0], [2.0]]))
+  spec = models.build_model_spec(
+      lambda: keras.Sequential([keras.layers.Dense(1)]),
+      input_spec=(tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
+      loss_fn=keras.losses.MeanSquaredError,
+  )
+  training = central.Training(spec, examples, batch_size=4, seed=3)
+  training.run(2)
+  model = spec.to_keras(spec.initial_weights)
+  model.compile('adam', 'mse')
+  order = np.random.default_rng(3)
+  rows = np.concatenate([order.permutation(6) for _ in range(2)])
+  model.fit(*examples.take(rows), batch_size=4, shuffle=False, verbose=0)
+  np.testing.assert_allclose(
+      training.weights.trainable[0], model.get_weights()[0], rtol=1e-5
+  )
 
 
 def test_the_best_epoch_remains_and_patience_ends_it():

@@ -89,3 +89,9 @@ except ImportError as error:
       '`pip install --no-deps --ignore-requires-python --require-hashes -r '
       'requirements.txt` (README, "Without make").'
   ) from error
+
+# From here on what is computed, is computed in this process, unless another context is
+# set. Here and not above: the runtime takes `tff` from this module.
+from tff_kd import runtime  # pylint: disable=g-import-not-at-top
+
+runtime.set_default()

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import concurrent.futures
+import functools
 import os
 from typing import Any, NamedTuple
 
@@ -13,6 +14,7 @@ from tff_kd import graphs
 from tff_kd import models
 
 _BATCH_SIZE = 256
+_NOBODY = 'No client has an example to evaluate on.'
 
 
 def expected_calibration_error(
@@ -108,7 +110,14 @@ class CentralEvaluator:
       spec: The model whose weights will be evaluated.
     """
     self.spec = spec
-    self._logits = graphs.function(spec.logits)
+
+  @functools.cached_property
+  def _logits(self) -> graphs.TracedFunction:
+    inputs, _ = models.split_batch(self.spec.input_spec)
+    inputs = tf.nest.map_structure(
+        lambda s: tf.TensorSpec([None, *s.shape[1:]], s.dtype), inputs
+    )
+    return graphs.TracedFunction(self.spec.logits, [self.spec.weights_spec, inputs])
 
   def logits(self, weights: Any, inputs: Any) -> np.ndarray:
     """The model's logits `[n, ..., classes]` under `ModelWeights`."""
@@ -180,7 +189,7 @@ class ClientsEvaluator:
     self._spec = spec
     self._metric = metric
     self._lower_is_better = lower_is_better
-    self._evaluate = graphs.function(self._metric_and_count)
+    self._evaluate = None
 
   def _metric_and_count(
       self, weights: Any, dataset: tf.data.Dataset
@@ -217,11 +226,21 @@ class ClientsEvaluator:
       ValueError: If no client has an example.
     """
     weights = tf.nest.map_structure(tf.constant, _model_weights(weights))
+    if not client_datasets:
+      raise ValueError(_NOBODY)
+    if self._evaluate is None:
+      self._evaluate = graphs.TracedFunction(
+          self._metric_and_count,
+          [
+              self._spec.weights_spec,
+              tf.data.DatasetSpec(client_datasets[0].element_spec),
+          ],
+      )
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       results = list(pool.map(lambda d: self._evaluate(weights, d), client_datasets))
     values = np.array([float(value) for value, count in results if count > 0])
     if not len(values):
-      raise ValueError('No client has an example to evaluate on.')
+      raise ValueError(_NOBODY)
     return FederatedEvaluation(
         mean=float(values.mean()),
         percentile_10=float(np.percentile(values, 90 if self._lower_is_better else 10)),

@@ -13,7 +13,6 @@ through `user_function`, where it is on.
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import collections
-import functools
 import inspect
 import re
 import traceback
@@ -23,8 +22,7 @@ import tensorflow as tf
 
 from tff_kd.compat import tff
 
-# AutoGraph's status outside of any function; `autograph=False` would forbid it to what is
-# called inside as well. There is no public name.
+# AutoGraph's status outside of any function. There is no public name.
 _AUTOGRAPH_DEFAULT = tf.__internal__.autograph.control_status_ctx()
 # The graphs traced last, whose operations know where they were created.
 _GRAPHS = collections.deque(maxlen=200)
@@ -35,12 +33,7 @@ _NODE = re.compile(r'\{\{(?:function_node [^}]*?\}\} ?\{\{)?node ([^}]+?)\}\}')
 def function(fn: Callable[..., Any]) -> Callable[..., Any]:
   """As `tf.function`, without AutoGraph's reading of this package's own code."""
 
-  @functools.wraps(fn)
-  def with_default_status(*args, **kwargs):
-    with _AUTOGRAPH_DEFAULT:
-      return fn(*args, **kwargs)
-
-  return tf.function(with_default_status, autograph=False)
+  return tf.function(fn, autograph=False)
 
 
 def user_function(fn: Callable[..., Any]) -> Callable[..., Any]:
@@ -123,9 +116,7 @@ class TracedFunction:
       nonlocal structure
       leaves = iter(leaves)
       args = [rebuild([next(leaves) for _ in flat]) for flat, rebuild in specs]
-      with _AUTOGRAPH_DEFAULT:
-        result = fn(*args)
-      structure = result
+      structure = result = fn(*args)
       return [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(result)]
 
     # Out of TFF's graph, where `tf.init_scope` would stay.
@@ -147,8 +138,8 @@ class TracedFunction:
     for value, placeholder in self._traced.graph.captures:
       if value.dtype in (tf.resource, tf.variant):
         raise ValueError(
-            'A model, loss, metric or term uses something that Keras does not track, such '
-            f'as a `tf.Variable`, a table or a generator: {value!r} (in '
+            'A model, loss, metric or term uses something that Keras does not track, '
+            f'such as a `tf.Variable`, a table or a generator: {value!r} (in '
             f'{getattr(fn, "__qualname__", fn)}). Keep the state of layers, losses and '
             'metrics in `keras.Variable`s (`self.add_weight`), and random states in a '
             '`keras.random.SeedGenerator`.'

@@ -913,7 +913,7 @@ def build_private_process(
   get_model_weights = None
   if server_stage is not None:
 
-    @graphs.computation(state_type.member)
+    @tff.federated_computation(state_type.member)
     def get_model_weights(state):
       return state.global_model_weights
 

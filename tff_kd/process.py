@@ -673,29 +673,29 @@ def build_distillation_process(
       new_state, _, metrics = run_round(state, client_data, no_states)
       return tff.learning.templates.LearningProcessOutput(new_state, metrics)
 
+  # Selections only: nothing to trace.
   def build_getter(field):
-    @graphs.computation(member)
+    @tff.federated_computation(member)
     def get_fn(state):
       return getattr(state, field)
 
     return get_fn
 
   def build_setter(field):
-    @graphs.computation(member, getattr(member, field))
+    @tff.federated_computation(member, getattr(member, field))
     def set_fn(state, value):
-      return state._replace(**{field: value})
+      return _replaced(state, {field: value})
 
     return set_fn
 
-  # TFF's own tracing: these call other computations.
-  @tff.tensorflow.computation(member)
+  @tff.federated_computation(member)
   def get_hparams_fn(state):
     return collections.OrderedDict(
         client_work=client_work.get_hparams(state.client_work),
         finalizer=finalizer.get_hparams(state.finalizer),
     )
 
-  @tff.tensorflow.computation(member, get_hparams_fn.type_signature.result)
+  @tff.federated_computation(member, get_hparams_fn.type_signature.result)
   def set_hparams_fn(state, hparams):
     changed = {
         'client_work': client_work.set_hparams(
@@ -703,11 +703,7 @@ def build_distillation_process(
         ),
         'finalizer': finalizer.set_hparams(state.finalizer, hparams['finalizer']),
     }
-    # There `state` is TFF's own structure, without `_replace`.
-    return DistillationState(**{
-        field: changed.get(field, getattr(state, field))
-        for field in DistillationState._fields
-    })
+    return _replaced(state, changed)
 
   has_teacher = teacher is not None
   shared = dict(
@@ -957,6 +953,14 @@ def _check_companion(
         'several times, and the noise covers one.) Without noise, epsilon=None, '
         'datasets will do.'
     )
+
+
+def _replaced(state: tff.Value, changed: Mapping[str, Any]) -> DistillationState:
+  """A state in a TFF computation, where it has no `_replace`, with other fields."""
+  return DistillationState(**{
+      field: changed.get(field, getattr(state, field))
+      for field in DistillationState._fields
+  })
 
 
 def _is_compatible(expected: Any, found: Any) -> bool:

@@ -518,14 +518,15 @@ class Lesson:
 
     patience = d.patience or d.num_steps
     begin = _Steps(tf.constant(0), values, state, tf.zeros([]), tf.zeros([]))
-    done, best = tf.while_loop(
-        lambda now, best: (now.step < num_steps) & (best.looks_waited < patience),
-        steps_and_look,
-        (
-            begin,
-            _Best(values.weights, state, before, tf.constant(0), tf.constant(0)),
-        ),
-    )
+    best = _Best(values.weights, state, before, tf.constant(0), tf.constant(0))
+    if check_every == d.num_steps:
+      done, best = steps_and_look(begin, best)
+    else:
+      done, best = tf.while_loop(
+          lambda now, best: (now.step < num_steps) & (best.looks_waited < patience),
+          steps_and_look,
+          (begin, best),
+      )
     measurements = collections.OrderedDict(
         num_steps=done.step,
         num_targets=num_targets,

@@ -90,7 +90,7 @@ class _Layout(NamedTuple):
   constants: Mapping[int, np.ndarray]
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
+@dataclasses.dataclass(frozen=True, eq=False, repr=False)
 class ModelSpec:
   """A checked Keras model as a function of its weights.
 
@@ -122,6 +122,9 @@ class ModelSpec:
   ignored_label: Optional[int]
   _model: keras.Model
   _layout: _Layout
+
+  def __repr__(self) -> str:
+    return f'ModelSpec(name={self.name!r}, model={type(self._model).__name__})'
 
   @functools.cached_property
   def weights_spec(self) -> tff.learning.models.ModelWeights:
