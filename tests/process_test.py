@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import scipy.special
 import tensorflow as tf
+import tf_keras
 from tff_kd.compat import tff
 
 import tff_kd
@@ -149,11 +150,16 @@ def test_without_distillation_three_rounds_equal_tffs_fed_avg(weighting):
   )
 
   def model_fn():
+    # TFF's own wrapper, of a model of Keras 2, which is all it takes.
     return tff.learning.models.from_keras_model(
-        helpers.dense_fn(units)(),
-        loss=helpers.loss_fn(),
+        tf_keras.Sequential([
+            tf_keras.layers.InputLayer((helpers.DIM,)),
+            *(tf_keras.layers.Dense(u, activation='relu') for u in units),
+            tf_keras.layers.Dense(helpers.CLASSES),
+        ]),
+        loss=tf_keras.losses.SparseCategoricalCrossentropy(from_logits=True),
         input_spec=helpers.INPUT_SPEC,
-        metrics=helpers.metrics_fn(),
+        metrics=[tf_keras.metrics.SparseCategoricalAccuracy(name='accuracy')],
     )
 
   theirs = tff.learning.algorithms.build_weighted_fed_avg(
@@ -366,10 +372,7 @@ def test_labels_add_their_cross_entropy():
       back_distillation=None,
   )
   state = process.initialize()
-  teacher = helpers.dense_fn((8,))()
-  tff.learning.models.ModelWeights(*state.teacher_weights).assign_weights_to(
-      teacher
-  )
+  teacher = process.teacher_to_keras(state)
   x, y = helpers.examples(16, 5)
   with tf.GradientTape() as tape:
     loss = helpers.loss_fn()(y, teacher(x))
@@ -396,13 +399,10 @@ def test_local_distillation_equals_a_step_by_hand(target):
       ]
   )
   state = process.initialize()
-  student, frozen = helpers.dense_fn()(), helpers.dense_fn(
-      (8,) if target == 'teacher' else ()
-  )()
-  state.global_model_weights.assign_weights_to(student)
-  (
-      state.teacher_weights if target == 'teacher' else state.global_model_weights
-  ).assign_weights_to(frozen)
+  student = process.to_keras(state)
+  frozen = (
+      process.teacher_to_keras if target == 'teacher' else process.to_keras
+  )(state)
   x, y = helpers.examples(6, 4)
   # Two steps: at the first one the global student is its own target.
   for _ in range(2):
@@ -528,10 +528,9 @@ def test_teacher_weights_go_in_and_out(fusion):
   state = fusion.initialize()
   keras_teacher = helpers.dense_fn((8,))()
   state = fusion.set_teacher_weights(
-      state, tff_kd.models.weights_of(keras_teacher)
+      state, fusion.teacher_spec.weights_of(keras_teacher)
   )
-  other = helpers.dense_fn((8,))()
-  fusion.get_teacher_weights(state).assign_weights_to(other)
+  other = fusion.teacher_to_keras(state)
   x, _ = helpers.examples(4, 0)
   np.testing.assert_allclose(other(x), keras_teacher(x))
 
@@ -653,25 +652,28 @@ def test_data_of_another_spec_is_refused_by_tff(fusion):
     fusion.next(fusion.initialize(), [helpers.dataset(x[:, :3], y)])
 
 
-class _Branching(keras.Model):
-  """Takes a branch by what it sees, in Python's words or in TensorFlow's."""
-
-  def __init__(self, in_python):
-    super().__init__()
-    self._in_python = in_python
-    self._dense = keras.layers.Dense(helpers.CLASSES, kernel_initializer='ones')
+class Branching(keras.Model):
+  """Takes a branch by what it sees, as Keras 3's `fit` does not allow."""
 
   def call(self, x):
-    if self._in_python:
-      if tf.reduce_mean(x) > 0.0:
-        return self._dense(x)
-      return self._dense(-2.0 * x)
-    return self._dense(tf.where(tf.reduce_mean(x) > 0.0, x, -2.0 * x))
+    if tf.reduce_mean(x) > 0.0:
+      return x[:, : helpers.CLASSES]
+    return -2.0 * x[:, : helpers.CLASSES]
+
+
+def test_a_branch_in_a_model_is_an_error_as_in_keras():
+  x, y = helpers.examples(8, 0)
+  model = Branching()
+  model.compile('sgd', helpers.loss_fn())
+  with pytest.raises(Exception, match='symbolic'):
+    model.fit(x, y, verbose=0)
+  with pytest.raises(ValueError, match='symbolic'):
+    tff_kd.algorithms.build_fed_avg(**helpers.common(student_fn=Branching))
 
 
 @pytest.mark.parametrize('as_datasets', [True, False])
 def test_pythons_words_in_what_is_the_users(as_datasets, tmp_path):
-  """Keras models, rates and losses may branch as AutoGraph lets them."""
+  """Rates and distillation losses may branch as AutoGraph lets them."""
 
   def rate_in_python(progress):
     if progress < 0.5:
@@ -696,7 +698,9 @@ def test_pythons_words_in_what_is_the_users(as_datasets, tmp_path):
   found = []
   for in_python in (True, False):
     process = tff_kd.algorithms.build_fed_df(
-        **helpers.common(student_fn=lambda in_python=in_python: _Branching(in_python)),
+        **helpers.common(
+            student_fn=helpers.dense_fn(kernel_initializer='ones')
+        ),
         transfer_set=tff_kd.TransferSet(helpers.examples(8, 99)[0]),
         client_data=None if as_datasets else batches,
         learning_rate_fn=(

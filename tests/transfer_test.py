@@ -252,8 +252,7 @@ def test_only_known_labels_count():
       back_distillation=None,
   )
   state = process.initialize()
-  teacher = helpers.dense_fn((8,))()
-  process.get_teacher_weights(state).assign_weights_to(teacher)
+  teacher = process.teacher_to_keras(state)
   expected = helpers.loss_fn()(y[mask], teacher(x[mask]))
   output = process.next(state, [helpers.dataset(*helpers.examples(8, 0))])
   measured = output.metrics['server_distillation']['teacher']

@@ -243,6 +243,9 @@ def build_client_work(
       for cohort in range(len(students.specs))
   ]
 
+  for update in updates:
+    update.prepare()
+
   def run(client_hparams, broadcast, client, client_state=()):
     return students.run_client(
         client,
@@ -321,6 +324,10 @@ class _ClientUpdate:
   broadcast_history: conditions_lib.BroadcastHistory
   releases_metrics: bool
   seed: int
+
+  def prepare(self) -> None:
+    """Builds optimizers and what else must be built outside of any trace."""
+    _ = self.training
 
   @property
   def student(self) -> models.ModelSpec:
@@ -515,11 +522,13 @@ def reported_metrics(
     student: models.ModelSpec, trained: local_training.Trained, included: tf.Tensor
 ) -> Any:
   """The metrics' states of a client; as at the beginning if it is left out."""
-  return tf.nest.map_structure(
+  states = tf.nest.map_structure(
       lambda new, old: tf.where(included, new, old),
       trained.metrics,
       student.metrics.initial_state(),
   )
+  # Lists, as `tff.learning.metrics` expects.
+  return collections.OrderedDict((name, list(s)) for name, s in states.items())
 
 
 def _times(update: Any, weight: tf.Tensor) -> Any:

@@ -82,7 +82,7 @@ class Outputs(NamedTuple):
 
 
 class _Layout(NamedTuple):
-  """Where the values of a model are among `keras.Model.non_trainable_variables`."""
+  """Where the values of a model are among its `_non_trainable_variables`."""
 
   statistics: tuple[int, ...]
   local: Mapping[int, np.ndarray]
@@ -108,6 +108,8 @@ class ModelSpec:
     is_regression: Whether the outputs are numbers to be fitted, not classes. They are
       then compared by their squared distance wherever logits are by their divergence.
     ignored_label: The label that counts nowhere (padding), if the loss has one.
+    batch_size: The only size of a batch that the model takes, if it is fixed
+      (`keras.Input(batch_shape=...)`, recurrent layers with `stateful=True`).
   """
 
   name: str
@@ -120,6 +122,7 @@ class ModelSpec:
   metrics: metrics_lib.Metrics
   is_regression: bool
   ignored_label: Optional[int]
+  batch_size: Optional[int]
   _model: keras.Model
   _layout: _Layout
 
@@ -198,7 +201,19 @@ class ModelSpec:
 
     Returns:
       The `Outputs`.
+
+    Raises:
+      ValueError: If the model takes one size of a batch only and trains on another.
     """
+    size = tf.nest.flatten(inputs)[0].shape[0]
+    if self.batch_size is not None and size != self.batch_size:
+      if training:
+        raise ValueError(
+            f'The {self.name} takes batches of {self.batch_size} examples only, found '
+            f'{"any number" if size is None else size} in a batch. Give it batches of '
+            'that size (`drop_remainder=True`), or build it without a fixed batch.'
+        )
+      return self._call_in_batches(values, inputs)
     outputs, non_trainable, own_losses = _call(
         self._model,
         values.trainable,
@@ -215,6 +230,31 @@ class ModelSpec:
         [tf.zeros([])] + [tf.cast(loss, tf.float32) for loss in own_losses]
     )
     return Outputs(outputs, after, regularization)
+
+  def _call_in_batches(self, values: ModelValues, inputs: Any) -> Outputs:
+    """An inference call of any number of examples, in batches of the fixed size."""
+    size = tf.shape(tf.nest.flatten(inputs)[0])[0]
+    padding = -size % self.batch_size
+
+    def batched(leaf: tf.Tensor) -> tf.Tensor:
+      widths = [[0, padding]] + [[0, 0]] * (leaf.shape.rank - 1)
+      return tf.reshape(
+          tf.pad(leaf, widths), [-1, self.batch_size, *leaf.shape[1:]]
+      )
+
+    outputs = tf.map_fn(
+        lambda batch: self.call(values, batch).outputs,
+        tf.nest.map_structure(batched, inputs),
+        fn_output_signature=tf.TensorSpec(
+            [self.batch_size, *self.logits_shape], self._outputs_dtype
+        ),
+    )
+    outputs = tf.reshape(outputs, [-1, *self.logits_shape])[:size]
+    return Outputs(outputs, values, tf.zeros([]))
+
+  @property
+  def _outputs_dtype(self) -> tf.DType:
+    return tf.as_dtype(self._model.compute_dtype)
 
   def logits(self, weights: Any, inputs: Any) -> tf.Tensor:
     """Predictions in inference mode, as float32 logits `[batch, ..., classes]`."""
@@ -327,7 +367,8 @@ class ModelSpec:
     """
     model = self.keras_model_fn()
     # Subclassed models have no variables before their first call.
-    model(_example(split_batch(self.input_spec)[0], batch_size=1), training=False)
+    inputs = _example(split_batch(self.input_spec)[0], self.batch_size or 1)
+    model(inputs, training=False)
     self.assign(model, weights)
     return model
 
@@ -351,11 +392,11 @@ class ModelSpec:
         **self._layout.constants,
     }
     for place, value in values.items():
-      model.non_trainable_variables[place].assign(value)
+      _non_trainable_variables(model)[place].assign(value)
 
   def weights_of(self, model: keras.Model) -> tff.learning.models.ModelWeights:
     """The `ModelWeights` of a built model of the same builder, as arrays."""
-    variables = model.non_trainable_variables
+    variables = _non_trainable_variables(model)
     return tff.learning.models.ModelWeights(
         trainable=[v.numpy() for v in model.trainable_variables],
         non_trainable=[variables[i].numpy() for i in self._layout.statistics],
@@ -391,7 +432,7 @@ class BoundModel(NamedTuple):
     model = self.spec._model
     return keras.StatelessScope([
         *zip(model.trainable_variables, self.values.trainable),
-        *zip(model.non_trainable_variables, self.spec._non_trainable(self.values)),
+        *zip(_non_trainable_variables(model), self.spec._non_trainable(self.values)),
     ])
 
 
@@ -446,13 +487,14 @@ def build_model_spec(
     raise TypeError(
         f'`loss_fn` must return a `keras.losses.Loss`, found {type(loss).__name__}.'
     )
-  outputs = _probe(model, inputs_spec, name)
-  labels = _example(labels_spec, _PROBE_BATCH)
+  batch_size = _fixed_batch(model, inputs_spec)
+  outputs = _probe(model, inputs_spec, batch_size or _PROBE_BATCH, name)
+  labels = _example(labels_spec, batch_size or _PROBE_BATCH)
   _check_loss(loss, labels, outputs, name)
-  traced = _trace(model, inputs_spec, name)
+  traced = _trace(model, inputs_spec, batch_size, name)
   is_regression = isinstance(loss, _REGRESSION_LOSSES)
   from_logits = is_regression or _check_from_logits(loss, traced.activation, name)
-  variables = model.non_trainable_variables
+  variables = _non_trainable_variables(model)
   return ModelSpec(
       name=name,
       keras_model_fn=keras_model_fn,
@@ -467,6 +509,7 @@ def build_model_spec(
       metrics=metrics_lib.Metrics(metrics_fn, labels, outputs),
       is_regression=is_regression,
       ignored_label=_config_of(loss, 'ignore_class'),
+      batch_size=batch_size,
       _model=model,
       _layout=traced.layout,
   )
@@ -599,12 +642,24 @@ def _example(spec: Any, batch_size: int, rng=None) -> Any:
   return tf.nest.map_structure(make, spec)
 
 
-def _probe(keras_model: keras.Model, inputs_spec: Any, name: str) -> tf.Tensor:
+def _fixed_batch(model: keras.Model, inputs_spec: Any) -> Optional[int]:
+  """The only size of a batch that a model takes, or `None` if it takes any."""
+  declared = [t.shape[0] for t in getattr(model, 'inputs', None) or ()]
+  if declared and declared[0] is not None:
+    return declared[0]
+  if _recurrent_layers(model):
+    return tf.nest.flatten(inputs_spec)[0].shape[0]
+  return None
+
+
+def _probe(
+    keras_model: keras.Model, inputs_spec: Any, batch_size: int, name: str
+) -> tf.Tensor:
   """The model's outputs on a random batch; builds the model."""
   rng = np.random.default_rng(0)
   try:
     outputs = keras_model(
-        _example(inputs_spec, _PROBE_BATCH, rng), training=False
+        _example(inputs_spec, batch_size, rng), training=False
     )
   except Exception as error:
     raise ValueError(
@@ -617,10 +672,10 @@ def _probe(keras_model: keras.Model, inputs_spec: Any, name: str) -> tf.Tensor:
         f'The {name} must have one floating-point output tensor, found '
         f'{tf.nest.map_structure(lambda t: getattr(t, "shape", t), outputs)}.'
     )
-  if outputs.shape.rank < 2 or outputs.shape[0] != _PROBE_BATCH:
+  if outputs.shape.rank < 2 or outputs.shape[0] != batch_size:
     raise ValueError(
         f'The {name} must return outputs of shape [batch, ..., classes], found '
-        f'{outputs.shape} for a batch of {_PROBE_BATCH}.'
+        f'{outputs.shape} for a batch of {batch_size}.'
     )
   return outputs
 
@@ -641,14 +696,15 @@ def _call(
   scope = keras.StatelessScope(
       [
           *zip(model.trainable_variables, trainable, strict=True),
-          *zip(model.non_trainable_variables, non_trainable, strict=True),
+          *zip(_non_trainable_variables(model), non_trainable, strict=True),
       ],
       collect_losses=True,
   )
-  with scope:
+  # Keras's names of layers (`__mine`) may be none of TensorFlow's at the root of a graph.
+  with tf.name_scope('model'), scope:
     outputs = model(inputs, training=training)
     own_losses = list(model.losses)
-  after = [scope.get_current_value(v) for v in model.non_trainable_variables]
+  after = [scope.get_current_value(v) for v in _non_trainable_variables(model)]
   return outputs, after, own_losses
 
 
@@ -666,9 +722,11 @@ class _Traced(NamedTuple):
   output_shape: tf.TensorShape
 
 
-def _trace(model: keras.Model, inputs_spec: Any, name: str) -> _Traced:
+def _trace(
+    model: keras.Model, inputs_spec: Any, batch_size: Optional[int], name: str
+) -> _Traced:
   """Traces an inference and a training call of a built model."""
-  variables = model.non_trainable_variables
+  variables = _non_trainable_variables(model)
   moved = []
 
   def calls(trainable, non_trainable, inputs):
@@ -683,7 +741,7 @@ def _trace(model: keras.Model, inputs_spec: Any, name: str) -> _Traced:
     return tf.TensorSpec(variable.shape, variable.dtype)
 
   batch_spec = tf.nest.map_structure(
-      lambda s: tf.TensorSpec([None, *s.shape[1:]], s.dtype), inputs_spec
+      lambda s: tf.TensorSpec([batch_size, *s.shape[1:]], s.dtype), inputs_spec
   )
   try:
     traced = graphs.function(calls).get_concrete_function(
@@ -696,7 +754,11 @@ def _trace(model: keras.Model, inputs_spec: Any, name: str) -> _Traced:
         f'The {name} cannot be called in training mode in a graph, as Keras\'s `fit` '
         f'would: {error}'
     ) from error
-  recurrent = _recurrent_states(model)
+  recurrent = {
+      id(state)
+      for layer in _recurrent_layers(model)
+      for state in tf.nest.flatten(layer.states)
+  }
   seeds = frozenset(
       i for i in moved if variables[i].name == _SEED_STATE
   )
@@ -716,21 +778,34 @@ def _trace(model: keras.Model, inputs_spec: Any, name: str) -> _Traced:
   output = traced.outputs[0]
   shape = output.shape
   if shape.rank is None:
-    shape = model(_example(inputs_spec, _PROBE_BATCH), training=False).shape
+    example = _example(inputs_spec, batch_size or _PROBE_BATCH)
+    shape = model(example, training=False).shape
   return _Traced(layout, _last_activation(output), shape)
 
 
-def _recurrent_states(model: keras.Model) -> set[int]:
-  """The identities of what recurrent layers with `stateful=True` keep."""
-  pending, states = [model], set()
+def _non_trainable_variables(model: keras.Model) -> list[keras.Variable]:
+  """Those of Keras, and the states of recurrent layers, which Keras does not list."""
+  variables = list(model.non_trainable_variables)
+  listed = {id(v) for v in variables}
+  return variables + [
+      state
+      for layer in _recurrent_layers(model)
+      for state in tf.nest.flatten(layer.states)
+      if id(state) not in listed
+  ]
+
+
+def _recurrent_layers(model: keras.Model) -> list[keras.layers.RNN]:
+  """The recurrent layers with `stateful=True`."""
+  pending, found = [model], []
   while pending:
     layer = pending.pop()
     if isinstance(layer, keras.layers.RNN) and layer.stateful:
-      states |= {id(s) for s in tf.nest.flatten(layer.states)}
-    pending += [*getattr(layer, 'layers', ()), *filter(
-        None, [getattr(layer, 'layer', None)]
-    )]
-  return states
+      found.append(layer)
+    pending += getattr(layer, 'layers', ())
+    wrapped = getattr(layer, 'layer', None)
+    pending += [] if wrapped is None else [wrapped]
+  return found
 
 
 # What leaves the values as they are.
