@@ -9,7 +9,6 @@ import pathlib
 
 import keras
 import numpy as np
-import tensorflow as tf
 
 from tff_kd import data
 
@@ -19,7 +18,7 @@ DEFAULTS = {'rounds': 10, 'batch_size': 10}  # Of flags of pipelines.train.
 def build_model(units):
   layers = keras.layers
   return keras.Sequential(
-      [layers.Dense(units, activation='relu', input_shape=(2,)), layers.Dense(3)]
+      [keras.Input((2,)), layers.Dense(units, activation='relu'), layers.Dense(3)]
   )
 
 

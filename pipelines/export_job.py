@@ -8,6 +8,8 @@ import pathlib
 import sys
 import tempfile
 from typing import Any, NamedTuple, Optional
+import warnings
+import zipfile
 
 import keras
 import numpy as np
@@ -25,6 +27,9 @@ _WORSE = 0.01
 # Transfer examples that show TFLite the ranges of what it quantises.
 _REPRESENTATIVE = 200
 _SIGNATURE = 'serving_default'
+_BATCH = 256
+# Types and policies of Keras layers for which TFLite has float32.
+_FLOATS = ('bfloat16', 'float16', 'float64', 'mixed_bfloat16', 'mixed_float16')
 Predict = Callable[[Any], np.ndarray]
 
 
@@ -51,17 +56,21 @@ def run(
     run_dir: pathlib.Path, export_dir: pathlib.Path, *, names: Sequence[str],
     formats: Sequence[str], num_examples: int,
 ) -> None:
-  """The whole job."""
+  """Exports the models of a run, checks each file and reports.
+
+  Args:
+    run_dir: The folder of the run.
+    export_dir: Where the files and export.json go.
+    names: Which models; all if empty.
+    formats: In which formats.
+    num_examples: On how many test examples the files are compared.
+
+  Raises:
+    UserError: If the run has no such model, or a file is not usable.
+  """
   with train_job.errors_for_users():
     task = train_job.load_task()
-  models = released.load(run_dir, task)
-  known = [model.name for model in models]
-  unknown = sorted(set(names) - set(known))
-  if unknown:
-    raise UserError(
-        f'--models: {", ".join(unknown)} not among the models of {run_dir}, '
-        f'{", ".join(known)}.'
-    )
+  models = _chosen(released.load(run_dir, task), names, run_dir)
   export_dir.mkdir(parents=True, exist_ok=True)
   examples = task.test.take(
       np.random.default_rng(0).permutation(len(task.test))[:num_examples]
@@ -72,11 +81,7 @@ def run(
   )]
   report, worse = {}, []
   for model in models:
-    if names and model.name not in names:
-      continue
-    expected = np.asarray(
-        model.keras_model.predict(examples.inputs, batch_size=256, verbose=0)
-    )
+    expected = _predict(model.keras_model, examples.inputs)
     before = evaluation.score(
         _logits(expected, model), examples.labels, spec=model.spec
     )[task.metric]
@@ -86,23 +91,20 @@ def run(
         f'{before:.4f}', '', '', '',
     ))
     for name in formats:
-      its = _export(name, model, export_dir, task, examples, expected)
-      after = its.scores[task.metric]
-      lost, most = before - after, _WORSE
-      if task.is_regression:
-        lost, most = after - before, _WORSE * before
-      if lost > most:
-        worse.append(its.path.name)
+      exported = _export(name, model, export_dir, task, examples, expected)
+      after = exported.scores[task.metric]
+      if _is_worse(after, before, task):
+        worse.append(exported.path.name)
       rows.append((
-          str(its.path.relative_to(export_dir)), f'{its.size / 1e3:.1f}',
-          f'{after:.4f}', f'{after - before:+.4f}', f'{its.agreement:.4f}',
-          f'{its.largest:.2g}',
+          str(exported.path.relative_to(export_dir)), f'{exported.size / 1e3:.1f}',
+          f'{after:.4f}', f'{after - before:+.4f}', f'{exported.agreement:.4f}',
+          f'{exported.largest:.2g}',
       ))
-      report[its.path.name] = {
-          'format': name, 'model': model.name, 'bytes': its.size,
+      report[exported.path.name] = {
+          'format': name, 'model': model.name, 'bytes': exported.size,
           task.metric: after, f'keras_{task.metric}': before,
-          'rms_difference' if task.is_regression else 'same_class': its.agreement,
-          'largest_difference': its.largest,
+          'rms_difference' if task.is_regression else 'same_class': exported.agreement,
+          'largest_difference': exported.largest,
       }
   (export_dir / 'export.json').write_text(
       json.dumps({'examples': len(examples), 'files': report}, indent=2) + '\n'
@@ -113,11 +115,38 @@ def run(
       f'Files in {export_dir}; the same numbers in export.json.'
   )
   if worse:
-    what = f'one hundredth of its {task.metric}' if task.is_regression else 'a point'
+    limit = f'one hundredth of its {task.metric}' if task.is_regression else 'a point'
     print(
-        f'Worse than the model by more than {what}: {", ".join(worse)}. Take another '
+        f'Worse than the model by more than {limit}: {", ".join(worse)}. Take another '
         'format.'
     )
+
+
+def _chosen(
+    models: Sequence[released.Released], names: Sequence[str], run_dir: pathlib.Path
+) -> list[released.Released]:
+  """The models of these names; all of them if there are no names."""
+  known = [model.name for model in models]
+  unknown = sorted(set(names) - set(known))
+  if unknown:
+    raise UserError(
+        f'--models: {", ".join(unknown)} not among the models of {run_dir}, '
+        f'{", ".join(known)}.'
+    )
+  return [model for model in models if not names or model.name in names]
+
+
+def _is_worse(after: float, before: float, task: tff_kd.data.Task) -> bool:
+  """Whether a file's score is so much below the model's that the user is told."""
+  if task.is_regression:
+    return after - before > _WORSE * before
+  return before - after > _WORSE
+
+
+def _predict(model: keras.Model, inputs: Any) -> np.ndarray:
+  """The model's outputs, float32 `[n, ...]`."""
+  outputs = model.predict(inputs, batch_size=_BATCH, verbose=0)
+  return np.asarray(outputs, np.float32)  # Of a mixed policy they are bfloat16.
 
 
 def _logits(outputs: np.ndarray, model: released.Released) -> np.ndarray:
@@ -154,7 +183,7 @@ def _export(
     if model.spec.ignored_label is not None:
       counted = examples.labels != model.spec.ignored_label
     agreement = np.mean((outputs.argmax(-1) == expected.argmax(-1))[counted])
-  size = sum(its.stat().st_size for its in path.rglob('*') if its.is_file())
+  size = sum(file.stat().st_size for file in path.rglob('*') if file.is_file())
   return _Exported(
       path, size or path.stat().st_size,
       evaluation.score(_logits(outputs, model), examples.labels, spec=model.spec),
@@ -162,17 +191,19 @@ def _export(
   )
 
 
-def _write_keras(model: keras.Model, path: pathlib.Path, task) -> Predict:
+def _write_keras(
+    model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task
+) -> Predict:
   del task
   model.save(path)
   again = keras.models.load_model(path, compile=False)
-  return lambda inputs: again.predict(inputs, batch_size=256, verbose=0)
+  return lambda inputs: _predict(again, inputs)
 
 
 def _write_saved_model(
     model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task
 ) -> Predict:
-  _save(model, path, task, batch_size=None)
+  _save(_copy(model), path, task, batch_size=None)
   serve = tf.saved_model.load(os.fspath(path)).signatures[_SIGNATURE]
 
   def predict(inputs: Any) -> np.ndarray:
@@ -180,9 +211,9 @@ def _write_saved_model(
     size = len(next(iter(named.values())))
     return np.concatenate([
         serve(**{
-            name: tf.constant(a[start : start + 256]) for name, a in named.items()
+            name: tf.constant(a[start : start + _BATCH]) for name, a in named.items()
         })['outputs'].numpy()
-        for start in range(0, size, 256)
+        for start in range(0, size, _BATCH)
     ])
 
   return predict
@@ -226,25 +257,32 @@ def _save(
     model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task,
     batch_size: Optional[int],
 ) -> None:
-  """Saves a signature of named inputs to `outputs`."""
+  """Saves a SavedModel with one signature, of named inputs to `outputs`.
+
+  `model.export` would name the outputs by number, and holds each weight twice.
+
+  Args:
+    model: The model.
+    path: The folder to write.
+    task: What its inputs are like.
+    batch_size: Of the signature; any if `None`.
+  """
   has_names = isinstance(task.transfer.inputs, dict)
   signature = {
       name: tf.TensorSpec([batch_size, *a.shape[1:]], a.dtype, name=name)
       for name, a in _named(task.transfer.inputs).items()
   }
 
-  module = tf.Module()
-  module.model = model
-
   @tf.function(autograph=False)
   def serve(**inputs):
     outputs = model(inputs if has_names else inputs['inputs'], training=False)
-    return {'outputs': outputs}
+    return {'outputs': tf.cast(outputs, tf.float32)}
 
+  module = tf.Module()
+  # TensorFlow does not find the variables in a Keras model.
+  module.kept = [variable.value for variable in model.variables]
   concrete = serve.get_concrete_function(**signature)
-  tf.saved_model.save(
-      module, os.fspath(path), signatures={_SIGNATURE: concrete}
-  )
+  tf.saved_model.save(module, os.fspath(path), signatures={_SIGNATURE: concrete})
 
 
 def _convert(
@@ -259,14 +297,12 @@ def _convert(
     quantised: Whether weights get 8 bits.
     representative: Gives the inputs that show the ranges of activations, which then get
       8 bits, too.
+
+  Raises:
+    UserError: If TFLite does not have what the model computes.
   """
-  layers = keras.layers
-  # Its op for whole sequences would keep the state from one call to the next.
-  unrolled = [layers.LSTM]
-  if representative is not None:
-    # It dies (a segmentation fault) of a loop whose activations it is to quantise.
-    unrolled += [layers.GRU, layers.SimpleRNN]
-  model = _unrolled(model, tuple(unrolled))
+  # It dies (a segmentation fault) of a loop whose activations it is to quantise.
+  model = _copy(model, unroll=representative is not None, in_float32=True)
   with tempfile.TemporaryDirectory() as folder:
     _save(model, pathlib.Path(folder), task, batch_size=1)
     converter = tf.lite.TFLiteConverter.from_saved_model(
@@ -275,8 +311,15 @@ def _convert(
     if quantised:
       converter.optimizations = [tf.lite.Optimize.DEFAULT]
       converter.representative_dataset = representative
-    with _quiet():
-      return converter.convert()
+    try:
+      with _quiet():
+        return converter.convert()
+    except Exception as error:  # The converter's own type has no public name.
+      reason = str(error).strip().splitlines() or [type(error).__name__]
+      raise UserError(
+          f'TFLite does not take the model {model.name} ({reason[0]}). Leave tflite, '
+          'int8 and int8_weights out of --formats.'
+      ) from error
 
 
 @contextlib.contextmanager
@@ -294,27 +337,67 @@ def _quiet() -> Iterator[None]:
     os.close(nowhere)
 
 
-def _unrolled(
-    model: keras.Model, kinds: tuple[type[keras.layers.Layer], ...]
+def _copy(
+    model: keras.Model, *, unroll: bool = False, in_float32: bool = False
 ) -> keras.Model:
-  """The same with the loops of some recurrent layers unrolled."""
-  if not any(isinstance(layer, kinds) for layer in model.layers):
-    return model
+  """A copy of a model that computes with operations that every device has.
 
-  def clone(layer: keras.layers.Layer) -> keras.layers.Layer:
-    config = layer.get_config()
-    if isinstance(layer, kinds):
-      config['unroll'] = True
-    return type(layer).from_config(config)
+  Args:
+    model: The model.
+    unroll: Whether recurrent layers have a step after the other in place of a loop.
+    in_float32: Whether all layers compute in float32, whatever their dtype policy.
 
-  unrolled = keras.models.clone_model(model, clone_function=clone)
-  unrolled.set_weights(model.get_weights())
-  return unrolled
+  Returns:
+    A new model with the same weights and vocabularies.
+  """
+  with tempfile.TemporaryDirectory() as folder:
+    path = pathlib.Path(folder) / 'model.keras'
+    model.save(path)
+    if in_float32:
+      _rewrite_in_float32(path)
+    copy = keras.models.load_model(path, compile=False)
+  # There is no public name for all layers, those in other layers included.
+  for layer in copy._flatten_layers():  # pylint: disable=protected-access
+    if isinstance(layer, keras.layers.RNN):
+      layer.unroll = unroll or layer.unroll
+      # Where there is a GPU, GRU and LSTM would be cuDNN's, which are nowhere else.
+      layer.use_cudnn = False
+  return copy
+
+
+def _rewrite_in_float32(path: pathlib.Path) -> None:
+  """Makes a .keras file one of a model that computes in float32."""
+  with zipfile.ZipFile(path) as file:
+    parts = {name: file.read(name) for name in file.namelist()}
+  config = _float32_config(json.loads(parts['config.json']))
+  parts['config.json'] = json.dumps(config).encode()
+  with zipfile.ZipFile(path, 'w') as file:
+    for name, content in parts.items():
+      file.writestr(name, content)
+
+
+def _float32_config(config: Any) -> Any:
+  """The configuration of a model with float32 for each other floating-point type."""
+  if isinstance(config, list):
+    return [_float32_config(part) for part in config]
+  if not isinstance(config, dict):
+    return config
+  if config.get('class_name') == 'DTypePolicy':
+    name = config['config']['name']
+    return {**config, 'config': {'name': 'float32' if name in _FLOATS else name}}
+  return {
+      key: 'float32' if key == 'dtype' and value in _FLOATS
+      else _float32_config(value)
+      for key, value in config.items()
+  }
 
 
 def _tflite_predict(path: pathlib.Path) -> Predict:
-  interpreter = tf.lite.Interpreter(os.fspath(path))
-  runner = interpreter.get_signature_runner(_SIGNATURE)
+  with _quiet(), warnings.catch_warnings():
+    # It announces its removal in TensorFlow 2.20, but is in 2.21.
+    warnings.simplefilter('ignore', UserWarning)
+    interpreter = tf.lite.Interpreter(os.fspath(path))
+    runner = interpreter.get_signature_runner(_SIGNATURE)
 
   def predict(inputs: Any) -> np.ndarray:
     named = _named(inputs)

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Mapping, Sequence
 import collections
+import concurrent.futures
 import contextlib
 import csv
 import dataclasses
@@ -16,7 +17,6 @@ from typing import Any, NamedTuple, Optional, Union
 
 from absl import flags
 
-import keras
 import keras
 import numpy as np
 import tensorflow as tf
@@ -52,7 +52,7 @@ _ROUNDED_FROM = 1000
 # and epochs at most, steps at least between looks at the validation score, and looks
 # without a better one.
 _CENTRAL_BATCH = 32
-_ALONE_STEPS, _ALONE_EPOCHS = 1500, 100
+_ALONE_STEPS, _ALONE_LEAST_STEPS, _ALONE_EPOCHS = 1500, 300, 100
 _ALONE_LOOK = 50
 _ALONE_PATIENCE = 10
 # FedAvg, to compare with, gets so many times the rounds at most: where predictions are
@@ -494,21 +494,43 @@ def _pretrain(
 
 
 def _train_alone(
-    name: str, evaluation: '_Evaluation', spec: tff_kd.models.ModelSpec,
+    evaluator: tff_kd.evaluation.CentralEvaluator,
     task: tff_kd.data.Task,
+    most_steps: int,
 ) -> dict[str, float]:
   """The test scores of what the server's labels give without any client."""
   steps = -(-args.TRANSFER_LABELS.value // _CENTRAL_BATCH)  # An epoch's.
-  evaluator = evaluation.evaluators[name]
   weights, _ = central.fit(
-      _on_server_labels(spec, task),
+      _on_server_labels(evaluator.spec, task),
       lambda weights: evaluator.evaluate(weights, *task.validation)[task.metric],
       higher_is_better=not task.is_regression,
-      max_epochs=min(_ALONE_EPOCHS, -(-_ALONE_STEPS // steps)),
+      max_epochs=min(_ALONE_EPOCHS, -(-most_steps // steps)),
       epochs_per_look=-(-_ALONE_LOOK // steps),
       patience=_ALONE_PATIENCE,
   )
   return evaluator.evaluate(weights, *task.test)
+
+
+def _all_alone(
+    evaluators: Sequence[tff_kd.evaluation.CentralEvaluator],
+    task: tff_kd.data.Task,
+    history: list[dict[str, float]],
+) -> list[dict[str, float]]:
+  """`_train_alone` of several models, at the same time.
+
+  None takes more steps than the server has taken in the run, which a short run would be
+  held up by, but for a least number.
+  """
+  taken = sum(
+      value
+      for row in history
+      for name, value in row.items()
+      if name.startswith('server_distillation/') and name.endswith('/num_steps')
+  )
+  most_steps = int(min(_ALONE_STEPS, max(_ALONE_LEAST_STEPS, taken or _ALONE_STEPS)))
+  print("Training on the server's labels alone, to compare with.", file=sys.stderr)
+  with concurrent.futures.ThreadPoolExecutor() as pool:
+    return list(pool.map(lambda e: _train_alone(e, task, most_steps), evaluators))
 
 
 class _Evaluation:
@@ -1014,6 +1036,26 @@ def _train_and_report(
   )
 
 
+def _over_clients(
+    evaluator: tff_kd.evaluation.CentralEvaluator,
+    weights: Any,
+    task: tff_kd.data.Task,
+    test_split: Sequence[np.ndarray],
+) -> tff_kd.evaluation.FederatedEvaluation:
+  """The task's metric over clients, each on its share of the test part."""
+  outputs = evaluator.logits(weights, task.test.inputs)
+  values = [
+      tff_kd.evaluation.score(
+          outputs[rows], task.test.labels[rows], spec=evaluator.spec
+      )[task.metric]
+      for rows in test_split
+      if len(rows)
+  ]
+  return tff_kd.evaluation.over_clients(
+      np.array(values), lower_is_better=task.is_regression
+  )
+
+
 def _megabytes(history: list[dict[str, float]]) -> list[float]:
   """What a client that takes part has moved up to each round, in the mean."""
   return list(np.cumsum([row[_CLIENT_BYTES] for row in history]) / 1e6)
@@ -1047,12 +1089,6 @@ def _report(
   def scores(values: Mapping[str, float], prefix: str = '') -> list[str]:
     return [f'{values[prefix + key]:.4f}' for key in keys]
 
-  client_tests = [
-      tff_kd.data.client_dataset(
-          task.test.take(rows), batch_size=64, epochs=1, seed=[0]
-      )
-      for rows in test_split
-  ]
   server_models = evaluation.models(result.best_state)
   names = {
       'student': (
@@ -1078,15 +1114,8 @@ def _report(
   )]
   specs = specs_of(process)
   test = _best_row(history, result.round_num, _monitor(task))
-  evaluators = {
-      name: tff_kd.evaluation.ClientsEvaluator(
-          specs[name], metric=metric,
-          lower_is_better=_mode(metric) == 'min',
-      )
-      for name in {its.replace('_before', '') for its in server_models}
-  }
-  for name, (_, weights) in server_models.items():
-    by_client = evaluators[name.replace('_before', '')].evaluate(weights, client_tests)
+  for name, (evaluator, weights) in server_models.items():
+    by_client = _over_clients(evaluator, weights, task, test_split)
     rows.append((
         names[name], str(result.best_round), *scores(test, f'test/{name}_'),
         f'{by_client.mean:.4f}', f'{by_client.percentile_10:.4f}',
@@ -1132,9 +1161,8 @@ def _report(
   # What the server could do without any client: the honest lower bound.
   alone = {}
   if args.TRANSFER_LABELS.value:
-    alone = {
-        name: _train_alone(name, evaluation, spec, task) for name, spec in specs.items()
-    }
+    alone = _all_alone([evaluation.evaluators[name] for name in specs], task, history)
+    alone = dict(zip(specs, alone))
   for name, values in alone.items():
     rows.append((
         f"{name} on the server's {args.TRANSFER_LABELS.value} labels alone", '',

@@ -2,13 +2,10 @@
 
 import numpy as np
 import pytest
-import tensorflow as tf
 from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
-from tff_kd import client_work
-from tff_kd import cohorts
 from tff_kd import communication
 
 _PREFIX = 'client_work/participation/'

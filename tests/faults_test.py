@@ -2,15 +2,11 @@
 
 import contextlib
 import csv
-import gc
-import logging
-import os
 import pathlib
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 
@@ -19,13 +15,11 @@ import numpy as np
 import portpicker
 import psutil
 import pytest
-import tensorflow as tf
 from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
 from tff_kd.simulation import connections
-from tff_kd.simulation import runtime
 from tff_kd.simulation import tls
 from tff_kd.simulation import transport
 
@@ -35,82 +29,6 @@ _OWN_MOUNTS = ['unshare', '--user', '--map-root-user', '--mount']
 @tff.federated_computation(tff.FederatedType(np.int32, tff.CLIENTS))
 def _total(values):
   return tff.federated_sum(values)
-
-
-def _rounds(process, between=lambda: None):
-  state = process.initialize()
-  for _ in range(3):
-    cohort = [helpers.dataset(*helpers.examples(4 + k, k)) for k in range(3)]
-    state = process.next(state, cohort).state
-    between()
-  return state
-
-
-def _process():
-  return tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(),
-      teacher_fn=helpers.dense_fn((7,)),
-      transfer_set=tff_kd.TransferSet(helpers.examples(12, 99)[0]),
-      teacher_optimizer=helpers.sgd(),
-      student_optimizer=helpers.sgd(),
-      distillation=tff_kd.Distillation(num_steps=2, batch_size=4),
-  )
-
-
-@pytest.mark.parametrize('number', [signal.SIGKILL, signal.SIGSTOP])
-def test_a_lost_local_worker_is_started_again(number, worker, tmp_path, caplog):
-  process = _process()
-  expected = _rounds(process)
-  log = tmp_path / 'worker.log'
-  with (
-      runtime.local_runtime(silence_s=1.0, log_path=log) as started,
-      caplog.at_level(logging.WARNING),
-  ):
-    lost = started.process
-    found = _rounds(process, lambda: lost.send_signal(number))
-    assert started.process.pid != lost.pid
-  for a, b in zip(tf.nest.flatten(found), tf.nest.flatten(expected), strict=True):
-    np.testing.assert_array_equal(a, b)
-  assert lost.poll() is not None
-  reason = 'SIGKILL' if number == signal.SIGKILL else 'has not answered'
-  (said,) = [r.getMessage() for r in caplog.records if 'is lost' in r.getMessage()]
-  assert reason in said and f'process {lost.pid}' in said and str(log) in said
-
-
-def test_a_worker_that_dies_again_and_again_is_given_up():
-  @tff.tensorflow.computation(np.int32)
-  def add_one(value):
-    return value + 1
-
-  @tff.federated_computation(tff.FederatedType(np.int32, tff.CLIENTS))
-  def added(values):
-    return tff.federated_sum(tff.federated_map(add_one, values))
-
-  with runtime.local_runtime() as worker:
-    assert added([1]) == 2
-    start = worker._start  # pylint: disable=protected-access
-
-    def start_and_kill():
-      start()
-      worker.process.kill()
-
-    worker._start = start_and_kill  # pylint: disable=protected-access
-    worker.process.kill()
-    with pytest.raises(transport.WorkerLostError, match=r'SIGKILL.*3 in all.*said'):
-      added([1])
-    worker._start = start  # pylint: disable=protected-access
-    # The next computation has its own tries.
-    assert added([1, 2]) == 5
-
-
-def _own_addresses():
-  """This machine's addresses that others may know."""
-  return [
-      its.address
-      for of_interface in psutil.net_if_addrs().values()
-      for its in of_interface
-      if its.family == socket.AF_INET and not its.address.startswith('127.')
-  ]
 
 
 def _listening(pid):
@@ -126,16 +44,6 @@ def _reaches(host, port):
     return True
   except OSError:
     return False
-
-
-@pytest.mark.parametrize('allow_open', [False, True])
-def test_strangers_reach_a_worker_only_by_choice(allow_open):
-  with runtime.local_runtime(allow_open=allow_open) as worker:
-    (address,) = _listening(worker.process.pid)
-    assert _total([1, 2]) == 3
-    assert ('127.0.0.1' in address.ip) != allow_open
-    for host in _own_addresses():
-      assert _reaches(host, address.port) == allow_open
 
 
 _WITHOUT_PTRACE = """
@@ -175,32 +83,6 @@ def test_where_a_worker_cannot_be_hidden_it_does_not_start():
   assert script.returncode == 0, errors
   assert 'ptrace is not permitted here' in said and 'choose allow_open' in said
   assert said.splitlines()[-1] == 'started'
-
-
-def test_a_hundred_starts_leave_nothing(tmp_path, monkeypatch):
-  monkeypatch.setattr(tempfile, 'tempdir', str(tmp_path))
-  monkeypatch.setenv('TMPDIR', str(tmp_path))
-
-  def left():
-    gc.collect()
-    mine = psutil.Process()
-    return (
-        mine.num_fds(), mine.num_threads(), len(mine.children(recursive=True)),
-        len(os.listdir(tmp_path)),
-    )
-
-  def cycle():
-    with runtime.local_runtime() as worker:
-      assert _total([1, 2]) == 3
-      (address,) = _listening(worker.process.pid)
-    assert not _reaches('127.0.0.1', address.port)
-
-  cycle()
-  before = left()
-  for _ in range(100):
-    cycle()
-  for now, then in zip(left(), before):
-    assert now <= then + 3
 
 
 @contextlib.contextmanager
@@ -353,16 +235,6 @@ def test_a_script_killed_in_mid_run_goes_on_exactly(undisturbed, tmp_path):
   with helpers.running(*_train(tmp_path, '--rounds=6')) as script:
     _, errors = script.communicate(timeout=240)
   assert script.returncode == 0, errors
-  assert _metrics(tmp_path) == undisturbed
-
-
-def test_a_run_whose_worker_is_killed_goes_on_exactly(undisturbed, tmp_path):
-  with helpers.running(*_train(tmp_path, '--rounds=6')) as script:
-    _wait_for_rounds(tmp_path, 2, script)
-    _binary(script).kill()
-    _, errors = script.communicate(timeout=240)
-  assert script.returncode == 0, errors
-  assert 'SIGKILL' in errors and 'worker.log' in errors
   assert _metrics(tmp_path) == undisturbed
 
 

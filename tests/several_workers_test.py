@@ -248,7 +248,7 @@ def test_private_and_secure_sums_as_on_one_worker(build, workers):
 
 
 @pytest.fixture(scope='module')
-def fed_gen(worker):
+def fed_gen():
   """The process that exchanges the most in a round, and what it gives."""
   keras.utils.set_random_seed(1)
   process = _fed_gen()
@@ -256,7 +256,7 @@ def fed_gen(worker):
 
 
 @pytest.fixture(scope='module')
-def fml(worker):
+def fml():
   keras.utils.set_random_seed(1)
   process = _fml()
   return process, _rounds(process)

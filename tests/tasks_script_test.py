@@ -120,8 +120,7 @@ def test_recurrent_models(kind, tmp_path):
     np.testing.assert_allclose(outputs, expected, atol=tolerance)
     sizes[write.__name__] = path.stat().st_size
   assert sizes['_write_int8_weights'] < sizes['_write_tflite']
-  if kind != 'LSTM':
-    assert 2 * sizes['_write_tflite'] < sizes['_write_int8']
+  assert 2 * sizes['_write_tflite'] < sizes['_write_int8']
 
 
 @pytest.mark.parametrize(

@@ -81,7 +81,7 @@ def _import_privacy():
 tensorflow_privacy = _import_privacy()
 
 try:
-  import tensorflow_federated as tff
+  import tensorflow_federated as tff  # noqa: F401
 except ImportError as error:
   raise ImportError(
       'TensorFlow Federated does not import with the packages that are installed '

@@ -160,6 +160,28 @@ class FederatedEvaluation(NamedTuple):
   num_clients: int
 
 
+def over_clients(
+    values: np.ndarray, *, lower_is_better: bool = False
+) -> FederatedEvaluation:
+  """Summarises a metric over clients.
+
+  Args:
+    values: float `[clients]`, of the clients that have examples.
+    lower_is_better: Whether the metric is an error.
+
+  Raises:
+    ValueError: If there is no client.
+  """
+  if not len(values):
+    raise ValueError(_NOBODY)
+  return FederatedEvaluation(
+      mean=float(np.mean(values)),
+      percentile_10=float(np.percentile(values, 90 if lower_is_better else 10)),
+      worst=float(np.max(values) if lower_is_better else np.min(values)),
+      num_clients=len(values),
+  )
+
+
 class ClientsEvaluator:
   """Evaluates weights on each client's data, in this process.
 
@@ -237,14 +259,7 @@ class ClientsEvaluator:
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
       results = list(pool.map(lambda d: self._evaluate(weights, d), client_datasets))
     values = np.array([float(value) for value, count in results if count > 0])
-    if not len(values):
-      raise ValueError(_NOBODY)
-    return FederatedEvaluation(
-        mean=float(values.mean()),
-        percentile_10=float(np.percentile(values, 90 if self._lower_is_better else 10)),
-        worst=float(values.max() if self._lower_is_better else values.min()),
-        num_clients=len(values),
-    )
+    return over_clients(values, lower_is_better=self._lower_is_better)
 
 
 def _model_weights(weights: Any) -> tff.learning.models.ModelWeights:
