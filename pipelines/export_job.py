@@ -397,6 +397,7 @@ def _tflite_predict(path: pathlib.Path) -> Predict:
     # It announces its removal in TensorFlow 2.20, but is in 2.21.
     warnings.simplefilter('ignore', UserWarning)
     interpreter = tf.lite.Interpreter(os.fspath(path))
+    interpreter.allocate_tensors()
     runner = interpreter.get_signature_runner(_SIGNATURE)
 
   def predict(inputs: Any) -> np.ndarray:
