@@ -1,30 +1,38 @@
-r"""Times rounds against the arithmetic they consist of, and against TFF's own.
+r"""Times rounds against the arithmetic they consist of, and against others' rounds.
 
   python -m pipelines.benchmark
   python -m pipelines.benchmark --cases=cnn-10x600,fusion-10x2000 --rounds=15
+  python -m pipelines.benchmark --cases= --scaling= --long_rounds=1000 --long_clients=3,25
 
-A case is MODEL-CLIENTSxEXAMPLES. In each, in one process and in turns, round by round:
+A case is MODEL-CLIENTSxEXAMPLES. Each side of it is a process of its own, with memory,
+threads and a start of its own; they run a round in turns, and wait in between:
 
-  floor   one compiled TensorFlow loop in this process, with all its cores: exactly the
-          gradient steps of all clients (and for `fusion` the predictions on the
-          transfer examples and the server's steps), the mean, nothing else
-  TFF     `tff.learning.algorithms.build_weighted_fed_avg` as it ships, on its default
-          runtime's worker, with datasets in memory
+  floor   one compiled TensorFlow loop with all cores: exactly the gradient steps of all
+          clients (and for `fusion` the predictions on the transfer examples and the
+          server's steps), the mean, nothing else
+  TFF     `tff.learning.algorithms.build_weighted_fed_avg` as it ships, on the worker that
+          it ships, of a model of Keras 2, which is all it takes, datasets in memory
   memory  ours with datasets in memory
   ours    ours with clients' data by reference: the default of `pipelines.train`
-
-Each case has a process of its own, so that memory and start-up are its own.
+  pfl     Apple's pfl-research as it ships, where `import pfl` works; it keeps weights by
+          their names, which differ only in Keras 2, so its model is one of that; its
+          clients go through their examples in order
 """
 
+from collections.abc import Callable, Iterator, Sequence
+import contextlib
 import gc
+import importlib
 import json
 import os
 import pathlib
+import random
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 from absl import app
 from absl import flags
@@ -57,7 +65,13 @@ _LONG = flags.DEFINE_integer(
     'long_rounds', 200, 'Rounds of the run that watches memory; 0 for none.',
     lower_bound=0,
 )
-_SEED = flags.DEFINE_integer('seed', 0, 'Of the examples and the weights.')
+_LONG_CLIENTS = flags.DEFINE_list(
+    'long_clients', ['8', '10'],
+    'LOW,HIGH: how many clients a round of that run has, drawn anew for each.',
+)
+_SEED = flags.DEFINE_integer(
+    'seed', 0, 'Of the examples, the weights and the numbers of clients.'
+)
 _OUTPUT_DIR = flags.DEFINE_string(
     'output_dir', 'runs/benchmark', 'Where results.json and speed.png go.'
 )
@@ -66,11 +80,45 @@ _CHILD = flags.DEFINE_string('child', None, 'Used between processes.')
 _BATCH = 20
 _RATE = 0.1
 _SCALING_EXAMPLES = 20_000
+_LONG_EXAMPLES = 200
+_LONG_POINTS = 10
 _TRANSFER = 1000
 _SERVER_STEPS, _SERVER_BATCH, _SERVER_RATE = 50, 64, 1e-3
+_END_S = 30.0
+
+# Runs a round with so many clients.
+_Round = Callable[[int], Any]
 
 
-def _parse(case: str) -> tuple[str, int, int]:
+class _Case(NamedTuple):
+  """What all sides of a case do."""
+
+  model: str
+  num_clients: int
+  num_examples: int
+
+  @property
+  def shape(self) -> tuple[int, ...]:
+    """Returns the shape of an example."""
+    return (28, 28, 1) if self.model == 'cnn' else (784,)
+
+  def examples(self) -> Iterator[tuple[Any, Any]]:
+    """Draws each client's examples and labels."""
+    import numpy as np
+
+    for client in range(self.num_clients):
+      rng = np.random.default_rng((_SEED.value, client))
+      x = rng.random((self.num_examples, *self.shape), np.float32)
+      yield x, rng.integers(0, 10, self.num_examples).astype(np.int32)
+
+  def transfer_examples(self) -> Any:
+    """Draws the inputs of the fusion's server."""
+    import numpy as np
+
+    return np.random.default_rng(_SEED.value).random((_TRANSFER, *self.shape), np.float32)
+
+
+def _parse(case: str) -> _Case:
   try:
     model, size = case.split('-')
     clients, examples = map(int, size.split('x'))
@@ -81,215 +129,330 @@ def _parse(case: str) -> tuple[str, int, int]:
         f'--cases: {case!r} is not MODEL-CLIENTSxEXAMPLES, with a model of '
         f'{_MODELS} and a multiple of {_BATCH} examples, such as mlp-10x200.'
     ) from None
-  return model, clients, examples
+  return _Case(model, clients, examples)
 
 
-class _Sides:
-  """One case: its data and the functions that run a round of each side."""
-
-  def __init__(self, model: str, num_clients: int, num_examples: int):
-    started = time.perf_counter()
-    import keras
-    import numpy as np
-    import tensorflow as tf
-    from tff_kd.compat import tff
-    import tff_kd
-    # The package's modules load when they are used.
-    tff_kd.algorithms.build_fed_avg, tff_kd.simulation.local_runtime  # noqa: B018
-    self.seconds = {'import': time.perf_counter() - started}
-    keras.utils.set_random_seed(_SEED.value)
-    self.num_clients, self.num_examples = num_clients, num_examples
-    self.shape = (28, 28, 1) if model == 'cnn' else (784,)
-    rng = np.random.default_rng(_SEED.value)
-    self.x = rng.random((num_clients, num_examples, *self.shape), np.float32)
-    self.y = rng.integers(0, 10, (num_clients, num_examples)).astype(np.int32)
-    self.public = rng.random((_TRANSFER, *self.shape), np.float32)
-    self.student_fn = _model_fns(tf, self.shape)[model]
-    self.teacher_fn = _model_fns(tf, self.shape)['teacher']
-    self.fusion = model == 'fusion'
-    self.tff = tff
-    self._tf, self._kd = tf, tff_kd
-
-  def loss_fn(self):
-    return self._keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-  def optimizer(self):
-    return self.tff.learning.optimizers.build_sgdm(_RATE)
-
-  def batches(self):
-    data = self._kd.FileClientData.from_clients(list(zip(self.x, self.y)))
-    return self._kd.ClientBatches(
-        data=data, batch_size=_BATCH, seed=_SEED.value
+def _parse_scaling(number: str) -> int:
+  if not number.isdecimal() or not 1 <= int(number) <= _SCALING_EXAMPLES:
+    raise app.UsageError(
+        f'--scaling: {number!r} is not a number of clients from 1 to '
+        f'{_SCALING_EXAMPLES}.'
     )
-
-  def datasets(self):
-    return [
-        self._tf.data.Dataset.from_tensor_slices(its)
-        .shuffle(self.num_examples).batch(_BATCH)
-        for its in zip(self.x, self.y)
-    ]
-
-  def floor(self):
-    """Returns a function that runs the round's arithmetic and nothing else."""
-    tf = self._tf
-    model, loss_fn = self.student_fn(), self.loss_fn()
-    model(tf.zeros((1, *self.shape)))
-    xs, ys = tf.constant(self.x), tf.constant(self.y)
-    weights = [tf.Variable(v) for v in model.trainable_variables]
-    public = tf.constant(self.public)
-    teacher = self.teacher_fn() if self.fusion else None
-    num_clients, num_examples = self.num_clients, self.num_examples
-    variables = model.trainable_variables
-
-    def distil(learner, targets, optimizer):
-      order = tf.random.shuffle(tf.range(_SERVER_STEPS * _SERVER_BATCH) % _TRANSFER)
-      for step in tf.range(_SERVER_STEPS):
-        rows = order[step * _SERVER_BATCH : (step + 1) * _SERVER_BATCH]
-        inputs, target = tf.gather(public, rows), tf.gather(targets, rows)
-        with tf.GradientTape() as tape:
-          loss = tf.reduce_mean(
-              tf.nn.softmax_cross_entropy_with_logits(
-                  tf.nn.softmax(target), learner(inputs, training=True)
-              )
-          )
-        gradients = tape.gradient(loss, learner.trainable_variables)
-        optimizer.apply_gradients(zip(gradients, learner.trainable_variables))
-
-    if self.fusion:
-      adams = {
-          name: keras.optimizers.Adam(_SERVER_RATE, jit_compile=False)
-          for name in ('teacher', 'student')
-      }
-      adams['teacher'].build(teacher.trainable_variables)
-      adams['student'].build(variables)
-
-    @tf.function
-    def run():
-      totals = [tf.zeros_like(w) for w in weights]
-      logits = tf.zeros([_TRANSFER, 10])
-      for client in tf.range(num_clients):
-        for variable, weight in zip(variables, weights):
-          variable.assign(weight)
-        order = tf.random.shuffle(tf.range(num_examples))
-        for step in tf.range(num_examples // _BATCH):
-          rows = order[step * _BATCH : (step + 1) * _BATCH]
-          inputs, labels = tf.gather(xs[client], rows), tf.gather(ys[client], rows)
-          with tf.GradientTape() as tape:
-            loss = loss_fn(labels, model(inputs, training=True))
-          for variable, gradient in zip(
-              variables, tape.gradient(loss, variables)
-          ):
-            variable.assign_sub(_RATE * gradient)
-        totals = [total + v for total, v in zip(totals, variables)]
-        if self.fusion:
-          logits += model(public, training=False)
-      for variable, weight, total in zip(variables, weights, totals):
-        weight.assign(total / num_clients)
-        variable.assign(weight)
-      if self.fusion:
-        distil(teacher, logits / num_clients, adams['teacher'])
-        distil(model, teacher(public, training=False), adams['student'])
-        for variable, weight in zip(variables, weights):
-          weight.assign(variable)
-
-    # Traced before TFF traces anything: its graphs turn Keras's classes into those of
-    # TensorFlow 1, which a model made before then does not fit.
-    run()
-    return run
-
-  def ours(self, by_reference: bool):
-    """Returns the process and a round's client data."""
-    if by_reference:
-      batches = self.batches()
-      kwargs = dict(client_data=batches, input_spec=batches.element_spec)
-      data = list(range(self.num_clients))
-    else:
-      data = self.datasets()
-      kwargs = dict(input_spec=data[0].element_spec)
-    kwargs |= dict(
-        student_fn=self.student_fn, loss_fn=self.loss_fn,
-        client_optimizer=self.optimizer(),
-    )
-    if not self.fusion:
-      return self._kd.algorithms.build_fed_avg(**kwargs), data
-    adam = self.tff.learning.optimizers.build_adam(_SERVER_RATE)
-    distillation = self._kd.Distillation(
-        num_steps=_SERVER_STEPS, batch_size=_SERVER_BATCH
-    )
-    process = self._kd.algorithms.build_fed_distillation(
-        **kwargs,
-        teacher_fn=self.teacher_fn,
-        transfer_set=self._kd.TransferSet(self.public),
-        teacher_optimizer=adam,
-        student_optimizer=adam,
-        distillation=distillation,
-        back_distillation=self._kd.Distillation(
-            target='teacher', num_steps=_SERVER_STEPS, batch_size=_SERVER_BATCH
-        ),
-    )
-    return process, data
-
-  def tff_fed_avg(self):
-    """Returns TFF's process and a round's datasets."""
-    data = self.datasets()
-
-    def model_fn():
-      return self.tff.learning.models.from_keras_model(
-          self.student_fn(), loss=self.loss_fn(), input_spec=data[0].element_spec
-      )
-
-    process = self.tff.learning.algorithms.build_weighted_fed_avg(
-        model_fn, client_optimizer_fn=self.optimizer()
-    )
-    return process, data
+  return int(number)
 
 
-def _model_fns(tf, shape) -> dict[str, Any]:
-  """Builders by name; `teacher` is the fusion's."""
+def _parse_long_clients(limits: Sequence[str]) -> tuple[int, int]:
+  if all(number.isdecimal() for number in limits) and len(limits) == 2:
+    low, high = map(int, limits)
+    if 1 <= low <= high:
+      return low, high
+  raise app.UsageError(
+      f'--long_clients: {",".join(limits)!r} is not LOW,HIGH, such as 3,25.'
+  )
+
+
+# What each side does, in its own process. `keras` is Keras 3's or Keras 2's.
+
+
+def _model(keras: Any, name: str, shape: tuple[int, ...]) -> Any:
+  """Builds a model; `teacher` is the fusion's."""
   layers = keras.layers
-
-  def dense(units, *between):
-    def build():
-      model = [layers.InputLayer(shape)]
-      for u in units:
-        model.append(layers.Dense(u, activation='relu'))
-        model += [make() for make in between]
-      return keras.Sequential([*model, layers.Dense(10)])
-
-    return build
-
-  def cnn():
-    return keras.Sequential([
-        layers.InputLayer(shape),
+  relu = lambda units: layers.Dense(units, activation='relu')
+  if name == 'subclassed':
+    return _subclassed(keras)
+  if name == 'cnn':
+    hidden = [
         layers.Conv2D(32, 3, activation='relu'), layers.MaxPool2D(),
         layers.Conv2D(64, 3, activation='relu'), layers.MaxPool2D(),
-        layers.Flatten(), layers.Dense(10),
-    ])
+        layers.Flatten(),
+    ]
+  elif name == 'teacher':
+    hidden = [relu(400), relu(400)]
+  elif name == 'batch_norm':
+    hidden = [
+        relu(200), layers.BatchNormalization(), relu(200), layers.BatchNormalization(),
+    ]
+  elif name == 'dropout':
+    hidden = [relu(200), layers.Dropout(0.2), relu(200), layers.Dropout(0.2)]
+  else:
+    hidden = [relu(200), relu(200)]
+  return keras.Sequential([layers.InputLayer(shape), *hidden, layers.Dense(10)])
 
+
+def _subclassed(keras: Any) -> Any:
   class Subclassed(keras.Model):
 
     def __init__(self):
       super().__init__()
-      self.hidden = [layers.Dense(200, activation='relu') for _ in range(2)]
-      self.head = layers.Dense(10)
+      relu = lambda: keras.layers.Dense(200, activation='relu')
+      self.first, self.second = relu(), relu()
+      self.head = keras.layers.Dense(10)
 
     def call(self, inputs):
-      for layer in self.hidden:
-        inputs = layer(inputs)
-      return self.head(inputs)
+      return self.head(self.second(self.first(inputs)))
 
-  return {
-      'mlp': dense((200, 200)),
-      'fusion': dense((200, 200)),
-      'teacher': dense((400, 400)),
-      'batch_norm': dense((200, 200), layers.BatchNormalization),
-      'dropout': dense((200, 200), lambda: layers.Dropout(0.2)),
-      'subclassed': Subclassed,
-      'cnn': cnn,
-  }
+  return Subclassed()
 
 
-def _memory(pid: int, field: str) -> float:
+def _loss(keras: Any) -> Any:
+  return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def _local_training(model: Any, loss_fn: Callable[..., Any]) -> Callable[..., None]:
+  """Returns a client's steps, on the model's variables in place."""
+  import tensorflow as tf
+
+  variables = [v.value for v in model.trainable_variables]
+
+  def train(examples, all_labels):
+    size = tf.shape(all_labels)[0]
+    order = tf.random.shuffle(tf.range(size))
+    for step in tf.range(size // _BATCH):
+      rows = order[step * _BATCH : (step + 1) * _BATCH]
+      inputs, labels = tf.gather(examples, rows), tf.gather(all_labels, rows)
+      with tf.GradientTape() as tape:
+        loss = loss_fn(labels, model(inputs, training=True))
+      for variable, gradient in zip(variables, tape.gradient(loss, variables)):
+        variable.assign(variable - _RATE * gradient)
+
+  return train
+
+
+def _distillation(learner: Any, inputs: Any) -> Callable[[Any], None]:
+  """Returns the server's steps of a model towards targets, in place."""
+  import keras
+  import tensorflow as tf
+
+  variables = [v.value for v in learner.trainable_variables]
+  optimizer = keras.optimizers.Adam(_SERVER_RATE)
+  optimizer.build(learner.trainable_variables)
+
+  def distil(targets):
+    order = tf.random.shuffle(tf.range(_SERVER_STEPS * _SERVER_BATCH) % _TRANSFER)
+    for step in tf.range(_SERVER_STEPS):
+      rows = order[step * _SERVER_BATCH : (step + 1) * _SERVER_BATCH]
+      target = tf.nn.softmax(tf.gather(targets, rows))
+      with tf.GradientTape() as tape:
+        logits = learner(tf.gather(inputs, rows), training=True)
+        loss = tf.reduce_mean(
+            tf.nn.softmax_cross_entropy_with_logits(target, logits)
+        )
+      optimizer.apply(tape.gradient(loss, variables))
+
+  return distil
+
+
+def _floor(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
+  """The round's arithmetic and nothing else."""
+  del stack
+  import keras
+  import numpy as np
+  import tensorflow as tf
+
+  xs, ys = (tf.constant(np.stack(part)) for part in zip(*case.examples()))
+  public = tf.constant(case.transfer_examples())
+
+  def build():
+    model = _model(keras, case.model, case.shape)
+    model(tf.zeros((1, *case.shape)))
+    variables = [v.value for v in model.trainable_variables]
+    weights = [tf.Variable(v) for v in variables]
+    train = _local_training(model, _loss(keras))
+    fusion = case.model == 'fusion'
+    if fusion:
+      teacher = _model(keras, 'teacher', case.shape)
+      teach, refresh = _distillation(teacher, public), _distillation(model, public)
+
+    @tf.function
+    def run():
+      totals = [tf.zeros_like(weight) for weight in weights]
+      logits = tf.zeros([_TRANSFER, 10])
+      for client in tf.range(case.num_clients):
+        for variable, weight in zip(variables, weights):
+          variable.assign(weight)
+        train(xs[client], ys[client])
+        totals = [total + variable for total, variable in zip(totals, variables)]
+        if fusion:
+          logits += model(public, training=False)
+      for variable, total in zip(variables, totals):
+        variable.assign(total / case.num_clients)
+      if fusion:
+        teach(logits / case.num_clients)
+        refresh(teacher(public, training=False))
+      for variable, weight in zip(variables, weights):
+        weight.assign(variable)
+
+    return lambda num_clients: run()
+
+  return build
+
+
+def _datasets(case: _Case) -> list[Any]:
+  import tensorflow as tf
+
+  return [
+      tf.data.Dataset.from_tensor_slices(part).shuffle(case.num_examples).batch(_BATCH)
+      for part in case.examples()
+  ]
+
+
+def _rounds_of(process: Any, data: Sequence[Any]) -> _Round:
+  """Initializes a process; each call of the result runs a round."""
+  state = process.initialize()
+
+  def one_round(num_clients: int) -> None:
+    nonlocal state
+    state = process.next(state, data[:num_clients]).state
+
+  return one_round
+
+
+def _tff(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
+  """TFF's own, on its own worker."""
+  from tff_kd import tff
+  from tff_kd import runtime
+  import tf_keras
+
+  data = _datasets(case)
+
+  def model_fn():
+    return tff.learning.models.from_keras_model(
+        _model(tf_keras, case.model, case.shape), loss=_loss(tf_keras),
+        input_spec=data[0].element_spec,
+    )
+
+  def build():
+    stack.enter_context(runtime.tff_worker())
+    process = tff.learning.algorithms.build_weighted_fed_avg(
+        model_fn, client_optimizer_fn=tff.learning.optimizers.build_sgdm(_RATE)
+    )
+    return _rounds_of(process, data)
+
+  return build
+
+
+def _memory(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
+  """Ours, with datasets in memory."""
+  del stack
+  data = _datasets(case)
+  return lambda: _our_rounds(case, data, input_spec=data[0].element_spec)
+
+
+def _ours(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
+  """Ours, with clients' data by reference."""
+  del stack
+  import tff_kd
+
+  batches = tff_kd.ClientBatches(
+      data=tff_kd.FileClientData.from_clients(list(case.examples())),
+      batch_size=_BATCH, seed=_SEED.value,
+  )
+  return lambda: _our_rounds(
+      case, list(range(case.num_clients)), client_data=batches,
+      input_spec=batches.element_spec,
+  )
+
+
+def _our_rounds(case: _Case, data: Sequence[Any], **kwargs) -> _Round:
+  import keras
+  import tff_kd
+
+  kwargs |= dict(
+      student_fn=lambda: _model(keras, case.model, case.shape),
+      loss_fn=lambda: _loss(keras),
+      client_optimizer=tff_kd.tff.learning.optimizers.build_sgdm(_RATE),
+  )
+  if case.model != 'fusion':
+    return _rounds_of(tff_kd.algorithms.build_fed_avg(**kwargs), data)
+  adam = tff_kd.tff.learning.optimizers.build_adam(_SERVER_RATE)
+  size = dict(num_steps=_SERVER_STEPS, batch_size=_SERVER_BATCH)
+  process = tff_kd.algorithms.build_fed_distillation(
+      **kwargs,
+      teacher_fn=lambda: _model(keras, 'teacher', case.shape),
+      transfer_set=tff_kd.TransferSet(case.transfer_examples()),
+      teacher_optimizer=adam,
+      student_optimizer=adam,
+      distillation=tff_kd.Distillation(**size),
+      back_distillation=tff_kd.Distillation(target='teacher', **size),
+  )
+  return _rounds_of(process, data)
+
+
+def _pfl(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
+  """Apple's pfl-research, with TensorFlow."""
+  del stack
+  from pfl.aggregate import simulate
+  from pfl.algorithm import base
+  from pfl.algorithm import federated_averaging
+  from pfl.data import federated_dataset
+  from pfl.data import sampling
+  from pfl.data import tensorflow as pfl_data
+  from pfl.hyperparam import base as hyperparam
+  from pfl.model import tensorflow as pfl_model
+  import tensorflow as tf
+  import tf_keras
+
+  data = [pfl_data.TFTensorDataset(*map(tf.constant, its)) for its in case.examples()]
+  sampler = sampling.get_user_sampler('minimize_reuse', list(range(case.num_clients)))
+  clients = federated_dataset.FederatedDataset(data.__getitem__, sampler)
+
+  def build():
+    keras_model = _model(tf_keras, case.model, case.shape)
+    sgd = tf_keras.optimizers.SGD
+    keras_model.compile(optimizer=sgd(_RATE), loss=_loss(tf_keras))
+    model = pfl_model.TFModel(keras_model, metrics={}, central_optimizer=sgd(1.0))
+    backend = simulate.SimulatedBackend(clients, clients, [])
+    algorithm = federated_averaging.FederatedAveraging()
+    train = hyperparam.NNTrainHyperParams(
+        local_batch_size=_BATCH, local_num_epochs=1, local_learning_rate=_RATE
+    )
+    number = 0
+
+    def one_round(num_clients: int) -> None:
+      nonlocal number
+      number += 1
+      # It goes on after the rounds that it has run, up to this many in all.
+      params = base.NNAlgorithmParams(
+          central_num_iterations=number, evaluation_frequency=sys.maxsize,
+          train_cohort_size=num_clients, val_cohort_size=None,
+      )
+      algorithm.run(params, backend, model, train, send_metrics_to_platform=False)
+
+    return one_round
+
+  return build
+
+
+class _Side(NamedTuple):
+  """One side of a case.
+
+  Attributes:
+    imports: The modules whose import it waits for.
+    prepare: Makes the data; returns a function that builds what runs rounds.
+    models: The models that it can train.
+    environment: Variables of its process.
+  """
+
+  imports: Sequence[str]
+  prepare: Callable[[_Case, contextlib.ExitStack], Callable[[], _Round]]
+  models: Sequence[str]
+  environment: dict[str, str]
+
+
+_OUR_IMPORTS = ['tff_kd.compat', 'tff_kd.algorithms', 'tff_kd.algorithms.fed_avg']
+_SIDES = {
+    'floor': _Side(['tensorflow', 'keras'], _floor, _MODELS, {}),
+    'tff': _Side(['tff_kd.compat', 'tf_keras'], _tff, _MODELS[:-1], {}),
+    'memory': _Side(_OUR_IMPORTS, _memory, _MODELS, {}),
+    'ours': _Side(_OUR_IMPORTS, _ours, _MODELS, {}),
+    'pfl': _Side(
+        ['tf_keras', 'pfl.model.tensorflow', 'pfl.algorithm.federated_averaging'], _pfl,
+        ['mlp', 'cnn'], {'TF_USE_LEGACY_KERAS': '1'},
+    ),
+}
+
+
+def _mib(pid: int, field: str) -> float:
   """MiB of a process: VmHWM, the most it had, or VmRSS, what it has."""
   for line in pathlib.Path(f'/proc/{pid}/status').read_text().splitlines():
     if line.startswith(field):
@@ -297,219 +460,275 @@ def _memory(pid: int, field: str) -> float:
   raise RuntimeError(f'No {field} of process {pid}.')
 
 
-def _timed(function) -> tuple[Any, float]:
+def _peak_mib() -> float:
+  """MiB at the most, of this process and those that it has started."""
+  import psutil
+
+  pids = [its.pid for its in psutil.Process().children(recursive=True)]
+  return sum(_mib(pid, 'VmHWM') for pid in [os.getpid(), *pids])
+
+
+def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
   start = time.perf_counter()
   result = function()
   return result, time.perf_counter() - start
 
 
-class _Rounds:
-  """A process in training: each call runs a round."""
+def _serve(name: str, case: _Case, pipe: int) -> None:
+  """Is one side: runs a round for each line on stdin, and answers on a pipe."""
+  os.set_inheritable(pipe, False)
+  with os.fdopen(pipe, 'w') as answers, contextlib.ExitStack() as stack:
+    answer = lambda **found: print(json.dumps(found), file=answers, flush=True)
+    _, import_s = _timed(lambda: [*map(importlib.import_module, _SIDES[name].imports)])
+    import tensorflow as tf
 
-  def __init__(self, built):
-    self._process, self._data = built
-    self._state = self._process.initialize()
-
-  def __call__(self):
-    self._state = self._process.next(self._state, self._data).state
-
-
-def _measure_case(case: str) -> dict[str, Any]:
-  """The medians of all sides of a case, round by round in turns."""
-  sides = _Sides(*_parse(case))
-  from tff_kd.simulation import runtime
-
-  found = {'case': case, **{f'{k}_s': v for k, v in sides.seconds.items()}}
-  install = sides.tff.framework.get_context_stack().install
-  run = {'floor': sides.floor()}
-  contexts = {}
-  if not sides.fusion:
-    # TFF's own local runtime, with its defaults and a worker of its own.
-    contexts['tff'] = (
-        sides.tff.backends.native.create_sync_local_cpp_execution_context()
-    )
-    with install(contexts['tff']):
-      run['tff'] = _Rounds(sides.tff_fed_avg())
-  opened, found['worker_start_s'] = _timed(
-      lambda: _entered(runtime.local_runtime())
-  )
-  context, worker = opened
-  ours = sides.tff.framework.get_context_stack().current
-  try:
-    for name, by_reference in (('memory', False), ('ours', True)):
-      built, found['build_s'] = _timed(lambda b=by_reference: sides.ours(b))
-      run[name], _ = _timed(lambda its=built: _Rounds(its))
-    times = {name: [] for name in run}
-    start = time.perf_counter()
-    for number in range(_WARM_UP.value + _ROUNDS.value):
-      done = number - _WARM_UP.value
-      if done >= 3 and time.perf_counter() - start > _SECONDS.value:
-        break
-      for name, one_round in run.items():
-        with install(contexts.get(name, ours)):
-          sent, received = worker.traffic.bytes_sent, worker.traffic.bytes_received
-          _, seconds = _timed(one_round)
-        if name == 'ours':
-          found['sent'] = worker.traffic.bytes_sent - sent
-          found['received'] = worker.traffic.bytes_received - received
-          if number == 0:
-            found['first_round_s'] = seconds
-        if done >= 0:
-          times[name].append(seconds)
-    found['rounds'] = len(times['ours'])
-    found['seconds'] = {n: statistics.median(t) for n, t in times.items()}
-    found['all_seconds'] = times
-    # The script's includes the other sides; the worker is ours alone.
-    found['script_peak_mib'] = _memory(os.getpid(), 'VmHWM')
-    found['worker_peak_mib'] = _memory(worker.process.pid, 'VmHWM')
-  finally:
-    context.__exit__(None, None, None)
-    # TFF ends the worker of its context when that is collected.
-    run.clear()
-    contexts.clear()
+    tf.random.set_seed(_SEED.value)
+    build = _SIDES[name].prepare(case, stack)
     gc.collect()
-  return found
+    # What making the examples took is not this side's.
+    with contextlib.suppress(OSError):
+      pathlib.Path('/proc/self/clear_refs').write_text('5')
+    one_round, build_s = _timed(build)
+    answer(import_s=import_s, build_s=build_s)
+    for line in sys.stdin:
+      if line.strip() == 'end':
+        answer(peak_mib=_peak_mib())
+        return
+      _, seconds = _timed(lambda: one_round(int(line)))
+      answer(seconds=seconds, mib=_mib(os.getpid(), 'VmRSS'))
 
 
-def _entered(context):
-  return context, context.__enter__()
+# The parent.
+
+
+class _Child:
+  """A side in its own process.
+
+  Attributes:
+    found: What it has told about itself: seconds to import, to build, of the first round;
+      its most memory once it has ended.
+  """
+
+  def __init__(self, name: str, case: _Case):
+    """Starts it, and waits until it is ready for rounds."""
+    self._name, self._case = name, case
+    read, write = os.pipe()
+    child = json.dumps([name, case, write])
+    command = [sys.executable, '-m', 'pipelines.benchmark', f'--child={child}']
+    self._log = tempfile.TemporaryFile('w+', errors='replace')
+    try:
+      self._process = subprocess.Popen(
+          [*command, f'--seed={_SEED.value}'], pass_fds=[write], text=True,
+          stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
+          env={**os.environ, **_SIDES[name].environment},
+      )
+    finally:
+      os.close(write)
+    self._answers = os.fdopen(read)
+    try:
+      self.found = self._answer()
+    except BaseException:
+      self.close()
+      raise
+
+  def _answer(self) -> dict[str, Any]:
+    line = self._answers.readline()
+    if line:
+      return json.loads(line)
+    with contextlib.suppress(subprocess.TimeoutExpired):
+      self._process.wait(_END_S)
+    self._log.seek(0)
+    raise pipelines.UserError(
+        f'{self._name} of {self._case} has failed:\n{self._log.read()[-3000:]}'
+    )
+
+  def _ask(self, line: str) -> dict[str, Any]:
+    with contextlib.suppress(BrokenPipeError):
+      print(line, file=self._process.stdin, flush=True)
+    return self._answer()
+
+  def run_round(self, num_clients: Optional[int] = None) -> dict[str, float]:
+    """Runs a round; returns its seconds, and the MiB afterwards."""
+    answer = self._ask(str(num_clients or self._case.num_clients))
+    self.found.setdefault('first_round_s', answer['seconds'])
+    return answer
+
+  def end(self) -> None:
+    """Asks for the most memory it had."""
+    self.found |= self._ask('end')
+
+  def close(self) -> None:
+    """Ends it, whatever it is at."""
+    with contextlib.suppress(BrokenPipeError):
+      self._process.stdin.close()  # It ends then, and a worker that it started.
+    try:
+      self._process.wait(_END_S)
+    except subprocess.TimeoutExpired:
+      self._process.kill()
+      self._process.wait()
+    self._answers.close()
+    self._log.close()
+
+  def __enter__(self) -> '_Child':
+    return self
+
+  def __exit__(self, *exc_info) -> None:
+    self.close()
+
+
+def _say(text: str) -> None:
+  print(f'  {text} ...', file=sys.stderr, flush=True)
+
+
+def _measure_case(name: str, case: _Case, sides: Sequence[str]) -> dict[str, Any]:
+  """Returns the medians of all sides of a case, round by round in turns."""
+  _say(name)
+  with contextlib.ExitStack() as stack:
+    children = {
+        side: stack.enter_context(_Child(side, case))
+        for side in sides if case.model in _SIDES[side].models
+    }
+    times = {side: [] for side in children}
+    start = time.perf_counter()
+    for number in range(-_WARM_UP.value, _ROUNDS.value):
+      if number >= 3 and time.perf_counter() - start > _SECONDS.value:
+        break
+      for side, child in children.items():
+        seconds = child.run_round()['seconds']
+        if number >= 0:
+          times[side].append(seconds)
+    for child in children.values():
+      child.end()
+    return {
+        'case': name,
+        'rounds': len(times['ours']),
+        'seconds': {side: statistics.median(times[side]) for side in times},
+        'all_seconds': times,
+        'sides': {side: child.found for side, child in children.items()},
+    }
 
 
 def _measure_scaling(num_clients: int) -> dict[str, Any]:
   """Ours alone, over the same examples whatever the number of clients."""
-  sides = _Sides('mlp', num_clients, _SCALING_EXAMPLES // num_clients)
-  from tff_kd.simulation import runtime
-
-  with runtime.local_runtime() as worker:
-    built, build_s = _timed(lambda: sides.ours(True))
-    one_round = _Rounds(built)
-    sides.x = sides.y = None  # They are in files now.
-    _, first_s = _timed(one_round)
-    times = [_timed(one_round)[1] for _ in range(_WARM_UP.value + _ROUNDS.value)]
-    return {
-        'clients': num_clients,
-        'seconds': statistics.median(times[_WARM_UP.value :]),
-        'build_s': build_s,
-        'first_round_s': first_s,
-        'script_peak_mib': _memory(os.getpid(), 'VmHWM'),
-        'worker_peak_mib': _memory(worker.process.pid, 'VmHWM'),
-    }
+  _say(f'{num_clients} clients')
+  case = _Case('mlp', num_clients, _SCALING_EXAMPLES // num_clients)
+  with _Child('ours', case) as child:
+    times = [
+        child.run_round()['seconds'] for _ in range(_WARM_UP.value + _ROUNDS.value)
+    ]
+    child.end()
+    seconds = statistics.median(times[_WARM_UP.value :])
+    return {'clients': num_clients, 'seconds': seconds, **child.found}
 
 
-def _measure_long(num_rounds: int) -> dict[str, Any]:
+def _measure_long(num_rounds: int, low: int, high: int) -> dict[str, Any]:
   """Memory over many rounds, with a number of clients that changes."""
-  sides = _Sides('mlp', 10, 200)
-  from tff_kd.simulation import runtime
-
-  with runtime.local_runtime() as worker:
-    process, _ = sides.ours(True)
-    state = process.initialize()
-    found = {'rounds': [], 'script_mib': [], 'worker_mib': []}
+  _say(f'{num_rounds} rounds')
+  rng = random.Random(_SEED.value)
+  points = {-(-i * num_rounds // _LONG_POINTS) for i in range(1, _LONG_POINTS + 1)}
+  found = {'clients': [low, high], 'rounds': [], 'mib': []}
+  with _Child('ours', _Case('mlp', high, _LONG_EXAMPLES)) as child:
     for number in range(1, num_rounds + 1):
-      state = process.next(state, list(range(8 + number % 3))).state
-      if number % max(1, num_rounds // 10) == 0:
+      answer = child.run_round(rng.randint(low, high))
+      if number in points:
         found['rounds'].append(number)
-        found['script_mib'].append(_memory(os.getpid(), 'VmRSS'))
-        found['worker_mib'].append(_memory(worker.process.pid, 'VmRSS'))
-    return found
+        found['mib'].append(answer['mib'])
+  return found
 
 
-def _in_child(kind: str, argument: Any) -> dict[str, Any]:
-  """Runs one measurement in a process of its own."""
-  print(f'  {kind} {argument} ...', file=sys.stderr, flush=True)
-  path = pathlib.Path(_OUTPUT_DIR.value, f'.{os.getpid()}.json')
-  command = [
-      sys.executable, '-m', 'pipelines.benchmark',
-      '--child=' + json.dumps([kind, argument, str(path)]),
-  ]
-  for flag in (_ROUNDS, _WARM_UP, _SECONDS, _SEED):
-    command.append(f'--{flag.name}={flag.value}')
-  try:
-    done = subprocess.run(
-        command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True
-    )
-    if done.returncode:
-      raise RuntimeError(f'{kind} {argument} failed:\n{done.stderr[-3000:]}')
-    return json.loads(path.read_text())
-  finally:
-    path.unlink(missing_ok=True)
+def _without_pfl() -> str:
+  """Returns why there is no pfl; empty if there is."""
+  side = _SIDES['pfl']
+  done = subprocess.run(
+      [sys.executable, '-c', f'import {", ".join(side.imports)}'],
+      capture_output=True, text=True, env={**os.environ, **side.environment},
+  )
+  return done.stderr.strip().splitlines()[-1] if done.returncode else ''
 
 
-def _run_child(kind: str, argument: Any, path: str) -> None:
-  measure = {
-      'case': _measure_case, 'scaling': _measure_scaling, 'memory': _measure_long
-  }[kind]
-  pathlib.Path(path).write_text(json.dumps(measure(argument)))
-
-
-def _case_rows(cases: list[dict[str, Any]]) -> list[tuple[str, ...]]:
+def _case_rows(cases: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
+  with_pfl = any('pfl' in found['seconds'] for found in cases)
   rows = [(
-      'case', 'floor s', 'ours s', 'ours/floor', 'memory/floor', 'TFF/floor',
-      'TFF/ours', 'KB sent', 'KB back', 'import s', 'worker s', 'build s',
-      'first s', 'script MiB', 'worker MiB', 'rounds',
+      'case', 'floor s', 'ours s', 'ours/floor', 'memory/floor', 'TFF/floor', 'TFF/ours',
+      *(['pfl/ours'] if with_pfl else []), 'import s', 'build s', 'first s', 'ours MiB',
+      'TFF MiB', 'rounds',
   )]
-  for its in cases:
-    s = its['seconds']
-    ratio = {name: t / s['floor'] for name, t in s.items()}
+  for found in cases:
+    seconds, sides = found['seconds'], found['sides']
+
+    def ratio(side, other, digits=2):
+      if side not in seconds:
+        return ''
+      return f'{seconds[side] / seconds[other]:.{digits}f}'
+
     rows.append((
-        its['case'], f"{s['floor']:.3f}", f"{s['ours']:.3f}",
-        f"{ratio['ours']:.2f}", f"{ratio['memory']:.2f}",
-        f"{ratio['tff']:.2f}" if 'tff' in s else '',
-        f"{s['tff'] / s['ours']:.1f}" if 'tff' in s else '',
-        f"{its['sent'] / 1e3:.0f}", f"{its['received'] / 1e3:.0f}",
-        f"{its['import_s']:.1f}", f"{its['worker_start_s']:.1f}",
-        f"{its['build_s']:.1f}", f"{its['first_round_s']:.1f}",
-        f"{its['script_peak_mib']:.0f}", f"{its['worker_peak_mib']:.0f}",
-        str(its['rounds']),
+        found['case'], f"{seconds['floor']:.3f}", f"{seconds['ours']:.3f}",
+        ratio('ours', 'floor'), ratio('memory', 'floor'), ratio('tff', 'floor'),
+        ratio('tff', 'ours', 1), *([ratio('pfl', 'ours', 1)] if with_pfl else []),
+        f"{sides['ours']['import_s']:.1f}", f"{sides['ours']['build_s']:.1f}",
+        f"{sides['ours']['first_round_s']:.1f}", f"{sides['ours']['peak_mib']:.0f}",
+        f"{sides['tff']['peak_mib']:.0f}" if 'tff' in sides else '',
+        str(found['rounds']),
     ))
   return rows
 
 
-def main(argv: list[str]) -> Optional[int]:
-  if len(argv) > 1:
-    raise app.UsageError(f'Not a flag: {argv[1:]}.')
-  if _CHILD.value:
-    _run_child(*json.loads(_CHILD.value))
-    return 0
-  for case in _CASES.value:
-    _parse(case)
-  from pipelines import plots
+def _print_results(results: dict[str, Any]) -> None:
   from pipelines import tables
-
-  folder = pathlib.Path(_OUTPUT_DIR.value)
-  folder.mkdir(parents=True, exist_ok=True)
-  results = {'cores': len(os.sched_getaffinity(0))}
-  results['cases'] = [_in_child('case', case) for case in _CASES.value]
-  results['scaling'] = [_in_child('scaling', int(n)) for n in _SCALING.value]
-  if _LONG.value:
-    results['memory'] = _in_child('memory', _LONG.value)
-  (folder / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
-  plots.plot_speed(results, folder / 'speed.png')
 
   print(f"{results['cores']} cores; batch {_BATCH}; medians of rounds in turns.\n")
   if results['cases']:
     tables.print_table(_case_rows(results['cases']))
   if results['scaling']:
     print(f'\nThe same {_SCALING_EXAMPLES:,} examples over more clients (MLP, ours):')
+    rows = [('clients', 's a round', 'ms a client', 'first s', 'peak MiB')]
+    for found in results['scaling']:
+      rows.append((
+          f"{found['clients']}", f"{found['seconds']:.3f}",
+          f"{1e3 * found['seconds'] / found['clients']:.2f}",
+          f"{found['first_round_s']:.1f}", f"{found['peak_mib']:.0f}",
+      ))
+    tables.print_table(rows)
+  if 'memory' in results:
+    found = results['memory']
+    low, high = found['clients']
+    print(f'\nMemory over rounds of {low} to {high} clients (MLP, ours; MiB now):')
     tables.print_table([
-        ('clients', 's a round', 'ms a client', 'script peak MiB', 'worker peak MiB'),
-        *(
-            (
-                f"{its['clients']}", f"{its['seconds']:.3f}",
-                f"{1e3 * its['seconds'] / its['clients']:.2f}",
-                f"{its['script_peak_mib']:.0f}", f"{its['worker_peak_mib']:.0f}",
-            )
-            for its in results['scaling']
-        ),
+        ('round', *map(str, found['rounds'])),
+        ('MiB', *(f'{mib:.0f}' for mib in found['mib'])),
     ])
+
+
+@pipelines.for_users
+def main(argv: list[str]) -> Optional[int]:
+  del argv
+  if _CHILD.value:
+    name, case, pipe = json.loads(_CHILD.value)
+    _serve(name, _Case(*case), pipe)
+    return 0
+  cases = {case: _parse(case) for case in _CASES.value}
+  scaling = [_parse_scaling(number) for number in _SCALING.value]
+  low, high = _parse_long_clients(_LONG_CLIENTS.value)
+  from pipelines import plots
+
+  folder = pathlib.Path(_OUTPUT_DIR.value)
+  folder.mkdir(parents=True, exist_ok=True)
+  sides = list(_SIDES)
+  if any(case.model in _SIDES['pfl'].models for case in cases.values()):
+    reason = _without_pfl()
+    if reason:
+      print(f'Without pfl: {reason}', file=sys.stderr)
+      sides.remove('pfl')
+  results = {'cores': len(os.sched_getaffinity(0))}
+  results['cases'] = [
+      _measure_case(name, case, sides) for name, case in cases.items()
+  ]
+  results['scaling'] = [_measure_scaling(number) for number in scaling]
   if _LONG.value:
-    print('\nMemory over rounds, 8 to 10 clients in turn (MiB now):')
-    its = results['memory']
-    tables.print_table([
-        ('round', *map(str, its['rounds'])),
-        ('script', *(f'{m:.0f}' for m in its['script_mib'])),
-        ('worker', *(f'{m:.0f}' for m in its['worker_mib'])),
-    ])
+    results['memory'] = _measure_long(_LONG.value, low, high)
+  (folder / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
+  plots.plot_speed(results, folder / 'speed.png')
+  _print_results(results)
   print(f"\n{folder / 'results.json'}, {folder / 'speed.png'}")
   return 0
 

@@ -279,8 +279,10 @@ def _save(
     return {'outputs': tf.cast(outputs, tf.float32)}
 
   module = tf.Module()
-  # TensorFlow does not find the variables in a Keras model.
-  module.kept = [variable.value for variable in model.variables]
+  # TFLite does not find the variables in a Keras model. With the model itself in the
+  # module they would be saved twice; layers without any can have tables.
+  module.variables_of_layers = [variable.value for variable in model.variables]
+  module.other_layers = [layer for layer in _layers(model) if not layer.variables]
   concrete = serve.get_concrete_function(**signature)
   tf.saved_model.save(module, os.fspath(path), signatures={_SIGNATURE: concrete})
 
@@ -356,13 +358,18 @@ def _copy(
     if in_float32:
       _rewrite_in_float32(path)
     copy = keras.models.load_model(path, compile=False)
-  # There is no public name for all layers, those in other layers included.
-  for layer in copy._flatten_layers():  # pylint: disable=protected-access
+  for layer in _layers(copy):
     if isinstance(layer, keras.layers.RNN):
       layer.unroll = unroll or layer.unroll
       # Where there is a GPU, GRU and LSTM would be cuDNN's, which are nowhere else.
       layer.use_cudnn = False
   return copy
+
+
+def _layers(model: keras.Model) -> list[keras.layers.Layer]:
+  """All layers of a model, those in other layers included."""
+  # There is no public name.
+  return list(model._flatten_layers(include_self=False))  # pylint: disable=protected-access
 
 
 def _rewrite_in_float32(path: pathlib.Path) -> None:

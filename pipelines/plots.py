@@ -207,18 +207,20 @@ def plot_speed(results: Mapping[str, Any], path: os.PathLike) -> None:
       1, 2, figsize=(13, 4.8), width_ratios=[3, 1], layout='constrained'
   )
   cases = results['cases']
-  sides = [
-      ('tff', "TFF's FedAvg"), ('memory', 'tff_kd, datasets in memory'),
-      ('ours', 'tff_kd, data by reference'),
-  ]
-  for offset, (side, label) in enumerate(sides):
+  labels = {
+      'tff': "TFF's FedAvg", 'pfl': 'pfl-research',
+      'memory': 'tff_kd, datasets in memory', 'ours': 'tff_kd, data by reference',
+  }
+  sides = [side for side in labels if any(side in c['seconds'] for c in cases)]
+  width = 0.84 / max(len(sides), 1)
+  for number, side in enumerate(sides):
     shown = [
         (i, c['seconds'][side] / c['seconds']['floor'])
         for i, c in enumerate(cases) if side in c['seconds']
     ]
+    offset = width * (number - (len(sides) - 1) / 2)
     bars = left.bar(
-        [i + 0.28 * (offset - 1) for i, _ in shown], [r for _, r in shown], 0.28,
-        label=label,
+        [i + offset for i, _ in shown], [r for _, r in shown], width, label=labels[side]
     )
     left.bar_label(bars, fmt='%.1f', fontsize=7)
   left.axhline(1.0, color='black', linewidth=0.8)
@@ -227,7 +229,8 @@ def plot_speed(results: Mapping[str, Any], path: os.PathLike) -> None:
       title=f"Rounds against one compiled loop ({results['cores']} cores)",
   )
   left.set_xticks(range(len(cases)), [c['case'] for c in cases], rotation=40, ha='right')
-  left.legend(loc='upper right')
+  if sides:
+    left.legend(loc='upper right')
   scaling = results['scaling']
   right.plot(
       [s['clients'] for s in scaling], [s['seconds'] for s in scaling], 'o-'

@@ -1,36 +1,42 @@
 """The benchmark as a user runs it, on a case of seconds."""
 
 import json
-import pathlib
 import subprocess
 import sys
 
 import pytest
 
-ROOT = pathlib.Path(__file__).parent.parent
+from tests import helpers
 
 
 def _run(*flags):
   return subprocess.run(
       [sys.executable, '-m', 'pipelines.benchmark', *flags],
-      cwd=ROOT, capture_output=True, text=True, timeout=300,
+      cwd=helpers.ROOT, capture_output=True, text=True, timeout=300,
   )
 
 
 def test_a_small_case(tmp_path):
   done = _run(
-      '--cases=batch_norm-2x40', '--scaling=', '--long_rounds=3', '--rounds=3',
-      '--warm_up=1', f'--output_dir={tmp_path}',
+      '--cases=mlp-2x20', '--scaling=', '--long_rounds=3', '--long_clients=1,3',
+      '--rounds=3', '--warm_up=1', f'--output_dir={tmp_path}',
   )
   assert done.returncode == 0, done.stderr
-  assert 'batch_norm-2x40' in done.stdout
+  assert 'mlp-2x20' in done.stdout and 'rounds of 1 to 3 clients' in done.stdout
   results = json.loads((tmp_path / 'results.json').read_text())
   (case,) = results['cases']
-  assert set(case['seconds']) == {'floor', 'tff', 'memory', 'ours'}
+  # Where it is installed, it takes part.
+  sides = {'floor', 'tff', 'memory', 'ours'}
+  assert set(case['seconds']) - {'pfl'} == sides
+  assert ('pfl' in case['seconds']) != ('Without pfl' in done.stderr)
   assert all(len(times) == 3 for times in case['all_seconds'].values())
-  # The weights and little else; the 80 examples would be 251,000 bytes more.
-  assert 700_000 < case['sent'] < 900_000
+  for found in case['sides'].values():
+    assert set(found) == {'import_s', 'build_s', 'first_round_s', 'peak_mib'}
+    assert min(found.values()) > 0
+  # Ours starts nothing; TFF's has its worker's memory, too.
+  assert case['sides']['tff']['peak_mib'] > case['sides']['floor']['peak_mib']
   assert results['memory']['rounds'] == [1, 2, 3]
+  assert all(mib > 100 for mib in results['memory']['mib'])
   assert (tmp_path / 'speed.png').stat().st_size > 10_000
 
 
@@ -39,3 +45,18 @@ def test_a_bad_case_is_a_sentence(case):
   done = _run(f'--cases={case}')
   assert done.returncode != 0
   assert f"'{case}' is not MODEL-CLIENTSxEXAMPLES" in done.stdout + done.stderr
+
+
+@pytest.mark.parametrize(
+    'flag, message',
+    [
+        ('--long_clients=9,3', "'9,3' is not LOW,HIGH"),
+        ('--long_clients=3', "'3' is not LOW,HIGH"),
+        ('--scaling=10,few', "'few' is not a number of clients"),
+        ('--scaling=20001', "'20001' is not a number of clients"),
+    ],
+)
+def test_numbers_of_clients_that_make_no_sense_are_a_sentence(flag, message):
+  done = _run(flag)
+  assert done.returncode == 1
+  assert message in done.stderr and 'Traceback' not in done.stderr

@@ -147,3 +147,22 @@ def test_spec_serves_tffs_own_fed_avg(process):
   metrics = output.metrics['client_work']['train']
   assert isinstance(metrics, collections.OrderedDict)
   assert metrics['num_examples'] == 6 + 12
+  ours = tff_kd.algorithms.build_fed_avg(
+      **helpers.common(student_fn=lambda: process.student_spec.to_keras(
+          process.student_spec.initial_weights
+      ))
+  )
+  found = ours.next(ours.initialize(), _datasets(['client_0', 'client_2'])).state
+  helpers.assert_weights_close(
+      found.global_model_weights.trainable,
+      theirs.get_model_weights(output.state).trainable,
+      rtol=1e-5,
+      atol=1e-6,
+  )
+  np.testing.assert_raises(
+      AssertionError,
+      helpers.assert_weights_close,
+      found.global_model_weights.trainable,
+      ours.initialize().global_model_weights.trainable,
+      atol=1e-4,
+  )

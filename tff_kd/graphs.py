@@ -156,6 +156,19 @@ class TracedFunction:
       results = self._place(leaves)
     return tf.nest.pack_sequence_as(self.output, results)
 
+  def call_op(self, *args: Any) -> Any:
+    """As a call, but by an op of its own, which a gradient tape of the caller records.
+
+    What is imported into a graph is recorded on no tape.
+    """
+    leaves = [_as_tensor(leaf) for arg in args for leaf in _unpack(arg)]
+    with tf.__internal__.eager_context.eager_mode():
+      called = tf.compat.v1.wrap_function(
+          lambda *its: self._place(its),
+          [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves],
+      )
+    return tf.nest.pack_sequence_as(self.output, called(*leaves))
+
   def _place(self, leaves: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     graph = self._traced.graph
     captured = {placeholder.name for _, placeholder in graph.captures}
@@ -232,7 +245,7 @@ def placed(fn: Callable[..., Any]) -> Callable[..., Any]:
         tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), arg)
         for arg in args
     ]
-    return TracedFunction(fn, specs)(*args)
+    return TracedFunction(fn, specs).call_op(*args)
 
   return call
 

@@ -13,6 +13,7 @@ from typing import Any, Optional
 import tensorflow as tf
 
 from tff_kd.compat import tff
+from tff_kd.runtime import dataset_loops
 
 # Where a node's work is done; a third possibility is a `Body`.
 SERVER, CLIENTS = 'server', 'clients'
@@ -297,6 +298,8 @@ def emit_graph(
   init = _op_name(tensorflow_proto.initialize_op)
   token = tensorflow_proto.session_token_tensor_name
   _prepare(graph_def, inputs, outputs, init)
+  if dataset_loops.REDUCE.encode() in tensorflow_proto.graph_def.value:
+    dataset_loops.replace_reduces(graph_def)
   there = {node.name for node in graph_def.node}
   input_map = {
       name: tensor
@@ -349,7 +352,8 @@ def emit_sequence_map(
 
   def map_element(*parts):
     element = parts if isinstance(spec, tuple) else parts[0]
-    results = body.emit([*_flatten(element, types[0]), *captured])
+    here = [tf.identity(its) for its in captured]
+    results = body.emit([*_flatten(element, types[0]), *here])
     return _pack(iter(results), new_spec)
 
   dataset = tf.data.experimental.from_variant(variant, spec).map(map_element)
@@ -375,8 +379,8 @@ def emit_sequence_reduce(
   captured = tensors[1 + num_state :]
 
   def reduce_element(state, element):
-    results = body.emit([*state, *_flatten(element, type_spec), *captured])
-    return tuple(results)
+    here = [tf.identity(its) for its in captured]
+    return tuple(body.emit([*state, *_flatten(element, type_spec), *here]))
 
   dataset = tf.data.experimental.from_variant(variant, element_spec(type_spec))
   return dataset.reduce(tuple(state), reduce_element)

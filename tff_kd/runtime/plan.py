@@ -245,6 +245,8 @@ class _Evaluation:
       return self._aggregate(argument, types)
     if uri == 'sequence_map':
       return self._sequence_map(argument, proto.type.function, place)
+    if uri == 'sequence_sum':
+      return self._sequence_sum(argument, proto.type.function, place)
     if uri == 'sequence_reduce':
       return self._sequence_reduce(argument, types, place)
     body = _body_of(proto)
@@ -268,15 +270,8 @@ class _Evaluation:
   def _reduce(self, value, type_proto, operator, fill) -> _Value:
     """Adds a sum, minimum or maximum over clients."""
     types = dataflow.leaf_types(type_proto)
-    num = len(types)
-    body = dataflow.Body()
-    params = body.add_params([*types, *types])
-    emit = lambda its: [operator(x, y) for x, y in zip(its[:num], its[num:])]
-    body.results = dataflow.Node(body, params, types, emit).leaves
-    specs = [dataflow.tensor_spec(tff.types.deserialize_type(its)) for its in types]
-    zeros = lambda _: [tf.fill(its.shape, fill(its.dtype)) for its in specs]
-    zero = dataflow.Node(_SERVER, [], types, zeros)
-    node = dataflow.Aggregate(flatten(value), zero.leaves, body, body)
+    body, zero = _operation(types, operator, fill, _SERVER)
+    node = dataflow.Aggregate(flatten(value), zero, body, body)
     return _struct(iter(node.leaves), type_proto)
 
   def _aggregate(self, argument, types) -> _Value:
@@ -307,13 +302,34 @@ class _Evaluation:
     pair = types.struct.element[2].value.function.parameter.struct.element
     state, element = pair[0].value, pair[1].value
     body = self._body(function, [state, element])
-    zero = flatten(zero)
+    return self._reduce_sequence(sequence, flatten(zero), body, (state, element), place)
+
+  def _sequence_sum(self, sequence, function_type, place) -> _Value:
+    element = function_type.parameter.sequence.element
+    add, fill = _OPERATORS['federated_sum']
+    body, zero = _operation(dataflow.leaf_types(element), add, fill, place)
+    return self._reduce_sequence(sequence, zero, body, (element, element), place)
+
+  def _reduce_sequence(self, sequence, zero, body, types, place) -> _Value:
+    state, element = types
     emit = functools.partial(
         dataflow.emit_sequence_reduce, body, tff.types.deserialize_type(element), len(zero)
     )
     args = [sequence, *zero, *body.captured]
     node = dataflow.Node(place, args, dataflow.leaf_types(state), emit)
     return _struct(iter(node.leaves), state)
+
+
+def _operation(types, operator, fill, place) -> tuple[dataflow.Body, list[dataflow.Leaf]]:
+  """Returns the body that combines two values of some types, and their zero."""
+  body = dataflow.Body()
+  params = body.add_params([*types, *types])
+  num = len(types)
+  emit = lambda its: [operator(x, y) for x, y in zip(its[:num], its[num:])]
+  body.results = dataflow.Node(body, params, types, emit).leaves
+  specs = [dataflow.tensor_spec(tff.types.deserialize_type(its)) for its in types]
+  fill_all = lambda _: [tf.fill(its.shape, fill(its.dtype)) for its in specs]
+  return body, dataflow.Node(place, [], types, fill_all).leaves
 
 
 _AT_CLIENTS = {'federated_map', 'federated_eval_at_clients'}

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from typing import Any
+import weakref
 
 import numpy as np
 import tensorflow as tf
@@ -10,6 +11,10 @@ import tree
 from tff_kd.compat import tff
 from tff_kd.runtime import dataflow
 from tff_kd.runtime import tff_internals
+
+
+# Whether a dataset shuffles, of those that were looked at.
+_SHUFFLES = weakref.WeakKeyDictionary()
 
 
 def to_tensors(value: Any, type_spec: tff.Type) -> list[tf.Tensor]:
@@ -83,7 +88,30 @@ def _to_variant(value: Any, type_spec: tff.SequenceType) -> tf.Tensor:
         f'TFF type {type_spec}: expected a `tf.data.Dataset` or a list.'
     )
   _check_dataset(value.element_spec, type_spec)
-  return tf.data.experimental.to_variant(value)
+  return _anew(value)
+
+
+def _anew(dataset: tf.data.Dataset) -> tf.Tensor:
+  """The variant of a dataset whose shuffles begin as at its first iteration.
+
+  A dataset is a value: rounds that are given the same one read the same order, as where
+  TFF serializes it, and a resumed run repeats an unbroken one.
+  """
+  variant = tf.data.experimental.to_variant(dataset)
+  if not _SHUFFLES.get(dataset, True):
+    return variant
+  serialized = tf.raw_ops.DatasetToGraphV2(input_dataset=variant).numpy()
+  _SHUFFLES[dataset] = b'ShuffleDatasetV3' in serialized
+  if not _SHUFFLES[dataset]:
+    return variant
+  graph = tf.compat.v1.GraphDef.FromString(serialized)
+  for node in graph.node:
+    if node.op == 'ShuffleDatasetV3':
+      # The same shuffle with a generator of its own, in place of one that goes on from
+      # iteration to iteration.
+      node.op = 'ShuffleDataset'
+      del node.input[4:]
+  return tf.raw_ops.DatasetFromGraph(graph_def=graph.SerializeToString())
 
 
 def _check_dataset(spec: Any, type_spec: tff.SequenceType) -> None:
