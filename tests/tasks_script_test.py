@@ -11,6 +11,7 @@ import pytest
 import tensorflow as tf
 
 from pipelines import export_job
+from pipelines import UserError
 from tests import helpers
 from tff_kd import data
 
@@ -121,6 +122,51 @@ def test_recurrent_models(kind, tmp_path):
     sizes[write.__name__] = path.stat().st_size
   assert sizes['_write_int8_weights'] < sizes['_write_tflite']
   assert 2 * sizes['_write_tflite'] < sizes['_write_int8']
+
+
+def test_another_policy_and_a_loop_in_a_layer(tmp_path):
+  """TFLite computes in float32, whatever the model does, and has no loop in 8 bits."""
+  layers = keras.layers
+  inputs = keras.Input((10, 3), dtype='float32')
+  x = layers.Bidirectional(layers.GRU(4, dtype='mixed_float16'), dtype='mixed_float16')
+  model = keras.Model(inputs, layers.Dense(3, dtype='mixed_float16')(x(inputs)))
+  rng = np.random.default_rng(0)
+  examples = data.Examples(rng.normal(size=(20, 10, 3)).astype(np.float32), np.zeros(20))
+  task = types.SimpleNamespace(transfer=examples)
+  expected = model.predict(examples.inputs, verbose=0)
+  assert expected.dtype == np.float16
+  for write in (
+      export_job._write_keras, export_job._write_saved_model, export_job._write_tflite,
+      export_job._write_int8_weights, export_job._write_int8,
+  ):
+    path = tmp_path / f'{write.__name__}.keras'
+    outputs = write(model, path, task)(examples.inputs)
+    assert outputs.dtype == np.float32
+    np.testing.assert_allclose(outputs, expected, atol=0.05)
+  assert not any(layer.unroll for layer in x.layers)  # The model is as before.
+
+
+def test_tables_are_in_the_files(tmp_path):
+  lookup = keras.layers.IntegerLookup()
+  lookup.adapt(np.array([7, 7, 5]))
+  inputs = keras.Input((2,), dtype='int64')
+  x = keras.layers.Flatten()(keras.layers.Embedding(4, 3)(lookup(inputs)))
+  model = keras.Model(inputs, keras.layers.Dense(3)(x))
+  examples = data.Examples(np.array([[7, 5], [5, 9]]), np.zeros(2))
+  expected = model.predict(examples.inputs, verbose=0)
+  task = types.SimpleNamespace(transfer=examples)
+  predict = export_job._write_saved_model(model, tmp_path / 'saved', task)
+  np.testing.assert_allclose(predict(examples.inputs), expected, atol=1e-6)
+
+
+def test_what_tflite_does_not_take_is_said(tmp_path):
+  inputs = keras.Input((2, 2))
+  outputs = keras.layers.Flatten()(keras.ops.linalg.inv(inputs))
+  model = keras.Model(inputs, outputs, name='inverse')
+  examples = data.Examples(np.eye(2, dtype=np.float32)[None], np.zeros(1))
+  task = types.SimpleNamespace(transfer=examples)
+  with pytest.raises(UserError, match='model inverse .* out of --formats'):
+    export_job._write_tflite(model, tmp_path / 'file.tflite', task)
 
 
 @pytest.mark.parametrize(
