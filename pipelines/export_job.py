@@ -5,6 +5,7 @@ import contextlib
 import json
 import os
 import pathlib
+import re
 import sys
 import tempfile
 from typing import Any, NamedTuple, Optional
@@ -317,9 +318,11 @@ def _convert(
       with _quiet():
         return converter.convert()
     except Exception as error:  # The converter's own type has no public name.
-      reason = str(error).strip().splitlines() or [type(error).__name__]
+      missing = sorted(set(re.findall(r"'tf\.(\w+)' op", str(error))))
+      lines = str(error).strip().splitlines() or [type(error).__name__]
+      reason = f'it has no {", ".join(missing)}' if missing else lines[0]
       raise UserError(
-          f'TFLite does not take the model {model.name} ({reason[0]}). Leave tflite, '
+          f'TFLite does not take the model {model.name} ({reason}). Leave tflite, '
           'int8 and int8_weights out of --formats.'
       ) from error
 

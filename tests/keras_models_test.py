@@ -64,7 +64,9 @@ def policy(request):
   keras.config.set_dtype_policy(before)
 
 
-@pytest.mark.parametrize('policy', ['float32', 'float64', 'mixed_bfloat16'], indirect=True)
+@pytest.mark.parametrize(
+    'policy', ['float32', 'float64', 'mixed_bfloat16'], indirect=True
+)
 @pytest.mark.parametrize('name', sorted(_BUILDERS))
 def test_a_file_keeps_outputs_and_policy(name, policy, tmp_path):
   model, inputs = _BUILDERS[name](), _inputs(name)
@@ -115,7 +117,7 @@ def test_a_step_is_a_graph_without_variables(name):
   used = {node.op for node in definition.node} | {
       node.op for function in definition.library.function for node in function.node_def
   }
-  assert not {op for op in used if 'Variable' in op or 'Cudnn' in op or 'VarHandle' in op}
+  assert not {op for op in used if 'Variable' in op or 'VarHandle' in op or 'Cudnn' in op}
   assert all(np.isfinite(gradient).all() for gradient in gradients)
   moved = [
       variable.name

@@ -90,8 +90,6 @@ except ImportError as error:
       'requirements.txt` (README, "Without make").'
   ) from error
 
-# From here on what is computed, is computed in this process, unless another context is
-# set. Here and not above: the runtime takes `tff` from this module.
-from tff_kd import runtime  # pylint: disable=g-import-not-at-top
-
-runtime.set_default()
+# Importing the runtime makes this process TFF's default. Here and not above: it takes
+# `tff` from this module.
+import tff_kd.runtime  # noqa: F401

@@ -6,3 +6,6 @@ from tff_kd.runtime.in_process import in_process
 from tff_kd.runtime.in_process import InProcessContext
 from tff_kd.runtime.in_process import set_default
 from tff_kd.runtime.in_process import tff_worker
+
+# What is computed from here on is computed in this process, unless another context is set.
+set_default()

@@ -9,6 +9,12 @@ import tensorflow as tf
 from tff_kd.runtime import dataflow
 
 
+# TensorFlow's graph optimizer took a third of a first call and made none faster after it.
+_NO_OPTIMIZER = tf.compat.v1.ConfigProto()
+_NO_OPTIMIZER.graph_options.rewrite_options.disable_meta_optimizer = True
+_CONFIG = _NO_OPTIMIZER.SerializeToString()
+
+
 class Executable:
   """A function of tensors, built of nodes when it is called first."""
 
@@ -59,6 +65,6 @@ class Executable:
       self._build()
     if on_cpu:
       return tf.raw_ops.StatefulPartitionedCall(
-          args=tensors, Tout=self._dtypes, f=self._name
+          args=tensors, Tout=self._dtypes, f=self._name, config_proto=_CONFIG
       )
     return self._function(*tensors)
