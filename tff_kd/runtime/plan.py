@@ -241,6 +241,8 @@ class _Evaluation:
       return argument
     if uri in _OPERATORS:
       return self._reduce(argument, proto.type.function.result, *_OPERATORS[uri])
+    if uri.startswith('federated_secure'):
+      return self._secure_sum(argument, uri, proto.type.function.result)
     if uri == 'federated_aggregate':
       return self._aggregate(argument, types)
     if uri == 'sequence_map':
@@ -249,13 +251,11 @@ class _Evaluation:
       return self._sequence_sum(argument, proto.type.function, place)
     if uri == 'sequence_reduce':
       return self._sequence_reduce(argument, types, place)
-    body = _body_of(proto)
-    if body is None:
-      raise NotImplementedError(
-          f'The in-process runtime does not support `tff.{uri}`. Use TFF\'s own runtime '
-          '(`tff_kd.runtime.tff_worker`), or another operator.'
-      )
-    return self.evaluate(body, {}, place)(argument, place)
+    block = tff.framework.ComputationBuildingBlock.from_proto(proto)
+    block, is_known = tff.tensorflow.replace_intrinsics_with_bodies(block)
+    if not is_known:
+      raise _not_supported(uri)
+    return self.evaluate(block.proto, {}, place)(argument, place)
 
   def _body(self, function: _Value, types: Sequence[Any]) -> dataflow.Body:
     """Returns the body of a function of one argument, or of a pair."""
@@ -273,6 +273,21 @@ class _Evaluation:
     body, zero = _operation(types, operator, fill, _SERVER)
     node = dataflow.Aggregate(flatten(value), zero, body, body)
     return _struct(iter(node.leaves), type_proto)
+
+  def _secure_sum(self, argument, uri, type_proto) -> _Value:
+    """Adds a sum in the clear: simulated clients have no protocol between them."""
+    if uri not in _SECURE_CHECKS:
+      raise _not_supported(uri)
+    value, bound = argument
+    types = dataflow.leaf_types(type_proto)
+    bounds = flatten(bound) if isinstance(bound, list) else [bound] * len(types)
+    emit = functools.partial(_pairwise, _SECURE_CHECKS[uri])
+    if uri == 'federated_secure_modular_sum':
+      total = flatten(self._reduce(value, type_proto, *_OPERATORS['federated_sum']))
+      node = dataflow.Node(_SERVER, [*total, *bounds], types, emit)
+      return _struct(iter(node.leaves), type_proto)
+    node = dataflow.Node(_CLIENTS, [*flatten(value), *bounds], types, emit)
+    return self._reduce(node.leaves, type_proto, *_OPERATORS['federated_sum'])
 
   def _aggregate(self, argument, types) -> _Value:
     value, zero, accumulate, merge, report = argument
@@ -324,12 +339,35 @@ def _operation(types, operator, fill, place) -> tuple[dataflow.Body, list[datafl
   """Returns the body that combines two values of some types, and their zero."""
   body = dataflow.Body()
   params = body.add_params([*types, *types])
-  num = len(types)
-  emit = lambda its: [operator(x, y) for x, y in zip(its[:num], its[num:])]
+  emit = functools.partial(_pairwise, operator)
   body.results = dataflow.Node(body, params, types, emit).leaves
   specs = [dataflow.tensor_spec(tff.types.deserialize_type(its)) for its in types]
   fill_all = lambda _: [tf.fill(its.shape, fill(its.dtype)) for its in specs]
   return body, dataflow.Node(place, [], types, fill_all).leaves
+
+
+def _pairwise(operator, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+  """Combines each tensor of the first half with its one of the second."""
+  half = len(tensors) // 2
+  return [operator(x, y) for x, y in zip(tensors[:half], tensors[half:])]
+
+
+def _at_most(value: tf.Tensor, bound: tf.Tensor) -> tf.Tensor:
+  """Checks what a client adds to a secure sum."""
+  message = 'client value larger than maximum specified for secure sum'
+  in_range = tf.cast(value, tf.int64) <= tf.cast(bound, tf.int64)
+  check = tf.raw_ops.Assert(
+      condition=tf.reduce_all(in_range), data=[message, value, bound]
+  )
+  with tf.control_dependencies([check]):
+    return tf.identity(value)
+
+
+def _not_supported(uri: str) -> NotImplementedError:
+  return NotImplementedError(
+      f'The in-process runtime does not support `tff.{uri}`. Use another operator, or '
+      "TFF's own runtime (`tff_kd.runtime.tff_worker`)."
+  )
 
 
 _AT_CLIENTS = {'federated_map', 'federated_eval_at_clients'}
@@ -344,21 +382,13 @@ _OPERATORS = {
     'federated_min': (tf.minimum, lambda dtype: tf.constant(dtype.max, dtype)),
     'federated_max': (tf.maximum, lambda dtype: tf.constant(dtype.min, dtype)),
 }
-
-
-def _body_of(proto: Any) -> Optional[Any]:
-  """Returns an intrinsic in terms of simpler ones, serialized; `None` if TFF has none."""
-  if proto.intrinsic.uri.startswith('federated_secure'):
-    # There is no protocol between the clients of a simulation: they add in the clear.
-    comp = tff.framework.ConcreteComputation(
-        computation_proto=proto, context_stack=tff.framework.get_context_stack()
-    )
-    comp = tff.backends.test.replace_secure_intrinsics_with_bodies(comp)
-    body = tff.framework.serialize_computation(comp)
-  else:
-    block = tff.framework.ComputationBuildingBlock.from_proto(proto)
-    body = tff.tensorflow.replace_intrinsics_with_bodies(block)[0].proto
-  return body if body.WhichOneof('computation') != 'intrinsic' else None
+_SECURE_CHECKS = {
+    'federated_secure_sum': _at_most,
+    'federated_secure_sum_bitwidth': lambda value, bits: _at_most(
+        value, 2 ** tf.cast(bits, tf.int64) - 1
+    ),
+    'federated_secure_modular_sum': tf.math.mod,
+}
 
 
 class _Schedule:
