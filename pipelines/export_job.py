@@ -76,6 +76,7 @@ def run(
   examples = task.test.take(
       np.random.default_rng(0).permutation(len(task.test))[:num_examples]
   )
+  agreement = 'rms_difference' if task.is_regression else 'same_class'
   rows = [(
       'file', 'KB', task.metric, 'difference',
       'RMS difference' if task.is_regression else 'same class', 'largest difference',
@@ -96,16 +97,11 @@ def run(
       after = exported.scores[task.metric]
       if _is_worse(after, before, task):
         worse.append(exported.path.name)
-      rows.append((
-          str(exported.path.relative_to(export_dir)), f'{exported.size / 1e3:.1f}',
-          f'{after:.4f}', f'{after - before:+.4f}', f'{exported.agreement:.4f}',
-          f'{exported.largest:.2g}',
-      ))
+      rows.append(_row(exported, after, before))
       report[exported.path.name] = {
           'format': name, 'model': model.name, 'bytes': exported.size,
           task.metric: after, f'keras_{task.metric}': before,
-          'rms_difference' if task.is_regression else 'same_class': exported.agreement,
-          'largest_difference': exported.largest,
+          agreement: exported.agreement, 'largest_difference': exported.largest,
       }
   (export_dir / 'export.json').write_text(
       json.dumps({'examples': len(examples), 'files': report}, indent=2) + '\n'
@@ -116,11 +112,24 @@ def run(
       f'Files in {export_dir}; the same numbers in export.json.'
   )
   if worse:
-    limit = f'one hundredth of its {task.metric}' if task.is_regression else 'a point'
-    print(
-        f'Worse than the model by more than {limit}: {", ".join(worse)}. Take another '
-        'format.'
-    )
+    print(_warning(worse, task))
+
+
+def _row(exported: _Exported, after: float, before: float) -> tuple[str, ...]:
+  """A file's row of the table: its score, and the model's before."""
+  return (
+      exported.path.name, f'{exported.size / 1e3:.1f}', f'{after:.4f}',
+      f'{after - before:+.4f}', f'{exported.agreement:.4f}', f'{exported.largest:.2g}',
+  )
+
+
+def _warning(worse: Sequence[str], task: tff_kd.data.Task) -> str:
+  """What the user is told of files that are worse than the model."""
+  limit = f'one hundredth of its {task.metric}' if task.is_regression else 'a point'
+  return (
+      f'Worse than the model by more than {limit}: {", ".join(worse)}. Take another '
+      'format.'
+  )
 
 
 def _chosen(

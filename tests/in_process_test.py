@@ -1,5 +1,6 @@
 """Computations run in this process as on the worker that TFF ships."""
 
+import _thread
 import asyncio
 import collections
 import functools
@@ -8,9 +9,11 @@ import subprocess
 import sys
 import textwrap
 import threading
+import time
 from typing import NamedTuple
 
 import numpy as np
+import psutil
 import pytest
 import tensorflow as tf
 import tree
@@ -18,7 +21,6 @@ import tree
 from tff_kd import graphs
 from tff_kd import runtime
 from tff_kd.compat import tff
-from tff_kd.runtime import tff_internals
 
 _FLOATS = tff.FederatedType(np.float32, tff.CLIENTS)
 _INTS = tff.FederatedType(np.int32, tff.CLIENTS)
@@ -466,3 +468,327 @@ def test_federated_averaging_is_the_workers(kind, of_worker):
 def test_operators_on_sequences():
   # TFF's worker, as TFF starts it, has none of them.
   assert _run(_sequences) == [np.int32(139)]
+
+
+def _uneven_client():
+  """A client whose work takes the longer the smaller its number."""
+
+  @tff.tensorflow.computation(np.int32)
+  def work(client):
+    x = tf.cast(client, tf.float32) + 0.1
+    steps = tf.maximum(0, 60 - client) * 20
+    slow = tf.while_loop(lambda i, _: i < steps, lambda i, y: (i + 1, tf.sin(y)), (0, x))
+    scale = tf.pow(10.0, tf.cast(client % 7, tf.float32))
+    return scale * tf.sin(x * tf.range(1.0, 40.0)) + 1e-9 * slow[1]
+
+  return work
+
+
+def test_results_do_not_depend_on_the_number_of_threads():
+  work = _uneven_client()
+
+  @tff.federated_computation(_INTS)
+  def comp(clients):
+    values = tff.federated_map(work, clients)
+    mean = tff.federated_mean(values)
+    return mean, tff.federated_sum(values), values
+
+  clients = list(range(60))
+  results = []
+  for num_threads in (1, 2, 5):
+    with runtime.in_process(max_concurrent_clients=num_threads):
+      results.append(tree.flatten(comp(clients)))
+  for other in results[1:]:
+    for x, y in zip(results[0], other, strict=True):
+      np.testing.assert_array_equal(x, y)
+
+
+def test_memory_does_not_grow_with_the_cohort():
+  @tff.tensorflow.computation(np.int32)
+  def update(client):
+    return tf.fill([200_000], tf.cast(client, tf.float32))
+
+  @tff.tensorflow.computation(tff.TensorType(np.float32, [200_000]), np.int32)
+  def again(mean, client):
+    return mean[0] + tf.reduce_sum(tf.fill([200_000], tf.cast(client, tf.float32)))
+
+  @tff.federated_computation(_INTS)
+  def comp(clients):
+    mean = tff.federated_sum(tff.federated_map(update, clients))
+    return tff.federated_max(
+        tff.federated_map(again, (tff.federated_broadcast(mean), clients))
+    )
+
+  def peak(num_clients):
+    """Megabytes at most while it runs."""
+    ended, seen = threading.Event(), []
+
+    def watch():
+      while not ended.wait(0.002):
+        seen.append(psutil.Process().memory_info().rss)
+
+    watcher = threading.Thread(target=watch)
+    watcher.start()
+    try:
+      result = comp([1] * num_clients)
+    finally:
+      ended.set()
+      watcher.join()
+    assert result == num_clients + 200_000
+    return max(seen) / 2**20
+
+  comp([1] * 10)
+  assert peak(1000) < peak(10) + 60  # All clients' values are 760 MB.
+
+
+def test_random_numbers_differ_between_clients_and_calls():
+  @tff.federated_computation
+  def comp():
+    draw = tff.tensorflow.computation(lambda: tf.random.normal([]))
+    noise = tff.federated_eval(draw, tff.SERVER)
+    return noise, tff.federated_eval(draw, tff.SERVER)
+
+  @tff.tensorflow.computation(np.float32)
+  def add_noise(x):
+    return x + tf.random.normal([])
+
+  @tff.federated_computation(_FLOATS)
+  def of_clients(values):
+    return tff.federated_map(add_noise, values)
+
+  drawn = [*comp(), *comp(), *of_clients([0.0] * 20), *of_clients([0.0] * 20)]
+  assert len(set(drawn)) == len(drawn)
+
+
+def _failing():
+  @graphs.computation(np.int32, np.int32)
+  def fail(limit, client):
+    tf.debugging.assert_less(client, limit, 'too large')
+    return client
+
+  @tff.federated_computation(tff.FederatedType(np.int32, tff.SERVER), _INTS)
+  def comp(limit, clients):
+    limit = tff.federated_broadcast(limit)
+    return tff.federated_sum(tff.federated_map(fail, (limit, clients)))
+
+  return comp
+
+
+def test_a_clients_failure_names_the_client_and_the_users_code():
+  with pytest.raises(runtime.ComputationError) as caught:
+    _failing()(7, [3, 4, 9, 5])
+  message = str(caught.value)
+  assert 'Client 2 of the 4' in message and '[9]' in message and 'too large' in message
+  assert os.path.basename(__file__) in message
+  assert isinstance(caught.value.__cause__, tf.errors.InvalidArgumentError)
+
+
+def test_a_secure_sum_refuses_what_is_too_large():
+  comp, _ = _secure_sums()
+  with pytest.raises(runtime.ComputationError, match='Client 1 of the 3.*maximum'):
+    comp([3, 101, 4])
+
+
+def test_a_failure_at_the_server_says_so():
+  @tff.tensorflow.computation(np.int32)
+  def fail(x):
+    with tf.control_dependencies([tf.debugging.assert_equal(x, 0, 'not zero')]):
+      return tf.identity(x)
+
+  with pytest.raises(runtime.ComputationError, match='The server failed:(.|\n)*not zero'):
+    fail(1)
+
+
+def test_an_operator_that_is_not_supported_is_named():
+  @tff.tensorflow.computation(np.int32, np.int32)
+  def select(x, key):
+    return x + key
+
+  @tff.federated_computation(
+      tff.FederatedType(tff.TensorType(np.int32, [1]), tff.CLIENTS),
+      tff.FederatedType(np.int32, tff.SERVER),
+  )
+  def comp(keys, value):
+    return tff.federated_select(keys, tff.federated_value(1, tff.SERVER), value, select)
+
+  with pytest.raises(NotImplementedError, match='federated_select'):
+    comp([np.array([0], np.int32)], 3)
+
+
+@pytest.mark.parametrize(
+    'weights, values', [
+        (1.0, [np.zeros(3, np.float32)]),
+        ([1.0], [np.zeros(4, np.float32)]),
+        ([1.0], [np.zeros(3)]),
+        (['a'], [np.zeros(3, np.float32)]),
+        ([None], [np.zeros(3, np.float32)]),
+    ],
+)
+def test_arguments_that_do_not_fit_are_type_errors(weights, values):
+  comp, _ = _built(_sums)
+  with pytest.raises(TypeError):
+    comp(weights, values)
+
+
+def test_cohorts_that_differ_are_an_error():
+  comp, _ = _built(_sums)
+  with pytest.raises(ValueError, match='[Cc]onflicting'):
+    comp([1.0, 2.0], _vectors(1))
+
+
+def test_a_dataset_with_other_elements_is_a_type_error():
+  comp, _ = _built(_datasets)
+  with pytest.raises(TypeError, match='dataset with elements'):
+    comp([tf.data.Dataset.range(3)])
+
+
+def test_an_interrupt_starts_no_further_client():
+  started = []
+
+  def begin(client):
+    started.append(client)
+    if len(started) == 3:
+      _thread.interrupt_main()
+      time.sleep(0.5)  # The main thread has to see it.
+    return client
+
+  @tff.tensorflow.computation(np.int32)
+  def work(client):
+    return tf.numpy_function(begin, [client], tf.int32, stateful=True)
+
+  @tff.federated_computation(_INTS)
+  def comp(clients):
+    mapped = tff.federated_map(
+        tff.tensorflow.computation(lambda x: tf.ensure_shape(x, []), work.type_signature.result),
+        tff.federated_map(work, clients),
+    )
+    return tff.federated_sum(mapped)
+
+  with runtime.in_process(max_concurrent_clients=1):
+    with pytest.raises(KeyboardInterrupt):
+      comp(list(range(50)))
+  time.sleep(0.7)
+  assert len(started) == 3
+
+
+def test_several_threads_at_once():
+  comp, args = _built(_passes)
+  expected = comp(*args[0])
+  found = [None] * 4
+
+  def run(i):
+    found[i] = comp(*args[0])
+
+  threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
+  for thread in threads:
+    thread.start()
+  for thread in threads:
+    thread.join()
+  for result in found:
+    _assert_same(result, expected)
+
+
+def test_in_a_running_event_loop(in_process):
+  del in_process  # Unused.
+  comp, args = _built(_integers)
+
+  async def cell():
+    return comp(*args[0])
+
+  assert asyncio.run(cell()) == comp(*args[0])
+
+
+def test_the_asynchronous_context_does_not_block_the_loop():
+  comp, args = _built(_integers)
+  expected = comp(*args[0])
+
+  async def main():
+    context = runtime.AsyncInProcessContext()
+    with tff.framework.get_context_stack().install(context):
+      task = asyncio.gather(comp(*args[0]), comp(*args[0]))
+    turns = 0
+    while not task.done():
+      turns += 1
+      await asyncio.sleep(0)
+    return turns, await task
+
+  turns, results = asyncio.run(main())
+  assert turns > 1 and results == [expected, expected]
+
+
+def test_a_federated_program():
+  async def main():
+    context = tff.program.NativeFederatedContext(runtime.AsyncInProcessContext())
+    with tff.framework.get_context_stack().install(context):
+      source = tff.program.DatasetDataSource(
+          _client_datasets(), tff.SequenceType(
+              (tff.TensorType(np.float32, [None, 3]), tff.TensorType(np.float32, [None, 1]))
+          ),
+      )
+      process = _process('functional')
+      state = process.initialize()
+      cohort = source.iterator().select(2)
+      output = process.next(state, cohort)
+      return await tff.program.materialize_value(output)
+
+  output = asyncio.run(main())
+  assert np.isfinite(output.state.global_model_weights.trainable[0]).all()
+
+
+def test_the_block_puts_back_the_context_before():
+  current = lambda: tff.framework.get_context_stack().current
+  before = current()
+  with runtime.in_process() as context:
+    assert current() is context
+    with pytest.raises(ZeroDivisionError), runtime.in_process():
+      1 / 0  # pylint: disable=pointless-statement
+    assert current() is context
+  assert current() is before
+
+
+def test_an_unknown_device_lists_those_that_there_are():
+  with pytest.raises(ValueError, match="'TPU:3'.*CPU:0"):
+    runtime.InProcessContext('TPU:3')
+  with pytest.raises(ValueError, match='at least 1'):
+    runtime.InProcessContext(max_concurrent_clients=0)
+  with runtime.in_process(device='cpu:0', max_concurrent_clients=3):
+    comp, args = _built(_integers)
+    assert comp(*args[0])[0][0] == 2
+
+
+def test_several_devices_and_the_default_context():
+  program = textwrap.dedent('''
+    import threading
+    import numpy as np
+    import tensorflow as tf
+
+    cpu = tf.config.list_physical_devices('CPU')[0]
+    tf.config.set_logical_device_configuration(
+        cpu, [tf.config.LogicalDeviceConfiguration()] * 3
+    )
+    from tests import in_process_test
+    from tff_kd import runtime
+
+    def results():
+      return [
+          in_process_test._run(case)
+          for case in (in_process_test._passes, in_process_test._datasets)
+      ]
+
+    runtime.set_default()
+    expected, others = results(), []
+    thread = threading.Thread(target=lambda: others.append(results()))
+    thread.start()
+    thread.join()
+    for device in ('CPU', 'CPU:1', ['CPU:1', 'CPU:2']):
+      with runtime.in_process(device=device):
+        others.append(results())
+    assert len(others) == 4
+    for other in others:
+      in_process_test._assert_same(other, expected)
+    print('same')
+  ''')
+  result = subprocess.run(
+      [sys.executable, '-c', program], capture_output=True, text=True, timeout=300
+  )
+  assert result.stdout.endswith('same\n'), result.stderr

@@ -350,6 +350,7 @@ def emit_sequence_map(
   variant, *captured = tensors
   spec, new_spec = (element_spec(its) for its in types)
 
+  @tf.autograph.experimental.do_not_convert
   def map_element(*parts):
     element = parts if isinstance(spec, tuple) else parts[0]
     here = [tf.identity(its) for its in captured]
@@ -378,6 +379,7 @@ def emit_sequence_reduce(
   variant, state = tensors[0], tensors[1 : 1 + num_state]
   captured = tensors[1 + num_state :]
 
+  @tf.autograph.experimental.do_not_convert
   def reduce_element(state, element):
     here = [tf.identity(its) for its in captured]
     return tuple(body.emit([*state, *_flatten(element, type_spec), *here]))

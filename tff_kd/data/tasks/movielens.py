@@ -16,7 +16,7 @@ He et al., "Neural Collaborative Filtering" (WWW 2017), section 4, for ranking: 
 person one film against 99 that were not rated.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
@@ -226,33 +226,13 @@ def load(
   of_volunteer = np.isin(ratings[:, 0], volunteers)
   rng = np.random.default_rng(seed)
 
-  train, tests = [], []
+  by_person = _by_person(ratings)
+  histories = {person: by_person[person] for person in volunteers}
   clients = np.setdiff1d(np.arange(NUM_USERS), volunteers)
-  by_person = {
-      person: its
-      for person, its in zip(
-          range(NUM_USERS),
-          np.split(
-              ratings[np.argsort(ratings[:, 0], kind='stable')],
-              np.cumsum(np.bincount(ratings[:, 0], minlength=NUM_USERS))[:-1],
-          ),
-      )
-  }
-  histories = {}
-  for person in clients:
-    its = fixed.permutation(by_person[person])
-    cut = max(1, round(_TEST_SHARE * len(its)))
-    tests.append(its[:cut])
-    train.append(its[cut:])
-    histories[person] = its[cut:]
-  client_rows, test_rows = (
-      np.split(np.arange(sum(map(len, parts))), np.cumsum([len(p) for p in parts])[:-1])
-      for parts in (train, tests)
-  )
+  train, tests = _train_and_test([by_person[person] for person in clients], fixed)
+  histories |= zip(clients, train)
 
   rated = rng.permutation(ratings[of_volunteer])
-  for person in volunteers:
-    histories[person] = by_person[person]
   if validation_size >= len(rated):
     raise ValueError(
         f'--validation_size is {validation_size}, but the volunteers of the task have '
@@ -264,17 +244,20 @@ def load(
       labelled[:num_rated],
       _unrated(rng, volunteers, by_person, transfer_size - num_rated),
   ])
-  test = np.concatenate(tests)
   candidates = _candidates(fixed, tests, by_person)
-  ranked = build_examples(candidates, histories, np.random.default_rng(_SPLIT_SEED))
+
+  def build_tests(targets: np.ndarray) -> task_lib.Examples:
+    return build_examples(targets, histories, np.random.default_rng(_SPLIT_SEED))
+
+  ranked = build_tests(candidates)
   return task_lib.Task(
       name='movielens',
       clients=build_examples(np.concatenate(train), histories, rng),
-      client_rows=client_rows,
+      client_rows=_rows(train),
       transfer=build_examples(asked, histories, rng),
       validation=build_examples(validation, histories, rng),
-      test=build_examples(test, histories, np.random.default_rng(_SPLIT_SEED)),
-      test_rows=test_rows,
+      test=build_tests(np.concatenate(tests)),
+      test_rows=_rows(tests),
       num_classes=None,
       num_labelled=num_rated,
       loss_fn=keras.losses.MeanSquaredError,
@@ -285,8 +268,34 @@ def load(
   )
 
 
+def _by_person(ratings: np.ndarray) -> list[np.ndarray]:
+  """The ratings `[m, 3]` of each person, in the order of the file."""
+  counts = np.bincount(ratings[:, 0], minlength=NUM_USERS)
+  order = np.argsort(ratings[:, 0], kind='stable')
+  return np.split(ratings[order], np.cumsum(counts)[:-1])
+
+
+def _train_and_test(
+    parts: Sequence[np.ndarray], rng: np.random.Generator
+) -> tuple[list[np.ndarray], list[np.ndarray]]:
+  """Sets a random tenth of each person's ratings aside, at least one."""
+  train, tests = [], []
+  for ratings in parts:
+    shuffled = rng.permutation(ratings)
+    cut = max(1, round(_TEST_SHARE * len(shuffled)))
+    tests.append(shuffled[:cut])
+    train.append(shuffled[cut:])
+  return train, tests
+
+
+def _rows(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
+  """The rows of each part where all stand below each other."""
+  ends = np.cumsum([len(part) for part in parts])
+  return np.split(np.arange(ends[-1]), ends[:-1])
+
+
 def _unrated(
-    rng: np.random.Generator, people: np.ndarray, by_person: dict[int, np.ndarray],
+    rng: np.random.Generator, people: np.ndarray, by_person: Sequence[np.ndarray],
     size: int,
 ) -> np.ndarray:
   """Random pairs without a rating, `[size, 3]`; in place of the stars stands 0."""
@@ -299,7 +308,7 @@ def _unrated(
 
 
 def _candidates(
-    rng: np.random.Generator, tests: list[np.ndarray], by_person: dict[int, np.ndarray]
+    rng: np.random.Generator, tests: list[np.ndarray], by_person: Sequence[np.ndarray]
 ) -> np.ndarray:
   """Of each person who liked a film of the test part: it, and 99 not rated."""
   rows = []

@@ -1,0 +1,47 @@
+"""TFF on today's platform: what is imported first, and what is refused."""
+
+import os
+import subprocess
+import sys
+
+import pytest
+from tff_kd.compat import tff
+
+from tests import helpers
+
+
+def _python(code, **environment):
+  return subprocess.run(
+      [sys.executable, '-c', code], cwd=helpers.ROOT, capture_output=True, text=True,
+      timeout=240, check=False, env={**os.environ, **environment},
+  )
+
+
+def test_another_backend_of_keras_is_refused_with_what_to_do():
+  done = _python('from tff_kd import tff', KERAS_BACKEND='jax')
+  assert done.returncode == 1
+  assert "KERAS_BACKEND='jax'" in done.stderr and 'Unset it' in done.stderr
+
+
+@pytest.mark.parametrize('first', ['from tff_kd import tff', 'import tff_kd.runtime'])
+def test_whatever_comes_first_computes_in_this_process(first):
+  done = _python(
+      f'{first}\n'
+      'import numpy as np, psutil\n'
+      'import tensorflow_federated as tff\n'
+      '@tff.federated_computation(tff.FederatedType(np.int32, tff.CLIENTS))\n'
+      'def total(values):\n'
+      '  return tff.federated_sum(values)\n'
+      'print(total([1, 2, 3]), psutil.Process().children())\n'
+  )
+  assert done.stdout.strip() == '6 []', done.stderr
+
+
+def test_what_tff_takes_of_tensorflow_privacy_is_there():
+  for make in (
+      lambda: tff.learning.dp_aggregator(1.0, 100),
+      lambda: tff.learning.ddp_secure_aggregator(1.0, 100),
+      lambda: tff.aggregators.PrivateQuantileEstimationProcess.no_noise(0.5, 0.5, 0.1),
+      lambda: tff.learning.compression_aggregator(),
+  ):
+    assert make() is not None
