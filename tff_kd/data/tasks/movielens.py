@@ -219,11 +219,13 @@ def load(
 
   Returns:
     A `Task`, a regression: a film, up to 40 films with their stars; the film's stars.
+
+  Raises:
+    ValueError: If the volunteers have no more ratings than `validation_size`.
   """
   ratings = read_ratings()
   fixed = np.random.default_rng(_SPLIT_SEED)
   volunteers = fixed.permutation(NUM_USERS)[:NUM_VOLUNTEERS]
-  of_volunteer = np.isin(ratings[:, 0], volunteers)
   rng = np.random.default_rng(seed)
 
   by_person = _by_person(ratings)
@@ -232,12 +234,8 @@ def load(
   train, tests = _train_and_test([by_person[person] for person in clients], fixed)
   histories |= zip(clients, train)
 
-  rated = rng.permutation(ratings[of_volunteer])
-  if validation_size >= len(rated):
-    raise ValueError(
-        f'--validation_size is {validation_size}, but the volunteers of the task have '
-        f'only {len(rated)} ratings. Lower it.'
-    )
+  rated = rng.permutation(ratings[np.isin(ratings[:, 0], volunteers)])
+  _check_validation_size(validation_size, len(rated))
   validation, labelled = rated[:validation_size], rated[validation_size:]
   num_rated = min(transfer_size // 2, len(labelled))
   asked = np.concatenate([
@@ -266,6 +264,14 @@ def load(
       students={'factors': build_factors},
       teachers={'deep': build_deep},
   )
+
+
+def _check_validation_size(size: int, num_rated: int) -> None:
+  if size >= num_rated:
+    raise ValueError(
+        f'--validation_size is {size}, but the volunteers of the task have only '
+        f'{num_rated} ratings. Lower it.'
+    )
 
 
 def _by_person(ratings: np.ndarray) -> list[np.ndarray]:
