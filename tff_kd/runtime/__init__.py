@@ -7,5 +7,5 @@ from tff_kd.runtime.in_process import InProcessContext
 from tff_kd.runtime.in_process import set_default
 from tff_kd.runtime.in_process import tff_worker
 
-# What is computed from here on is computed in this process, unless another context is set.
+# From here on this process computes, unless another context is set.
 set_default()

@@ -207,7 +207,8 @@ class ClientPass:
         for _ in range(min(workers.num_slots, self._num_clients))
     ]
     try:
-      futures.wait(running)
+      while futures.wait(running, _POLL_S).not_done:
+        pass  # An interrupt need not be a signal: it is seen between two waits.
     except BaseException:
       stop.set()
       raise

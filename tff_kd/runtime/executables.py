@@ -63,8 +63,12 @@ class Executable:
     """
     if self._function is None:
       self._build()
-    if on_cpu:
+    if not on_cpu:
+      return self._function(*tensors)
+    try:
       return tf.raw_ops.StatefulPartitionedCall(
           args=tensors, Tout=self._dtypes, f=self._name, config_proto=_CONFIG
       )
-    return self._function(*tensors)
+    except tf.errors.OpError:
+      self._function(*tensors)  # Fails again, but names the operation.
+      raise
