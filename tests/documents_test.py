@@ -152,7 +152,7 @@ def test_all_flags_have_a_topic():
 def test_the_wrong_python_is_one_sentence(tmp_path):
   fake = tmp_path / 'python'
   fake.write_text(
-      '#!/bin/sh\ncase "$1" in --version) echo Python 3.12.1;; *) exit 1;; esac\n'
+      '#!/bin/sh\ncase "$1" in --version) echo Python 3.13.1;; *) exit 1;; esac\n'
   )
   fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
   done = subprocess.run(
@@ -161,5 +161,6 @@ def test_the_wrong_python_is_one_sentence(tmp_path):
   )
   assert done.returncode != 0
   lines = done.stderr.strip().splitlines()
-  assert 'needs Python 3.11' in lines[0] and 'Python 3.12.1' in lines[0]
+  assert lines[0].startswith('tff_kd needs Python 3.13, 3.12 or 3.11 that runs')
+  assert f'but {fake} is none' in lines[0] and 'make PYTHON=' in lines[0]
   assert len(lines) == 2  # That, and make's own line.

@@ -202,7 +202,8 @@ def _datasets():
     def run():
       def add(total, batch):
         counted.assign_add(1)
-        return total + tf.reduce_sum(batch['x']) * tf.cast(tf.size(batch['y']), tf.float32)
+        size = tf.cast(tf.size(batch['y']), tf.float32)
+        return total + tf.reduce_sum(batch['x']) * size
 
       return dataset.reduce(0.0, add), counted.read_value()
 
@@ -236,7 +237,7 @@ def _sequences():
   def comp(datasets):
     mapped = tff.federated_map(
         tff.federated_computation(
-            lambda its: tff.sequence_sum(tff.sequence_map(square, its)),
+            lambda each: tff.sequence_sum(tff.sequence_map(square, each)),
             tff.SequenceType(np.int32),
         ),
         tff.federated_map(shifted, datasets),
@@ -300,9 +301,8 @@ def _state_of_factory(factory, num_clients=11):
 
 
 def _robust_factory():
-  learning = tff.learning
   return _state_of_factory(
-      learning.robust_aggregator(zeroing=True, clipping=True, weighted=False)
+      tff.learning.robust_aggregator(zeroing=True, clipping=True, weighted=False)
   )
 
 
@@ -313,7 +313,7 @@ def _compressed_factory():
 
 
 def _secure_factory():
-  return _state_of_factory(tff.learning.secure_aggregator(weighted=False))
+  return _state_of_factory(tff.aggregators.SecureSumFactory(8.0, -8.0))
 
 
 def _private_factory():
@@ -376,7 +376,7 @@ class _VariableModel(tff.learning.models.VariableModel):
     return collections.OrderedDict(count=[self._count])
 
   def metric_finalizers(self):
-    return collections.OrderedDict(count=tf.function(lambda its: its[0]))
+    return collections.OrderedDict(count=tf.function(lambda each: each[0]))
 
   @tf.function
   def reset_metrics(self):
@@ -418,7 +418,7 @@ def _built(case):
 
 def _run(case):
   comp, args = _built(case)
-  return [comp(*its) for its in args]
+  return [comp(*each) for each in args]
 
 
 @pytest.fixture(scope='module')
@@ -444,7 +444,7 @@ def _as_lists(value):
 
 
 def _assert_same(ours, theirs):
-  ours, theirs = (tree.map_structure(_as_lists, its) for its in (ours, theirs))
+  ours, theirs = (tree.map_structure(_as_lists, each) for each in (ours, theirs))
   tree.assert_same_structure(ours, theirs, check_types=True)
   for x, y in zip(tree.flatten(ours), tree.flatten(theirs)):
     assert type(x) is type(y)
@@ -654,15 +654,11 @@ def test_an_interrupt_starts_no_further_client():
 
   @tff.tensorflow.computation(np.int32)
   def work(client):
-    return tf.numpy_function(begin, [client], tf.int32, stateful=True)
+    return tf.ensure_shape(tf.numpy_function(begin, [client], tf.int32), [])
 
   @tff.federated_computation(_INTS)
   def comp(clients):
-    mapped = tff.federated_map(
-        tff.tensorflow.computation(lambda x: tf.ensure_shape(x, []), work.type_signature.result),
-        tff.federated_map(work, clients),
-    )
-    return tff.federated_sum(mapped)
+    return tff.federated_sum(tff.federated_map(work, clients))
 
   with runtime.in_process(max_concurrent_clients=1):
     with pytest.raises(KeyboardInterrupt):
@@ -737,7 +733,7 @@ def test_the_block_puts_back_the_context_before():
   with runtime.in_process() as context:
     assert current() is context
     with pytest.raises(ZeroDivisionError), runtime.in_process():
-      1 / 0  # pylint: disable=pointless-statement
+      raise ZeroDivisionError
     assert current() is context
   assert current() is before
 

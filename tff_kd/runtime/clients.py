@@ -11,6 +11,7 @@ import tensorflow as tf
 
 from tff_kd.runtime import dataflow
 from tff_kd.runtime import devices
+from tff_kd.runtime import evaluation
 from tff_kd.runtime import plan as plan_lib
 from tff_kd.runtime import values
 
@@ -123,7 +124,7 @@ class _GroupedSum:
     group = client // GROUP_SIZE
     with self._lock:
       if group not in self._groups:
-        accumulate = lambda number, its, slot: self._add(group, number, its, slot)
+        accumulate = lambda number, value, slot: self._add(group, number, value, slot)
         self._groups[group] = _InOrder(accumulate)
         self._partial[group] = self._zero
       in_order = self._groups[group]
@@ -157,7 +158,7 @@ class ClientPass:
   def __init__(
       self,
       stage: plan_lib.Stage,
-      arguments: Mapping[plan_lib.Argument, Sequence[Any]],
+      arguments: Mapping[evaluation.Argument, Sequence[Any]],
       scope: Mapping[dataflow.Leaf, tf.Tensor],
       kept: dict[dataflow.Leaf, list[Optional[tf.Tensor]]],
       num_clients: int,
@@ -228,8 +229,8 @@ class ClientPass:
   def _next_client(self, stop: threading.Event) -> Optional[int]:
     """Returns the next client once it may start; `None` if there is none.
 
-    A client that is slow holds up the sum of those after it: then these wait, so that what
-    is held stays bounded.
+    A slow client holds up the sum of those after it: then these wait, so that no more
+    than a few of their values are held.
     """
     with self._lock:
       client = next(self._numbers)

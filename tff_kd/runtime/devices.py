@@ -75,6 +75,7 @@ class Slots:
     self._device = device
     self._max = max_concurrent_clients
     self._lock = threading.Lock()
+    _use_one_thread_an_operation()
     if device is not None:
       _devices_of(device)
 
@@ -85,11 +86,10 @@ class Slots:
 
   @functools.cached_property
   def _found(self) -> list[Slot]:
-    _use_one_thread_an_operation()
     cores = len(os.sched_getaffinity(0))
     if self._device is None:
       only_cpus = all(
-          its.device_type == _CPU for its in tf.config.list_logical_devices()
+          each.device_type == _CPU for each in tf.config.list_logical_devices()
       )
       slots = [Slot(None, only_cpus)] * (cores if only_cpus else 1)
     else:
@@ -105,21 +105,20 @@ class Slots:
 
 def _devices_of(device: Union[str, Sequence[str]]) -> list[str]:
   """Returns the names of devices, such as '/device:CPU:0'."""
-  _use_one_thread_an_operation()
-  there = [its.name for its in tf.config.list_logical_devices()]
+  there = [device.name for device in tf.config.list_logical_devices()]
   found = []
   for name in [device] if isinstance(device, str) else device:
     wanted = name.upper().removeprefix('/').removeprefix('DEVICE:')
     matching = [
-        its for its in there
-        if its.removeprefix('/device:') == wanted or its.split(':')[1] == wanted
+        each for each in there
+        if each.removeprefix('/device:') == wanted or each.split(':')[1] == wanted
     ]
     if not matching:
       raise ValueError(
           f'There is no device {name!r}. TensorFlow sees '
-          f'{", ".join(its.removeprefix("/device:") for its in there)}.'
+          f'{", ".join(each.removeprefix("/device:") for each in there)}.'
       )
-    found += [its for its in matching if its not in found]
+    found += [each for each in matching if each not in found]
   if not found:
     raise ValueError('At least one device is needed, found an empty list.')
   return found

@@ -33,6 +33,7 @@ class Executable:
     self._function: Optional[Any] = None
     self._name = ''
     self._dtypes: list[tf.DType] = []
+    self._captured: Sequence[tf.Tensor] = ()
 
   def _build(self) -> None:
     with self._lock:
@@ -44,8 +45,9 @@ class Executable:
       )
       with tf.init_scope():
         function = tf.compat.v1.wrap_function(emit, specs)
-      self._dtypes = [its.dtype for its in function.outputs]
+      self._dtypes = [output.dtype for output in function.outputs]
       self._name = function.name.decode()
+      self._captured = function.captured_inputs
       self._function = function
 
   def __call__(
@@ -67,7 +69,10 @@ class Executable:
       return self._function(*tensors)
     try:
       return tf.raw_ops.StatefulPartitionedCall(
-          args=tensors, Tout=self._dtypes, f=self._name, config_proto=_CONFIG
+          args=[*tensors, *self._captured],
+          Tout=self._dtypes,
+          f=self._name,
+          config_proto=_CONFIG,
       )
     except tf.errors.OpError:
       self._function(*tensors)  # Fails again, but names the operation.

@@ -3,7 +3,6 @@
 import asyncio
 import collections
 from collections.abc import Iterator
-from concurrent import futures
 import contextlib
 import inspect
 import threading
@@ -16,6 +15,7 @@ from tff_kd.compat import tff
 from tff_kd.runtime import clients
 from tff_kd.runtime import dataflow
 from tff_kd.runtime import devices
+from tff_kd.runtime import evaluation
 from tff_kd.runtime import plan as plan_lib
 from tff_kd.runtime import tff_internals
 from tff_kd.runtime import values
@@ -99,14 +99,14 @@ class _Run:
     # Tensors at the server, and of each client.
     self._scope: dict[dataflow.Leaf, tf.Tensor] = {}
     self._kept: dict[dataflow.Leaf, list[Any]] = {}
-    self._of_clients: dict[plan_lib.Argument, Any] = {}
-    for its in plan.arguments:
-      value = _part(arg, its.path)
-      if its.each_client:
-        self._of_clients[its] = value
+    self._of_clients: dict[evaluation.Argument, Any] = {}
+    for argument in plan.arguments:
+      value = _part(arg, argument.path)
+      if argument.each_client:
+        self._of_clients[argument] = value
       else:
-        tensors = values.to_tensors(value, its.type_spec)
-        self._scope.update(zip(its.leaves, tensors, strict=True))
+        tensors = values.to_tensors(value, argument.type_spec)
+        self._scope.update(zip(argument.leaves, tensors, strict=True))
 
   def run(self, stop: threading.Event) -> Any:
     """Runs all stages; returns the result in `tff.structure.Struct`s."""
@@ -122,8 +122,8 @@ class _Run:
   def _run_at_clients(self, stage: plan_lib.Stage, stop: threading.Event) -> None:
     needed = {*stage.inputs, *(stage.sums.values if stage.sums else ())}
     arguments = {
-        its: value for its, value in self._of_clients.items()
-        if needed.intersection(its.leaves)
+        argument: value for argument, value in self._of_clients.items()
+        if needed.intersection(argument.leaves)
     }
     one_pass = clients.ClientPass(
         stage, arguments, self._scope, self._kept, self._num_clients
@@ -157,10 +157,10 @@ class _Run:
   def _result(self, value: Any, type_spec: tff.Type) -> Any:
     if isinstance(type_spec, tff.StructType):
       return tff.structure.Struct(
-          (name, self._result(part, its))
-          for part, (name, its) in zip(value, tff.structure.iter_elements(type_spec))
+          (name, self._result(part, element))
+          for part, (name, element) in zip(value, tff.structure.iter_elements(type_spec))
       )
-    leaves = plan_lib.flatten(value)
+    leaves = evaluation.flatten(value)
     if not isinstance(type_spec, tff.FederatedType):
       return values.from_tensors((self._scope[leaf] for leaf in leaves), type_spec)
     if type_spec.placement is tff.SERVER or type_spec.all_equal:
@@ -349,5 +349,8 @@ def tff_worker() -> Iterator[tff.framework.SyncContext]:
         transform_args=tff.tensorflow.transform_args,
         transform_result=tff.tensorflow.transform_result,
     )
-    with tff_internals.default_context(context):
-      yield context
+    try:
+      with tff_internals.default_context(context):
+        yield context
+    finally:
+      tff_internals.end_thread(context)

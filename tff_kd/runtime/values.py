@@ -9,12 +9,15 @@ import tensorflow as tf
 import tree
 
 from tff_kd.compat import tff
-from tff_kd.runtime import dataflow
+from tff_kd.runtime import emitting
 from tff_kd.runtime import tff_internals
 
 
 # Whether a dataset shuffles, of those that were looked at.
 _SHUFFLES = weakref.WeakKeyDictionary()
+
+_SCALARS = (bool, int, float, complex, str, bytes, np.generic)
+_TENSOR_TYPES = (*_SCALARS, np.ndarray)
 
 
 def to_tensors(value: Any, type_spec: tff.Type) -> list[tf.Tensor]:
@@ -45,7 +48,7 @@ def to_tensors(value: Any, type_spec: tff.Type) -> list[tf.Tensor]:
         f'{len(type_spec)} elements, found\n{value!r}\nfor the type\n{type_spec}.'
     )
   leaves = []
-  for (name, element), (wanted, its) in zip(
+  for (name, element), (wanted, element_type) in zip(
       tff.structure.iter_elements(elements), tff.structure.iter_elements(type_spec)
   ):
     if isinstance(value, tff.structure.Struct) and name not in (wanted, None):
@@ -53,12 +56,18 @@ def to_tensors(value: Any, type_spec: tff.Type) -> list[tf.Tensor]:
           f'Value {value} does not match type {type_spec}: mismatching tuple element '
           f'names {name} vs. {wanted}.'
       )
-    leaves += to_tensors(element, its)
+    leaves += to_tensors(element, element_type)
   return leaves
 
 
 def _to_tensor(value: Any, type_spec: tff.TensorType) -> tf.Tensor:
-  dtype = dataflow.tensor_spec(type_spec).dtype
+  if (
+      isinstance(value, (np.ndarray, np.generic))
+      and value.dtype == type_spec.dtype
+      and value.shape == type_spec.shape
+  ):
+    return tf.constant(value)
+  dtype = tf.as_dtype(type_spec.dtype)
   if isinstance(value, tf.Variable):
     value = value.read_value()
   if isinstance(value, tf.Tensor):
@@ -69,12 +78,12 @@ def _to_tensor(value: Any, type_spec: tff.TensorType) -> tf.Tensor:
     for number in tree.flatten(value):
       tff_internals.check_array(number, tff.TensorType(type_spec.dtype.type))
     value = np.asarray(value, object if dtype == tf.string else dtype.as_numpy_dtype)
-  elif not isinstance(value, (bool, int, float, complex, str, bytes, np.generic, np.ndarray)):
+  elif not isinstance(value, _TENSOR_TYPES):
     raise TypeError(f'Expected a value of type {type_spec}, found {type(value)}.')
   tff_internals.check_array(value, type_spec)
   if dtype == tf.string and isinstance(value, (np.ndarray, np.generic)):
     value = value.astype(object)
-  return tf.convert_to_tensor(value, dtype)
+  return tf.constant(value, dtype)
 
 
 def _to_variant(value: Any, type_spec: tff.SequenceType) -> tf.Tensor:
@@ -144,7 +153,7 @@ def from_tensors(tensors: Iterator[tf.Tensor], type_spec: tff.Type) -> Any:
     )
   tensor = next(tensors)
   if isinstance(type_spec, tff.SequenceType):
-    spec = dataflow.element_spec(type_spec.element)
+    spec = emitting.element_spec(type_spec.element)
     return tf.data.experimental.from_variant(tensor, spec)
   return tensor.numpy()
 
@@ -156,5 +165,5 @@ def short_values(value: Any) -> Sequence[Any]:
   return [
       leaf.item() if isinstance(leaf, np.generic) else leaf
       for leaf in tree.flatten(value)
-      if isinstance(leaf, (bool, int, float, str, bytes, np.generic))
+      if isinstance(leaf, _SCALARS)
   ]
