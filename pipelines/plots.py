@@ -5,11 +5,17 @@ import os
 from typing import Any
 
 import matplotlib
-
-matplotlib.use('Agg')
+from matplotlib import figure as figure_lib
 from matplotlib import ticker
-import matplotlib.pyplot as plt  # pylint: disable=g-import-not-at-top
 import numpy as np
+
+
+def _subplots(
+    num_rows: int = 1, num_columns: int = 1, *, figsize: tuple[float, float], **kwargs
+) -> tuple[figure_lib.Figure, Any]:
+  """As `pyplot.subplots`, without its state: any thread may draw."""
+  figure = figure_lib.Figure(figsize, layout='constrained')
+  return figure, figure.subplots(num_rows, num_columns, **kwargs)
 
 
 def plot_partition(
@@ -31,9 +37,9 @@ def plot_partition(
   counts = np.array(
       [np.bincount(labels[rows], minlength=num_classes) for rows in clients]
   )
-  figure, axes = plt.subplots(figsize=(9, 4), layout='constrained')
+  figure, axes = _subplots(figsize=(9, 4))
   bottom = np.zeros(len(clients))
-  colors = plt.get_cmap('tab20' if num_classes > 10 else 'tab10')
+  colors = matplotlib.colormaps['tab20' if num_classes > 10 else 'tab10']
   for label in range(num_classes):
     axes.bar(
         np.arange(len(clients)), counts[:, label], bottom=bottom,
@@ -45,7 +51,6 @@ def plot_partition(
   if num_classes <= 20:
     axes.legend(title='class', loc='center left', bbox_to_anchor=(1.0, 0.5))
   figure.savefig(path, dpi=120)
-  plt.close(figure)
 
 
 def plot_client_sizes(
@@ -58,11 +63,10 @@ def plot_client_sizes(
     title: The picture's title.
     path: The PNG file to write.
   """
-  figure, axes = plt.subplots(figsize=(9, 4), layout='constrained')
+  figure, axes = _subplots(figsize=(9, 4))
   axes.hist([len(rows) for rows in clients], bins=40)
   axes.set(xlabel='examples of a client', ylabel='clients', title=title)
   figure.savefig(path, dpi=120)
-  plt.close(figure)
 
 
 def plot_curves(
@@ -77,9 +81,7 @@ def plot_curves(
     path: The PNG file to write.
     metric: Its name.
   """
-  figure, panels = plt.subplots(
-      1, 2, figsize=(11, 4.2), sharey=True, layout='constrained'
-  )
+  figure, panels = _subplots(1, 2, figsize=(11, 4.2), sharey=True)
   for name, (rounds, megabytes, accuracy) in curves.items():
     style = '--' if 'FedAvg' in name else '-'
     panels[0].plot(rounds, accuracy, style, label=name)
@@ -91,7 +93,6 @@ def plot_curves(
   for panel in panels:
     panel.grid(alpha=0.3)
   figure.savefig(path, dpi=120)
-  plt.close(figure)
 
 
 def plot_comparison(
@@ -111,10 +112,8 @@ def plot_comparison(
     metric: What stands in place of accuracy, a name.
     levels: Name -> a value to compare with, a horizontal line.
   """
-  figure, panels = plt.subplots(
-      1, 2, figsize=(13, 4.8), sharey=True, layout='constrained'
-  )
-  colors, styles = plt.get_cmap('tab10'), ('-', '--', ':')
+  figure, panels = _subplots(1, 2, figsize=(13, 4.8), sharey=True)
+  colors, styles = matplotlib.colormaps['tab10'], ('-', '--', ':')
   for number, (name, runs) in enumerate(curves.items()):
     length = min(len(accuracy) for _, _, accuracy in runs)
     accuracy = np.array([its[:length] for _, _, its in runs])
@@ -141,7 +140,6 @@ def plot_comparison(
   for panel in panels:
     panel.grid(alpha=0.3)
   figure.savefig(path, dpi=120)
-  plt.close(figure)
 
 
 def plot_variations(
@@ -162,11 +160,11 @@ def plot_variations(
     path: The PNG file to write.
     metric: What stands in place of accuracy, a name.
   """
-  figure, axes = plt.subplots(
+  figure, axes = _subplots(
       num_rows, len(columns), figsize=(1 + 4.2 * len(columns), 3.4 * num_rows),
-      sharex=True, sharey=True, squeeze=False, layout='constrained',
+      sharex=True, sharey=True, squeeze=False,
   )
-  colors = plt.get_cmap('tab10')
+  colors = matplotlib.colormaps['tab10']
   for (row, column), lines in panels.items():
     panel = axes[row][columns.index(column)]
     for number, (label, models) in enumerate(lines.items()):
@@ -193,7 +191,6 @@ def plot_variations(
     panel.set(xlabel='round')
     panel.xaxis.get_major_locator().set_params(integer=True)
   figure.savefig(path, dpi=110)
-  plt.close(figure)
 
 
 def plot_speed(results: Mapping[str, Any], path: os.PathLike) -> None:
@@ -203,9 +200,7 @@ def plot_speed(results: Mapping[str, Any], path: os.PathLike) -> None:
     results: As `pipelines.benchmark` writes them.
     path: The PNG file to write.
   """
-  figure, (left, right) = plt.subplots(
-      1, 2, figsize=(13, 4.8), width_ratios=[3, 1], layout='constrained'
-  )
+  figure, (left, right) = _subplots(1, 2, figsize=(13, 4.8), width_ratios=[3, 1])
   cases = results['cases']
   labels = {
       'tff': "TFF's FedAvg", 'pfl': 'pfl-research',
@@ -241,7 +236,6 @@ def plot_speed(results: Mapping[str, Any], path: os.PathLike) -> None:
   )
   right.grid(alpha=0.3)
   figure.savefig(path, dpi=120)
-  plt.close(figure)
 
 
 def plot_roc(
@@ -254,7 +248,7 @@ def plot_roc(
     curves: Model -> (false positive rates, true positive rates, area).
     path: The PNG file to write.
   """
-  figure, panels = plt.subplots(1, 2, figsize=(9, 4.2), layout='constrained')
+  figure, panels = _subplots(1, 2, figsize=(9, 4.2))
   for name, (false, true, area) in curves.items():
     for panel in panels:
       panel.plot(false, true, label=f'{name}, AUC {area:.3f}')
@@ -266,7 +260,6 @@ def plot_roc(
   panels[1].set(xscale='log', yscale='log', xlim=ends, ylim=ends, ylabel='')
   panels[0].legend(loc='lower right')
   figure.savefig(path, dpi=120)
-  plt.close(figure)
 
 
 def plot_images(
@@ -280,8 +273,8 @@ def plot_images(
     path: The PNG file to write.
   """
   rows = list(next(iter(columns.values())))
-  figure, grid = plt.subplots(
-      len(rows), len(columns), squeeze=False, layout='constrained',
+  figure, grid = _subplots(
+      len(rows), len(columns), squeeze=False,
       figsize=(1.5 * len(columns) + 1.5, 1.6 * len(rows)),
   )
   for j, (title, images) in enumerate(columns.items()):
@@ -302,7 +295,6 @@ def plot_images(
             ha='right', va='center',
         )
   figure.savefig(path, dpi=120)
-  plt.close(figure)
 
 
 def plot_reliability(
@@ -316,8 +308,8 @@ def plot_reliability(
     path: The PNG file to write.
     num_bins: Bins of equal width over the confidence.
   """
-  figure, panels = plt.subplots(
-      2, 1, figsize=(6, 6.5), sharex=True, height_ratios=(3, 1), layout='constrained'
+  figure, panels = _subplots(
+      2, 1, figsize=(6, 6.5), sharex=True, height_ratios=(3, 1)
   )
   panels[0].plot([0, 1], [0, 1], color='gray', linewidth=1, label='calibrated')
   edges = np.linspace(0.0, 1.0, num_bins + 1)
@@ -336,7 +328,6 @@ def plot_reliability(
   panels[0].legend()
   panels[0].grid(alpha=0.3)
   figure.savefig(path, dpi=120)
-  plt.close(figure)
 
 
 def plot_confusion(
@@ -351,8 +342,8 @@ def plot_confusion(
     path: The PNG file to write.
   """
   size = len(class_names)
-  figure, axes = plt.subplots(
-      figsize=(min(4 + 0.35 * size, 12),) * 2, layout='constrained'
+  figure, axes = _subplots(
+      figsize=(min(4 + 0.35 * size, 12),) * 2
   )
   shares = counts / np.maximum(counts.sum(axis=1, keepdims=True), 1)
   image = axes.imshow(shares, cmap='Blues', vmin=0.0, vmax=1.0)
@@ -369,7 +360,6 @@ def plot_confusion(
             fontsize=7, color='white' if shares[row, column] > 0.5 else 'black',
         )
   figure.savefig(path, dpi=120)
-  plt.close(figure)
 
 
 def plot_errors(
@@ -381,7 +371,7 @@ def plot_errors(
     models: Name -> (predictions `[n]`, true values `[n]`).
     path: The PNG file to write.
   """
-  figure, panels = plt.subplots(1, 2, figsize=(11, 4.2), layout='constrained')
+  figure, panels = _subplots(1, 2, figsize=(11, 4.2))
   every_label = np.concatenate([labels for _, labels in models.values()])
   values = np.unique(every_label)
   # Of many different values, ten ranges.
@@ -408,7 +398,6 @@ def plot_errors(
     panel.legend()
     panel.grid(alpha=0.3)
   figure.savefig(path, dpi=120)
-  plt.close(figure)
 
 
 def plot_client_scores(
@@ -421,11 +410,10 @@ def plot_client_scores(
     metric: Its name.
     path: The PNG file to write.
   """
-  figure, axes = plt.subplots(figsize=(8, 4), layout='constrained')
+  figure, axes = _subplots(figsize=(8, 4))
   for name, values in models.items():
     axes.plot(np.linspace(0, 1, len(values)), np.sort(values), label=name)
   axes.set(xlabel='share of clients', ylabel=f"{metric} on a client's own examples")
   axes.grid(alpha=0.3)
   axes.legend()
   figure.savefig(path, dpi=120)
-  plt.close(figure)

@@ -1,6 +1,6 @@
 """The job behind `pipelines.train`: trains, compares, reports."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 import collections
 import concurrent.futures
 import contextlib
@@ -52,7 +52,7 @@ _ROUNDED_FROM = 1000
 # and epochs at most, steps at least between looks at the validation score, and looks
 # without a better one.
 _CENTRAL_BATCH = 32
-_ALONE_STEPS, _ALONE_LEAST_STEPS, _ALONE_EPOCHS = 1500, 300, 100
+_ALONE_STEPS, _ALONE_LEAST_STEPS, _ALONE_EPOCHS = 1500, 100, 100
 _ALONE_LOOK = 50
 _ALONE_PATIENCE = 10
 # FedAvg, to compare with, gets so many times the rounds at most: where predictions are
@@ -512,25 +512,27 @@ def _train_alone(
 
 
 def _all_alone(
-    evaluators: Sequence[tff_kd.evaluation.CentralEvaluator],
+    evaluators: Mapping[str, tff_kd.evaluation.CentralEvaluator],
+    names: Iterable[str],
     task: tff_kd.data.Task,
     history: list[dict[str, float]],
-) -> list[dict[str, float]]:
-  """`_train_alone` of several models, at the same time.
+) -> dict[str, dict[str, float]]:
+  """`_train_alone` of the models of these names, at the same time.
 
-  None takes more steps than the server has taken in the run, which a short run would be
-  held up by, but for a least number.
+  None takes more steps than the server has taken with a model in the run, which a short
+  run would be held up by, but for a least number.
   """
-  taken = sum(
-      value
-      for row in history
-      for name, value in row.items()
-      if name.startswith('server_distillation/') and name.endswith('/num_steps')
-  )
-  most_steps = int(min(_ALONE_STEPS, max(_ALONE_LEAST_STEPS, taken or _ALONE_STEPS)))
+  taken = {}
+  for row in history:
+    for name, value in row.items():
+      if name.startswith('server_distillation/') and name.endswith('/num_steps'):
+        taken[name] = taken.get(name, 0) + value
+  most = max(taken.values(), default=_ALONE_STEPS)
+  most_steps = int(min(_ALONE_STEPS, max(_ALONE_LEAST_STEPS, most)))
   print("Training on the server's labels alone, to compare with.", file=sys.stderr)
+  train = lambda name: _train_alone(evaluators[name], task, most_steps)
   with concurrent.futures.ThreadPoolExecutor() as pool:
-    return list(pool.map(lambda e: _train_alone(e, task, most_steps), evaluators))
+    return dict(zip(names, pool.map(train, names)))
 
 
 class _Evaluation:
@@ -539,6 +541,10 @@ class _Evaluation:
   `student` is the server's; where only clients have models, the mean over theirs. Where
   both have, `client` is that mean. Of cohorts, `student` is the mean over their students,
   which are there too.
+
+  Attributes:
+    client_states: What clients keep, in `clients_dir`; `None` if they keep nothing.
+    evaluators: Name -> the evaluator of a kind of model.
   """
 
   @staticmethod
@@ -559,16 +565,18 @@ class _Evaluation:
         for key in tff_kd.evaluation.score_names(process.students.first)
     ]
 
-  def __init__(
-      self, process, task,
-      client_states: Optional[tff_kd.simulation.ClientStates] = None,
-  ):
+  def __init__(self, process, task, clients_dir: pathlib.Path):
     self._task = task
     self._students = process.students
     self._clients = _clients(process)
-    # Where clients keep models.
-    self._client_states = client_states if self._clients is not None else None
-    if self._client_states is not None:
+    self.client_states = None
+    if isinstance(process, tff_kd.PrivateProcess):
+      count = len(self._clients.specs) if self._clients is not None else 1
+      self.client_states = tff_kd.simulation.ClientStates(
+          process.initialize_client(), clients_dir,
+          cohort_fn=(lambda client: client % count) if count > 1 else None,
+      )
+    if self._clients is not None:
       self._client_evaluators = [
           tff_kd.evaluation.CentralEvaluator(spec) for spec in self._clients.specs
       ]
@@ -605,7 +613,7 @@ class _Evaluation:
           name: evaluator.evaluate(weights, *examples)
           for name, (evaluator, weights) in models.items()
       }
-      if self._client_states is not None:
+      if self._clients is not None:
         name = 'client' if 'student' in models else 'student'
         found[name] = self._mean_over_clients(examples)
       for name in ('student', 'student_before'):
@@ -625,7 +633,7 @@ class _Evaluation:
     values = []
     numbers = np.random.default_rng(args.SEED.value).permutation(args.NUM_CLIENTS.value)
     for number in sorted(numbers[:args.EVALUATED_CLIENTS.value].tolist()):
-      (state,) = self._client_states.load([number])
+      (state,) = self.client_states.load([number])
       cohort = number % len(self._clients.specs)
       weights = self._clients.unpack(state.weights)[cohort]
       evaluator = self._client_evaluators[cohort]
@@ -647,7 +655,7 @@ def read_history(path: pathlib.Path) -> list[dict[str, float]]:
 
 
 def _train(
-    process, initial_state, task, select_clients, run_dir, prefix, num_rounds,
+    process, initial_state, evaluation, task, select_clients, run_dir, prefix, num_rounds,
     patience, monitor, accountant=None,
 ) -> tuple[tff_kd.simulation.TrainingResult, list[dict[str, float]]]:
   """Trains with a progress bar; metrics, events and checkpoints in `run_dir`."""
@@ -676,21 +684,14 @@ def _train(
     bar.set_postfix(shown)
 
   metrics_path = run_dir / f'{prefix}metrics.csv'
-  client_states = None
-  if isinstance(process, tff_kd.PrivateProcess):
-    count = len(process.clients.specs) if process.clients is not None else 1
-    client_states = tff_kd.simulation.ClientStates(
-        process.initialize_client(), run_dir / f'{prefix}clients',
-        cohort_fn=(lambda client: client % count) if count > 1 else None,
-    )
   try:
     result = tff_kd.simulation.train(
         process,
         initial_state=initial_state,
         select_clients=select_clients,
         num_rounds=num_rounds,
-        evaluate=_Evaluation(process, task, client_states),
-        client_states=client_states,
+        evaluate=evaluation,
+        client_states=evaluation.client_states,
         monitor=monitor,
         monitor_mode=_mode(monitor),
         patience=patience,
@@ -818,8 +819,12 @@ def run() -> None:
       return
     run_dir, setup, accountant = _begin(setup)
   try:
-    with runtime():
+    with runtime(), concurrent.futures.ThreadPoolExecutor(1) as pool:
+      if accountant is None:  # Beside the first round, which leaves a core free.
+        drawn = pool.submit(_draw_partition, setup, run_dir)
       _train_and_report(setup, accountant, run_dir)
+      if accountant is None:
+        drawn.result()
   except (
       tff_kd.simulation.CheckpointError,
       tff_kd.simulation.NoWorkerError,
@@ -914,20 +919,22 @@ def _begin(setup: Setup) -> tuple[
         )
     )
     accountant = train_privacy.build_accountant(setup.process, run_dir)
-  else:
-    task = setup.task
-    how = args.PARTITION.value if task.client_rows is None else 'its own clients'
-    title = f'{task.name}: {len(task.clients)} examples, {how}'
-    if task.is_regression or task.clients.labels.ndim > 1 or len(setup.clients) > 100:
-      plots.plot_client_sizes(setup.clients, title, run_dir / 'partition.png')
-    else:
-      plots.plot_partition(
-          task.clients.labels, setup.clients, task.num_classes, title,
-          run_dir / 'partition.png',
-      )
   _print_setup(setup, accountant)
   print(f'Run folder: {run_dir}', flush=True)
   return run_dir, setup, accountant
+
+
+def _draw_partition(setup: Setup, run_dir: pathlib.Path) -> None:
+  task = setup.task
+  how = args.PARTITION.value if task.client_rows is None else 'its own clients'
+  title = f'{task.name}: {len(task.clients)} examples, {how}'
+  path = run_dir / 'partition.png'
+  if task.is_regression or task.clients.labels.ndim > 1 or len(setup.clients) > 100:
+    plots.plot_client_sizes(setup.clients, title, path)
+  else:
+    plots.plot_partition(
+        task.clients.labels, setup.clients, task.num_classes, title, path
+    )
 
 
 def _print_setup(
@@ -1008,11 +1015,12 @@ def _train_and_report(
         state = of_process.set_teacher_weights(state, pretrained['teacher'])
     return state
 
+  state = initial_state(process)
+  evaluation = _Evaluation(process, task, run_dir / 'clients')
   result, history = _train(
-      process, initial_state(process), task, select_clients, run_dir, '',
-      args.ROUNDS.value, args.PATIENCE.value or None, _monitor(task), accountant,
+      process, state, evaluation, task, select_clients, run_dir, '', args.ROUNDS.value,
+      args.PATIENCE.value or None, _monitor(task), accountant,
   )
-  evaluation = _Evaluation(process, task)
   for name, (_, weights) in evaluation.models(result.best_state).items():
     if name in specs:
       specs[name].to_keras(weights).save(run_dir / f'{name}.keras')
@@ -1028,12 +1036,19 @@ def _train_and_report(
         min(moved // fed_avg_bytes.total, _MOST_FED_AVG * result.round_num),
     )
     _, baseline = _train(
-        fed_avg, initial_state(fed_avg), task, select_clients, run_dir,
-        'fed_avg_', more_rounds, None, f'validation/student_{task.metric}',
+        fed_avg, initial_state(fed_avg), _Evaluation(fed_avg, task, run_dir), task,
+        select_clients, run_dir, 'fed_avg_', more_rounds, None,
+        f'validation/student_{task.metric}',
     )
-  _report(
-      task, clients, process, evaluation, result, history, baseline, accountant, run_dir
-  )
+  # What the server could do without any client: the honest lower bound.
+  alone = lambda: {}
+  with concurrent.futures.ThreadPoolExecutor(1) as pool:
+    if args.TRANSFER_LABELS.value:
+      alone = pool.submit(_all_alone, evaluation.evaluators, specs, task, history).result
+    _report(
+        task, clients, process, evaluation, result, history, baseline, alone, accountant,
+        run_dir,
+    )
 
 
 def _over_clients(
@@ -1076,9 +1091,10 @@ def _print_ledger(history: list[dict[str, float]]) -> None:
 
 
 def _report(
-    task, clients, process, evaluation, result, history, baseline, accountant, run_dir
+    task, clients, process, evaluation, result, history, baseline, alone, accountant,
+    run_dir,
 ) -> None:
-  """Prints the table and draws the curves."""
+  """Prints the table and draws the curves; `alone` waits for `_all_alone`."""
   test_split = split_tests(task, clients)
   metric = task.metric
   # Which scores the table has.
@@ -1158,17 +1174,13 @@ def _report(
         _megabytes(baseline),
         [row[test_column] for row in baseline],
     )
-  # What the server could do without any client: the honest lower bound.
-  alone = {}
-  if args.TRANSFER_LABELS.value:
-    alone = _all_alone([evaluation.evaluators[name] for name in specs], task, history)
-    alone = dict(zip(specs, alone))
+  plots.plot_curves(curves, run_dir / 'curves.png', metric)
+  alone = alone()
   for name, values in alone.items():
     rows.append((
         f"{name} on the server's {args.TRANSFER_LABELS.value} labels alone", '',
         *scores(values), '', '', '',
     ))
-  plots.plot_curves(curves, run_dir / 'curves.png', metric)
   further = {
       name: dict(
           task.scores_fn(functools.partial(evaluation.evaluators[name].logits, weights))

@@ -12,12 +12,14 @@ import threading
 import time
 from typing import NamedTuple
 
+import keras
 import numpy as np
 import psutil
 import pytest
 import tensorflow as tf
 import tree
 
+from tff_kd import algorithms
 from tff_kd import graphs
 from tff_kd import runtime
 from tff_kd.compat import tff
@@ -665,6 +667,28 @@ def test_an_interrupt_starts_no_further_client():
       comp(list(range(50)))
   time.sleep(0.7)
   assert len(started) == 3
+
+
+def test_clients_that_wait_for_threads_leave_some():
+  # A client's loop waits for TensorFlow's threads to read its dataset: if each of these
+  # threads had such a loop, all would wait for ever.
+  x, y = np.zeros([10, 4], np.float32), np.zeros([10], np.int32)
+  dataset = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(10).batch(2)
+  process = algorithms.build_fed_avg(
+      student_fn=lambda: keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]),
+      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+      client_optimizer=tff.learning.optimizers.build_sgdm(0.1),
+      input_spec=dataset.element_spec,
+  )
+  state = process.initialize()
+  found = []
+  thread = threading.Thread(
+      target=lambda: found.append(process.next(state, [dataset] * 16)), daemon=True
+  )
+  thread.start()
+  thread.join(60)
+  assert not thread.is_alive()
+  assert found[0].metrics['client_work']['train']['num_examples'] == 160
 
 
 def test_several_threads_at_once():

@@ -111,7 +111,7 @@ def test_hindered_clients_are_counted_and_a_damaged_run_repeats(tmp_path):
   (resumed / 'results.json').unlink()
   lines = (resumed / 'metrics.csv').read_text().splitlines(keepends=True)
   (resumed / 'metrics.csv').write_text(''.join(lines[:-1]))
-  (newest,) = resumed.glob('checkpoints/program_state_4/variables/*.data*')
+  newest = resumed / 'checkpoints/program_state_4'
   os.truncate(newest, newest.stat().st_size // 2)
   done = helpers.train(*hindered, '--rounds=4', f'--output_dir={resumed}', '--resume')
   assert done.returncode == 0, done.stderr

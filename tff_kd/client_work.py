@@ -366,7 +366,7 @@ class _ClientUpdate:
       left = CompanionOutput(
           *self.attachment.end(trained.observed, bound, trained.companion)
       )
-    finite = is_finite([delta, left])
+    finite = graphs.all_finite([delta, left])
     is_empty = tf.equal(trained.num_examples, 0)
     valid = finite & ~is_empty & ~trained.bad_labels
     included, delay = valid, None
@@ -533,17 +533,6 @@ def reported_metrics(
 
 def _times(update: Any, weight: tf.Tensor) -> Any:
   return tf.nest.map_structure(lambda t: t * tf.cast(weight, t.dtype), update)
-
-
-def is_finite(values: Any) -> tf.Tensor:
-  """Whether all numbers, or at least their sums, are finite; a bool scalar."""
-  # One pass each, where looking at every number would take two.
-  sums = [
-      tf.reduce_sum(tf.cast(value, tf.float32))
-      for value in tf.nest.flatten(values)
-      if value is not None
-  ]
-  return tf.reduce_all(tf.math.is_finite(tf.stack(sums)))
 
 
 def _client_examples(

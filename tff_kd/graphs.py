@@ -47,6 +47,29 @@ def user_function(fn: Callable[..., Any]) -> Callable[..., Any]:
   return tf.__internal__.autograph.tf_convert(fn, _AUTOGRAPH_DEFAULT)
 
 
+def all_finite(values: Any) -> tf.Tensor:
+  """Whether all numbers, or at least their sums, are finite.
+
+  Args:
+    values: Tensors in any structure; those of integers and `None` are passed over.
+
+  Returns:
+    A bool scalar.
+  """
+  # One operation and one pass for each: this is in every client's and server's graph.
+  axes, sums = {}, {}
+  for value in tf.nest.flatten(values):
+    if value is None or not value.dtype.is_floating:
+      continue
+    if value.dtype.size < 4:  # Its sums would overflow soon.
+      value = tf.cast(value, tf.float32)
+    rank = value.shape.rank
+    if rank not in axes:
+      axes[rank] = None if rank is None else tf.constant([*range(rank)], tf.int32)
+    sums.setdefault(value.dtype, []).append(tf.reduce_sum(value, axes[rank]))
+  return tf.reduce_all([tf.math.is_finite(tf.add_n(each)) for each in sums.values()])
+
+
 def specs_of(type_spec: tff.Type) -> Any:
   """The structure of `tf.TypeSpec`s of a TFF type, in the Python containers that it has.
 

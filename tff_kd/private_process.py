@@ -665,10 +665,7 @@ def build_private_process(
       )
       num_examples, bad_labels = trained.num_examples, trained.bad_labels
       after = trained.values.weights
-      finite = tf.reduce_all([
-          tf.reduce_all(tf.math.is_finite(w))
-          for w in tf.nest.flatten(after) if w.dtype.is_floating
-      ])
+      finite = graphs.all_finite(after)
       is_empty = tf.equal(num_examples, 0)
       valid = finite & ~is_empty & ~bad_labels
       included, covered = valid, None

@@ -1055,9 +1055,7 @@ def build_student_finalizer(
   state_type = init_tf.type_signature.result
 
   def finalize(stepper, state, weights, update):
-    finite = tf.reduce_all(
-        [tf.reduce_all(tf.math.is_finite(u)) for u in tf.nest.flatten(update)]
-    )
+    finite = graphs.all_finite(update)
 
     def apply():
       new_state, trainable = stepper.apply(

@@ -653,7 +653,7 @@ class Lesson:
   ) -> _Best:
     """The better of what there is now and the best so far."""
     current = (now.values.weights, now.optimizer)
-    improved, loss = _all_finite(current), best.loss
+    improved, loss = graphs.all_finite(current), best.loss
     if validation is not None:
       current_loss = self._validation_loss(now.values, validation)
       # False for a loss that is not a number.
@@ -671,14 +671,6 @@ class Lesson:
         tf.where(improved, now.step, best.step),
         tf.where(improved, 0, best.looks_waited + 1),
     )
-
-
-def _all_finite(values: Any) -> tf.Tensor:
-  return tf.reduce_all([
-      tf.reduce_all(tf.math.is_finite(v))
-      for v in tf.nest.flatten(values)
-      if v.dtype.is_floating
-  ])
 
 
 def _batch_order(

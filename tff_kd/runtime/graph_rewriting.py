@@ -6,18 +6,22 @@
   which is instantiated once, with the function that it is in.
 - `tf.while_loop` and `tf.cond` spread their operations over TensorFlow's threads. Where
   each core is at work for a client of its own, that costs a fifth of the processor's
-  time: there, loops and branches stay in one thread.
+  time: there, loops and branches stay in one thread. Not those that wait for others: all
+  of TensorFlow's threads could wait, and none be left to do what they wait for.
 - Functions get names that are new in this process: a graph may come from another one.
 """
 
 from collections.abc import Iterable, Sequence
 import itertools
+import re
 from typing import Any
 
 import tensorflow as tf
 
 _REDUCE = 'ReduceDataset'
 _SPREAD = '_lower_using_switch_merge'
+# Operations that wait for other threads.
+_WAITING = re.compile('Call$|Iterator|Dataset|Collective|Recv|Queue|Barrier|Batch.*Fun')
 _CPU = '/device:CPU:0'
 _numbers = itertools.count()
 
@@ -59,8 +63,17 @@ class _Rewriter:
         function.name = self._rewrite_function(function.name)
       if node.op == _REDUCE:
         self._replace_reduce(node)
-      if self._in_one_thread and _SPREAD in node.attr:
+      if self._in_one_thread and _SPREAD in node.attr and not self._waits(node):
         node.attr[_SPREAD].b = False
+
+  def _waits(self, node: Any) -> bool:
+    """Returns whether a loop or branch holds an operation that waits for others."""
+    return any(
+        _WAITING.search(each.op)
+        for called in _functions_in(node)
+        for function in self._reachable(called.name)
+        for each in function.node_def
+    )
 
   def _rewrite_function(self, name: str) -> str:
     """Rewrites a function that has not been; returns its new name."""
