@@ -270,11 +270,14 @@ def _draw(report_dir, task, found, has_clients: bool) -> list[str]:
     sure[its.name] = confidence, predicted == labels
     classes = logits.shape[-1]
     if classes <= _MAX_CLASSES:
+      names_of = _class_names(task)
+      if len(names_of) != classes:  # Labels that are present or not.
+        names_of = ['no', 'yes']
       counts = np.zeros((classes, classes), int)
       np.add.at(counts, (labels, predicted), 1)
       accuracy = its.scores['accuracy']
       plots.plot_confusion(
-          counts, _class_names(task), f'{its.name}: accuracy {accuracy:.3f}',
+          counts, names_of, f'{its.name}: accuracy {accuracy:.3f}',
           path(f'confusion_{its.name}.png'),
       )
   plots.plot_reliability(sure, path('calibration.png'))

@@ -160,9 +160,7 @@ def _predict(model: keras.Model, inputs: Any) -> np.ndarray:
 
 
 def _logits(outputs: np.ndarray, model: released.Released) -> np.ndarray:
-  if model.spec.from_logits:
-    return outputs
-  return tff_kd.losses.logits_from_probabilities(tf.constant(outputs)).numpy()
+  return model.spec.class_logits(tf.constant(outputs)).numpy()
 
 
 def _export(
@@ -189,10 +187,13 @@ def _export(
   if task.is_regression:
     agreement = np.sqrt(np.mean(np.square(outputs - expected)))
   else:
-    counted = np.ones(examples.labels.shape, bool)
-    if model.spec.ignored_label is not None:
-      counted = examples.labels != model.spec.ignored_label
-    agreement = np.mean((outputs.argmax(-1) == expected.argmax(-1))[counted])
+    found, before = (
+        evaluation.counted_predictions(
+            _logits(each, model), examples.labels, model.spec
+        )[0].argmax(-1)
+        for each in (outputs, expected)
+    )
+    agreement = np.mean(found == before)
   size = sum(file.stat().st_size for file in path.rglob('*') if file.is_file())
   return _Exported(
       path, size or path.stat().st_size,

@@ -10,6 +10,7 @@ import datetime
 import functools
 import inspect
 import json
+import math
 import pathlib
 import re
 import sys
@@ -543,6 +544,7 @@ class _Evaluation:
   which are there too.
 
   Attributes:
+    metric_names: What it returns the values of.
     client_states: What clients keep, in `clients_dir`; `None` if they keep nothing.
     evaluators: Name -> the evaluator of a kind of model.
   """
@@ -569,6 +571,7 @@ class _Evaluation:
     self._task = task
     self._students = process.students
     self._clients = _clients(process)
+    self.metric_names = self.names(process)
     self.client_states = None
     if isinstance(process, tff_kd.PrivateProcess):
       count = len(self._clients.specs) if self._clients is not None else 1
@@ -684,6 +687,9 @@ def _train(
     bar.set_postfix(shown)
 
   metrics_path = run_dir / f'{prefix}metrics.csv'
+  checkpoints = tff_kd.simulation.Checkpoints(run_dir / f'{prefix}checkpoints')
+  if evaluation.client_states is not None and checkpoints.is_empty():
+    evaluation.client_states.rewind(0)  # Of a run that was killed before its first one.
   try:
     result = tff_kd.simulation.train(
         process,
@@ -695,9 +701,7 @@ def _train(
         monitor=monitor,
         monitor_mode=_mode(monitor),
         patience=patience,
-        program_state_manager=tff_kd.simulation.Checkpoints(
-            run_dir / f'{prefix}checkpoints'
-        ),
+        program_state_manager=checkpoints,
         rounds_per_saving=args.ROUNDS_PER_CHECKPOINT.value,
         accountant=accountant,
         release_managers=[
@@ -742,11 +746,13 @@ class _ModelsTogether(tff.program.ReleaseManager):
 
 def _best_row(history: list[dict[str, float]], rounds: int, monitor: str):
   """The row with the best monitored metric within the first rounds."""
-  choose = max if _mode(monitor) == 'max' else min
-  return choose(
-      (row for row in history if row['round'] <= rounds),
-      key=lambda row: row[monitor],
-  )
+  sign = 1.0 if _mode(monitor) == 'max' else -1.0
+
+  def value(row: dict[str, float]) -> float:
+    # A round that has diverged, not a number, is the worst.
+    return -math.inf if math.isnan(row[monitor]) else sign * row[monitor]
+
+  return max((row for row in history if row['round'] <= rounds), key=value)
 
 
 def _open_run_dir() -> pathlib.Path:
@@ -1076,6 +1082,18 @@ def _megabytes(history: list[dict[str, float]]) -> list[float]:
   return list(np.cumsum([row[_CLIENT_BYTES] for row in history]) / 1e6)
 
 
+def _print_left_out(history: list[dict[str, float]]) -> None:
+  """How many reports did not count in all rounds, and why."""
+  causes = collections.Counter()
+  for row in history:
+    causes.update(tff_kd.simulation.left_out(row))
+  if causes:
+    print(
+        'Reports of clients that did not count, in all rounds: '
+        + ', '.join(f'{name} {count}' for name, count in causes.items()) + '.'
+    )
+
+
 def _print_ledger(history: list[dict[str, float]]) -> None:
   """What moved, by channel."""
   rows = [('moved, MB', 'all clients, all rounds', 'a round')]
@@ -1214,6 +1232,7 @@ def _report(
       f'Ended after round {result.round_num} ({ending}); the best round by '
       f'{_monitor(task)} is kept. On {len(task.test)} test examples.'
   )
+  _print_left_out(history)
   print()
   for name, values in further.items():
     print(f'{name}: ' + ', '.join(f'{key} {its:.4f}' for key, its in values.items()))

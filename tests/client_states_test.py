@@ -98,3 +98,33 @@ def test_states_and_clients_go_together(tmp_path):
   store = client_states.ClientStates(_state(0), tmp_path)
   with pytest.raises(ValueError, match='2 clients and 1 states'):
     store.save([1, 2], [_state(1)], 1)
+
+
+def test_what_an_earlier_run_left_is_not_taken_for_this_ones(tmp_path):
+  store = client_states.ClientStates(_state(0), tmp_path)
+  for round_num in (1, 2):
+    store.save([5], [_state(round_num)], round_num)
+  again = client_states.ClientStates(_state(0), tmp_path)
+  with pytest.raises(
+      client_states.ClientStatesError, match='after round 2 of an .*this is round 1'
+  ):
+    again.save([5], [_state(10)], 1)
+  again.save([5], [_state(3)], 3)  # It goes on.
+  again = client_states.ClientStates(_state(0), tmp_path)
+  again.rewind(0)
+  assert _values(again, [5]) == [0]
+  again.save([5], [_state(10)], 1)
+  assert _values(again, [5]) == [10]
+
+
+def test_a_run_can_begin_with_what_clients_had(tmp_path):
+  store = client_states.ClientStates(_state(0), tmp_path)
+  for round_num in (1, 2):
+    store.save([5], [_state(round_num)], round_num)
+  store.save([6], [_state(7)], 1)
+  again = client_states.ClientStates(_state(0), tmp_path)
+  again.restart()
+  assert _values(again, [5, 6, 7], round_num=0) == [2, 7, 0]
+  again.save([5], [_state(20)], 1)
+  again.rewind(0)
+  assert _values(again, [5, 6]) == [2, 7] and len(list(tmp_path.iterdir())) == 2

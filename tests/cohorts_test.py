@@ -190,7 +190,7 @@ def test_local_targets_are_the_cohorts_own():
     output = process.next(state, _arguments(_clients()))
     state = output.state
   # The first student sent is the mean's only part; the second, half of it.
-  for place, weights in zip(state.student_history, process.initialize()[0]):
+  for place, weights in zip(state.student_history.sent, process.initialize()[0]):
     np.testing.assert_allclose(place.trainable[0][0], weights.trainable[0])
   assert np.isfinite(output.metrics['client_work']['train']['loss'])
 

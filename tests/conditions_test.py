@@ -1,5 +1,7 @@
 """Late, slow, lost and partly informed clients: whole rounds and what they equal."""
 
+import dataclasses
+
 import keras
 import numpy as np
 import pytest
@@ -158,6 +160,40 @@ def test_a_round_with_too_few_reports_is_skipped(data, name):
   both = [_client(0), _client(1)]
   output = process.next(output.state, both, *([own] if own else []))
   assert output.metrics['round_skipped'] == 0
+
+
+def test_a_skipped_round_leaves_the_history_of_students(data):
+  kwargs = dict(history_size=3, local_weight=0.9)
+  skipping = _build(
+      'fed_gkd', _batches(data), reporting=tff_kd.Reporting(min_reports=1), **kwargs
+  )
+  state = skipping.initialize()
+  after = skipping.next(state, [_client(0, reports=np.bool_(False))]).state
+  assert after.student_history.num_sent == 0
+  # As if the skipped round had not been, but for the round's number.
+  found = skipping.next(after, [_client(0)]).state
+  expected = skipping.next(state._replace(round_num=np.int32(1)), [_client(0)]).state
+  helpers.assert_weights_close(found, expected, rtol=0, atol=0)
+
+
+def test_a_student_does_not_learn_from_a_teacher_that_nobody_taught(data):
+  stage = tff_kd.Distillation(num_steps=3, batch_size=4)
+  process = _build(
+      'fed_distillation', _batches(data),
+      transfer_set=tff_kd.TransferSet(_X), teacher_fn=helpers.dense_fn((6,)),
+      distillation=stage,
+      back_distillation=dataclasses.replace(stage, target='teacher'),
+  )
+  state = process.initialize()
+  output = process.next(state, [])
+  for name in ('student', 'teacher'):
+    assert output.metrics['server_distillation'][name]['num_steps'] == 0
+  assert np.isnan(output.metrics['client_work']['train']['loss'])
+  helpers.assert_weights_close(
+      output.state.global_model_weights, state.global_model_weights, rtol=0, atol=0
+  )
+  learned = process.next(state, [0, 1]).metrics['server_distillation']
+  assert learned['student']['num_steps'] == learned['teacher']['num_steps'] == 3
 
 
 def test_a_round_of_nobody_leaves_the_student(data):

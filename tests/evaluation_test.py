@@ -75,3 +75,10 @@ def test_nothing_to_evaluate_is_refused():
     )
   with pytest.raises(ValueError, match='accuracy'):
     evaluation.ClientsEvaluator(spec, metric='f1')
+
+
+def test_what_has_diverged_is_scored_as_wrong():
+  logits = np.array([[0.0, 1.0], [np.nan, 0.0], [np.inf, 0.0]], np.float32)
+  scores = evaluation.score(logits, np.array([1, 0, 0]), spec=_spec(classes=2))
+  assert scores['accuracy'] == pytest.approx(1 / 3)
+  assert np.isnan(scores['calibration_error']) and np.isnan(scores['loss'])

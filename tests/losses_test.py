@@ -48,6 +48,22 @@ def test_kl_gradient_has_the_temperatures_factor(seed, t):
   np.testing.assert_allclose(tape.gradient(loss, z), expected, atol=2e-4 * t)
 
 
+@settings(max_examples=50, deadline=None)
+@given(seed=st.integers(0, 10_000), t=st.floats(50.0, 1e4))
+def test_kl_keeps_its_precision_at_high_temperatures(seed, t):
+  target, z = _logits((3, 4), seed), _logits((3, 4), seed + 1)
+  p, q = (
+      scipy.special.log_softmax(a.astype(np.longdouble) / t, axis=-1)
+      for a in (target, z)
+  )
+  actual = losses.kl_divergence(target, z, t)
+  assert actual.dtype == tf.float32 and np.all(actual >= 0.0)
+  np.testing.assert_allclose(
+      actual, t * t * np.sum(np.exp(p) * (p - q), axis=-1), rtol=1e-4, atol=1e-5
+  )
+  np.testing.assert_array_equal(losses.kl_divergence(target, target, t), [0.0] * 3)
+
+
 def test_kl_at_high_temperature_is_the_squared_difference_of_centred_logits():
   # Hinton et al. (2015), equation 4, with this loss's 1 / 2 and 1 / classes.
   target, z = _logits((5, 4), 0), _logits((5, 4), 1)

@@ -1,5 +1,7 @@
 """Clients that keep their models: whole rounds against NumPy, and resumed."""
 
+import functools
+
 import keras
 import numpy as np
 import pytest
@@ -507,6 +509,24 @@ def test_a_resumed_run_repeats_an_unbroken_one(batches, tmp_path):
     helpers.assert_weights_close(found, expected, rtol=0)
   # Two checkpoints are kept, and of each client what they need: not all 7 rounds.
   assert len(list((tmp_path / 'whole' / 'clients').iterdir())) <= 6 * 4
+
+
+def test_training_begins_with_the_states_that_it_is_given(batches, tmp_path):
+  process = _ds_fl(client_data=batches, input_spec=batches.element_spec)
+  store = client_states.ClientStates(process.initialize_client(), tmp_path)
+  train = functools.partial(
+      tff_kd.simulation.train, process, select_clients=lambda _: [0, 1],
+      client_states=store,
+  )
+  first = train(num_rounds=1)
+  before = store.load([0, 1])
+  with pytest.raises(ValueError, match=r'begins anew.*rewind\(0\)'):
+    train(num_rounds=1)
+  loaded = []
+  load = store.load
+  store.load = lambda clients: loaded.append(load(clients)) or loaded[-1]
+  train(num_rounds=1, initial_state=first.state)
+  helpers.assert_weights_close(loaded[0], before, rtol=0)
 
 
 def test_client_numbers_are_needed_and_come_once(batches, tmp_path):

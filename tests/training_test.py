@@ -3,6 +3,7 @@
 import collections
 import math
 
+import keras
 import numpy as np
 import pytest
 from tff_kd.compat import tff
@@ -125,3 +126,64 @@ def test_the_process_own_metrics_can_be_monitored(process):
 def test_flatten_metrics():
   nested = collections.OrderedDict(x={'y': 1, 'z': ()}, w=np.float32(2))
   assert simulation.flatten_metrics(nested) == {'x/y': 1, 'w': 2.0}
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (
+            dict(client_optimizer=helpers.sgd(0.2)),
+            'client_work/learning_rate: 0.1.* there, 0.2.* here',
+        ),
+        (
+            dict(loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
+                from_logits=True, ignore_class=2
+            )),
+            'loss of the student: .*None.* there, .*2.* here',
+        ),
+        (dict(student_fn=helpers.dense_fn((4,))), 'arrays'),
+        (dict(student_fn=helpers.dense_fn(classes=4)), r'shape \(5, 3\), \(5, 4\) is'),
+    ],
+)
+def test_what_another_process_saved_is_named_and_stays(
+    process, tmp_path, change, message
+):
+  kwargs = dict(
+      select_clients=_data, program_state_manager=simulation.Checkpoints(tmp_path)
+  )
+  simulation.train(process, num_rounds=1, **kwargs)
+  other = tff_kd.algorithms.build_fed_avg(**helpers.common(**change))
+  with pytest.raises(simulation.CheckpointError, match=message):
+    simulation.train(other, num_rounds=2, **kwargs)
+  resumed = simulation.train(process, num_rounds=2, **kwargs)
+  assert len(resumed.history) == 1
+
+
+def test_clients_that_do_not_count_are_warned_of(process, caplog):
+  x, y = helpers.examples(6, 0)
+  bad = helpers.dataset(x, np.full(6, helpers.CLASSES, np.int32))
+  with caplog.at_level('WARNING'):
+    simulation.train(process, select_clients=lambda _: [bad], num_rounds=1)
+  assert 'includes no client (excluded bad labels: 1)' in caplog.text
+  caplog.clear()
+  with caplog.at_level('WARNING'):
+    result = simulation.train(
+        process, select_clients=lambda _: [bad, helpers.dataset(x, y)], num_rounds=1
+    )
+  assert 'leaves out clients (excluded bad labels: 1)' in caplog.text
+  assert simulation.left_out(result.history[0]) == {'excluded bad labels': 1}
+
+
+def test_an_evaluation_that_tells_its_names_is_not_called_to_see_them(process):
+  class Evaluation:
+    metric_names = ['score']
+    rounds = []
+
+    def __call__(self, state):
+      self.rounds.append(int(state.round_num))
+      return {'score': 1.0}
+
+  simulation.train(
+      process, select_clients=_data, num_rounds=1, evaluate=Evaluation(), monitor='score'
+  )
+  assert Evaluation.rounds == [1]

@@ -32,8 +32,10 @@ def expected_calibration_error(
     num_bins: How many bins.
 
   Returns:
-    A number between 0 (calibrated) and 1.
+    A number between 0 (calibrated) and 1; not a number if a logit is not finite.
   """
+  if not np.all(np.isfinite(logits)):
+    return float('nan')
   # Not tensorflow_probability's: it takes seconds to import, and Keras 2 with it.
   probabilities = special.softmax(np.asarray(logits, np.float64), axis=-1)
   confidence = probabilities.max(axis=-1)
@@ -56,14 +58,17 @@ def score(
   """How good a model's outputs are.
 
   Args:
-    outputs: Logits `[n, ..., classes]`, or numbers `[n, 1]` of a regression.
-    labels: Class numbers `[n, ...]`, those that the loss ignores not counted; or numbers
-      `[n]`.
+    outputs: Logits `[n, ..., classes]`, with a last axis of one where labels are binary;
+      or numbers `[n, ...]` of a regression.
+    labels: Class numbers `[n, ...]`, those that the loss ignores not counted; one-hot
+      labels `[n, ..., classes]`; binary labels `[n, ...]`; or numbers.
     spec: The model.
 
   Returns:
-    Accuracy, mean cross-entropy and expected calibration error; of a regression root
-    mean squared error and mean absolute error.
+    Accuracy, mean cross-entropy and expected calibration error, over all labels where an
+    example has several; of a regression root mean squared error and mean absolute error.
+    Predictions that are not finite are wrong,
+    and what is no accuracy is then not a number.
   """
   if spec.is_regression:
     errors = outputs.reshape(len(labels), -1) - labels.reshape(len(labels), -1)
@@ -72,9 +77,10 @@ def score(
         'mae': float(np.mean(np.abs(errors))),
     }
   logits, labels = counted_predictions(outputs, labels, spec)
+  is_finite = np.all(np.isfinite(logits), axis=-1)
   log_p = tf.nn.log_softmax(logits).numpy()
   return {
-      'accuracy': float(np.mean(np.argmax(logits, axis=-1) == labels)),
+      'accuracy': float(np.mean((np.argmax(logits, axis=-1) == labels) & is_finite)),
       'loss': float(-np.mean(log_p[np.arange(len(labels)), labels])),
       'calibration_error': expected_calibration_error(logits, labels),
   }
@@ -83,9 +89,23 @@ def score(
 def counted_predictions(
     logits: np.ndarray, labels: np.ndarray, spec: models.ModelSpec
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Logits `[m, classes]` and labels `[m]` of all positions that count."""
+  """Logits `[m, classes]` and class numbers `[m]` of all positions that count.
+
+  A single logit z, the log-odds of a binary label, becomes those of two classes, [0, z].
+
+  Args:
+    logits: As of `score`.
+    labels: As of `score`.
+    spec: The model.
+  """
+  labels = np.asarray(labels)
+  if logits.shape[-1] == 1:
+    logits = np.concatenate([np.zeros_like(logits), logits], axis=-1)
+    labels = (labels > 0.5).astype(np.int64)  # Of a hinge loss they may be -1 and 1.
+  elif labels.shape == logits.shape:
+    labels = labels.argmax(axis=-1)
   logits = logits.reshape(-1, logits.shape[-1])
-  labels = np.asarray(labels).reshape(-1)
+  labels = labels.reshape(-1).astype(np.int64)
   if spec.ignored_label is None:
     return logits, labels
   counted = labels != spec.ignored_label

@@ -213,6 +213,7 @@ class FeatureGenerator(companions.Companion):
         or self._classes < 2
         or len(labels) != 1
         or not labels[0].dtype.is_integer
+        or labels[0].shape.rank > 1
     ):
       raise ValueError(
           'The generator needs class indices as labels and one prediction over two '

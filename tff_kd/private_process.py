@@ -331,7 +331,12 @@ class ClassExchange(Exchange):
     self._student = student
     self.keeps_sent = self.needs_equal_weights = leaves_own_out
     labels = tf.nest.flatten(models.split_batch(student.input_spec)[1])
-    if self._classes < 2 or len(labels) != 1 or not labels[0].dtype.is_integer:
+    if (
+        self._classes < 2
+        or len(labels) != 1
+        or not labels[0].dtype.is_integer
+        or labels[0].shape.rank > len(student.logits_shape)
+    ):
       raise ValueError(
           'Knowledge by class needs class indices as labels and two logits or more, '
           f'found labels {labels} and {self._classes} logits.'

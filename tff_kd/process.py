@@ -36,6 +36,20 @@ from tff_kd import transfer
 from tff_kd.privacy import differential
 from tff_kd.privacy import secure as secure_lib
 
+
+class StudentHistory(NamedTuple):
+  """The students that were sent out in the last rounds.
+
+  Attributes:
+    sent: A `ModelWeights` (with cohorts, a tuple) whose arrays have a leading axis of
+      `history_size`; zeros where none was sent yet.
+    num_sent: int32, how many were sent so far, in rounds that were not skipped.
+  """
+
+  sent: Any
+  num_sent: Any
+
+
 class DistillationState(NamedTuple):
   """The state of a distillation process.
 
@@ -45,9 +59,7 @@ class DistillationState(NamedTuple):
     aggregated_model_weights: The student as plain aggregation left it this round,
       before the server's distillation. () without one.
     teacher_weights: The teacher's `ModelWeights`, or () without a teacher.
-    student_history: The students that were sent out in the last rounds, a
-      `ModelWeights` whose arrays have a leading axis of `history_size`; () unless
-      clients learn from them.
+    student_history: A `StudentHistory`; () unless clients learn from it.
     round_num: int32, the number of finished rounds.
     distributor: State of the distributor.
     client_work: State of the client work (the client optimizer's hyperparameters).
@@ -551,7 +563,7 @@ def build_distillation_process(
     if history_size:
       history, mean_of_history = tff.federated_map(
           remember,
-          (state.student_history, state.global_model_weights, state.round_num),
+          (state.student_history, state.global_model_weights),
       )
     sent = tff.federated_zip(
         client_work_lib.Broadcast(
@@ -756,23 +768,26 @@ def _build_history(students: cohorts.Students, size: int):
 
   @graphs.computation()
   def initial_history():
-    return tf.nest.map_structure(
-        lambda w: tf.zeros([size, *w.shape], w.dtype),
-        students.initial_weights if size else (),
+    if not size:
+      return ()
+    sent = tf.nest.map_structure(
+        lambda w: tf.zeros([size, *w.shape], w.dtype), students.initial_weights
     )
+    return StudentHistory(sent, tf.constant(0))
 
   if not size:
     return initial_history, None
 
-  @graphs.computation(
-      initial_history.type_signature.result, students.weights_type, np.int32
-  )
-  def remember(history, weights, round_num):
-    place = [[round_num % size]]
-    history = tf.nest.map_structure(
-        lambda its, w: tf.tensor_scatter_nd_update(its, place, [w]), history, weights
+  @graphs.computation(initial_history.type_signature.result, students.weights_type)
+  def remember(history, weights):
+    place = [[history.num_sent % size]]
+    sent = tf.nest.map_structure(
+        lambda its, w: tf.tensor_scatter_nd_update(its, place, [w]),
+        history.sent, weights,
     )
-    count = tf.minimum(round_num + 1, size)
+    # Not the round's number: a round that is skipped leaves the history as it was.
+    num_sent = history.num_sent + 1
+    count = tf.minimum(num_sent, size)
 
     def mean(its, w):
       # What is no real number (a counter) has no mean: its last value.
@@ -780,7 +795,8 @@ def _build_history(students: cohorts.Students, size: int):
         return w
       return tf.reduce_sum(its, 0) / tf.cast(count, its.dtype)
 
-    return history, tf.nest.map_structure(mean, history, weights)
+    mean_of_history = tf.nest.map_structure(mean, sent, weights)
+    return StudentHistory(sent, num_sent), mean_of_history
 
   return initial_history, remember
 
@@ -1013,12 +1029,15 @@ def check_transfer_set(
         transfer_set.gather_labels(rows),
         transfer_set.gather_label_weights(rows) > 0.0,
     )
-    outputs_shape = tf.TensorShape([None]).concatenate(student.logits_shape)
+    outputs_shape = tf.TensorShape([None]).concatenate(student.outputs_shape)
     _, bad = student.usable_labels(known, outputs_shape)
     if bad:
+      is_binary = student.logits_shape[-1] == 1
       raise ValueError(
-          f"The transfer set's labels must be class numbers from 0 to "
-          f'{student.logits_shape[-1] - 1}, found {known.numpy().min()} to '
+          "The transfer set's labels must be "
+          + ('0, 1 or between' if is_binary else 'class numbers from 0 to ')
+          + ('' if is_binary else f'{student.logits_shape[-1] - 1}')
+          + f', found {known.numpy().min()} to '
           f'{known.numpy().max()}. Mend them, or mark them as unknown in '
           '`label_mask`.'
       )

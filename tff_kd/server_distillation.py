@@ -267,11 +267,11 @@ def build_server_distillation(
 
   Returns:
     A `tff.templates.MeasuredProcess`. Its measurements, by learner: the number of
-    steps, the first and last batch's loss, how many examples had a target, the
-    validation loss before and after (0 without a validation part), and whether
-    the result was rolled back to what was there before. The validation loss is
-    the supervised loss where all transfer examples have labels, else the
-    distillation loss against the target.
+    steps, the first and last batch's loss, how many examples had a target, and whether
+    the result was rolled back to what was there before; with a validation part, the
+    validation loss before and after: the supervised loss where all transfer examples
+    have labels, else the distillation loss against the target. What would learn from a
+    teacher that had nothing to learn from in this round takes no steps.
   """
   uses_ensemble = any(s.distillation.uses_ensemble for s in stages)
   for stage in stages:
@@ -325,6 +325,7 @@ def build_server_distillation(
     if uses_ensemble:
       consensus = consensus_rule.decode(mean_knowledge)
     new_state, measurements = [], collections.OrderedDict()
+    is_taught = None
     for index, ((stage, cohort), run) in enumerate(zip(lessons, runs)):
       teaches_all = stage.learner == 'teacher' and students.has_cohorts
       bound = {
@@ -339,11 +340,13 @@ def build_server_distillation(
       }
       learner = live_teacher if stage.learner == 'teacher' else live_students[cohort]
       learned = run(
-          learner, state[index], bound, consensus, round_num, tf.stack([seed, index])
+          learner, state[index], bound, consensus, round_num, tf.stack([seed, index]),
+          may_learn=is_taught if stage.distillation.target == 'teacher' else None,
       )
       new_state.append(learned.state)
       if stage.learner == 'teacher':
         live_teacher = learned.weights
+        is_taught = learned.measurements['num_steps'] > 0
       else:
         live_students[cohort] = learned.weights
       name = stage.learner
@@ -474,6 +477,8 @@ class Lesson:
       consensus: Optional[knowledge.Consensus],
       round_num: tf.Tensor,
       seed: tf.Tensor,
+      *,
+      may_learn: Optional[tf.Tensor] = None,
   ) -> Learned:
     """Learns.
 
@@ -485,6 +490,7 @@ class Lesson:
       consensus: The ensemble's, where the stage uses it.
       round_num: int32 scalar.
       seed: int32 `[2]`, decides the order of the examples and what training draws.
+      may_learn: A bool scalar; no steps are taken if it is false.
     """
     d = self._distillation
     if d.reset_optimizer or state is None:
@@ -496,6 +502,8 @@ class Lesson:
     num_steps = tf.constant(d.num_steps)
     if self._distillation_weight == 1.0:
       num_steps = tf.where(num_targets > 0.0, num_steps, 0)
+    if may_learn is not None:
+      num_steps = tf.where(may_learn, num_steps, 0)
     order = _batch_order(
         self._transfer_set.subset_size, d.num_steps * self._batch_size, round_num, seed
     )
@@ -532,11 +540,12 @@ class Lesson:
         num_targets=num_targets,
         first_loss=done.first_loss,
         last_loss=done.last_loss,
-        validation_loss_before=before,
-        validation_loss_after=best.loss,
         best_step=best.step,
         rolled_back=tf.cast((done.step > 0) & tf.equal(best.step, 0), tf.int32),
     )
+    if validation is not None:
+      measurements['validation_loss_before'] = before
+      measurements['validation_loss_after'] = best.loss
     return Learned(best.weights, best.optimizer, measurements)
 
   def _examples(

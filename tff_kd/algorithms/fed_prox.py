@@ -3,6 +3,10 @@
 Li et al., "Federated Optimization in Heterogeneous Networks" (MLSys 2020), Algorithm
 2 and equation 2: L(w) + mu / 2 ||w - w_t||^2. Without the distillation server side it
 is a baseline; the term itself, `tff_kd.ProximalTerm`, goes with any algorithm.
+
+Not to be compared with `build_weighted_fed_prox` of TFF 0.87: that one adds
+mu (w_t - w) to the gradient where the paper has mu (w - w_t), and so pushes clients away
+from the server's model. With mu it is what this would be with -mu.
 """
 
 from tff_kd import local_terms

@@ -18,6 +18,17 @@ MetricsFn = Callable[[], Sequence[keras.metrics.Metric]]
 _TOTALS = ('num_examples', 'num_batches', 'loss')
 
 
+def with_axis_of_outputs(labels: Any, outputs: tf.Tensor) -> Any:
+  """Labels `[n]` of outputs `[n, 1]` as `[n, 1]`.
+
+  Else Keras takes the axis from the outputs, and has one value for the whole batch.
+  """
+  rank = outputs.shape.rank
+  if outputs.shape[-1] == 1 and rank > 1 and labels.shape.rank == rank - 1:
+    return labels[..., tf.newaxis]
+  return labels
+
+
 class Metrics:
   """The user's metrics and the totals, by name, as functions of their states.
 
@@ -87,6 +98,7 @@ class Metrics:
       mask: Optional 0/1 float32 like the labels or `[batch]`: which ones count.
     """
     weights = {} if mask is None else {'sample_weight': mask}
+    labels = with_axis_of_outputs(labels, outputs)
     updated = collections.OrderedDict(state)
     for name, metric in self._metrics.items():
       values = metric.stateless_update_state(
@@ -141,7 +153,7 @@ class Metrics:
 def _build(metric: keras.metrics.Metric, labels: Any, outputs: tf.Tensor) -> None:
   """Creates the metric's variables, with their values before any example."""
   try:
-    metric.update_state(labels, outputs)
+    metric.update_state(with_axis_of_outputs(labels, outputs), outputs)
     metric.result()
   except Exception as error:
     raise ValueError(
@@ -165,7 +177,7 @@ def _initial_total(name: str) -> tuple[np.ndarray, ...]:
 
 
 def _mean_loss(state: Sequence[tf.Tensor]) -> tf.Tensor:
-  return tf.math.divide_no_nan(state[0], state[1])
+  return state[0] / state[1]  # Of no examples, not a number.
 
 
 def _only_value(state: Sequence[tf.Tensor]) -> tf.Tensor:

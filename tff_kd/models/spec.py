@@ -101,7 +101,9 @@ class ModelSpec:
     initial_weights: The weights of the builder's model as NumPy arrays: a
       `tff.learning.models.ModelWeights` of `trainable` weights and, in `non_trainable`,
       the statistics.
-    logits_shape: The static shape of one example's logits, classes last.
+    outputs_shape: The static shape of one example's outputs.
+    logits_shape: That of its logits, classes last. Where each output is a label of its
+      own, each is a position with one logit: `[..., labels, 1]`.
     from_logits: Whether the model's outputs are logits (or probabilities).
     loss: The loss.
     metrics: The `Metrics`.
@@ -116,6 +118,7 @@ class ModelSpec:
   keras_model_fn: KerasModelFn
   input_spec: Any
   initial_weights: tff.learning.models.ModelWeights
+  outputs_shape: tf.TensorShape
   logits_shape: tf.TensorShape
   from_logits: bool
   loss: keras.losses.Loss
@@ -125,6 +128,14 @@ class ModelSpec:
   batch_size: Optional[int]
   _model: keras.Model
   _layout: _Layout
+
+  @property
+  def loss_description(self) -> str:
+    """The loss and what it was built with, for messages."""
+    config = {}
+    with contextlib.suppress(Exception):  # A user's loss may have no config.
+      config = {k: v for k, v in self.loss.get_config().items() if k != 'name'}
+    return f'{type(self.loss).__name__}({config})'
 
   def __repr__(self) -> str:
     return f'ModelSpec(name={self.name!r}, model={type(self._model).__name__})'
@@ -140,6 +151,11 @@ class ModelSpec:
   def weights_type(self) -> tff.StructType:
     """The TFF type of the model's `ModelWeights`."""
     return tff.types.tensorflow_to_type(self.weights_spec)
+
+  @property
+  def is_multi_label(self) -> bool:
+    """Whether each output is a label of its own, present or not."""
+    return len(self.logits_shape) > len(self.outputs_shape)
 
   @property
   def trainable_variables(self) -> list[keras.Variable]:
@@ -246,10 +262,10 @@ class ModelSpec:
         lambda batch: self.call(values, batch).outputs,
         tf.nest.map_structure(batched, inputs),
         fn_output_signature=tf.TensorSpec(
-            [self.batch_size, *self.logits_shape], self._outputs_dtype
+            [self.batch_size, *self.outputs_shape], self._outputs_dtype
         ),
     )
-    outputs = tf.reshape(outputs, [-1, *self.logits_shape])[:size]
+    outputs = tf.reshape(outputs, [-1, *self.outputs_shape])[:size]
     return Outputs(outputs, values, tf.zeros([]))
 
   @property
@@ -263,6 +279,8 @@ class ModelSpec:
   def class_logits(self, outputs: tf.Tensor) -> tf.Tensor:
     """The outputs as float32 logits; a softmax model's as log-probabilities."""
     outputs = tf.cast(outputs, tf.float32)
+    if self.is_multi_label:
+      outputs = outputs[..., tf.newaxis]
     if self.from_logits:
       return outputs
     return losses.logits_from_probabilities(outputs)
@@ -282,9 +300,7 @@ class ModelSpec:
       mask: Optional 0/1 float32 `[batch]`; the mean is over the ones, and 0 where
         there are none.
     """
-    if self.is_regression and labels.shape.rank == outputs.shape.rank - 1:
-      # Else Keras squeezes the outputs, and has one loss for the whole batch.
-      labels = labels[..., tf.newaxis]
+    labels = metrics_lib.with_axis_of_outputs(labels, outputs)
     counted = self.counted_labels(labels)
     if mask is None and counted is None:
       return self.loss(labels, outputs)
@@ -324,14 +340,18 @@ class ModelSpec:
 
     Returns:
       The labels, with those outside `[0, classes)` replaced by 0, and a boolean
-      scalar that tells whether there were any. Labels of a loss other than
-      `SparseCategoricalCrossentropy` pass as they are.
+      scalar that tells whether there were any; of a binary cross-entropy, those outside
+      [0, 1]. Labels of another loss pass as they are.
     """
-    if not isinstance(self.loss, keras.losses.SparseCategoricalCrossentropy):
+    if isinstance(self.loss, keras.losses.SparseCategoricalCrossentropy):
+      highest = outputs_shape[-1] - 1
+    elif isinstance(self.loss, _BINARY_CROSS_ENTROPIES):
+      highest = 1
+    else:
       return labels, tf.constant(False)
     # In a wide type: 256 is no uint8. False for NaN, where labels are floats.
     wide = labels if labels.dtype.is_floating else tf.cast(labels, tf.int64)
-    in_range = (wide >= 0) & (wide < tf.cast(outputs_shape[-1], wide.dtype))
+    in_range = (wide >= 0) & (wide <= tf.cast(highest, wide.dtype))
     if self.ignored_label is not None:
       in_range |= tf.equal(labels, tf.cast(self.ignored_label, labels.dtype))
     return (
@@ -366,26 +386,27 @@ class ModelSpec:
       ValueError: If the weights are of another model.
     """
     model = self.keras_model_fn()
-    # Subclassed models have no variables before their first call.
-    inputs = _example(split_batch(self.input_spec)[0], self.batch_size or 1)
-    model(inputs, training=False)
     self.assign(model, weights)
     return model
 
   def assign(self, model: keras.Model, weights: Any) -> None:
-    """Assigns weights to a built model of the same builder.
+    """Assigns weights to a model of the same builder.
 
     Raises:
-      ValueError: If the weights are of another model.
+      ValueError: If the weights, or the model, are not of this builder.
     """
-    found = [np.shape(w) for w in [*weights.trainable, *weights.non_trainable]]
-    expected = [w.shape for w in tf.nest.flatten(self.initial_weights)]
-    if [tuple(s) for s in found] != [tuple(s) for s in expected]:
-      raise ValueError(
-          f'The weights are not those of the {self.name}: expected arrays of shapes '
-          f'{expected}, found {found}.'
-      )
-    for variable, value in zip(model.trainable_variables, weights.trainable):
+    # Subclassed models have no variables before their first call.
+    inputs = _example(split_batch(self.input_spec)[0], self.batch_size or 1)
+    model(inputs, training=False)
+    expected = [tuple(w.shape) for w in tf.nest.flatten(self.initial_weights)]
+    for what, values in (('weights', weights), ('model', self.weights_of(model))):
+      found = [np.shape(w) for w in [*values.trainable, *values.non_trainable]]
+      if found != expected:
+        raise ValueError(
+            f'The {what} to assign {"are" if what == "weights" else "is"} not of the '
+            f'{self.name}: expected arrays of shapes {expected}, found {found}.'
+        )
+    for variable, value in zip(model.trainable_variables, weights.trainable, strict=True):
       variable.assign(value)
     values = {
         **dict(zip(self._layout.statistics, weights.non_trainable)),
@@ -396,10 +417,12 @@ class ModelSpec:
 
   def weights_of(self, model: keras.Model) -> tff.learning.models.ModelWeights:
     """The `ModelWeights` of a built model of the same builder, as arrays."""
-    variables = _non_trainable_variables(model)
+    variables = dict(enumerate(_non_trainable_variables(model)))
     return tff.learning.models.ModelWeights(
         trainable=[v.numpy() for v in model.trainable_variables],
-        non_trainable=[variables[i].numpy() for i in self._layout.statistics],
+        non_trainable=[
+            variables[i].numpy() for i in self._layout.statistics if i in variables
+        ],
     )
 
   @functools.cached_property
@@ -482,17 +505,31 @@ def build_model_spec(
   input_spec = _checked_input_spec(input_spec)
   inputs_spec, labels_spec = split_batch(input_spec)
   model = _build_keras_model(keras_model_fn, name)
+  check_builder(
+      loss_fn, 'loss_fn', 'lambda: keras.losses.SparseCategoricalCrossentropy(...)'
+  )
   loss = loss_fn()
   if not isinstance(loss, keras.losses.Loss):
     raise TypeError(
         f'`loss_fn` must return a `keras.losses.Loss`, found {type(loss).__name__}.'
     )
+  if metrics_fn is not None:
+    check_builder(metrics_fn, 'metrics_fn', 'lambda: [keras.metrics.AUC(), ...]')
   batch_size = _fixed_batch(model, inputs_spec)
   outputs = _probe(model, inputs_spec, batch_size or _PROBE_BATCH, name)
+  if not model.trainable_variables:
+    raise ValueError(
+        f'The {name} has no trainable weights: there is nothing to train. Leave some of '
+        'its layers with `trainable=True`.'
+    )
   labels = _example(labels_spec, batch_size or _PROBE_BATCH)
   _check_loss(loss, labels, outputs, name)
   traced = _trace(model, inputs_spec, batch_size, name)
   is_regression = isinstance(loss, _REGRESSION_LOSSES)
+  outputs_shape = traced.output_shape[1:]
+  logits_shape = outputs_shape
+  if outputs_shape[-1] != 1 and isinstance(loss, _BINARY_LOSSES):
+    logits_shape = outputs_shape.concatenate([1])
   from_logits = is_regression or _check_from_logits(loss, traced.activation, name)
   variables = _non_trainable_variables(model)
   return ModelSpec(
@@ -503,7 +540,8 @@ def build_model_spec(
           trainable=[v.numpy() for v in model.trainable_variables],
           non_trainable=[variables[i].numpy() for i in traced.layout.statistics],
       ),
-      logits_shape=traced.output_shape[1:],
+      outputs_shape=outputs_shape,
+      logits_shape=logits_shape,
       from_logits=from_logits,
       loss=loss,
       metrics=metrics_lib.Metrics(metrics_fn, labels, outputs),
@@ -513,6 +551,24 @@ def build_model_spec(
       _model=model,
       _layout=traced.layout,
   )
+
+
+def check_builder(fn: Any, name: str, example: str) -> None:
+  """Refuses an argument that is what a function should return.
+
+  Args:
+    fn: The argument.
+    name: Its name, for the error.
+    example: How it may look.
+
+  Raises:
+    TypeError: If it is no function.
+  """
+  if not callable(fn) or isinstance(fn, (keras.losses.Loss, keras.metrics.Metric)):
+    raise TypeError(
+        f'`{name}` must be a function that returns a new one, found {fn!r}. Pass, for '
+        f'example, `{name}={example}`.'
+    )
 
 
 def _build_keras_model(keras_model_fn: KerasModelFn, name: str) -> keras.Model:
@@ -548,6 +604,13 @@ def _build_keras_model(keras_model_fn: KerasModelFn, name: str) -> keras.Model:
   return model
 
 
+_BINARY_CROSS_ENTROPIES = (
+    keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy
+)
+# Keras's losses of outputs that are labels of their own, present or not.
+_BINARY_LOSSES = (
+    *_BINARY_CROSS_ENTROPIES, keras.losses.Hinge, keras.losses.SquaredHinge
+)
 # Keras's losses of numbers. Another loss of numbers is taken for one of logits.
 _REGRESSION_LOSSES = (
     keras.losses.MeanSquaredError,

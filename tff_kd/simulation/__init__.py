@@ -20,7 +20,7 @@ __getattr__, __dir__ = _lazy.attach(
     | {
         name: 'training'
         for name in (
-            'check_monitor', 'flatten_metrics', 'process_metric_names',
+            'check_monitor', 'flatten_metrics', 'left_out', 'process_metric_names',
             'ROUND_SECONDS', 'train', 'TrainingResult',
         )
     },

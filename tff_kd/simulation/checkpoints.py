@@ -7,6 +7,7 @@ import re
 from typing import Any, Optional
 
 from absl import logging
+import numpy as np
 import tensorflow as tf
 from tensorflow.core.framework import tensor_pb2
 from tff_kd.compat import tff
@@ -69,14 +70,20 @@ class Checkpoints(tff.program.ProgramStateManager):
   def _path(self, version: int) -> pathlib.Path:
     return self._folder / f'{_PREFIX}{version}'
 
-  async def get_versions(self) -> Optional[list[int]]:
-    """See `tff.program.ProgramStateManager`."""
-    found = [
+  def _versions(self) -> list[int]:
+    return sorted(
         int(path.name.removeprefix(_PREFIX))
         for path in self._folder.glob(f'{_PREFIX}*')
         if re.fullmatch(f'{_PREFIX}[0-9]+', path.name)
-    ]
-    return sorted(found) or None
+    )
+
+  def is_empty(self) -> bool:
+    """Whether there is no checkpoint."""
+    return not self._versions()
+
+  async def get_versions(self) -> Optional[list[int]]:
+    """See `tff.program.ProgramStateManager`."""
+    return self._versions() or None
 
   async def load(self, version: int, structure: Any) -> Any:
     """The checkpoint of a version.
@@ -96,15 +103,14 @@ class Checkpoints(tff.program.ProgramStateManager):
     path = self._path(version)
     if not path.exists():
       raise tff.program.ProgramStateNotFoundError(version)
-    records = await asyncio.to_thread(_read, path)
-    expected = tree.flatten(structure)
-    if len(records) != len(expected):
+    leaves = [_parse(record) for record in await asyncio.to_thread(_read, path)]
+    difference = _difference(leaves, structure)
+    if difference:
       raise CheckpointError(
-          f'The checkpoint {path} holds {len(records)} arrays, and what is to go on from '
-          f'it has {len(expected)}: another process wrote it. Go on with the same '
-          'settings, or begin anew in another folder.'
+          f'The checkpoint {path} was made by another model: {difference}. Go on with '
+          'the same model, or begin anew in another folder.'
       )
-    return tree.unflatten_as(structure, [_parse(record) for record in records])
+    return tree.unflatten_as(structure, leaves)
 
   async def load_latest(self, structure: Any) -> tuple[Optional[Any], int]:
     """The newest checkpoint that can be read, and its version; `(None, 0)` if none is.
@@ -115,7 +121,7 @@ class Checkpoints(tff.program.ProgramStateManager):
     Raises:
       CheckpointError: If there are checkpoints, and none can be read.
     """
-    versions = await self.get_versions() or []
+    versions = self._versions()
     for version in reversed(versions):
       try:
         return await self.load(version, structure), version
@@ -159,7 +165,7 @@ class Checkpoints(tff.program.ProgramStateManager):
           f'({_first_line(error)}). The one before it is whole: make room, or '
           'mend the folder, and resume.'
       ) from error
-    for old in (await self.get_versions())[: -self._keep_total]:
+    for old in self._versions()[: -self._keep_total]:
       self._path(old).unlink()
 
 
@@ -186,6 +192,18 @@ def _read(path: pathlib.Path) -> list[bytes]:
 def _parse(record: bytes) -> Any:
   """Returns a value: an array, or a scalar."""
   return tf.make_ndarray(tensor_pb2.TensorProto.FromString(record))[()]
+
+
+def _difference(leaves: list[Any], structure: Any) -> str:
+  """How values differ in number and shape from a structure; empty if they do not."""
+  expected = tree.flatten_with_path(structure)
+  if len(leaves) != len(expected):
+    return f'it holds {len(leaves)} arrays, {len(expected)} are expected'
+  for found, (path, leaf) in zip(leaves, expected):
+    if np.shape(found) != np.shape(leaf):
+      name = '/'.join(map(str, path))
+      return f'{name} is of shape {np.shape(found)}, {np.shape(leaf)} is expected'
+  return ''
 
 
 def _first_line(error: Exception) -> str:

@@ -50,6 +50,8 @@ class ClientStates:
         self._rounds.setdefault(int(match[1]), []).append(int(match[2]))
     for rounds in self._rounds.values():
       rounds.sort()
+    # The last round of an earlier program, which this one has to go on after.
+    self._earlier = max((its[-1] for its in self._rounds.values()), default=-1)
 
   def clients(self) -> list[int]:
     """The numbers of the clients that have a state of their own."""
@@ -110,7 +112,19 @@ class ClientStates:
       clients: Their numbers.
       states: Their states, in the same order.
       round_num: The round that has just ended.
+
+    Raises:
+      ClientStatesError: If the folder holds states of an earlier program after this round
+        or a later one, which `load` has returned in place of this program's.
+      ValueError: If there is not one state a client.
     """
+    if round_num <= self._earlier:
+      raise ClientStatesError(
+          f'{self._directory} holds what clients had after round {self._earlier} of an '
+          f'earlier run, and this is round {round_num}. Call `rewind(0)` before the '
+          'first round to begin anew, `restart()` to begin with what they had, or '
+          'choose another folder.'
+      )
     if len(clients) != len(states):
       raise ValueError(
           f'There must be one state a client, found {len(clients)} clients and '
@@ -132,6 +146,15 @@ class ClientStates:
     """Forgets what came after a round, to go on from there."""
     for client, rounds in list(self._rounds.items()):
       self._drop(client, [its for its in rounds if its > round_num])
+    self._earlier = min(self._earlier, round_num)
+
+  def restart(self) -> None:
+    """Makes what clients have now what they have before the first round."""
+    for client, rounds in list(self._rounds.items()):
+      os.replace(self._path(client, rounds[-1]), self._path(client, 0))
+      self._rounds[client] = [0, *(its for its in rounds[:-1] if its)]
+      self._drop(client, self._rounds[client][1:])
+    self._earlier = -1
 
   def prune(self, round_num: int) -> None:
     """Forgets what is needed only to go back to before a round."""

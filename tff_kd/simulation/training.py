@@ -4,20 +4,31 @@ import asyncio
 import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
+import json
 import math
 import time
 from typing import Any, NamedTuple, Optional
 
+from absl import logging
 import numpy as np
 from tff_kd.compat import tff
+import tree
 
 from tff_kd import communication
 from tff_kd import process as process_lib
 from tff_kd.privacy import accounting
+from tff_kd.simulation import checkpoints
 from tff_kd.simulation import client_states as client_states_lib
 from tff_kd.simulation import participation
 
 ROUND_SECONDS = 'round_seconds'
+_COUNTS = 'client_work/participation/num_'
+# What TFF's optimizers call in their state what is chosen and not learned.
+_HYPERPARAMETERS = frozenset(
+    ['learning_rate', 'momentum', 'beta_1', 'beta_2', 'epsilon', 'step_size']
+)
+# So many rounds with clients that are left out are warned of.
+_MAX_WARNINGS = 3
 
 
 class TrainingResult(NamedTuple):
@@ -51,7 +62,9 @@ class _Progress(NamedTuple):
   best_round: Any
   best_value: Any
   # How many private rounds have begun; () without an accountant.
-  private_rounds: Any = ()
+  private_rounds: Any
+  # What the process is, as JSON: one of another model or rate cannot go on from here.
+  made_by: Any
 
 
 def flatten_metrics(metrics: Any, prefix: str = '') -> dict[str, Any]:
@@ -96,7 +109,8 @@ def train(
     select_clients: Maps the round number, from 1, to the round's client data. Of a
       `Participation`, its counts are among the metrics.
     num_rounds: The last round.
-    evaluate: Maps the state after a round to metrics.
+    evaluate: Maps the state after a round to metrics. If it tells their names
+      (`metric_names`), it is not called before the first round to see them.
     monitor: The metric, of `evaluate` or of the process, whose best value makes the
       best state. Needed for `patience`.
     monitor_mode: 'max' if higher is better, 'min' if lower is, as in Keras.
@@ -110,7 +124,8 @@ def train(
       process of ours, what moved is among them (`communication.ledger`).
     client_states: What clients keep for themselves, of a process that takes it
       (`PrivateProcess`). `select_clients` then returns client numbers. It is part of
-      what is saved: a resumed run goes on with what clients had at its checkpoint.
+      what is saved: a resumed run goes on with what clients had at its checkpoint. With
+      an `initial_state`, training begins with what they have.
     on_round: Called with round number and flat metrics, after they are released.
     accountant: Of a process with `privacy`: adds `privacy/epsilon` and
       `privacy/rounds`, what all rounds so far have cost, to the metrics and the
@@ -120,6 +135,7 @@ def train(
     A `TrainingResult`.
 
   Raises:
+    CheckpointError: If what was saved is of another model, or another learning rate.
     ValueError: If the arguments contradict each other, or `monitor` is not among
       the metrics.
   """
@@ -149,6 +165,7 @@ def train(
     progress = _Progress(
         state, state, np.int32(0), np.float64(-math.inf),
         () if accountant is None else np.int32(accountant.rounds),
+        _made_by(process, state),
     )
     round_num = 0
     if program_state_manager is not None:
@@ -156,15 +173,18 @@ def train(
           program_state_manager.load_latest(progress)
       )
       if saved is not None:
+        _check_made_by(saved.made_by, progress.made_by)
         progress, round_num = saved, version
         if accountant is not None:
           accountant.restore(progress.private_rounds)
     saved_round = round_num
     if client_states is not None:
-      client_states.rewind(round_num)
+      _begin_clients(client_states, round_num, initial_state)
     history = []
     if monitor is not None:
-      evaluated = evaluate(progress.state) if evaluate is not None else ()
+      evaluated = getattr(evaluate, 'metric_names', None)
+      if evaluated is None:
+        evaluated = evaluate(progress.state) if evaluate is not None else ()
       check_monitor(monitor, [*process_metric_names(process), *evaluated])
 
     def converged() -> bool:
@@ -195,6 +215,7 @@ def train(
           client_states.save(numbers, output.client_states, round_num)
       seconds = time.perf_counter() - start
       metrics = flatten_metrics(output.metrics)
+      _warn_of_left_out(round_num, metrics)
       if isinstance(select_clients, participation.Participation) and (
           # How many came is not in the account.
           privacy is None or select_clients.sampling != 'poisson'
@@ -242,6 +263,78 @@ def train(
       converged=converged(),
       budget_spent=budget_spent,
   )
+
+
+def _made_by(process: tff.learning.templates.LearningProcess, state: Any) -> bytes:
+  """What decides what a process does and does not show in the shapes of its state."""
+  made_by = {}
+  for path, leaf in tree.flatten_with_path(state):
+    if path and path[-1] in _HYPERPARAMETERS:
+      made_by['/'.join(map(str, path))] = float(leaf)
+  if isinstance(process, (process_lib.DistillationProcess, process_lib.PrivateProcess)):
+    for spec in (*process.students.specs, process.teacher_spec):
+      if spec is not None:
+        made_by[f'loss of the {spec.name}'] = spec.loss_description
+  return json.dumps(made_by, sort_keys=True).encode()
+
+
+def _check_made_by(saved: bytes, now: bytes) -> None:
+  """Refuses to go on with what another process has saved."""
+  before, after = json.loads(saved), json.loads(now)
+  changed = [
+      f'{name}: {before.get(name)} there, {after.get(name)} here'
+      for name in sorted({*before, *after})
+      if before.get(name) != after.get(name)
+  ]
+  if changed:
+    raise checkpoints.CheckpointError(
+        f'The checkpoint was made by another process ({"; ".join(changed)}). Go on with '
+        'the same settings, or begin anew in another folder.'
+    )
+
+
+def left_out(metrics: Mapping[str, float]) -> dict[str, int]:
+  """How many clients' reports did not count, by cause.
+
+  Args:
+    metrics: The flat metrics of a round.
+  """
+  return {
+      name.removeprefix(_COUNTS).replace('_', ' '): int(value)
+      for name, value in metrics.items()
+      if name.startswith(f'{_COUNTS}excluded_') and value
+  }
+
+
+def _warn_of_left_out(round_num: int, metrics: Mapping[str, float]) -> None:
+  """Says that a round has left out clients, and why."""
+  causes = ', '.join(f'{name}: {count}' for name, count in left_out(metrics).items())
+  if metrics.get(f'{_COUNTS}included') == 0:
+    logging.warning(
+        'Round %d includes no client (%s): nothing is learned from any.',
+        round_num, causes or 'none reported',
+    )
+  elif causes:
+    logging.log_first_n(
+        logging.WARNING, 'Round %d leaves out clients (%s).', _MAX_WARNINGS,
+        round_num, causes,
+    )
+
+
+def _begin_clients(
+    client_states: client_states_lib.ClientStates, round_num: int, initial_state: Any
+) -> None:
+  """Brings what clients keep to where the training begins or goes on."""
+  if round_num:
+    client_states.rewind(round_num)
+  elif initial_state is not None:
+    client_states.restart()
+  elif client_states.clients():
+    raise ValueError(
+        '`client_states` holds what clients have after earlier rounds, and the training '
+        'begins anew. Call `client_states.rewind(0)` to forget it, or choose another '
+        'folder; to go on, pass the server\'s `initial_state`.'
+    )
 
 
 def _check_accountant(
