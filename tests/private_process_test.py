@@ -357,6 +357,46 @@ def test_fd_leaves_a_clients_own_part_out():
   helpers.assert_weights_close(*found, rtol=1e-6)
 
 
+@pytest.mark.parametrize('ignored', [-1, 0])
+def test_fd_shares_nothing_of_what_the_loss_ignores(ignored):
+  x, y = helpers.examples(12, 0)
+  y = np.where(np.arange(12) % 3, y, ignored).astype(np.int32)
+  process = fd.build_fd(
+      **helpers.common(
+          client_optimizer=helpers.sgd(1e-12),
+          loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
+              from_logits=True, ignore_class=ignored
+          ),
+      )
+  )
+  state, client = process.initialize(), process.initialize_client()
+  output = process.next(state, [helpers.dataset(x, y)], [client])
+  kept = y != ignored
+  expected = process.next(state, [helpers.dataset(x[kept], y[kept])], [client])
+  helpers.assert_weights_close(
+      output.state.shared, expected.state.shared, rtol=1e-5, atol=1e-5
+  )
+  assert np.sum(output.state.shared.weights) == np.sum(kept)
+  # Two learn from each other in the next round.
+  output = process.next(state, [helpers.dataset(x, y)] * 2, [client] * 2)
+  output = process.next(
+      output.state, [helpers.dataset(x, y)] * 2, output.client_states
+  )
+  assert output.metrics['client_work']['participation']['num_included'] == 2
+
+
+def test_fd_needs_sums_in_which_all_parts_are_as_they_are():
+  learning = tff.learning
+  with pytest.raises(ValueError, match='knowledge_weighting.*UNIFORM.*NUM_EXAMPLES'):
+    fd.build_fd(
+        **helpers.common(), knowledge_weighting=learning.ClientWeighting.NUM_EXAMPLES
+    )
+  with pytest.raises(ValueError, match='knowledge_aggregator` must be `None`'):
+    fd.build_fd(
+        **helpers.common(), knowledge_aggregator=learning.robust_aggregator(zeroing=True)
+    )
+
+
 def test_fd_needs_class_indices():
   x, y = helpers.examples(4, 0)
   one_hot = helpers.dataset(x, np.eye(helpers.CLASSES, dtype=np.float32)[y])

@@ -35,7 +35,6 @@ from tff_kd import losses
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import process
-from tff_kd import robust
 from tff_kd import server_distillation as server_distillation_lib
 from tff_kd import transfer
 from tff_kd.privacy import differential
@@ -394,6 +393,9 @@ class ClassExchange(Exchange):
       one_hot = tf.one_hot(
           tf.reshape(tf.cast(labels, tf.int32), [-1]), self._classes
       )
+      counted = self._student.counted_labels(labels)
+      if counted is not None:  # What the loss ignores may be no class, or one.
+        one_hot *= tf.reshape(counted, [-1, 1])
       flat = tf.reshape(logits, [-1, self._classes])
       return knowledge.KnowledgePayload(
           values=tf.matmul(one_hot, flat, transpose_a=True),
@@ -419,12 +421,16 @@ class _ClassTargets(local_terms_lib.LocalTerm):
     labels = tf.cast(step.labels, tf.int32)
     if labels.shape.rank == step.logits.shape.rank:
       labels = tf.squeeze(labels, axis=-1)
+    mask = tf.ones(tf.shape(labels))
+    if step.counted is not None:
+      mask = tf.reshape(step.counted, tf.shape(labels))
+      labels = tf.where(mask > 0.0, labels, 0)
     each = losses.soft_target_cross_entropy(
         tf.nn.softmax(tf.gather(self._targets, labels)), step.logits
     )
     # Over the whole batch: an example without a target has no such loss.
     return loss + self._weight * tf.reduce_mean(
-        each * tf.gather(self._mask, labels)
+        each * mask * tf.gather(self._mask, labels)
     )
 
 
@@ -504,13 +510,18 @@ def build_private_process(
   optimizers.check_optimizer(client_optimizer, 'client_optimizer')
   optimizers.check_learning_rate_fn(learning_rate_fn, client_optimizer)
   process.check_reporting(reporting, client_data)
-  if exchange.needs_equal_weights and isinstance(
-      knowledge_aggregator, (robust.NormBoundFactory, robust.TrimmedMeanFactory)
-  ):
-    raise ValueError(
-        "This exchange leaves a client's own part out of a sum, so that all parts must "
-        f'be in it: `knowledge_aggregator` cannot be {knowledge_aggregator!r}.'
-    )
+  if exchange.needs_equal_weights:
+    own_out = "This exchange leaves a client's own part out of a sum, so that all parts "
+    if knowledge_aggregator is not None:
+      raise ValueError(
+          f'{own_out}must be in it as they are: `knowledge_aggregator` must be `None`, '
+          f'found {knowledge_aggregator!r}.'
+      )
+    if knowledge_weighting is not tff.learning.ClientWeighting.UNIFORM:
+      raise ValueError(
+          f'{own_out}must weigh the same: `knowledge_weighting` must be '
+          f'`tff.learning.ClientWeighting.UNIFORM`, found {knowledge_weighting}.'
+      )
   if exchange.needs_equal_weights and reporting is not None:
     if reporting.max_delay and reporting.staleness_power:
       raise ValueError(

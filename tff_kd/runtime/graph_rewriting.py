@@ -4,10 +4,10 @@
   TensorFlow optimize and instantiate its function anew in each run: 50 ms a client for a
   small model, of which less than 5 are training. It becomes a loop over an iterator,
   which is instantiated once, with the function that it is in.
-- `tf.while_loop` and `tf.cond` spread their operations over TensorFlow's threads. Where
-  each core is at work for a client of its own, that costs a fifth of the processor's
-  time: there, loops and branches stay in one thread. Not those that wait for others: all
-  of TensorFlow's threads could wait, and none be left to do what they wait for.
+- `tf.while_loop` spreads its operations over TensorFlow's threads. Where each core is at
+  work for a client of its own, that costs a fifth of the processor's time: there, loops
+  stay in one thread. Not those with anything that waits for other threads, as branches and
+  calls do: all of TensorFlow's threads could wait, and none be left for what they wait for.
 - Functions get names that are new in this process: a graph may come from another one.
 """
 
@@ -20,8 +20,9 @@ import tensorflow as tf
 
 _REDUCE = 'ReduceDataset'
 _SPREAD = '_lower_using_switch_merge'
-# Operations that wait for other threads.
-_WAITING = re.compile('Call$|Iterator|Dataset|Collective|Recv|Queue|Barrier|Batch.*Fun')
+_LOOPS = ('While', 'StatelessWhile')
+# Operations that wait for other threads, beside those that run a function.
+_WAITING = re.compile('Iterator|Dataset|Collective|Recv|Queue|Barrier|Stage')
 _CPU = '/device:CPU:0'
 _numbers = itertools.count()
 
@@ -31,7 +32,7 @@ def rewrite(graph_def: Any, in_one_thread: bool) -> None:
 
   Args:
     graph_def: The graph; changed in place.
-    in_one_thread: Whether loops and branches stay in one thread.
+    in_one_thread: Whether loops stay in one thread, if nothing in them waits.
   """
   if not graph_def.library.function:
     return  # Loops, branches and reductions all have functions.
@@ -63,14 +64,14 @@ class _Rewriter:
         function.name = self._rewrite_function(function.name)
       if node.op == _REDUCE:
         self._replace_reduce(node)
-      if self._in_one_thread and _SPREAD in node.attr and not self._waits(node):
+      if self._in_one_thread and node.op in _LOOPS and not self._waits(node):
         node.attr[_SPREAD].b = False
 
-  def _waits(self, node: Any) -> bool:
-    """Returns whether a loop or branch holds an operation that waits for others."""
+  def _waits(self, loop: Any) -> bool:
+    """Returns whether a loop holds an operation that waits for other threads."""
     return any(
-        _WAITING.search(each.op)
-        for called in _functions_in(node)
+        _WAITING.search(each.op) or (_functions_in(each) and each.op not in _LOOPS)
+        for called in _functions_in(loop)
         for function in self._reachable(called.name)
         for each in function.node_def
     )
