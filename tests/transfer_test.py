@@ -15,6 +15,7 @@ from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
+from tff_kd import transfer as transfer_lib
 
 
 @settings(max_examples=40, deadline=None)
@@ -267,3 +268,23 @@ def test_labels_out_of_range_are_refused():
         **helpers.common(),
         transfer_set=tff_kd.TransferSet(x, np.where(y == 2, 9, y)),
     )
+
+
+def test_arrays_and_datasets_are_taken_as_they_are():
+  x, y = helpers.examples(6, 0)
+  whole = transfer_lib.TransferSet(x)
+  assert transfer_lib.as_transfer_set(whole) is whole
+  pairs = tf.data.Dataset.from_tensor_slices((x, y))
+  for value, labelled in (
+      (x, False), (tf.constant(x), False), (pairs.map(lambda x, y: x), False),
+      (pairs, True),
+  ):
+    found = transfer_lib.as_transfer_set(value)
+    assert found.size == 6 and found.labelled == labelled
+    np.testing.assert_array_equal(found.gather_inputs(tf.range(6)), x)
+  with pytest.raises(TypeError, match=r'found tuple.*TransferSet\(inputs, labels\)'):
+    transfer_lib.as_transfer_set((x, y))
+  process = tff_kd.algorithms.build_fed_df(
+      **helpers.common(), transfer_set=x, student_optimizer=helpers.sgd(),
+  )
+  assert process.transfer_set.size == 6

@@ -3,10 +3,11 @@
 from tff_kd import _lazy
 
 _MODULES = (
-    'algorithms', 'certainty', 'client_data', 'codecs', 'communication',
-    'conditions', 'data',
-    'evaluation', 'keras_models', 'knowledge', 'local_terms', 'losses', 'models',
-    'privacy', 'robust', 'runtime', 'simulation',
+    'aggregation', 'algorithms', 'certainty', 'client_data', 'client_work', 'codecs',
+    'cohorts', 'communication', 'companions', 'conditions', 'data', 'evaluation',
+    'generator', 'keras_models', 'knowledge', 'local_terms', 'local_training', 'losses',
+    'models', 'mutual', 'optimizers', 'privacy', 'private_process', 'process', 'robust',
+    'runtime', 'server_distillation', 'simulation', 'svd', 'transfer',
 )
 
 __getattr__, __dir__ = _lazy.attach(

@@ -396,6 +396,7 @@ def build_distillation_process(
   if teacher is not None:
     models.check_same_outputs(student, teacher)
   if transfer_set is not None:
+    transfer_set = transfer.as_transfer_set(transfer_set)
     check_transfer_set(transfer_set, student)
   if stages and transfer_set is None:
     raise ValueError('Distillation on the server needs a `transfer_set`.')

@@ -6,7 +6,7 @@ rows that it needs. Which rows a round uses follows from (seed, round number)
 alone, so clients and server agree without sending any.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 import os
 from typing import Any, Optional
 
@@ -342,6 +342,31 @@ class OpenTransferSet:
     if self._known is None:
       return tf.ones(tf.shape(ids))
     return tf.cast(raw_files.gather(self._known, ids), tf.float32)
+
+
+def as_transfer_set(value: Any) -> TransferSet:
+  """A `TransferSet` as it is, or one of what can be nothing else.
+
+  Args:
+    value: A `TransferSet`; inputs without labels: an array, or a dict of arrays; or an
+      unbatched `tf.data.Dataset` of inputs, or of pairs (inputs, label).
+
+  Raises:
+    TypeError: If it is none of these.
+  """
+  if isinstance(value, TransferSet):
+    return value
+  if isinstance(value, tf.data.Dataset):
+    spec = value.element_spec
+    labelled = isinstance(spec, (tuple, list)) and len(spec) == 2
+    return TransferSet.from_dataset(value, labelled=labelled)
+  if isinstance(value, (np.ndarray, tf.Tensor, Mapping)):
+    return TransferSet(value)
+  raise TypeError(
+      '`transfer_set` must be a `tff_kd.TransferSet`, an array of inputs or an unbatched '
+      f'`tf.data.Dataset`, found {type(value).__name__}. With labels: '
+      '`tff_kd.TransferSet(inputs, labels)`.'
+  )
 
 
 def _options(

@@ -106,8 +106,8 @@ def train(
 
   Args:
     process: Any `LearningProcess`.
-    select_clients: Maps the round number, from 1, to the round's client data. Of a
-      `Participation`, its counts are among the metrics.
+    select_clients: Maps the round number, from 1, to the round's client data, a list or
+      an array of numbers. Of a `Participation`, its counts are among the metrics.
     num_rounds: The last round.
     evaluate: Maps the state after a round to metrics. If it tells their names
       (`metric_names`), it is not called before the first round to see them.
@@ -202,7 +202,7 @@ def train(
         accountant.begin_round()
       round_num += 1
       start = time.perf_counter()
-      selected = select_clients(round_num)
+      selected = _as_list(select_clients(round_num))
       if client_states is None:
         output = process.next(progress.state, selected)
       else:
@@ -369,6 +369,22 @@ def _check_accountant(
         'The `accountant` and the process must agree on `clients_per_round`, found '
         f'{accountant.sampling.clients_per_round} and {privacy.clients_per_round}.'
     )
+
+
+def _as_list(selected: Any) -> list[Any]:
+  """The round's clients as TFF takes them: in a list, their numbers as Python's."""
+  if isinstance(selected, np.ndarray):
+    selected = selected.tolist()
+
+  def number(value: Any) -> Any:
+    return int(value) if isinstance(value, np.integer) else value
+
+  return [
+      {**its, 'data': number(its['data'])}
+      if isinstance(its, dict) and 'data' in its
+      else number(its)
+      for its in selected
+  ]
 
 
 def _client_numbers(selected: Sequence[Any]) -> list[int]:
