@@ -517,14 +517,14 @@ def build_model_spec(
     check_builder(metrics_fn, 'metrics_fn', 'lambda: [keras.metrics.AUC(), ...]')
   batch_size = _fixed_batch(model, inputs_spec)
   outputs = _probe(model, inputs_spec, batch_size or _PROBE_BATCH, name)
+  labels = _example(labels_spec, batch_size or _PROBE_BATCH)
+  _check_loss(loss, labels, outputs, name)
+  traced = _trace(model, inputs_spec, batch_size, name)
   if not model.trainable_variables:
     raise ValueError(
         f'The {name} has no trainable weights: there is nothing to train. Leave some of '
         'its layers with `trainable=True`.'
     )
-  labels = _example(labels_spec, batch_size or _PROBE_BATCH)
-  _check_loss(loss, labels, outputs, name)
-  traced = _trace(model, inputs_spec, batch_size, name)
   is_regression = isinstance(loss, _REGRESSION_LOSSES)
   outputs_shape = traced.output_shape[1:]
   logits_shape = outputs_shape

@@ -5,9 +5,9 @@
   small model, of which less than 5 are training. It becomes a loop over an iterator,
   which is instantiated once, with the function that it is in.
 - `tf.while_loop` spreads its operations over TensorFlow's threads. Where each core is at
-  work for a client of its own, that costs a fifth of the processor's time: there, loops
-  stay in one thread. Not those with anything that waits for other threads, as branches and
-  calls do: all of TensorFlow's threads could wait, and none be left for what they wait for.
+  work for a client of its own, that costs a fifth of its time: there, loops stay in one
+  thread. Not those with anything that waits for other threads, as branches and calls do:
+  all of TensorFlow's threads could wait, and none be left for what they wait for.
 - Functions get names that are new in this process: a graph may come from another one.
 """
 
