@@ -224,15 +224,15 @@ def _train(folder, *args):
 @pytest.fixture(scope='module')
 def undisturbed(tmp_path_factory):
   folder = tmp_path_factory.mktemp('undisturbed')
-  helpers.train_here(*helpers.TINY_RUN, f'--output_dir={folder}', '--rounds=6')
+  helpers.train_here(*helpers.TINY_RUN, f'--output_dir={folder}', '--rounds=12')
   return _metrics(folder)
 
 
 def test_a_script_killed_in_mid_run_goes_on_exactly(undisturbed, tmp_path):
-  with helpers.running(*_train(tmp_path, '--rounds=6')) as script:
+  with helpers.running(*_train(tmp_path, '--rounds=12')) as script:
     _wait_for_rounds(tmp_path, 2, script)
     script.kill()
-  with helpers.running(*_train(tmp_path, '--rounds=6')) as script:
+  with helpers.running(*_train(tmp_path, '--rounds=12')) as script:
     _, errors = script.communicate(timeout=240)
   assert script.returncode == 0, errors
   assert _metrics(tmp_path) == undisturbed
@@ -243,7 +243,7 @@ def test_a_run_loses_workers_and_gets_them_back(undisturbed, certificates, tmp_p
   log = tmp_path / 'errors.txt'
   with _worker_script(worker_dir) as (a, _), _worker_script(worker_dir) as (b, second):
     command = _train(
-        tmp_path, '--rounds=6', f'--workers=127.0.0.1:{a},127.0.0.1:{b}',
+        tmp_path, '--rounds=12', f'--workers=127.0.0.1:{a},127.0.0.1:{b}',
         f'--tls_dir={certificates["ours"] / "script"}', '--silence_s=2',
     )
     with helpers.running(*command) as script, open(log, 'w') as file:

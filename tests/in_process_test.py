@@ -19,6 +19,7 @@ import pytest
 import tensorflow as tf
 import tree
 
+from tests import helpers
 from tff_kd import algorithms
 from tff_kd import graphs
 from tff_kd import runtime
@@ -715,7 +716,7 @@ def test_in_a_running_event_loop(in_process):
   async def cell():
     return comp(*args[0])
 
-  assert asyncio.run(cell()) == comp(*args[0])
+  assert helpers.run(cell()) == comp(*args[0])
 
 
 def test_the_asynchronous_context_does_not_block_the_loop():
@@ -732,7 +733,7 @@ def test_the_asynchronous_context_does_not_block_the_loop():
       await asyncio.sleep(0)
     return turns, await task
 
-  turns, results = asyncio.run(main())
+  turns, results = helpers.run(main())
   assert turns > 1 and results == [expected, expected]
 
 
@@ -747,7 +748,7 @@ def test_a_federated_program():
       output = process.next(state, cohort)
       return await tff.program.materialize_value(output)
 
-  output = asyncio.run(main())
+  output = helpers.run(main())
   assert np.isfinite(output.state.global_model_weights.trainable[0]).all()
 
 
