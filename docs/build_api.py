@@ -58,6 +58,7 @@ def _signature(value: Any) -> str:
     if parameter.default is not parameter.empty:
       default = parameter.default
       is_plain = isinstance(default, (bool, int, float, str, tuple, type(None)))
+      is_plain &= not hasattr(default, '_fields')  # It may hold functions.
       text += f'={default!r}' if is_plain else '=...'
     found.append(text)
   return f'({", ".join(found)})'

@@ -53,7 +53,7 @@ _ROUNDED_FROM = 1000
 # and epochs at most, steps at least between looks at the validation score, and looks
 # without a better one.
 _CENTRAL_BATCH = 32
-_ALONE_STEPS, _ALONE_EPOCHS = 1500, 100
+_ALONE_STEPS, _ALONE_LEAST_STEPS, _ALONE_EPOCHS = 1500, 100, 100
 _ALONE_LOOK = 50
 _ALONE_PATIENCE = 10
 # FedAvg, to compare with, gets so many times the rounds at most: where predictions are
@@ -520,7 +520,8 @@ def _all_alone(
 ) -> dict[str, dict[str, float]]:
   """`_train_alone` of the models of these names, at the same time.
 
-  Each takes as many steps at most as the server has taken with it in the run.
+  Each takes as many steps at most as the server has taken with it in the run, which a
+  short run would be held up by, but for a least number.
   """
   taken = collections.Counter()
   for row in history:
@@ -528,11 +529,13 @@ def _all_alone(
       found = re.fullmatch('server_distillation/(.+)/num_steps', metric)
       if found:
         taken[found[1]] += int(value)
-  most = min(max(taken.values(), default=0) or _ALONE_STEPS, _ALONE_STEPS)
+  most = max(taken.values(), default=0) or _ALONE_STEPS
   print("Training on the server's labels alone, to compare with.", file=sys.stderr)
-  train = lambda name: _train_alone(
-      evaluators[name], task, min(taken[name] or most, _ALONE_STEPS)
-  )
+
+  def train(name: str) -> dict[str, float]:
+    steps = max(taken[name] or most, _ALONE_LEAST_STEPS)
+    return _train_alone(evaluators[name], task, min(steps, _ALONE_STEPS))
+
   with concurrent.futures.ThreadPoolExecutor() as pool:
     return dict(zip(names, pool.map(train, names)))
 

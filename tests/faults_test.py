@@ -282,9 +282,9 @@ mount -t tmpfs -o size=60m none "$disk"
 cp -r "$begun" "$disk/run" || exit 11
 free=$(df --output=avail -k "$disk" | tail -n 1)
 dd if=/dev/zero of="$disk/fill" bs=1k count=$((free - 20)) 2> /dev/null || exit 12
-"$@" --rounds=6 2>&1 > /dev/null && exit 13
+"$@" --rounds=12 2>&1 > /dev/null && exit 13
 rm "$disk/fill"
-"$@" --rounds=6 > "$disk/output" 2>&1 || { cat "$disk/output"; exit 14; }
+"$@" --rounds=12 > "$disk/output" 2>&1 || { cat "$disk/output"; exit 14; }
 cp "$disk/run/metrics.csv" "$out"
 '''
 
