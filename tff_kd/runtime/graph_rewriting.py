@@ -12,6 +12,7 @@
 """
 
 from collections.abc import Iterable, Sequence
+import contextlib
 import itertools
 import re
 from typing import Any
@@ -152,6 +153,17 @@ def _call(function: Any, name: str, inputs: Sequence[str]) -> Any:
   return node
 
 
+def _beside_accelerators() -> contextlib.AbstractContextManager:
+  """Places iterators on the CPU, where there is something else.
+
+  Not where there are only CPUs: with the iterator on one and its loop on another, two
+  clients at the same time waited for ever for what one device sends to the other.
+  """
+  if all(each.device_type == 'CPU' for each in tf.config.list_logical_devices()):
+    return contextlib.nullcontext()
+  return tf.device(_CPU)
+
+
 def _trace_loop(
     name: str, library: Sequence[Any], num_state: int, num_other: int
 ) -> Any:
@@ -173,16 +185,16 @@ def _trace_loop(
 
   def loop(dataset, *rest):
     state, other = rest[:num_state], rest[num_state:]
-    with tf.device(_CPU):
+    with _beside_accelerators():
       iterator = tf.raw_ops.AnonymousIteratorV3(**elements)
       tf.raw_ops.MakeIterator(dataset=dataset, iterator=iterator)
 
     def next_element():
-      with tf.device(_CPU):
+      with _beside_accelerators():
         return tf.raw_ops.IteratorGetNextAsOptional(iterator=iterator, **elements)
 
     def body(optional, *state):
-      with tf.device(_CPU):
+      with _beside_accelerators():
         element = tf.raw_ops.OptionalGetValue(optional=optional, **elements)
       args = [*state, *element, *(tf.identity(tensor) for tensor in other)]
       return (next_element(), *_apply(function, library, args))
