@@ -67,8 +67,8 @@ def score(
   Returns:
     Accuracy, mean cross-entropy and expected calibration error, over all labels where an
     example has several; of a regression root mean squared error and mean absolute error.
-    Predictions that are not finite are wrong,
-    and what is no accuracy is then not a number.
+    Predictions that are not finite are wrong, and what is no accuracy is then not a
+    number.
   """
   if spec.is_regression:
     errors = outputs.reshape(len(labels), -1) - labels.reshape(len(labels), -1)

@@ -505,7 +505,7 @@ def build_model_spec(
   input_spec = _checked_input_spec(input_spec)
   inputs_spec, labels_spec = split_batch(input_spec)
   model = _build_keras_model(keras_model_fn, name)
-  check_builder(
+  _check_builder(
       loss_fn, 'loss_fn', 'lambda: keras.losses.SparseCategoricalCrossentropy(...)'
   )
   loss = loss_fn()
@@ -514,7 +514,7 @@ def build_model_spec(
         f'`loss_fn` must return a `keras.losses.Loss`, found {type(loss).__name__}.'
     )
   if metrics_fn is not None:
-    check_builder(metrics_fn, 'metrics_fn', 'lambda: [keras.metrics.AUC(), ...]')
+    _check_builder(metrics_fn, 'metrics_fn', 'lambda: [keras.metrics.AUC(), ...]')
   batch_size = _fixed_batch(model, inputs_spec)
   outputs = _probe(model, inputs_spec, batch_size or _PROBE_BATCH, name)
   labels = _example(labels_spec, batch_size or _PROBE_BATCH)
@@ -553,7 +553,7 @@ def build_model_spec(
   )
 
 
-def check_builder(fn: Any, name: str, example: str) -> None:
+def _check_builder(fn: Any, name: str, example: str) -> None:
   """Refuses an argument that is what a function should return.
 
   Args:

@@ -25,7 +25,7 @@ ROUND_SECONDS = 'round_seconds'
 _COUNTS = 'client_work/participation/num_'
 # What TFF's optimizers call in their state what is chosen and not learned.
 _HYPERPARAMETERS = frozenset(
-    ['learning_rate', 'momentum', 'beta_1', 'beta_2', 'epsilon', 'step_size']
+    ['learning_rate', 'momentum', 'beta_1', 'beta_2', 'epsilon']
 )
 # So many rounds with clients that are left out are warned of.
 _MAX_WARNINGS = 3
@@ -215,7 +215,7 @@ def train(
           client_states.save(numbers, output.client_states, round_num)
       seconds = time.perf_counter() - start
       metrics = flatten_metrics(output.metrics)
-      _warn_of_left_out(round_num, metrics)
+      _warn_of_left_out(round_num, metrics, history)
       if isinstance(select_clients, participation.Participation) and (
           # How many came is not in the account.
           privacy is None or select_clients.sampling != 'poisson'
@@ -270,7 +270,7 @@ def _made_by(process: tff.learning.templates.LearningProcess, state: Any) -> byt
   made_by = {}
   for path, leaf in tree.flatten_with_path(state):
     if path and path[-1] in _HYPERPARAMETERS:
-      made_by['/'.join(map(str, path))] = float(leaf)
+      made_by['/'.join(map(str, path))] = np.asarray(leaf).tolist()
   if isinstance(process, (process_lib.DistillationProcess, process_lib.PrivateProcess)):
     for spec in (*process.students.specs, process.teacher_spec):
       if spec is not None:
@@ -306,7 +306,9 @@ def left_out(metrics: Mapping[str, float]) -> dict[str, int]:
   }
 
 
-def _warn_of_left_out(round_num: int, metrics: Mapping[str, float]) -> None:
+def _warn_of_left_out(
+    round_num: int, metrics: Mapping[str, float], history: Sequence[Mapping[str, float]]
+) -> None:
   """Says that a round has left out clients, and why."""
   causes = ', '.join(f'{name}: {count}' for name, count in left_out(metrics).items())
   if metrics.get(f'{_COUNTS}included') == 0:
@@ -314,11 +316,8 @@ def _warn_of_left_out(round_num: int, metrics: Mapping[str, float]) -> None:
         'Round %d includes no client (%s): nothing is learned from any.',
         round_num, causes or 'none reported',
     )
-  elif causes:
-    logging.log_first_n(
-        logging.WARNING, 'Round %d leaves out clients (%s).', _MAX_WARNINGS,
-        round_num, causes,
-    )
+  elif causes and sum(bool(left_out(row)) for row in history) < _MAX_WARNINGS:
+    logging.warning('Round %d leaves out clients (%s).', round_num, causes)
 
 
 def _begin_clients(
