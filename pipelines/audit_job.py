@@ -330,7 +330,7 @@ def _kept_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
   """Of clients that keep their models: those."""
   common = train_job.common_arguments(finished.task, finished.batches)
   process = train_job.build_process(finished.algorithm, finished.task, common)
-  specs = process.clients.specs
+  specs = process.kept_models.specs
   count = len(specs)
   states = tff_kd.simulation.ClientStates(
       process.initialize_client(), finished.folder / 'clients',
@@ -339,7 +339,7 @@ def _kept_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
   return [
       specs[client % count].to_keras(
           tff.learning.models.ModelWeights(
-              *process.clients.unpack(state.weights)[client % count]
+              *process.kept_models.unpack(state.weights)[client % count]
           )
       )
       for client, state in zip(clients, states)

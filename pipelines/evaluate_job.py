@@ -117,7 +117,7 @@ def _evaluate_own(
   # Here, whatever workers the run had.
   with tff_kd.runtime.in_process():
     initial = process.initialize_client()
-  specs = process.clients.specs
+  specs = process.kept_models.specs
   states = tff_kd.simulation.ClientStates(
       initial, run_dir / 'clients',
       cohort_fn=(lambda client: client % len(specs)) if len(specs) > 1 else None,
@@ -131,7 +131,7 @@ def _evaluate_own(
     if not len(its):
       by_client.append(float('nan'))
       continue
-    weights = process.clients.unpack(state.weights)[cohort]
+    weights = process.kept_models.unpack(state.weights)[cohort]
     outputs.append(evaluators[cohort].logits(weights, its.inputs))
     by_client.append(_metric(outputs[-1], its.labels, specs[0]))
   outputs, labels = np.concatenate(outputs), examples.take(np.concatenate(rows)).labels

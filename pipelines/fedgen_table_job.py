@@ -217,7 +217,7 @@ def run(
   process = _build(algorithm, batches, train.inputs, task, seed)
   sample = tff.simulation.build_uniform_sampling_fn(range(_USERS), random_seed=seed)
   store = None
-  if isinstance(process, tff_kd.PrivateProcess):
+  if isinstance(process, tff_kd.StatefulClientsProcess):
     with tff_kd.runtime.in_process():
       initial = process.initialize_client()
     store = tff_kd.simulation.ClientStates(initial, folder / 'clients')

@@ -303,7 +303,7 @@ def _by_cohort(
 
 def _clients(process) -> Optional[cohorts.Students]:
   """The models that clients keep, if they do."""
-  return getattr(process, 'clients', None)
+  return getattr(process, 'kept_models', None)
 
 
 def _weighting() -> str:
@@ -375,7 +375,7 @@ def _prediction_arguments(
 
 def build_process(
     algorithm: algorithms.Algorithm, task: tff_kd.data.Task, common: dict[str, Any]
-) -> Union[tff_kd.DistillationProcess, tff_kd.PrivateProcess]:
+) -> Union[tff_kd.DistillationProcess, tff_kd.StatefulClientsProcess]:
   """Builds the process from the flags."""
   kwargs = dict(common, **train_privacy.build_guards(algorithm), seed=args.SEED.value)
   if algorithm.averages:
@@ -577,7 +577,7 @@ class _Evaluation:
     self._clients = _clients(process)
     self.metric_names = self.names(process)
     self.client_states = None
-    if isinstance(process, tff_kd.PrivateProcess):
+    if isinstance(process, tff_kd.StatefulClientsProcess):
       count = len(self._clients.specs) if self._clients is not None else 1
       self.client_states = tff_kd.simulation.ClientStates(
           process.initialize_client(), clients_dir,
@@ -987,10 +987,10 @@ def _print_plan(setup: Setup) -> None:
       ("the server's state", f'{state / 1e6:.3g}'),
       ('the checkpoints', f'{4 * state / 1e6:.3g}'),
   ]
-  if isinstance(process, tff_kd.PrivateProcess):
+  if isinstance(process, tff_kd.StatefulClientsProcess):
     kept = contexts.num_bytes(process.initialize_client.type_signature.result)
-    if process.clients is not None:
-      kept /= len(process.clients.specs)  # The mean over the cohorts.
+    if process.kept_models is not None:
+      kept /= len(process.kept_models.specs)  # The mean over the cohorts.
     held.append(
         ("clients' own states, on disk", f'{kept * args.NUM_CLIENTS.value / 1e6:.3g}')
     )

@@ -101,7 +101,7 @@ def build_accountant(
 ) -> privacy.PrivacyAccountant:
   """The accountant of a private run, whose ledger is in its folder, if it has one."""
   return privacy.build_accountant(
-      process.guard,
+      process.protection,
       sampling=_sampling(),
       delta=args.DELTA.value,
       max_epsilon=np.inf if args.EPSILON.value is None else args.EPSILON.value,
@@ -127,7 +127,7 @@ def sampling_seed(run_dir: pathlib.Path) -> int:
 def print_guards(process, accountant: Optional[privacy.PrivacyAccountant]) -> None:
   names = {'model': 'weights', 'knowledge': 'predictions'}
   if accountant is not None:
-    noise = process.guard.privacy.noise_multipliers(process.guard.channels)
+    noise = process.protection.privacy.noise_multipliers(process.protection.channels)
     print(
         'Differential privacy, of a client with all of its examples ('
         f'{accountant.sampling.neighbors}; {args.SAMPLING.value} sampling): noise '
@@ -141,7 +141,7 @@ def print_guards(process, accountant: Optional[privacy.PrivacyAccountant]) -> No
           "The accuracy of clients' own models is the simulator's look at what never "
           'leaves them: it is in no account.'
       )
-  if process.guard.secure_aggregation is not None:
+  if process.protection.secure_aggregation is not None:
     print(
         'Secure aggregation: its numerics only. This simulation sums in the clear and '
         'keeps nothing secret.'

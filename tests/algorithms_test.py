@@ -60,7 +60,7 @@ def _train(process, task, folder, num_rounds, rounds_per_saving):
   evaluator = tff_kd.evaluation.CentralEvaluator(process.student_spec)
   sample = tff.simulation.build_uniform_sampling_fn(range(10), random_seed=0)
   store = None
-  if isinstance(process, tff_kd.PrivateProcess):
+  if isinstance(process, tff_kd.StatefulClientsProcess):
     store = tff_kd.simulation.ClientStates(
         process.initialize_client(), folder / 'clients'
     )

@@ -276,7 +276,7 @@ def test_a_server_model_of_the_first_cohort():
       transfer_set=tff_kd.TransferSet(helpers.examples(6, 99)[0]),
       distillation=tff_kd.Distillation(distillation_weight=1.0, num_steps=1),
   )
-  assert len(process.students.specs) == 1 and len(process.clients.specs) == 2
+  assert len(process.students.specs) == 1 and len(process.kept_models.specs) == 2
   initial = process.initialize_client()
   output = process.next(
       process.initialize(), _arguments(_clients()), [initial[c] for c in _COHORTS]

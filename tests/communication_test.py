@@ -73,7 +73,7 @@ def test_rounds_have_a_ledger(name, tmp_path):
       )
   )
   states = None
-  if isinstance(process, tff_kd.PrivateProcess):
+  if isinstance(process, tff_kd.StatefulClientsProcess):
     states = tff_kd.simulation.ClientStates(
         process.initialize_client(), tmp_path / 'states'
     )

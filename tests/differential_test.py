@@ -16,7 +16,7 @@ import tff_kd
 from tff_kd import algorithms
 from tff_kd import knowledge
 from tff_kd import privacy
-from tff_kd import process as process_lib
+from tff_kd.rounds import description
 from tff_kd import simulation
 
 _UNIFORM = tff.learning.ClientWeighting.UNIFORM
@@ -60,10 +60,10 @@ def _build(name, **kwargs):
 
 
 def _run(process, rounds=2, clients=_CLIENTS):
-  """The last output, and what the clients keep, of a `PrivateProcess`."""
+  """The last output, and what the clients keep, of a `StatefulClientsProcess`."""
   state = process.initialize()
   kept = None
-  if isinstance(process, tff_kd.PrivateProcess):
+  if isinstance(process, tff_kd.StatefulClientsProcess):
     kept = [process.initialize_client()] * len(clients)
   for _ in range(rounds):
     if kept is None:
@@ -166,7 +166,7 @@ def test_two_channels_share_what_the_account_says():
   results, _ = _draw(factory, payload, 1)
   _assert_stddev(results[0].values, noise['knowledge'] / 8)
   accountant = privacy.build_accountant(
-      process_lib.Guard(tuple(sent), dp),
+      description.Protection(tuple(sent), dp),
       sampling=privacy.ClientSampling(num_clients=80, clients_per_round=8),
       delta=1e-5,
   )
@@ -222,7 +222,7 @@ def test_what_clients_measure_is_not_released(name):
   process = _build(name, privacy=_dp())
   names = simulation.process_metric_names(process)
   assert not [its for its in names if its.startswith('client_work')]
-  assert process.guard.channels == (
+  assert process.protection.channels == (
       ('model',) if name == 'fed_avg'
       else ('model', 'knowledge') if name in ('fed_df', 'fed_distillation')
       else ('knowledge',)
@@ -362,7 +362,7 @@ def test_whole_numbers_cannot_be_noised():
 
 def _accountant(process, sampling, **kwargs):
   return privacy.build_accountant(
-      process.guard, sampling=sampling, delta=1e-5, **kwargs
+      process.protection, sampling=sampling, delta=1e-5, **kwargs
   )
 
 
@@ -402,7 +402,7 @@ def test_an_accountant_of_something_else_is_refused():
   dp = _dp(clients=2)
   process, plain = _build('fed_avg', privacy=dp), _build('fed_avg')
   with pytest.raises(ValueError, match='is not built with `privacy`'):
-    privacy.build_accountant(plain.guard, sampling=None, delta=1e-5)
+    privacy.build_accountant(plain.protection, sampling=None, delta=1e-5)
   sampling = privacy.ClientSampling(
       num_clients=4, clients_per_round=2, sampling='poisson'
   )

@@ -4,6 +4,7 @@ import _thread
 import asyncio
 import collections
 import functools
+import gc
 import os
 import subprocess
 import sys
@@ -542,6 +543,26 @@ def test_memory_does_not_grow_with_the_cohort():
 
   comp([1] * 10)
   assert peak(1000) < peak(10) + 60  # All clients' values are 760 MB.
+
+
+def test_a_round_leaves_no_tensors_to_pythons_collector():
+  # It looks at old objects only after hundreds of rounds, each of which leaves a state.
+  comp, ((weights, vectors), _) = _sums()
+
+  def num_tensors():
+    is_tensor = lambda value: isinstance(value, tf.Tensor)
+    return sum(map(is_tensor, gc.get_objects()))
+
+  comp(weights, vectors)
+  gc.collect()
+  gc.disable()
+  try:
+    before = num_tensors()
+    for _ in range(3):
+      comp(weights, vectors)
+    assert num_tensors() <= before
+  finally:
+    gc.enable()
 
 
 def test_random_numbers_differ_between_clients_and_calls():

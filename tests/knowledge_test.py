@@ -415,7 +415,7 @@ def test_fed_et_in_numpy():
       )
   )
   # Its predictions are sums by class.
-  assert process.update_type.knowledge.values.shape == (20, 3, 3)
+  assert process.description.update_type.knowledge.values.shape == (20, 3, 3)
   state = process.initialize()
   students = []
   for seed, size in ((1, 4), (2, 12), (5, 8)):

@@ -36,7 +36,7 @@ def _build(build, batches, rate, **kwargs):
 def test_each_round_has_its_rate(name, batches):
   build = tff_kd.algorithms.REGISTRY[name].build
   scheduled = _build(build, batches, 123.0, learning_rate_fn=_learning_rate)
-  is_private = isinstance(scheduled, tff_kd.PrivateProcess)
+  is_private = isinstance(scheduled, tff_kd.StatefulClientsProcess)
 
   def advance(process, state, clients):
     if is_private:

@@ -284,7 +284,7 @@ def test_sequence_outputs():
       transfer_set=tff_kd.TransferSet(public),
       distillation=tff_kd.Distillation(num_steps=2),
   )
-  assert str(process.update_type.knowledge) == (
+  assert str(process.description.update_type.knowledge) == (
       '<values=float32[8,5,7],weights=float32[8]>'
   )
   output = process.next(process.initialize(), [dataset(6), dataset(9)])

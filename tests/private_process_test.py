@@ -158,7 +158,7 @@ def _units(p, bits):
 def test_cfd_in_numpy(up_bits, down_bits):
   """Who takes part changes; each codes against what it sent itself."""
   process = _cfd(up_bits=up_bits, down_bits=down_bits)
-  assert process.clients is None
+  assert process.kept_models is None
   state, first = process.initialize(), process.initialize_client()
   assert first.weights == ()
   initial = [

@@ -549,10 +549,11 @@ def test_hparams_are_those_of_clients_and_finalizer(fusion):
 
 def test_type_signature(fusion):
   weights = 'trainable=<float32[5,3],float32[3]>,non_trainable=<>'
-  assert str(fusion.broadcast_type) == (
-      f'<student=<{weights}>,teacher=<>,student_history=<>,round_num=int32,companion=<>>'
+  assert str(fusion.description.broadcast_type) == (
+      f'<student=<{weights}>,teacher=<>,student_history=<>,shared=<>,shared_round=<>,'
+      'round_num=int32,companion=<>>'
   )
-  assert str(fusion.update_type) == (
+  assert str(fusion.description.update_type) == (
       f'<model=<{weights}>,knowledge=<values=float32[16,3],weights=float32[16]>>'
   )
   parameter = fusion.next.type_signature.parameter

@@ -52,7 +52,7 @@ def _build(name, batches):
 
 def _rounds(process):
   state = process.initialize()
-  if not isinstance(process, tff_kd.PrivateProcess):
+  if not isinstance(process, tff_kd.StatefulClientsProcess):
     for _ in range(_ROUNDS):
       output = process.next(state, [0, 1, 2])
       state = output.state

@@ -30,7 +30,7 @@ def _run(process):
   """The state after two rounds, and its metrics."""
   state = process.initialize()
   kept = None
-  if isinstance(process, tff_kd.PrivateProcess):
+  if isinstance(process, tff_kd.StatefulClientsProcess):
     kept = [process.initialize_client()] * 4
   for _ in range(2):
     if kept is None:

@@ -48,7 +48,7 @@ def final_weights() -> dict[str, np.ndarray]:
     process = tff_kd.algorithms.REGISTRY[name].build(**helpers.common(**kwargs))
     state = process.initialize()
     own = None
-    if isinstance(process, tff_kd.PrivateProcess):
+    if isinstance(process, tff_kd.StatefulClientsProcess):
       own = [process.initialize_client() for _ in cohort]
     for _ in range(_NUM_ROUNDS):
       if own is None:

@@ -162,10 +162,10 @@ def test_terms_and_schedules_may_branch_on_tensors():
       return 0.1
     return 0.0
 
-  process = tff_kd.process.build_distillation_process(
-      tff_kd.models.build_model_spec(
-          build, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn, name='student'
-      ),
+  process = tff_kd.algorithms.build_fed_avg(
+      student_fn=build,
+      input_spec=helpers.INPUT_SPEC,
+      loss_fn=helpers.loss_fn,
       client_optimizer=helpers.sgd(),
       local_terms=[_OwnTerm()],
       learning_rate_fn=rate,

@@ -3,11 +3,11 @@
 from tff_kd import _lazy
 
 _MODULES = (
-    'aggregation', 'algorithms', 'certainty', 'client_data', 'client_work', 'codecs',
+    'algorithms', 'certainty', 'client', 'client_data', 'codecs',
     'cohorts', 'communication', 'companions', 'conditions', 'data', 'evaluation',
     'generator', 'keras_models', 'knowledge', 'local_terms', 'local_training', 'losses',
-    'models', 'mutual', 'optimizers', 'privacy', 'private_process', 'process', 'robust',
-    'runtime', 'server_distillation', 'simulation', 'svd', 'transfer',
+    'models', 'mutual', 'optimizers', 'privacy', 'robust', 'rounds', 'runtime', 'server',
+    'server_distillation', 'simulation', 'svd', 'transfer',
 )
 
 __getattr__, __dir__ = _lazy.attach(
@@ -22,9 +22,9 @@ __getattr__, __dir__ = _lazy.attach(
         'LocalDistillation': 'local_terms',
         'NotTrueDistillation': 'local_terms',
         'ProximalTerm': 'local_terms',
-        'PrivateProcess': 'process',
-        'DistillationProcess': 'process',
-        'DistillationState': 'process',
+        'StatefulClientsProcess': 'rounds.description',
+        'DistillationProcess': 'rounds.description',
+        'RoundState': 'rounds.state',
         'cosine_schedule': 'server_distillation',
         'Distillation': 'server_distillation',
         'TransferSet': 'transfer',

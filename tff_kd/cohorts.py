@@ -65,6 +65,17 @@ class Students:
       return [packed]
     return [packed[i] for i in range(len(self.specs))]
 
+  def only(self, cohort: int, weights: Any) -> Any:
+    """Returns a cohort's weights at its place, empty arrays for the others."""
+    return self.pack([
+        weights
+        if i == cohort
+        else tf.nest.map_structure(
+            lambda w: tf.zeros([0] * len(w.shape), w.dtype), spec.initial_weights
+        )
+        for i, spec in enumerate(self.specs)
+    ])
+
   def select(self, cohort: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
     """The result of the cohort's branch; all have results of one structure."""
     last = len(self.specs) - 1

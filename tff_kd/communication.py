@@ -14,6 +14,18 @@ CLIENT_BYTES = 'bytes/client'
 _COUNTS = 'client_work/participation/'
 
 
+class CodedBytes(NamedTuple):
+  """The encoded sizes of messages whose types do not determine them; `None`: not encoded.
+
+  Attributes:
+    shared: Of what goes down beside the round's number, in bytes.
+    knowledge: Of what a client uploads, in bytes.
+  """
+
+  shared: Optional[int] = None
+  knowledge: Optional[int] = None
+
+
 class RoundBytes(NamedTuple):
   """What moves in one round, by channel.
 
@@ -109,24 +121,24 @@ def round_bytes(process: Any) -> RoundBytes:
   What clients really send is measured in each round: see `ledger`.
 
   Args:
-    process: A `DistillationProcess` or a `PrivateProcess`.
+    process: A `DistillationProcess` or a `StatefulClientsProcess`.
   """
   count = len(process.students.specs)
-  broadcast, update, coded = (
-      process.broadcast_type, process.update_type, process.coded_bytes
-  )
+  description = process.description
+  broadcast, update = description.broadcast_type, description.update_type
+  coded = description.coded_bytes
 
   def of_broadcast(name: str) -> int:
     return type_bytes(getattr(broadcast, name, tff.to_type(())))
 
   def of_update(name: str, value_type: tff.Type) -> int:
     encoded = [
-        size for channel, size in process.aggregated_bytes.items()
+        size for channel, size in description.aggregated_bytes.items()
         if channel.partition('_')[0] == name
     ]
     return sum(encoded) if encoded else type_bytes(value_type)
 
-  exchanged_down, exchanged_up = process.exchanged_bytes
+  exchanged_down, exchanged_up = description.exchanged_bytes
   return RoundBytes(
       down_student=of_broadcast('student') // count,
       down_teacher=of_broadcast('teacher'),

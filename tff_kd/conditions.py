@@ -198,7 +198,7 @@ def covered_rows(
 def condition_counts(
     conditions: ClientConditions, valid: tf.Tensor
 ) -> collections.OrderedDict[str, tf.Tensor]:
-  """A client's counts, int32 scalars, beside those of `client_work.participation`.
+  """A client's counts, int32 scalars, beside those of `client.inclusion`.
 
   Args:
     conditions: Its conditions.

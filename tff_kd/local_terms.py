@@ -59,11 +59,14 @@ class LocalTerm(abc.ABC):
       What is not the received student is sent down too, and costs bytes.
     needs_labels: Whether it needs the label of every example.
     needs_classes: Whether it cannot serve a regression model.
+    needs_received: Whether it compares with `LocalStep.received`, so that the server must
+      send weights.
   """
 
   target: Optional[str] = None
   needs_labels: bool = False
   needs_classes: bool = False
+  needs_received: bool = False
 
   @abc.abstractmethod
   def __call__(self, loss: tf.Tensor, step: LocalStep) -> tf.Tensor:
@@ -173,6 +176,8 @@ class ProximalTerm(LocalTerm):
   """
 
   weight: float = 0.01
+
+  needs_received = True
 
   def __post_init__(self):
     _check_weight('weight', self.weight)

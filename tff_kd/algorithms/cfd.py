@@ -17,10 +17,10 @@ from tff_kd import cohorts
 from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
-from tff_kd import private_process
-from tff_kd import process
+from tff_kd import rounds
 from tff_kd import server_distillation
 from tff_kd import transfer
+from tff_kd.client import exchanges
 
 # The number of bits that stands for labels as they are, floats.
 NOT_QUANTIZED = 32
@@ -30,6 +30,7 @@ DEFAULT_DISTILLATION = server_distillation.Distillation(
 )
 
 
+@rounds.takes_options
 def build_cfd(
     *,
     student_fn: cohorts.StudentFn,
@@ -42,9 +43,8 @@ def build_cfd(
     up_bits: int = 1,
     down_bits: int = 1,
     metrics_fn: Optional[models.MetricsFn] = None,
-    seed: int = 0,
-    **kwargs,
-) -> process.PrivateProcess:
+    options: rounds.Options,
+) -> rounds.StatefulClientsProcess:
   """Builds CFD.
 
   What a client keeps is what it sent last, and only if the transfer set has the same rows
@@ -68,11 +68,10 @@ def build_cfd(
       only) to 8, or 32: not quantised.
     down_bits: Likewise in what goes down.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
-    seed: With the round number, decides the order of the transfer examples.
-    **kwargs: Further arguments of `private_process.build_private_process`.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
-    A `PrivateProcess` with a server model, whose clients keep no model.
+    A `StatefulClientsProcess` with a server model, whose clients keep no model.
 
   Raises:
     ValueError: If a number of bits has no meaning.
@@ -87,17 +86,17 @@ def build_cfd(
       student_optimizer or tff.learning.optimizers.build_adam(1e-3),
       distillation,
   )
-  return private_process.build_private_process(
-      students,
-      client_optimizer=client_optimizer,
-      exchange=private_process.TransferExchange(
-          students.first, transfer_set, up, stage, seed, relabelling=down
+  return rounds.compose_process(
+      rounds.Parts(
+          students=students,
+          client_optimizer=client_optimizer,
+          client_model=rounds.ClientModel.INITIAL,
+          exchange=exchanges.TransferExchange(
+              students.first, transfer_set, up, stage, options.seed, relabelling=down
+          ),
+          stages=[stage],
       ),
-      server_stage=stage,
-      consensus_rule=up,
-      keeps_models=False,
-      seed=seed,
-      **kwargs,
+      options,
   )
 
 

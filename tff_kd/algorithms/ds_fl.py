@@ -15,16 +15,17 @@ from tff_kd import cohorts
 from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
-from tff_kd import private_process
-from tff_kd import process
+from tff_kd import rounds
 from tff_kd import server_distillation
 from tff_kd import transfer
+from tff_kd.client import exchanges
 
 DEFAULT_DISTILLATION = server_distillation.Distillation(
     distillation_weight=1.0, num_steps=60, reset_optimizer=True
 )
 
 
+@rounds.takes_options
 def build_ds_fl(
     *,
     student_fn: cohorts.StudentFn,
@@ -38,9 +39,8 @@ def build_ds_fl(
         temperature=0.1
     ),
     metrics_fn: Optional[models.MetricsFn] = None,
-    seed: int = 0,
-    **kwargs,
-) -> process.PrivateProcess:
+    options: rounds.Options,
+) -> rounds.StatefulClientsProcess:
   """Builds DS-FL.
 
   Args:
@@ -58,11 +58,10 @@ def build_ds_fl(
     consensus_rule: ERA with the paper's temperature. `MeanProbabilities(power=2.0)` is
       Enhanced ERA; `MeanProbabilities()` is the paper's simple aggregation.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
-    seed: With the round number, decides the order of the transfer examples.
-    **kwargs: Further arguments of `private_process.build_private_process`.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
-    A `PrivateProcess` with a server model.
+    A `StatefulClientsProcess` with a server model.
   """
   students = cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
@@ -73,14 +72,15 @@ def build_ds_fl(
       student_optimizer or tff.learning.optimizers.build_adam(1e-3),
       distillation,
   )
-  return private_process.build_private_process(
-      students,
-      client_optimizer=client_optimizer,
-      exchange=private_process.TransferExchange(
-          students.first, transfer_set, consensus_rule, stage, seed
+  return rounds.compose_process(
+      rounds.Parts(
+          students=students,
+          client_optimizer=client_optimizer,
+          client_model=rounds.ClientModel.KEPT,
+          exchange=exchanges.TransferExchange(
+              students.first, transfer_set, consensus_rule, stage, options.seed
+          ),
+          stages=[stage],
       ),
-      server_stage=stage,
-      consensus_rule=consensus_rule,
-      seed=seed,
-      **kwargs,
+      options,
   )

@@ -15,10 +15,11 @@ from typing import Any, Optional
 from tff_kd import cohorts
 from tff_kd import models
 from tff_kd import optimizers
-from tff_kd import private_process
-from tff_kd import process
+from tff_kd import rounds
+from tff_kd.client import exchanges
 
 
+@rounds.takes_options
 def build_fd(
     *,
     student_fn: cohorts.StudentFn,
@@ -27,8 +28,8 @@ def build_fd(
     client_optimizer: optimizers.Optimizer,
     regularizer_weight: float = 1.0,
     metrics_fn: Optional[models.MetricsFn] = None,
-    **kwargs,
-) -> process.PrivateProcess:
+    options: rounds.Options,
+) -> rounds.StatefulClientsProcess:
   """Builds FD.
 
   Args:
@@ -39,17 +40,20 @@ def build_fd(
     client_optimizer: The clients' optimizer.
     regularizer_weight: lambda, above 0.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
-    **kwargs: Further arguments of `private_process.build_private_process`.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
-    A `PrivateProcess` without a server model.
+    A `StatefulClientsProcess` without a server model.
   """
   students = cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  return private_process.build_private_process(
-      students,
-      client_optimizer=client_optimizer,
-      exchange=private_process.ClassExchange(students.first, regularizer_weight),
-      **kwargs,
+  return rounds.compose_process(
+      rounds.Parts(
+          students=students,
+          client_optimizer=client_optimizer,
+          client_model=rounds.ClientModel.KEPT,
+          exchange=exchanges.ClassExchange(students.first, regularizer_weight),
+      ),
+      options,
   )

@@ -21,12 +21,24 @@ from tff_kd import cohorts
 from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
-from tff_kd import process
+from tff_kd import rounds
 from tff_kd import server_distillation
 from tff_kd import transfer
-from tff_kd.algorithms import fed_df
+from tff_kd.client import exchanges
+
+# FedDF's.
+DEFAULT_DISTILLATION = server_distillation.Distillation(
+    target='ensemble',
+    temperature=1.0,
+    distillation_weight=1.0,
+    num_steps=200,
+    batch_size=128,
+    schedule=server_distillation.cosine_schedule,
+    reset_optimizer=True,
+)
 
 
+@rounds.takes_options
 def build_fed_aux(
     *,
     student_fn: cohorts.StudentFn,
@@ -36,7 +48,7 @@ def build_fed_aux(
     negatives: Any,
     client_optimizer: optimizers.Optimizer,
     student_optimizer: Optional[optimizers.Optimizer] = None,
-    distillation: server_distillation.Distillation = fed_df.DEFAULT_DISTILLATION,
+    distillation: server_distillation.Distillation = DEFAULT_DISTILLATION,
     consensus_rule: knowledge.ConsensusRule = knowledge.CertaintyWeighted(
         'given', average='probabilities'
     ),
@@ -45,9 +57,8 @@ def build_fed_aux(
     delta: float = 1e-5,
     regularization: float = 0.01,
     metrics_fn: Optional[models.MetricsFn] = None,
-    seed: int = 0,
-    **kwargs,
-) -> process.PrivateProcess:
+    options: rounds.Options,
+) -> rounds.StatefulClientsProcess:
   """Builds FedAUX.
 
   (epsilon, delta) is the price of a client's certainty scores, of all rounds together,
@@ -77,15 +88,18 @@ def build_fed_aux(
     delta: Of the scores.
     regularization: lambda of the logistic regression.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
-    seed: Decides the server's order of examples, and, with a client's number, its noise:
-      in a simulation only; a deployment draws it in secret, at the client.
-    **kwargs: Further arguments of `process.build_distillation_process`. Clients'
-      predictions weigh the same whatever their number of examples, unless
-      `knowledge_weighting` says otherwise.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
+      Predictions weigh the same whatever a client's examples, unless
+      `knowledge_weighting` says otherwise. `seed` also decides, with a client's number,
+      its noise: in a simulation only; a deployment draws it in secret, at the client.
 
   Returns:
-    A `PrivateProcess` whose clients keep their scorers.
+    A `StatefulClientsProcess` whose clients keep their scorers.
   """
+  students = cohorts.build_students(
+      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
+  )
+  transfer_set = transfer.as_transfer_set(transfer_set)
   scorer = certainty.CertaintyScorer(
       input_spec=input_spec,
       negatives=negatives,
@@ -93,20 +107,23 @@ def build_fed_aux(
       epsilon=epsilon,
       delta=delta,
       regularization=regularization,
-      seed=seed,
+      seed=options.seed,
   )
-  defaults = dict(knowledge_weighting=tff.learning.ClientWeighting.UNIFORM)
-  return fed_df.build_fed_df(
-      student_fn=student_fn,
-      input_spec=input_spec,
-      loss_fn=loss_fn,
-      transfer_set=transfer_set,
-      client_optimizer=client_optimizer,
-      student_optimizer=student_optimizer,
-      distillation=distillation,
-      metrics_fn=metrics_fn,
-      consensus_rule=consensus_rule,
-      companion=scorer,
-      seed=seed,
-      **(defaults | kwargs),
+  stage = server_distillation.DistillationStage(
+      'student',
+      student_optimizer or tff.learning.optimizers.build_adam(1e-3),
+      distillation,
+  )
+  return rounds.compose_process(
+      rounds.Parts(
+          students=students,
+          client_optimizer=client_optimizer,
+          companion=scorer,
+          exchange=exchanges.for_stages(
+              [stage], students.first, transfer_set, consensus_rule
+          ),
+          transfer_set=transfer_set,
+          stages=[stage],
+      ),
+      options.with_defaults(knowledge_weighting=tff.learning.ClientWeighting.UNIFORM),
   )

@@ -10,9 +10,10 @@ from typing import Any, Optional
 from tff_kd import cohorts
 from tff_kd import models
 from tff_kd import optimizers
-from tff_kd import process
+from tff_kd import rounds
 
 
+@rounds.takes_options
 def build_fed_avg(
     *,
     student_fn: cohorts.StudentFn,
@@ -20,8 +21,8 @@ def build_fed_avg(
     loss_fn: models.LossFn,
     client_optimizer: optimizers.Optimizer,
     metrics_fn: Optional[models.MetricsFn] = None,
-    **kwargs,
-) -> process.DistillationProcess:
+    options: rounds.Options,
+) -> rounds.DistillationProcess:
   """Builds federated averaging of any Keras model.
 
   Equals `tff.learning.algorithms.build_weighted_fed_avg` where that takes the
@@ -33,9 +34,7 @@ def build_fed_avg(
     loss_fn: Returns a `keras.losses.Loss`.
     client_optimizer: The clients' optimizer.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
-    **kwargs: Further arguments of `process.build_distillation_process`
-      (`server_optimizer`, `client_weighting`, `model_aggregator`,
-      `local_terms`, ...).
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `DistillationProcess` without a teacher.
@@ -43,6 +42,6 @@ def build_fed_avg(
   students = cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  return process.build_distillation_process(
-      students, client_optimizer=client_optimizer, **kwargs
+  return rounds.compose_process(
+      rounds.Parts(students=students, client_optimizer=client_optimizer), options
   )

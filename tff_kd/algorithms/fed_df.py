@@ -11,11 +11,13 @@ from typing import Any, Optional
 from tff_kd.compat import tff
 
 from tff_kd import cohorts
+from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
-from tff_kd import process
+from tff_kd import rounds
 from tff_kd import server_distillation
 from tff_kd import transfer
+from tff_kd.client import exchanges
 
 # The paper's, section 4.1 and appendix: Adam, a cosine, a fresh state each round.
 DEFAULT_DISTILLATION = server_distillation.Distillation(
@@ -29,6 +31,7 @@ DEFAULT_DISTILLATION = server_distillation.Distillation(
 )
 
 
+@rounds.takes_options
 def build_fed_df(
     *,
     student_fn: cohorts.StudentFn,
@@ -38,9 +41,10 @@ def build_fed_df(
     client_optimizer: optimizers.Optimizer,
     student_optimizer: Optional[optimizers.Optimizer] = None,
     distillation: server_distillation.Distillation = DEFAULT_DISTILLATION,
+    consensus_rule: knowledge.ConsensusRule = knowledge.MeanLogits(),
     metrics_fn: Optional[models.MetricsFn] = None,
-    **kwargs,
-) -> process.DistillationProcess:
+    options: rounds.Options,
+) -> rounds.DistillationProcess:
   """Builds FedDF.
 
   The paper takes up to 10,000 server steps a round, and stops after 1,000 without
@@ -57,8 +61,10 @@ def build_fed_df(
     student_optimizer: The server's, for the distillation; Adam with the paper's
       rate 1e-3 if `None`.
     distillation: How the student learns from the ensemble.
+    consensus_rule: How the predictions become the ensemble's; their mean, as in the
+      paper.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
-    **kwargs: Further arguments of `process.build_distillation_process`.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `DistillationProcess` without a teacher.
@@ -66,15 +72,21 @@ def build_fed_df(
   students = cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
+  transfer_set = transfer.as_transfer_set(transfer_set)
   stage = server_distillation.DistillationStage(
       'student',
       student_optimizer or tff.learning.optimizers.build_adam(1e-3),
       distillation,
   )
-  return process.build_distillation_process(
-      students,
-      client_optimizer=client_optimizer,
-      transfer_set=transfer_set,
-      stages=[stage],
-      **kwargs,
+  return rounds.compose_process(
+      rounds.Parts(
+          students=students,
+          client_optimizer=client_optimizer,
+          exchange=exchanges.for_stages(
+              [stage], students.first, transfer_set, consensus_rule
+          ),
+          transfer_set=transfer_set,
+          stages=[stage],
+      ),
+      options,
   )

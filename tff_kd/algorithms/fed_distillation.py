@@ -14,11 +14,13 @@ from typing import Any, Optional
 from tff_kd.compat import tff
 
 from tff_kd import cohorts
+from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
-from tff_kd import process
+from tff_kd import rounds
 from tff_kd import server_distillation
 from tff_kd import transfer
+from tff_kd.client import exchanges
 
 DEFAULT_DISTILLATION = server_distillation.Distillation(
     target='ensemble', num_steps=60
@@ -28,6 +30,7 @@ DEFAULT_BACK_DISTILLATION = server_distillation.Distillation(
 )
 
 
+@rounds.takes_options
 def build_fed_distillation(
     *,
     student_fn: cohorts.StudentFn,
@@ -42,9 +45,10 @@ def build_fed_distillation(
     back_distillation: Optional[server_distillation.Distillation] = (
         DEFAULT_BACK_DISTILLATION
     ),
+    consensus_rule: knowledge.ConsensusRule = knowledge.MeanLogits(),
     metrics_fn: Optional[models.MetricsFn] = None,
-    **kwargs,
-) -> process.DistillationProcess:
+    options: rounds.Options,
+) -> rounds.DistillationProcess:
   """Builds the fusion of federated averaging and distillation through a teacher.
 
   Args:
@@ -62,11 +66,9 @@ def build_fed_distillation(
     distillation: How the teacher learns.
     back_distillation: How the student learns from the teacher afterwards; not at
       all if `None`.
+    consensus_rule: How the clients' predictions become the ensemble's.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
-    **kwargs: Further arguments of `process.build_distillation_process`
-      (`server_optimizer`, `client_weighting`, `knowledge_weighting`,
-      `model_aggregator`, `knowledge_aggregator`, `consensus_rule`, `local_terms`,
-      `seed`).
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `DistillationProcess` with a teacher.
@@ -74,6 +76,7 @@ def build_fed_distillation(
   kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
   students = cohorts.build_students(student_fn, **kinds)
   teacher = models.build_model_spec(teacher_fn, name='teacher', **kinds)
+  transfer_set = transfer.as_transfer_set(transfer_set)
   stages = [
       server_distillation.DistillationStage(
           'teacher',
@@ -89,11 +92,16 @@ def build_fed_distillation(
             back_distillation,
         )
     )
-  return process.build_distillation_process(
-      students,
-      teacher=teacher,
-      client_optimizer=client_optimizer,
-      transfer_set=transfer_set,
-      stages=stages,
-      **kwargs,
+  return rounds.compose_process(
+      rounds.Parts(
+          students=students,
+          teacher=teacher,
+          client_optimizer=client_optimizer,
+          exchange=exchanges.for_stages(
+              stages, students.first, transfer_set, consensus_rule
+          ),
+          transfer_set=transfer_set,
+          stages=stages,
+      ),
+      options,
   )

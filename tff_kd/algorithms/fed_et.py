@@ -15,20 +15,21 @@ from typing import Any, Optional
 
 from tff_kd.compat import tff
 
-from tff_kd import knowledge
 from tff_kd import cohorts
+from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
-from tff_kd import process
+from tff_kd import rounds
 from tff_kd import server_distillation
 from tff_kd import transfer
-from tff_kd.algorithms import fed_distillation
+from tff_kd.client import exchanges
 
 DEFAULT_DISTILLATION = server_distillation.Distillation(
     target='ensemble', loss='label', diversity_weight=0.05, num_steps=60
 )
 
 
+@rounds.takes_options
 def build_fed_et(
     *,
     student_fn: cohorts.StudentFn,
@@ -39,9 +40,10 @@ def build_fed_et(
     client_optimizer: optimizers.Optimizer,
     teacher_optimizer: Optional[optimizers.Optimizer] = None,
     distillation: server_distillation.Distillation = DEFAULT_DISTILLATION,
+    consensus_rule: Optional[knowledge.ConsensusRule] = None,
     metrics_fn: Optional[models.MetricsFn] = None,
-    **kwargs,
-) -> process.DistillationProcess:
+    options: rounds.Options,
+) -> rounds.DistillationProcess:
   """Builds Fed-ET.
 
   Predictions are added up by the class that they predict, which the diversity term
@@ -58,30 +60,39 @@ def build_fed_et(
     client_optimizer: The clients' optimizer.
     teacher_optimizer: The server model's; Adam with rate 1e-3 if `None`.
     distillation: How the server model learns.
+    consensus_rule: How the predictions become the ensemble's; the paper's, weighted by
+      variance, if `None`.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
-    **kwargs: Further arguments of `process.build_distillation_process`. The clients'
-      predictions weigh the same whatever their examples, as in the paper, unless
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
+      Predictions weigh the same whatever a client's examples, as in the paper, unless
       `knowledge_weighting` says otherwise.
 
   Returns:
     A `DistillationProcess` with the server model as teacher.
   """
-  rule = knowledge.CertaintyWeighted('variance')
-  if distillation.diversity_weight:
-    rule = knowledge.CertaintyWithDiversity('variance')
-  defaults = dict(
-      consensus_rule=rule, knowledge_weighting=tff.learning.ClientWeighting.UNIFORM
+  kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
+  students = cohorts.build_students(student_fn, **kinds)
+  teacher = models.build_model_spec(teacher_fn, name='teacher', **kinds)
+  transfer_set = transfer.as_transfer_set(transfer_set)
+  if consensus_rule is None:
+    rules = (knowledge.CertaintyWeighted, knowledge.CertaintyWithDiversity)
+    consensus_rule = rules[bool(distillation.diversity_weight)]('variance')
+  stage = server_distillation.DistillationStage(
+      'teacher',
+      teacher_optimizer or tff.learning.optimizers.build_adam(1e-3),
+      distillation,
   )
-  return fed_distillation.build_fed_distillation(
-      student_fn=student_fn,
-      teacher_fn=teacher_fn,
-      input_spec=input_spec,
-      loss_fn=loss_fn,
-      transfer_set=transfer_set,
-      client_optimizer=client_optimizer,
-      teacher_optimizer=teacher_optimizer,
-      distillation=distillation,
-      back_distillation=None,
-      metrics_fn=metrics_fn,
-      **(defaults | kwargs),
+  return rounds.compose_process(
+      rounds.Parts(
+          students=students,
+          teacher=teacher,
+          client_optimizer=client_optimizer,
+          exchange=exchanges.for_stages(
+              [stage], students.first, transfer_set, consensus_rule
+          ),
+          transfer_set=transfer_set,
+          stages=[stage],
+      ),
+      # Predictions weigh the same whatever a client's examples, as in the paper.
+      options.with_defaults(knowledge_weighting=tff.learning.ClientWeighting.UNIFORM),
   )

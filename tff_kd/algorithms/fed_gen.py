@@ -14,12 +14,14 @@ from typing import Any, Optional
 
 from tff_kd.compat import tff
 
+from tff_kd import cohorts
 from tff_kd import generator
 from tff_kd import models
 from tff_kd import optimizers
-from tff_kd import process
+from tff_kd import rounds
 
 
+@rounds.takes_options
 def build_fed_gen(
     *,
     student_fn: models.KerasModelFn,
@@ -36,9 +38,8 @@ def build_fed_gen(
     generative_weight: float = 1.0,
     generative_decay: float = 0.98,
     metrics_fn: Optional[models.MetricsFn] = None,
-    seed: int = 0,
-    **kwargs,
-) -> process.DistillationProcess:
+    options: rounds.Options,
+) -> rounds.DistillationProcess:
   """Builds FedGen.
 
   Each of the generator's steps is an exchange with all clients of the round: a batch of
@@ -64,8 +65,7 @@ def build_fed_gen(
       .01; with a rate of .1 that is too much.
     generative_decay: a's factor from round to round.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
-    seed: With the round number, decides what is generated.
-    **kwargs: Further arguments of `process.build_distillation_process`.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `DistillationProcess` without a teacher.
@@ -96,12 +96,13 @@ def build_fed_gen(
       batch_size=generator_batch_size,
       weight=generative_weight,
       decay=generative_decay,
-      seed=seed,
+      seed=options.seed,
   )
-  return process.build_distillation_process(
-      student,
-      client_optimizer=client_optimizer,
-      companion=companion,
-      seed=seed,
-      **kwargs,
+  return rounds.compose_process(
+      rounds.Parts(
+          students=cohorts.as_students(student),
+          client_optimizer=client_optimizer,
+          companion=companion,
+      ),
+      options,
   )

@@ -7,27 +7,41 @@ target. With M = 1 that is the global student itself (FedAvg+KD), and nothing mo
 down. The term, `tff_kd.LocalDistillation`, goes with any algorithm.
 """
 
+from typing import Any, Optional
+
+from tff_kd import cohorts
 from tff_kd import local_terms
-from tff_kd import process
-from tff_kd.algorithms import fed_avg
+from tff_kd import models
+from tff_kd import optimizers
+from tff_kd import rounds
 
 
+@rounds.takes_options
 def build_fed_gkd(
     *,
+    student_fn: cohorts.StudentFn,
+    input_spec: Any,
+    loss_fn: models.LossFn,
+    client_optimizer: optimizers.Optimizer,
     local_weight: float = 0.2,
     local_temperature: float = 1.0,
     history_size: int = 5,
-    **kwargs,
-) -> process.DistillationProcess:
+    metrics_fn: Optional[models.MetricsFn] = None,
+    options: rounds.Options,
+) -> rounds.DistillationProcess:
   """Builds FedGKD.
 
   Args:
+    student_fn: Returns a new `keras.Model`; a list of such functions, one a cohort.
+    input_spec: The clients' `dataset.element_spec`.
+    loss_fn: Returns a `keras.losses.Loss`.
+    client_optimizer: The clients' optimizer.
     local_weight: gamma, above 0 and at most 1.
     local_temperature: T, above 0.
     history_size: M, 1 or more. The server's state holds M students; with more than
       one their mean goes down, too.
-    **kwargs: The arguments of `build_fed_avg`; further `local_terms` come after
-      this one.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `DistillationProcess` without a teacher.
@@ -38,6 +52,12 @@ def build_fed_gkd(
       temperature=local_temperature,
       history_size=history_size,
   )
-  return fed_avg.build_fed_avg(
-      local_terms=[term, *kwargs.pop('local_terms', ())], **kwargs
+  students = cohorts.build_students(
+      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
+  )
+  return rounds.compose_process(
+      rounds.Parts(
+          students=students, client_optimizer=client_optimizer, local_terms=[term]
+      ),
+      options,
   )

@@ -10,16 +10,18 @@ share of its energy, which grows from round to round. (The paper also truncates 
 down, and compares hidden states where both models are transformers.)
 """
 
+import dataclasses
 from typing import Any, Optional
 
 from tff_kd import cohorts
 from tff_kd import models
 from tff_kd import mutual
 from tff_kd import optimizers
-from tff_kd import process
+from tff_kd import rounds
 from tff_kd import svd
 
 
+@rounds.takes_options
 def build_fed_kd(
     *,
     student_fn: cohorts.StudentFn,
@@ -32,8 +34,8 @@ def build_fed_kd(
     energy_rounds: int = 100,
     temperature: float = 1.0,
     metrics_fn: Optional[models.MetricsFn] = None,
-    **kwargs,
-) -> process.PrivateProcess:
+    options: rounds.Options,
+) -> rounds.StatefulClientsProcess:
   """Builds FedKD.
 
   Args:
@@ -48,28 +50,33 @@ def build_fed_kd(
     energy_rounds: 1 or more.
     temperature: T of both divergences, above 0.
     metrics_fn: Returns a list of `keras.metrics.Metric`s, of the student.
-    **kwargs: Further arguments of `process.build_distillation_process`; a
-      `model_aggregator` is what the truncated updates go through, and must be weighted.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
+      A `model_aggregator` is what the truncated updates go through, and must be
+      weighted.
 
   Returns:
-    A `PrivateProcess`: clients keep their mentors. `numbers_sent`, among the metrics of
-    the model's aggregator, is what a client's update takes.
+    A `StatefulClientsProcess`: clients keep their mentors. `numbers_sent`, among the
+    metrics of the model's aggregator, is the size of a client's update.
   """
   kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
   students = cohorts.build_students(student_fn, **kinds)
   mentor = models.build_model_spec(mentor_fn, name='mentor', **kinds)
-  return process.build_distillation_process(
-      students,
-      client_optimizer=client_optimizer,
-      companion=mutual.MutualLearning(
-          students.first,
-          mentor,
-          student_weight=None,
-          mentor_weight=None,
-          temperature=temperature,
+  return rounds.compose_process(
+      rounds.Parts(
+          students=students,
+          client_optimizer=client_optimizer,
+          companion=mutual.MutualLearning(
+              students.first,
+              mentor,
+              student_weight=None,
+              mentor_weight=None,
+              temperature=temperature,
+          ),
       ),
-      model_aggregator=svd.TruncatedSvdFactory(
-          start_energy, end_energy, energy_rounds, kwargs.pop('model_aggregator', None)
+      dataclasses.replace(
+          options,
+          model_aggregator=svd.TruncatedSvdFactory(
+              start_energy, end_energy, energy_rounds, options.model_aggregator
+          ),
       ),
-      **kwargs,
   )

@@ -15,12 +15,13 @@ from tff_kd import cohorts
 from tff_kd import knowledge
 from tff_kd import models
 from tff_kd import optimizers
-from tff_kd import private_process
-from tff_kd import process
+from tff_kd import rounds
 from tff_kd import server_distillation
 from tff_kd import transfer
+from tff_kd.client import exchanges
 
 
+@rounds.takes_options
 def build_fed_md(
     *,
     student_fn: cohorts.StudentFn,
@@ -34,9 +35,8 @@ def build_fed_md(
     pretraining_epochs: int = 0,
     consensus_rule: knowledge.ConsensusRule = knowledge.MeanLogits(),
     metrics_fn: Optional[models.MetricsFn] = None,
-    seed: int = 0,
-    **kwargs,
-) -> process.PrivateProcess:
+    options: rounds.Options,
+) -> rounds.StatefulClientsProcess:
   """Builds FedMD.
 
   Args:
@@ -55,11 +55,10 @@ def build_fed_md(
     consensus_rule: How the predictions become what clients fit; the mean logits, as in
       the paper.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
-    seed: With the round number, decides the order of the transfer examples.
-    **kwargs: Further arguments of `private_process.build_private_process`.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
-    A `PrivateProcess` without a server model.
+    A `StatefulClientsProcess` without a server model.
   """
   students = cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
@@ -83,17 +82,19 @@ def build_fed_md(
   pretraining = None
   if pretraining_epochs:
     pretraining = stage(pretraining_epochs, distillation_weight=0.0)
-  return private_process.build_private_process(
-      students,
-      client_optimizer=client_optimizer,
-      exchange=private_process.TransferExchange(
-          students.first,
-          transfer_set,
-          consensus_rule,
-          stage(digest_epochs, loss='mae', distillation_weight=1.0),
-          seed,
+  return rounds.compose_process(
+      rounds.Parts(
+          students=students,
+          client_optimizer=client_optimizer,
+          client_model=rounds.ClientModel.KEPT,
+          exchange=exchanges.TransferExchange(
+              students.first,
+              transfer_set,
+              consensus_rule,
+              stage(digest_epochs, loss='mae', distillation_weight=1.0),
+              options.seed,
+          ),
+          pretraining=pretraining,
       ),
-      pretraining=pretraining,
-      seed=seed,
-      **kwargs,
+      options,
   )

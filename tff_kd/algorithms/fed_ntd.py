@@ -7,24 +7,39 @@ target. Nothing but weights travels; the term itself, `tff_kd.NotTrueDistillatio
 goes with any algorithm.
 """
 
+from typing import Any, Optional
+
+from tff_kd import cohorts
 from tff_kd import local_terms
-from tff_kd import process
-from tff_kd.algorithms import fed_avg
+from tff_kd import models
+from tff_kd import optimizers
+from tff_kd import rounds
 
 
+@rounds.takes_options
 def build_fed_ntd(
     *,
+    student_fn: cohorts.StudentFn,
+    input_spec: Any,
+    loss_fn: models.LossFn,
+    client_optimizer: optimizers.Optimizer,
     not_true_weight: float = 1.0,
     not_true_temperature: float = 1.0,
-    **kwargs,
-) -> process.DistillationProcess:
+    metrics_fn: Optional[models.MetricsFn] = None,
+    options: rounds.Options,
+) -> rounds.DistillationProcess:
   """Builds FedNTD.
 
   Args:
+    student_fn: Returns a new `keras.Model`; a list of such functions, one a cohort.
+    input_spec: The clients' `dataset.element_spec`; labels must be class indices, of
+      three classes or more.
+    loss_fn: Returns a `keras.losses.Loss`.
+    client_optimizer: The clients' optimizer.
     not_true_weight: beta, above 0; 1 in the paper.
     not_true_temperature: tau, above 0; 1 in the paper.
-    **kwargs: The arguments of `build_fed_avg`; further `local_terms` come after
-      this one. Labels must be class indices, of three classes or more.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `DistillationProcess` without a teacher.
@@ -32,6 +47,12 @@ def build_fed_ntd(
   term = local_terms.NotTrueDistillation(
       weight=not_true_weight, temperature=not_true_temperature
   )
-  return fed_avg.build_fed_avg(
-      local_terms=[term, *kwargs.pop('local_terms', ())], **kwargs
+  students = cohorts.build_students(
+      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
+  )
+  return rounds.compose_process(
+      rounds.Parts(
+          students=students, client_optimizer=client_optimizer, local_terms=[term]
+      ),
+      options,
   )

@@ -9,27 +9,47 @@ mu (w_t - w) to the gradient where the paper has mu (w - w_t), and so pushes cli
 from the server's model. With mu it is what this would be with -mu.
 """
 
+from typing import Any, Optional
+
+from tff_kd import cohorts
 from tff_kd import local_terms
-from tff_kd import process
-from tff_kd.algorithms import fed_avg
+from tff_kd import models
+from tff_kd import optimizers
+from tff_kd import rounds
 
 
+@rounds.takes_options
 def build_fed_prox(
     *,
+    student_fn: cohorts.StudentFn,
+    input_spec: Any,
+    loss_fn: models.LossFn,
+    client_optimizer: optimizers.Optimizer,
     proximal_weight: float = 0.01,
-    **kwargs,
-) -> process.DistillationProcess:
+    metrics_fn: Optional[models.MetricsFn] = None,
+    options: rounds.Options,
+) -> rounds.DistillationProcess:
   """Builds FedProx.
 
   Args:
+    student_fn: Returns a new `keras.Model`; a list of such functions, one a cohort.
+    input_spec: The clients' `dataset.element_spec`.
+    loss_fn: Returns a `keras.losses.Loss`.
+    client_optimizer: The clients' optimizer.
     proximal_weight: mu, above 0; the paper tries 0.001, 0.01, 0.1 and 1.
-    **kwargs: The arguments of `build_fed_avg`; further `local_terms` come after
-      this one.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `DistillationProcess` without a teacher.
   """
   term = local_terms.ProximalTerm(weight=proximal_weight)
-  return fed_avg.build_fed_avg(
-      local_terms=[term, *kwargs.pop('local_terms', ())], **kwargs
+  students = cohorts.build_students(
+      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
+  )
+  return rounds.compose_process(
+      rounds.Parts(
+          students=students, client_optimizer=client_optimizer, local_terms=[term]
+      ),
+      options,
   )

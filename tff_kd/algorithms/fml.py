@@ -14,9 +14,10 @@ from tff_kd import cohorts
 from tff_kd import models
 from tff_kd import mutual
 from tff_kd import optimizers
-from tff_kd import process
+from tff_kd import rounds
 
 
+@rounds.takes_options
 def build_fml(
     *,
     student_fn: cohorts.StudentFn,
@@ -28,8 +29,8 @@ def build_fml(
     mentor_weight: float = 0.5,
     temperature: float = 1.0,
     metrics_fn: Optional[models.MetricsFn] = None,
-    **kwargs,
-) -> process.PrivateProcess:
+    options: rounds.Options,
+) -> rounds.StatefulClientsProcess:
   """Builds FML.
 
   Args:
@@ -43,23 +44,25 @@ def build_fml(
     mentor_weight: v, between 0 and 1.
     temperature: T of both divergences, above 0.
     metrics_fn: Returns a list of `keras.metrics.Metric`s, of the student.
-    **kwargs: Further arguments of `process.build_distillation_process`.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
-    A `PrivateProcess`: clients keep their mentors.
+    A `StatefulClientsProcess`: clients keep their mentors.
   """
   kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
   students = cohorts.build_students(student_fn, **kinds)
   mentor = models.build_model_spec(mentor_fn, name='mentor', **kinds)
-  return process.build_distillation_process(
-      students,
-      client_optimizer=client_optimizer,
-      companion=mutual.MutualLearning(
-          students.first,
-          mentor,
-          student_weight=student_weight,
-          mentor_weight=mentor_weight,
-          temperature=temperature,
+  return rounds.compose_process(
+      rounds.Parts(
+          students=students,
+          client_optimizer=client_optimizer,
+          companion=mutual.MutualLearning(
+              students.first,
+              mentor,
+              student_weight=student_weight,
+              mentor_weight=mentor_weight,
+              temperature=temperature,
+          ),
       ),
-      **kwargs,
+      options,
   )

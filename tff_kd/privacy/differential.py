@@ -365,22 +365,22 @@ def _check_floats(value_type: tff.Type) -> None:
       )
 
 
-def build_accountant(guard: Any, **kwargs) -> accounting.PrivacyAccountant:
+def build_accountant(protection: Any, **kwargs) -> accounting.PrivacyAccountant:
   """The accountant of a private process.
 
   Args:
-    guard: The process's `guard`.
+    protection: The process's `protection`.
     **kwargs: `sampling`, `delta` and further arguments of `PrivacyAccountant`.
 
   Raises:
     ValueError: If the process is not private.
   """
-  if guard.privacy is None:
+  if protection.privacy is None:
     raise ValueError(
         'There is nothing to account for: the process is not built with `privacy`.'
     )
   return accounting.PrivacyAccountant(
-      list(guard.privacy.noise_multipliers(guard.channels).values()), **kwargs
+      list(protection.privacy.noise_multipliers(protection.channels).values()), **kwargs
   )
 
 

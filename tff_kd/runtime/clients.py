@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 from concurrent import futures
+import functools
 import itertools
 import queue
 import threading
@@ -67,15 +68,29 @@ class Workers:
 class _InOrder:
   """Hands on items in the order of their numbers, one at a time, from any thread."""
 
-  def __init__(self, consume: Callable[[int, Any, devices.Slot], None]):
-    self._consume = consume
+  def __init__(self):
     self._lock = threading.Lock()
     self._waiting: dict[int, Any] = {}
     self._next = 0
     self._busy = False
 
-  def put(self, number: int, item: Any, slot: devices.Slot) -> None:
-    """Gives an item; hands it on now, or leaves that to the thread that is at it."""
+  def put(
+      self,
+      number: int,
+      item: Any,
+      slot: devices.Slot,
+      consume: Callable[[int, Any, devices.Slot], None],
+  ) -> None:
+    """Gives an item; hands it on now, or leaves that to the thread that is at it.
+
+    Args:
+      number: The item's, from 0.
+      item: What to hand on.
+      slot: Where to work on it.
+      consume: Takes number, item and slot. It is not kept: an owner's method would refer
+        back to the owner, and tensors in such a cycle stay until Python looks for cycles,
+        which in a large program is after hundreds of rounds.
+    """
     with self._lock:
       self._waiting[number] = item
       if self._busy:
@@ -89,7 +104,7 @@ class _InOrder:
           return
         item = self._waiting.pop(number)
         self._next += 1
-      self._consume(number, item, slot)
+      consume(number, item, slot)
 
 
 class _GroupedSum:
@@ -115,7 +130,7 @@ class _GroupedSum:
     self._lock = threading.Lock()
     self._groups: dict[int, _InOrder] = {}
     self._partial: dict[int, Tensors] = {}
-    self._merges = _InOrder(self._merge)
+    self._merges = _InOrder()
     self.total: Tensors = self._zero
     self.num_done = 0
 
@@ -124,11 +139,12 @@ class _GroupedSum:
     group = client // GROUP_SIZE
     with self._lock:
       if group not in self._groups:
-        accumulate = lambda number, value, slot: self._add(group, number, value, slot)
-        self._groups[group] = _InOrder(accumulate)
+        self._groups[group] = _InOrder()
         self._partial[group] = self._zero
       in_order = self._groups[group]
-    in_order.put(client % GROUP_SIZE, tensors, slot)
+    in_order.put(
+        client % GROUP_SIZE, tensors, slot, functools.partial(self._add, group)
+    )
 
   def _add(
       self, group: int, number: int, tensors: Tensors, slot: devices.Slot
@@ -142,7 +158,7 @@ class _GroupedSum:
     if number == GROUP_SIZE - 1 or client == self._num_clients - 1:
       with self._lock:
         del self._groups[group]
-      self._merges.put(group, self._partial.pop(group), slot)
+      self._merges.put(group, self._partial.pop(group), slot, self._merge)
 
   def _merge(self, group: int, tensors: Tensors, slot: devices.Slot) -> None:
     if group:

@@ -15,7 +15,7 @@ from tff_kd.compat import tff
 import tree
 
 from tff_kd import communication
-from tff_kd import process as process_lib
+from tff_kd import rounds
 from tff_kd.privacy import accounting
 from tff_kd.simulation import checkpoints
 from tff_kd.simulation import client_states as client_states_lib
@@ -122,10 +122,10 @@ def train(
     rounds_per_saving: After how many rounds; the last one is always saved.
     release_managers: Get each round's flat metrics with the round number as key; of a
       process of ours, what moved is among them (`communication.ledger`).
-    client_states: What clients keep for themselves, of a process that takes it
-      (`PrivateProcess`). `select_clients` then returns client numbers. It is part of
-      what is saved: a resumed run goes on with what clients had at its checkpoint. With
-      an `initial_state`, training begins with what they have.
+    client_states: The clients' own states, of a `StatefulClientsProcess`.
+      `select_clients` then returns client numbers. It is part of what is saved: a resumed
+      run goes on with what clients had at its checkpoint. With an `initial_state`,
+      training begins with what they have.
     on_round: Called with round number and flat metrics, after they are released.
     accountant: Of a process with `privacy`: adds `privacy/epsilon` and
       `privacy/rounds`, what all rounds so far have cost, to the metrics and the
@@ -152,11 +152,11 @@ def train(
   if monitor_mode not in ('max', 'min'):
     raise ValueError(f"`monitor_mode` must be 'max' or 'min', found {monitor_mode!r}.")
   privacy = None
-  if isinstance(process, (process_lib.DistillationProcess, process_lib.PrivateProcess)):
-    privacy = process.guard.privacy
+  if isinstance(process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)):
+    privacy = process.protection.privacy
   _check_accountant(accountant, privacy, select_clients)
   moved = None
-  if isinstance(process, (process_lib.DistillationProcess, process_lib.PrivateProcess)):
+  if isinstance(process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)):
     moved = communication.round_bytes(process)
   # Not `asyncio.Runner`: it leaves the thread without the loop that TFF's own
   # training loop looks for.
@@ -271,7 +271,7 @@ def _made_by(process: tff.learning.templates.LearningProcess, state: Any) -> byt
   for path, leaf in tree.flatten_with_path(state):
     if path and path[-1] in _HYPERPARAMETERS:
       made_by['/'.join(map(str, path))] = np.asarray(leaf).tolist()
-  if isinstance(process, (process_lib.DistillationProcess, process_lib.PrivateProcess)):
+  if isinstance(process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)):
     for spec in (*process.students.specs, process.teacher_spec):
       if spec is not None:
         made_by[f'loss of the {spec.name}'] = spec.loss_description

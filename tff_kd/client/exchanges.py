@@ -1,0 +1,474 @@
+"""What clients exchange beside, or in place of, their weights.
+
+An `Exchange` says what a client uploads after its training, what the server sends back,
+and how a client learns from that before its own examples. A round ends where a paper's
+round ends in the middle: what it leaves is learned at the beginning of a client's next
+round, so that a client computes once a round.
+"""
+
+import abc
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple, Optional
+
+import tensorflow as tf
+
+from tff_kd import communication
+from tff_kd import companions
+from tff_kd import knowledge
+from tff_kd import local_terms as local_terms_lib
+from tff_kd import losses
+from tff_kd import models
+from tff_kd import server_distillation as server_distillation_lib
+from tff_kd import transfer
+
+
+class Report(NamedTuple):
+  """What a client has at hand when it makes its payload.
+
+  Attributes:
+    model: The trained student, a `BoundModel`.
+    round_num: int32 scalar, the round in which the client reports.
+    observed: The sums of `Exchange.observer`; () without one.
+    covered: bool `[m]`, the rows of the round's transfer examples on which the client
+      has predictions; `None`: all of them.
+    certainty: (inputs) -> float32 `[batch]`, from a companion; `None` without one.
+  """
+
+  model: models.BoundModel
+  round_num: tf.Tensor
+  observed: Any
+  covered: Optional[tf.Tensor] = None
+  certainty: Optional[Callable[[Any], tf.Tensor]] = None
+
+
+class Exchange(abc.ABC):
+  """Knowledge that travels as a sum over clients.
+
+  The smallest exchange defines `payload_spec` and `payload`: clients upload something
+  that the server's distillation learns from. One that also sends something back defines
+  `initial_shared`, `share` and `build_learning`.
+
+  Attributes:
+    sends_down: Whether the server sends something back.
+    keeps_sent: Whether a client must remember what it sent last.
+    needs_exact_sums: Whether every included client must count the same, unrounded.
+    needs_server_model: Whether the server's model makes what goes down.
+    transfer_set: The `TransferSet` of the exchange, or `None`.
+    rule: The `ConsensusRule` of predictions on it, or `None`.
+  """
+
+  sends_down: bool = False
+  keeps_sent: bool = False
+  needs_exact_sums: bool = False
+  needs_server_model: bool = False
+  transfer_set: Optional[transfer.TransferSet] = None
+  rule: Optional[knowledge.ConsensusRule] = None
+
+  def with_inexact_sums(self) -> 'Exchange':
+    """Returns this exchange for sums that are clipped, rounded or noised."""
+    return self
+
+  @abc.abstractmethod
+  def payload_spec(self) -> knowledge.KnowledgePayload:
+    """Returns the `tf.TensorSpec`s of what a client sends."""
+
+  def zero_payload(self) -> knowledge.KnowledgePayload:
+    """Returns what an excluded client sends."""
+    return tf.nest.map_structure(
+        lambda spec: tf.zeros(spec.shape, spec.dtype), self.payload_spec()
+    )
+
+  @abc.abstractmethod
+  def payload(self, report: Report) -> knowledge.KnowledgePayload:
+    """Returns what a client sends after its training."""
+
+  def initial_shared(self) -> Any:
+    """Returns what goes down in the first round, a structure of tensors."""
+    return ()
+
+  def share(
+      self,
+      mean_payload: knowledge.KnowledgePayload,
+      num_included: tf.Tensor,
+      server_model: Optional[models.BoundModel],
+      round_num: tf.Tensor,
+  ) -> Any:
+    """Returns what goes down in the next round.
+
+    Args:
+      mean_payload: The clients' payloads as aggregated.
+      num_included: float32 scalar, the number of included clients.
+      server_model: The server's model after its distillation; `None` unless
+        `needs_server_model`.
+      round_num: int32 scalar, the round that ends.
+    """
+    del mean_payload, num_included, server_model, round_num
+    return ()
+
+  def build_learning(
+      self, student: models.ModelSpec
+  ) -> Optional[Callable[..., 'Learned']]:
+    """Returns how a client learns from what was shared; `None`: it does not.
+
+    Args:
+      student: The client's model.
+
+    Returns:
+      (weights, broadcast, client_state) -> `Learned`, called before the training on the
+      client's own examples.
+    """
+    del student
+    return None
+
+  def observer(self) -> Optional[companions.Observer]:
+    """Returns what to sum over the local steps, or `None`."""
+    return None
+
+  def message_bits(
+      self, payload: knowledge.KnowledgePayload, client_state: companions.ClientState
+  ) -> Optional[tf.Tensor]:
+    """Returns the encoded length of a payload, an int64 scalar; `None`: not encoded."""
+    del payload, client_state
+    return None
+
+  def coded_bytes(self) -> communication.CodedBytes:
+    """Returns the sizes of the messages that are encoded."""
+    return communication.CodedBytes()
+
+
+class Learned(NamedTuple):
+  """What a client has after it learned from what was shared.
+
+  Attributes:
+    weights: The `ModelWeights` with which its own training begins.
+    terms: Terms of its loss, a sequence of `LocalTerm`s.
+    has_learned: bool scalar, whether there was anything to learn.
+  """
+
+  weights: Any
+  terms: tuple[local_terms_lib.LocalTerm, ...] = ()
+  has_learned: Any = False
+
+
+class TransferPredictions(Exchange):
+  """Predictions on the transfer set go up, for the server to distil from."""
+
+  def __init__(
+      self,
+      student: models.ModelSpec,
+      transfer_set: transfer.TransferSet,
+      rule: knowledge.ConsensusRule,
+  ):
+    """Initializes the exchange.
+
+    Args:
+      student: The clients' model.
+      transfer_set: The examples on which clients predict.
+      rule: How the predictions become the consensus.
+
+    Raises:
+      ValueError: If the rule does not fit the model's outputs.
+    """
+    knowledge.check_rule(rule, student)
+    self.transfer_set, self.rule = transfer_set, rule
+    self._shape = student.logits_shape, transfer_set.num_predictions
+
+  def payload_spec(self):
+    return self.rule.payload_spec(*self._shape)
+
+  def zero_payload(self):
+    return self.rule.zero_payload(*self._shape)
+
+  def payload(self, report):
+    ids = self.transfer_set.prediction_ids(report.round_num)
+    logits = knowledge.predict_logits(report.model, self.transfer_set, ids)
+    if report.covered is not None:
+      logits = knowledge.without_rows(logits, report.covered)
+    if not self.rule.needs_certainty:
+      return self.rule.encode(logits)
+    return self.rule.encode(
+        logits, self.transfer_set.map_inputs(report.certainty, ids)
+    )
+
+  def message_bits(self, payload, client_state):
+    return self.rule.message_bits(payload) if self.rule.is_coded else None
+
+  def coded_bytes(self):
+    return communication.CodedBytes(knowledge=self._first_message_bytes(self.rule))
+
+  def _first_message_bytes(
+      self, rule: Optional[knowledge.ConsensusRule]
+  ) -> Optional[int]:
+    if rule is None or not rule.is_coded:
+      return None
+    return rule.first_message_bytes(*self._shape)
+
+
+def for_stages(
+    stages: Sequence[server_distillation_lib.DistillationStage],
+    student: models.ModelSpec,
+    transfer_set: transfer.TransferSet,
+    rule: knowledge.ConsensusRule,
+) -> Optional[TransferPredictions]:
+  """Returns the exchange that the server's distillation needs, `None` if it needs none.
+
+  Args:
+    stages: The server's distillation.
+    student: The clients' model.
+    transfer_set: The examples on which clients predict.
+    rule: How the predictions become the consensus.
+  """
+  if not any(stage.distillation.uses_ensemble for stage in stages):
+    return None
+  return TransferPredictions(student, transfer_set, rule)
+
+
+class TransferExchange(TransferPredictions):
+  """Predictions on the transfer set go up, labels for it come down.
+
+  Coded predictions (`knowledge.CodedRule`) are encoded as changes of those that the
+  client sent last, which it keeps for that, if the transfer set has the same rows in
+  every round (no `subset_size`); else each message is encoded by itself.
+  """
+
+  sends_down = True
+
+  def __init__(
+      self,
+      student: models.ModelSpec,
+      transfer_set: transfer.TransferSet,
+      rule: knowledge.ConsensusRule,
+      digest: server_distillation_lib.DistillationStage,
+      seed: int = 0,
+      relabelling: Optional[knowledge.ConsensusRule] = None,
+  ):
+    """Initializes the exchange.
+
+    Args:
+      student: The clients' model.
+      transfer_set: The examples on which clients predict.
+      rule: How the predictions become the consensus.
+      digest: How a client's model learns from what comes down.
+      seed: With the round number, decides the order of the examples.
+      relabelling: A rule by which the server's model labels the transfer set; the
+        consensus of the clients goes down if `None`.
+
+    Raises:
+      TypeError, ValueError: If the parts do not fit together.
+    """
+    super().__init__(student, transfer_set, rule)
+    check_stage(digest, transfer_set, rule)
+    digest.distillation.check_outputs(student)
+    self._digest, self._seed, self._relabelling = digest, seed, relabelling
+    self.needs_server_model = relabelling is not None
+    self.keeps_sent = (
+        rule.is_coded and rule.codes_changes and transfer_set.is_same_every_round
+    )
+
+  def initial_shared(self):
+    return self.rule.decode(self.zero_payload())._replace(diversity=())
+
+  def share(self, mean_payload, num_included, server_model, round_num):
+    if self._relabelling is None:
+      # The factor of the mean cancels. Clients have no use for the diversity.
+      return self.rule.decode(mean_payload)._replace(diversity=())
+    logits = knowledge.predict_logits(
+        server_model, self.transfer_set, self.transfer_set.prediction_ids(round_num)
+    )
+    labels = self._relabelling.decode(self._relabelling.encode(logits))
+    # Without any client there is nothing new to learn.
+    mask = tf.where(num_included > 0.0, labels.mask, 0.0)
+    return labels._replace(mask=mask, diversity=())
+
+  def build_learning(self, student):
+    lesson = server_distillation_lib.Lesson(self._digest, student, self.transfer_set)
+
+    def learn(weights, broadcast, client_state):
+      del client_state
+      consensus = knowledge.Consensus(broadcast.shared.logits, broadcast.shared.mask)
+      # The rows of the round in which the consensus was made.
+      shared_round = tf.maximum(broadcast.shared_round, 0)
+      learned = lesson(
+          weights, None, {}, consensus, shared_round, tf.constant([self._seed, 1])
+      )
+      return Learned(
+          learned.weights, has_learned=learned.measurements['num_steps'] > 0
+      )
+
+    return learn
+
+  def message_bits(self, payload, client_state):
+    alone = super().message_bits(payload, client_state)
+    if not self.keeps_sent:
+      return alone
+    return tf.where(
+        client_state.sent_round < 0,
+        alone,
+        self.rule.message_bits(payload, client_state.sent),
+    )
+
+  def coded_bytes(self):
+    return super().coded_bytes()._replace(
+        shared=self._first_message_bytes(self._relabelling)
+    )
+
+
+def check_stage(
+    stage: server_distillation_lib.DistillationStage,
+    transfer_set: transfer.TransferSet,
+    rule: Optional[knowledge.ConsensusRule],
+) -> None:
+  """Checks a lesson of clients' models, which have no teacher beside them.
+
+  Raises:
+    TypeError, ValueError: If the stage lacks something it needs.
+  """
+  if rule is not None and rule.needs_certainty:
+    raise ValueError(
+        f'The rule {rule!r} weighs by a certainty that is given, which clients that '
+        'keep their models do not have. Take a rule that weighs by the predictions, '
+        "such as CertaintyWeighted('variance')."
+    )
+  server_distillation_lib.check_stages(
+      [stage],
+      has_teacher=False,
+      labelled=transfer_set.labelled,
+      has_validation=transfer_set.validation_size > 0,
+      has_diversity=rule is not None and rule.has_diversity,
+  )
+
+
+class ClassExchange(Exchange):
+  """Each class's mean logits up and down; a client's own part is left out of its target.
+
+  Source: Jeong et al., "Communication-Efficient On-Device Machine Learning: Federated
+  Distillation and Augmentation under Non-IID Private Data" (2018), Algorithm 1.
+  """
+
+  sends_down = True
+
+  def __init__(
+      self, student: models.ModelSpec, weight: float, *, leaves_own_out: bool = True
+  ):
+    """Initializes the exchange.
+
+    Args:
+      student: The clients' model; one prediction an example or a position.
+      weight: Of the distillation term in the clients' loss.
+      leaves_own_out: Whether a client's own part is taken out of its target, as in the
+        paper; that needs the exact sums.
+
+    Raises:
+      ValueError: If the weight is not above 0, or there are no classes to tell apart.
+    """
+    if not 0.0 < weight < float('inf'):
+      raise ValueError(
+          'The weight of the class knowledge must be finite and above 0, found '
+          f'{weight!r}.'
+      )
+    self._classes, self._weight = student.logits_shape[-1], weight
+    self._student = student
+    self.keeps_sent = self.needs_exact_sums = leaves_own_out
+    labels = tf.nest.flatten(models.split_batch(student.input_spec)[1])
+    if (
+        self._classes < 2
+        or len(labels) != 1
+        or not labels[0].dtype.is_integer
+        or labels[0].shape.rank > len(student.logits_shape)
+    ):
+      raise ValueError(
+          'Knowledge by class needs class indices as labels and two logits or more, '
+          f'found labels {labels} and {self._classes} logits.'
+      )
+
+  def with_inexact_sums(self):
+    # Of such sums nobody can take out its own part.
+    return ClassExchange(self._student, self._weight, leaves_own_out=False)
+
+  def payload_spec(self):
+    return knowledge.KnowledgePayload(
+        values=tf.TensorSpec([self._classes, self._classes], tf.float32),
+        weights=tf.TensorSpec([self._classes], tf.float32),
+    )
+
+  def initial_shared(self):
+    return tf.nest.map_structure(
+        lambda spec: tf.zeros(spec.shape), self.payload_spec()
+    )
+
+  def share(self, mean_payload, num_included, server_model, round_num):
+    if not self.keeps_sent:
+      return mean_payload
+    # Sums, so that a client can take its own part out again.
+    # Without any client the mean is no number.
+    return tf.nest.map_structure(
+        lambda t: tf.math.multiply_no_nan(t, num_included), mean_payload
+    )
+
+  def build_learning(self, student):
+    del student
+
+    def learn(weights, broadcast, client_state):
+      values, counts = broadcast.shared
+      min_count = 0.0
+      if self.keeps_sent:
+        # Before the first round both are -1, and the client has sent nothing.
+        is_in = tf.equal(client_state.sent_round, broadcast.shared_round)
+        own = tf.cast(is_in, tf.float32)
+        values -= own * client_state.sent.values
+        counts -= own * client_state.sent.weights
+        min_count = 0.5  # They are whole numbers, give or take rounding.
+      is_known = counts > min_count
+      mask = tf.cast(is_known, tf.float32)
+      targets = tf.math.divide_no_nan(
+          values, tf.where(is_known, counts, 0.0)[:, tf.newaxis]
+      )
+      term = _ClassTargets(self._weight, targets, mask)
+      return Learned(weights, (term,), tf.reduce_any(mask > 0.0))
+
+    return learn
+
+  def observer(self):
+    def observe(logits, labels):
+      one_hot = tf.one_hot(
+          tf.reshape(tf.cast(labels, tf.int32), [-1]), self._classes
+      )
+      counted = self._student.counted_labels(labels)
+      if counted is not None:  # What the loss ignores may be no class, or one.
+        one_hot *= tf.reshape(counted, [-1, 1])
+      flat = tf.reshape(logits, [-1, self._classes])
+      return knowledge.KnowledgePayload(
+          values=tf.matmul(one_hot, flat, transpose_a=True),
+          weights=tf.reduce_sum(one_hot, axis=0),
+      )
+
+    return companions.Observer(
+        zero=self.initial_shared,
+        observe=observe,
+    )
+
+  def payload(self, report):
+    return report.observed
+
+
+class _ClassTargets(local_terms_lib.LocalTerm):
+  """L + weight CE(softmax(the label's class's target), z)."""
+
+  def __init__(self, weight: float, targets: tf.Tensor, mask: tf.Tensor):
+    self._weight, self._targets, self._mask = weight, targets, mask
+
+  def __call__(self, loss, step):
+    labels = tf.cast(step.labels, tf.int32)
+    if labels.shape.rank == step.logits.shape.rank:
+      labels = tf.squeeze(labels, axis=-1)
+    mask = tf.ones(tf.shape(labels))
+    if step.counted is not None:
+      mask = tf.reshape(step.counted, tf.shape(labels))
+      labels = tf.where(mask > 0.0, labels, 0)
+    each = losses.soft_target_cross_entropy(
+        tf.nn.softmax(tf.gather(self._targets, labels)), step.logits
+    )
+    # Over the whole batch: an example without a target has no such loss.
+    return loss + self._weight * tf.reduce_mean(
+        each * mask * tf.gather(self._mask, labels)
+    )

@@ -1,0 +1,25 @@
+"""A round as one federated computation, composed of its stages."""
+
+from tff_kd import _lazy
+
+__getattr__, __dir__ = _lazy.attach(
+    __name__,
+    {
+        'channels': 'channels',
+        'process': 'process',
+        'protection': 'protection',
+        'round': 'round',
+        'state': 'state',
+        'parts': 'parts',
+        'checks': 'checks',
+        'description': 'description',
+        'ClientModel': 'parts',
+        'Options': 'parts',
+        'Parts': 'parts',
+        'takes_options': 'parts',
+        'compose_process': 'process',
+        'DistillationProcess': 'description',
+        'StatefulClientsProcess': 'description',
+        'RoundState': 'state',
+    },
+)

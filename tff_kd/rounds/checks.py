@@ -1,0 +1,309 @@
+"""What must hold before a round is built: the parts fit, and no guarantee is false."""
+
+from collections.abc import Sequence
+from typing import Any, Optional
+
+import tensorflow as tf
+from tff_kd.compat import tff
+
+from tff_kd import client_data as client_data_lib
+from tff_kd import companions
+from tff_kd import conditions
+from tff_kd import knowledge
+from tff_kd import local_terms as local_terms_lib
+from tff_kd import models
+from tff_kd import optimizers
+from tff_kd import server_distillation
+from tff_kd import transfer
+from tff_kd.client import exchanges
+from tff_kd.rounds import parts as parts_lib
+
+_UNIFORM = tff.learning.ClientWeighting.UNIFORM
+
+
+def check(parts: parts_lib.Parts, options: parts_lib.Options) -> None:
+  """Checks that an algorithm's parts and a user's options go together.
+
+  Raises:
+    TypeError, ValueError: If something is missing, or does not fit.
+  """
+  student = parts.students.first
+  if parts.teacher is not None:
+    models.check_same_outputs(student, parts.teacher)
+  if parts.distils_on is not None:
+    check_transfer_set(parts.distils_on, student)
+  if options.client_data is not None:
+    check_client_data(options.client_data, student)
+  _check_optimizers(parts, options)
+  _check_local_terms(parts, options.client_data)
+  _check_exchange(parts, options)
+  _check_stages(parts)
+  _check_companion(parts, options.client_data)
+  _check_reporting(options)
+  if not parts.averages:
+    _check_without_averaging(parts, options)
+
+
+def _check_optimizers(parts: parts_lib.Parts, options: parts_lib.Options) -> None:
+  optimizers.check_optimizer(parts.client_optimizer, 'client_optimizer')
+  optimizers.check_learning_rate_fn(options.learning_rate_fn, parts.client_optimizer)
+  if options.server_optimizer is not None:
+    optimizers.check_optimizer(options.server_optimizer, 'server_optimizer')
+
+
+def _check_stages(parts: parts_lib.Parts) -> None:
+  """Checks the server's lessons, and that of clients before the first round."""
+  transfer_set, rule = parts.distils_on, None
+  if parts.exchange is not None:
+    rule = parts.exchange.rule
+  if transfer_set is None and (parts.stages or parts.pretraining):
+    raise ValueError('Distillation and pretraining need a `transfer_set`.')
+  if parts.stages:
+    server_distillation.check_stages(
+        parts.stages,
+        has_teacher=parts.teacher is not None,
+        labelled=transfer_set.labelled,
+        has_validation=transfer_set.validation_size > 0,
+        has_diversity=rule is not None and rule.has_diversity,
+    )
+  if parts.pretraining is None:
+    return
+  if parts.client_model is not parts_lib.ClientModel.KEPT:
+    raise ValueError(
+        'Pretraining needs clients that keep their models: others begin every round '
+        f'with the same weights, found {parts.client_model}.'
+    )
+  exchanges.check_stage(parts.pretraining, transfer_set, rule)
+
+
+def _check_exchange(parts: parts_lib.Parts, options: parts_lib.Options) -> None:
+  """Checks what an exchange needs of the rest."""
+  exchange = parts.exchange
+  if exchange is None:
+    if options.knowledge_aggregator is not None:
+      raise ValueError(
+          'There are no predictions for `knowledge_aggregator` to aggregate: no stage '
+          'distils from the ensemble.'
+      )
+    return
+  if exchange.needs_server_model and not parts.stages:
+    raise ValueError(
+        "What this exchange sends down is made by the server's model: give it a "
+        'stage in `stages`.'
+    )
+  if exchange.needs_exact_sums:
+    _check_exact_sums(options)
+
+
+def _check_exact_sums(options: parts_lib.Options) -> None:
+  """Checks that all included clients count the same in the sums."""
+  reason = "This exchange leaves a client's own part out of a sum, so that "
+  if options.knowledge_aggregator is not None:
+    raise ValueError(
+        f'{reason}all parts must be in it as they are: `knowledge_aggregator` must be '
+        f'`None`, found {options.knowledge_aggregator!r}.'
+    )
+  if options.knowledge_weighting not in (None, _UNIFORM):
+    raise ValueError(
+        f'{reason}all parts must weigh the same: `knowledge_weighting` must be '
+        '`tff.learning.ClientWeighting.UNIFORM`, found '
+        f'{options.knowledge_weighting}.'
+    )
+  reporting = options.reporting
+  if reporting is not None and reporting.max_delay and reporting.staleness_power:
+    raise ValueError(
+        f'{reason}late clients must weigh as much as others: `staleness_power` must be '
+        f'0, found {reporting.staleness_power}.'
+    )
+
+
+def _check_without_averaging(
+    parts: parts_lib.Parts, options: parts_lib.Options
+) -> None:
+  """Checks that nothing is given that belongs to the averaging of weights."""
+  for name in ('server_optimizer', 'client_weighting', 'model_aggregator'):
+    if getattr(options, name) is not None:
+      raise ValueError(
+          f'`{name}` is about the average of weights, and in this algorithm weights '
+          f'never leave clients: leave it out, found {getattr(options, name)!r}.'
+      )
+  for term in parts.local_terms:
+    if term.target in ('student', 'student_history') or term.needs_received:
+      raise ValueError(
+          f'{term!r} compares with the student that the server sends, and in this '
+          'algorithm it sends none. Leave the term out.'
+      )
+  if parts.companion is not None and parts.companion.has_client_state:
+    raise ValueError(
+        f'{type(parts.companion).__name__} keeps a state at clients, and so do the '
+        'clients of this algorithm: it needs an algorithm that averages weights.'
+    )
+
+
+def _check_reporting(options: parts_lib.Options) -> None:
+  reporting = options.reporting
+  if reporting is None:
+    return
+  if not isinstance(reporting, conditions.Reporting):
+    raise TypeError(f'`reporting` must be a `tff_kd.Reporting`, found {reporting!r}.')
+  if options.client_data is None:
+    raise ValueError(
+        '`reporting` needs clients that read their examples by reference: pass '
+        '`client_data=`.'
+    )
+
+
+def _check_local_terms(
+    parts: parts_lib.Parts, client_data: Optional[client_data_lib.ClientBatches]
+) -> None:
+  """Checks that each term has the models, labels and classes that it needs."""
+  for term in parts.local_terms:
+    if not isinstance(term, local_terms_lib.LocalTerm):
+      raise TypeError(
+          '`local_terms` must be a list of `tff_kd.local_terms.LocalTerm`s, found '
+          f'{term!r}.'
+      )
+    if term.target not in (None, *local_terms_lib.TARGETS):
+      raise ValueError(
+          f'The `target` of a local term must be one of {local_terms_lib.TARGETS} '
+          f'or None, found {term.target!r}.'
+      )
+    if term.target == 'teacher' and parts.teacher is None:
+      raise ValueError(
+          "A local term with target='teacher' needs a teacher; pass `teacher_fn`."
+      )
+    if term.needs_labels and client_data is not None and client_data.label_share < 1.0:
+      raise ValueError(
+          f'{term} needs the label of every example: `label_share` must be 1, found '
+          f'{client_data.label_share}.'
+      )
+    if term.needs_classes:
+      models.check_has_classes(parts.students.first, type(term).__name__)
+  history_size(parts.local_terms)
+
+
+def history_size(terms: Sequence[local_terms_lib.LocalTerm]) -> int:
+  """Returns how many past students the terms need.
+
+  Raises:
+    ValueError: If they do not agree.
+  """
+  sizes = {term.history_size for term in terms if term.target == 'student_history'}
+  if len(sizes) > 1:
+    raise ValueError(
+        f'Local terms must agree on `history_size`, found {sorted(sizes)}.'
+    )
+  return max(sizes, default=0)
+
+
+def _check_companion(
+    parts: parts_lib.Parts, client_data: Optional[client_data_lib.ClientBatches]
+) -> None:
+  """Checks that certainties are given where a rule needs them, and only there."""
+  companion = parts.companion
+  if companion is not None and not isinstance(companion, companions.Companion):
+    raise TypeError(
+        f'`companion` must be a `tff_kd.companions.Companion`, found {companion!r}.'
+    )
+  rule: Optional[knowledge.ConsensusRule] = None
+  if parts.exchange is not None:
+    rule = parts.exchange.rule
+  gives = companion is not None and companion.gives_certainty
+  needs = rule is not None and rule.needs_certainty
+  if needs and not gives:
+    raise ValueError(
+        f'The rule {rule!r} weighs by a certainty that is given, but no companion '
+        'gives one. Pass `companion=tff_kd.certainty.CertaintyScorer(...)`, or a rule '
+        "that takes it from the predictions, such as CertaintyWeighted('variance')."
+    )
+  if gives and not needs:
+    raise ValueError(
+        "A companion that gives clients' certainties needs a distillation from the "
+        f"ensemble and a rule that weighs by them, CertaintyWeighted('given'), found "
+        f'{rule!r}.'
+    )
+  if companion is not None and companion.needs_client_number and client_data is None:
+    raise ValueError(
+        'This companion needs clients that read their examples by reference: pass '
+        '`client_data=`. (For a private certainty: a dataset may hold an example '
+        'several times, and the noise covers one.) Without noise, epsilon=None, '
+        'datasets will do.'
+    )
+
+
+def check_client_data(
+    client_data: client_data_lib.ClientBatches, student: models.ModelSpec
+) -> None:
+  """Checks that clients' examples are of the kind that the model takes.
+
+  Raises:
+    TypeError, ValueError: If they are not.
+  """
+  if not isinstance(client_data, client_data_lib.ClientBatches):
+    raise TypeError(
+        '`client_data` must be a `tff_kd.ClientBatches`, which says how clients read '
+        f'a `tff_kd.FileClientData`, found {client_data!r}.'
+    )
+  if not _is_compatible(student.input_spec, client_data.element_spec):
+    raise ValueError(
+        '`input_spec` and `client_data` must have batches of one kind, found '
+        f'{student.input_spec} and {client_data.element_spec}. Pass '
+        '`input_spec=client_data.element_spec`.'
+    )
+
+
+def check_transfer_set(
+    transfer_set: transfer.TransferSet, student: models.ModelSpec
+) -> None:
+  """Checks that transfer examples are of the kind that the models take.
+
+  Raises:
+    ValueError: If they are not, or if a label has no meaning.
+  """
+  inputs_spec, labels_spec = models.split_batch(student.input_spec)
+  pairs = [('inputs', inputs_spec, transfer_set.inputs_spec)]
+  if transfer_set.labelled:
+    pairs.append(('labels', labels_spec, transfer_set.labels_spec))
+  for what, expected, found in pairs:
+    if not _is_compatible(expected, found):
+      raise ValueError(
+          f"The transfer set's {what} must be like the clients' {what}: expected "
+          f'{expected}, found {found}. Convert them to that shape and dtype.'
+      )
+  if transfer_set.labelled:
+    _check_labels(transfer_set, student)
+
+
+def _check_labels(
+    transfer_set: transfer.TransferSet, student: models.ModelSpec
+) -> None:
+  rows = tf.range(transfer_set.size)
+  known = tf.boolean_mask(
+      transfer_set.gather_labels(rows), transfer_set.gather_label_weights(rows) > 0.0
+  )
+  outputs_shape = tf.TensorShape([None]).concatenate(student.outputs_shape)
+  _, bad = student.usable_labels(known, outputs_shape)
+  if not bad:
+    return
+  num_logits = student.logits_shape[-1]
+  expected = (
+      '0, 1 or between'
+      if num_logits == 1
+      else f'class numbers from 0 to {num_logits - 1}'
+  )
+  raise ValueError(
+      f"The transfer set's labels must be {expected}, found {known.numpy().min()} to "
+      f'{known.numpy().max()}. Mend them, or mark them as unknown in `label_mask`.'
+  )
+
+
+def _is_compatible(expected: Any, found: Any) -> bool:
+  """Whether batches of one spec can stand for batches of the other."""
+  try:
+    tf.nest.assert_same_structure(expected, found)
+  except (TypeError, ValueError):
+    return False
+  return all(
+      e.dtype == f.dtype and e.shape[1:].is_compatible_with(f.shape[1:])
+      for e, f in zip(tf.nest.flatten(expected), tf.nest.flatten(found))
+  )

@@ -1,0 +1,210 @@
+"""What a round is made of: an algorithm's parts, and the options of all algorithms."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import difflib
+import enum
+import functools
+import inspect
+from typing import Any, Optional
+
+from tff_kd.compat import tff
+
+from tff_kd import client_data as client_data_lib
+from tff_kd import cohorts
+from tff_kd import companions
+from tff_kd import conditions
+from tff_kd import local_terms as local_terms_lib
+from tff_kd import local_training
+from tff_kd import models
+from tff_kd import optimizers
+from tff_kd import server_distillation
+from tff_kd import transfer
+from tff_kd.client import exchanges
+from tff_kd.privacy import differential
+from tff_kd.privacy import secure
+from tff_kd.rounds import channels
+
+
+class ClientModel(enum.Enum):
+  """With which weights a client's round begins, and what becomes of them.
+
+  Attributes:
+    RECEIVED: With the server's student; the change goes up and is averaged.
+    KEPT: With the client's own of its last round, which never leave it.
+    INITIAL: With the initial weights in every round; they never leave the client.
+  """
+
+  RECEIVED = 'received'
+  KEPT = 'kept'
+  INITIAL = 'initial'
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Parts:
+  """What an algorithm chooses.
+
+  Attributes:
+    students: The model that clients train, or those of the cohorts. Where clients do not
+      receive weights, the server's student, if there is one, is the first of them.
+    client_optimizer: The clients' TFF optimizer, or a function that returns a Keras one.
+    client_model: With which weights clients begin.
+    local_terms: Terms of the clients' loss beside the supervised one, in order.
+    companion: An auxiliary component of the clients' training.
+    exchange: What clients exchange beside, or in place of, weights.
+    transfer_set: What the server distils on; that of the exchange if `None`.
+    teacher: The server's large model, if it has one.
+    stages: The server's distillation, in order; none if empty.
+    pretraining: How a new client's model, and the server's, learn from the transfer
+      set's labels before the first round; `None`: not at all.
+  """
+
+  students: cohorts.Students
+  client_optimizer: optimizers.Optimizer
+  client_model: ClientModel = ClientModel.RECEIVED
+  local_terms: Sequence[local_terms_lib.LocalTerm] = ()
+  companion: Optional[companions.Companion] = None
+  exchange: Optional[exchanges.Exchange] = None
+  transfer_set: Optional[transfer.TransferSet] = None
+  teacher: Optional[models.ModelSpec] = None
+  stages: Sequence[server_distillation.DistillationStage] = ()
+  pretraining: Optional[server_distillation.DistillationStage] = None
+
+  @property
+  def averages(self) -> bool:
+    """Whether clients receive the student's weights and send back their change."""
+    return self.client_model is ClientModel.RECEIVED
+
+  @property
+  def distils_on(self) -> Optional[transfer.TransferSet]:
+    """The transfer set, if there is one."""
+    if self.transfer_set is not None or self.exchange is None:
+      return self.transfer_set
+    return self.exchange.transfer_set
+
+  @property
+  def server_students(self) -> Optional[cohorts.Students]:
+    """The architectures of the server's student; `None`: it has none."""
+    if self.averages:
+      return self.students
+    return cohorts.as_students(self.students.first) if self.stages else None
+
+  @property
+  def uses_ensemble(self) -> bool:
+    """Whether the server distils from what clients upload."""
+    return any(stage.distillation.uses_ensemble for stage in self.stages)
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """What a user may choose for any algorithm.
+
+  Attributes:
+    client_data: Where and how clients read their examples, a `ClientBatches`. `next`
+      then takes client numbers in place of datasets, which is the fastest way. With
+      cohorts, `next` takes {'cohort': number, 'data': dataset or number} a client.
+    server_optimizer: Applies the mean update to the student (FedOpt); plain averaging
+      (SGD with rate 1) if `None`. Only where weights are averaged.
+    client_weighting: A client's weight in the mean update: its number of examples
+      (`NUM_EXAMPLES`, the default) or 1 (`UNIFORM`). Only where weights are averaged.
+    knowledge_weighting: Its weight in what clients exchange; if `None`, that of the
+      mean update, and `UNIFORM` where no weights are averaged.
+    model_aggregator: A `tff.aggregators` factory for the updates; if `None`, the
+      weighted mean, as `tff.aggregators.MeanFactory()` but with the products made by the
+      clients. Unweighted factories get no weights. Only where weights are averaged.
+    knowledge_aggregator: A factory for what clients exchange; the weighted mean if
+      `None`.
+    metrics_aggregator: As in `tff.learning.algorithms`.
+    local_terms: Further terms of the clients' loss, a sequence of
+      `tff_kd.local_terms.LocalTerm`s, after the algorithm's own.
+    companion: An auxiliary component of the clients' training, a
+      `tff_kd.companions.Companion`.
+    learning_rate_fn: Maps a round's number, an int32 tensor from 0, to the clients'
+      learning rate, as in TFF's `build_weighted_fed_avg_with_optimizer_schedule`; needs
+      a TFF optimizer.
+    reporting: Policy for late, partial or insufficient reports, a `tff_kd.Reporting`.
+      `next` then takes {'data': number, 'conditions': `ClientConditions`} a client.
+      Needs `client_data`.
+    privacy: Makes what clients send differentially private, all channels together, a
+      `tff_kd.privacy.DifferentialPrivacy`; no client's metrics are then released. Needs
+      `UNIFORM` weights.
+    secure_aggregation: Sums what clients send as a secure protocol would, a
+      `tff_kd.privacy.SecureAggregation`.
+    seed: With the round number, decides the order of the server's examples and what is
+      drawn in training.
+  """
+
+  client_data: Optional[client_data_lib.ClientBatches] = None
+  server_optimizer: Optional[optimizers.Optimizer] = None
+  client_weighting: Optional[tff.learning.ClientWeighting] = None
+  knowledge_weighting: Optional[tff.learning.ClientWeighting] = None
+  model_aggregator: Optional[channels.AggregationFactory] = None
+  knowledge_aggregator: Optional[channels.AggregationFactory] = None
+  metrics_aggregator: Optional[Any] = None
+  local_terms: Sequence[local_terms_lib.LocalTerm] = ()
+  companion: Optional[companions.Companion] = None
+  learning_rate_fn: Optional[local_training.LearningRateFn] = None
+  reporting: Optional[conditions.Reporting] = None
+  privacy: Optional[differential.DifferentialPrivacy] = None
+  secure_aggregation: Optional[secure.SecureAggregation] = None
+  seed: int = 0
+
+  def with_defaults(self, **defaults: Any) -> 'Options':
+    """Returns these options with an algorithm's values for those that are `None`."""
+    return dataclasses.replace(
+        self,
+        **{
+            name: value
+            for name, value in defaults.items() if getattr(self, name) is None
+        },
+    )
+
+
+OPTION_NAMES = tuple(field.name for field in dataclasses.fields(Options))
+_EMPTY = inspect.Parameter.empty
+
+
+def takes_options(build: Callable[..., Any]) -> Callable[..., Any]:
+  """Spells the fields of `Options` out as arguments of a builder.
+
+  Args:
+    build: Keyword-only, with an argument `options: Options`.
+
+  Returns:
+    The builder with the fields of `Options` in place of `options`; `inspect.signature`
+    and `help` show them.
+  """
+  signature = inspect.signature(build)
+  own = {
+      name: parameter
+      for name, parameter in signature.parameters.items() if name != 'options'
+  }
+  shared = [
+      inspect.Parameter(
+          field.name,
+          inspect.Parameter.KEYWORD_ONLY,
+          default=field.default,
+          annotation=field.type,
+      )
+      for field in dataclasses.fields(Options)
+  ]
+  names = [*own, *OPTION_NAMES]
+
+  @functools.wraps(build)
+  def with_options(**kwargs):
+    for name in kwargs:
+      if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f' Did you mean {near[0]!r}?' if near else ''
+        raise TypeError(
+            f'{build.__name__}() has no argument {name!r}.{hint} Its arguments are '
+            f'{", ".join(names)}.'
+        )
+    missing = [n for n, p in own.items() if p.default is _EMPTY and n not in kwargs]
+    if missing:
+      raise TypeError(f'{build.__name__}() needs the argument {missing[0]!r}.')
+    chosen = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}
+    return build(**kwargs, options=Options(**chosen))
+
+  with_options.__signature__ = signature.replace(parameters=[*own.values(), *shared])
+  return with_options

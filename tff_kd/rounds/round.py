@@ -1,0 +1,381 @@
+"""One round as a federated computation: its stages, and what goes between them.
+
+```
+ state -> broadcast -> client work -> channels -> finalizer -> server distillation
+                                         |                          |
+                                         +----- knowledge ----------+--> shared next
+```
+"""
+
+import collections
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tff_kd.compat import tff
+
+from tff_kd import graphs
+from tff_kd import knowledge
+from tff_kd import models
+from tff_kd import server_distillation as server_distillation_lib
+from tff_kd.client import work as work_lib
+from tff_kd.rounds import checks
+from tff_kd.rounds import description as description_lib
+from tff_kd.rounds import parts as parts_lib
+from tff_kd.rounds import state as state_lib
+from tff_kd.server import finalizer as finalizer_lib
+
+
+class _Down(NamedTuple):
+  """What goes down in a round, and what the server remembers of it."""
+
+  received: tff.Value
+  distributor: Any
+  history: tff.Value
+  broadcasts: tff.Value
+
+
+class _Models(NamedTuple):
+  """The server's models after a round, with the stages that moved them."""
+
+  student: tff.Value
+  aggregated: tff.Value
+  teacher: tff.Value
+  finalizer: tff.Value
+  distillation: tff.Value
+  finalizer_metrics: tff.Value
+  distillation_metrics: tff.Value
+
+
+def _nothing() -> tff.Value:
+  return tff.federated_value((), tff.SERVER)
+
+
+class Round:
+  """The stages of a round, and the computations that they compose to."""
+
+  def __init__(
+      self,
+      parts: parts_lib.Parts,
+      options: parts_lib.Options,
+      client_work: work_lib.ClientWork,
+      aggregator: tff.templates.MeasuredProcess,
+  ):
+    self.parts, self.plan = parts, client_work.plan
+    self.client_work, self.aggregator = client_work, aggregator
+    self.min_reports = options.reporting.min_reports if options.reporting else 0
+    self.distributor = tff.learning.templates.build_broadcast_process(
+        self.plan.broadcast_history.sent_type
+    )
+    self.finalizer, self.server_distillation = None, None
+    if parts.averages:
+      self.finalizer = finalizer_lib.build_student_finalizer(
+          parts.students,
+          options.server_optimizer or tff.learning.optimizers.build_sgdm(1.0),
+      )
+    if parts.stages:
+      self.server_distillation = server_distillation_lib.build_server_distillation(
+          parts.server_students,
+          parts.teacher,
+          parts.distils_on,
+          parts.stages,
+          consensus_rule=(
+              parts.exchange.rule if parts.exchange else knowledge.MeanLogits()
+          ),
+          seed=options.seed,
+      )
+    self.initial_history, self.remember = state_lib.build_history(
+        parts.students, checks.history_size(parts.local_terms)
+    )
+
+  def build_initialize(self) -> tff.Computation:
+    """Builds ( -> RoundState@SERVER)."""
+    parts, students = self.parts, self.parts.server_students
+
+    @graphs.computation()
+    def initial_values():
+      """What needs no stage of its own."""
+      student = ()
+      if students is not None:
+        student = students.pack([
+            self.plan.initial_weights(i) for i in range(len(students.specs))
+        ])
+      teacher, companion, shared = (), (), ()
+      if parts.teacher is not None:
+        teacher = tf.nest.map_structure(tf.constant, parts.teacher.initial_weights)
+      if parts.companion is not None:
+        companion = parts.companion.initial_server_state()
+      if parts.exchange is not None:
+        shared = parts.exchange.initial_shared()
+      return student, teacher, companion, shared
+
+    sends_down = parts.exchange is not None and parts.exchange.sends_down
+
+    def initial_of(stage: Any) -> tff.Value:
+      return stage.initialize() if stage is not None else _nothing()
+
+    @tff.federated_computation
+    def init_fn():
+      student, teacher, companion, shared = tff.federated_eval(
+          initial_values, tff.SERVER
+      )
+      both = parts.averages and parts.stages
+      return tff.federated_zip(
+          state_lib.RoundState(
+              global_model_weights=student,
+              aggregated_model_weights=student if both else _nothing(),
+              teacher_weights=teacher,
+              student_history=tff.federated_eval(self.initial_history, tff.SERVER),
+              shared=shared,
+              shared_round=(
+                  tff.federated_value(np.int32(-1), tff.SERVER)
+                  if sends_down else _nothing()
+              ),
+              round_num=tff.federated_value(np.int32(0), tff.SERVER),
+              distributor=self.distributor.initialize(),
+              client_work=self.client_work.initialize(),
+              aggregator=self.aggregator.initialize(),
+              finalizer=initial_of(self.finalizer),
+              server_distillation=initial_of(self.server_distillation),
+              companion=companion,
+              broadcasts=tff.federated_eval(
+                  self.plan.broadcast_history.initial, tff.SERVER
+              ),
+          )
+      )
+
+    return init_fn
+
+  def build_next(self, state_type: tff.Type) -> tff.Computation:
+    """Builds the round, of the type that `compose_process` returns."""
+    self._build_server_parts(state_type.member)
+    types = [state_type, tff.FederatedType(self.plan.data_type, tff.CLIENTS)]
+    if self.plan.keeps_state:
+      client_state_type = self.client_work.next.type_signature.parameter[3]
+      types.append(tff.FederatedType(client_state_type, tff.CLIENTS))
+
+      @tff.federated_computation(*types)
+      def next_fn(state, client_data, client_states):
+        return description_lib.StatefulClientsOutput(
+            *self._run(state, client_data, client_states)
+        )
+
+    else:
+
+      @tff.federated_computation(*types)
+      def next_fn(state, client_data):
+        no_states = tff.federated_value((), tff.CLIENTS)
+        new_state, _, metrics = self._run(state, client_data, no_states)
+        return tff.learning.templates.LearningProcessOutput(new_state, metrics)
+
+    return next_fn
+
+  def _build_server_parts(self, member: tff.Type) -> None:
+    """Builds the small computations between the stages."""
+    parts = self.parts
+    self.broadcast_companion = self.share = self.keep_or_skip = None
+    if parts.companion is not None:
+      self.broadcast_companion = graphs.computation(member.companion)(
+          parts.companion.broadcast
+      )
+    if self.min_reports:
+      self.keep_or_skip = state_lib.build_skipping(member, self.min_reports)
+    if parts.exchange is None or not parts.exchange.sends_down:
+      return
+    exchange, student = parts.exchange, parts.students.first
+    needs_model = exchange.needs_server_model
+
+    @graphs.computation(
+        tff.types.tensorflow_to_type(exchange.payload_spec()),
+        np.int32,
+        member.global_model_weights if needs_model else tff.to_type(()),
+        np.int32,
+    )
+    def share(mean_payload, num_included, server_weights, round_num):
+      server_model = None
+      if needs_model:
+        server_model = models.BoundModel(student, student.values(server_weights))
+      return exchange.share(
+          knowledge.KnowledgePayload(mean_payload.values, mean_payload.weights),
+          tf.cast(num_included, tf.float32),
+          server_model,
+          round_num,
+      )
+
+    self.share = share
+
+  def _run(self, state, client_data, client_states):
+    """One round: the next state, what clients keep, the metrics."""
+    down = self._send(state)
+    output, left = self._work(state, down, client_data, client_states)
+    companion_state, companion_metrics = state.companion, _nothing()
+    if self.parts.companion is not None:
+      companion_state, companion_metrics = self.parts.companion.exchange(
+          state.companion, left.exchanged, state.round_num
+      )
+    up = self.aggregator.next(state.aggregator, output)
+    participation = up.measurements.client_work['participation']
+    models_after = self._learn(state, up.result)
+    new_state = tff.federated_zip(
+        state_lib.RoundState(
+            global_model_weights=models_after.student,
+            aggregated_model_weights=models_after.aggregated,
+            teacher_weights=models_after.teacher,
+            student_history=down.history,
+            shared=self._shared(state, up, models_after.student),
+            shared_round=state.round_num if self.share is not None else _nothing(),
+            round_num=tff.federated_map(state_lib.add_one, state.round_num),
+            distributor=down.distributor.state,
+            client_work=state.client_work,
+            aggregator=up.state,
+            finalizer=models_after.finalizer,
+            server_distillation=models_after.distillation,
+            companion=companion_state,
+            broadcasts=down.broadcasts,
+        )
+    )
+    skipped = _nothing()
+    if self.keep_or_skip is not None:
+      new_state, skipped = tff.federated_map(
+          self.keep_or_skip, (state, new_state, participation['num_included'])
+      )
+    metrics = collections.OrderedDict(
+        distributor=down.distributor.measurements,
+        client_work=(
+            up.measurements.client_work if self.plan.releases_metrics else _nothing()
+        ),
+        aggregator=up.measurements.aggregator,
+        finalizer=models_after.finalizer_metrics,
+        server_distillation=models_after.distillation_metrics,
+        companion=companion_metrics,
+        round_skipped=skipped,
+    )
+    kept = left.client_state if self.plan.keeps_state else None
+    return new_state, kept, tff.federated_zip(metrics)
+
+  def _send(self, state) -> _Down:
+    """What goes down."""
+    history, mean_of_history = state.student_history, _nothing()
+    if self.remember is not None:
+      history, mean_of_history = tff.federated_map(
+          self.remember, (state.student_history, state.global_model_weights)
+      )
+    companion = _nothing()
+    if self.parts.companion is not None:
+      companion = tff.federated_map(self.broadcast_companion, state.companion)
+    sent = tff.federated_zip(
+        work_lib.Broadcast(
+            student=state.global_model_weights if self.parts.averages else _nothing(),
+            teacher=(
+                state.teacher_weights if 'teacher' in self.plan.targets else _nothing()
+            ),
+            student_history=mean_of_history,
+            shared=state.shared,
+            shared_round=state.shared_round,
+            round_num=state.round_num if self.plan.needs_round else _nothing(),
+            companion=companion,
+        )
+    )
+    broadcasts, history_of_sent = _nothing(), self.plan.broadcast_history
+    if history_of_sent.max_delay:
+      broadcasts, sent = tff.federated_map(
+          history_of_sent.push, (state.broadcasts, sent)
+      )
+    distributed = self.distributor.next(state.distributor, sent)
+    return _Down(distributed.result, distributed, history, broadcasts)
+
+  def _work(self, state, down: _Down, client_data, client_states):
+    """The clients' part: what they send, and what they keep, if anything."""
+    arguments = (
+        tff.federated_broadcast(state.client_work), down.received, client_data
+    )
+    if self.parts.companion is None and not self.plan.keeps_state:
+      return tff.federated_map(self.client_work.next, arguments), None
+    return tff.federated_map(self.client_work.next, (*arguments, client_states))
+
+  def _learn(self, state, mean: Any) -> _Models:
+    """The student moves along the mean update; then the server distils."""
+    student, finalizer, measured = state.global_model_weights, _nothing(), _nothing()
+    if self.finalizer is not None:
+      finalized = self.finalizer.next(state.finalizer, student, mean.model)
+      student, finalizer = finalized.result, finalized.state
+      measured = finalized.measurements
+    if self.server_distillation is None:
+      return _Models(
+          student, _nothing(), state.teacher_weights, finalizer, _nothing(), measured,
+          _nothing(),
+      )
+    distilled = self.server_distillation.next(
+        state.server_distillation,
+        tff.federated_zip(
+            server_distillation_lib.ServerModels(
+                student=student, teacher=state.teacher_weights
+            )
+        ),
+        mean.knowledge if self.parts.uses_ensemble else _nothing(),
+        state.round_num,
+    )
+    return _Models(
+        distilled.result.student,
+        student if self.parts.averages else _nothing(),
+        distilled.result.teacher,
+        finalizer,
+        distilled.state,
+        measured,
+        distilled.measurements,
+    )
+
+  def _shared(self, state, up, student) -> tff.Value:
+    """What goes down in the next round."""
+    if self.share is None:
+      return _nothing()
+    return tff.federated_map(
+        self.share,
+        (
+            up.result.knowledge,
+            up.measurements.client_work['participation']['num_included'],
+            student if self.parts.exchange.needs_server_model else _nothing(),
+            state.round_num,
+        ),
+    )
+
+  def build_accessors(self, member: tff.Type) -> description_lib.Accessors:
+    """Builds what reads and replaces parts of a state: selections, nothing to trace."""
+
+    def getter(field: str) -> tff.Computation:
+      @tff.federated_computation(member)
+      def get_fn(state):
+        return getattr(state, field)
+
+      return get_fn
+
+    def setter(field: str) -> tff.Computation:
+      @tff.federated_computation(member, getattr(member, field))
+      def set_fn(state, value):
+        return state_lib.replaced(state, **{field: value})
+
+      return set_fn
+
+    @tff.federated_computation(member)
+    def get_hparams(state):
+      hparams = collections.OrderedDict(client_work=state.client_work)
+      if self.finalizer is not None:
+        hparams['finalizer'] = self.finalizer.get_hparams(state.finalizer)
+      return hparams
+
+    @tff.federated_computation(member, get_hparams.type_signature.result)
+    def set_hparams(state, hparams):
+      changed = {'client_work': hparams['client_work']}
+      if self.finalizer is not None:
+        changed['finalizer'] = self.finalizer.set_hparams(
+            state.finalizer, hparams['finalizer']
+        )
+      return state_lib.replaced(state, **changed)
+
+    fields = ('global_model_weights', 'teacher_weights')
+    exist = (self.parts.server_students is not None, self.parts.teacher is not None)
+    pairs = [
+        (getter(field), setter(field)) if exists else (None, None)
+        for field, exists in zip(fields, exist)
+    ]
+    return description_lib.Accessors(*pairs[0], *pairs[1], get_hparams, set_hparams)

@@ -1,0 +1,154 @@
+"""The server's state of a round, and what is computed on it."""
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow as tf
+from tff_kd.compat import tff
+
+from tff_kd import cohorts
+from tff_kd import graphs
+
+
+class StudentHistory(NamedTuple):
+  """The students that were sent out in the last rounds.
+
+  Attributes:
+    sent: A `ModelWeights` (with cohorts, a tuple) whose arrays have a leading axis of
+      `history_size`; zeros where none was sent yet.
+    num_sent: int32, how many were sent so far, in rounds that were not skipped.
+  """
+
+  sent: Any
+  num_sent: Any
+
+
+class RoundState(NamedTuple):
+  """The server's state; a slot that an algorithm does not use is ().
+
+  Attributes:
+    global_model_weights: The student's `ModelWeights`, after distillation; with cohorts
+      a tuple, here and in the next two.
+    aggregated_model_weights: The student as averaging left it, before the server's
+      distillation.
+    teacher_weights: The teacher's `ModelWeights`.
+    student_history: A `StudentHistory`, where clients learn from it.
+    shared: What goes down to clients of the last round's exchange.
+    shared_round: int32, the round that left it; -1 before the first.
+    round_num: int32, the number of finished rounds.
+    distributor: State of the distributor.
+    client_work: State of the client work (the client optimizer's hyperparameters).
+    aggregator: The states of the channels' aggregators.
+    finalizer: State of the optimizer that applies the mean update.
+    server_distillation: The states of the distillation's optimizers.
+    companion: The companion's server state.
+    broadcasts: What was sent in the last rounds, where clients may be late.
+  """
+
+  global_model_weights: Any
+  aggregated_model_weights: Any
+  teacher_weights: Any
+  student_history: Any
+  shared: Any
+  shared_round: Any
+  round_num: Any
+  distributor: Any
+  client_work: Any
+  aggregator: Any
+  finalizer: Any
+  server_distillation: Any
+  companion: Any
+  broadcasts: Any
+
+
+def replaced(state: tff.Value, **changed: Any) -> RoundState:
+  """Returns a state with other fields in a TFF computation, which has no `_replace`."""
+  return RoundState(**{
+      field: changed.get(field, getattr(state, field)) for field in RoundState._fields
+  })
+
+
+@graphs.computation(np.int32)
+def add_one(x):
+  """Returns x + 1."""
+  return x + 1
+
+
+def build_history(students: cohorts.Students, size: int):
+  """Builds the computations that keep the last students.
+
+  Args:
+    students: The student, or those of the cohorts.
+    size: How many to keep; with 0 the history is () and never updated.
+
+  Returns:
+    ( -> H) and (<H, weights> -> <H, the mean of the history>); the second is `None` with
+    size 0.
+  """
+
+  @graphs.computation()
+  def initial_history():
+    if not size:
+      return ()
+    sent = tf.nest.map_structure(
+        lambda w: tf.zeros([size, *w.shape], w.dtype), students.initial_weights
+    )
+    return StudentHistory(sent, tf.constant(0))
+
+  if not size:
+    return initial_history, None
+
+  @graphs.computation(initial_history.type_signature.result, students.weights_type)
+  def remember(history, weights):
+    place = [[history.num_sent % size]]
+    sent = tf.nest.map_structure(
+        lambda past, w: tf.tensor_scatter_nd_update(past, place, [w]),
+        history.sent, weights,
+    )
+    # Not the round's number: a round that is skipped leaves the history as it was.
+    num_sent = history.num_sent + 1
+    count = tf.minimum(num_sent, size)
+
+    def mean(past, w):
+      # A value that is not a real number (a counter) has no mean: the last value.
+      if not w.dtype.is_floating:
+        return w
+      return tf.reduce_sum(past, 0) / tf.cast(count, past.dtype)
+
+    mean_of_history = tf.nest.map_structure(mean, sent, weights)
+    return StudentHistory(sent, num_sent), mean_of_history
+
+  return initial_history, remember
+
+
+# What a skipped round changes all the same.
+_NOT_SKIPPED: Sequence[str] = ('round_num', 'broadcasts')
+
+
+def build_skipping(state_type: tff.Type, min_reports: int) -> tff.Computation:
+  """Builds the computation that skips a round with too few reports.
+
+  Args:
+    state_type: The type of the `RoundState`.
+    min_reports: How many are enough.
+
+  Returns:
+    A `tff.Computation` (<state before, state after, number of reports> -> <next state,
+    int32 1 if the round is skipped>).
+  """
+
+  @graphs.computation(state_type, state_type, np.int32)
+  def keep_or_skip(before, after, num_reports):
+    skipped = num_reports < min_reports
+    fields = {}
+    for name in RoundState._fields:
+      new = getattr(after, name)
+      if name not in _NOT_SKIPPED:
+        new = tf.nest.map_structure(
+            lambda old, new: tf.where(skipped, old, new), getattr(before, name), new
+        )
+      fields[name] = new
+    return RoundState(**fields), tf.cast(skipped, tf.int32)
+
+  return keep_or_skip
