@@ -264,8 +264,21 @@ def test_cfd_refuses_bits_and_parts_without_a_meaning():
   stage = server_distillation.DistillationStage(
       'student', helpers.sgd(), tff_kd.Distillation()
   )
+  students = tff_kd.cohorts.build_students(
+      helpers.common()['student_fn'],
+      input_spec=helpers.INPUT_SPEC,
+      loss_fn=helpers.loss_fn,
+  )
   with pytest.raises(ValueError, match='Pretraining needs clients that keep'):
-    _cfd(transfer_set=tff_kd.TransferSet(_X, _Y), pretraining=stage)
+    tff_kd.rounds.compose_process(
+        tff_kd.rounds.Parts(
+            students=students,
+            client_optimizer=helpers.sgd(),
+            client_model=tff_kd.rounds.ClientModel.INITIAL,
+            transfer_set=tff_kd.TransferSet(_X, _Y),
+            pretraining=stage,
+        )
+    )
 
 
 def test_clients_that_keep_models_code_against_what_they_sent():

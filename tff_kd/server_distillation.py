@@ -270,8 +270,8 @@ def build_server_distillation(
     steps, the first and last batch's loss, how many examples had a target, and whether
     the result was rolled back to what was there before; with a validation part, the
     validation loss before and after: the supervised loss where all transfer examples
-    have labels, else the distillation loss against the target. What would learn from a
-    teacher that had nothing to learn from in this round takes no steps.
+    have labels, else the distillation loss against the target. A model takes no steps
+    to learn from a teacher that had nothing to learn from in this round.
   """
   uses_ensemble = any(s.distillation.uses_ensemble for s in stages)
   for stage in stages:
@@ -286,77 +286,21 @@ def build_server_distillation(
           teacher=teacher.weights_type if teacher is not None else (),
       )
   )
-  knowledge_type = (
-      tff.types.tensorflow_to_type(
-          consensus_rule.payload_spec(
-              students.first.logits_shape, transfer_set.num_predictions
-          )
-      )
-      if uses_ensemble
-      else tff.to_type(())
-  )
-
-  # Each stage once for its learner; the student's once a cohort.
-  lessons = [
-      (stage, cohort)
-      for stage in stages
-      for cohort in range(len(students.specs) if stage.learner == 'student' else 1)
-  ]
-  runs = [
-      Lesson(
-          stage,
-          teacher if stage.learner == 'teacher' else students.specs[cohort],
-          transfer_set,
-      )
-      for stage, cohort in lessons
-  ]
-
-  @graphs.computation()
-  def init_tf():
-    return tuple(run.initial_state() for run in runs)
-
+  knowledge_type = tff.to_type(())
+  if uses_ensemble:
+    knowledge_type = tff.types.tensorflow_to_type(
+        consensus_rule.payload_spec(
+            students.first.logits_shape, transfer_set.num_predictions
+        )
+    )
+  lessons = _Lessons(students, teacher, transfer_set, stages, seed)
+  init_tf = graphs.computation()(lessons.initial_state)
   state_type = init_tf.type_signature.result
 
   @graphs.computation(state_type, models_type, knowledge_type, np.int32)
   def next_tf(state, weights, mean_knowledge, round_num):
-    live_students = students.unpack(weights.student)
-    live_teacher = weights.teacher
-    consensus = None
-    if uses_ensemble:
-      consensus = consensus_rule.decode(mean_knowledge)
-    new_state, measurements = [], collections.OrderedDict()
-    is_taught = None
-    for index, ((stage, cohort), run) in enumerate(zip(lessons, runs)):
-      teaches_all = stage.learner == 'teacher' and students.has_cohorts
-      bound = {
-          'student': (
-              _MeanModel([
-                  _bound(spec, its) for spec, its in zip(students.specs, live_students)
-              ])
-              if teaches_all
-              else _bound(students.specs[cohort], live_students[cohort])
-          ),
-          'teacher': _bound(teacher, live_teacher) if teacher is not None else None,
-      }
-      learner = live_teacher if stage.learner == 'teacher' else live_students[cohort]
-      learned = run(
-          learner, state[index], bound, consensus, round_num, tf.stack([seed, index]),
-          may_learn=is_taught if stage.distillation.target == 'teacher' else None,
-      )
-      new_state.append(learned.state)
-      if stage.learner == 'teacher':
-        live_teacher = learned.weights
-        is_taught = learned.measurements['num_steps'] > 0
-      else:
-        live_students[cohort] = learned.weights
-      name = stage.learner
-      if name == 'student' and students.has_cohorts:
-        name = f'student_{cohort}'
-      if name in measurements:  # It learns in more than one stage.
-        name = f'{name}_{index + 1}'
-      measurements[name] = learned.measurements
-    result = ServerModels(student=students.pack(live_students), teacher=live_teacher)
-    return tuple(new_state), result, measurements
+    consensus = consensus_rule.decode(mean_knowledge) if uses_ensemble else None
+    return lessons(state, weights, consensus, round_num)
 
   @tff.federated_computation
   def init_fn():
@@ -376,6 +320,88 @@ def build_server_distillation(
     )
 
   return tff.templates.MeasuredProcess(init_fn, next_fn, next_is_multi_arg=True)
+
+
+class _Lessons:
+  """All lessons of a round, one after the other."""
+
+  def __init__(
+      self,
+      students: cohorts.Students,
+      teacher: Optional[models.ModelSpec],
+      transfer_set: transfer.TransferSet,
+      stages: Sequence[DistillationStage],
+      seed: int,
+  ):
+    """Initializes them; the arguments are those of `build_server_distillation`."""
+    self._students, self._teacher, self._seed = students, teacher, seed
+    # Each stage once for its learner; the student's once a cohort.
+    self._order = [
+        (stage, cohort)
+        for stage in stages
+        for cohort in range(len(students.specs) if stage.learner == 'student' else 1)
+    ]
+    self._lessons = [
+        Lesson(
+            stage,
+            teacher if stage.learner == 'teacher' else students.specs[cohort],
+            transfer_set,
+        )
+        for stage, cohort in self._order
+    ]
+
+  def initial_state(self) -> tuple[Any, ...]:
+    """Returns the optimizers' states before the first round."""
+    return tuple(lesson.initial_state() for lesson in self._lessons)
+
+  def __call__(self, state, weights, consensus, round_num):
+    """Returns the next state, the `ServerModels` and the measurements."""
+    students = self._students.unpack(weights.student)
+    teacher, is_taught = weights.teacher, None
+    new_state, measurements = [], collections.OrderedDict()
+    for index, (stage, cohort) in enumerate(self._order):
+      is_teacher = stage.learner == 'teacher'
+      learned = self._lessons[index](
+          teacher if is_teacher else students[cohort],
+          state[index],
+          self._models(students, teacher, None if is_teacher else cohort),
+          consensus,
+          round_num,
+          tf.stack([self._seed, index]),
+          may_learn=is_taught if stage.distillation.target == 'teacher' else None,
+      )
+      new_state.append(learned.state)
+      if is_teacher:
+        teacher = learned.weights
+        is_taught = learned.measurements['num_steps'] > 0
+      else:
+        students[cohort] = learned.weights
+      name = self._name(stage, cohort)
+      if name in measurements:  # It learns in more than one stage.
+        name = f'{name}_{index + 1}'
+      measurements[name] = learned.measurements
+    result = ServerModels(student=self._students.pack(students), teacher=teacher)
+    return tuple(new_state), result, measurements
+
+  def _models(
+      self, students: Sequence[Any], teacher: Any, cohort: Optional[int]
+  ) -> dict[str, Any]:
+    """Returns the models to learn from; of all cohorts if `cohort` is `None`."""
+    bound = [_bound(spec, w) for spec, w in zip(self._students.specs, students)]
+    if cohort is None:
+      student = _MeanModel(bound) if self._students.has_cohorts else bound[0]
+    else:
+      student = bound[cohort]
+    return {
+        'student': student,
+        'teacher': None if self._teacher is None else _bound(self._teacher, teacher),
+    }
+
+  def _name(self, stage: DistillationStage, cohort: int) -> str:
+    """Returns the name of a learner's measurements."""
+    if stage.learner == 'student' and self._students.has_cohorts:
+      return f'student_{cohort}'
+    return stage.learner
 
 
 class _MeanModel:
@@ -492,24 +518,58 @@ class Lesson:
       seed: int32 `[2]`, decides the order of the examples and what training draws.
       may_learn: A bool scalar; no steps are taken if it is false.
     """
-    d = self._distillation
-    if d.reset_optimizer or state is None:
+    if self._distillation.reset_optimizer or state is None:
       state = self._stepper.initialize()
-    opened = self._transfer_set.open()
     learn, validation = self._examples(models_by_name, consensus, round_num)
     num_targets = tf.reduce_sum(learn.mask)
-    # With neither targets nor labels there is nothing to learn from.
-    num_steps = tf.constant(d.num_steps)
-    if self._distillation_weight == 1.0:
-      num_steps = tf.where(num_targets > 0.0, num_steps, 0)
-    if may_learn is not None:
-      num_steps = tf.where(may_learn, num_steps, 0)
-    order = _batch_order(
-        self._transfer_set.subset_size, d.num_steps * self._batch_size, round_num, seed
-    )
     draws = tf.random.experimental.stateless_fold_in(seed, round_num)
     values = self._learner.values(weights, draws)
     before = self._validation_loss(values, validation)
+    begin = _Steps(tf.constant(0), values, state, tf.zeros([]), tf.zeros([]))
+    best = _Best(values.weights, state, before, tf.constant(0), tf.constant(0))
+    order = _batch_order(
+        self._transfer_set.subset_size,
+        self._distillation.num_steps * self._batch_size,
+        round_num,
+        seed,
+    )
+    done, best = self._run(
+        begin, best, learn, validation, order, self._num_steps(num_targets, may_learn)
+    )
+    measurements = collections.OrderedDict(
+        num_steps=done.step,
+        num_targets=num_targets,
+        first_loss=done.first_loss,
+        last_loss=done.last_loss,
+        best_step=best.step,
+        rolled_back=tf.cast((done.step > 0) & tf.equal(best.step, 0), tf.int32),
+    )
+    if validation is not None:
+      measurements['validation_loss_before'] = before
+      measurements['validation_loss_after'] = best.loss
+    return Learned(best.weights, best.optimizer, measurements)
+
+  def _num_steps(
+      self, num_targets: tf.Tensor, may_learn: Optional[tf.Tensor]
+  ) -> tf.Tensor:
+    """Returns how many steps to take at most, an int32 scalar."""
+    num_steps = tf.constant(self._distillation.num_steps)
+    # With neither targets nor labels there is nothing to learn from.
+    if self._distillation_weight == 1.0:
+      num_steps = tf.where(num_targets > 0.0, num_steps, 0)
+    return num_steps if may_learn is None else tf.where(may_learn, num_steps, 0)
+
+  def _run(
+      self,
+      begin: _Steps,
+      best: _Best,
+      learn: _Examples,
+      validation: Optional[_Examples],
+      order: tf.Tensor,
+      num_steps: tf.Tensor,
+  ) -> tuple[_Steps, _Best]:
+    """Takes the steps, looking at the validation part between them."""
+    d, opened = self._distillation, self._transfer_set.open()
 
     def take_step(now: _Steps) -> tuple[_Steps]:
       rows = order[now.step * self._batch_size : (now.step + 1) * self._batch_size]
@@ -524,29 +584,14 @@ class Lesson:
       (now,) = tf.while_loop(lambda now: now.step < until, take_step, (now,))
       return now, self._better(now, best, validation)
 
-    patience = d.patience or d.num_steps
-    begin = _Steps(tf.constant(0), values, state, tf.zeros([]), tf.zeros([]))
-    best = _Best(values.weights, state, before, tf.constant(0), tf.constant(0))
     if check_every == d.num_steps:
-      done, best = steps_and_look(begin, best)
-    else:
-      done, best = tf.while_loop(
-          lambda now, best: (now.step < num_steps) & (best.looks_waited < patience),
-          steps_and_look,
-          (begin, best),
-      )
-    measurements = collections.OrderedDict(
-        num_steps=done.step,
-        num_targets=num_targets,
-        first_loss=done.first_loss,
-        last_loss=done.last_loss,
-        best_step=best.step,
-        rolled_back=tf.cast((done.step > 0) & tf.equal(best.step, 0), tf.int32),
+      return steps_and_look(begin, best)
+    patience = d.patience or d.num_steps
+    return tf.while_loop(
+        lambda now, best: (now.step < num_steps) & (best.looks_waited < patience),
+        steps_and_look,
+        (begin, best),
     )
-    if validation is not None:
-      measurements['validation_loss_before'] = before
-      measurements['validation_loss_after'] = best.loss
-    return Learned(best.weights, best.optimizer, measurements)
 
   def _examples(
       self, models_by_name, consensus, round_num

@@ -1,6 +1,7 @@
 """How the mean update moves the student."""
 
 import collections
+from typing import Any
 
 import tensorflow as tf
 from tff_kd.compat import tff
@@ -13,7 +14,7 @@ from tff_kd import optimizers
 def build_student_finalizer(
     students: cohorts.Students, optimizer: optimizers.Optimizer
 ) -> tff.learning.templates.FinalizerProcess:
-  """Moves the student, or each cohort's, along the mean delta.
+  """Builds what moves the student, or each cohort's, along the mean update.
 
   Trainable weights take a step of the server optimizer (FedOpt); the statistics
   that layers keep (batch norm) take the mean itself. An update that is not
@@ -40,25 +41,12 @@ def build_student_finalizer(
 
   state_type = init_tf.type_signature.result
 
-  def finalize(stepper, state, weights, update):
-    finite = graphs.all_finite(update)
-
-    def apply():
-      new_state, trainable = stepper.apply(
-          state, weights.trainable, list(update.trainable)
-      )
-      statistics = [w - u for w, u in zip(weights.non_trainable, update.non_trainable)]
-      return new_state, tff.learning.models.ModelWeights(list(trainable), statistics)
-
-    new_state, new_weights = tf.cond(finite, apply, lambda: (state, weights))
-    return new_state, new_weights, tf.cast(~finite, tf.int32)
-
   # A mean over clients has the type of what is averaged.
   @graphs.computation(state_type, weights_type, weights_type)
   def next_tf(state, weights, update):
     results = [
-        finalize(*its)
-        for its in zip(steppers, *map(students.unpack, (state, weights, update)))
+        _finalize(*arguments)
+        for arguments in zip(steppers, *map(students.unpack, (state, weights, update)))
     ]
     states, new_weights, rejected = zip(*results)
     measurements = collections.OrderedDict(update_non_finite=tf.add_n(rejected))
@@ -78,25 +66,45 @@ def build_student_finalizer(
         *tff.federated_map(next_tf, (state, weights, update))
     )
 
-  if not isinstance(optimizer, tff.learning.optimizers.Optimizer):
-    return tff.learning.templates.FinalizerProcess(init_fn, next_fn)
+  hparams_fns = {}
+  if isinstance(optimizer, tff.learning.optimizers.Optimizer):
+    hparams_fns = _build_hparams_fns(students, optimizer, state_type)
+  return tff.learning.templates.FinalizerProcess(init_fn, next_fn, **hparams_fns)
+
+
+def _finalize(
+    stepper: Any, state: Any, weights: Any, update: Any
+) -> tuple[Any, Any, tf.Tensor]:
+  """Returns the next state and weights, and int32 1 if the update is rejected."""
+  finite = graphs.all_finite(update)
+
+  def apply():
+    new_state, trainable = stepper.apply(
+        state, weights.trainable, list(update.trainable)
+    )
+    statistics = [w - u for w, u in zip(weights.non_trainable, update.non_trainable)]
+    return new_state, tff.learning.models.ModelWeights(list(trainable), statistics)
+
+  new_state, new_weights = tf.cond(finite, apply, lambda: (state, weights))
+  return new_state, new_weights, tf.cast(~finite, tf.int32)
+
+
+def _build_hparams_fns(
+    students: cohorts.Students,
+    optimizer: tff.learning.optimizers.Optimizer,
+    state_type: tff.Type,
+) -> dict[str, tff.Computation]:
+  """Builds what reads and sets the hyperparameters of all cohorts' optimizers."""
 
   @graphs.computation(state_type)
   def get_hparams_fn(state):
-    return students.pack([
-        optimizer.get_hparams(its) for its in students.unpack(state)
-    ])
+    return students.pack([optimizer.get_hparams(s) for s in students.unpack(state)])
 
   @graphs.computation(state_type, get_hparams_fn.type_signature.result)
   def set_hparams_fn(state, hparams):
     return students.pack([
-        optimizer.set_hparams(*its)
-        for its in zip(students.unpack(state), students.unpack(hparams))
+        optimizer.set_hparams(*pair)
+        for pair in zip(students.unpack(state), students.unpack(hparams))
     ])
 
-  return tff.learning.templates.FinalizerProcess(
-      init_fn,
-      next_fn,
-      get_hparams_fn=get_hparams_fn,
-      set_hparams_fn=set_hparams_fn,
-  )
+  return dict(get_hparams_fn=get_hparams_fn, set_hparams_fn=set_hparams_fn)
