@@ -196,6 +196,8 @@ class CertaintyScorer(companions.Companion):
 
   has_client_state = True
   gives_certainty = True
+  # Certainties go up within the predictions' sums.
+  exchanges = False
 
   def __init__(
       self,

@@ -923,19 +923,29 @@ def build_private_process(
     )
     return process.PrivateOutput(new_state, new_client_states, metrics)
 
-  get_model_weights = None
+  get_model_weights, set_model_weights = None, None
   if server_stage is not None:
+    get_model_weights, set_model_weights = process.build_accessors(
+        state_type.member, 'global_model_weights'
+    )
 
-    @tff.federated_computation(state_type.member)
-    def get_model_weights(state):
-      return state.global_model_weights
+  @tff.federated_computation(state_type.member)
+  def get_hparams(state):
+    return collections.OrderedDict(client_work=state.client_work)
+
+  @tff.federated_computation(state_type.member, get_hparams.type_signature.result)
+  def set_hparams(state, hparams):
+    return process.replaced(state, client_work=hparams['client_work'])
 
   return process.PrivateProcess(
       init_fn,
       next_fn,
       initialize_client_fn=initialize_client,
+      get_hparams_fn=get_hparams,
+      set_hparams_fn=set_hparams,
       clients=students if keeps_models else None,
       get_model_weights_fn=get_model_weights,
+      set_model_weights_fn=set_model_weights,
       broadcast_type=broadcast_type,
       update_type=output_type.update,
       students=(

@@ -268,9 +268,13 @@ class PrivateProcess(_KerasOut, tff.templates.IterativeProcess):
       its cohort's.
     get_model_weights: A `tff.Computation` (S -> the server's student's
       `ModelWeights`), or `None` where the server has none.
-    set_model_weights: (<S, `ModelWeights`> -> S), or `None`.
+    set_model_weights: (<S, `ModelWeights`> -> S), or `None`. What was sent to clients
+      before stays as it was.
     get_teacher_weights: Likewise of the teacher, or `None`.
     set_teacher_weights: Likewise.
+    get_hparams: A `tff.Computation` (S -> hyperparameters of the client optimizer, and
+      of the server's where weights are averaged), as of a `LearningProcess`.
+    set_hparams: (<S, hyperparameters> -> S).
     broadcast_type: The `tff.Type` that goes down to each client.
     update_type: The `tff.Type` that comes up.
     students: The `cohorts.Students` of the server (of the clients' models, where it
@@ -290,6 +294,8 @@ class PrivateProcess(_KerasOut, tff.templates.IterativeProcess):
       next_fn: tff.Computation,
       *,
       initialize_client_fn: tff.Computation,
+      get_hparams_fn: tff.Computation,
+      set_hparams_fn: tff.Computation,
       clients: Optional[cohorts.Students],
       broadcast_type: tff.Type,
       update_type: tff.Type,
@@ -307,6 +313,8 @@ class PrivateProcess(_KerasOut, tff.templates.IterativeProcess):
   ):
     super().__init__(initialize_fn, next_fn)
     self.initialize_client = initialize_client_fn
+    self.get_hparams = get_hparams_fn
+    self.set_hparams = set_hparams_fn
     self.clients = clients
     self.get_model_weights = get_model_weights_fn
     self.set_model_weights = set_model_weights_fn
@@ -686,21 +694,6 @@ def build_distillation_process(
       new_state, _, metrics = run_round(state, client_data, no_states)
       return tff.learning.templates.LearningProcessOutput(new_state, metrics)
 
-  # Selections only: nothing to trace.
-  def build_getter(field):
-    @tff.federated_computation(member)
-    def get_fn(state):
-      return getattr(state, field)
-
-    return get_fn
-
-  def build_setter(field):
-    @tff.federated_computation(member, getattr(member, field))
-    def set_fn(state, value):
-      return _replaced(state, {field: value})
-
-    return set_fn
-
   @tff.federated_computation(member)
   def get_hparams_fn(state):
     return collections.OrderedDict(
@@ -710,18 +703,25 @@ def build_distillation_process(
 
   @tff.federated_computation(member, get_hparams_fn.type_signature.result)
   def set_hparams_fn(state, hparams):
-    changed = {
-        'client_work': client_work.set_hparams(
+    return replaced(
+        state,
+        client_work=client_work.set_hparams(
             state.client_work, hparams['client_work']
         ),
-        'finalizer': finalizer.set_hparams(state.finalizer, hparams['finalizer']),
-    }
-    return _replaced(state, changed)
+        finalizer=finalizer.set_hparams(state.finalizer, hparams['finalizer']),
+    )
 
-  has_teacher = teacher is not None
+  get_model_weights, set_model_weights = build_accessors(member, 'global_model_weights')
+  get_teacher_weights, set_teacher_weights = None, None
+  if teacher is not None:
+    get_teacher_weights, set_teacher_weights = build_accessors(
+        member, 'teacher_weights'
+    )
   shared = dict(
-      get_teacher_weights_fn=build_getter('teacher_weights') if has_teacher else None,
-      set_teacher_weights_fn=build_setter('teacher_weights') if has_teacher else None,
+      get_teacher_weights_fn=get_teacher_weights,
+      set_teacher_weights_fn=set_teacher_weights,
+      get_hparams_fn=get_hparams_fn,
+      set_hparams_fn=set_hparams_fn,
       broadcast_type=broadcast_type,
       update_type=client_work.output_type.update,
       students=students,
@@ -732,8 +732,6 @@ def build_distillation_process(
       aggregated_bytes=aggregated_bytes,
       guard=guard,
   )
-  get_model_weights = build_getter('global_model_weights')
-  set_model_weights = build_setter('global_model_weights')
   if has_client_state:
     return PrivateProcess(
         init_fn,
@@ -753,8 +751,6 @@ def build_distillation_process(
       next_fn,
       get_model_weights,
       set_model_weights,
-      get_hparams_fn=get_hparams_fn,
-      set_hparams_fn=set_hparams_fn,
       **shared,
   )
 
@@ -928,6 +924,7 @@ def _check_local_terms(
           "A local term with target='teacher' needs a teacher; pass `teacher_fn`."
       )
     if term.target == 'student_history':
+      local_terms_lib.check_history_size(term.history_size)
       history_sizes.add(term.history_size)
   if len(history_sizes) > 1:
     raise ValueError(
@@ -972,12 +969,35 @@ def _check_companion(
     )
 
 
-def _replaced(state: tff.Value, changed: Mapping[str, Any]) -> DistillationState:
+def replaced(state: tff.Value, **changed: Any) -> Any:
   """A state in a TFF computation, where it has no `_replace`, with other fields."""
-  return DistillationState(**{
-      field: changed.get(field, getattr(state, field))
-      for field in DistillationState._fields
+  container = state.type_signature.python_container
+  return container(**{
+      field: changed.get(field, getattr(state, field)) for field in container._fields
   })
+
+
+def build_accessors(
+    state_type: tff.Type, field: str
+) -> tuple[tff.Computation, tff.Computation]:
+  """What reads and what replaces a field of a state: (S -> F), (<S, F> -> S).
+
+  They are selections only: there is nothing to trace.
+
+  Args:
+    state_type: S, the unplaced type of a NamedTuple.
+    field: The field's name.
+  """
+
+  @tff.federated_computation(state_type)
+  def get_fn(state):
+    return getattr(state, field)
+
+  @tff.federated_computation(state_type, getattr(state_type, field))
+  def set_fn(state, value):
+    return replaced(state, **{field: value})
+
+  return get_fn, set_fn
 
 
 def _is_compatible(expected: Any, found: Any) -> bool:
