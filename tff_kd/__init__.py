@@ -3,11 +3,12 @@
 from tff_kd import _lazy
 
 _MODULES = (
-    'aggregation', 'algorithms', 'certainty', 'client_data', 'client_work', 'codecs',
-    'cohorts', 'communication', 'companions', 'conditions', 'data', 'evaluation',
-    'generator', 'keras_models', 'knowledge', 'local_terms', 'local_training', 'losses',
-    'models', 'mutual', 'optimizers', 'privacy', 'private_process', 'process', 'robust',
-    'runtime', 'server_distillation', 'simulation', 'svd', 'transfer',
+    'aggregation', 'algorithms', 'arguments', 'certainty', 'client_data',
+    'client_work', 'codecs', 'cohorts', 'communication', 'companions', 'conditions',
+    'data', 'evaluation', 'generator', 'keras_models', 'knowledge', 'local_terms',
+    'local_training', 'losses', 'models', 'mutual', 'optimizers', 'privacy',
+    'private_process', 'process', 'robust', 'runtime', 'server_distillation',
+    'simulation', 'svd', 'transfer',
 )
 
 __getattr__, __dir__ = _lazy.attach(

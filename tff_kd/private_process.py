@@ -22,6 +22,7 @@ import tensorflow as tf
 from tff_kd.compat import tff
 
 from tff_kd import aggregation
+from tff_kd import arguments
 from tff_kd import client_data as client_data_lib
 from tff_kd import client_work as client_work_lib
 from tff_kd import cohorts
@@ -202,6 +203,7 @@ class TransferExchange(Exchange):
     Raises:
       TypeError, ValueError: If the parts do not fit together.
     """
+    transfer_set = transfer.as_transfer_set(transfer_set)
     process.check_transfer_set(transfer_set, student)
     _check_stage(digest, transfer_set, rule)
     knowledge.check_rule(rule, student)
@@ -434,6 +436,7 @@ class _ClassTargets(local_terms_lib.LocalTerm):
     )
 
 
+@arguments.checked
 def build_private_process(
     student: Union[models.ModelSpec, cohorts.Students],
     *,
@@ -507,7 +510,6 @@ def build_private_process(
       _check_stage(stage, transfer_set, consensus_rule)
   if client_data is not None:
     process.check_client_data(client_data, student)
-  optimizers.check_optimizer(client_optimizer, 'client_optimizer')
   optimizers.check_learning_rate_fn(learning_rate_fn, client_optimizer)
   process.check_reporting(reporting, client_data)
   if exchange.needs_equal_weights:

@@ -21,6 +21,7 @@ import tensorflow as tf
 from tff_kd.compat import tff
 
 from tff_kd import aggregation
+from tff_kd import arguments
 from tff_kd import client_data as client_data_lib
 from tff_kd import client_work as client_work_lib
 from tff_kd import cohorts
@@ -332,6 +333,7 @@ class PrivateProcess(_KerasOut, tff.templates.IterativeProcess):
     self.guard = guard
 
 
+@arguments.checked
 def build_distillation_process(
     student: Union[models.ModelSpec, cohorts.Students],
     *,
@@ -404,7 +406,6 @@ def build_distillation_process(
   if teacher is not None:
     models.check_same_outputs(student, teacher)
   if transfer_set is not None:
-    transfer_set = transfer.as_transfer_set(transfer_set)
     check_transfer_set(transfer_set, student)
   if stages and transfer_set is None:
     raise ValueError('Distillation on the server needs a `transfer_set`.')
@@ -419,12 +420,10 @@ def build_distillation_process(
   history_size = _check_local_terms(local_terms, has_teacher=teacher is not None)
   if client_data is not None:
     check_client_data(client_data, student)
-  optimizers.check_optimizer(client_optimizer, 'client_optimizer')
   optimizers.check_learning_rate_fn(learning_rate_fn, client_optimizer)
   check_reporting(reporting, client_data)
   if server_optimizer is None:
     server_optimizer = tff.learning.optimizers.build_sgdm(1.0)
-  optimizers.check_optimizer(server_optimizer, 'server_optimizer')
   uses_ensemble = any(s.distillation.uses_ensemble for s in stages)
   if knowledge_aggregator is not None and not uses_ensemble:
     raise ValueError(
@@ -909,11 +908,6 @@ def _check_local_terms(
   """Refuses terms that lack something; returns how many students to remember."""
   history_sizes = set()
   for term in terms:
-    if not isinstance(term, local_terms_lib.LocalTerm):
-      raise TypeError(
-          '`local_terms` must be a list of `tff_kd.local_terms.LocalTerm`s, found '
-          f'{term!r}.'
-      )
     if term.target not in (None, *local_terms_lib.TARGETS):
       raise ValueError(
           f'The `target` of a local term must be one of {local_terms_lib.TARGETS} '
@@ -1015,12 +1009,7 @@ def _is_compatible(expected: Any, found: Any) -> bool:
 def check_client_data(
     client_data: client_data_lib.ClientBatches, student: models.ModelSpec
 ) -> None:
-  """Refuses client data that is no `ClientBatches`, or does not fit the model."""
-  if not isinstance(client_data, client_data_lib.ClientBatches):
-    raise TypeError(
-        '`client_data` must be a `tff_kd.ClientBatches`, which says how clients read '
-        f'a `tff_kd.FileClientData`, found {client_data!r}.'
-    )
+  """Refuses client data that does not fit the model."""
   if not _is_compatible(student.input_spec, client_data.element_spec):
     raise ValueError(
         '`input_spec` and `client_data` must have batches of one kind, found '

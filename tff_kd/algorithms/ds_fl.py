@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 from tff_kd.compat import tff
 
+from tff_kd import arguments
 from tff_kd import cohorts
 from tff_kd import knowledge
 from tff_kd import models
@@ -25,6 +26,7 @@ DEFAULT_DISTILLATION = server_distillation.Distillation(
 )
 
 
+@arguments.checked
 def build_ds_fl(
     *,
     student_fn: cohorts.StudentFn,
@@ -67,7 +69,6 @@ def build_ds_fl(
   students = cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  transfer_set = transfer.as_transfer_set(transfer_set)
   stage = server_distillation.DistillationStage(
       'student',
       student_optimizer or tff.learning.optimizers.build_adam(1e-3),

@@ -12,6 +12,7 @@ transfer set, no server model, and a few hundred bytes a round.
 
 from typing import Any, Optional
 
+from tff_kd import arguments
 from tff_kd import cohorts
 from tff_kd import models
 from tff_kd import optimizers
@@ -19,6 +20,7 @@ from tff_kd import private_process
 from tff_kd import process
 
 
+@arguments.checked
 def build_fd(
     *,
     student_fn: cohorts.StudentFn,

@@ -16,6 +16,7 @@ from typing import Any, Optional
 
 from tff_kd.compat import tff
 
+from tff_kd import arguments
 from tff_kd import certainty
 from tff_kd import cohorts
 from tff_kd import knowledge
@@ -27,6 +28,7 @@ from tff_kd import transfer
 from tff_kd.algorithms import fed_df
 
 
+@arguments.checked
 def build_fed_aux(
     *,
     student_fn: cohorts.StudentFn,

@@ -7,12 +7,14 @@ Reddi et al., "Adaptive Federated Optimization" (ICLR 2021), Algorithm 1.
 
 from typing import Any, Optional
 
+from tff_kd import arguments
 from tff_kd import cohorts
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import process
 
 
+@arguments.checked
 def build_fed_avg(
     *,
     student_fn: cohorts.StudentFn,

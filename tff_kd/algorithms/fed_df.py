@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 from tff_kd.compat import tff
 
+from tff_kd import arguments
 from tff_kd import cohorts
 from tff_kd import models
 from tff_kd import optimizers
@@ -29,6 +30,7 @@ DEFAULT_DISTILLATION = server_distillation.Distillation(
 )
 
 
+@arguments.checked
 def build_fed_df(
     *,
     student_fn: cohorts.StudentFn,

@@ -13,6 +13,7 @@ from typing import Any, Optional
 
 from tff_kd.compat import tff
 
+from tff_kd import arguments
 from tff_kd import cohorts
 from tff_kd import models
 from tff_kd import optimizers
@@ -28,6 +29,7 @@ DEFAULT_BACK_DISTILLATION = server_distillation.Distillation(
 )
 
 
+@arguments.checked
 def build_fed_distillation(
     *,
     student_fn: cohorts.StudentFn,

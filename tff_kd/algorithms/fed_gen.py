@@ -14,12 +14,14 @@ from typing import Any, Optional
 
 from tff_kd.compat import tff
 
+from tff_kd import arguments
 from tff_kd import generator
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import process
 
 
+@arguments.checked
 def build_fed_gen(
     *,
     student_fn: models.KerasModelFn,

@@ -7,11 +7,13 @@ target. With M = 1 that is the global student itself (FedAvg+KD), and nothing mo
 down. The term, `tff_kd.LocalDistillation`, goes with any algorithm.
 """
 
+from tff_kd import arguments
 from tff_kd import local_terms
 from tff_kd import process
 from tff_kd.algorithms import fed_avg
 
 
+@arguments.checked
 def build_fed_gkd(
     *,
     local_weight: float = 0.2,

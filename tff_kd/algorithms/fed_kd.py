@@ -12,6 +12,7 @@ down, and compares hidden states where both models are transformers.)
 
 from typing import Any, Optional
 
+from tff_kd import arguments
 from tff_kd import cohorts
 from tff_kd import models
 from tff_kd import mutual
@@ -20,6 +21,7 @@ from tff_kd import process
 from tff_kd import svd
 
 
+@arguments.checked
 def build_fed_kd(
     *,
     student_fn: cohorts.StudentFn,

@@ -11,6 +11,7 @@ from typing import Any, Optional
 
 from tff_kd.compat import tff
 
+from tff_kd import arguments
 from tff_kd import cohorts
 from tff_kd import knowledge
 from tff_kd import models
@@ -21,6 +22,7 @@ from tff_kd import server_distillation
 from tff_kd import transfer
 
 
+@arguments.checked
 def build_fed_md(
     *,
     student_fn: cohorts.StudentFn,
@@ -64,7 +66,6 @@ def build_fed_md(
   students = cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  transfer_set = transfer.as_transfer_set(transfer_set)
   optimizer = digest_optimizer or tff.learning.optimizers.build_adam(1e-3)
   size = transfer_set.subset_size
 

@@ -7,11 +7,13 @@ target. Nothing but weights travels; the term itself, `tff_kd.NotTrueDistillatio
 goes with any algorithm.
 """
 
+from tff_kd import arguments
 from tff_kd import local_terms
 from tff_kd import process
 from tff_kd.algorithms import fed_avg
 
 
+@arguments.checked
 def build_fed_ntd(
     *,
     not_true_weight: float = 1.0,

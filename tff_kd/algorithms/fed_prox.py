@@ -9,11 +9,13 @@ mu (w_t - w) to the gradient where the paper has mu (w - w_t), and so pushes cli
 from the server's model. With mu it is what this would be with -mu.
 """
 
+from tff_kd import arguments
 from tff_kd import local_terms
 from tff_kd import process
 from tff_kd.algorithms import fed_avg
 
 
+@arguments.checked
 def build_fed_prox(
     *,
     proximal_weight: float = 0.01,

@@ -10,6 +10,7 @@ step
 
 from typing import Any, Optional
 
+from tff_kd import arguments
 from tff_kd import cohorts
 from tff_kd import models
 from tff_kd import mutual
@@ -17,6 +18,7 @@ from tff_kd import optimizers
 from tff_kd import process
 
 
+@arguments.checked
 def build_fml(
     *,
     student_fn: cohorts.StudentFn,

@@ -6,7 +6,12 @@ from tff_kd.models.spec import apply_constraints
 from tff_kd.models.spec import BoundModel
 from tff_kd.models.spec import build_model_spec
 from tff_kd.models.spec import check_has_classes
+from tff_kd.models.spec import check_input_spec
+from tff_kd.models.spec import check_loss_fn
+from tff_kd.models.spec import check_metrics_fn
+from tff_kd.models.spec import check_model_fn
 from tff_kd.models.spec import check_same_outputs
+from tff_kd.models.spec import is_builder
 from tff_kd.models.spec import KerasModelFn
 from tff_kd.models.spec import LossFn
 from tff_kd.models.spec import ModelSpec
