@@ -26,6 +26,7 @@ import tqdm
 
 from pipelines import central
 from pipelines import plots
+from pipelines import released
 from pipelines import tables
 from pipelines import train_checks
 from pipelines import train_flags as args
@@ -1033,7 +1034,7 @@ def _train_and_report(
   )
   for name, (_, weights) in evaluation.models(result.best_state).items():
     if name in specs:
-      specs[name].to_keras(weights).save(run_dir / f'{name}.keras')
+      released.save(specs[name].to_keras(weights), run_dir, name)
 
   baseline = None
   if args.FEDAVG.value and args.ALGORITHM.value != 'fed_avg' and accountant is None:
