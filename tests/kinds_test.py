@@ -12,6 +12,7 @@ from pipelines import evaluate_job
 from pipelines import export_job
 from pipelines import released
 from pipelines import train_flags
+from pipelines import train_job
 from pipelines import UserError
 from tests import helpers
 from tests import label_kinds
@@ -24,7 +25,7 @@ _PAIRS = [
 ]
 # Beside the class numbers of `tasks_script_test`, one of each kind; the others are long.
 _OFTEN = {
-    ('one-hot, softmax', 'subclassed'), ('binary, hinge', 'batch norm'),
+    ('one-hot, softmax', 'subclassed'), ('binary, hinge, [n]', 'batch norm'),
     ('several', 'per position'),
 }
 _ALL = [
@@ -37,8 +38,9 @@ _EVERY = [
 ]
 
 
-def _write_kind(folder, labels, model):
-  (folder / 'kind.json').write_text(json.dumps({'labels': labels, 'model': model}))
+def _write_kind(folder, labels, model, **kwargs):
+  kind = {'labels': labels, 'model': model, **kwargs}
+  (folder / 'kind.json').write_text(json.dumps(kind))
 
 
 @pytest.mark.parametrize('labels, model', _ALL)
@@ -93,6 +95,43 @@ def test_exports_predict_the_same(labels, model, tmp_path):
   for write in writers:
     found = write(trained, tmp_path / f'{write.__name__}.keras', task)(examples.inputs)
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize('labels', label_kinds.LABELS)
+@pytest.mark.parametrize('model', ['functional', 'per position'])
+def test_examples_have_a_class_or_none(labels, model, tmp_path):
+  _write_kind(tmp_path, labels, model, has_clients=False)
+  flag = ['--task=tests/label_kinds.py', f'--data_dir={tmp_path}', '--num_clients=4']
+  with helpers.flags_of(*flag):
+    train_flags.take_defaults()
+    task = train_job.load_task()
+    classes = task.class_numbers(task.clients)
+    if model == 'per position' or 'several' in labels:
+      assert classes is None
+    else:
+      kind = label_kinds.LABELS[labels]
+      shown = kind.of(np.eye(3, dtype=np.float32)[[0, 1, 2]])  # Scores.
+      found = task.class_numbers(data.Examples(np.eye(3), shown))
+      is_binary = 'binary' in labels or 'bool' in labels
+      np.testing.assert_array_equal(found, [1, 0, 0] if is_binary else [0, 1, 2])
+      assert classes.dtype == np.int64 and classes.shape == (len(task.clients),)
+    clients = train_job.split_clients(task)
+    tests = train_job.split_tests(task, clients)
+  for rows, examples in ((clients, task.clients), (tests, task.test)):
+    assert len(rows) == 4
+    np.testing.assert_array_equal(
+        np.sort(np.concatenate(rows)), np.arange(len(examples))
+    )
+
+
+def test_a_split_by_class_needs_classes(tmp_path):
+  _write_kind(tmp_path, 'several', 'functional', has_clients=False)
+  flag = ['--task=tests/label_kinds.py', f'--data_dir={tmp_path}', '--partition=shards']
+  with helpers.flags_of(*flag):
+    train_flags.take_defaults()
+    task = train_job.load_task()
+    with pytest.raises(UserError, match='=shards splits by class.*of iid, quantity_sk'):
+      train_job.split_clients(task)
 
 
 class _Recurrent(keras.Model):

@@ -1,8 +1,10 @@
 """Labels and models of every kind: shared by tests, and an own task of the scripts.
 
-As a task, --data_dir is a folder with a file `kind.json`: the names of labels and model.
+As a task, --data_dir is a folder with a file `kind.json`: the names of labels and model,
+and whether the data have clients of their own.
 """
 
+import dataclasses
 import json
 import pathlib
 from typing import NamedTuple
@@ -78,6 +80,9 @@ LABELS = {
     'binary, [n]': Labels(
         lambda s: _is_positive(s).astype(np.int32), _binary(), units=1
     ),
+    'binary, float [n]': Labels(
+        lambda s: _is_positive(s).astype(np.float32), _binary(), units=1
+    ),
     'binary, float [n, 1]': Labels(
         lambda s: _is_positive(s)[..., np.newaxis].astype(np.float32), _binary(),
         units=1,
@@ -88,6 +93,9 @@ LABELS = {
     'binary, hinge': Labels(
         lambda s: np.where(_is_positive(s), 1, -1)[..., np.newaxis], keras.losses.Hinge,
         units=1,
+    ),
+    'binary, hinge, [n]': Labels(
+        lambda s: np.where(_is_positive(s), 1, -1), keras.losses.Hinge, units=1
     ),
     # All three agree: as classes of a softmax they would share one.
     'several': Labels(
@@ -151,9 +159,12 @@ def load(*, data_dir, **kwargs):
   def model_fn():
     return build(labels.units, labels.activation)
 
-  return data.task_from_clients(
+  task = data.task_from_clients(
       'label_kinds', clients=[examples(60, k) for k in range(4)],
       server=examples(120, 99), num_classes=max(labels.units, 2),
       loss_fn=labels.loss_fn, metrics_fn=lambda: [], students={'small': model_fn},
       teachers={'large': model_fn}, **kwargs,
   )
+  if kind.get('has_clients', True):
+    return task
+  return dataclasses.replace(task, client_rows=None, test_rows=None)

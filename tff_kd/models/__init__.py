@@ -3,6 +3,7 @@
 from tff_kd.models.metrics import Metrics
 from tff_kd.models.metrics import MetricsFn
 from tff_kd.models.spec import apply_constraints
+from tff_kd.models.spec import BINARY_LOSSES
 from tff_kd.models.spec import BoundModel
 from tff_kd.models.spec import build_model_spec
 from tff_kd.models.spec import check_has_classes

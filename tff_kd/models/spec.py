@@ -529,7 +529,7 @@ def build_model_spec(
   is_regression = isinstance(loss, _REGRESSION_LOSSES)
   outputs_shape = traced.output_shape[1:]
   logits_shape = outputs_shape
-  if outputs_shape[-1] != 1 and isinstance(loss, _BINARY_LOSSES):
+  if outputs_shape[-1] != 1 and isinstance(loss, BINARY_LOSSES):
     logits_shape = outputs_shape.concatenate([1])
   from_logits = is_regression or _check_from_logits(loss, traced.activation, name)
   variables = _non_trainable_variables(model)
@@ -649,7 +649,7 @@ _BINARY_CROSS_ENTROPIES = (
     keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy
 )
 # Keras's losses of outputs that are labels of their own, present or not.
-_BINARY_LOSSES = (
+BINARY_LOSSES = (
     *_BINARY_CROSS_ENTROPIES, keras.losses.Hinge, keras.losses.SquaredHinge
 )
 # Keras's losses of numbers. Another loss of numbers is taken for one of logits.
