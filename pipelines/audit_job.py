@@ -17,6 +17,7 @@ from tff_kd.compat import tff
 
 from pipelines import central
 from pipelines import plots
+from pipelines import released as released_lib
 from pipelines import tables
 from pipelines import train_flags as args
 from pipelines import train_job
@@ -243,8 +244,8 @@ def _open_run(run_dir: pathlib.Path) -> _Run:
       run_dir, config, algorithms.REGISTRY[args.ALGORITHM.value], task, rows, batches,
       took_part,
       released={
-          path.stem: keras.models.load_model(path, compile=False)
-          for path in sorted(run_dir.glob('*.keras'))
+          model.name: model.keras_model
+          for model in released_lib.load(run_dir, task, must_exist=False)
       },
   )
 

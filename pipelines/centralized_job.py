@@ -8,6 +8,7 @@ import keras
 import numpy as np
 
 from pipelines import central
+from pipelines import released
 from pipelines import tables
 from pipelines import train_flags as args
 from pipelines import train_job
@@ -65,7 +66,7 @@ def run(
       scores |= task.scores_fn(
           lambda inputs, model=model: model.predict(inputs, batch_size=1024, verbose=0)
       )
-    model.save(folder / f'{name}.keras')
+    released.save(model, folder, name)
     results[name] = {
         'weights': model.count_params(), 'epochs': best,
         **{f'test_{key}': float(value) for key, value in scores.items()},

@@ -180,10 +180,10 @@ def _print(task, part, examples, found, clients, rows, num_worst) -> None:
     return
   worst = _worst_first(found[0], task)[:num_worst]
   print(f'\nThe clients with the worst {found[0].name}:\n')
-  has_classes = not task.is_regression and task.clients.labels.ndim == 1
+  classes = task.class_numbers(task.clients)
   head = ['client', *(f'{its.name} {metric}' for its in found), 'examples here',
           'trained on']
-  if has_classes:
+  if classes is not None:
     head.append('most of it')
   table = [tuple(head)]
   for client in worst:
@@ -191,8 +191,8 @@ def _print(task, part, examples, found, clients, rows, num_worst) -> None:
         str(client), *(f'{its.by_client[client]:.4f}' for its in found),
         str(len(rows[client])), str(len(clients[client])),
     ]
-    if has_classes:
-      counts = np.bincount(task.clients.labels[clients[client]])
+    if classes is not None:
+      counts = np.bincount(classes[clients[client]])
       row.append(
           ', '.join(
               f'{_class_names(task)[label]} ({counts[label]})'

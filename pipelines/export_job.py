@@ -89,7 +89,7 @@ def run(
     )[task.metric]
     rows.append((
         f'{model.name}, as the run left it',
-        f'{os.path.getsize(run_dir / f"{model.name}.keras") / 1e3:.1f}',
+        f'{os.path.getsize(model.path) / 1e3:.1f}',
         f'{before:.4f}', '', '', '',
     ))
     for name in formats:
@@ -155,8 +155,19 @@ def _is_worse(after: float, before: float, task: tff_kd.data.Task) -> bool:
 
 def _predict(model: keras.Model, inputs: Any) -> np.ndarray:
   """The model's outputs, float32 `[n, ...]`."""
-  outputs = model.predict(inputs, batch_size=_BATCH, verbose=0)
-  return np.asarray(outputs, np.float32)  # Of a mixed policy they are bfloat16.
+  size = len(tf.nest.flatten(inputs)[0])
+  # Not by `predict`, which refuses classes whose names begin with an underscore.
+  outputs = [
+      model(
+          tf.nest.map_structure(
+              lambda a, start=start: tf.constant(a[start : start + _BATCH]), inputs
+          ),
+          training=False,
+      )
+      for start in range(0, size, _BATCH)
+  ]
+  # Of a mixed policy they are bfloat16.
+  return np.concatenate([tf.cast(part, tf.float32).numpy() for part in outputs])
 
 
 def _logits(outputs: np.ndarray, model: released.Released) -> np.ndarray:
@@ -206,8 +217,14 @@ def _write_keras(
     model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task
 ) -> Predict:
   del task
-  model.save(path)
-  again = keras.models.load_model(path, compile=False)
+  try:
+    model.save(path)
+  except NotImplementedError as error:
+    raise UserError(
+        f'{_without_config(model)}, which Keras needs for {path.name}. Give it one, or '
+        'leave keras out of --formats.'
+    ) from error
+  again = _load(path, model)
   return lambda inputs: _predict(again, inputs)
 
 
@@ -286,7 +303,9 @@ def _save(
 
   @tf.function(autograph=False)
   def serve(**inputs):
-    outputs = model(inputs if has_names else inputs['inputs'], training=False)
+    # Keras's names of layers (`__mine`) may be none of TensorFlow's at a graph's root.
+    with tf.name_scope('model'):
+      outputs = model(inputs if has_names else inputs['inputs'], training=False)
     return {'outputs': tf.cast(outputs, tf.float32)}
 
   module = tf.Module()
@@ -363,20 +382,54 @@ def _copy(
     in_float32: Whether all layers compute in float32, whatever their dtype policy.
 
   Returns:
-    A new model with the same weights and vocabularies.
+    A new model with the same weights and vocabularies; the model itself, if Keras cannot
+    write it down and there is nothing to change.
+
+  Raises:
+    UserError: If there is something to change in such a model.
   """
   with tempfile.TemporaryDirectory() as folder:
     path = pathlib.Path(folder) / 'model.keras'
-    model.save(path)
+    try:
+      model.save(path)
+    except NotImplementedError as error:
+      if not _is_fit_for_devices(model, in_float32):
+        raise UserError(
+            f'{_without_config(model)}, without which its recurrent layers, or layers '
+            'of other types than float32, cannot be exported but as they are.'
+        ) from error
+      return model
     if in_float32:
       _rewrite_in_float32(path)
-    copy = keras.models.load_model(path, compile=False)
+    copy = _load(path, model)
   for layer in _layers(copy):
     if isinstance(layer, keras.layers.RNN):
       layer.unroll = unroll or layer.unroll
       # Where there is a GPU, GRU and LSTM would be cuDNN's, which are nowhere else.
       layer.use_cudnn = False
   return copy
+
+
+def _without_config(model: keras.Model) -> str:
+  return f'The model {type(model).__name__} has no `get_config()`'
+
+
+def _is_fit_for_devices(model: keras.Model, in_float32: bool) -> bool:
+  """Whether a copy would be as the model is."""
+  layers = _layers(model)
+  return not any(isinstance(layer, keras.layers.RNN) for layer in layers) and not (
+      in_float32 and any(layer.dtype_policy.name in _FLOATS for layer in layers)
+  )
+
+
+def _load(path: pathlib.Path, model: keras.Model) -> keras.Model:
+  """A saved model, whose classes need not be registered with Keras."""
+  own = {
+      type(layer).__name__: type(layer)
+      for layer in (model, *_layers(model))
+      if not type(layer).__module__.startswith('keras.')
+  }
+  return keras.models.load_model(path, compile=False, custom_objects=own)
 
 
 def _layers(model: keras.Model) -> list[keras.layers.Layer]:

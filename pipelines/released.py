@@ -1,7 +1,12 @@
-"""The models that a run has released: its .keras files, as the task defines them."""
+"""The models that a run has released: its files of weights, as the task defines them.
+
+Models are built as the task says and get their weights from the files, so that classes
+of one's own need not be registered with Keras.
+"""
 
 import pathlib
 from typing import Any, NamedTuple
+import zipfile
 
 import keras
 
@@ -15,15 +20,41 @@ class Released(NamedTuple):
 
   Attributes:
     name: 'student', 'teacher', or of cohorts 'student_0' and so on.
+    path: The file that it is from.
     keras_model: It.
     spec: What it predicts.
     weights: Its `ModelWeights`.
   """
 
   name: str
+  path: pathlib.Path
   keras_model: keras.Model
   spec: tff_kd.models.ModelSpec
   weights: Any
+
+
+# Of a whole model, and of the weights of one that Keras cannot write down.
+_WHOLE, _WEIGHTS = '.keras', '.weights.h5'
+
+
+def save(model: keras.Model, folder: pathlib.Path, name: str) -> None:
+  """Saves a model as NAME.keras; what has no configuration, as NAME.weights.h5.
+
+  Args:
+    model: The model.
+    folder: Where to.
+    name: Of the file, without its suffix.
+  """
+  path = folder / f'{name}{_WHOLE}'
+  try:
+    model.save(path)
+  except NotImplementedError:  # Of Keras, where a class has no `get_config`.
+    path.unlink(missing_ok=True)
+    model.save_weights(folder / f'{name}{_WEIGHTS}')
+    print(
+        f'{name}{_WEIGHTS} has the weights only: {type(model).__name__} has no '
+        f'`get_config()`, which Keras needs for {name}{_WHOLE}.'
+    )
 
 
 def load(
@@ -39,31 +70,36 @@ def load(
   Raises:
     UserError: If there are none, or a file is damaged.
   """
-  paths = sorted(run_dir.glob('*.keras'))
+  paths = sorted(
+      path for suffix in (_WHOLE, _WEIGHTS) for path in run_dir.glob(f'*{suffix}')
+  )
   if not paths and must_exist:
     why = (
         'its clients keep their models, and no model of the server is released'
         if (run_dir / 'results.json').exists()
         else 'a run leaves its models when it is over'
     )
-    raise UserError(f'{run_dir} has no model (*.keras): {why}.')
+    raise UserError(f'{run_dir} has no model (*{_WHOLE}, *{_WEIGHTS}): {why}.')
   found = []
   for path in paths:
+    name = path.name.removesuffix(_WHOLE).removesuffix(_WEIGHTS)
     builders = task.teachers
-    name = args.TEACHER.value
-    if path.stem.startswith('student'):
+    architecture = args.TEACHER.value
+    if name.startswith('student'):
       builders = task.students
-      number = path.stem.removeprefix('student').removeprefix('_')
-      name = args.STUDENT.value[int(number) if number else 0]
+      number = name.removeprefix('student').removeprefix('_')
+      architecture = args.STUDENT.value[int(number) if number else 0]
     spec = tff_kd.models.build_model_spec(
-        builders[name], input_spec=task.input_spec, loss_fn=task.loss_fn,
-        metrics_fn=task.metrics_fn, name=path.stem,
+        builders[architecture], input_spec=task.input_spec, loss_fn=task.loss_fn,
+        metrics_fn=task.metrics_fn, name=name,
     )
+    model = spec.to_keras(spec.initial_weights)
     try:
-      model = keras.models.load_model(path, compile=False)
-    except (OSError, ValueError) as error:
+      model.load_weights(path)
+    except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
       raise UserError(
-          f'{path} is damaged or not a Keras model: {str(error).splitlines()[0]}'
+          f'{path} is damaged, or not of the model {architecture!r} of the task '
+          f'{task.name}: {str(error).splitlines()[0]}'
       ) from error
-    found.append(Released(path.stem, model, spec, spec.weights_of(model)))
+    found.append(Released(name, path, model, spec, spec.weights_of(model)))
   return found

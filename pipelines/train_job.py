@@ -26,6 +26,7 @@ import tqdm
 
 from pipelines import central
 from pipelines import plots
+from pipelines import released
 from pipelines import tables
 from pipelines import train_checks
 from pipelines import train_flags as args
@@ -59,6 +60,10 @@ _ALONE_PATIENCE = 10
 # FedAvg, to compare with, gets so many times the rounds at most: where predictions are
 # large, the same bytes would be a hundred times the rounds.
 _MOST_FED_AVG = 3
+
+
+# These look at no labels.
+_PARTITIONS_BY_SIZE = ('iid', 'quantity_skew')
 
 
 def load_task() -> tff_kd.data.Task:
@@ -99,6 +104,8 @@ def _adopt(task: tff_kd.data.Task) -> None:
         'num_clients': count,
         'clients_per_round': min(count, args.CLIENTS_PER_ROUND.value),
     }
+  elif task.class_numbers(task.clients) is None:
+    defaults = {'partition': 'iid'}
   defaults |= {
       'student': [next(iter(task.students))], 'teacher': next(iter(task.teachers)),
       'mentor': next(iter(task.teachers)),
@@ -125,8 +132,17 @@ def split_clients(task: tff_kd.data.Task) -> list[np.ndarray]:
     kwargs['alpha'] = args.ALPHA.value
   if args.PARTITION.value == 'shards':
     kwargs['shards_per_client'] = args.SHARDS.value
+  classes = task.class_numbers(task.clients)
+  if classes is None:
+    if args.PARTITION.value not in _PARTITIONS_BY_SIZE:
+      raise UserError(
+          f'--partition={args.PARTITION.value} splits by class, and an example of '
+          f'{task.name} has several labels, or numbers. Choose of '
+          f'{", ".join(_PARTITIONS_BY_SIZE)}.'
+      )
+    classes = np.zeros(len(task.clients), np.int64)
   split = tff_kd.data.partition.PARTITIONS[args.PARTITION.value]
-  return split(task.clients.labels, args.NUM_CLIENTS.value, **kwargs)
+  return split(classes, args.NUM_CLIENTS.value, **kwargs)
 
 
 def _clients_used(task: tff_kd.data.Task) -> np.ndarray:
@@ -146,11 +162,12 @@ def split_tests(
   """Each client's rows of the test part: its own, or drawn like its classes."""
   if task.test_rows is not None:
     return [task.test_rows[k] for k in _clients_used(task)]
-  if task.is_regression or task.clients.labels.ndim > 1:
+  classes = task.class_numbers(task.clients)
+  if classes is None:
     rows = np.random.default_rng(args.SEED.value).permutation(len(task.test))
     return [np.sort(part) for part in np.array_split(rows, len(clients))]
   return tff_kd.data.partition.matching(
-      task.clients.labels, clients, task.test.labels, seed=args.SEED.value
+      classes, clients, task.class_numbers(task.test), seed=args.SEED.value
   )
 
 
@@ -939,11 +956,12 @@ def _draw_partition(setup: Setup, run_dir: pathlib.Path) -> None:
   how = args.PARTITION.value if task.client_rows is None else 'its own clients'
   title = f'{task.name}: {len(task.clients)} examples, {how}'
   path = run_dir / 'partition.png'
-  if task.is_regression or task.clients.labels.ndim > 1 or len(setup.clients) > 100:
+  classes = task.class_numbers(task.clients)
+  if classes is None or len(setup.clients) > 100:
     plots.plot_client_sizes(setup.clients, title, path)
   else:
     plots.plot_partition(
-        task.clients.labels, setup.clients, task.num_classes, title, path
+        classes, setup.clients, task.num_classes, title, path
     )
 
 
@@ -1033,7 +1051,7 @@ def _train_and_report(
   )
   for name, (_, weights) in evaluation.models(result.best_state).items():
     if name in specs:
-      specs[name].to_keras(weights).save(run_dir / f'{name}.keras')
+      released.save(specs[name].to_keras(weights), run_dir, name)
 
   baseline = None
   if args.FEDAVG.value and args.ALGORITHM.value != 'fed_avg' and accountant is None:

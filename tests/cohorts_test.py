@@ -224,6 +224,26 @@ def test_hyperparameters_of_all_cohorts(fed_avg):
   np.testing.assert_equal(fed_avg.get_hparams(changed), hparams)
 
 
+def test_truncated_updates_count_as_long_as_they_are():
+  process = tff_kd.algorithms.build_fed_kd(
+      **helpers.common(student_fn=[helpers.dense_fn((n,)) for n in (30, 20)]),
+      mentor_fn=helpers.dense_fn(),
+      start_energy=0.01,  # One component of each matrix.
+      end_energy=0.01,
+  )
+  output = process.next(
+      process.initialize(), _arguments(_clients()[:3], [0, 1, 1]),
+      [process.initialize_client()] * 3,
+  )
+  found = tff_kd.communication.ledger(
+      tff_kd.communication.round_bytes(process),
+      tff_kd.simulation.flatten_metrics(output.metrics),
+  )
+  numbers = {n: (helpers.DIM + n + 1) + n + (n + helpers.CLASSES + 1) + helpers.CLASSES
+             for n in (30, 20)}
+  assert found['bytes/up_model'] == 4 * (numbers[30] + 2 * numbers[20])
+
+
 def test_private_models_of_different_architectures(tmp_path):
   public, _ = helpers.examples(6, 99)
   x = public.astype(np.float64)

@@ -48,6 +48,7 @@ def test_codes_count_as_long_as_they_were():
   metrics = {
       **_metrics(4, num_included=3, knowledge_bits=480),
       'aggregator/model/numbers_sent': np.float32(50),
+      'aggregator/model/num_senders': np.float32(3),
   }
   found = communication.ledger(_EACH, metrics)
   assert found['bytes/up_knowledge'] == 60

@@ -1,6 +1,7 @@
 """The process runs unchanged under TFF's own loops, programs and evaluation."""
 
 import collections
+import dataclasses
 import os
 
 import keras
@@ -136,6 +137,42 @@ def test_weights_go_into_build_fed_eval(process):
         metrics['accuracy'], np.mean(np.argmax(model(x), -1) == y), rtol=1e-6
     )
     assert metrics['num_examples'] == len(y)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Repulsion(tff_kd.local_terms.LocalTerm):
+  """The proximal term with another sign, which `ProximalTerm` refuses."""
+
+  weight: float
+
+  def __call__(self, loss, step):
+    return 2.0 * loss - tff_kd.ProximalTerm(weight=self.weight)(loss, step)
+
+
+def test_tffs_fed_prox_has_the_other_sign(process):
+  """TFF 0.87 with mu equals ours with -mu, as the documents say."""
+  mu, spec = 0.9, process.student_spec
+  clients = [
+      helpers.dataset(*_CLIENTS[i], batch_size=2) for i in ('client_0', 'client_2')
+  ]
+  theirs = tff.learning.algorithms.build_weighted_fed_prox(
+      spec.functional_model, proximal_strength=mu, client_optimizer_fn=helpers.sgd()
+  )
+  expected = theirs.get_model_weights(
+      theirs.next(theirs.initialize(), clients).state
+  ).trainable
+
+  def difference(term):
+    ours = tff_kd.process.build_distillation_process(
+        spec, client_optimizer=helpers.sgd(), local_terms=[term]
+    )
+    found = ours.next(ours.initialize(), clients).state.global_model_weights
+    return max(
+        np.abs(f - e).max() for f, e in zip(found.trainable, expected, strict=True)
+    )
+
+  assert difference(_Repulsion(mu)) < 1e-6
+  assert difference(tff_kd.ProximalTerm(weight=mu)) > 1e-3
 
 
 def test_spec_serves_tffs_own_fed_avg(process):

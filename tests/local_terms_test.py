@@ -114,6 +114,46 @@ def test_fed_gkd_in_numpy(size):
     sent.append(_weights(state))
 
 
+class _NearThePast(local_terms.LocalTerm):
+  """A term of a user, who declares nothing but what it compares with."""
+
+  target = 'student_history'
+
+  def __call__(self, loss, step):
+    squares = tf.reduce_sum(tf.square(step.logits - step.target_logits), axis=-1)
+    return loss + 0.5 * tf.reduce_mean(squares)
+
+
+class _NearTheLastTwo(_NearThePast):
+  history_size = 2
+
+
+@pytest.mark.parametrize('term, size', [(_NearThePast(), 5), (_NearTheLastTwo(), 2)])
+def test_a_term_of_ones_own_learns_from_past_students(term, size):
+  process = _process('fed_avg', local_terms=[term])
+  state = process.initialize()
+  assert state.student_history.sent.trainable[0].shape[0] == size
+  sent = [_weights(state)]
+  for _ in range(3):
+    mean = [np.mean(its, axis=0) for its in zip(*sent[-size:])]
+    target = _X @ mean[0] + mean[1]
+    expected = _trained(
+        sent[-1],
+        lambda z, target=target: _ce_gradient(z) + (z - target) / len(z),
+    )
+    state = _round(process, state)
+    helpers.assert_weights_close(_weights(state), expected, rtol=1e-4, atol=1e-6)
+    sent.append(_weights(state))
+
+
+@pytest.mark.parametrize('size', [0, 2.0, None])
+def test_a_history_without_a_size_is_refused(size):
+  term = _NearThePast()
+  term.history_size = size
+  with pytest.raises(ValueError, match='`history_size` must be a positive integer'):
+    _process('fed_avg', local_terms=[term])
+
+
 def test_a_history_of_one_costs_nothing_and_a_longer_one_its_mean():
   down = [
       tff_kd.communication.round_bytes(_process('fed_gkd', history_size=n)).down

@@ -107,6 +107,17 @@ def test_a_client_that_is_left_out_keeps_its_mentor():
       output.client_states[2].weights.trainable[0], initial.weights.trainable[0]
   )
   assert output.metrics['client_work']['participation']['num_included'] == 1
+  # With another rate, set from without, nothing moves.
+  hparams = process.get_hparams(output.state)
+  assert hparams['client_work']['learning_rate'] == np.float32(_RATE)
+  assert hparams['finalizer']['learning_rate'] == 1.0
+  hparams['client_work']['learning_rate'] = np.float32(0.0)
+  state = process.set_hparams(output.state, hparams)
+  after = process.next(state, [helpers.dataset(x, y)], [initial])
+  helpers.assert_weights_close(
+      [after.state.global_model_weights, after.client_states[0].weights],
+      [state.global_model_weights, initial.weights], rtol=0,
+  )
 
 
 def test_mentors_with_batch_norm_beside_fed_df():

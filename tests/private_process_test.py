@@ -124,16 +124,28 @@ def test_ds_fl_in_numpy():
   process = _ds_fl()
   state, first = process.initialize(), process.initialize_client()
   models, server = [_weights(first)] * 2, _weights(first)
-  target, states = None, [first] * 2
+  target, states, rate = None, [first] * 2, _RATE
 
   def distilled(model):
     dz = (_softmax(_logits(model, _X)) - target) / len(_X)
     return _step(model, _X, dz, _DIGEST_RATE)
 
-  for _ in range(3):
+  for round_num in range(4):
+    if round_num == 3:
+      # From without: another model of the server, and another rate of the clients.
+      server, rate = [0.5 * w for w in server], 0.05
+      state = process.set_model_weights(
+          state, tff.learning.models.ModelWeights([np.float32(w) for w in server], [])
+      )
+      assert process.get_hparams(state) == {
+          'client_work': {'learning_rate': np.float32(_RATE)}
+      }
+      state = process.set_hparams(
+          state, {'client_work': {'learning_rate': np.float32(rate)}}
+      )
     if target is not None:
       models = [distilled(its) for its in models]
-    models = [_fit(its, *_client(k)) for k, its in enumerate(models)]
+    models = [_fit(its, *_client(k), rate) for k, its in enumerate(models)]
     mean = np.mean([_softmax(_logits(its, _X)) for its in models], axis=0)
     target = _softmax(mean / 0.1)
     server = distilled(server)
@@ -245,13 +257,15 @@ def test_cfd_counts_the_bytes_of_the_code():
 def test_a_cfd_round_without_clients_teaches_nothing():
   process = _cfd()
   state, client = process.initialize(), process.initialize_client()
+  given = tf.nest.map_structure(lambda w: w + 1.0, process.get_model_weights(state))
+  state = process.set_model_weights(state, given)
   x, y = _client(0)
   output = process.next(state, [helpers.dataset(x[:0], y[:0])], [client])
   counts = output.metrics['client_work']['participation']
   assert counts['knowledge_bits'] == counts['num_included'] == 0
   assert output.client_states[0].sent_round == -1
   helpers.assert_weights_close(
-      output.state.global_model_weights, state.global_model_weights, rtol=0
+      process.get_model_weights(output.state), given, rtol=0
   )
   output = process.next(output.state, [_dataset(0)], [client])
   assert output.metrics['client_work']['participation']['num_taught'] == 0

@@ -23,6 +23,8 @@ def _build(name, **kwargs):
     common['transfer_set'] = _TRANSFER
   if name == 'fed_distillation':
     common['teacher_fn'] = helpers.dense_fn((6,))
+  if name == 'fed_aux':
+    common.update(negatives=helpers.examples(12, 98)[0], epsilon=None)
   return getattr(algorithms, f'build_{name}')(**common)
 
 
@@ -52,7 +54,8 @@ def _sum(secure, values, bound):
     'name, settings',
     [
         ('fed_avg', {}), ('fed_distillation', {}), ('fd', {}), ('fed_df', _BITS),
-        ('ds_fl', _BITS),
+        # No certainty is above 1.
+        ('ds_fl', _BITS), ('fed_aux', dict(model_bound=40.0, knowledge_bound=1.0)),
     ],
 )
 def test_nothing_is_summed_in_the_clear_and_little_changes(name, settings):
@@ -63,7 +66,9 @@ def test_nothing_is_summed_in_the_clear_and_little_changes(name, settings):
   tff.test.assert_contains_unsecure_aggregation(_build(name).next)
   plain_state, plain_metrics, plain_kept = _run(_build(name))
   state, metrics, kept = _run(secure)
-  tolerance = 1e-3 if not settings else 0.05
+  tolerance = 0.05 if 'bits' in settings else 1e-3
+  if name == 'fed_aux':
+    np.testing.assert_equal(kept, plain_kept)  # Scorers stay with their clients.
   if name == 'fd':
     # Nobody can take its own part out of a sum that is rounded.
     tolerance = 0.1
@@ -133,18 +138,19 @@ def test_the_ledger_counts_elements_of_the_group():
     assert numbers * needed / 8 <= sizes[bits] <= numbers * needed / 8 + 40
 
 
-def test_private_and_secure():
+@pytest.mark.parametrize('name', ['fed_df', 'fed_aux'])
+def test_private_and_secure(name):
   uniform = tff.learning.ClientWeighting.UNIFORM
   dp = privacy.DifferentialPrivacy(
       noise_multiplier=0.0, clients_per_round=4, model_clip=0.05, knowledge_clip=3.0
   )
   both = _build(
-      'fed_df', client_weighting=uniform, privacy=dp,
+      name, client_weighting=uniform, privacy=dp,
       secure_aggregation=privacy.SecureAggregation(),
   )
   tff.test.assert_not_contains_unsecure_aggregation(both.next)
   state, _, _ = _run(both)
-  expected, _, _ = _run(_build('fed_df', client_weighting=uniform, privacy=dp))
+  expected, _, _ = _run(_build(name, client_weighting=uniform, privacy=dp))
   helpers.assert_weights_close(
       state.global_model_weights, expected.global_model_weights, atol=1e-3
   )
@@ -169,6 +175,11 @@ def test_private_and_secure():
             '`model_bound` must be given',
         ),
         ('fed_avg', dict(secure_aggregation=True), 'must be a `tff_kd.privacy.Secure'),
+        (
+            'fed_df',
+            dict(secure_aggregation=privacy.SecureAggregation(knowledge_bound=0.5)),
+            '`knowledge_bound` must be 1 or more, found 0.5: .* would be clipped',
+        ),
     ],
 )
 def test_what_is_not_secure_is_refused(name, kwargs, message):

@@ -95,6 +95,7 @@ def test_the_mean_of_truncated_values_and_the_schedule():
     )
     np.testing.assert_allclose(output.result[1], np.full(5, 4 / 3), rtol=1e-6)
     # Of the clients that take part.
+    assert output.measurements['num_senders'] == 2
     assert output.measurements['numbers_sent'] == 5 + (near[0][1] + near[1][1]) / 2
 
 

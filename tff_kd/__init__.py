@@ -3,10 +3,10 @@
 from tff_kd import _lazy
 
 _MODULES = (
-    'algorithms', 'certainty', 'client', 'client_data', 'codecs',
-    'cohorts', 'communication', 'companions', 'conditions', 'data', 'evaluation',
-    'generator', 'keras_models', 'knowledge', 'local_terms', 'local_training', 'losses',
-    'models', 'mutual', 'optimizers', 'privacy', 'robust', 'rounds', 'runtime', 'server',
+    'algorithms', 'arguments', 'certainty', 'client', 'client_data', 'codecs', 'cohorts',
+    'communication', 'companions', 'conditions', 'data', 'evaluation', 'generator',
+    'keras_models', 'knowledge', 'local_terms', 'local_training', 'losses', 'models',
+    'mutual', 'optimizers', 'privacy', 'robust', 'rounds', 'runtime', 'server',
     'server_distillation', 'simulation', 'svd', 'transfer',
 )
 

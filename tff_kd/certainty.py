@@ -196,6 +196,8 @@ class CertaintyScorer(companions.Companion):
 
   has_client_state = True
   gives_certainty = True
+  # Certainties go up within the predictions' sums.
+  exchanges = False
 
   def __init__(
       self,
@@ -212,9 +214,9 @@ class CertaintyScorer(companions.Companion):
 
     Args:
       input_spec: The clients' `dataset.element_spec`.
-      negatives: Public inputs unlike any one client's, arrays `[n, ...]` or a
-        `TransferSet` of them; not those of the transfer set, of which clients would
-        become uncertain.
+      negatives: Public inputs unlike any one client's: arrays `[n, ...]`, an unbatched
+        `tf.data.Dataset` or a `TransferSet`; not those of the transfer set, of which
+        clients would become uncertain.
       feature_fn: Inputs to features, float `[n, d]`: what the scorer sees of an
         example. A trained extractor brings its weights as constants.
       epsilon: Of the noise; none, and no privacy, if `None`.
@@ -238,9 +240,9 @@ class CertaintyScorer(companions.Companion):
     self._regularization = regularization
     self._feature_fn, self._seed = feature_fn, seed
     inputs_spec, _ = models.split_batch(input_spec)
-    if not isinstance(negatives, transfer.TransferSet):
-      negatives = transfer.TransferSet(negatives)
-    self._negatives = negatives
+    self._negatives = transfer.as_transfer_set(
+        negatives, 'negatives', has_labels=False
+    )
     _check_same_inputs(inputs_spec, self._negatives.inputs_spec)
     self._dim = _num_features(feature_fn, inputs_spec) + 1
 

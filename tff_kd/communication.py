@@ -1,6 +1,7 @@
 """Bytes of each channel, read off the computations' own types, or their code's."""
 
 from collections.abc import Mapping
+import re
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -12,6 +13,8 @@ from tensorflow_federated.python.core.impl.compiler import tree_analysis
 # The name in `ledger` of what a client moved in the mean.
 CLIENT_BYTES = 'bytes/client'
 _COUNTS = 'client_work/participation/'
+# What `svd.TruncatedSvdFactory` measures, of each cohort where there are several.
+_TRUNCATED = re.compile(r'(aggregator/model(?:_\d+)?)/numbers_sent')
 
 
 class CodedBytes(NamedTuple):
@@ -195,10 +198,14 @@ def ledger(
   bits = metrics.get(f'{_COUNTS}knowledge_bits')
   if bits is not None:
     total = total._replace(up_knowledge=float(bits) / 8)
-  numbers = metrics.get('aggregator/model/numbers_sent')
-  if numbers is not None:
-    included = int(metrics[f'{_COUNTS}num_included'])
-    total = total._replace(up_model=4.0 * float(numbers) * included)
+  truncated = [match[1] for match in map(_TRUNCATED.fullmatch, metrics) if match]
+  if truncated:
+    numbers = sum(
+        float(metrics[f'{channel}/numbers_sent'])
+        * float(metrics[f'{channel}/num_senders'])
+        for channel in truncated
+    )
+    total = total._replace(up_model=4.0 * numbers)
   found = {
       f'bytes/{name}': float(value)
       for name, value in total._asdict().items() if getattr(each, name)

@@ -57,6 +57,8 @@ class LocalTerm(abc.ABC):
     target: Whose logits it needs: 'student' (the global one as received),
       'student_history' (the mean of the last global ones), 'teacher', or `None`.
       What is not the received student is sent down too, and costs bytes.
+    history_size: For 'student_history': how many global students the mean is taken of.
+      The server's state holds that many.
     needs_labels: Whether it needs the label of every example.
     needs_classes: Whether it cannot serve a regression model.
     needs_received: Whether it compares with `LocalStep.received`, so that the server must
@@ -64,6 +66,7 @@ class LocalTerm(abc.ABC):
   """
 
   target: Optional[str] = None
+  history_size: int = 5
   needs_labels: bool = False
   needs_classes: bool = False
   needs_received: bool = False
@@ -71,6 +74,16 @@ class LocalTerm(abc.ABC):
   @abc.abstractmethod
   def __call__(self, loss: tf.Tensor, step: LocalStep) -> tf.Tensor:
     """Returns the scalar loss with this term."""
+
+
+def check_history_size(value: Any) -> None:
+  """Refuses a number of past students that no mean can be taken of.
+
+  Raises:
+    ValueError: If it is no positive integer.
+  """
+  if not isinstance(value, int) or value < 1:
+    raise ValueError(f'`history_size` must be a positive integer, found {value!r}.')
 
 
 def _check_weight(name: str, value: float, at_most: float = float('inf')) -> None:
@@ -110,10 +123,7 @@ class LocalDistillation(LocalTerm):
           f'{self.target!r}.'
       )
     _check_weight('weight', self.weight, at_most=1.0)
-    if not isinstance(self.history_size, int) or self.history_size < 1:
-      raise ValueError(
-          f'`history_size` must be a positive integer, found {self.history_size!r}.'
-      )
+    check_history_size(self.history_size)
 
   def __call__(self, loss, step):
     divergence = losses.weighted_mean(

@@ -49,11 +49,13 @@ def check_optimizer(
         f'an optimizer object. Its variables belong to one model, so pass '
         f'`lambda: keras.optimizers.{type(optimizer).__name__}(...)`.'
     )
-  made = optimizer() if callable(optimizer) else optimizer
+  made = optimizer() if models.is_builder(optimizer) else optimizer
   if not isinstance(made, keras.optimizers.Optimizer):
     raise TypeError(
         f'`{name}` must be a `tff.learning.optimizers.Optimizer` or a no-argument '
-        f'function that returns a `keras.optimizers.Optimizer`, found {made!r}.'
+        f'function that returns a `keras.optimizers.Optimizer`, found {made!r}. Pass, '
+        f'for example, `{name}=tff.learning.optimizers.build_sgdm(0.1)` or '
+        f'`{name}=lambda: keras.optimizers.Adam(1e-3)`.'
     )
   # A schedule's rate cannot be assigned; Keras offers no public way to ask.
   if scheduled and isinstance(

@@ -81,6 +81,9 @@ class TruncatedSvdFactory(tff.aggregators.WeightedAggregationFactory):
   The share of energy kept goes from `start_energy` in the first round to `end_energy` in
   round `num_rounds` on. It is what goes up that is truncated; the server's weights go
   down whole. In simulation the numbers are as they would be; no factors are sent.
+
+  Its measurements have `numbers_sent`, how many numbers a client's update takes in the
+  mean, and `num_senders`, how many clients have a weight above 0.
   """
 
   def __init__(
@@ -159,8 +162,9 @@ class TruncatedSvdFactory(tff.aggregators.WeightedAggregationFactory):
       energy = tff.federated_broadcast(tff.federated_map(energy_of, round_num))
       values, numbers, takes_part = tff.federated_map(client, (value, weight, energy))
       aggregated = inner.next(inner_state, values, weight)
+      num_senders = tff.federated_sum(takes_part)
       mean_numbers = tff.federated_map(
-          mean_of, (tff.federated_sum(numbers), tff.federated_sum(takes_part))
+          mean_of, (tff.federated_sum(numbers), num_senders)
       )
       return tff.templates.MeasuredProcessOutput(
           state=tff.federated_zip(
@@ -169,7 +173,9 @@ class TruncatedSvdFactory(tff.aggregators.WeightedAggregationFactory):
           result=aggregated.result,
           measurements=tff.federated_zip(
               collections.OrderedDict(
-                  numbers_sent=mean_numbers, inner=aggregated.measurements
+                  numbers_sent=mean_numbers,
+                  num_senders=num_senders,
+                  inner=aggregated.measurements,
               )
           ),
       )

@@ -344,12 +344,17 @@ class OpenTransferSet:
     return tf.cast(raw_files.gather(self._known, ids), tf.float32)
 
 
-def as_transfer_set(value: Any) -> TransferSet:
+def as_transfer_set(
+    value: Any, name: str = 'transfer_set', *, has_labels: bool = True
+) -> TransferSet:
   """A `TransferSet` as it is, or one of what can be nothing else.
 
   Args:
     value: A `TransferSet`; inputs without labels: an array, or a dict of arrays; or an
       unbatched `tf.data.Dataset` of inputs, or of pairs (inputs, label).
+    name: The argument's name, for the error.
+    has_labels: Whether there may be labels. If not, lists and tuples are taken, too: a
+      list is an array, and a tuple several inputs.
 
   Raises:
     TypeError: If it is none of these.
@@ -360,12 +365,13 @@ def as_transfer_set(value: Any) -> TransferSet:
     spec = value.element_spec
     labelled = isinstance(spec, (tuple, list)) and len(spec) == 2
     return TransferSet.from_dataset(value, labelled=labelled)
-  if isinstance(value, (np.ndarray, tf.Tensor, Mapping)):
+  inputs = (np.ndarray, tf.Tensor, Mapping)
+  if isinstance(value, inputs if has_labels else (*inputs, tuple, list)):
     return TransferSet(value)
   raise TypeError(
-      '`transfer_set` must be a `tff_kd.TransferSet`, an array of inputs or an unbatched '
-      f'`tf.data.Dataset`, found {type(value).__name__}. With labels: '
-      '`tff_kd.TransferSet(inputs, labels)`.'
+      f'`{name}` must be a `tff_kd.TransferSet`, an array of inputs or an unbatched '
+      f'`tf.data.Dataset`, found {type(value).__name__}.'
+      + (' With labels: `tff_kd.TransferSet(inputs, labels)`.' if has_labels else '')
   )
 
 

@@ -66,7 +66,6 @@ def build_ds_fl(
   students = cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  transfer_set = transfer.as_transfer_set(transfer_set)
   stage = server_distillation.DistillationStage(
       'student',
       student_optimizer or tff.learning.optimizers.build_adam(1e-3),

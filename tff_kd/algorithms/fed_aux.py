@@ -99,7 +99,6 @@ def build_fed_aux(
   students = cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  transfer_set = transfer.as_transfer_set(transfer_set)
   scorer = certainty.CertaintyScorer(
       input_spec=input_spec,
       negatives=negatives,

@@ -76,7 +76,6 @@ def build_fed_distillation(
   kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
   students = cohorts.build_students(student_fn, **kinds)
   teacher = models.build_model_spec(teacher_fn, name='teacher', **kinds)
-  transfer_set = transfer.as_transfer_set(transfer_set)
   stages = [
       server_distillation.DistillationStage(
           'teacher',

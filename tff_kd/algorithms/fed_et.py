@@ -73,7 +73,6 @@ def build_fed_et(
   kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
   students = cohorts.build_students(student_fn, **kinds)
   teacher = models.build_model_spec(teacher_fn, name='teacher', **kinds)
-  transfer_set = transfer.as_transfer_set(transfer_set)
   if consensus_rule is None:
     rules = (knowledge.CertaintyWeighted, knowledge.CertaintyWithDiversity)
     consensus_rule = rules[bool(distillation.diversity_weight)]('variance')

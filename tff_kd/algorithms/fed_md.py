@@ -63,7 +63,6 @@ def build_fed_md(
   students = cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  transfer_set = transfer.as_transfer_set(transfer_set)
   optimizer = digest_optimizer or tff.learning.optimizers.build_adam(1e-3)
   size = transfer_set.subset_size
 

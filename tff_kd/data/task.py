@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 from tff_kd import keras_models
+from tff_kd import models
 
 ModelFn = Callable[[], keras.Model]
 
@@ -20,7 +21,8 @@ class Examples(NamedTuple):
 
   Attributes:
     inputs: An array `[n, ...]`, or a dict of such, by name of the model's input.
-    labels: `[n, ...]`: int32 classes, or float32 numbers of a regression.
+    labels: `[n, ...]`, as the loss takes them: class numbers, one-hot or binary labels,
+      or float32 numbers of a regression.
   """
 
   inputs: Any
@@ -39,6 +41,13 @@ def _cross_entropy() -> keras.losses.Loss:
 
 def _accuracy() -> list[keras.metrics.Metric]:
   return [keras.metrics.SparseCategoricalAccuracy(name='accuracy')]
+
+
+# Keras's losses of one-hot labels.
+_ONE_HOT_LOSSES = (
+    keras.losses.CategoricalCrossentropy, keras.losses.CategoricalFocalCrossentropy,
+    keras.losses.CategoricalHinge,
+)
 
 
 # What a prediction is worth beyond the labels: (inputs -> outputs) to named scores.
@@ -101,6 +110,29 @@ class Task:
   @property
   def is_regression(self) -> bool:
     return self.num_classes is None
+
+  def class_numbers(self, examples: Examples) -> Optional[np.ndarray]:
+    """The class of each example, int64 `[n]`, whatever its label is like.
+
+    Args:
+      examples: Of this task.
+
+    Returns:
+      The classes: 0 and 1 of binary labels; `None` if examples have several labels, or
+      numbers.
+    """
+    labels, loss = np.asarray(examples.labels), self.loss_fn()
+    if self.is_regression:
+      return None
+    if isinstance(loss, _ONE_HOT_LOSSES) and labels.ndim == 2:
+      return labels.argmax(axis=-1)
+    if labels.ndim == 2 and labels.shape[-1] == 1:
+      labels = labels[:, 0]
+    if labels.ndim > 1:
+      return None
+    if isinstance(loss, models.BINARY_LOSSES):
+      labels = labels > 0.5  # Of a hinge loss they may be -1 and 1.
+    return labels.astype(np.int64)
 
   @property
   def input_spec(self) -> tuple[Any, tf.TensorSpec]:

@@ -29,6 +29,38 @@ def with_axis_of_outputs(labels: Any, outputs: tf.Tensor) -> Any:
   return labels
 
 
+def new_metrics(
+    metrics_fn: Optional[MetricsFn],
+) -> collections.OrderedDict[str, keras.metrics.Metric]:
+  """The user's metrics by name, not yet built.
+
+  Args:
+    metrics_fn: A function that returns a list of new `keras.metrics.Metric`s; there are
+      none if `None`.
+
+  Raises:
+    TypeError: If it returns something else.
+    ValueError: If two metrics have one name.
+  """
+  made = metrics_fn() if metrics_fn is not None else []
+  if not isinstance(made, (list, tuple)) or not all(
+      isinstance(metric, keras.metrics.Metric) for metric in made
+  ):
+    raise TypeError(
+        '`metrics_fn` must return a list of `keras.metrics.Metric`s, found '
+        f'{made!r}. Pass, for example, `metrics_fn=lambda: [keras.metrics.AUC()]`.'
+    )
+  metrics = collections.OrderedDict()
+  for metric in made:
+    if metric.name in metrics or metric.name == 'loss':
+      raise ValueError(
+          f'`metrics_fn` returns a metric named {metric.name!r}, which is taken. '
+          'Give each metric its own `name`; "loss" is always reported.'
+      )
+    metrics[metric.name] = metric
+  return metrics
+
+
 class Metrics:
   """The user's metrics and the totals, by name, as functions of their states.
 
@@ -40,35 +72,21 @@ class Metrics:
 
   def __init__(
       self,
-      metrics_fn: Optional[MetricsFn],
+      metrics: collections.OrderedDict[str, keras.metrics.Metric],
       labels: Any,
       outputs: tf.Tensor,
   ):
     """Builds the metrics once, eagerly.
 
     Args:
-      metrics_fn: A function that returns a list of new `keras.metrics.Metric`s; no
-        metrics but the totals if `None`.
+      metrics: `new_metrics`, by name.
       labels: A batch of labels, which metrics that build on their first update need.
       outputs: The model's outputs for it.
 
     Raises:
-      TypeError: If `metrics_fn` returns something else than metrics.
-      ValueError: If two metrics have one name, or a metric does not take such labels.
+      ValueError: If a metric does not take such labels.
     """
-    self._metrics = collections.OrderedDict()
-    for metric in list(metrics_fn()) if metrics_fn is not None else []:
-      if not isinstance(metric, keras.metrics.Metric):
-        raise TypeError(
-            '`metrics_fn` must return a list of `keras.metrics.Metric`, found '
-            f'{metric!r} in it.'
-        )
-      if metric.name in self._metrics or metric.name == 'loss':
-        raise ValueError(
-            f'`metrics_fn` returns a metric named {metric.name!r}, which is taken. '
-            'Give each metric its own `name`; "loss" is always reported.'
-        )
-      self._metrics[metric.name] = metric
+    self._metrics = metrics
     for metric in self._metrics.values():
       _build(metric, labels, outputs)
     self._initial = collections.OrderedDict(

@@ -21,6 +21,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
+import inspect
 from typing import Any, NamedTuple, Optional
 
 import keras
@@ -502,19 +503,19 @@ def build_model_spec(
       probabilities under `from_logits=True`, or logits under a cross-entropy with
       `from_logits=False`.
   """
-  input_spec = _checked_input_spec(input_spec)
+  input_spec = check_input_spec(input_spec)
   inputs_spec, labels_spec = split_batch(input_spec)
-  model = _build_keras_model(keras_model_fn, name)
-  _check_builder(
-      loss_fn, 'loss_fn', 'lambda: keras.losses.SparseCategoricalCrossentropy(...)'
-  )
-  loss = loss_fn()
+  check_model_fn(keras_model_fn, name)
+  loss = check_loss_fn(loss_fn)()
   if not isinstance(loss, keras.losses.Loss):
     raise TypeError(
-        f'`loss_fn` must return a `keras.losses.Loss`, found {type(loss).__name__}.'
+        f'`loss_fn` must return a `keras.losses.Loss`, found {loss!r}. Pass, for '
+        f'example, `loss_fn={_LOSS_EXAMPLE}`.'
     )
   if metrics_fn is not None:
-    _check_builder(metrics_fn, 'metrics_fn', 'lambda: [keras.metrics.AUC(), ...]')
+    check_metrics_fn(metrics_fn)
+  metrics = metrics_lib.new_metrics(metrics_fn)
+  model = _build_keras_model(keras_model_fn, name)
   batch_size = _fixed_batch(model, inputs_spec)
   outputs = _probe(model, inputs_spec, batch_size or _PROBE_BATCH, name)
   labels = _example(labels_spec, batch_size or _PROBE_BATCH)
@@ -528,7 +529,7 @@ def build_model_spec(
   is_regression = isinstance(loss, _REGRESSION_LOSSES)
   outputs_shape = traced.output_shape[1:]
   logits_shape = outputs_shape
-  if outputs_shape[-1] != 1 and isinstance(loss, _BINARY_LOSSES):
+  if outputs_shape[-1] != 1 and isinstance(loss, BINARY_LOSSES):
     logits_shape = outputs_shape.concatenate([1])
   from_logits = is_regression or _check_from_logits(loss, traced.activation, name)
   variables = _non_trainable_variables(model)
@@ -544,7 +545,7 @@ def build_model_spec(
       logits_shape=logits_shape,
       from_logits=from_logits,
       loss=loss,
-      metrics=metrics_lib.Metrics(metrics_fn, labels, outputs),
+      metrics=metrics_lib.Metrics(metrics, labels, outputs),
       is_regression=is_regression,
       ignored_label=_config_of(loss, 'ignore_class'),
       batch_size=batch_size,
@@ -553,32 +554,72 @@ def build_model_spec(
   )
 
 
-def _check_builder(fn: Any, name: str, example: str) -> None:
-  """Refuses an argument that is what a function should return.
+_LOSS_EXAMPLE = 'lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True)'
 
-  Args:
-    fn: The argument.
-    name: Its name, for the error.
-    example: How it may look.
+
+def is_builder(value: Any) -> bool:
+  """Whether a value is a function without arguments, and no Keras object.
+
+  Losses, metrics, layers and models are callable; what is wanted is what makes them.
+  """
+  if not callable(value) or isinstance(
+      value, (keras.losses.Loss, keras.metrics.Metric, keras.layers.Layer)
+  ):
+    return False
+  try:
+    inspect.signature(value).bind()
+  except TypeError:  # It needs arguments, such as `keras.losses.mean_squared_error`.
+    return False
+  except ValueError:  # It does not tell.
+    return True
+  return True
+
+
+def check_loss_fn(loss_fn: Any, name: str = 'loss_fn') -> LossFn:
+  """Returns what makes losses, or refuses what does not.
 
   Raises:
-    TypeError: If it is no function.
+    TypeError: If it is no function without arguments.
   """
-  if not callable(fn) or isinstance(fn, (keras.losses.Loss, keras.metrics.Metric)):
+  return _check_builder(loss_fn, name, _LOSS_EXAMPLE)
+
+
+def check_metrics_fn(
+    metrics_fn: Any, name: str = 'metrics_fn'
+) -> metrics_lib.MetricsFn:
+  """Returns what makes metrics, or refuses what does not.
+
+  Raises:
+    TypeError: If it is no function without arguments.
+  """
+  return _check_builder(metrics_fn, name, 'lambda: [keras.metrics.AUC(), ...]')
+
+
+def _check_builder(fn: Any, name: str, example: str) -> Any:
+  if not is_builder(fn):
     raise TypeError(
-        f'`{name}` must be a function that returns a new one, found {fn!r}. Pass, for '
-        f'example, `{name}={example}`.'
+        f'`{name}` must be a function without arguments that returns a new one, found '
+        f'{fn!r}. Pass, for example, `{name}={example}`.'
+    )
+  return fn
+
+
+def check_model_fn(keras_model_fn: Any, name: str) -> None:
+  """Refuses what cannot make models.
+
+  Raises:
+    TypeError: If it is no function without arguments.
+  """
+  if not is_builder(keras_model_fn):
+    raise TypeError(
+        f'The {name} must be a function without arguments that returns a `keras.Model`, '
+        f'found {keras_model_fn!r}. Wrap the construction of the model: '
+        '`def build(): return keras.Sequential([...])`.'
     )
 
 
 def _build_keras_model(keras_model_fn: KerasModelFn, name: str) -> keras.Model:
   """Calls the builder; refuses what is no Keras 3 model, or trains by itself."""
-  if not callable(keras_model_fn) or isinstance(keras_model_fn, keras.Model):
-    raise TypeError(
-        f'The {name} must be a function that returns a `keras.Model`, '
-        f'found {keras_model_fn!r}. Wrap the construction of the model: '
-        '`def build(): return keras.Sequential([...])`.'
-    )
   model = keras_model_fn()
   if not isinstance(model, keras.Model):
     hint = ''
@@ -608,7 +649,7 @@ _BINARY_CROSS_ENTROPIES = (
     keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy
 )
 # Keras's losses of outputs that are labels of their own, present or not.
-_BINARY_LOSSES = (
+BINARY_LOSSES = (
     *_BINARY_CROSS_ENTROPIES, keras.losses.Hinge, keras.losses.SquaredHinge
 )
 # Keras's losses of numbers. Another loss of numbers is taken for one of logits.
@@ -661,8 +702,12 @@ def check_same_outputs(first: ModelSpec, second: ModelSpec) -> None:
     )
 
 
-def _checked_input_spec(input_spec: Any) -> Any:
-  """The pair or mapping of `tf.TensorSpec`s, or a clear error."""
+def check_input_spec(input_spec: Any) -> Any:
+  """The pair or mapping of `tf.TensorSpec`s, or a clear error.
+
+  Raises:
+    TypeError, ValueError: If it is none.
+  """
   is_mapping = isinstance(input_spec, Mapping)
   is_pair = isinstance(input_spec, (tuple, list)) and len(input_spec) == 2
   if not ((is_mapping and set(input_spec) == {'x', 'y'}) or is_pair):

@@ -431,6 +431,23 @@ def build_aggregators(
   return factories
 
 
+def _check_weights_fit(
+    secure: secure_lib.SecureAggregation, rule: knowledge.ConsensusRule
+) -> None:
+  """Refuses a bound that clips the weights of predictions, which go up beside them.
+
+  A given certainty is at most 1, as `certainty.score` has it.
+  """
+  bound = secure.knowledge_bound
+  goes_to_1 = rule.has_unit_weights or rule.needs_certainty
+  if goes_to_1 and bound is not None and bound < 1.0:
+    raise ValueError(
+        f'`knowledge_bound` must be 1 or more, found {bound!r}: it also bounds how much '
+        "a prediction counts, which goes up to 1 (times the client's weight), and would "
+        'be clipped, so that the mean would be wrong.'
+    )
+
+
 def _check_secure(
     sent: Sequence[str],
     aggregators: Mapping[str, Any],
@@ -446,6 +463,8 @@ def _check_secure(
     )
   if privacy is None:
     secure.check_channels(sent)
+    if rule is not None:
+      _check_weights_fit(secure, rule)
   for name, aggregator in aggregators.items():
     if aggregator is not None:
       raise ValueError(

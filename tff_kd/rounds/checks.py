@@ -158,11 +158,6 @@ def _check_local_terms(
 ) -> None:
   """Checks that each term has the models, labels and classes that it needs."""
   for term in parts.local_terms:
-    if not isinstance(term, local_terms_lib.LocalTerm):
-      raise TypeError(
-          '`local_terms` must be a list of `tff_kd.local_terms.LocalTerm`s, found '
-          f'{term!r}.'
-      )
     if term.target not in (None, *local_terms_lib.TARGETS):
       raise ValueError(
           f'The `target` of a local term must be one of {local_terms_lib.TARGETS} '
@@ -189,6 +184,8 @@ def history_size(terms: Sequence[local_terms_lib.LocalTerm]) -> int:
     ValueError: If they do not agree.
   """
   sizes = {term.history_size for term in terms if term.target == 'student_history'}
+  for size in sizes:
+    local_terms_lib.check_history_size(size)
   if len(sizes) > 1:
     raise ValueError(
         f'Local terms must agree on `history_size`, found {sorted(sizes)}.'
@@ -237,13 +234,8 @@ def check_client_data(
   """Checks that clients' examples are of the kind that the model takes.
 
   Raises:
-    TypeError, ValueError: If they are not.
+    ValueError: If they are not.
   """
-  if not isinstance(client_data, client_data_lib.ClientBatches):
-    raise TypeError(
-        '`client_data` must be a `tff_kd.ClientBatches`, which says how clients read '
-        f'a `tff_kd.FileClientData`, found {client_data!r}.'
-    )
   if not _is_compatible(student.input_spec, client_data.element_spec):
     raise ValueError(
         '`input_spec` and `client_data` must have batches of one kind, found '

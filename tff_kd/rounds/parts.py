@@ -10,6 +10,7 @@ from typing import Any, Optional
 
 from tff_kd.compat import tff
 
+from tff_kd import arguments
 from tff_kd import client_data as client_data_lib
 from tff_kd import cohorts
 from tff_kd import companions
@@ -165,7 +166,7 @@ _EMPTY = inspect.Parameter.empty
 
 
 def takes_options(build: Callable[..., Any]) -> Callable[..., Any]:
-  """Spells the fields of `Options` out as arguments of a builder.
+  """Spells the fields of `Options` out as arguments of a builder, and checks them.
 
   Args:
     build: Keyword-only, with an argument `options: Options`.
@@ -189,6 +190,8 @@ def takes_options(build: Callable[..., Any]) -> Callable[..., Any]:
       for field in dataclasses.fields(Options)
   ]
   names = [*own, *OPTION_NAMES]
+  full = signature.replace(parameters=[*own.values(), *shared])
+  parameters = full.parameters
 
   @functools.wraps(build)
   def with_options(**kwargs):
@@ -203,8 +206,9 @@ def takes_options(build: Callable[..., Any]) -> Callable[..., Any]:
     missing = [n for n, p in own.items() if p.default is _EMPTY and n not in kwargs]
     if missing:
       raise TypeError(f'{build.__name__}() needs the argument {missing[0]!r}.')
-    chosen = {name: kwargs.pop(name) for name in OPTION_NAMES if name in kwargs}
-    return build(**kwargs, options=Options(**chosen))
+    usable = arguments.check(kwargs, parameters)
+    chosen = {name: usable.pop(name) for name in OPTION_NAMES if name in usable}
+    return build(**usable, options=Options(**chosen))
 
-  with_options.__signature__ = signature.replace(parameters=[*own.values(), *shared])
+  with_options.__signature__ = full
   return with_options
