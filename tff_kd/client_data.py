@@ -86,8 +86,9 @@ class FileClientData:
     """From one pool of examples and each client's rows of it.
 
     Args:
-      examples: A pair `(x, y)` or a mapping with keys 'x' and 'y' of arrays of n
-        examples; `x` may be a structure of arrays.
+      examples: A pair `(x, y)`, a triple `(x, y, sample_weight)` or a mapping with
+        these keys, of arrays of n examples; `x` may be a structure of arrays. Weights
+        are finite and not negative.
       rows: Integers in [0, n), by client; a mapping gives the clients their names,
         which otherwise are '0', '1', ... A partition of `tff_kd.data.partition` fits.
       directory: Where the files go; a temporary folder if `None`.
@@ -138,7 +139,7 @@ class FileClientData:
     """From each client's own arrays.
 
     Args:
-      clients: By client, its `(x, y)` or `{'x': ..., 'y': ...}`; all of one
+      clients: By client, its arrays, as the examples of `from_arrays`; all of one
         structure, shape and dtype.
       directory: Where the files go; a temporary folder if `None`.
 
@@ -186,8 +187,9 @@ class FileClientData:
       directory: Where the files go; a temporary folder if `None`.
       key: Names what is read: with a `directory` that holds files of this key, the
         source is not read again. Needed with a `directory`.
-      preprocess_fn: Maps a client's unbatched dataset to one of pairs `(x, y)` or
-        of mappings with keys 'x' and 'y', of fully defined shapes.
+      preprocess_fn: Maps a client's unbatched dataset to one of pairs `(x, y)`, of
+        triples `(x, y, sample_weight)` or of mappings with these keys, of fully defined
+        shapes.
 
     Returns:
       The `FileClientData`.
@@ -288,14 +290,16 @@ class FileClientData:
 
 def _as_element(element: Any) -> Any:
   """A pair or the mapping {'x', 'y'}, as `input_spec` knows them."""
-  if isinstance(element, Mapping) and set(element) == {'x', 'y'}:
-    return {'x': element['x'], 'y': element['y']}
-  if isinstance(element, (tuple, list)) and len(element) == 2:
-    return tuple(element)
-  raise ValueError(
-      'Examples must be a pair (x, y) or a mapping with exactly the keys x and y, '
-      f'found {type(element).__name__}.'
-  )
+  found = models.as_batch(element)
+  if found is None:
+    size = f' of {len(element)}' if isinstance(element, (tuple, list)) else ''
+    raise ValueError(
+        'Examples must be arrays (x, y), perhaps with sample weights, (x, y, '
+        "sample_weight), or a mapping with these keys, found a "
+        f'{type(element).__name__}{size}. Put single examples together: '
+        '`x = np.stack([x for x, _ in examples])`, and `y` likewise.'
+    )
+  return dict(found) if isinstance(found, Mapping) else found
 
 
 def _prepare(
@@ -315,7 +319,8 @@ def _prepare(
       while the chunks are read.
     total: How many examples, if known; for the progress bar.
   """
-  raw_files.check_dtypes(spec, _WHAT)
+  parts = [*models.split_batch(spec), models.sample_weight_of(spec)]
+  raw_files.check_dtypes([part for part in parts if part is not None], _WHAT)
   folder = raw_files.open_directory(directory, 'tff_kd_clients_')
   tag = hashlib.sha256(key.encode()).hexdigest()[:16]
   path = folder / f'clients-{tag}.json'
@@ -329,6 +334,7 @@ def _prepare(
 
   def counted(chunks):
     for chunk in chunks:
+      _check_weights(models.sample_weight_of(chunk))
       yield chunk
       bar.update(len(tf.nest.flatten(chunk)[0]))
 
@@ -357,6 +363,15 @@ def _prepare(
   partial.write_text(json.dumps(saved))
   os.replace(partial, path)
   return FileClientData(list(rows), num_examples, **arrays)
+
+
+def _check_weights(weights: Optional[np.ndarray]) -> None:
+  """Refuses sample weights below 0. (Not finite ones are refused as all numbers are.)"""
+  if weights is not None and np.any(np.asarray(weights) < 0):
+    raise ValueError(
+        f'Sample weights must not be negative, found {np.min(weights)}. Use 0 for '
+        'examples that do not count.'
+    )
 
 
 def _find(path: pathlib.Path, key: str, spec: Any) -> Optional[FileClientData]:
@@ -392,9 +407,9 @@ def masked_inputs(batch: Any, mask: Any) -> Any:
   """A batch whose inputs are 0 where a mask of `ClientBatches.input_mask` is."""
   if mask is None:
     return batch
-  inputs, labels = models.split_batch(batch)
+  inputs, _ = models.split_batch(batch)
   inputs = tf.nest.map_structure(tf.multiply, inputs, mask)
-  return {'x': inputs, 'y': labels} if isinstance(batch, Mapping) else (inputs, labels)
+  return {**batch, 'x': inputs} if isinstance(batch, Mapping) else (inputs, *batch[1:])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

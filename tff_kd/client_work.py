@@ -6,7 +6,7 @@ ensemble, the predictions on this round's transfer examples.
 """
 
 import collections
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 import dataclasses
 import functools
 from typing import Any, NamedTuple, Optional
@@ -368,13 +368,13 @@ class _ClientUpdate:
       )
     finite = graphs.all_finite([delta, left])
     is_empty = tf.equal(trained.num_examples, 0)
-    valid = finite & ~is_empty & ~trained.bad_labels
+    valid = finite & ~is_empty & ~trained.bad_labels & ~trained.bad_inputs
     included, delay = valid, None
     if self.reporting is not None:
       included, delay = valid & conditions.reports, conditions.delay
     counts = public_participation()
     if self.releases_metrics:
-      counts = participation(included, is_empty, trained.bad_labels, finite)
+      counts = participation(included, trained, finite)
       if self.reporting is not None:
         counts.update(conditions_lib.condition_counts(conditions, valid))
     weight = self._weights(trained.num_examples, included, delay)
@@ -542,8 +542,8 @@ def _client_examples(
   if client_data is None:
 
     def map_dataset(fn):
-      def map_batch(*batch):  # Of a pair, `map` hands over the parts.
-        return fn(models.split_batch(batch if len(batch) > 1 else batch[0])[0])
+      def map_batch(*batch):  # Of a tuple, `map` hands over the parts.
+        return _map_inputs(fn, batch if len(batch) > 1 else batch[0])
 
       parts = data.map(map_batch)
       empty = tf.zeros([0, *parts.element_spec.shape[1:]], parts.element_spec.dtype)
@@ -556,9 +556,19 @@ def _client_examples(
     rows = client_data.data.rows(start + tf.range(count))
     batch = raw_files.gather(client_data.data.open(), rows)
     batch = client_data_lib.masked_inputs(batch, client_data.input_mask(data))
-    return fn(models.split_batch(batch)[0])
+    return _map_inputs(fn, batch)
 
   return companions.ClientExamples(data, map_rows)
+
+
+def _map_inputs(fn: Callable[[Any], tf.Tensor], batch: Any) -> tf.Tensor:
+  """What a function makes of a batch's inputs, without examples of weight 0."""
+  mapped = fn(models.split_batch(batch)[0])
+  weight = models.sample_weight_of(batch)
+  if weight is None:
+    return mapped
+  weight = tf.reshape(tf.cast(weight, tf.float32), [tf.shape(mapped)[0], -1])
+  return tf.boolean_mask(mapped, tf.reduce_any(weight > 0.0, axis=1))
 
 
 def type_of(value: Any) -> tff.Type:
@@ -571,15 +581,23 @@ def type_of(value: Any) -> tff.Type:
 
 
 def participation(
-    included: tf.Tensor, is_empty: tf.Tensor, bad_labels: tf.Tensor, finite: tf.Tensor
+    included: tf.Tensor, trained: local_training.Trained, finite: tf.Tensor
 ) -> collections.OrderedDict[str, tf.Tensor]:
   """A client's counts, int32 scalars: that it was there, and in or why not."""
+  bad_labels, bad_inputs = trained.bad_labels, trained.bad_inputs
+  causes = dict(
+      empty=tf.equal(trained.num_examples, 0),
+      bad_labels=bad_labels,
+      bad_inputs=bad_inputs & ~bad_labels,
+      non_finite=~finite & ~bad_labels & ~bad_inputs,
+  )
   return collections.OrderedDict(
       num_clients=tf.constant(1),
       num_included=tf.cast(included, tf.int32),
-      num_excluded_empty=tf.cast(is_empty, tf.int32),
-      num_excluded_bad_labels=tf.cast(bad_labels, tf.int32),
-      num_excluded_non_finite=tf.cast(~finite & ~bad_labels, tf.int32),
+      **{
+          f'num_excluded_{cause}': tf.cast(its, tf.int32)
+          for cause, its in causes.items()
+      },
   )
 
 

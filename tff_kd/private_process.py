@@ -35,6 +35,7 @@ from tff_kd import losses
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import process
+from tff_kd import round_arguments
 from tff_kd import server_distillation as server_distillation_lib
 from tff_kd import transfer
 from tff_kd.privacy import differential
@@ -389,12 +390,14 @@ class ClassExchange(Exchange):
     return run
 
   def observer(self):
-    def observe(logits, labels):
+    def observe(logits, labels, counted):
       one_hot = tf.one_hot(
           tf.reshape(tf.cast(labels, tf.int32), [-1]), self._classes
       )
-      counted = self._student.counted_labels(labels)
       if counted is not None:  # What the loss ignores may be no class, or one.
+        counted = tf.broadcast_to(
+            losses.with_rank(counted, labels.shape.rank), tf.shape(labels)
+        )
         one_hot *= tf.reshape(counted, [-1, 1])
       flat = tf.reshape(logits, [-1, self._classes])
       return knowledge.KnowledgePayload(
@@ -429,8 +432,8 @@ class _ClassTargets(local_terms_lib.LocalTerm):
         tf.nn.softmax(tf.gather(self._targets, labels)), step.logits
     )
     # Over the whole batch: an example without a target has no such loss.
-    return loss + self._weight * tf.reduce_mean(
-        each * mask * tf.gather(self._mask, labels)
+    return loss + self._weight * losses.weighted_mean(
+        each * mask * tf.gather(self._mask, labels), sample_weight=step.sample_weight
     )
 
 
@@ -490,6 +493,8 @@ def build_private_process(
   students = cohorts.as_students(student)
   student = students.first
   transfer_set = exchange.transfer_set
+  if transfer_set is not None:
+    process.check_transfer_ids(transfer_set, students.specs)
   if transfer_set is None and (server_stage or pretraining):
     raise ValueError('A server model and pretraining need a transfer set.')
   if exchange.needs_server_model and server_stage is None:
@@ -679,11 +684,11 @@ def build_private_process(
               step_share=step_share,
           ),
       )
-      num_examples, bad_labels = trained.num_examples, trained.bad_labels
+      num_examples = trained.num_examples
       after = trained.values.weights
       finite = graphs.all_finite(after)
       is_empty = tf.equal(num_examples, 0)
-      valid = finite & ~is_empty & ~bad_labels
+      valid = finite & ~is_empty & ~trained.bad_labels & ~trained.bad_inputs
       included, covered = valid, None
       round_num = broadcast.round_num
       counts = collections.OrderedDict()
@@ -727,7 +732,7 @@ def build_private_process(
         )
         sent_round = tf.where(included, round_num, client_state.sent_round)
       counts = collections.OrderedDict(
-          client_work_lib.participation(included, is_empty, bad_labels, finite),
+          client_work_lib.participation(included, trained, finite),
           num_taught=tf.cast(has_learned, tf.int32),
           **counts,
       )
@@ -932,7 +937,9 @@ def build_private_process(
 
   return process.PrivateProcess(
       init_fn,
-      next_fn,
+      round_arguments.checked(
+          next_fn, process.client_arguments(students, client_data, reporting)
+      ),
       initialize_client_fn=initialize_client,
       clients=students if keeps_models else None,
       get_model_weights_fn=get_model_weights,
@@ -945,4 +952,5 @@ def build_private_process(
       coded_bytes=exchange.coded_bytes(),
       aggregated_bytes=aggregated_bytes,
       guard=guard,
+      client_data=client_data,
   )

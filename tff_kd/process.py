@@ -31,6 +31,7 @@ from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
 from tff_kd import models
 from tff_kd import optimizers
+from tff_kd import round_arguments
 from tff_kd import server_distillation as server_distillation_lib
 from tff_kd import transfer
 from tff_kd.privacy import differential
@@ -183,6 +184,7 @@ class DistillationProcess(_KerasOut, tff.learning.templates.LearningProcess):
     exchanged_bytes: What a client moves down and up in a companion's exchange.
     aggregated_bytes: What a client hands to each channel's own aggregator, by channel.
     guard: How what clients send is private and secure.
+    client_data: The `ClientBatches` from which clients read, or `None`.
   """
 
   def __init__(
@@ -199,6 +201,7 @@ class DistillationProcess(_KerasOut, tff.learning.templates.LearningProcess):
       exchanged_bytes: tuple[int, int] = (0, 0),
       aggregated_bytes: Mapping[str, int] = types.MappingProxyType({}),
       guard: Guard = _NO_GUARD,
+      client_data: Optional[client_data_lib.ClientBatches] = None,
       **kwargs,
   ):
     super().__init__(*args, **kwargs)
@@ -214,6 +217,7 @@ class DistillationProcess(_KerasOut, tff.learning.templates.LearningProcess):
     self.exchanged_bytes = exchanged_bytes
     self.aggregated_bytes = aggregated_bytes
     self.guard = guard
+    self.client_data = client_data
 
   @property
   def get_teacher_weights(self) -> tff.Computation:
@@ -282,6 +286,7 @@ class PrivateProcess(_KerasOut, tff.templates.IterativeProcess):
     exchanged_bytes: What a client moves down and up in a companion's exchange.
     aggregated_bytes: What a client hands to each channel's own aggregator, by channel.
     guard: How what clients send is private and secure.
+    client_data: The `ClientBatches` from which clients read, or `None`.
   """
 
   def __init__(
@@ -304,6 +309,7 @@ class PrivateProcess(_KerasOut, tff.templates.IterativeProcess):
       exchanged_bytes: tuple[int, int] = (0, 0),
       aggregated_bytes: Mapping[str, int] = types.MappingProxyType({}),
       guard: Guard = _NO_GUARD,
+      client_data: Optional[client_data_lib.ClientBatches] = None,
   ):
     super().__init__(initialize_fn, next_fn)
     self.initialize_client = initialize_client_fn
@@ -322,6 +328,7 @@ class PrivateProcess(_KerasOut, tff.templates.IterativeProcess):
     self.exchanged_bytes = exchanged_bytes
     self.aggregated_bytes = aggregated_bytes
     self.guard = guard
+    self.client_data = client_data
 
 
 def build_distillation_process(
@@ -398,6 +405,7 @@ def build_distillation_process(
   if transfer_set is not None:
     transfer_set = transfer.as_transfer_set(transfer_set)
     check_transfer_set(transfer_set, student)
+    check_transfer_ids(transfer_set, [*students.specs, *([teacher] if teacher else [])])
   if stages and transfer_set is None:
     raise ValueError('Distillation on the server needs a `transfer_set`.')
   if stages:
@@ -731,6 +739,10 @@ def build_distillation_process(
       exchanged_bytes=companion.exchange_bytes() if companion is not None else (0, 0),
       aggregated_bytes=aggregated_bytes,
       guard=guard,
+      client_data=client_data,
+  )
+  next_fn = round_arguments.checked(
+      next_fn, client_arguments(students, client_data, reporting)
   )
   get_model_weights = build_getter('global_model_weights')
   set_model_weights = build_setter('global_model_weights')
@@ -980,15 +992,17 @@ def _replaced(state: tff.Value, changed: Mapping[str, Any]) -> DistillationState
   })
 
 
-def _is_compatible(expected: Any, found: Any) -> bool:
-  """Whether batches of one spec can stand for batches of the other."""
-  try:
-    tf.nest.assert_same_structure(expected, found)
-  except (TypeError, ValueError):
-    return False
-  return all(
-      e.dtype == f.dtype and e.shape[1:].is_compatible_with(f.shape[1:])
-      for e, f in zip(tf.nest.flatten(expected), tf.nest.flatten(found))
+def client_arguments(
+    students: cohorts.Students,
+    client_data: Optional[client_data_lib.ClientBatches],
+    reporting: Optional[conditions_lib.Reporting],
+) -> round_arguments.ClientArguments:
+  """What `next` takes for the clients of a round."""
+  return round_arguments.ClientArguments(
+      client_data=client_data,
+      input_spec=students.first.input_spec,
+      num_cohorts=len(students.specs),
+      has_conditions=reporting is not None,
   )
 
 
@@ -1001,7 +1015,7 @@ def check_client_data(
         '`client_data` must be a `tff_kd.ClientBatches`, which says how clients read '
         f'a `tff_kd.FileClientData`, found {client_data!r}.'
     )
-  if not _is_compatible(student.input_spec, client_data.element_spec):
+  if not models.is_compatible(student.input_spec, client_data.element_spec):
     raise ValueError(
         '`input_spec` and `client_data` must have batches of one kind, found '
         f'{student.input_spec} and {client_data.element_spec}. Pass '
@@ -1019,7 +1033,7 @@ def check_transfer_set(
   if transfer_set.labelled:
     parts.append(('labels', labels_spec, transfer_set.labels_spec))
   for what, expected, found in parts:
-    if not _is_compatible(expected, found):
+    if not models.is_compatible(expected, found):
       raise ValueError(
           f"The transfer set's {what} must be like the clients' {what}: expected "
           f'{expected}, found {found}. Convert them to that shape and dtype.'
@@ -1030,8 +1044,7 @@ def check_transfer_set(
         transfer_set.gather_labels(rows),
         transfer_set.gather_label_weights(rows) > 0.0,
     )
-    outputs_shape = tf.TensorShape([None]).concatenate(student.outputs_shape)
-    _, bad = student.usable_labels(known, outputs_shape)
+    _, bad = student.usable_labels(known)
     if bad:
       is_binary = student.logits_shape[-1] == 1
       raise ValueError(
@@ -1041,6 +1054,27 @@ def check_transfer_set(
           + f', found {known.numpy().min()} to '
           f'{known.numpy().max()}. Mend them, or mark them as unknown in '
           '`label_mask`.'
+      )
+
+
+def check_transfer_ids(
+    transfer_set: transfer.TransferSet, specs: Sequence[models.ModelSpec]
+) -> None:
+  """Refuses transfer inputs with ids that the embedding of a model does not have."""
+  rows = tf.range(transfer_set.size)
+  for spec in specs:
+    if not spec.has_ids:
+      continue
+
+    def has_bad_ids(inputs: Any, spec: models.ModelSpec = spec) -> tf.Tensor:
+      bad = spec.call(spec.values(spec.initial_weights), inputs).bad_inputs
+      return tf.fill([tf.shape(tf.nest.flatten(inputs)[0])[0]], bad)
+
+    if tf.reduce_any(graphs.function(transfer_set.map_inputs)(has_bad_ids, rows)):
+      raise ValueError(
+          "The transfer set's inputs have ids that an embedding of the "
+          f'{spec.name} does not have: they must be from 0 to one below its '
+          '`input_dim`. Mend them, or give the embedding a larger `input_dim`.'
       )
 
 

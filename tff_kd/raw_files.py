@@ -6,7 +6,7 @@ its contents, so that a damaged file shows.
 """
 
 import atexit
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 import hashlib
 import os
 import pathlib
@@ -54,18 +54,37 @@ def batch_spec(spec: Any) -> Any:
   return map_spec(lambda s: tf.TensorSpec([None, *s.shape], s.dtype), spec)
 
 
-def check_dtypes(spec: Any, what: str) -> None:
+# How to make numbers of the parts of an example.
+_ENCODINGS = {
+    'inputs': "Encode the inputs first (for text, with the model's own vocabulary).",
+    'labels': 'Encode them: `names, y = np.unique(labels, return_inverse=True)`.',
+    'sample weights': 'Convert them: `weights.astype(np.float32)`.',
+}
+
+
+def check_dtypes(example_spec: Sequence[Any], what: str) -> None:
   """Refuses what cannot be mapped.
+
+  Args:
+    example_spec: The structures of `RowSpec`s of the inputs and, if they are there, of
+      labels and sample weights.
+    what: What error messages call the whole.
 
   Raises:
     ValueError: If an array holds neither numbers nor booleans.
   """
-  for leaf in flatten_spec(spec):
-    if leaf.dtype.kind not in 'fiub':
-      raise ValueError(
-          f'{what} holds numbers and booleans, found the dtype {leaf.dtype}. Encode '
-          "the inputs first (for text, with the model's own vocabulary)."
-      )
+  for (part, hint), spec in zip(_ENCODINGS.items(), example_spec):
+    for leaf in flatten_spec(spec):
+      if leaf.dtype.kind == 'O':
+        hint = (
+            'Rows of different lengths make such an array: pad them to one length. '
+            + hint
+        )
+      if leaf.dtype.kind not in 'fiub':
+        raise ValueError(
+            f'{what} holds numbers and booleans, found {part} of the dtype '
+            f'{leaf.dtype}. {hint}'
+        )
 
 
 def check_finite(values: np.ndarray, seen: int, what: str) -> None:
