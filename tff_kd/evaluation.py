@@ -242,6 +242,10 @@ class ClientsEvaluator:
       inputs, labels = models.split_batch(batch)
       weight = spec.sample_weight(batch)
       outputs = spec.call(values, inputs).outputs
+      labels, bad = spec.usable_labels(labels, weight)
+      check = tf.debugging.Assert(~bad, ["A client's labels are out of range."])
+      with tf.control_dependencies([check]):
+        labels = tf.identity(labels)
       mask = spec.metric_mask(labels, None, weight)
       size = tf.shape(outputs)[0]
       loss = spec.supervised_loss(labels, outputs, sample_weight=weight)

@@ -430,7 +430,8 @@ class ModelSpec:
       The labels, with those outside `[0, classes)` replaced by 0, and a boolean
       scalar that tells whether there were any; of a binary cross-entropy, those outside
       [0, 1]. Labels of another loss pass as they are. The label of an example of weight 0
-      may be anything; a weight that is negative or not finite counts as a bad label.
+      may be anything, and becomes 0; a weight that is negative or not finite counts as a
+      bad label.
     """
     bad = tf.constant(False)
     if sample_weight is not None:
@@ -443,12 +444,14 @@ class ModelSpec:
     in_range = (wide >= 0) & (wide <= tf.cast(highest, wide.dtype))
     if self.ignored_label is not None:
       in_range |= tf.equal(labels, tf.cast(self.ignored_label, labels.dtype))
-    harmless = in_range
+    used = in_range
     if sample_weight is not None:
-      harmless |= losses.with_rank(sample_weight, labels.shape.rank) <= 0.0
+      weightless = losses.with_rank(sample_weight, labels.shape.rank) <= 0.0
+      in_range |= weightless
+      used &= ~weightless
     return (
-        tf.where(in_range, labels, tf.zeros_like(labels)),
-        bad | ~tf.reduce_all(harmless),
+        tf.where(used, labels, tf.zeros_like(labels)),
+        bad | ~tf.reduce_all(in_range),
     )
 
   def metric_mask(

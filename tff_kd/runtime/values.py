@@ -136,14 +136,10 @@ def _of_type(
   found = tff.SequenceType(element)
   if type_spec.is_assignable_from(found):
     return dataset
-  expected = tf.nest.flatten(emitting.element_spec(type_spec.element))
-  closed = tf.nest.map_structure(
-      lambda s, e: tf.TensorSpec(e.shape if s.shape.is_compatible_with(e.shape)
-                                 else s.shape, s.dtype),
-      spec, tf.nest.pack_sequence_as(spec, expected),
-  ) if len(expected) == len(tf.nest.flatten(spec)) else spec
-  closed_type = tff.SequenceType(tff.types.tensorflow_to_type(closed))
-  if not type_spec.is_assignable_from(closed_type):
+  closed = _with_shapes(spec, emitting.element_spec(type_spec.element))
+  if not type_spec.is_assignable_from(
+      tff.SequenceType(tff.types.tensorflow_to_type(closed))
+  ):
     raise TypeError(
         f'Cannot take a dataset with elements of type {found} as a value of TFF type '
         f'{type_spec}.'
@@ -156,6 +152,18 @@ def _of_type(
     )
 
   return dataset.map(ensure_shapes)
+
+
+def _with_shapes(spec: Any, expected: Any) -> Any:
+  """The specs of an element with the expected shapes, where theirs leave them open."""
+  shapes = [its.shape for its in tf.nest.flatten(expected)]
+  leaves = tf.nest.flatten(spec)
+  if len(shapes) != len(leaves):
+    return spec
+  return tf.nest.pack_sequence_as(spec, [
+      tf.TensorSpec(shape, leaf.dtype) if leaf.shape.is_compatible_with(shape) else leaf
+      for leaf, shape in zip(leaves, shapes)
+  ])
 
 
 def from_tensors(tensors: Iterator[tf.Tensor], type_spec: tff.Type) -> Any:
