@@ -309,4 +309,4 @@ def test_tffs_functional_model_would_leave_weights_out():
       input_spec=(*helpers.INPUT_SPEC, tf.TensorSpec([None])),
   )
   with pytest.raises(ValueError, match="TFF's own algorithms have no sample weights"):
-    spec.functional_model
+    _ = spec.functional_model

@@ -16,6 +16,7 @@ import pathlib
 from typing import Any, NamedTuple, Optional, Union
 
 from absl import logging
+import keras
 import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
@@ -265,6 +266,39 @@ class FileClientData:
   @functools.cached_property
   def _numbers(self) -> dict[str, int]:
     return {name: number for number, name in enumerate(self.client_ids)}
+
+  def check_labels(
+      self, loss: keras.losses.Loss, outputs_shape: Sequence[Optional[int]]
+  ) -> None:
+    """Looks for labels that a loss does not take; their clients are left out of rounds.
+
+    Args:
+      loss: The loss.
+      outputs_shape: The shape of the model's outputs.
+
+    Raises:
+      ValueError: If no client could take part, or the labels seem to be counted from 1.
+    """
+    examples = self._examples.arrays()
+    labels = np.asarray(models.split_batch(examples)[1])
+    counted = np.ones(labels.shape, bool)
+    weight = models.sample_weight_of(examples)
+    if weight is not None:
+      shape = (*weight.shape, *[1] * labels.ndim)[: labels.ndim]
+      counted &= np.reshape(weight != 0, shape)
+    wrong = counted & models.wrong_labels(labels, loss, outputs_shape)
+    if not wrong.any():
+      return
+    is_wrong = wrong.reshape(len(labels), -1).any(axis=1)[self._rows.arrays()]
+    counts = np.diff(np.append(0, np.cumsum(is_wrong))[self._starts.arrays()])
+    num_wrong, num_clients = np.sum(counts > 0), np.sum(self.num_examples > 0)
+    message = models.wrong_labels_message(labels[counted], loss, outputs_shape)
+    if num_wrong == num_clients or message.endswith('subtract 1.'):
+      raise ValueError(f"The labels of the clients' data {message}")
+    logging.warning(
+        'The labels of %d of %d clients are wrong, which are left out of every round: '
+        "labels %s", num_wrong, num_clients, message,
+    )
 
   def span(self, client: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Where a client's rows begin in `rows`, and how many they are; int64 scalars."""

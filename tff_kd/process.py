@@ -1021,6 +1021,7 @@ def check_client_data(
         f'{student.input_spec} and {client_data.element_spec}. Pass '
         '`input_spec=client_data.element_spec`.'
     )
+  client_data.data.check_labels(student.loss, student.outputs_shape)
 
 
 def check_transfer_set(

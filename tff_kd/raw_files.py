@@ -217,6 +217,16 @@ class RawArrays:
         [map_leaf(*its) for its in zip(self._leaves, self.files)],
     )
 
+  def arrays(self) -> Any:
+    """The same as NumPy arrays that read the files, in their structure."""
+    leaves = [
+        np.memmap(path, leaf.dtype, 'r', shape=(self.size, *leaf.shape))
+        if self.size and all(leaf.shape)
+        else np.zeros((self.size, *leaf.shape), leaf.dtype)
+        for leaf, path in zip(self._leaves, self.files)
+    ]
+    return tf.nest.pack_sequence_as(map_spec(lambda _: 0, self.spec), leaves)
+
   def to_json(self) -> dict[str, Any]:
     """What `from_json` needs, but for the structure."""
     return {

@@ -8,7 +8,6 @@ from tff_kd.models.spec import BoundModel
 from tff_kd.models.spec import build_model_spec
 from tff_kd.models.spec import check_has_classes
 from tff_kd.models.spec import check_same_outputs
-from tff_kd.models.spec import highest_label
 from tff_kd.models.spec import is_compatible
 from tff_kd.models.spec import KerasModelFn
 from tff_kd.models.spec import LossFn
@@ -17,3 +16,5 @@ from tff_kd.models.spec import ModelValues
 from tff_kd.models.spec import num_examples
 from tff_kd.models.spec import sample_weight_of
 from tff_kd.models.spec import split_batch
+from tff_kd.models.spec import wrong_labels
+from tff_kd.models.spec import wrong_labels_message

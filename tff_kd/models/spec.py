@@ -738,6 +738,56 @@ def highest_label(
   return 1 if isinstance(loss, _BINARY_CROSS_ENTROPIES) else None
 
 
+def wrong_labels(
+    labels: np.ndarray, loss: keras.losses.Loss, outputs_shape: Sequence[Optional[int]]
+) -> np.ndarray:
+  """Which labels are out of a loss's range, bool in their shape.
+
+  Args:
+    labels: An array of labels.
+    loss: The loss. Those that it ignores are in its range.
+    outputs_shape: The shape of the model's outputs.
+
+  Raises:
+    ValueError: If they are no numbers.
+  """
+  if labels.dtype.kind not in 'fiub':
+    raise ValueError(
+        f'Labels must be numbers, found an array of the dtype {labels.dtype}. Encode '
+        'them: `names, y = np.unique(labels, return_inverse=True)`.'
+    )
+  highest = highest_label(loss, outputs_shape)
+  if highest is None:
+    return np.zeros(labels.shape, bool)
+  ignored = _config_of(loss, 'ignore_class')
+  wrong = ~((labels >= 0) & (labels <= highest))  # Also what is not a number.
+  return wrong if ignored is None else wrong & (labels != ignored)
+
+
+def wrong_labels_message(
+    labels: np.ndarray, loss: keras.losses.Loss, outputs_shape: Sequence[Optional[int]]
+) -> str:
+  """Says which labels a loss takes, which there are, and what to do.
+
+  Args:
+    labels: An array of labels, some of which are wrong.
+    loss: The loss.
+    outputs_shape: The shape of the model's outputs.
+  """
+  highest, ignored = highest_label(loss, outputs_shape), _config_of(loss, 'ignore_class')
+  used = labels[labels != ignored] if ignored is not None else labels
+  hint = 'Mend them, or give the model an output for each class.'
+  if (used.min(), used.max()) == (1, highest + 1):
+    hint = 'They seem to be counted from 1: subtract 1.'
+  elif isinstance(loss, _BINARY_CROSS_ENTROPIES):
+    hint = 'Mend them, or take another loss.'
+  return (
+      f'must be from 0 to {highest}, as {type(loss).__name__} takes them'
+      + (f' (or {ignored}, which it ignores)' if ignored is not None else '')
+      + f', found {used.min()} to {used.max()}. {hint}'
+  )
+
+
 _BINARY_CROSS_ENTROPIES = (
     keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy
 )
