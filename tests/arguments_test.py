@@ -68,7 +68,7 @@ def test_numbers_in_every_form(by_number, by_dataset, clients):
         ([True], TypeError, 'must be an integer .* found True'),
         ([None], TypeError, 'must be an integer .* found None'),
         (np.array([0.0]), TypeError, 'must be an integer'),
-        (np.array([[0], [1]]), TypeError, 'must be a list .* found array'),
+        (np.array([[0], [1]]), TypeError, 'must be a list .* found a ndarray of 2'),
         (2, TypeError, r'must be a list with one element a client, found 2'),
         ('012', TypeError, "must be a list .* found '012'"),
         ({0, 1}, TypeError, 'must be a list'),
@@ -139,7 +139,7 @@ def test_generators(by_dataset, known):
   else:
     dataset = tf.data.Dataset.from_generator(batches, output_signature=signature)
   helpers.assert_weights_close(
-      _weights(by_dataset, [dataset, dataset.shuffle(2)][:1]),
+      _weights(by_dataset, [dataset]),
       _weights(by_dataset, _datasets([0])), rtol=0,
   )
   # Their examples, one at a time, in batches.
@@ -158,7 +158,7 @@ def test_a_generator_whose_shapes_are_others(by_dataset):
   dataset = tf.data.Dataset.from_generator(
       lambda: [(_X[:, :3], _Y)], output_types=(tf.float32, tf.int32)
   )
-  with pytest.raises(tff_kd.runtime.ComputationError, match=r'Client 1 .*\[6,3\]'):
+  with pytest.raises(tff_kd.runtime.ComputationError, match=r'(?s)Client 1 .*\[6,3\]'):
     _weights(by_dataset, [*_datasets([0]), dataset])
 
 
@@ -252,13 +252,22 @@ def test_cohorts_and_conditions(batches):
     ('examples', 'message'),
     [
         ((_X, np.array(['a'] * 6)), 'found labels of the dtype <U1. Encode them'),
-        ((_X, [[1, 2], [3]] * 3), 'inhomogeneous|different lengths'),
+        ((_X, [[1, 2], [3]] * 3), 'A list of 6 is no array: its rows have different'),
+        ((_X, _Y[:4]), r"client '0' must have one row an example, .* \[4, 6\] rows"),
+        ((_X, 1), 'one row an example'),
         (list(zip(_X, _Y)), 'found a list of 6. Put single examples together'),
         ([np.array(['a'] * 6), _Y], 'found inputs of the dtype .* Encode the inputs'),
         ((_X, _Y, np.array(['1'] * 6)), 'found sample weights of the dtype'),
         ((_X, _Y, -np.ones(6)), 'must not be negative, found -1.0'),
     ],
 )
-def test_what_is_written_to_files(examples, message):
+def test_examples_that_are_not_written_to_files(examples, message):
   with pytest.raises(ValueError, match=message):
     tff_kd.FileClientData.from_clients([examples])
+
+
+def test_lists_are_arrays():
+  x, y = _CLIENTS[0]
+  data = tff_kd.FileClientData.from_clients([(x.tolist(), y.tolist())])
+  assert data.num_examples == [6] and len(data.element_spec) == 2
+  assert data.element_spec[0].shape.as_list() == [None, helpers.DIM]

@@ -101,14 +101,8 @@ class FileClientData:
       ValueError: If arrays differ in length, rows are out of range, or numbers are
         not finite.
     """
-    examples = tf.nest.map_structure(np.asarray, _as_element(examples))
-    sizes = {len(a) if a.ndim else 0 for a in tf.nest.flatten(examples)}
-    if len(sizes) != 1:
-      raise ValueError(
-          "Every array of the clients' data must have one row an example, found "
-          f'arrays of {sorted(sizes)} rows.'
-      )
-    size = max(sizes)
+    examples = raw_files.as_arrays(_as_element(examples))
+    size = raw_files.check_rows(examples, "the clients' data")
     if not isinstance(rows, Mapping):
       rows = {str(client): its for client, its in enumerate(rows)}
     rows = {name: np.asarray(its, np.int64).ravel() for name, its in rows.items()}
@@ -154,10 +148,9 @@ class FileClientData:
       clients = {str(client): its for client, its in enumerate(clients)}
     if not clients:
       raise ValueError('There must be at least one client, found none.')
-    arrays = [
-        tf.nest.map_structure(np.asarray, _as_element(its))
-        for its in clients.values()
-    ]
+    arrays = [raw_files.as_arrays(_as_element(its)) for its in clients.values()]
+    for name, its in zip(clients, arrays):
+      raw_files.check_rows(its, f'client {name!r}')
     specs = [tf.nest.map_structure(raw_files.row_spec_of, a) for a in arrays]
     for name, spec in zip(clients, specs):
       if spec != specs[0]:

@@ -6,7 +6,7 @@ its contents, so that a damaged file shows.
 """
 
 import atexit
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 import hashlib
 import os
 import pathlib
@@ -25,6 +25,44 @@ class RowSpec(NamedTuple):
 
   shape: tuple[int, ...]
   dtype: np.dtype
+
+
+def as_arrays(value: Any) -> Any:
+  """Tuples and dicts as structures of arrays; all else, lists too, as one array.
+
+  Raises:
+    ValueError: If the rows of a list have different lengths.
+  """
+  if isinstance(value, Mapping):
+    return {key: as_arrays(part) for key, part in value.items()}
+  if isinstance(value, tuple):
+    return tuple(map(as_arrays, value))
+  try:
+    return np.asarray(value)
+  except ValueError as error:
+    raise ValueError(
+        f'A list of {len(value)} is no array: its rows have different lengths or shapes. '
+        'Pad them to one length.'
+    ) from error
+
+
+def check_rows(arrays: Any, what: str) -> int:
+  """How many rows all arrays of a structure have.
+
+  Args:
+    arrays: The arrays.
+    what: Of what they are, for the error.
+
+  Raises:
+    ValueError: If they differ in that, or one has no axes.
+  """
+  sizes = {len(a) if a.ndim else 0 for a in tf.nest.flatten(arrays)}
+  if len(sizes) != 1 or not all(a.ndim for a in tf.nest.flatten(arrays)):
+    raise ValueError(
+        f'Every array of {what} must have one row an example, found arrays of '
+        f'{sorted(sizes)} rows.'
+    )
+  return sizes.pop()
 
 
 def row_spec_of(array: np.ndarray) -> RowSpec:
