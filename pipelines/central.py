@@ -71,7 +71,9 @@ class Training:
       inputs, labels = tf.nest.map_structure(lambda a: tf.gather(a, batch), examples)
       with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(values.trainable)
-        outputs, after, regularization = self._spec.call(values, inputs, training=True)
+        outputs, after, regularization, _ = self._spec.call(
+            values, inputs, training=True
+        )
         loss = tf.cast(self._spec.supervised_loss(labels, outputs), tf.float32)
         loss += regularization
       state, trainable = self._stepper.apply(

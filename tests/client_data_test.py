@@ -337,6 +337,6 @@ def test_a_client_that_does_not_exist(data):
       client_data=tff_kd.ClientBatches(data=data, batch_size=4),
   )
   state = process.initialize()
-  with pytest.raises(Exception, match='Clients are numbered from 0 to 3'):
+  with pytest.raises(ValueError, match='Client 1 of the round .* from 0 to 3, found 4'):
     process.next(state, [0, 4])
   assert process.next(state, [0, 3]).state.round_num == 1

@@ -1,5 +1,7 @@
 """Labels of every kind: trained on, distilled, evaluated."""
 
+
+from absl import logging
 import keras
 import numpy as np
 import pytest
@@ -97,3 +99,75 @@ def test_a_client_whose_labels_are_not_binary_is_left_out(name, wrong):
   ).metrics['client_work']
   assert metrics['participation']['num_excluded_bad_labels'] == 1
   assert metrics['participation']['num_included'] == 1
+
+
+def _files(labels, weights=None):
+  """Client data of clients with these labels."""
+  clients = []
+  for k, y in enumerate(labels):
+    parts = (_RNG.normal(size=(len(y), helpers.DIM)).astype(np.float32), np.int32(y))
+    clients.append(parts if weights is None else (*parts, np.float32(weights[k])))
+  return tff_kd.ClientBatches(
+      data=tff_kd.FileClientData.from_clients(clients), batch_size=4
+  )
+
+
+@pytest.mark.parametrize(
+    ('labels', 'weights', 'message'),
+    [
+        # Some clients lack the highest class: they would take part, each label wrong.
+        ([[1, 2], [2, 3], [1]], None, 'from 0 to 2, .* found 1 to 3. .* subtract 1'),
+        ([[0, 5], [-2]], None, 'from 0 to 2, .* found -2 to 5. Mend them'),
+        ([[0, 1], [1, 7]], [[1, 1], [1, 0]], None),
+        ([[0, 1], [], [2]], None, None),
+        ([[1, 3], [2, -9]], [[1, 1], [1, 0]], '.* found 1 to 3.* subtract 1'),
+    ],
+)
+def test_labels_in_files_are_looked_at_before_the_first_round(labels, weights, message):
+  batches = _files(labels, weights)
+  build = lambda: tff_kd.algorithms.build_fed_avg(
+      **helpers.common(client_data=batches, input_spec=batches.element_spec)
+  )
+  if message is None:
+    build()
+    return
+  with pytest.raises(ValueError, match=f"labels of the clients' data must be {message}"):
+    build()
+
+
+def test_some_clients_with_wrong_labels_are_named_and_left_out(monkeypatch):
+  warnings = []
+  monkeypatch.setattr(logging, 'warning', lambda m, *a: warnings.append(m % a))
+  process = tff_kd.algorithms.build_fed_avg(
+      **helpers.common(client_data=_files([[0, 2], [1], [3, 1, 0], []]))
+  )
+  (warning,) = warnings
+  assert '1 of 3 clients' in warning and 'found 0 to 3' in warning
+  output = process.next(process.initialize(), [0, 1, 2])
+  counts = output.metrics['client_work']['participation']
+  assert counts['num_included'] == 2 and counts['num_excluded_bad_labels'] == 1
+
+
+def _task(labels, **kwargs):
+  parts = {name: [0, 1, 2] for name in ('clients', 'transfer', 'validation', 'test')}
+  return tff_kd.data.Task(
+      name='mine', num_classes=3, students={}, teachers={},
+      **{
+          name: tff_kd.data.Examples(np.zeros((3, helpers.DIM), np.float32), np.array(y))
+          for name, y in {**parts, **labels}.items()
+      },
+      **kwargs,
+  )
+
+
+def test_labels_of_a_task():
+  _task({'transfer': [0, 1, -1]}, num_labelled=2)
+  _task({'test': [0, 1, 9]}, loss_fn=_sparse(ignore_class=9))
+  for labels, message in (
+      ({'clients': [1, 2, 3]}, 'part `clients`, must be from 0 to 2, .* subtract 1'),
+      ({'test': [0, 1, 3]}, 'part `test`, must be from 0 to 2, .* found 0 to 3. Mend'),
+      ({'transfer': [0, 1, -1]}, 'part `transfer`, .* found -1 to 1'),
+      ({'validation': ['a', 'b', 'c']}, 'must be numbers, found .* Encode them'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      _task(labels)

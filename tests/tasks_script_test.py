@@ -183,6 +183,14 @@ def test_what_does_not_fit_is_refused(args, message):
   assert message in helpers.refused_here(*args)
 
 
+def test_labels_counted_from_1_are_a_sentence(tmp_path):
+  x, y = np.zeros((30, 2)), np.arange(30) % 3 + 1
+  for name in ('client_0', 'client_1', 'server'):
+    np.savez(tmp_path / f'{name}.npz', x=x, y=y)
+  said = helpers.refused_here('--task=examples/own_task.py', f'--data_dir={tmp_path}')
+  assert 'found 1 to 3. They seem to be counted from 1: subtract 1.' in said
+
+
 @pytest.mark.parametrize(
     'module,args,message',
     [

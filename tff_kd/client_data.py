@@ -16,6 +16,7 @@ import pathlib
 from typing import Any, NamedTuple, Optional, Union
 
 from absl import logging
+import keras
 import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
@@ -86,8 +87,9 @@ class FileClientData:
     """From one pool of examples and each client's rows of it.
 
     Args:
-      examples: A pair `(x, y)` or a mapping with keys 'x' and 'y' of arrays of n
-        examples; `x` may be a structure of arrays.
+      examples: A pair `(x, y)`, a triple `(x, y, sample_weight)` or a mapping with
+        these keys, of arrays of n examples; `x` may be a structure of arrays. Weights
+        are finite and not negative.
       rows: Integers in [0, n), by client; a mapping gives the clients their names,
         which otherwise are '0', '1', ... A partition of `tff_kd.data.partition` fits.
       directory: Where the files go; a temporary folder if `None`.
@@ -99,14 +101,8 @@ class FileClientData:
       ValueError: If arrays differ in length, rows are out of range, or numbers are
         not finite.
     """
-    examples = tf.nest.map_structure(np.asarray, _as_element(examples))
-    sizes = {len(a) if a.ndim else 0 for a in tf.nest.flatten(examples)}
-    if len(sizes) != 1:
-      raise ValueError(
-          "Every array of the clients' data must have one row an example, found "
-          f'arrays of {sorted(sizes)} rows.'
-      )
-    size = max(sizes)
+    examples = raw_files.as_arrays(_as_element(examples))
+    size = raw_files.check_rows(examples, "the clients' data")
     if not isinstance(rows, Mapping):
       rows = {str(client): its for client, its in enumerate(rows)}
     rows = {name: np.asarray(its, np.int64).ravel() for name, its in rows.items()}
@@ -138,7 +134,7 @@ class FileClientData:
     """From each client's own arrays.
 
     Args:
-      clients: By client, its `(x, y)` or `{'x': ..., 'y': ...}`; all of one
+      clients: By client, its arrays, as the examples of `from_arrays`; all of one
         structure, shape and dtype.
       directory: Where the files go; a temporary folder if `None`.
 
@@ -152,10 +148,9 @@ class FileClientData:
       clients = {str(client): its for client, its in enumerate(clients)}
     if not clients:
       raise ValueError('There must be at least one client, found none.')
-    arrays = [
-        tf.nest.map_structure(np.asarray, _as_element(its))
-        for its in clients.values()
-    ]
+    arrays = [raw_files.as_arrays(_as_element(its)) for its in clients.values()]
+    for name, its in zip(clients, arrays):
+      raw_files.check_rows(its, f'client {name!r}')
     specs = [tf.nest.map_structure(raw_files.row_spec_of, a) for a in arrays]
     for name, spec in zip(clients, specs):
       if spec != specs[0]:
@@ -186,8 +181,9 @@ class FileClientData:
       directory: Where the files go; a temporary folder if `None`.
       key: Names what is read: with a `directory` that holds files of this key, the
         source is not read again. Needed with a `directory`.
-      preprocess_fn: Maps a client's unbatched dataset to one of pairs `(x, y)` or
-        of mappings with keys 'x' and 'y', of fully defined shapes.
+      preprocess_fn: Maps a client's unbatched dataset to one of pairs `(x, y)`, of
+        triples `(x, y, sample_weight)` or of mappings with these keys, of fully defined
+        shapes.
 
     Returns:
       The `FileClientData`.
@@ -264,6 +260,39 @@ class FileClientData:
   def _numbers(self) -> dict[str, int]:
     return {name: number for number, name in enumerate(self.client_ids)}
 
+  def check_labels(
+      self, loss: keras.losses.Loss, outputs_shape: Sequence[Optional[int]]
+  ) -> None:
+    """Looks for labels that a loss does not take; their clients are left out of rounds.
+
+    Args:
+      loss: The loss.
+      outputs_shape: The shape of the model's outputs.
+
+    Raises:
+      ValueError: If no client could take part, or the labels seem to be counted from 1.
+    """
+    examples = self._examples.arrays()
+    labels = np.asarray(models.split_batch(examples)[1])
+    counted = np.ones(labels.shape, bool)
+    weight = models.sample_weight_of(examples)
+    if weight is not None:
+      shape = (*weight.shape, *[1] * labels.ndim)[: labels.ndim]
+      counted &= np.reshape(weight != 0, shape)
+    wrong = counted & models.wrong_labels(labels, loss, outputs_shape)
+    if not wrong.any():
+      return
+    is_wrong = wrong.reshape(len(labels), -1).any(axis=1)[self._rows.arrays()]
+    counts = np.diff(np.append(0, np.cumsum(is_wrong))[self._starts.arrays()])
+    num_wrong, num_clients = np.sum(counts > 0), np.sum(self.num_examples > 0)
+    message = models.wrong_labels_message(labels[counted], loss, outputs_shape)
+    if num_wrong == num_clients or message.endswith('subtract 1.'):
+      raise ValueError(f"The labels of the clients' data {message}")
+    logging.warning(
+        'The labels of %d of %d clients are wrong, which are left out of every round: '
+        "labels %s", num_wrong, num_clients, message,
+    )
+
   def span(self, client: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
     """Where a client's rows begin in `rows`, and how many they are; int64 scalars."""
     num_clients = len(self.client_ids)
@@ -288,14 +317,16 @@ class FileClientData:
 
 def _as_element(element: Any) -> Any:
   """A pair or the mapping {'x', 'y'}, as `input_spec` knows them."""
-  if isinstance(element, Mapping) and set(element) == {'x', 'y'}:
-    return {'x': element['x'], 'y': element['y']}
-  if isinstance(element, (tuple, list)) and len(element) == 2:
-    return tuple(element)
-  raise ValueError(
-      'Examples must be a pair (x, y) or a mapping with exactly the keys x and y, '
-      f'found {type(element).__name__}.'
-  )
+  found = models.as_batch(element)
+  if found is None:
+    size = f' of {len(element)}' if isinstance(element, (tuple, list)) else ''
+    raise ValueError(
+        'Examples must be arrays (x, y), perhaps with sample weights, (x, y, '
+        "sample_weight), or a mapping with these keys, found a "
+        f'{type(element).__name__}{size}. Put single examples together: '
+        '`x = np.stack([x for x, _ in examples])`, and `y` likewise.'
+    )
+  return dict(found) if isinstance(found, Mapping) else found
 
 
 def _prepare(
@@ -315,7 +346,8 @@ def _prepare(
       while the chunks are read.
     total: How many examples, if known; for the progress bar.
   """
-  raw_files.check_dtypes(spec, _WHAT)
+  parts = [*models.split_batch(spec), models.sample_weight_of(spec)]
+  raw_files.check_dtypes([part for part in parts if part is not None], _WHAT)
   folder = raw_files.open_directory(directory, 'tff_kd_clients_')
   tag = hashlib.sha256(key.encode()).hexdigest()[:16]
   path = folder / f'clients-{tag}.json'
@@ -329,6 +361,7 @@ def _prepare(
 
   def counted(chunks):
     for chunk in chunks:
+      _check_weights(models.sample_weight_of(chunk))
       yield chunk
       bar.update(len(tf.nest.flatten(chunk)[0]))
 
@@ -357,6 +390,15 @@ def _prepare(
   partial.write_text(json.dumps(saved))
   os.replace(partial, path)
   return FileClientData(list(rows), num_examples, **arrays)
+
+
+def _check_weights(weights: Optional[np.ndarray]) -> None:
+  """Refuses sample weights below 0. (Not finite ones are refused as all numbers are.)"""
+  if weights is not None and np.any(np.asarray(weights) < 0):
+    raise ValueError(
+        f'Sample weights must not be negative, found {np.min(weights)}. Use 0 for '
+        'examples that do not count.'
+    )
 
 
 def _find(path: pathlib.Path, key: str, spec: Any) -> Optional[FileClientData]:
@@ -392,9 +434,9 @@ def masked_inputs(batch: Any, mask: Any) -> Any:
   """A batch whose inputs are 0 where a mask of `ClientBatches.input_mask` is."""
   if mask is None:
     return batch
-  inputs, labels = models.split_batch(batch)
+  inputs, _ = models.split_batch(batch)
   inputs = tf.nest.map_structure(tf.multiply, inputs, mask)
-  return {'x': inputs, 'y': labels} if isinstance(batch, Mapping) else (inputs, labels)
+  return {**batch, 'x': inputs} if isinstance(batch, Mapping) else (inputs, *batch[1:])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

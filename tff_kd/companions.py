@@ -23,11 +23,13 @@ class Observer(NamedTuple):
 
   Attributes:
     zero: () -> the structure of tensors to begin with.
-    observe: (logits, labels) -> what a batch adds to it; class indices are in range.
+    observe: (logits, labels, counted) -> what a batch adds to it; class indices are in
+      range. `counted` is 0/1 float32 in the labels' shape or their leading axes, 0 where
+      the loss ignores the label or an example has weight 0; `None` if all count.
   """
 
   zero: Callable[[], Any]
-  observe: Callable[[tf.Tensor, Any], Any]
+  observe: Callable[[tf.Tensor, Any, Optional[tf.Tensor]], Any]
 
 
 class ClientState(NamedTuple):
@@ -50,8 +52,8 @@ class ClientExamples(NamedTuple):
   Attributes:
     client: The client's number, int32; `None` where its data is a dataset.
     map_inputs: (fn) -> what fn, from a batch of inputs to a tensor `[batch, ...]`, makes
-      of all of them, concatenated. Read by reference, each counts once whatever the
-      epochs; of a dataset, as often as it is there.
+      of all of them, concatenated, but for those of weight 0. Read by reference, each
+      counts once whatever the epochs; of a dataset, as often as it is there.
   """
 
   client: Optional[tf.Tensor]

@@ -240,15 +240,21 @@ class ClientsEvaluator:
 
     def add(state, batch):
       inputs, labels = models.split_batch(batch)
+      weight = spec.sample_weight(batch)
       outputs = spec.call(values, inputs).outputs
-      mask = spec.metric_mask(labels, None)
+      labels, bad = spec.usable_labels(labels, weight)
+      check = tf.debugging.Assert(~bad, ["A client's labels are out of range."])
+      with tf.control_dependencies([check]):
+        labels = tf.identity(labels)
+      mask = spec.metric_mask(labels, None, weight)
       size = tf.shape(outputs)[0]
-      loss_sum = tf.cast(spec.supervised_loss(labels, outputs), tf.float32) * tf.cast(
-          size, tf.float32
-      )
+      loss = spec.supervised_loss(labels, outputs, sample_weight=weight)
+      loss_sum = tf.cast(loss, tf.float32) * tf.cast(size, tf.float32)
       loss_sum = tf.where(size > 0, loss_sum, 0.0)
-      state = metrics.update(state, labels, outputs, mask)
-      return metrics.add_totals(state, loss_sum, size, tf.constant(1))
+      state = metrics.update(state, labels, outputs, mask, weight)
+      return metrics.add_totals(
+          state, loss_sum, models.num_examples(outputs, weight), tf.constant(1)
+      )
 
     state = dataset.reduce(metrics.initial_state(), add)
     return metrics.result(state)[self._metric], metrics.result(state)['num_examples']

@@ -347,10 +347,14 @@ class FeatureGenerator(companions.Companion):
         head = [tf.convert_to_tensor(v.value) for v in self._head_variables]
       return (), _Kept(head, observed)
 
-    def count(logits, labels):
+    def count(logits, labels, counted):
       del logits
-      flat = tf.reshape(tf.cast(labels, tf.int32), [-1])
-      return tf.reduce_sum(tf.one_hot(flat, self._classes), axis=0)
+      one_hot = tf.one_hot(
+          tf.reshape(tf.cast(labels, tf.int32), [-1]), self._classes
+      )
+      if counted is not None:
+        one_hot *= tf.reshape(counted, [-1, 1])
+      return tf.reduce_sum(one_hot, axis=0)
 
     return companions.Attachment(
         begin,
@@ -497,6 +501,6 @@ class _GeneratorTerm(local_terms.LocalTerm):
       near = losses.kl_divergence(
           self._logits_fn(step.model, noise(seeds[2]), labels), step.logits
       )
-      return loss + self._weight * (tf.reduce_mean(taught) + tf.reduce_mean(near))
+      return loss + self._weight * (tf.reduce_mean(taught) + step.mean(near))
 
     return tf.cond(self._is_on & (tf.reduce_sum(self._seen) > 0.0), terms, lambda: loss)

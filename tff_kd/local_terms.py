@@ -34,6 +34,7 @@ class LocalStep(NamedTuple):
       `None` where it ignores none.
     is_regression: Whether the outputs are numbers to be fitted, not logits.
     model: The `models.BoundModel` in training, for terms that call it again.
+    sample_weight: float32, of the leading axes of `logits`; `None` without weights.
   """
 
   inputs: Any
@@ -48,6 +49,19 @@ class LocalStep(NamedTuple):
   counted: Optional[tf.Tensor] = None
   is_regression: bool = False
   model: Optional[models.BoundModel] = None
+  sample_weight: Optional[tf.Tensor] = None
+
+  def mean(self, values: tf.Tensor) -> tf.Tensor:
+    """The mean over the batch as the supervised loss takes it.
+
+    Args:
+      values: float32 `[batch, ...]`, one an example or a position.
+
+    Returns:
+      A scalar: the sum, each value times its sample weight, divided by how many labels
+      the loss does not ignore; 0 if it ignores all.
+    """
+    return losses.weighted_mean(values, self.counted, self.sample_weight)
 
 
 class LocalTerm(abc.ABC):
@@ -126,12 +140,11 @@ class LocalDistillation(LocalTerm):
     check_history_size(self.history_size)
 
   def __call__(self, loss, step):
-    divergence = losses.weighted_mean(
+    divergence = step.mean(
         losses.output_divergence(
             step.target_logits, step.logits, self.temperature,
             is_regression=step.is_regression,
-        ),
-        step.counted,
+        )
     )
     return (1.0 - self.weight) * loss + self.weight * divergence
 
@@ -166,11 +179,10 @@ class NotTrueDistillation(LocalTerm):
           'The not-true distillation needs class indices as labels, found labels '
           f'of dtype {labels.dtype.name} and shape {labels.shape}.'
       )
-    return loss + self.weight * losses.weighted_mean(
+    return loss + self.weight * step.mean(
         losses.not_true_kl_divergence(
             step.target_logits, step.logits, labels, self.temperature
-        ),
-        step.counted,
+        )
     )
 
 

@@ -56,8 +56,11 @@ class Trained(NamedTuple):
     values: The student's `ModelValues` after it.
     companion: The companion's `CompanionValues` after it.
     metrics: The metrics' states, totals included.
-    num_examples: int64, how many examples it has seen, all epochs counted.
-    bad_labels: bool, whether there were class labels out of range.
+    num_examples: int64, how many examples it has seen, all epochs counted; those of
+      weight 0 are none.
+    bad_labels: bool, whether there were class labels out of range, or weights that are
+      negative or not finite.
+    bad_inputs: bool, whether there were ids that an embedding does not have.
     observed: The observer's sums, () without one.
   """
 
@@ -66,6 +69,7 @@ class Trained(NamedTuple):
   metrics: Any
   num_examples: tf.Tensor
   bad_labels: tf.Tensor
+  bad_inputs: tf.Tensor
   observed: Any
 
 
@@ -80,6 +84,7 @@ class _Progress(NamedTuple):
   num_examples: tf.Tensor
   num_batches: tf.Tensor
   bad_labels: tf.Tensor
+  bad_inputs: tf.Tensor
   observed: Any
 
 
@@ -161,6 +166,7 @@ class LocalTraining:
         num_examples=tf.constant(0),
         num_batches=tf.constant(0),
         bad_labels=tf.constant(False),
+        bad_inputs=tf.constant(False),
         observed=self._observer.zero() if self._observer is not None else (),
     )
     run = self._over_dataset if self._client_data is None else self._over_slices
@@ -176,6 +182,7 @@ class LocalTraining:
         ),
         num_examples=tf.cast(progress.num_examples, tf.int64),
         bad_labels=progress.bad_labels,
+        bad_inputs=progress.bad_inputs,
         observed=progress.observed,
     )
 
@@ -232,15 +239,16 @@ class LocalTraining:
     """One gradient step on one batch."""
     student = self._student
     inputs, labels = models.split_batch(batch)
+    weight = student.sample_weight(batch)
     trained = [*progress.values.trainable, *progress.companion.trainable]
     with tf.GradientTape(watch_accessed_variables=False) as tape:
       tape.watch(trained)
-      outputs, values, regularization = student.call(
+      outputs, values, regularization, bad_inputs = student.call(
           progress.values, inputs, training=True
       )
-      labels, bad = student.usable_labels(labels, outputs.shape)
+      labels, bad = student.usable_labels(labels, weight)
       supervised_loss = tf.cast(
-          student.supervised_loss(labels, outputs, labelled), tf.float32
+          student.supervised_loss(labels, outputs, labelled, weight), tf.float32
       )
       step = local_terms_lib.LocalStep(
           inputs=inputs,
@@ -255,6 +263,7 @@ class LocalTraining:
           counted=student.counted_labels(labels),
           is_regression=student.is_regression,
           model=models.BoundModel(student, progress.values),
+          sample_weight=weight,
       )
       loss, companion = self._with_terms(supervised_loss, step, start, progress)
       loss += regularization
@@ -264,19 +273,29 @@ class LocalTraining:
     size = tf.shape(outputs)[0]
     observed = progress.observed
     if self._observer is not None:
-      seen = self._observer.observe(step.logits, labels)
+      counted = student.metric_mask(labels, None, weight)
+      seen = self._observer.observe(step.logits, labels, counted)
       observed = tf.nest.map_structure(tf.add, observed, seen)
     return _Progress(
         values=values._replace(trainable=list(trained[: self._num_own])),
         companion=companion._replace(trainable=list(trained[self._num_own :])),
         optimizer=optimizer,
         metrics=student.metrics.update(
-            progress.metrics, labels, outputs, student.metric_mask(labels, labelled)
+            progress.metrics,
+            labels,
+            outputs,
+            student.metric_mask(labels, labelled, weight),
+            weight,
         ),
         loss_sum=progress.loss_sum + loss * tf.cast(size, tf.float32),
-        num_examples=progress.num_examples + size,
+        num_examples=progress.num_examples + models.num_examples(outputs, weight),
         num_batches=progress.num_batches + 1,
         bad_labels=progress.bad_labels | bad,
+        bad_inputs=(
+            progress.bad_inputs
+            if bad_inputs is None
+            else progress.bad_inputs | bad_inputs
+        ),
         observed=observed,
     )
 

@@ -228,8 +228,30 @@ def output_divergence(
   return kl_divergence(target_outputs, outputs, temperature)
 
 
+def with_rank(weights: tf.Tensor, rank: int) -> tf.Tensor:
+  """Weights of the leading axes of something, with axes of one for the others.
+
+  Args:
+    weights: A tensor of at most `rank` axes, or of one more, of size one.
+    rank: How many axes that has.
+
+  Returns:
+    The weights as a tensor of `rank` axes.
+  """
+  missing = rank - weights.shape.rank
+  if missing < 0:
+    return tf.squeeze(weights, axis=-1)
+  if not missing:
+    return weights
+  return tf.reshape(
+      weights, tf.concat([tf.shape(weights), tf.ones([missing], tf.int32)], 0)
+  )
+
+
 def weighted_mean(
-    values: tf.Tensor, weights: Optional[tf.Tensor] = None
+    values: tf.Tensor,
+    weights: Optional[tf.Tensor] = None,
+    sample_weight: Optional[tf.Tensor] = None,
 ) -> tf.Tensor:
   """The mean of per-example (or per-position) losses under weights or a mask.
 
@@ -238,18 +260,20 @@ def weighted_mean(
     weights: Non-negative weights or a 0/1 mask: a tensor of the same shape, or
       of its leading axes (then each weight covers the rest). An entry of weight
       zero is left out whatever its value, NaN included.
+    sample_weight: Non-negative factors of the values, likewise. As in Keras they do not
+      change by what the sum is divided.
 
   Returns:
-    A scalar: sum(w v) / sum(w), and 0 if all weights are zero.
+    A scalar: sum(s w v) / sum(w), and 0 if all weights are zero.
   """
   values = tf.convert_to_tensor(values)
+  rank = values.shape.rank
+  if sample_weight is not None:
+    factors = with_rank(tf.cast(sample_weight, values.dtype), rank)
+    values = tf.math.multiply_no_nan(values, factors)
   if weights is None:
     return tf.reduce_mean(values)
-  weights = tf.cast(weights, values.dtype)
-  missing = values.shape.rank - weights.shape.rank
-  weights = tf.reshape(
-      weights, tf.concat([tf.shape(weights), tf.ones([missing], tf.int32)], 0)
-  )
+  weights = with_rank(tf.cast(weights, values.dtype), rank)
   weights = tf.broadcast_to(weights, tf.shape(values))
   return tf.math.divide_no_nan(
       tf.reduce_sum(tf.math.multiply_no_nan(values, weights)),

@@ -95,20 +95,22 @@ class MutualLearning(companions.Companion):
   def _joint_loss(self, loss, step, companion):
     """Both losses in one: neither depends on the other's weights."""
     mentor = self.client_spec
-    outputs, values, regularization = mentor.call(
+    outputs, values, regularization, _ = mentor.call(
         _mentor_values(companion), step.inputs, training=True
     )
     mentor_loss = tf.cast(
-        mentor.supervised_loss(step.labels, outputs, step.labelled), tf.float32
+        mentor.supervised_loss(
+            step.labels, outputs, step.labelled, step.sample_weight
+        ),
+        tf.float32,
     )
     logits = mentor.class_logits(outputs)
 
     def divergence(target: tf.Tensor, own: tf.Tensor) -> tf.Tensor:
-      return losses.weighted_mean(
+      return step.mean(
           losses.output_divergence(
               target, own, self._temperature, is_regression=step.is_regression
-          ),
-          step.counted,
+          )
       )
 
     to_student = divergence(logits, step.logits)

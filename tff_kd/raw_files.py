@@ -6,7 +6,7 @@ its contents, so that a damaged file shows.
 """
 
 import atexit
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 import hashlib
 import os
 import pathlib
@@ -25,6 +25,44 @@ class RowSpec(NamedTuple):
 
   shape: tuple[int, ...]
   dtype: np.dtype
+
+
+def as_arrays(value: Any) -> Any:
+  """Tuples and dicts as structures of arrays; all else, lists too, as one array.
+
+  Raises:
+    ValueError: If the rows of a list have different lengths.
+  """
+  if isinstance(value, Mapping):
+    return {key: as_arrays(part) for key, part in value.items()}
+  if isinstance(value, tuple):
+    return tuple(map(as_arrays, value))
+  try:
+    return np.asarray(value)
+  except ValueError as error:
+    raise ValueError(
+        f'A list of {len(value)} is no array: its rows have different lengths or shapes. '
+        'Pad them to one length.'
+    ) from error
+
+
+def check_rows(arrays: Any, what: str) -> int:
+  """How many rows all arrays of a structure have.
+
+  Args:
+    arrays: The arrays.
+    what: Of what they are, for the error.
+
+  Raises:
+    ValueError: If they differ in that, or one has no axes.
+  """
+  sizes = {len(a) if a.ndim else 0 for a in tf.nest.flatten(arrays)}
+  if len(sizes) != 1 or not all(a.ndim for a in tf.nest.flatten(arrays)):
+    raise ValueError(
+        f'Every array of {what} must have one row an example, found arrays of '
+        f'{sorted(sizes)} rows.'
+    )
+  return sizes.pop()
 
 
 def row_spec_of(array: np.ndarray) -> RowSpec:
@@ -54,18 +92,37 @@ def batch_spec(spec: Any) -> Any:
   return map_spec(lambda s: tf.TensorSpec([None, *s.shape], s.dtype), spec)
 
 
-def check_dtypes(spec: Any, what: str) -> None:
+# How to make numbers of the parts of an example.
+_ENCODINGS = {
+    'inputs': "Encode the inputs first (for text, with the model's own vocabulary).",
+    'labels': 'Encode them: `names, y = np.unique(labels, return_inverse=True)`.',
+    'sample weights': 'Convert them: `weights.astype(np.float32)`.',
+}
+
+
+def check_dtypes(example_spec: Sequence[Any], what: str) -> None:
   """Refuses what cannot be mapped.
+
+  Args:
+    example_spec: The structures of `RowSpec`s of the inputs and, if they are there, of
+      labels and sample weights.
+    what: What error messages call the whole.
 
   Raises:
     ValueError: If an array holds neither numbers nor booleans.
   """
-  for leaf in flatten_spec(spec):
-    if leaf.dtype.kind not in 'fiub':
-      raise ValueError(
-          f'{what} holds numbers and booleans, found the dtype {leaf.dtype}. Encode '
-          "the inputs first (for text, with the model's own vocabulary)."
-      )
+  for (part, hint), spec in zip(_ENCODINGS.items(), example_spec):
+    for leaf in flatten_spec(spec):
+      if leaf.dtype.kind == 'O':
+        hint = (
+            'Rows of different lengths make such an array: pad them to one length. '
+            + hint
+        )
+      if leaf.dtype.kind not in 'fiub':
+        raise ValueError(
+            f'{what} holds numbers and booleans, found {part} of the dtype '
+            f'{leaf.dtype}. {hint}'
+        )
 
 
 def check_finite(values: np.ndarray, seen: int, what: str) -> None:
@@ -197,6 +254,16 @@ class RawArrays:
         map_spec(lambda _: 0, self.spec),
         [map_leaf(*its) for its in zip(self._leaves, self.files)],
     )
+
+  def arrays(self) -> Any:
+    """The same as NumPy arrays that read the files, in their structure."""
+    leaves = [
+        np.memmap(path, leaf.dtype, 'r', shape=(self.size, *leaf.shape))
+        if self.size and all(leaf.shape)
+        else np.zeros((self.size, *leaf.shape), leaf.dtype)
+        for leaf, path in zip(self._leaves, self.files)
+    ]
+    return tf.nest.pack_sequence_as(map_spec(lambda _: 0, self.spec), leaves)
 
   def to_json(self) -> dict[str, Any]:
     """What `from_json` needs, but for the structure."""

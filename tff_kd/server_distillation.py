@@ -635,7 +635,7 @@ class Lesson:
     trainable = now.values.trainable
     with tf.GradientTape(watch_accessed_variables=False) as tape:
       tape.watch(trainable)
-      outputs, values, regularization = self._learner.call(
+      outputs, values, regularization, _ = self._learner.call(
           now.values, opened.gather_inputs(batch.ids), training=True
       )
       loss = self._batch_loss(outputs, opened, batch) + regularization
@@ -672,9 +672,7 @@ class Lesson:
     loss *= weight
     if weight < 1.0:
       # Where a label is unknown, its entry may be anything.
-      labels, _ = self._learner.usable_labels(
-          opened.gather_labels(batch.ids), outputs.shape
-      )
+      labels, _ = self._learner.usable_labels(opened.gather_labels(batch.ids))
       supervised = self._learner.supervised_loss(
           labels, outputs, opened.gather_label_weights(batch.ids)
       )

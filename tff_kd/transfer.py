@@ -52,19 +52,13 @@ class TransferSet:
       seed: int = 0,
       directory: Optional[os.PathLike] = None,
   ):
-    inputs = tf.nest.map_structure(np.asarray, _as_structure(inputs))
-    data = (inputs,) if labels is None else (inputs, np.asarray(labels))
+    inputs = raw_files.as_arrays(inputs)
+    data = (inputs,) if labels is None else (inputs, raw_files.as_arrays(labels))
     if label_mask is not None:
       if labels is None:
         raise ValueError('`label_mask` needs `labels`.')
       data += (np.asarray(label_mask, bool),)
-    sizes = {len(a) if a.ndim else 0 for a in tf.nest.flatten(data)}
-    if len(sizes) != 1:
-      raise ValueError(
-          'Every array of a transfer set must have one row an example, found '
-          f'arrays of {sorted(sizes)} rows.'
-      )
-
+    raw_files.check_rows(data, 'a transfer set')
     self._setup(
         raw_files.chunks_of(data),
         tf.nest.map_structure(raw_files.row_spec_of, data),
@@ -386,6 +380,3 @@ def _options(
   )
 
 
-def _as_structure(inputs: Any) -> Any:
-  """A list of numbers is one array; tuples and dicts are several inputs."""
-  return np.asarray(inputs) if isinstance(inputs, list) else inputs

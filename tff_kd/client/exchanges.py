@@ -429,12 +429,14 @@ class ClassExchange(Exchange):
     return learn
 
   def observer(self):
-    def observe(logits, labels):
+    def observe(logits, labels, counted):
       one_hot = tf.one_hot(
           tf.reshape(tf.cast(labels, tf.int32), [-1]), self._classes
       )
-      counted = self._student.counted_labels(labels)
       if counted is not None:  # What the loss ignores may be no class, or one.
+        counted = tf.broadcast_to(
+            losses.with_rank(counted, labels.shape.rank), tf.shape(labels)
+        )
         one_hot *= tf.reshape(counted, [-1, 1])
       flat = tf.reshape(logits, [-1, self._classes])
       return knowledge.KnowledgePayload(
@@ -469,6 +471,6 @@ class _ClassTargets(local_terms_lib.LocalTerm):
         tf.nn.softmax(tf.gather(self._targets, labels)), step.logits
     )
     # Over the whole batch: an example without a target has no such loss.
-    return loss + self._weight * tf.reduce_mean(
-        each * mask * tf.gather(self._mask, labels)
+    return loss + self._weight * losses.weighted_mean(
+        each * mask * tf.gather(self._mask, labels), sample_weight=step.sample_weight
     )

@@ -18,6 +18,7 @@ class Inclusion(NamedTuple):
     finite: bool scalar, whether all that its training leaves is finite.
     is_empty: bool scalar, whether it has no examples.
     bad_labels: bool scalar, whether it has class labels out of range.
+    bad_inputs: bool scalar, whether it has ids that an embedding does not have.
     valid: bool scalar, none of these; it then goes on with what it has learned.
     included: bool scalar, whether it is valid and its report arrives.
   """
@@ -25,6 +26,7 @@ class Inclusion(NamedTuple):
   finite: tf.Tensor
   is_empty: tf.Tensor
   bad_labels: tf.Tensor
+  bad_inputs: tf.Tensor
   valid: tf.Tensor
   included: tf.Tensor
 
@@ -32,12 +34,19 @@ class Inclusion(NamedTuple):
       self, conditions: Optional[conditions_lib.ClientConditions] = None
   ) -> collections.OrderedDict[str, tf.Tensor]:
     """Returns a client's counts, int32 scalars: that it was there, and in or why not."""
+    causes = dict(
+        empty=self.is_empty,
+        bad_labels=self.bad_labels,
+        bad_inputs=self.bad_inputs & ~self.bad_labels,
+        non_finite=~self.finite & ~self.bad_labels & ~self.bad_inputs,
+    )
     counts = collections.OrderedDict(
         num_clients=tf.constant(1),
         num_included=tf.cast(self.included, tf.int32),
-        num_excluded_empty=tf.cast(self.is_empty, tf.int32),
-        num_excluded_bad_labels=tf.cast(self.bad_labels, tf.int32),
-        num_excluded_non_finite=tf.cast(~self.finite & ~self.bad_labels, tf.int32),
+        **{
+            f'num_excluded_{cause}': tf.cast(found, tf.int32)
+            for cause, found in causes.items()
+        },
     )
     if conditions is not None:
       counts.update(conditions_lib.condition_counts(conditions, self.valid))
@@ -58,9 +67,11 @@ def decide(
   """
   finite = graphs.all_finite(left)
   is_empty = tf.equal(trained.num_examples, 0)
-  valid = finite & ~is_empty & ~trained.bad_labels
+  valid = finite & ~is_empty & ~trained.bad_labels & ~trained.bad_inputs
   included = valid if conditions is None else valid & conditions.reports
-  return Inclusion(finite, is_empty, trained.bad_labels, valid, included)
+  return Inclusion(
+      finite, is_empty, trained.bad_labels, trained.bad_inputs, valid, included
+  )
 
 
 def public_counts() -> collections.OrderedDict[str, tf.Tensor]:

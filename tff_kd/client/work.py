@@ -6,7 +6,7 @@ weights, learns from what was shared, trains on its examples, and leaves a
 """
 
 import collections
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any, NamedTuple, Optional
@@ -302,7 +302,8 @@ def build_client_work(plan: ClientPlan) -> ClientWork:
 
   A client is excluded from both channels and from the metrics, and counted, if it has
   no examples, if its training ends in numbers that are not finite (or whose sum is
-  not), or if it has class labels out of range.
+  not), if it has class labels out of range, or ids that an embedding does
+  not have.
 
   Args:
     plan: What clients do.
@@ -598,8 +599,8 @@ def _client_examples(
   if client_data is None:
 
     def map_dataset(fn):
-      def map_batch(*batch):  # Of a pair, `map` hands over the parts.
-        return fn(models.split_batch(batch if len(batch) > 1 else batch[0])[0])
+      def map_batch(*batch):  # Of a tuple, `map` hands over the parts.
+        return _map_inputs(fn, batch if len(batch) > 1 else batch[0])
 
       parts = data.map(map_batch)
       empty = tf.zeros([0, *parts.element_spec.shape[1:]], parts.element_spec.dtype)
@@ -612,9 +613,19 @@ def _client_examples(
     rows = client_data.data.rows(start + tf.range(count))
     batch = raw_files.gather(client_data.data.open(), rows)
     batch = client_data_lib.masked_inputs(batch, client_data.input_mask(data))
-    return fn(models.split_batch(batch)[0])
+    return _map_inputs(fn, batch)
 
   return companions.ClientExamples(data, map_rows)
+
+
+def _map_inputs(fn: Callable[[Any], tf.Tensor], batch: Any) -> tf.Tensor:
+  """Returns what a function makes of a batch's inputs, without examples of weight 0."""
+  mapped = fn(models.split_batch(batch)[0])
+  weight = models.sample_weight_of(batch)
+  if weight is None:
+    return mapped
+  weight = tf.reshape(tf.cast(weight, tf.float32), [tf.shape(mapped)[0], -1])
+  return tf.boolean_mask(mapped, tf.reduce_any(weight > 0.0, axis=1))
 
 
 def type_of(value: Any) -> tff.Type:

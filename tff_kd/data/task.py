@@ -80,6 +80,9 @@ class Task:
     scores_fn: Further scores of a model on the test part, if there are any.
     class_names: For pictures; the numbers if `None`.
     num_labelled: So many of the first transfer examples have labels; all if `None`.
+
+  Raises:
+    ValueError: If the parts do not fit, or a label is out of the loss's range.
   """
 
   name: str
@@ -106,6 +109,18 @@ class Task:
           'A task must have as many `test_rows` as `client_rows`, found '
           f'{len(self.test_rows)} and {len(self.client_rows)}.'
       )
+    if self.num_classes is None:
+      return
+    loss = self.loss_fn()
+    for part in ('clients', 'transfer', 'validation', 'test'):
+      labels = np.asarray(getattr(self, part).labels)
+      if part == 'transfer':
+        labels = labels[: self.num_labelled]
+      if models.wrong_labels(labels, loss, (self.num_classes,)).any():
+        raise ValueError(
+            f'The labels of the task {self.name}, of its part `{part}`, '
+            + models.wrong_labels_message(labels, loss, (self.num_classes,))
+        )
 
   @property
   def is_regression(self) -> bool:

@@ -1,17 +1,26 @@
 """Keras metrics as sums over clients: their states are values that go in and come out."""
 
 import collections
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import functools
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tff_kd import graphs
+from tff_kd import losses
 
-MetricsFn = Callable[[], Sequence[keras.metrics.Metric]]
+MetricsFn = Callable[
+    [],
+    Union[
+        Sequence[keras.metrics.Metric], Mapping[str, Sequence[keras.metrics.Metric]]
+    ],
+]
+# The arguments of `keras.Model.compile` for metrics that are blind to the weights of
+# examples, and for those that are not.
+_KINDS = ('metrics', 'weighted_metrics')
 
 # Always reported, unless the user has a metric of that name. As sums they are kept by the
 # training loop itself: in every step they would cost as much as a small layer.
@@ -29,36 +38,56 @@ def with_axis_of_outputs(labels: Any, outputs: tf.Tensor) -> Any:
   return labels
 
 
-def new_metrics(
-    metrics_fn: Optional[MetricsFn],
-) -> collections.OrderedDict[str, keras.metrics.Metric]:
-  """The user's metrics by name, not yet built.
+class NewMetrics(NamedTuple):
+  """The user's metrics, not yet built.
+
+  Attributes:
+    by_name: The metrics by name.
+    weighted: The names of those that weigh each example by its sample weight.
+  """
+
+  by_name: collections.OrderedDict[str, keras.metrics.Metric]
+  weighted: frozenset[str]
+
+
+def new_metrics(metrics_fn: Optional[MetricsFn]) -> NewMetrics:
+  """The user's metrics, not yet built.
 
   Args:
-    metrics_fn: A function that returns a list of new `keras.metrics.Metric`s; there are
+    metrics_fn: A function that returns a list of new `keras.metrics.Metric`s, or, as
+      for `keras.Model.compile`, a mapping with the keys 'metrics' and
+      'weighted_metrics': the latter weigh each example by its sample weight. There are
       none if `None`.
 
   Raises:
     TypeError: If it returns something else.
-    ValueError: If two metrics have one name.
+    ValueError: If two metrics have one name, or the mapping other keys.
   """
   made = metrics_fn() if metrics_fn is not None else []
-  if not isinstance(made, (list, tuple)) or not all(
-      isinstance(metric, keras.metrics.Metric) for metric in made
+  found = made if isinstance(made, Mapping) else {'metrics': made}
+  if not set(found) <= set(_KINDS):
+    raise ValueError(
+        f'A mapping that `metrics_fn` returns must have the keys {_KINDS}, found '
+        f'{sorted(found)}. Return a list if no metric is weighted.'
+    )
+  if not all(isinstance(each, (list, tuple)) for each in found.values()) or not all(
+      isinstance(metric, keras.metrics.Metric)
+      for each in found.values() for metric in each
   ):
     raise TypeError(
         '`metrics_fn` must return a list of `keras.metrics.Metric`s, found '
         f'{made!r}. Pass, for example, `metrics_fn=lambda: [keras.metrics.AUC()]`.'
     )
   metrics = collections.OrderedDict()
-  for metric in made:
+  for metric in [metric for each in found.values() for metric in each]:
     if metric.name in metrics or metric.name == 'loss':
       raise ValueError(
           f'`metrics_fn` returns a metric named {metric.name!r}, which is taken. '
           'Give each metric its own `name`; "loss" is always reported.'
       )
     metrics[metric.name] = metric
-  return metrics
+  weighted = frozenset(m.name for m in found.get('weighted_metrics', ()))
+  return NewMetrics(metrics, weighted)
 
 
 class Metrics:
@@ -72,21 +101,21 @@ class Metrics:
 
   def __init__(
       self,
-      metrics: collections.OrderedDict[str, keras.metrics.Metric],
+      metrics: NewMetrics,
       labels: Any,
       outputs: tf.Tensor,
   ):
     """Builds the metrics once, eagerly.
 
     Args:
-      metrics: `new_metrics`, by name.
+      metrics: `new_metrics`.
       labels: A batch of labels, which metrics that build on their first update need.
       outputs: The model's outputs for it.
 
     Raises:
       ValueError: If a metric does not take such labels.
     """
-    self._metrics = metrics
+    self._metrics, self._weighted = metrics
     for metric in self._metrics.values():
       _build(metric, labels, outputs)
     self._initial = collections.OrderedDict(
@@ -105,7 +134,12 @@ class Metrics:
     return tf.nest.map_structure(tf.constant, self._initial)
 
   def update(
-      self, state: Any, labels: Any, outputs: tf.Tensor, mask: Optional[tf.Tensor]
+      self,
+      state: Any,
+      labels: Any,
+      outputs: tf.Tensor,
+      mask: Optional[tf.Tensor],
+      sample_weight: Optional[tf.Tensor] = None,
   ) -> Any:
     """The state of the user's metrics after a batch; that of the totals as it was.
 
@@ -114,13 +148,22 @@ class Metrics:
       labels: The labels of the batch.
       outputs: The model's outputs for it.
       mask: Optional 0/1 float32 like the labels or `[batch]`: which ones count.
+      sample_weight: Optional float32 of the same leading axes: how much each counts in
+        weighted metrics.
     """
-    weights = {} if mask is None else {'sample_weight': mask}
+    weights = mask
+    if sample_weight is not None:
+      weights = sample_weight
+      if mask is not None:
+        rank = max(mask.shape.rank, sample_weight.shape.rank)
+        weights = losses.with_rank(mask, rank) * losses.with_rank(sample_weight, rank)
     labels = with_axis_of_outputs(labels, outputs)
     updated = collections.OrderedDict(state)
     for name, metric in self._metrics.items():
+      given = weights if name in self._weighted else mask
       values = metric.stateless_update_state(
-          list(state[name]), labels, outputs, **weights
+          list(state[name]), labels, outputs,
+          **({} if given is None else {'sample_weight': given}),
       )
       updated[name] = tuple(tf.convert_to_tensor(value) for value in values)
     return updated

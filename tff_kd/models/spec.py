@@ -31,6 +31,7 @@ import tensorflow as tf
 from tff_kd import graphs
 from tff_kd import losses
 from tff_kd.compat import tff
+from tff_kd.models import embeddings
 from tff_kd.models import metrics as metrics_lib
 
 KerasModelFn = Callable[[], keras.Model]
@@ -38,6 +39,8 @@ LossFn = Callable[[], keras.losses.Loss]
 
 _PROBE_BATCH = 16
 _UNKNOWN_DIMENSION = 16
+# The key of the weights in a batch that is a mapping, as an argument of Keras's `fit`.
+_SAMPLE_WEIGHT = 'sample_weight'
 # Keras's name of the state of a `keras.random.SeedGenerator`.
 _SEED_STATE = 'seed_generator_state'
 
@@ -47,6 +50,47 @@ def split_batch(batch: Any) -> tuple[Any, Any]:
   if isinstance(batch, Mapping):
     return batch['x'], batch['y']
   return batch[0], batch[1]
+
+
+def sample_weight_of(batch: Any) -> Any:
+  """Returns the sample weights of a batch or of an `input_spec`; `None` without any."""
+  if isinstance(batch, Mapping):
+    return batch.get(_SAMPLE_WEIGHT)
+  return batch[2] if len(batch) == 3 else None
+
+
+def num_examples(outputs: tf.Tensor, sample_weight: Optional[tf.Tensor]) -> tf.Tensor:
+  """How many examples a batch has, an int32 scalar; one of weight 0 is none.
+
+  Args:
+    outputs: The model's outputs for it.
+    sample_weight: What `ModelSpec.sample_weight` returns for it.
+  """
+  if sample_weight is None:
+    return tf.shape(outputs)[0]
+  has_weight = tf.reduce_any(
+      sample_weight > 0.0, axis=list(range(1, sample_weight.shape.rank))
+  )
+  return tf.reduce_sum(tf.cast(has_weight, tf.int32))
+
+
+def as_batch(batch: Any) -> Any:
+  """A batch, or its spec, in the one structure that its parts have here.
+
+  Args:
+    batch: (x, y), (x, y, sample_weight), or a mapping with these keys.
+
+  Returns:
+    A tuple, or an `OrderedDict` with the keys in order, as TFF wants them; `None` if it
+    is neither.
+  """
+  if isinstance(batch, Mapping):
+    if set(batch) - {_SAMPLE_WEIGHT} != {'x', 'y'}:
+      return None
+    return collections.OrderedDict((key, batch[key]) for key in sorted(batch))
+  if isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
+    return tuple(batch)
+  return None
 
 
 class ModelValues(NamedTuple):
@@ -74,12 +118,17 @@ class Outputs(NamedTuple):
   Attributes:
     outputs: The output tensor `[batch, ...]`.
     values: The `ModelValues` after the call.
-    regularization_loss: A scalar, the sum of the layers' own losses.
+    regularization_loss: A scalar, the sum of the layers' own losses; in training it is
+      not a number if `bad_inputs`.
+    bad_inputs: A bool scalar: whether an embedding was asked for an id that it does not
+      have, whose outputs are then not numbers (in training, its loss); `None` if nothing
+      can be asked for.
   """
 
   outputs: tf.Tensor
   values: ModelValues
   regularization_loss: tf.Tensor
+  bad_inputs: Optional[tf.Tensor] = None
 
 
 class _Layout(NamedTuple):
@@ -98,7 +147,8 @@ class ModelSpec:
   Attributes:
     name: What error messages call the model ('student', 'teacher').
     keras_model_fn: The builder. Its own random initialisation differs from call to call.
-    input_spec: The (inputs, labels) structure of `tf.TensorSpec`, batched.
+    input_spec: The (inputs, labels) or (inputs, labels, sample_weight) structure of
+      `tf.TensorSpec`, batched.
     initial_weights: The weights of the builder's model as NumPy arrays: a
       `tff.learning.models.ModelWeights` of `trainable` weights and, in `non_trainable`,
       the statistics.
@@ -113,6 +163,7 @@ class ModelSpec:
     ignored_label: The label that counts nowhere (padding), if the loss has one.
     batch_size: The only size of a batch that the model takes, if it is fixed
       (`keras.Input(batch_shape=...)`, recurrent layers with `stateful=True`).
+    has_ids: Whether its inputs are, or become, ids that embeddings look up.
   """
 
   name: str
@@ -127,6 +178,7 @@ class ModelSpec:
   is_regression: bool
   ignored_label: Optional[int]
   batch_size: Optional[int]
+  has_ids: bool
   _model: keras.Model
   _layout: _Layout
 
@@ -231,7 +283,7 @@ class ModelSpec:
             'that size (`drop_remainder=True`), or build it without a fixed batch.'
         )
       return self._call_in_batches(values, inputs)
-    outputs, non_trainable, own_losses = _call(
+    outputs, non_trainable, own_losses, bad = _call(
         self._model,
         values.trainable,
         self._non_trainable(values),
@@ -246,7 +298,12 @@ class ModelSpec:
     regularization = tf.add_n(
         [tf.zeros([])] + [tf.cast(loss, tf.float32) for loss in own_losses]
     )
-    return Outputs(outputs, after, regularization)
+    if not bad:
+      return Outputs(outputs, after, regularization)
+    bad_inputs = functools.reduce(tf.logical_or, bad)
+    if training:
+      regularization = tf.where(bad_inputs, float('nan'), regularization)
+    return Outputs(outputs, after, regularization, bad_inputs)
 
   def _call_in_batches(self, values: ModelValues, inputs: Any) -> Outputs:
     """An inference call of any number of examples, in batches of the fixed size."""
@@ -259,15 +316,22 @@ class ModelSpec:
           tf.pad(leaf, widths), [-1, self.batch_size, *leaf.shape[1:]]
       )
 
-    outputs = tf.map_fn(
-        lambda batch: self.call(values, batch).outputs,
+    def call(batch: Any) -> tuple[tf.Tensor, tf.Tensor]:
+      called = self.call(values, batch)
+      return called.outputs, called.bad_inputs if self.has_ids else False
+
+    outputs, bad_inputs = tf.map_fn(
+        call,
         tf.nest.map_structure(batched, inputs),
-        fn_output_signature=tf.TensorSpec(
-            [self.batch_size, *self.outputs_shape], self._outputs_dtype
+        fn_output_signature=(
+            tf.TensorSpec([self.batch_size, *self.outputs_shape], self._outputs_dtype),
+            tf.TensorSpec([], tf.bool),
         ),
     )
     outputs = tf.reshape(outputs, [-1, *self.outputs_shape])[:size]
-    return Outputs(outputs, values, tf.zeros([]))
+    return Outputs(
+        outputs, values, tf.zeros([]), tf.reduce_any(bad_inputs) if self.has_ids else None
+    )
 
   @property
   def _outputs_dtype(self) -> tf.DType:
@@ -290,8 +354,27 @@ class ModelSpec:
     """Trainable weights after a step, under the constraints of their layers."""
     return apply_constraints(self.trainable_variables, trainable)
 
+  def sample_weight(self, batch: Any) -> Optional[tf.Tensor]:
+    """The weights of a batch's examples, or of their positions.
+
+    Args:
+      batch: A batch as `input_spec` has it.
+
+    Returns:
+      float32 with the axes of the outputs but the last, each of its size or of one;
+      `None` if the batch has no weights.
+    """
+    weight = sample_weight_of(batch)
+    if weight is None:
+      return None
+    return losses.with_rank(tf.cast(weight, tf.float32), len(self.outputs_shape))
+
   def supervised_loss(
-      self, labels: Any, outputs: tf.Tensor, mask: Optional[tf.Tensor] = None
+      self,
+      labels: Any,
+      outputs: tf.Tensor,
+      mask: Optional[tf.Tensor] = None,
+      sample_weight: Optional[tf.Tensor] = None,
   ) -> tf.Tensor:
     """The user's loss on the model's outputs, without regularisation.
 
@@ -300,22 +383,27 @@ class ModelSpec:
       outputs: The model's outputs for it.
       mask: Optional 0/1 float32 `[batch]`; the mean is over the ones, and 0 where
         there are none.
+      sample_weight: What `sample_weight` returns: factors of the losses. As in Keras's
+        `fit` the sum is divided by how many losses there are.
     """
     labels = metrics_lib.with_axis_of_outputs(labels, outputs)
     counted = self.counted_labels(labels)
     if mask is None and counted is None:
-      return self.loss(labels, outputs)
+      return self.loss(labels, outputs, sample_weight=sample_weight)
     if counted is not None:
       # Keras's own mean over what is not ignored is 0 / 0 where all of it is.
-      weights = counted
-      if mask is not None:
-        weights *= tf.reshape(mask, [-1] + [1] * (counted.shape.rank - 1))
       each = keras.losses.sparse_categorical_crossentropy(
           tf.where(counted > 0.0, labels, tf.zeros_like(labels)),
           outputs, from_logits=self.from_logits,
       )
-      return losses.weighted_mean(each, weights)
-    loss = self.loss(labels, outputs, sample_weight=mask)
+      counted = losses.with_rank(counted, each.shape.rank)
+      if mask is not None:
+        counted *= losses.with_rank(mask, each.shape.rank)
+      return losses.weighted_mean(each, counted, sample_weight)
+    weights = mask
+    if sample_weight is not None:
+      weights = losses.with_rank(mask, sample_weight.shape.rank) * sample_weight
+    loss = self.loss(labels, outputs, sample_weight=weights)
     # Keras divides by the size of the batch, not by the sum of the weights.
     size = tf.cast(tf.shape(mask)[0], loss.dtype)
     return tf.math.divide_no_nan(loss * size, tf.cast(tf.reduce_sum(mask), loss.dtype))
@@ -331,48 +419,63 @@ class ModelSpec:
     return 1.0 - tf.cast(ignored, tf.float32)
 
   def usable_labels(
-      self, labels: Any, outputs_shape: tf.TensorShape
+      self, labels: Any, sample_weight: Optional[tf.Tensor] = None
   ) -> tuple[Any, tf.Tensor]:
     """Brings class indices into range, so that a bad one can't end the round.
 
     Args:
       labels: The labels of a batch.
-      outputs_shape: The static shape of the model's outputs.
+      sample_weight: What `sample_weight` returns for it.
 
     Returns:
       The labels, with those outside `[0, classes)` replaced by 0, and a boolean
       scalar that tells whether there were any; of a binary cross-entropy, those outside
-      [0, 1]. Labels of another loss pass as they are.
+      [0, 1]. Labels of another loss pass as they are. The label of an example of weight 0
+      may be anything, and becomes 0; a weight that is negative or not finite counts as a
+      bad label.
     """
-    if isinstance(self.loss, keras.losses.SparseCategoricalCrossentropy):
-      highest = outputs_shape[-1] - 1
-    elif isinstance(self.loss, _BINARY_CROSS_ENTROPIES):
-      highest = 1
-    else:
-      return labels, tf.constant(False)
+    bad = tf.constant(False)
+    if sample_weight is not None:
+      bad = ~tf.reduce_all((sample_weight >= 0.0) & tf.math.is_finite(sample_weight))
+    highest = highest_label(self.loss, self.outputs_shape)
+    if highest is None:
+      return labels, bad
     # In a wide type: 256 is no uint8. False for NaN, where labels are floats.
     wide = labels if labels.dtype.is_floating else tf.cast(labels, tf.int64)
     in_range = (wide >= 0) & (wide <= tf.cast(highest, wide.dtype))
     if self.ignored_label is not None:
       in_range |= tf.equal(labels, tf.cast(self.ignored_label, labels.dtype))
+    used = in_range
+    if sample_weight is not None:
+      weightless = losses.with_rank(sample_weight, labels.shape.rank) <= 0.0
+      in_range |= weightless
+      used &= ~weightless
     return (
-        tf.where(in_range, labels, tf.zeros_like(labels)),
-        tf.logical_not(tf.reduce_all(in_range)),
+        tf.where(used, labels, tf.zeros_like(labels)),
+        bad | ~tf.reduce_all(in_range),
     )
 
   def metric_mask(
-      self, labels: Any, mask: Optional[tf.Tensor]
+      self,
+      labels: Any,
+      mask: Optional[tf.Tensor],
+      sample_weight: Optional[tf.Tensor] = None,
   ) -> Optional[tf.Tensor]:
     """Which labels count in metrics: 0/1 float32, or `None` if all of them do.
 
     Args:
       labels: The labels of a batch.
       mask: Optional 0/1 float32 `[batch]`: which examples count.
+      sample_weight: What `sample_weight` returns for it; those of weight 0 do not count.
     """
-    counted = self.counted_labels(labels)
-    if counted is None or mask is None:
-      return mask if counted is None else counted
-    return counted * tf.reshape(mask, [-1] + [1] * (counted.shape.rank - 1))
+    masks = [self.counted_labels(labels), mask]
+    if sample_weight is not None:
+      masks.append(tf.cast(sample_weight > 0.0, tf.float32))
+    masks = [its for its in masks if its is not None]
+    rank = max((its.shape.rank for its in masks), default=0)
+    return functools.reduce(
+        tf.multiply, [losses.with_rank(its, rank) for its in masks]
+    ) if masks else None
 
   def to_keras(self, weights: Any) -> keras.Model:
     """A Keras model of the builder with these weights.
@@ -431,7 +534,16 @@ class ModelSpec:
     """The model as `tff.learning` takes it (`build_weighted_fed_avg`, `build_fed_eval`).
 
     TFF averages trainable weights only, and statistics stay as they were.
+
+    Raises:
+      ValueError: If there are sample weights, which TFF would leave out.
     """
+    if sample_weight_of(self.input_spec) is not None:
+      raise ValueError(
+          "TFF's own algorithms have no sample weights, and the `input_spec` has some: "
+          f'{self.input_spec}. Take the algorithms of `tff_kd.algorithms`, or build the '
+          'model with batches (x, y).'
+      )
     return _functional_model(self)
 
 
@@ -486,11 +598,13 @@ def build_model_spec(
       become the initial weights, so a builder may load or adapt; call
       `keras.utils.set_random_seed` before for reproducible ones.
     input_spec: What the clients' datasets yield, e.g. `dataset.element_spec`: a
-      pair `(x, y)` or a mapping with keys 'x' and 'y', batched; `x` may be a
-      structure of several inputs.
+      pair `(x, y)`, a triple `(x, y, sample_weight)` or a mapping with these keys,
+      batched; `x` may be a structure of several inputs. Weights are numbers `[batch]`,
+      or one a position where an example has several predictions.
     loss_fn: A no-argument function that returns a `keras.losses.Loss`.
     metrics_fn: An optional no-argument function that returns a list of new
-      `keras.metrics.Metric`s.
+      `keras.metrics.Metric`s, or {'metrics': list, 'weighted_metrics': list}: the latter
+      weigh each example by its sample weight.
     name: What error messages call the model.
 
   Returns:
@@ -519,7 +633,12 @@ def build_model_spec(
   batch_size = _fixed_batch(model, inputs_spec)
   outputs = _probe(model, inputs_spec, batch_size or _PROBE_BATCH, name)
   labels = _example(labels_spec, batch_size or _PROBE_BATCH)
+  weight_spec = sample_weight_of(input_spec)
   _check_loss(loss, labels, outputs, name)
+  if weight_spec is not None:
+    _check_sample_weight(
+        loss, labels, outputs, _example(weight_spec, batch_size or _PROBE_BATCH)
+    )
   traced = _trace(model, inputs_spec, batch_size, name)
   if not model.trainable_variables:
     raise ValueError(
@@ -549,6 +668,7 @@ def build_model_spec(
       is_regression=is_regression,
       ignored_label=_config_of(loss, 'ignore_class'),
       batch_size=batch_size,
+      has_ids=traced.has_ids,
       _model=model,
       _layout=traced.layout,
   )
@@ -645,6 +765,70 @@ def _build_keras_model(keras_model_fn: KerasModelFn, name: str) -> keras.Model:
   return model
 
 
+def highest_label(
+    loss: keras.losses.Loss, outputs_shape: Sequence[Optional[int]]
+) -> Optional[int]:
+  """The highest label under a loss, of which the lowest is 0; `None` if any will do.
+
+  Args:
+    loss: The loss.
+    outputs_shape: The shape of the model's outputs.
+  """
+  if isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
+    return outputs_shape[-1] - 1
+  return 1 if isinstance(loss, _BINARY_CROSS_ENTROPIES) else None
+
+
+def wrong_labels(
+    labels: np.ndarray, loss: keras.losses.Loss, outputs_shape: Sequence[Optional[int]]
+) -> np.ndarray:
+  """Which labels are out of a loss's range, bool in their shape.
+
+  Args:
+    labels: An array of labels.
+    loss: The loss. Those that it ignores are in its range.
+    outputs_shape: The shape of the model's outputs.
+
+  Raises:
+    ValueError: If they are no numbers.
+  """
+  if labels.dtype.kind not in 'fiub':
+    raise ValueError(
+        f'Labels must be numbers, found an array of the dtype {labels.dtype}. Encode '
+        'them: `names, y = np.unique(labels, return_inverse=True)`.'
+    )
+  highest = highest_label(loss, outputs_shape)
+  if highest is None:
+    return np.zeros(labels.shape, bool)
+  ignored = _config_of(loss, 'ignore_class')
+  wrong = ~((labels >= 0) & (labels <= highest))  # Also what is not a number.
+  return wrong if ignored is None else wrong & (labels != ignored)
+
+
+def wrong_labels_message(
+    labels: np.ndarray, loss: keras.losses.Loss, outputs_shape: Sequence[Optional[int]]
+) -> str:
+  """Says which labels a loss takes, which there are, and what to do.
+
+  Args:
+    labels: An array of labels, some of which are wrong.
+    loss: The loss.
+    outputs_shape: The shape of the model's outputs.
+  """
+  highest, ignored = highest_label(loss, outputs_shape), _config_of(loss, 'ignore_class')
+  used = labels[labels != ignored] if ignored is not None else labels
+  hint = 'Mend them, or give the model an output for each class.'
+  if (used.min(), used.max()) == (1, highest + 1):
+    hint = 'They seem to be counted from 1: subtract 1.'
+  elif isinstance(loss, _BINARY_CROSS_ENTROPIES):
+    hint = 'Mend them, or take another loss.'
+  return (
+      f'must be from 0 to {highest}, as {type(loss).__name__} takes them'
+      + (f' (or {ignored}, which it ignores)' if ignored is not None else '')
+      + f', found {used.min()} to {used.max()}. {hint}'
+  )
+
+
 _BINARY_CROSS_ENTROPIES = (
     keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy
 )
@@ -688,6 +872,30 @@ def check_has_classes(spec: ModelSpec, what: str) -> None:
     )
 
 
+def is_compatible(expected: Any, found: Any) -> bool:
+  """Whether batches of one spec, of any size, can stand for batches of the other.
+
+  Args:
+    expected: A structure of `tf.TensorSpec`s.
+    found: Another one. What it leaves open fits.
+  """
+  try:
+    tf.nest.assert_same_structure(expected, found)
+  except (TypeError, ValueError):
+    return False
+
+  def fits(e: tf.TensorSpec, f: Any) -> bool:
+    if not isinstance(f, tf.TensorSpec) or e.dtype != f.dtype:
+      return False
+    if f.shape.rank is None:
+      return True
+    return e.shape.rank == f.shape.rank and (
+        e.shape[1:].is_compatible_with(f.shape[1:])
+    )
+
+  return all(map(fits, tf.nest.flatten(expected), tf.nest.flatten(found)))
+
+
 def check_same_outputs(first: ModelSpec, second: ModelSpec) -> None:
   """Refuses a pair whose predictions cannot be compared.
 
@@ -703,17 +911,17 @@ def check_same_outputs(first: ModelSpec, second: ModelSpec) -> None:
 
 
 def check_input_spec(input_spec: Any) -> Any:
-  """The pair or mapping of `tf.TensorSpec`s, or a clear error.
+  """The batch of `tf.TensorSpec`s, or a clear error.
 
   Raises:
     TypeError, ValueError: If it is none.
   """
-  is_mapping = isinstance(input_spec, Mapping)
-  is_pair = isinstance(input_spec, (tuple, list)) and len(input_spec) == 2
-  if not ((is_mapping and set(input_spec) == {'x', 'y'}) or is_pair):
+  batch_spec = as_batch(input_spec)
+  if batch_spec is None:
     raise ValueError(
-        '`input_spec` must describe batches as a pair (x, y) or a mapping with '
-        f"exactly the keys 'x' and 'y', found {input_spec!r}. Pass the clients' "
+        '`input_spec` must describe batches as a pair (x, y), a triple (x, y, '
+        "sample_weight) or a mapping with the keys 'x', 'y' and perhaps "
+        f"'sample_weight', found {input_spec!r}. Pass the clients' "
         '`dataset.element_spec`.'
     )
   for spec in tf.nest.flatten(input_spec):
@@ -721,14 +929,37 @@ def check_input_spec(input_spec: Any) -> Any:
       raise TypeError(
           f'`input_spec` must hold only `tf.TensorSpec`s, found {spec!r}.'
       )
-    if spec.shape.rank is None or spec.shape.rank < 1:
+    if spec.shape.rank is None:
+      raise ValueError(
+          f'`input_spec` must tell how many dimensions there are, found {spec!r}. Give '
+          '`tf.data.Dataset.from_generator` an `output_signature` with shapes.'
+      )
+    if spec.shape.rank < 1:
       raise ValueError(
           f'`input_spec` must have a batch dimension, found {spec!r}. Call '
           '`.batch(...)` on the datasets.'
       )
-  if is_mapping:
-    return collections.OrderedDict(x=input_spec['x'], y=input_spec['y'])
-  return tuple(input_spec)
+  _, labels_spec = split_batch(batch_spec)
+  if not isinstance(labels_spec, tf.TensorSpec):
+    raise ValueError(
+        f'The labels must be one tensor, found {labels_spec!r}. Train on one output of '
+        'the model at a time, or put the labels side by side in one array.'
+    )
+  if labels_spec.dtype == tf.string:
+    raise ValueError(
+        'The labels must be numbers, found strings. Encode them: '
+        '`names, y = np.unique(labels, return_inverse=True)`.'
+    )
+  weight_spec = sample_weight_of(batch_spec)
+  if weight_spec is not None and (
+      not isinstance(weight_spec, tf.TensorSpec)
+      or weight_spec.dtype in (tf.string, tf.complex64, tf.complex128)
+  ):
+    raise ValueError(
+        'The sample weights must be one tensor of numbers `[batch]`, found '
+        f'{weight_spec!r}.'
+    )
+  return batch_spec
 
 
 def _example(spec: Any, batch_size: int, rng=None) -> Any:
@@ -775,10 +1006,17 @@ def _probe(
         "model's inputs and the datasets' `element_spec` agree. Keras says: "
         f'{error}'
     ) from error
-  if not tf.is_tensor(outputs) or not outputs.dtype.is_floating:
+  if not tf.is_tensor(outputs):
     raise ValueError(
-        f'The {name} must have one floating-point output tensor, found '
-        f'{tf.nest.map_structure(lambda t: getattr(t, "shape", t), outputs)}.'
+        f'The {name} must have one output tensor, found '
+        f'{tf.nest.map_structure(lambda t: getattr(t, "shape", t), outputs)}. Train one '
+        'output at a time, `keras.Model(model.inputs, model.outputs[0])`, or put outputs '
+        'of one loss side by side with `keras.layers.Concatenate`.'
+    )
+  if not outputs.dtype.is_floating:
+    raise ValueError(
+        f'The outputs of the {name} must be floating-point numbers, found '
+        f'{outputs.dtype.name}. Return logits or probabilities.'
     )
   if outputs.shape.rank < 2 or outputs.shape[0] != batch_size:
     raise ValueError(
@@ -795,8 +1033,11 @@ def _call(
     inputs: Any,
     *,
     training: bool,
-) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor]]:
-  """Calls a built model with values: its outputs, non-trainable values and losses.
+) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
+  """Calls a built model with values.
+
+  Returns its outputs, non-trainable values, losses, and of each lookup in an embedding
+  whether it was for ids that are not there.
 
   Unlike `keras.Model.stateless_call` it goes through `__call__`, so that layers know the
   mode of training, and inputs are cast, as in `fit`.
@@ -809,11 +1050,11 @@ def _call(
       collect_losses=True,
   )
   # Keras's names of layers (`__mine`) may be none of TensorFlow's at the root of a graph.
-  with tf.name_scope('model'), scope:
+  with tf.name_scope('model'), scope, embeddings.checked_ids(training=training) as bad:
     outputs = model(inputs, training=training)
     own_losses = list(model.losses)
   after = [scope.get_current_value(v) for v in _non_trainable_variables(model)]
-  return outputs, after, own_losses
+  return outputs, after, own_losses, bad
 
 
 class _Traced(NamedTuple):
@@ -823,11 +1064,13 @@ class _Traced(NamedTuple):
     layout: The `_Layout`.
     activation: 'softmax' or 'sigmoid' if the model ends in one, else `None`.
     output_shape: The static shape of its outputs, the batch included.
+    has_ids: Whether embeddings look something up.
   """
 
   layout: _Layout
   activation: Optional[str]
   output_shape: tf.TensorShape
+  has_ids: bool
 
 
 def _trace(
@@ -835,11 +1078,13 @@ def _trace(
 ) -> _Traced:
   """Traces an inference and a training call of a built model."""
   variables = _non_trainable_variables(model)
-  moved = []
+  moved, looked_up = [], []
 
   def calls(trainable, non_trainable, inputs):
-    outputs, _, _ = _call(model, trainable, non_trainable, inputs, training=False)
-    _, after, _ = _call(model, trainable, non_trainable, inputs, training=True)
+    outputs, _, _, looked_up[:] = _call(
+        model, trainable, non_trainable, inputs, training=False
+    )
+    _, after, *_ = _call(model, trainable, non_trainable, inputs, training=True)
     moved[:] = [
         i for i, (old, new) in enumerate(zip(non_trainable, after)) if new is not old
     ]
@@ -888,7 +1133,7 @@ def _trace(
   if shape.rank is None:
     example = _example(inputs_spec, batch_size or _PROBE_BATCH)
     shape = model(example, training=False).shape
-  return _Traced(layout, _last_activation(output), shape)
+  return _Traced(layout, _last_activation(output), shape, bool(looked_up))
 
 
 def _non_trainable_variables(model: keras.Model) -> list[keras.Variable]:
@@ -945,6 +1190,18 @@ def _check_loss(loss, labels, outputs, name) -> None:
     )
 
 
+def _check_sample_weight(loss, labels, outputs, weight) -> None:
+  try:
+    weight = losses.with_rank(tf.cast(weight, tf.float32), outputs.shape.rank - 1)
+    loss(labels, outputs, sample_weight=weight)
+  except Exception as error:
+    raise ValueError(
+        'The sample weights must be `[batch]`, or have the shape of the outputs without '
+        f'the last axis, found weights of shape {weight.shape} with outputs of shape '
+        f'{outputs.shape} and the loss {type(loss).__name__}. Keras says: {error}'
+    ) from error
+
+
 def _check_from_logits(loss, activation: Optional[str], name: str) -> bool:
   """Whether the outputs are logits; refuses a loss that takes them otherwise."""
   from_logits = _config_of(loss, 'from_logits')
@@ -970,7 +1227,11 @@ def _functional_model(spec: ModelSpec) -> tff.learning.models.FunctionalModel:
   def predict(training: bool):
     def fn(trainable, non_trainable, inputs, seed):
       weights = tff.learning.models.ModelWeights(list(trainable), list(non_trainable))
-      return spec.call(spec.values(weights, seed), inputs, training=training).outputs
+      called = spec.call(spec.values(weights, seed), inputs, training=training)
+      if called.bad_inputs is None:
+        return called.outputs
+      nan = tf.constant(float('nan'), called.outputs.dtype)
+      return tf.where(called.bad_inputs, nan, called.outputs)
 
     return graphs.placed(fn)
 

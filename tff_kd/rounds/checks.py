@@ -9,6 +9,7 @@ from tff_kd.compat import tff
 from tff_kd import client_data as client_data_lib
 from tff_kd import companions
 from tff_kd import conditions
+from tff_kd import graphs
 from tff_kd import knowledge
 from tff_kd import local_terms as local_terms_lib
 from tff_kd import models
@@ -32,6 +33,7 @@ def check(parts: parts_lib.Parts, options: parts_lib.Options) -> None:
     models.check_same_outputs(student, parts.teacher)
   if parts.distils_on is not None:
     check_transfer_set(parts.distils_on, student)
+    _check_transfer_ids(parts)
   if options.client_data is not None:
     check_client_data(options.client_data, student)
   _check_optimizers(parts, options)
@@ -236,12 +238,13 @@ def check_client_data(
   Raises:
     ValueError: If they are not.
   """
-  if not _is_compatible(student.input_spec, client_data.element_spec):
+  if not models.is_compatible(student.input_spec, client_data.element_spec):
     raise ValueError(
         '`input_spec` and `client_data` must have batches of one kind, found '
         f'{student.input_spec} and {client_data.element_spec}. Pass '
         '`input_spec=client_data.element_spec`.'
     )
+  client_data.data.check_labels(student.loss, student.outputs_shape)
 
 
 def check_transfer_set(
@@ -257,7 +260,7 @@ def check_transfer_set(
   if transfer_set.labelled:
     pairs.append(('labels', labels_spec, transfer_set.labels_spec))
   for what, expected, found in pairs:
-    if not _is_compatible(expected, found):
+    if not models.is_compatible(expected, found):
       raise ValueError(
           f"The transfer set's {what} must be like the clients' {what}: expected "
           f'{expected}, found {found}. Convert them to that shape and dtype.'
@@ -273,8 +276,7 @@ def _check_labels(
   known = tf.boolean_mask(
       transfer_set.gather_labels(rows), transfer_set.gather_label_weights(rows) > 0.0
   )
-  outputs_shape = tf.TensorShape([None]).concatenate(student.outputs_shape)
-  _, bad = student.usable_labels(known, outputs_shape)
+  _, bad = student.usable_labels(known)
   if not bad:
     return
   num_logits = student.logits_shape[-1]
@@ -289,13 +291,22 @@ def _check_labels(
   )
 
 
-def _is_compatible(expected: Any, found: Any) -> bool:
-  """Whether batches of one spec can stand for batches of the other."""
-  try:
-    tf.nest.assert_same_structure(expected, found)
-  except (TypeError, ValueError):
-    return False
-  return all(
-      e.dtype == f.dtype and e.shape[1:].is_compatible_with(f.shape[1:])
-      for e, f in zip(tf.nest.flatten(expected), tf.nest.flatten(found))
-  )
+def _check_transfer_ids(parts: parts_lib.Parts) -> None:
+  """Checks that the models' embeddings have the ids among the transfer inputs."""
+  transfer_set = parts.distils_on
+  rows = tf.range(transfer_set.size)
+  specs = [*parts.students.specs, *([parts.teacher] if parts.teacher else [])]
+  for spec in specs:
+    if not spec.has_ids:
+      continue
+
+    def has_bad_ids(inputs: Any, spec: models.ModelSpec = spec) -> tf.Tensor:
+      bad = spec.call(spec.values(spec.initial_weights), inputs).bad_inputs
+      return tf.fill([tf.shape(tf.nest.flatten(inputs)[0])[0]], bad)
+
+    if tf.reduce_any(graphs.function(transfer_set.map_inputs)(has_bad_ids, rows)):
+      raise ValueError(
+          "The transfer set's inputs have ids that an embedding of the "
+          f'{spec.name} does not have: they must be from 0 to one below its '
+          '`input_dim`. Mend them, or give the embedding a larger `input_dim`.'
+      )

@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Optional
 import keras
 from tff_kd.compat import tff
 
+from tff_kd import client_data as client_data_lib
 from tff_kd import cohorts
 from tff_kd import communication
 from tff_kd import models
@@ -51,6 +52,7 @@ class Description:
     coded_bytes: The `CodedBytes` of one message without a previous one.
     exchanged_bytes: Bytes that a client moves down and up in a companion's exchange.
     aggregated_bytes: Bytes that a client hands to a channel's own aggregator, by channel.
+    client_data: The `ClientBatches` from which clients read, or `None`.
   """
 
   students: cohorts.Students
@@ -63,6 +65,7 @@ class Description:
   coded_bytes: communication.CodedBytes
   exchanged_bytes: tuple[int, int]
   aggregated_bytes: dict[str, int]
+  client_data: Optional[client_data_lib.ClientBatches]
 
 
 class Accessors(NamedTuple):
@@ -115,6 +118,11 @@ class _Described:
   def transfer_set(self) -> Optional[transfer.TransferSet]:
     """The `TransferSet`, or `None`."""
     return self._description.transfer_set
+
+  @property
+  def client_data(self) -> Optional[client_data_lib.ClientBatches]:
+    """The `ClientBatches` from which clients read, or `None`."""
+    return self._description.client_data
 
   @property
   def protection(self) -> Protection:

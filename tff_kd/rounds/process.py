@@ -6,6 +6,7 @@ from typing import Any, Optional, Union
 from tff_kd import cohorts
 from tff_kd import communication
 from tff_kd import companions
+from tff_kd import round_arguments
 from tff_kd.client import work as work_lib
 from tff_kd.rounds import channels
 from tff_kd.rounds import checks
@@ -57,7 +58,15 @@ def compose_process(
   stages = round_lib.Round(parts, options, client_work, aggregator)
   init_fn = stages.build_initialize()
   state_type = init_fn.type_signature.result
-  next_fn = stages.build_next(state_type)
+  next_fn = round_arguments.checked(
+      stages.build_next(state_type),
+      round_arguments.ClientArguments(
+          client_data=options.client_data,
+          input_spec=parts.students.first.input_spec,
+          num_cohorts=len(parts.students.specs),
+          has_conditions=options.reporting is not None,
+      ),
+  )
   described = (
       _describe(parts, protection, client_work, aggregated_bytes),
       stages.build_accessors(state_type.member),
@@ -137,4 +146,5 @@ def _describe(
       coded_bytes=coded_bytes,
       exchanged_bytes=exchanged_bytes,
       aggregated_bytes=aggregated_bytes,
+      client_data=client_work.plan.client_data,
   )

@@ -96,8 +96,7 @@ def _to_variant(value: Any, type_spec: tff.SequenceType) -> tf.Tensor:
         f'Cannot take a value of Python type {type(value).__qualname__} as a value of '
         f'TFF type {type_spec}: expected a `tf.data.Dataset` or a list.'
     )
-  _check_dataset(value.element_spec, type_spec)
-  return _anew(value)
+  return _anew(_of_type(value, type_spec))
 
 
 def _anew(dataset: tf.data.Dataset) -> tf.Tensor:
@@ -123,16 +122,48 @@ def _anew(dataset: tf.data.Dataset) -> tf.Tensor:
   return tf.raw_ops.DatasetFromGraph(graph_def=graph.SerializeToString())
 
 
-def _check_dataset(spec: Any, type_spec: tff.SequenceType) -> None:
-  """Raises an error if elements of a spec are not those of a type."""
+def _of_type(
+    dataset: tf.data.Dataset, type_spec: tff.SequenceType
+) -> tf.data.Dataset:
+  """A dataset whose elements are those of a type, or an error.
+
+  Shapes that the dataset leaves open (as many of `from_generator` do) are checked when an
+  element is read.
+  """
+  spec = dataset.element_spec
   element = tff.types.tensorflow_to_type(spec)
   tff_internals.check_dataset_containers(element)
   found = tff.SequenceType(element)
-  if not type_spec.is_assignable_from(found):
+  if type_spec.is_assignable_from(found):
+    return dataset
+  closed = _with_shapes(spec, emitting.element_spec(type_spec.element))
+  if not type_spec.is_assignable_from(
+      tff.SequenceType(tff.types.tensorflow_to_type(closed))
+  ):
     raise TypeError(
         f'Cannot take a dataset with elements of type {found} as a value of TFF type '
         f'{type_spec}.'
     )
+
+  def ensure_shapes(*parts):
+    element = parts if len(parts) > 1 else parts[0]
+    return tf.nest.map_structure(
+        lambda t, s: tf.ensure_shape(t, s.shape), element, closed
+    )
+
+  return dataset.map(ensure_shapes)
+
+
+def _with_shapes(spec: Any, expected: Any) -> Any:
+  """The specs of an element with the expected shapes, where theirs leave them open."""
+  shapes = [its.shape for its in tf.nest.flatten(expected)]
+  leaves = tf.nest.flatten(spec)
+  if len(shapes) != len(leaves):
+    return spec
+  return tf.nest.pack_sequence_as(spec, [
+      tf.TensorSpec(shape, leaf.dtype) if leaf.shape.is_compatible_with(shape) else leaf
+      for leaf, shape in zip(leaves, shapes)
+  ])
 
 
 def from_tensors(tensors: Iterator[tf.Tensor], type_spec: tff.Type) -> Any:

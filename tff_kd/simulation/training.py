@@ -15,6 +15,7 @@ from tff_kd.compat import tff
 import tree
 
 from tff_kd import communication
+from tff_kd import round_arguments
 from tff_kd import rounds
 from tff_kd.privacy import accounting
 from tff_kd.simulation import checkpoints
@@ -151,6 +152,7 @@ def train(
     )
   if monitor_mode not in ('max', 'min'):
     raise ValueError(f"`monitor_mode` must be 'max' or 'min', found {monitor_mode!r}.")
+  _check_participation(process, select_clients)
   privacy = None
   if isinstance(process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)):
     privacy = process.protection.privacy
@@ -202,7 +204,7 @@ def train(
         accountant.begin_round()
       round_num += 1
       start = time.perf_counter()
-      selected = _as_list(select_clients(round_num))
+      selected = round_arguments.as_list(select_clients(round_num))
       if client_states is None:
         output = process.next(progress.state, selected)
       else:
@@ -336,6 +338,27 @@ def _begin_clients(
     )
 
 
+def _check_participation(
+    process: tff.learning.templates.LearningProcess, select_clients: Callable[[int], Any]
+) -> None:
+  """Refuses a `Participation` of clients that the process does not have."""
+  if not isinstance(select_clients, participation.Participation) or not isinstance(
+      process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)
+  ):
+    return
+  if process.client_data is None:
+    raise ValueError(
+        'A `Participation` chooses clients by their numbers, and this process takes '
+        'datasets. Build it with `client_data=`.'
+    )
+  there = len(process.client_data.data.client_ids)
+  if select_clients.num_clients > there:
+    raise ValueError(
+        f'The `Participation` has num_clients={select_clients.num_clients}, and the '
+        f'process has the data of {there} clients. Lower it to {there}.'
+    )
+
+
 def _check_accountant(
     accountant: Optional[accounting.PrivacyAccountant],
     privacy: Any,
@@ -368,22 +391,6 @@ def _check_accountant(
         'The `accountant` and the process must agree on `clients_per_round`, found '
         f'{accountant.sampling.clients_per_round} and {privacy.clients_per_round}.'
     )
-
-
-def _as_list(selected: Any) -> list[Any]:
-  """The round's clients as TFF takes them: in a list, their numbers as Python's."""
-  if isinstance(selected, np.ndarray):
-    selected = selected.tolist()
-
-  def number(value: Any) -> Any:
-    return int(value) if isinstance(value, np.integer) else value
-
-  return [
-      {**its, 'data': number(its['data'])}
-      if isinstance(its, dict) and 'data' in its
-      else number(its)
-      for its in selected
-  ]
 
 
 def _client_numbers(selected: Sequence[Any]) -> list[int]:

@@ -1,0 +1,221 @@
+"""What a round is given for its clients, checked before the round begins."""
+
+from collections.abc import Mapping, Sequence
+import numbers
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import tensorflow as tf
+from tff_kd.compat import tff
+
+from tff_kd import client_data as client_data_lib
+from tff_kd import models
+
+# Looked at; whatever else it is (a `tff.Value`, a reference) belongs to TFF.
+_PYTHON_VALUES = (
+    Sequence, Mapping, set, frozenset, numbers.Number, np.ndarray, np.generic, tf.Tensor,
+    tf.data.Dataset,
+)
+_ARGUMENT = 'client_data'
+_HOW_TO_BATCH = '`tf.data.Dataset.from_tensor_slices((x, y)).batch(20)`'
+
+
+class ClientArguments(NamedTuple):
+  """What `next` takes for the clients of a round.
+
+  Attributes:
+    client_data: The `ClientBatches`, of a process that takes numbers; else `None`.
+    input_spec: What a batch of a client's dataset is like.
+    num_cohorts: How many cohorts there are.
+    has_conditions: Whether clients come with `ClientConditions`.
+  """
+
+  client_data: Optional[client_data_lib.ClientBatches]
+  input_spec: Any
+  num_cohorts: int
+  has_conditions: bool
+
+  def check(self, selected: Any) -> Any:
+    """A round's clients as TFF takes them.
+
+    Args:
+      selected: What `next` is given: a list, or an array of numbers.
+
+    Returns:
+      A list, with Python's numbers; something that is none of Python's values as it is.
+
+    Raises:
+      TypeError, ValueError: If it does not fit; names the place in the list.
+    """
+    if not isinstance(selected, _PYTHON_VALUES):
+      return selected
+    if isinstance(selected, (np.ndarray, tf.Tensor)) and selected.ndim == 1:
+      selected = as_list(np.asarray(selected))
+    if not isinstance(selected, (list, tuple, range)):
+      raise TypeError(
+          "A round's clients must be a list with one element a client, found "
+          f'{_shown(selected)}. Pass `[{"0, 3" if self.client_data else "dataset"}]`.'
+      )
+    return [self._client(place, its) for place, its in enumerate(selected)]
+
+  def _client(self, place: int, its: Any) -> Any:
+    check = self._dataset if self.client_data is None else self._number
+    keys = ['cohort'] * (self.num_cohorts > 1) + ['data']
+    keys += ['conditions'] * self.has_conditions
+    if len(keys) == 1:
+      return check(place, its)
+    if not isinstance(its, Mapping) or set(its) != set(keys):
+      raise ValueError(
+          f'Client {place} of the round must be a dict with the keys {keys}, as this '
+          f'process has {"cohorts" if self.num_cohorts > 1 else "a `reporting`"}, found '
+          f'{_shown(its)}.'
+      )
+    checked = {key: its[key] for key in keys}
+    checked['data'] = check(place, its['data'])
+    if 'cohort' in checked:
+      checked['cohort'] = _integer(
+          its['cohort'], self.num_cohorts, f'The cohort of client {place} of the round'
+      )
+    return checked
+
+  def _number(self, place: int, its: Any) -> int:
+    size = len(self.client_data.data.client_ids)
+    what = f'Client {place} of the round'
+    if isinstance(its, str):
+      raise TypeError(
+          f'{what} is the name {its!r}, and this process takes numbers. Pass '
+          f'`client_data.data.numbers([{its!r}])`.'
+      )
+    if isinstance(its, tf.data.Dataset):
+      raise TypeError(
+          f'{what} is a dataset, and this process takes numbers from 0 to {size - 1}: it '
+          'was built with `client_data=`, from which clients read their examples. Build '
+          'it without to pass datasets.'
+      )
+    return _integer(its, size, what)
+
+  def _dataset(self, place: int, its: Any) -> Any:
+    what = f'Client {place} of the round'
+    if isinstance(its, tf.data.Dataset):
+      self._check_batch(what, its.element_spec)
+      return _ordered(its)
+    if isinstance(its, list):
+      for batch in its[:1]:
+        self._check_batch(f'{what}, a list of batches,', _spec_of(batch))
+      return its
+    if not isinstance(its, _PYTHON_VALUES):
+      return its  # TFF's serialized form.
+    if isinstance(its, (numbers.Integral, np.integer)):
+      raise TypeError(
+          f'{what} is the number {its}, and this process takes datasets. Build it with '
+          '`client_data=` to pass numbers.'
+      )
+    raise TypeError(
+        f'{what} must be a batched `tf.data.Dataset`, found {_shown(its)}. Make one: '
+        f'{_HOW_TO_BATCH}.'
+    )
+
+  def _check_batch(self, what: str, found: Any) -> None:
+    """Refuses batches that the model does not take."""
+    batch = models.as_batch(found)
+    if batch is not None and models.is_compatible(self.input_spec, batch):
+      return
+    hint = 'Convert the examples, or build the process with their `element_spec`.'
+    if models.is_compatible(self.input_spec, _batch_of(batch)):
+      hint = f'These are single examples: batch them, {_HOW_TO_BATCH}.'
+    raise TypeError(
+        f'{what} must have batches like {self.input_spec}, the `input_spec`, found '
+        f'{found}. {hint}'
+    )
+
+
+def _integer(value: Any, size: int, what: str) -> int:
+  """A number from 0 to one below the size, as Python's."""
+  is_array = isinstance(value, (np.ndarray, tf.Tensor)) and not value.ndim
+  number = np.asarray(value).item() if is_array else value
+  is_integer = isinstance(number, (numbers.Integral, np.integer)) and (
+      not isinstance(number, bool)
+  )
+  if not is_integer or not 0 <= number < size:
+    raise (ValueError if is_integer else TypeError)(
+        f'{what} must be an integer from 0 to {size - 1}, found {_shown(value)}: there '
+        f'are {size}, numbered from 0.'
+    )
+  return int(number)
+
+
+def as_list(selected: Any) -> list[Any]:
+  """Clients in a list, their numbers as Python's."""
+  if isinstance(selected, np.ndarray):
+    selected = selected.tolist()
+
+  def number(value: Any) -> Any:
+    return int(value) if isinstance(value, np.integer) else value
+
+  return [
+      {**its, 'data': number(its['data'])}
+      if isinstance(its, dict) and 'data' in its
+      else number(its)
+      for its in selected
+  ]
+
+
+def _spec_of(batch: Any) -> Any:
+  """What a batch of arrays is like."""
+  batch = models.as_batch(batch)
+  if batch is None:
+    return None
+  arrays = tf.nest.map_structure(np.asarray, batch)
+  return tf.nest.map_structure(lambda a: tf.TensorSpec(a.shape, a.dtype), arrays)
+
+
+def _batch_of(example: Any) -> Any:
+  """The spec of a batch of examples of a spec."""
+
+  def batched(spec: Any) -> Any:
+    if not isinstance(spec, tf.TensorSpec) or spec.shape.rank is None:
+      return None
+    return tf.TensorSpec([None, *spec.shape], spec.dtype)
+
+  return tf.nest.map_structure(batched, example)
+
+
+def _ordered(dataset: tf.data.Dataset) -> tf.data.Dataset:
+  """A dataset whose mappings have their keys in order, as TFF wants them."""
+  spec = dataset.element_spec
+  if not isinstance(spec, Mapping) or list(spec) == list(models.as_batch(spec)):
+    return dataset
+  return dataset.map(models.as_batch)
+
+
+def _shown(value: Any) -> str:
+  text = repr(value)
+  if len(text) > 60 or '\n' in text:
+    text = f'a {type(value).__name__}'
+    if isinstance(value, (Sequence, Mapping, np.ndarray)):
+      text += f' of {len(value)}'
+  return text
+
+
+class _CheckedComputation(tff.framework.ConcreteComputation):
+  """A process's `next` that looks at its clients before it runs."""
+
+  arguments: ClientArguments
+
+  def __call__(self, *args, **kwargs):
+    if len(args) > 1:
+      args = (args[0], self.arguments.check(args[1]), *args[2:])
+    elif _ARGUMENT in kwargs:
+      kwargs[_ARGUMENT] = self.arguments.check(kwargs[_ARGUMENT])
+    return super().__call__(*args, **kwargs)
+
+
+def checked(next_fn: tff.Computation, arguments: ClientArguments) -> tff.Computation:
+  """The computation, of <state, client_data, ...>, with a check of the clients."""
+  computation = _CheckedComputation(
+      computation_proto=tff.framework.ConcreteComputation.get_proto(next_fn),
+      context_stack=tff.framework.get_context_stack(),
+      annotated_type=next_fn.type_signature,
+  )
+  computation.arguments = arguments
+  return computation
