@@ -316,7 +316,7 @@ def _prepare(
     total: How many examples, if known; for the progress bar.
   """
   raw_files.check_dtypes(spec, _WHAT)
-  folder = raw_files.open_directory(directory, 'tff_kd_clients_')
+  folder = raw_files.open_directory(directory, 'clients_')
   tag = hashlib.sha256(key.encode()).hexdigest()[:16]
   path = folder / f'clients-{tag}.json'
   found = _find(path, key, spec)

@@ -16,14 +16,20 @@ import collections
 import inspect
 import re
 import traceback
+import types
 from typing import Any, Optional
 
 import tensorflow as tf
+from tensorflow.python.autograph.pyct import loader
 
+from tff_kd import temporary
 from tff_kd.compat import tff
 
 # AutoGraph's status outside of any function. There is no public name.
 _AUTOGRAPH_DEFAULT = tf.__internal__.autograph.control_status_ctx()
+# AutoGraph writes the code that it generates into the temporary folder, where it stays if
+# the process is killed: here into this process's own. There is no public way.
+loader.tempfile = types.SimpleNamespace(NamedTemporaryFile=temporary.named_file)
 # The graphs traced last, whose operations know where they were created.
 _GRAPHS = collections.deque(maxlen=200)
 _LIBRARIES = re.compile(r'/(tensorflow|keras|tensorflow_federated)/')

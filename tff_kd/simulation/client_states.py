@@ -42,7 +42,8 @@ class ClientStates:
     self._initial = tf.nest.map_structure(np.asarray, initial)
     self._cohort_fn = cohort_fn
     self._directory = pathlib.Path(directory)
-    self._directory.mkdir(parents=True, exist_ok=True)
+    # What clients keep is theirs: only the owner reads a folder that is made here.
+    self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     self._rounds: dict[int, list[int]] = {}
     for path in self._directory.iterdir():
       match = _NAME.fullmatch(path.name)
