@@ -3,8 +3,9 @@
 from tff_kd import _lazy
 
 _MODULES = (
-    'aggregation', 'algorithms', 'certainty', 'client_data', 'client_work', 'codecs',
-    'cohorts', 'communication', 'companions', 'conditions', 'data', 'evaluation',
+    'aggregation', 'algorithms', 'certainty', 'client_data', 'client_names',
+    'client_work', 'codecs', 'cohorts', 'communication', 'companions', 'conditions',
+    'data', 'evaluation',
     'generator', 'keras_models', 'knowledge', 'local_terms', 'local_training', 'losses',
     'models', 'mutual', 'optimizers', 'privacy', 'private_process', 'process', 'robust',
     'runtime', 'server_distillation', 'simulation', 'svd', 'transfer',

@@ -40,7 +40,7 @@ class ClientNames(Sequence[str]):
           name for number, name in enumerate(self._names)
           if self._numbers[name] != number
       )
-      raise ValueError(f'Every client must have a name of its own, found {twice!r} twice.')
+      raise ValueError(f'Every client needs a name of its own, found {twice!r} twice.')
 
   def __len__(self) -> int:
     return len(self._names)

@@ -171,7 +171,8 @@ class TracedFunction:
             f'such as a `tf.Variable`, a table or a generator: {value!r} (in '
             f'{getattr(fn, "__qualname__", fn)}). Keep the state of layers, losses and '
             'metrics in `keras.Variable`s (`self.add_weight`), and random states in a '
-            '`keras.random.SeedGenerator`.'
+            '`keras.random.SeedGenerator`; apply layers with a table, such as '
+            '`TextVectorization`, to the examples before.'
         )
       constants[placeholder.name] = value.numpy()
     return constants

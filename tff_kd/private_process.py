@@ -942,6 +942,7 @@ def build_private_process(
           cohorts.as_students(student) if server_stage is not None else students
       ),
       transfer_set=transfer_set,
+      client_data=client_data,
       coded_bytes=exchange.coded_bytes(),
       aggregated_bytes=aggregated_bytes,
       guard=guard,

@@ -175,6 +175,8 @@ class DistillationProcess(_KerasOut, tff.learning.templates.LearningProcess):
     broadcast_type: The `tff.Type` that goes down to each client.
     update_type: The `tff.Type` that comes up from each client, channel by channel,
       before its aggregator encodes it.
+    client_data: The `ClientBatches` that clients read by number; `None` if `next` takes
+      datasets.
     students: The `cohorts.Students`: one architecture, or one a cohort.
     student_spec: The (first) student's `ModelSpec`.
     teacher_spec: The teacher's `ModelSpec`, or `None`.
@@ -195,6 +197,7 @@ class DistillationProcess(_KerasOut, tff.learning.templates.LearningProcess):
       students: cohorts.Students,
       teacher_spec: Optional[models.ModelSpec],
       transfer_set: Optional[transfer.TransferSet],
+      client_data: Optional[client_data_lib.ClientBatches] = None,
       coded_bytes: CodedBytes = _NOT_CODED,
       exchanged_bytes: tuple[int, int] = (0, 0),
       aggregated_bytes: Mapping[str, int] = types.MappingProxyType({}),
@@ -210,6 +213,7 @@ class DistillationProcess(_KerasOut, tff.learning.templates.LearningProcess):
     self.student_spec = students.first
     self.teacher_spec = teacher_spec
     self.transfer_set = transfer_set
+    self.client_data = client_data
     self.coded_bytes = coded_bytes
     self.exchanged_bytes = exchanged_bytes
     self.aggregated_bytes = aggregated_bytes
@@ -273,6 +277,8 @@ class PrivateProcess(_KerasOut, tff.templates.IterativeProcess):
     set_teacher_weights: Likewise.
     broadcast_type: The `tff.Type` that goes down to each client.
     update_type: The `tff.Type` that comes up.
+    client_data: The `ClientBatches` that clients read by number; `None` if `next` takes
+      datasets.
     students: The `cohorts.Students` of the server (of the clients' models, where it
       has none).
     student_spec: The first of them.
@@ -295,6 +301,7 @@ class PrivateProcess(_KerasOut, tff.templates.IterativeProcess):
       update_type: tff.Type,
       students: cohorts.Students,
       transfer_set: Optional[transfer.TransferSet],
+      client_data: Optional[client_data_lib.ClientBatches] = None,
       teacher_spec: Optional[models.ModelSpec] = None,
       get_model_weights_fn: Optional[tff.Computation] = None,
       set_model_weights_fn: Optional[tff.Computation] = None,
@@ -318,6 +325,7 @@ class PrivateProcess(_KerasOut, tff.templates.IterativeProcess):
     self.student_spec = students.first
     self.teacher_spec = teacher_spec
     self.transfer_set = transfer_set
+    self.client_data = client_data
     self.coded_bytes = coded_bytes
     self.exchanged_bytes = exchanged_bytes
     self.aggregated_bytes = aggregated_bytes
@@ -727,6 +735,7 @@ def build_distillation_process(
       students=students,
       teacher_spec=teacher,
       transfer_set=transfer_set,
+      client_data=client_data,
       coded_bytes=coded_bytes,
       exchanged_bytes=companion.exchange_bytes() if companion is not None else (0, 0),
       aggregated_bytes=aggregated_bytes,

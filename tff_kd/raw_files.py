@@ -64,7 +64,7 @@ def check_dtypes(spec: Any, what: str) -> None:
     if leaf.dtype.kind not in 'fiub':
       raise ValueError(
           f'{what} holds numbers and booleans, found the dtype {leaf.dtype}. Encode '
-          "the inputs first (for text, with the model's own vocabulary)."
+          'them first: text with `keras.layers.TextVectorization`, say.'
       )
 
 

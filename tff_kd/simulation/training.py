@@ -14,6 +14,7 @@ import numpy as np
 from tff_kd.compat import tff
 import tree
 
+from tff_kd import client_names
 from tff_kd import communication
 from tff_kd import process as process_lib
 from tff_kd.privacy import accounting
@@ -106,8 +107,9 @@ def train(
 
   Args:
     process: Any `LearningProcess`.
-    select_clients: Maps the round number, from 1, to the round's client data, a list or
-      an array of numbers. Of a `Participation`, its counts are among the metrics.
+    select_clients: Maps the round number, from 1, to the round's client data: datasets,
+      or a list or an array of clients' numbers or names. Of a `Participation`, its counts
+      are among the metrics.
     num_rounds: The last round.
     evaluate: Maps the state after a round to metrics. If it tells their names
       (`metric_names`), it is not called before the first round to see them.
@@ -123,7 +125,7 @@ def train(
     release_managers: Get each round's flat metrics with the round number as key; of a
       process of ours, what moved is among them (`communication.ledger`).
     client_states: What clients keep for themselves, of a process that takes it
-      (`PrivateProcess`). `select_clients` then returns client numbers. It is part of
+      (`PrivateProcess`). `select_clients` then returns numbers or names. It is part of
       what is saved: a resumed run goes on with what clients had at its checkpoint. With
       an `initial_state`, training begins with what they have.
     on_round: Called with round number and flat metrics, after they are released.
@@ -155,9 +157,11 @@ def train(
   if isinstance(process, (process_lib.DistillationProcess, process_lib.PrivateProcess)):
     privacy = process.guard.privacy
   _check_accountant(accountant, privacy, select_clients)
-  moved = None
+  moved = names = None
   if isinstance(process, (process_lib.DistillationProcess, process_lib.PrivateProcess)):
     moved = communication.round_bytes(process)
+    if process.client_data is not None:
+      names = process.client_data.data.names
   # Not `asyncio.Runner`: it leaves the thread without the loop that TFF's own
   # training loop looks for.
   with contextlib.closing(asyncio.new_event_loop()) as loop:
@@ -202,7 +206,7 @@ def train(
         accountant.begin_round()
       round_num += 1
       start = time.perf_counter()
-      selected = _as_list(select_clients(round_num))
+      selected = _as_list(select_clients(round_num), names)
       if client_states is None:
         output = process.next(progress.state, selected)
       else:
@@ -370,20 +374,20 @@ def _check_accountant(
     )
 
 
-def _as_list(selected: Any) -> list[Any]:
-  """The round's clients as TFF takes them: in a list, their numbers as Python's."""
+def _as_list(
+    selected: Any, names: Optional[client_names.ClientNames]
+) -> list[Any]:
+  """The round's clients as TFF takes them: in a list, their numbers as Python's.
+
+  Args:
+    selected: The clients, by number, by name where there are names, or their datasets.
+    names: The names of the clients that the process reads by number.
+  """
   if isinstance(selected, np.ndarray):
     selected = selected.tolist()
-
-  def number(value: Any) -> Any:
-    return int(value) if isinstance(value, np.integer) else value
-
-  return [
-      {**its, 'data': number(its['data'])}
-      if isinstance(its, dict) and 'data' in its
-      else number(its)
-      for its in selected
-  ]
+  if names is not None:
+    return names.numbered(selected)
+  return [int(its) if isinstance(its, np.integer) else its for its in selected]
 
 
 def _client_numbers(selected: Sequence[Any]) -> list[int]:
