@@ -57,7 +57,7 @@ _TRAIN = [its for its in _TRAIN if not any(set(its) < set(other) for other in _T
 
 # Their Python is one script.
 _RUN = ('README.md', 'docs/tutorial.md', 'docs/library.md', 'docs/bring_your_own.md')
-# A block that needs it stands by itself: importing it costs every start a second.
+# Not in the lock: Keras would load it in every start. Its block stands by itself.
 _PANDAS = 'import pandas as pd\n'
 
 
