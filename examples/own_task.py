@@ -31,7 +31,7 @@ def load(*, data_dir, **kwargs):
   folder = pathlib.Path(data_dir)
   return data.task_from_clients(
       'own_task', num_classes=3, server=read(folder / 'server.npz'),
-      clients=[read(path) for path in sorted(folder.glob('client_*.npz'))],
+      clients={path.stem: read(path) for path in sorted(folder.glob('client_*.npz'))},
       students={'small': lambda: build_model(8)},
       teachers={'large': lambda: build_model(64)}, **kwargs,
   )

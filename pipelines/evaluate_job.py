@@ -66,11 +66,12 @@ def run(
   found = [_evaluate(model, task, examples, rows) for model in models]
   found += [own] if own is not None else []
   report_dir.mkdir(parents=True, exist_ok=True)
-  _print(task, part, examples, found, clients, rows, num_worst)
-  _write(report_dir, task, part, examples, found, clients, rows)
+  names = train_job.names_of_clients(task, clients)
+  _print(task, part, examples, found, names, clients, rows, num_worst)
+  _write(report_dir, task, part, examples, found, names, clients, rows)
   files = _draw(report_dir, task, found, len(rows) > 0)
-  names = ['report.json', *(['clients.csv'] if len(rows) else []), *files]
-  print('\n' + ', '.join(str(report_dir / name) for name in names))
+  files = ['report.json', *(['clients.csv'] if len(rows) else []), *files]
+  print('\n' + ', '.join(str(report_dir / name) for name in files))
 
 
 def _evaluate(
@@ -160,7 +161,9 @@ def _worst_first(found: _Evaluated, task: tff_kd.data.Task) -> np.ndarray:
   return order[np.isfinite(found.by_client[order])]
 
 
-def _print(task, part, examples, found, clients, rows, num_worst) -> None:
+def _print(
+    task, part, examples, found, names, clients, rows, num_worst
+) -> None:
   metric = task.metric
   keys = list(found[0].scores)
   head = ['model', *(key.replace('_', ' ') for key in keys)]
@@ -188,7 +191,7 @@ def _print(task, part, examples, found, clients, rows, num_worst) -> None:
   table = [tuple(head)]
   for client in worst:
     row = [
-        str(client), *(f'{its.by_client[client]:.4f}' for its in found),
+        names[client], *(f'{its.by_client[client]:.4f}' for its in found),
         str(len(rows[client])), str(len(clients[client])),
     ]
     if classes is not None:
@@ -207,7 +210,7 @@ def _class_names(task: tff_kd.data.Task) -> Sequence[str]:
   return task.class_names or [str(label) for label in range(task.num_classes)]
 
 
-def _write(report_dir, task, part, examples, found, clients, rows) -> None:
+def _write(report_dir, task, part, examples, found, names, clients, rows) -> None:
   report: dict[str, Any] = {
       'task': task.name, 'part': part, 'examples': len(examples), 'models': {}
   }
@@ -234,7 +237,7 @@ def _write(report_dir, task, part, examples, found, clients, rows) -> None:
     for client, its_rows in enumerate(rows):
       values = [its.by_client[client] for its in found]
       writer.writerow([
-          client, len(its_rows), len(clients[client]),
+          names[client], len(its_rows), len(clients[client]),
           *('' if np.isnan(value) else value for value in values),
       ])
 

@@ -61,6 +61,23 @@ def check_models(flag: str, known: Sequence[str]) -> None:
     )
 
 
+def check_partition(has_clients: bool) -> None:
+  """Refuses flags of a split where the data have clients of their own.
+
+  Args:
+    has_clients: Whether they have.
+
+  Raises:
+    flags.ValidationError: If there is one.
+  """
+  for name in ('partition', 'alpha'):
+    if has_clients and flags.FLAGS[name].present:
+      raise flags.ValidationError(
+          f'--{name} has no effect with --task={args.TASK.value}, whose data have their '
+          'clients. Leave it out.'
+      )
+
+
 def _together(*names: str) -> Callable[[Callable[[], None]], Callable[[], None]]:
   """Registers a check of these flags, which raises `flags.ValidationError`."""
 
@@ -108,11 +125,6 @@ def _register_unused() -> None:
           name, 'algorithm', lambda name=name: args.is_taken(_algorithm(), name),
           'with --algorithm={}',
       )
-  for name in ('partition', 'alpha'):
-    _no_effect(
-        name, 'task', lambda: not _task().has_clients,
-        'with --task={}, whose data have their clients',
-    )
   _no_effect(
       'alpha', 'partition',
       lambda: args.PARTITION.value in ('dirichlet', 'quantity_skew'),
@@ -183,6 +195,12 @@ def _():
     ):
       if args.is_taken(_algorithm(), flag):
         check_models(flag, known)
+
+
+@_together('partition', 'alpha', 'task')
+def _():
+  # Of a task of one's own it is known when that is loaded.
+  check_partition(_task().has_clients)
 
 
 @_together('clients_per_round', 'num_clients')

@@ -98,6 +98,7 @@ def _adopt(task: tff_kd.data.Task) -> None:
   """Takes what a task of one's own says where a flag was not given."""
   algorithm = algorithms.REGISTRY[args.ALGORITHM.value]
   defaults = {}
+  train_checks.check_partition(task.client_rows is not None)
   if task.client_rows is not None:
     count = len(task.client_rows)
     defaults = {
@@ -156,6 +157,22 @@ def _clients_used(task: tff_kd.data.Task) -> np.ndarray:
   return np.sort(np.random.default_rng(args.SEED.value).permutation(there)[:used])
 
 
+def names_of_clients(
+    task: tff_kd.data.Task, clients: Sequence[np.ndarray]
+) -> tff_kd.client_names.ClientNames:
+  """The clients' names: those of the data, or their numbers.
+
+  Args:
+    task: The data.
+    clients: The rows of each client, of `split_clients`.
+  """
+  if task.client_names is None:
+    return tff_kd.client_names.ClientNames(range(len(clients)))
+  return tff_kd.client_names.ClientNames(
+      task.client_names[k] for k in _clients_used(task)
+  )
+
+
 def split_tests(
     task: tff_kd.data.Task, clients: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
@@ -189,7 +206,9 @@ def build_batches(
   """How clients read their examples, given the rows of each."""
   return tff_kd.ClientBatches(
       data=tff_kd.FileClientData.from_arrays(
-          tuple(task.clients), clients, directory=args.CACHE_DIR.value
+          tuple(task.clients),
+          dict(zip(names_of_clients(task, clients), clients)),
+          directory=args.CACHE_DIR.value,
       ),
       batch_size=args.BATCH_SIZE.value,
       num_epochs=args.CLIENT_EPOCHS.value,
@@ -206,7 +225,9 @@ def build_participation(
   num_cohorts = len(args.STUDENT.value)
   trace = args.AVAILABILITY.value
   if trace is not None:
-    trace = tff_kd.simulation.Availability.from_csv(trace, args.NUM_CLIENTS.value)
+    trace = tff_kd.simulation.Availability.from_csv(
+        trace, args.NUM_CLIENTS.value, batches.data.names
+    )
   weights = None
   if args.SAMPLING.value == 'weighted':
     # A client without examples could never be chosen.
@@ -1026,21 +1047,18 @@ def _train_and_report(
 ) -> None:
   task, clients, process, common, select_clients = setup
   specs = specs_of(process)
-  pretrained = {}
-  if args.PRETRAIN_EPOCHS.value:
-    pretrained = {
-        name: _pretrain(spec, task) for name, spec in specs.items()
-    }
+  # When a process begins with them, and once: those of clients pre-train themselves.
+  pretrained = functools.cache(lambda name: _pretrain(specs[name], task))
 
   def initial_state(of_process):
     state = of_process.initialize()
-    if pretrained and of_process.set_model_weights is not None:
-      of_students = [pretrained[n] for n in specs if n.startswith('student')]
+    if args.PRETRAIN_EPOCHS.value and of_process.set_model_weights is not None:
+      of_students = [pretrained(n) for n in specs if n.startswith('student')]
       state = of_process.set_model_weights(
           state, of_process.students.pack(of_students)
       )
       if of_process.teacher_spec is not None:
-        state = of_process.set_teacher_weights(state, pretrained['teacher'])
+        state = of_process.set_teacher_weights(state, pretrained('teacher'))
     return state
 
   state = initial_state(process)

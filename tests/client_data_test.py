@@ -52,6 +52,36 @@ def test_each_client_reads_its_own_examples(data, clients):
       assert not list(dataset)
 
 
+@pytest.mark.parametrize('names', [['b', 'a', 'b', 'c'], [20, 7, 20, 300]])
+def test_a_column_says_whose_an_example_is(names):
+  """As `df.groupby('client').indices` does, whose keys may be NumPy's numbers."""
+  x, y = helpers.examples(4, 0)
+  found = tff_kd.data.partition.by_client(names)
+  assert list(found) == [str(its) for its in sorted(set(names))]
+  of_table = dict(zip(np.unique(names), found.values()))
+  for rows in (found, of_table):
+    data = tff_kd.FileClientData.from_arrays((x, y), rows)
+    assert data.client_ids == list(found)
+    batches = tff_kd.ClientBatches(data=data, batch_size=4, shuffle=False)
+    np.testing.assert_array_equal(_read(batches.dataset(str(names[0])))[0], x[[0, 2]])
+    np.testing.assert_array_equal(_read(batches.dataset(str(names[3])))[1], y[[3]])
+  with pytest.raises(ValueError, match=r'found the shape \(1, 4\)'):
+    tff_kd.data.partition.by_client([names])
+
+
+def test_datasets_are_read_as_arrays(clients, data):
+  """Also one without examples, whose structure is known all the same."""
+  found = tff_kd.FileClientData.from_clients({
+      name: tf.data.Dataset.from_tensor_slices(its) for name, its in clients.items()
+  })
+  assert found.client_ids == data.client_ids and found.element_spec == data.element_spec
+  np.testing.assert_array_equal(found.num_examples, SIZES)
+  batches = tff_kd.ClientBatches(data=found, batch_size=5, shuffle=False)
+  x, y = _read(batches.dataset('c12'))
+  np.testing.assert_array_equal(x, clients['c12'][0])
+  np.testing.assert_array_equal(y, clients['c12'][1])
+
+
 @settings(max_examples=25, deadline=None)
 @given(
     client=st.sampled_from([0, 2, 3]),
@@ -298,6 +328,20 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path):
             ValueError, 'numbers and booleans',
         ),
         (lambda d: d.numbers(['nobody']), KeyError, "no client 'nobody'"),
+        (
+            lambda d: tff_kd.FileClientData.from_clients(
+                [helpers.dataset(*helpers.examples(4, 0))]
+            ),
+            ValueError, 'Pass them unbatched',
+        ),
+        (
+            lambda d: tff_kd.FileClientData.from_clients([{'pixels': [1], 'label': [1]}]),
+            ValueError, 'found a dict with the keys pixels, label. Make such pairs first',
+        ),
+        (
+            lambda d: tff_kd.ClientBatches(data=d, batch_size=2).dataset('nobody'),
+            KeyError, "no client 'nobody'",
+        ),
         (
             lambda d: tff_kd.ClientBatches(data=d, batch_size=0),
             ValueError, '`batch_size` must be a positive integer, found 0',

@@ -163,8 +163,12 @@ def test_tffs_fed_prox_has_the_other_sign(process):
   ).trainable
 
   def difference(term):
-    ours = tff_kd.process.build_distillation_process(
-        spec, client_optimizer=helpers.sgd(), local_terms=[term]
+    ours = tff_kd.rounds.compose_process(
+        tff_kd.rounds.Parts(
+            students=tff_kd.cohorts.as_students(spec),
+            client_optimizer=helpers.sgd(),
+            local_terms=[term],
+        )
     )
     found = ours.next(ours.initialize(), clients).state.global_model_weights
     return max(

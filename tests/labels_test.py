@@ -162,7 +162,9 @@ def _task(labels, **kwargs):
 
 def test_labels_of_a_task():
   _task({'transfer': [0, 1, -1]}, num_labelled=2)
-  _task({'test': [0, 1, 9]}, loss_fn=_sparse(ignore_class=9))
+  _task({'test': [0, 1, 9]}, loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
+      from_logits=True, ignore_class=9
+  ))
   for labels, message in (
       ({'clients': [1, 2, 3]}, 'part `clients`, must be from 0 to 2, .* subtract 1'),
       ({'test': [0, 1, 3]}, 'part `test`, must be from 0 to 2, .* found 0 to 3. Mend'),

@@ -63,7 +63,7 @@ def test_numbers_in_every_form(by_number, by_dataset, clients):
     [
         ([0, 3], ValueError, 'Client 1 of the round must be an integer from 0 to 2.*3'),
         ([-1], ValueError, 'Client 0 .* from 0 to 2, found -1'),
-        (['0'], TypeError, r"the name '0', .*`client_data.data.numbers\(\['0'\]\)`"),
+        (['eve'], KeyError, "no client 'eve' among the 3"),
         ([1.0], TypeError, 'must be an integer from 0 to 2, found 1.0'),
         ([True], TypeError, 'must be an integer .* found True'),
         ([None], TypeError, 'must be an integer .* found None'),
@@ -80,6 +80,12 @@ def test_numbers_in_every_form(by_number, by_dataset, clients):
 def test_what_is_no_number_of_a_client(by_number, clients, error, message):
   with pytest.raises(error, match=f'(?s){message}'):
     by_number.next(by_number.initialize(), clients)
+
+
+def test_a_name_is_a_client(by_number):
+  helpers.assert_weights_close(
+      _weights(by_number, ['2', '0']), _weights(by_number, [2, 0]), rtol=0
+  )
 
 
 _X, _Y = _CLIENTS[0]

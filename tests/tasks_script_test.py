@@ -1,6 +1,7 @@
 """A task of one's own, evaluate and export, as a user runs them."""
 
 import json
+import re
 import subprocess
 import sys
 import types
@@ -79,7 +80,8 @@ def test_evaluate(own_run):
     assert picture[:4] == b'\x89PNG' and len(picture) > 5000
   lines = (own_run / 'evaluation' / 'clients.csv').read_text().splitlines()
   assert lines[0] == 'client,examples,trained_on,student_accuracy,teacher_accuracy'
-  assert len(lines) == 6
+  assert [its.split(',')[0] for its in lines[1:]] == [f'client_{k}' for k in range(5)]
+  assert re.search(r'\nclient_\d ', done.stdout)
 
 
 def test_export(own_run):
@@ -169,6 +171,13 @@ def test_what_tflite_does_not_take_is_said(tmp_path):
   task = types.SimpleNamespace(transfer=examples)
   with pytest.raises(UserError, match='inverse .it has no MatrixInverse.*--formats'):
     export_job._write_tflite(model, tmp_path / 'file.tflite', task)
+
+
+@pytest.mark.parametrize('flag', ['--alpha=1', '--partition=iid'])
+def test_a_split_of_clients_that_are_there_is_refused(flag, data_dir):
+  task = '--task=examples/own_task.py'
+  refused = helpers.refused_here(task, f'--data_dir={data_dir}', '--dry_run', flag)
+  assert f'{flag.partition("=")[0]} has no effect with {task}' in refused
 
 
 @pytest.mark.parametrize(

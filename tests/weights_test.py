@@ -225,7 +225,7 @@ def test_examples_of_weight_0_count_nowhere(name, batches):
   for clients in ([0, 1], [2, 3]):
     state = process.initialize()
     kept = []
-    if isinstance(process, tff_kd.PrivateProcess):
+    if isinstance(process, tff_kd.StatefulClientsProcess):
       kept = [[process.initialize_client()] * 2]
     for _ in range(2):
       output = process.next(state, clients, *kept)

@@ -22,6 +22,7 @@ import tensorflow as tf
 from tff_kd.compat import tff
 import tqdm
 
+from tff_kd import client_names
 from tff_kd import models
 from tff_kd import raw_files
 
@@ -55,6 +56,7 @@ class FileClientData:
 
   Attributes:
     client_ids: The clients' names, in the order of their numbers.
+    names: The same as `ClientNames`, which find a client's number.
     num_examples: int64 `[clients]`, how many examples each has.
     element_spec: The structure of a batch, for `input_spec`.
   """
@@ -69,7 +71,8 @@ class FileClientData:
   ):
     """Not to be called by hand: client k has the examples rows[starts[k]:starts[k+1]].
     """
-    self.client_ids = list(client_ids)
+    self.names = client_names.ClientNames(client_ids)
+    self.client_ids = list(self.names)
     self.num_examples = num_examples
     self.element_spec = raw_files.batch_spec(examples.spec)
     self._examples = examples
@@ -91,7 +94,8 @@ class FileClientData:
         these keys, of arrays of n examples; `x` may be a structure of arrays. Weights
         are finite and not negative.
       rows: Integers in [0, n), by client; a mapping gives the clients their names,
-        which otherwise are '0', '1', ... A partition of `tff_kd.data.partition` fits.
+        which otherwise are '0', '1', ... A partition of `tff_kd.data.partition` fits, and
+        so does `df.groupby('client').indices` of a pandas table.
       directory: Where the files go; a temporary folder if `None`.
 
     Returns:
@@ -103,9 +107,10 @@ class FileClientData:
     """
     examples = raw_files.as_arrays(_as_element(examples))
     size = raw_files.check_rows(examples, "the clients' data")
-    if not isinstance(rows, Mapping):
-      rows = {str(client): its for client, its in enumerate(rows)}
-    rows = {name: np.asarray(its, np.int64).ravel() for name, its in rows.items()}
+    rows = {
+        name: np.asarray(numbers, np.int64).ravel()
+        for name, numbers in _by_name(rows).items()
+    }
     for name, its in rows.items():
       if len(its) and (its.min() < 0 or its.max() >= size):
         raise ValueError(
@@ -131,11 +136,11 @@ class FileClientData:
       *,
       directory: Optional[os.PathLike] = None,
   ) -> 'FileClientData':
-    """From each client's own arrays.
+    """From each client's own arrays, or its `tf.data.Dataset`.
 
     Args:
-      clients: By client, its arrays, as the examples of `from_arrays`; all of one
-        structure, shape and dtype.
+      clients: By client, its arrays, as the examples of `from_arrays`, or an unbatched
+        dataset of such examples; all of one structure, shape and dtype.
       directory: Where the files go; a temporary folder if `None`.
 
     Returns:
@@ -144,11 +149,10 @@ class FileClientData:
     Raises:
       ValueError: If there are none, or they differ from each other.
     """
-    if not isinstance(clients, Mapping):
-      clients = {str(client): its for client, its in enumerate(clients)}
+    clients = _by_name(clients)
     if not clients:
       raise ValueError('There must be at least one client, found none.')
-    arrays = [raw_files.as_arrays(_as_element(its)) for its in clients.values()]
+    arrays = [_arrays_of(client) for client in clients.values()]
     for name, its in zip(clients, arrays):
       raw_files.check_rows(its, f'client {name!r}')
     specs = [tf.nest.map_structure(raw_files.row_spec_of, a) for a in arrays]
@@ -204,13 +208,7 @@ class FileClientData:
     names = client_data.client_ids
     if not names:
       raise ValueError('There must be at least one client, found none.')
-    element = _as_element(dataset_of(names[0]).element_spec)
-    for leaf in tf.nest.flatten(element):
-      if not isinstance(leaf, tf.TensorSpec) or not leaf.shape.is_fully_defined():
-        raise ValueError(
-            "The elements of a client's dataset must have fully defined shapes, "
-            f'found {leaf}. Pass them unbatched, and padded if their lengths differ.'
-        )
+    element = _element_of(dataset_of(names[0]))
 
     def read():
       rows, seen = {}, 0
@@ -230,35 +228,17 @@ class FileClientData:
     return _prepare(
         directory,
         str(key),
-        tf.nest.map_structure(
-            lambda s: raw_files.RowSpec(
-                tuple(s.shape), np.dtype(s.dtype.as_numpy_dtype)
-            ),
-            element,
-        ),
+        tf.nest.map_structure(_row_spec, element),
         read,
     )
 
-  def numbers(self, client_ids: Iterable[str]) -> list[int]:
-    """The numbers of named clients, for `process.next`.
+  def numbers(self, clients: Iterable[client_names.Client]) -> list[int]:
+    """The numbers of clients, given their names, for `process.next`.
 
     Raises:
       KeyError: If there is no client of that name.
     """
-    numbers = self._numbers
-    found = []
-    for name in client_ids:
-      if name not in numbers:
-        raise KeyError(
-            f'There is no client {name!r} among the {len(numbers)}; the first is '
-            f'{self.client_ids[0]!r}.'
-        )
-      found.append(numbers[name])
-    return found
-
-  @functools.cached_property
-  def _numbers(self) -> dict[str, int]:
-    return {name: number for number, name in enumerate(self.client_ids)}
+    return self.names.numbers(clients)
 
   def check_labels(
       self, loss: keras.losses.Loss, outputs_shape: Sequence[Optional[int]]
@@ -315,6 +295,13 @@ class FileClientData:
     return self._examples.map()
 
 
+def _by_name(clients: Union[Mapping[Any, Any], Sequence[Any]]) -> dict[str, Any]:
+  """What clients have, by name: their numbers' digits where they have none."""
+  if not isinstance(clients, Mapping):
+    clients = dict(enumerate(clients))
+  return dict(zip(client_names.ClientNames(clients), clients.values()))
+
+
 def _as_element(element: Any) -> Any:
   """A pair or the mapping {'x', 'y'}, as `input_spec` knows them."""
   found = models.as_batch(element)
@@ -327,6 +314,35 @@ def _as_element(element: Any) -> Any:
         '`x = np.stack([x for x, _ in examples])`, and `y` likewise.'
     )
   return dict(found) if isinstance(found, Mapping) else found
+
+
+def _element_of(dataset: tf.data.Dataset) -> Any:
+  """The `tf.TensorSpec`s of an example of a client's dataset."""
+  element = _as_element(dataset.element_spec)
+  for leaf in tf.nest.flatten(element):
+    if not isinstance(leaf, tf.TensorSpec) or not leaf.shape.is_fully_defined():
+      raise ValueError(
+          "The elements of a client's dataset must have fully defined shapes, "
+          f'found {leaf}. Pass them unbatched, and padded if their lengths differ.'
+      )
+  return element
+
+
+def _row_spec(spec: tf.TensorSpec) -> raw_files.RowSpec:
+  return raw_files.RowSpec(tuple(spec.shape), np.dtype(spec.dtype.as_numpy_dtype))
+
+
+def _arrays_of(client: Any) -> Any:
+  """A client's examples as a structure of arrays."""
+  if not isinstance(client, tf.data.Dataset):
+    return raw_files.as_arrays(_as_element(client))
+  nothing = tf.nest.map_structure(
+      lambda s: np.zeros([0, *s.shape], s.dtype.as_numpy_dtype), _element_of(client)
+  )
+  batches = client.batch(raw_files.ROWS_PER_CHUNK).as_numpy_iterator()
+  return tf.nest.map_structure(
+      lambda *parts: np.concatenate(parts), nothing, *map(_as_element, batches)
+  )
 
 
 def _prepare(
@@ -348,7 +364,7 @@ def _prepare(
   """
   parts = [*models.split_batch(spec), models.sample_weight_of(spec)]
   raw_files.check_dtypes([part for part in parts if part is not None], _WHAT)
-  folder = raw_files.open_directory(directory, 'tff_kd_clients_')
+  folder = raw_files.open_directory(directory, 'clients_')
   tag = hashlib.sha256(key.encode()).hexdigest()[:16]
   path = folder / f'clients-{tag}.json'
   found = _find(path, key, spec)
@@ -601,10 +617,11 @@ class ClientBatches:
     For what takes datasets: TFF's own processes, evaluation, a look at the data.
 
     Args:
-      client: The client's number.
+      client: The client's number or name.
       round_num: The round.
 
     Raises:
+      KeyError: If there is no client of that name.
       ValueError: If some labels are unknown, which a dataset cannot say.
     """
     if self.label_share < 1.0:
@@ -612,6 +629,8 @@ class ClientBatches:
           'A dataset cannot say which labels are unknown: `label_share` must be 1 here, '
           f'found {self.label_share}.'
       )
+    if not tf.is_tensor(client):  # And not within `dataset_computation`.
+      client = self.data.names.number(client)
     client = tf.convert_to_tensor(client, tf.int32)
     rows = self.rows(client, tf.convert_to_tensor(round_num, tf.int32))
 

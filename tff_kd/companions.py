@@ -3,7 +3,7 @@
 A companion may keep something at the client from round to round (a private model), have
 a state at the server that goes down (a generator), train beside the student, add terms
 to its loss, and exchange further sums after the local training. Any algorithm that
-averages students takes one: `build_distillation_process(companion=...)`.
+averages students takes one: `companion=...`.
 """
 
 import abc

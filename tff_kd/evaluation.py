@@ -1,16 +1,18 @@
 """How good a model is: centrally, in its confidence, and client by client."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 import concurrent.futures
 import functools
 import os
-from typing import Any, NamedTuple
+import types
+from typing import Any, NamedTuple, Union
 
 import numpy as np
 from scipy import special
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from tff_kd import client_names
 from tff_kd import graphs
 from tff_kd import models
 
@@ -172,33 +174,41 @@ class FederatedEvaluation(NamedTuple):
     percentile_10: A tenth of the clients are worse: below, or, of errors, above.
     worst: The lowest; of errors, the highest.
     num_clients: How many clients had data and were counted.
+    by_client: The metric of each of these, by the client's name, or by its number where
+      clients have no names.
   """
 
   mean: float
   percentile_10: float
   worst: float
   num_clients: int
+  by_client: Mapping[client_names.Client, float] = types.MappingProxyType({})
 
 
 def over_clients(
-    values: np.ndarray, *, lower_is_better: bool = False
+    values: Union[np.ndarray, Mapping[client_names.Client, float]],
+    *,
+    lower_is_better: bool = False,
 ) -> FederatedEvaluation:
   """Summarises a metric over clients.
 
   Args:
-    values: float `[clients]`, of the clients that have examples.
+    values: float `[clients]`, of the clients that have examples; or a number by client.
     lower_is_better: Whether the metric is an error.
 
   Raises:
     ValueError: If there is no client.
   """
-  if not len(values):
+  by_client = dict(values if isinstance(values, Mapping) else enumerate(values))
+  if not by_client:
     raise ValueError(_NOBODY)
+  values = np.array(list(by_client.values()))
   return FederatedEvaluation(
       mean=float(np.mean(values)),
       percentile_10=float(np.percentile(values, 90 if lower_is_better else 10)),
       worst=float(np.max(values) if lower_is_better else np.min(values)),
       num_clients=len(values),
+      by_client=by_client,
   )
 
 
@@ -260,31 +270,39 @@ class ClientsEvaluator:
     return metrics.result(state)[self._metric], metrics.result(state)['num_examples']
 
   def evaluate(
-      self, weights: Any, client_datasets: Sequence[tf.data.Dataset]
+      self,
+      weights: Any,
+      client_datasets: Union[
+          Sequence[tf.data.Dataset], Mapping[client_names.Client, tf.data.Dataset]
+      ],
   ) -> FederatedEvaluation:
     """The metric over the clients; those without examples are left out.
 
     Args:
       weights: `ModelWeights` of the model.
-      client_datasets: Batched datasets, one a client, all of one `element_spec`.
+      client_datasets: Batched datasets, one a client, or by client's name; all of one
+        `element_spec`.
 
     Raises:
       ValueError: If no client has an example.
     """
     weights = tf.nest.map_structure(tf.constant, _model_weights(weights))
+    if not isinstance(client_datasets, Mapping):
+      client_datasets = dict(enumerate(client_datasets))
     if not client_datasets:
       raise ValueError(_NOBODY)
+    datasets = list(client_datasets.values())
     if self._evaluate is None:
       self._evaluate = graphs.TracedFunction(
           self._metric_and_count,
-          [
-              self._spec.weights_spec,
-              tf.data.DatasetSpec(client_datasets[0].element_spec),
-          ],
+          [self._spec.weights_spec, tf.data.DatasetSpec(datasets[0].element_spec)],
       )
     with concurrent.futures.ThreadPoolExecutor(os.cpu_count()) as pool:
-      results = list(pool.map(lambda d: self._evaluate(weights, d), client_datasets))
-    values = np.array([float(value) for value, count in results if count > 0])
+      results = pool.map(lambda d: self._evaluate(weights, d), datasets)
+    values = {
+        client: float(value)
+        for client, (value, count) in zip(client_datasets, results) if count > 0
+    }
     return over_clients(values, lower_is_better=self._lower_is_better)
 
 

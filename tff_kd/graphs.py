@@ -16,14 +16,20 @@ import collections
 import inspect
 import re
 import traceback
+import types
 from typing import Any, Optional
 
 import tensorflow as tf
+from tensorflow.python.autograph.pyct import loader
 
+from tff_kd import temporary
 from tff_kd.compat import tff
 
 # AutoGraph's status outside of any function. There is no public name.
 _AUTOGRAPH_DEFAULT = tf.__internal__.autograph.control_status_ctx()
+# AutoGraph writes the code that it generates into the temporary folder, where it stays if
+# the process is killed: here into this process's own. There is no public way.
+loader.tempfile = types.SimpleNamespace(NamedTemporaryFile=temporary.named_file)
 # The graphs traced last, whose operations know where they were created.
 _GRAPHS = collections.deque(maxlen=200)
 _LIBRARIES = re.compile(r'/(tensorflow|keras|tensorflow_federated)/')
@@ -165,7 +171,8 @@ class TracedFunction:
             f'such as a `tf.Variable`, a table or a generator: {value!r} (in '
             f'{getattr(fn, "__qualname__", fn)}). Keep the state of layers, losses and '
             'metrics in `keras.Variable`s (`self.add_weight`), and random states in a '
-            '`keras.random.SeedGenerator`.'
+            '`keras.random.SeedGenerator`; apply layers with a table, such as '
+            '`TextVectorization`, to the examples before.'
         )
       constants[placeholder.name] = value.numpy()
     return constants

@@ -5,17 +5,17 @@ needs, and processes on one machine share the pages. One file an array, named af
 its contents, so that a damaged file shows.
 """
 
-import atexit
 from collections.abc import Iterable, Mapping, Sequence
 import hashlib
 import os
 import pathlib
-import shutil
 import tempfile
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
+
+from tff_kd import temporary
 
 ROWS_PER_CHUNK = 4096
 
@@ -94,7 +94,7 @@ def batch_spec(spec: Any) -> Any:
 
 # How to make numbers of the parts of an example.
 _ENCODINGS = {
-    'inputs': "Encode the inputs first (for text, with the model's own vocabulary).",
+    'inputs': 'Encode the inputs first: text with `keras.layers.TextVectorization`, say.',
     'labels': 'Encode them: `names, y = np.unique(labels, return_inverse=True)`.',
     'sample weights': 'Convert them: `weights.astype(np.float32)`.',
 }
@@ -141,14 +141,13 @@ def check_finite(values: np.ndarray, seen: int, what: str) -> None:
 def open_directory(directory: Optional[os.PathLike], prefix: str) -> pathlib.Path:
   """The folder for the files, absolute; a temporary one if `None`.
 
-  A temporary folder stays until the program ends, because computations name its
-  files and may outlive the object that wrote them.
+  One that is made here only its owner reads. A temporary folder stays until the program
+  ends, because computations name its files and may outlive the object that wrote them.
   """
   if directory is None:
-    directory = tempfile.mkdtemp(prefix=prefix)
-    atexit.register(shutil.rmtree, directory, ignore_errors=True)
+    return temporary.new_directory(prefix)
   path = pathlib.Path(directory).expanduser().absolute()
-  path.mkdir(parents=True, exist_ok=True)
+  path.mkdir(mode=0o700, parents=True, exist_ok=True)
   return path
 
 

@@ -82,10 +82,7 @@ class ClientArguments(NamedTuple):
     size = len(self.client_data.data.client_ids)
     what = f'Client {place} of the round'
     if isinstance(its, str):
-      raise TypeError(
-          f'{what} is the name {its!r}, and this process takes numbers. Pass '
-          f'`client_data.data.numbers([{its!r}])`.'
-      )
+      return self.client_data.data.names.number(its)
     if isinstance(its, tf.data.Dataset):
       raise TypeError(
           f'{what} is a dataset, and this process takes numbers from 0 to {size - 1}: it '

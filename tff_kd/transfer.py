@@ -142,7 +142,7 @@ class TransferSet:
   ):
     raw_files.check_dtypes(spec, _WHAT)
     self._arrays = raw_files.RawArrays.write(
-        raw_files.open_directory(directory, 'tff_kd_transfer_'), chunks, spec, _WHAT
+        raw_files.open_directory(directory, 'transfer_'), chunks, spec, _WHAT
     )
     self.size = self._arrays.size
     if self.size == 0:

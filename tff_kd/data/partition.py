@@ -1,11 +1,11 @@
 """Splits of labelled examples over clients. Every example is used exactly once.
 
-Each function returns one sorted int64 array of example numbers a client, and
-depends only on its arguments.
+Each function gives one sorted int64 array of example numbers a client, and depends only
+on its arguments.
 """
 
 from collections.abc import Callable, Sequence
-from typing import Optional
+from typing import Any, Optional
 
 import numpy as np
 
@@ -155,6 +155,28 @@ def quantity_skew(
   cuts = np.round(np.cumsum(shares)[:-1] * rest).astype(int)
   cuts += min_examples * np.arange(1, num_clients)
   return [np.sort(part) for part in np.split(order, cuts)]
+
+
+def by_client(clients: Sequence[Any]) -> dict[str, np.ndarray]:
+  """The split that a column of clients' names makes, as of a table.
+
+  What `df.groupby('client').indices` is of a pandas table.
+
+  Args:
+    clients: Each example's client, `[n]`; what is no string as its `str`.
+
+  Returns:
+    The rows of each client by its name, in the order of the names.
+  """
+  clients = np.asarray(clients)
+  if clients.ndim != 1:
+    raise ValueError(
+        f'`clients` must be one client an example, found the shape {clients.shape}.'
+    )
+  found, numbers = np.unique(clients, return_inverse=True)
+  order = np.argsort(numbers, kind='stable')
+  ends = np.cumsum(np.bincount(numbers, minlength=len(found)))
+  return dict(zip(map(str, found), np.split(order, ends[:-1])))
 
 
 # Flag value -> the function.

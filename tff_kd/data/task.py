@@ -4,12 +4,13 @@ from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import importlib.metadata
 import pathlib
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 import keras
 import numpy as np
 import tensorflow as tf
 
+from tff_kd import client_names as client_names_lib
 from tff_kd import keras_models
 from tff_kd import models
 
@@ -67,6 +68,7 @@ class Task:
       pre-training, which uses their labels).
     validation: For choosing the best round.
     test: For reporting only.
+    client_names: The names of these clients, in their order; their numbers if `None`.
     test_rows: Of the test part, the rows of each client; `None` where a split like the
       clients' is to be drawn. With `client_rows` only.
     students: Name -> a function that returns a new, small model; the first one is the
@@ -94,6 +96,7 @@ class Task:
   teachers: Mapping[str, ModelFn]
   num_classes: Optional[int]
   client_rows: Optional[Sequence[np.ndarray]] = None
+  client_names: Optional[Sequence[str]] = None
   test_rows: Optional[Sequence[np.ndarray]] = None
   loss_fn: Callable[[], keras.losses.Loss] = _cross_entropy
   metrics_fn: Callable[[], list[keras.metrics.Metric]] = _accuracy
@@ -102,13 +105,16 @@ class Task:
   num_labelled: Optional[int] = None
 
   def __post_init__(self):
-    if self.client_rows is not None and self.test_rows is not None and (
-        len(self.client_rows) != len(self.test_rows)
-    ):
-      raise ValueError(
-          'A task must have as many `test_rows` as `client_rows`, found '
-          f'{len(self.test_rows)} and {len(self.client_rows)}.'
-      )
+    count = len(self.client_rows) if self.client_rows is not None else 0
+    for name in ('client_names', 'test_rows'):
+      its = getattr(self, name)
+      if its is not None and len(its) != count:
+        raise ValueError(
+            f'A task must have as many `{name}` as `client_rows`, found {len(its)} and '
+            f'{count}.'
+        )
+    if self.client_names is not None:
+      client_names_lib.ClientNames(self.client_names)  # Refuses one name for two.
     if self.num_classes is None:
       return
     loss = self.loss_fn()
@@ -192,7 +198,7 @@ def pool(parts: Sequence[Examples]) -> tuple[Examples, list[np.ndarray]]:
 def task_from_clients(
     name: str,
     *,
-    clients: Sequence[Examples],
+    clients: Union[Sequence[Examples], Mapping[str, Examples]],
     server: Examples,
     seed: int,
     transfer_size: int,
@@ -204,7 +210,7 @@ def task_from_clients(
 
   Args:
     name: What the task is called.
-    clients: Each client's examples.
+    clients: Each client's examples; a mapping gives the clients their names.
     server: The server's, which no client holds: for the transfer set and for validation.
     seed: Decides which of the server's examples are used for what.
     transfer_size: Of these for the transfer set, at most.
@@ -221,6 +227,9 @@ def task_from_clients(
         f'The task {name} needs clients and at least 3 examples of the server, found '
         f'{len(clients)} clients and {len(server)} examples.'
     )
+  names = None
+  if isinstance(clients, Mapping):
+    names, clients = list(map(str, clients)), list(clients.values())
   fixed = np.random.default_rng(0)
   train, test = [], []
   for examples in clients:
@@ -232,8 +241,8 @@ def task_from_clients(
   num_validation = min(validation_size, len(server) // 3)
   (clients, client_rows), (tests, test_rows) = pool(train), pool(test)
   return Task(
-      name=name, clients=clients, client_rows=client_rows, test=tests,
-      test_rows=test_rows, validation=server.take(order[:num_validation]),
+      name=name, clients=clients, client_rows=client_rows, client_names=names,
+      test=tests, test_rows=test_rows, validation=server.take(order[:num_validation]),
       transfer=server.take(order[num_validation:][:transfer_size]), **kwargs,
   )
 

@@ -10,6 +10,8 @@ import zipfile
 import numpy as np
 import tensorflow as tf
 
+from tff_kd import client_names
+
 _NAME = re.compile(r'client-(\d+)-round-(\d+)\.npz')
 
 
@@ -30,6 +32,7 @@ class ClientStates:
       initial: Any,
       directory: os.PathLike,
       cohort_fn: Optional[Callable[[int], int]] = None,
+      names: Optional[client_names.ClientNames] = None,
   ):
     """Opens the folder, and makes it if need be.
 
@@ -38,11 +41,15 @@ class ClientStates:
         cohorts, a tuple of such, one a cohort.
       directory: Where the files are.
       cohort_fn: A client's number -> its cohort's; `None` without cohorts.
+      names: The clients' names, of `FileClientData.names`: a name then stands for a
+        client wherever a number does.
     """
     self._initial = tf.nest.map_structure(np.asarray, initial)
     self._cohort_fn = cohort_fn
+    self._names = names
     self._directory = pathlib.Path(directory)
-    self._directory.mkdir(parents=True, exist_ok=True)
+    # What clients keep is theirs: only the owner reads a folder that is made here.
+    self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     self._rounds: dict[int, list[int]] = {}
     for path in self._directory.iterdir():
       match = _NAME.fullmatch(path.name)
@@ -57,13 +64,19 @@ class ClientStates:
     """The numbers of the clients that have a state of their own."""
     return sorted(self._rounds)
 
+  def _number(self, client: client_names.Client) -> int:
+    return int(client) if self._names is None else self._names.number(client)
+
+  def _shown(self, client: int) -> str:
+    return str(client) if self._names is None else repr(self._names[client])
+
   def load(
-      self, clients: Iterable[int], round_num: Optional[int] = None
+      self, clients: Iterable[client_names.Client], round_num: Optional[int] = None
   ) -> list[Any]:
     """The states of some clients, for a process's `next`.
 
     Args:
-      clients: Their numbers.
+      clients: Their numbers, or names.
       round_num: As they were after this round; the latest if `None`.
 
     Returns:
@@ -72,7 +85,7 @@ class ClientStates:
     Raises:
       ClientStatesError: If a file is damaged, or holds something else.
     """
-    return [self._load_one(int(client), round_num) for client in clients]
+    return [self._load_one(self._number(client), round_num) for client in clients]
 
   def _load_one(self, client: int, round_num: Optional[int]) -> Any:
     initial = self._initial
@@ -91,9 +104,9 @@ class ClientStates:
         found = [file[str(i)] for i in range(len(leaves))]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
       raise ClientStatesError(
-          f"The file of client {client}'s state after round {rounds[-1]} is damaged: "
-          f'{path} ({error}). Resume from an earlier checkpoint, or delete the file '
-          'to take what the client had before.'
+          f"The file of client {self._shown(client)}'s state after round {rounds[-1]} is "
+          f'damaged: {path} ({error}). Resume from an earlier checkpoint, or delete the '
+          'file to take what the client had before.'
       ) from error
     for leaf, its in zip(leaves, found):
       if leaf.shape != its.shape or leaf.dtype != its.dtype:
@@ -104,12 +117,12 @@ class ClientStates:
     return tf.nest.pack_sequence_as(initial, found)
 
   def save(
-      self, clients: Sequence[int], states: Sequence[Any], round_num: int
+      self, clients: Sequence[client_names.Client], states: Sequence[Any], round_num: int
   ) -> None:
     """Keeps what clients have after a round.
 
     Args:
-      clients: Their numbers.
+      clients: Their numbers, or names.
       states: Their states, in the same order.
       round_num: The round that has just ended.
 
@@ -130,14 +143,14 @@ class ClientStates:
           f'There must be one state a client, found {len(clients)} clients and '
           f'{len(states)} states.'
       )
-    for client, state in zip(clients, states):
-      path = self._path(int(client), round_num)
+    for client, state in zip(map(self._number, clients), states):
+      path = self._path(client, round_num)
       partial = path.with_suffix(f'.{os.getpid()}.partial')
       leaves = tf.nest.flatten(state)
       with open(partial, 'wb') as file:
         np.savez(file, **{str(i): leaf for i, leaf in enumerate(leaves)})
       os.replace(partial, path)
-      rounds = self._rounds.setdefault(int(client), [])
+      rounds = self._rounds.setdefault(client, [])
       if round_num not in rounds:
         rounds.append(round_num)
         rounds.sort()

@@ -1,6 +1,6 @@
 """Who takes part in each round, and what hinders them, from (seed, round, client)."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 import csv
 import dataclasses
 import os
@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 from tff_kd.compat import tff
 
+from tff_kd import client_names
 from tff_kd import conditions
 
 SAMPLINGS = ('uniform', 'weighted', 'cyclic', 'poisson')
@@ -37,22 +38,37 @@ class _Beginning(NamedTuple):
 class Availability:
   """When each client can be reached."""
 
-  def __init__(self, intervals: dict[int, list[tuple[int, int]]]):
+  def __init__(
+      self,
+      intervals: Mapping[client_names.Client, Sequence[tuple[int, int]]],
+      names: Optional[client_names.ClientNames] = None,
+  ):
     """Initializes the trace.
 
     Args:
       intervals: By client, its (first, last) rounds, both included; clients that are not
         there can never be reached.
+      names: The clients' names, of `FileClientData.names`, where clients are given by
+        name.
     """
-    self._intervals = intervals
+    self._intervals = {
+        client if names is None else names.number(client): its
+        for client, its in intervals.items()
+    }
 
   @classmethod
-  def from_csv(cls, path: os.PathLike, num_clients: int) -> 'Availability':
+  def from_csv(
+      cls,
+      path: os.PathLike,
+      num_clients: int,
+      names: Optional[client_names.ClientNames] = None,
+  ) -> 'Availability':
     """Reads a trace: lines of client, first round, last round, below a header.
 
     Args:
       path: The file.
       num_clients: Clients are numbered from 0 to one below this.
+      names: The clients' names, where the file has these.
 
     Raises:
       ValueError: If a line is no such one; names it.
@@ -63,14 +79,17 @@ class Availability:
         if number == 1 or not row:
           continue
         try:
-          client, first, last = map(int, row)
+          client, first, last = row[0].strip(), *map(int, row[1:])
+          client = int(client) if names is None else names.number(client)
           if not 0 <= client < num_clients or not 1 <= first <= last:
             raise ValueError
-        except ValueError:
+        except (KeyError, ValueError):
+          who = f'a client from 0 to {num_clients - 1}'
+          if names is not None:
+            who = f"a client's name, such as {names[0]!r}"
           raise ValueError(
-              f'Line {number} of {os.fspath(path)} must be a client from 0 to '
-              f'{num_clients - 1}, its first round (from 1) and its last, found '
-              f'{",".join(row)!r}.'
+              f'Line {number} of {os.fspath(path)} must be {who}, its first '
+              f'round (from 1) and its last, found {",".join(row)!r}.'
           ) from None
         intervals.setdefault(client, []).append((first, last))
     if not intervals:

@@ -107,8 +107,9 @@ def train(
 
   Args:
     process: Any `LearningProcess`.
-    select_clients: Maps the round number, from 1, to the round's client data, a list or
-      an array of numbers. Of a `Participation`, its counts are among the metrics.
+    select_clients: Maps the round number, from 1, to the round's client data: datasets,
+      or a list or an array of clients' numbers or names. Of a `Participation`, its counts
+      are among the metrics.
     num_rounds: The last round.
     evaluate: Maps the state after a round to metrics. If it tells their names
       (`metric_names`), it is not called before the first round to see them.
@@ -124,9 +125,9 @@ def train(
     release_managers: Get each round's flat metrics with the round number as key; of a
       process of ours, what moved is among them (`communication.ledger`).
     client_states: The clients' own states, of a `StatefulClientsProcess`.
-      `select_clients` then returns client numbers. It is part of what is saved: a resumed
-      run goes on with what clients had at its checkpoint. With an `initial_state`,
-      training begins with what they have.
+      `select_clients` then returns numbers or names. It is part of what is saved: a
+      resumed run goes on with what clients had at its checkpoint. With an
+      `initial_state`, training begins with what they have.
     on_round: Called with round number and flat metrics, after they are released.
     accountant: Of a process with `privacy`: adds `privacy/epsilon` and
       `privacy/rounds`, what all rounds so far have cost, to the metrics and the
@@ -157,9 +158,11 @@ def train(
   if isinstance(process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)):
     privacy = process.protection.privacy
   _check_accountant(accountant, privacy, select_clients)
-  moved = None
+  moved = names = None
   if isinstance(process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)):
     moved = communication.round_bytes(process)
+    if process.client_data is not None:
+      names = process.client_data.data.names
   # Not `asyncio.Runner`: it leaves the thread without the loop that TFF's own
   # training loop looks for.
   with contextlib.closing(asyncio.new_event_loop()) as loop:
@@ -205,6 +208,8 @@ def train(
       round_num += 1
       start = time.perf_counter()
       selected = round_arguments.as_list(select_clients(round_num))
+      if names is not None:
+        selected = names.numbered(selected)
       if client_states is None:
         output = process.next(progress.state, selected)
       else:

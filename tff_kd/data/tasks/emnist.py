@@ -54,6 +54,7 @@ def build(
   ]
   return task_lib.image_task(
       name='emnist', clients=pool.take(kept), client_rows=client_rows,
+      client_names=names,
       transfer=pool.take(order[:ends[0]]), validation=pool.take(order[ends[0]:ends[1]]),
       test=tests, test_rows=test_rows, num_classes=10,
   )

@@ -131,12 +131,13 @@ def load(
     0 is padding and counts nowhere.
   """
   plays = read_plays()
-  train, test = [], []
+  names, train, test = [], [], []
   for play, roles in plays.items():
     if play in TRANSFER_PLAYS:
       continue
-    for speeches in roles.values():
+    for role, speeches in roles.items():
       if len(speeches) >= _MIN_SPEECHES:
+        names.append(f'{role} ({play})')
         cut = len(speeches) - max(1, round(_TEST_SHARE * len(speeches)))
         train.append(windows(speeches[:cut]))
         test.append(windows(speeches[cut:]).take(slice(_MAX_TESTS)))
@@ -156,7 +157,7 @@ def load(
   (clients, client_rows), (tests, test_rows) = task_lib.pool(train), task_lib.pool(test)
   return task_lib.Task(
       name='shakespeare',
-      clients=clients, client_rows=client_rows,
+      clients=clients, client_rows=client_rows, client_names=names,
       transfer=chosen.take(np.arange(transfer_size)),
       validation=chosen.take(np.arange(transfer_size, len(chosen))),
       test=tests, test_rows=test_rows,
