@@ -14,12 +14,16 @@ from typing import Any
 from tff_kd.compat import tff
 
 from tff_kd import client_data
+from tff_kd import companions
+from tff_kd import conditions
 from tff_kd import knowledge
 from tff_kd import local_terms
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import server_distillation
 from tff_kd import transfer
+from tff_kd.privacy import differential
+from tff_kd.privacy import secure
 
 
 def check(
@@ -50,8 +54,8 @@ def _may_be_none(parameter: inspect.Parameter) -> bool:
   return type(None) in typing.get_args(parameter.annotation)
 
 
-def _instance(kind: type[Any], expected: str) -> Callable[[Any, str], Any]:
-  """A check for an object of a class."""
+def _instance(kind: Any, expected: str) -> Callable[[Any, str], Any]:
+  """A check for an object of a class, or of one of several."""
 
   def check(value: Any, name: str) -> Any:
     if not isinstance(value, kind):
@@ -105,6 +109,14 @@ _distillation = _instance(
     server_distillation.Distillation,
     'a `tff_kd.Distillation`, such as `tff_kd.Distillation(num_steps=60)`',
 )
+_aggregator = _instance(
+    (
+        tff.aggregators.WeightedAggregationFactory,
+        tff.aggregators.UnweightedAggregationFactory,
+    ),
+    'a `tff.aggregators.WeightedAggregationFactory` or `UnweightedAggregationFactory`, '
+    'such as `tff.aggregators.MeanFactory()`',
+)
 _weighting = _instance(
     tff.learning.ClientWeighting,
     '`tff.learning.ClientWeighting.NUM_EXAMPLES` or `.UNIFORM`',
@@ -141,6 +153,25 @@ _CHECKS = {
         'a `tff_kd.knowledge.ConsensusRule`, such as `tff_kd.knowledge.MeanLogits()`',
     ),
     'local_terms': _local_terms,
+    'companion': _instance(
+        companions.Companion, 'a `tff_kd.companions.Companion`'
+    ),
+    'model_aggregator': _aggregator,
+    'knowledge_aggregator': _aggregator,
+    'metrics_aggregator': _function(
+        'such as `tff.learning.metrics.sum_then_finalize`'
+    ),
+    'reporting': _instance(
+        conditions.Reporting, 'a `tff_kd.Reporting`, such as `tff_kd.Reporting()`'
+    ),
+    'privacy': _instance(
+        differential.DifferentialPrivacy, 'a `tff_kd.privacy.DifferentialPrivacy`'
+    ),
+    'secure_aggregation': _instance(
+        secure.SecureAggregation,
+        'a `tff_kd.privacy.SecureAggregation`, such as '
+        '`tff_kd.privacy.SecureAggregation()`',
+    ),
     'client_weighting': _weighting,
     'knowledge_weighting': _weighting,
     'feature_fn': _function('from inputs to features `[n, d]`'),

@@ -150,6 +150,10 @@ class Options:
   secure_aggregation: Optional[secure.SecureAggregation] = None
   seed: int = 0
 
+  def __post_init__(self):
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    arguments.check(fields, _OPTION_PARAMETERS)
+
   def with_defaults(self, **defaults: Any) -> 'Options':
     """Returns these options with an algorithm's values for those that are `None`."""
     return dataclasses.replace(
@@ -161,7 +165,15 @@ class Options:
     )
 
 
-OPTION_NAMES = tuple(field.name for field in dataclasses.fields(Options))
+_OPTION_PARAMETERS = {
+    field.name: inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=field.default,
+        annotation=field.type,
+    )
+    for field in dataclasses.fields(Options)
+}
 _EMPTY = inspect.Parameter.empty
 
 
@@ -180,18 +192,8 @@ def takes_options(build: Callable[..., Any]) -> Callable[..., Any]:
       name: parameter
       for name, parameter in signature.parameters.items() if name != 'options'
   }
-  shared = [
-      inspect.Parameter(
-          field.name,
-          inspect.Parameter.KEYWORD_ONLY,
-          default=field.default,
-          annotation=field.type,
-      )
-      for field in dataclasses.fields(Options)
-  ]
-  names = [*own, *OPTION_NAMES]
-  full = signature.replace(parameters=[*own.values(), *shared])
-  parameters = full.parameters
+  full = signature.replace(parameters=[*own.values(), *_OPTION_PARAMETERS.values()])
+  names = list(full.parameters)
 
   @functools.wraps(build)
   def with_options(**kwargs):
@@ -206,9 +208,9 @@ def takes_options(build: Callable[..., Any]) -> Callable[..., Any]:
     missing = [n for n, p in own.items() if p.default is _EMPTY and n not in kwargs]
     if missing:
       raise TypeError(f'{build.__name__}() needs the argument {missing[0]!r}.')
-    usable = arguments.check(kwargs, parameters)
-    chosen = {name: usable.pop(name) for name in OPTION_NAMES if name in usable}
-    return build(**usable, options=Options(**chosen))
+    chosen = {name: kwargs.pop(name) for name in _OPTION_PARAMETERS if name in kwargs}
+    options = Options(**chosen)
+    return build(**arguments.check(kwargs, own), options=options)
 
   with_options.__signature__ = full
   return with_options
