@@ -83,7 +83,7 @@ _WRONG = {
     'reporting': ((3, tff_kd.Reporting), r'`reporting` must be a `tff_kd.Reporting`'),
     'privacy': ((1.0, 'dp'), r'`privacy` must be a `tff_kd.privacy.DifferentialPriv'),
     'secure_aggregation': (
-        (True, tff_kd.privacy.SecureAggregation), r'`secure_aggregation` must be a `tff_kd'
+        (True, 'sum'), r'`secure_aggregation` must be a `tff_kd'
     ),
     'feature_fn': (('flat', 1), r'`feature_fn` must be a function from inputs to feat'),
     'transfer_set': (
