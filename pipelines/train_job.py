@@ -37,14 +37,13 @@ from tff_kd import algorithms
 from tff_kd import cohorts
 from tff_kd import knowledge
 from tff_kd import robust
-from tff_kd import server_distillation
 from tff_kd.simulation import contexts
 
 _OPTIMIZERS = {
     'sgd': tff.learning.optimizers.build_sgdm,
     'adam': tff.learning.optimizers.build_adam,
 }
-_SCHEDULES = {'constant': None, 'cosine': server_distillation.cosine_schedule}
+_SCHEDULES = {'constant': None, 'cosine': tff_kd.cosine_schedule}
 _CLIENT_BYTES = tff_kd.communication.CLIENT_BYTES
 # Written when a run is over.
 RESULTS = 'results.json'

@@ -164,5 +164,5 @@ def test_prediction_in_batches_equals_prediction_at_once():
 
 
 def test_cosine_schedule():
-  values = [float(server_distillation.cosine_schedule(p)) for p in (0.0, 0.5, 1.0)]
+  values = [float(tff_kd.cosine_schedule(p)) for p in (0.0, 0.5, 1.0)]
   np.testing.assert_allclose(values, [1.0, 0.5, 0.0], atol=1e-6)

@@ -25,8 +25,8 @@ __getattr__, __dir__ = _lazy.attach(
         'StatefulClientsProcess': 'rounds.description',
         'DistillationProcess': 'rounds.description',
         'RoundState': 'rounds.state',
-        'cosine_schedule': 'server_distillation',
-        'Distillation': 'server_distillation',
+        'cosine_schedule': 'server.settings',
+        'Distillation': 'server.settings',
         'TransferSet': 'transfer',
     },
 )

@@ -20,10 +20,10 @@ from tff_kd import knowledge
 from tff_kd import local_terms
 from tff_kd import models
 from tff_kd import optimizers
-from tff_kd import server_distillation
 from tff_kd import transfer
 from tff_kd.privacy import differential
 from tff_kd.privacy import secure
+from tff_kd.server import settings
 
 
 def check(
@@ -106,7 +106,7 @@ def _local_terms(value: Any, name: str) -> Any:
 
 
 _distillation = _instance(
-    server_distillation.Distillation,
+    settings.Distillation,
     'a `tff_kd.Distillation`, such as `tff_kd.Distillation(num_steps=60)`',
 )
 _aggregator = _instance(

@@ -15,6 +15,7 @@ from typing import NamedTuple, Optional, Union
 
 import tensorflow as tf
 
+from tff_kd import checks
 from tff_kd import codecs
 from tff_kd import losses
 from tff_kd import models
@@ -188,7 +189,7 @@ class MeanProbabilities(ConsensusRule):
 
   def __post_init__(self):
     if self.temperature is not None:
-      losses.check_temperature(self.temperature)
+      checks.check_temperature(self.temperature)
     if not 0.0 < self.power < float('inf'):
       raise ValueError(
           f'`power` must be a finite number above 0, found {self.power!r}.'

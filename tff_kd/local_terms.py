@@ -10,6 +10,7 @@ from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
 
+from tff_kd import checks
 from tff_kd import losses
 from tff_kd import models
 
@@ -130,7 +131,7 @@ class LocalDistillation(LocalTerm):
   history_size: int = 5
 
   def __post_init__(self):
-    losses.check_temperature(self.temperature)
+    checks.check_temperature(self.temperature)
     if self.target not in TARGETS:
       raise ValueError(
           f'`target` of a local distillation must be one of {TARGETS}, found '
@@ -169,7 +170,7 @@ class NotTrueDistillation(LocalTerm):
   needs_classes = True
 
   def __post_init__(self):
-    losses.check_temperature(self.temperature)
+    checks.check_temperature(self.temperature)
     _check_weight('weight', self.weight)
 
   def __call__(self, loss, step):

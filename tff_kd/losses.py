@@ -14,26 +14,10 @@ from typing import Optional
 
 import tensorflow as tf
 
+from tff_kd import checks
+
 # Probabilities are clipped here before their logarithm, as tf.keras does.
 _PROBABILITY_FLOOR = 1e-7
-# Above it, all that is left of a divergence is its limit, a squared difference.
-_MAX_TEMPERATURE = 1e4
-
-
-def check_temperature(temperature: float, name: str = 'temperature') -> float:
-  """Returns `temperature` as a float, or refuses it unless it is in (0, 10,000].
-
-  Raises:
-    ValueError: If the temperature is not a positive number up to 10,000.
-  """
-  value = float(temperature)
-  if not 0.0 < value <= _MAX_TEMPERATURE:
-    raise ValueError(
-        f'`{name}` must be a number above 0, at most {_MAX_TEMPERATURE:g}, found '
-        f'{temperature!r}. Use 1.0 for plain probabilities; higher values soften them, '
-        "and from about 100 on it is the squared difference: `loss='mse'`."
-    )
-  return value
 
 
 def logits_from_probabilities(probabilities: tf.Tensor) -> tf.Tensor:
@@ -78,7 +62,7 @@ def kl_divergence(
   Raises:
     ValueError: If `temperature` is not above 0.
   """
-  t = check_temperature(temperature)
+  t = checks.check_temperature(temperature)
   logits = tf.convert_to_tensor(logits)
   # At a high temperature all terms nearly cancel: in float32, T = 1000 is off by .4.
   target, predicted = (

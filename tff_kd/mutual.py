@@ -14,6 +14,7 @@ from typing import Optional
 
 import tensorflow as tf
 
+from tff_kd import checks
 from tff_kd import companions
 from tff_kd import losses
 from tff_kd import models
@@ -56,7 +57,7 @@ class MutualLearning(companions.Companion):
       ValueError: If a number is out of range or the models' outputs differ in shape.
     """
     models.check_same_outputs(student, mentor)
-    losses.check_temperature(temperature)
+    checks.check_temperature(temperature)
     weights = student_weight, mentor_weight
     is_adaptive = weights == (None, None)
     if not is_adaptive and any(w is None or not 0.0 <= w <= 1.0 for w in weights):

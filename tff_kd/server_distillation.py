@@ -8,8 +8,7 @@ part can tell, and always finite.
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
-import dataclasses
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -22,6 +21,7 @@ from tff_kd import losses
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd import transfer
+from tff_kd.server import settings
 
 _DISTILLATION_LOSSES = {
     'kl': losses.kl_divergence,
@@ -37,132 +37,32 @@ _DISTILLATION_LOSSES = {
 }
 
 
-def cosine_schedule(progress: tf.Tensor) -> tf.Tensor:
-  """Scales the learning rate from 1 to 0 along half a cosine (FedDF's schedule).
+def _loss_of(
+    distillation: settings.Distillation, *, is_regression: bool
+) -> Callable[[tf.Tensor, tf.Tensor, float], tf.Tensor]:
+  """Returns the loss between targets and outputs, of classes or of numbers."""
+  if callable(distillation.loss):
+    return graphs.user_function(distillation.loss)
+  unset = 'mse' if is_regression else 'kl'
+  return _DISTILLATION_LOSSES[distillation.loss or unset]
 
-  Args:
-    progress: float32 scalar, the share of the stage's steps that are done.
+
+def check_outputs(
+    distillation: settings.Distillation, learner: models.ModelSpec
+) -> None:
+  """Refuses what compares classes where there are none.
+
+  Raises:
+    ValueError: If the learner is a regression model and this is not for one.
   """
-  return 0.5 * (1.0 + tf.cos(np.pi * progress))
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Distillation:
-  """How one model learns from a target on the transfer set.
-
-  The loss is (1 - w) L(y, outputs) + w KL_T(target || outputs), plus the model's
-  own regularisation losses, where L is the model's supervised loss over those
-  examples of the batch that have labels.
-
-  Attributes:
-    target: 'ensemble' (the clients' consensus), 'student', 'teacher', or a number
-      b between 0 and 1: the blend b * ensemble + (1 - b) * student of logits.
-    temperature: T, above 0.
-    distillation_weight: w. If `None`: 0.5 where the transfer set has labels, else
-      1. Without labels it must be 1.
-    loss: 'kl', 'mae' or 'mse' (these two on logits, without T), 'label' (the
-      target's most likely class as label), or a function (target_logits, logits,
-      temperature) -> one loss an example. If `None`: 'kl', and 'mse' between
-      regression models.
-    diversity_weight: Of Fed-ET's diversity term, lambda KL_T(diversity || outputs) on
-      the examples on which clients disagree; part of the distillation term. Needs
-      target 'ensemble' and a consensus rule that tells the diversity.
-    num_steps: How many steps a round at most.
-    batch_size: Examples a step; the whole subset if it is smaller.
-    schedule: Optional; maps the share of steps done, a float32 scalar in [0, 1),
-      to a factor on the learning rate. `cosine_schedule`, say.
-    validate_every: Steps between looks at the validation part of the transfer
-      set; at the end only if `None`. The best weights seen win, those from before
-      the stage included.
-    patience: Stop after so many looks without improvement; never if `None`.
-    reset_optimizer: Start every round with a fresh optimizer state.
-  """
-
-  target: Union[str, float] = 'ensemble'
-  temperature: float = 1.0
-  distillation_weight: Optional[float] = None
-  loss: Optional[Union[str, Callable[[tf.Tensor, tf.Tensor, float], tf.Tensor]]] = None
-  diversity_weight: float = 0.0
-  num_steps: int = 100
-  batch_size: int = 64
-  schedule: Optional[Callable[[tf.Tensor], tf.Tensor]] = None
-  validate_every: Optional[int] = None
-  patience: Optional[int] = None
-  reset_optimizer: bool = False
-
-  def __post_init__(self):
-    losses.check_temperature(self.temperature)
-    is_blend = isinstance(self.target, (int, float)) and not isinstance(
-        self.target, bool
+  if learner.is_regression and (
+      distillation.loss in ('kl', 'label') or distillation.temperature != 1.0
+  ):
+    raise ValueError(
+        f'The {learner.name} is a regression model, which has no classes: leave '
+        "`temperature` at 1 and `loss` at None (then 'mse'), found "
+        f'temperature={distillation.temperature!r}, loss={distillation.loss!r}.'
     )
-    if is_blend:
-      if not 0.0 <= self.target <= 1.0:
-        raise ValueError(
-            'A blended `target` must be between 0 (student) and 1 (ensemble), '
-            f'found {self.target!r}.'
-        )
-    elif self.target not in ('ensemble', 'student', 'teacher'):
-      raise ValueError(
-          "`target` must be 'ensemble', 'student', 'teacher' or a number between "
-          f'0 and 1, found {self.target!r}.'
-      )
-    w = self.distillation_weight
-    if w is not None and not 0.0 <= w <= 1.0:
-      raise ValueError(
-          f'`distillation_weight` must be between 0 and 1, found {w!r}.'
-      )
-    if not callable(self.loss) and self.loss not in (None, *_DISTILLATION_LOSSES):
-      raise ValueError(
-          f'`loss` must be one of {sorted(_DISTILLATION_LOSSES)} or a function, '
-          f'found {self.loss!r}.'
-      )
-    if not 0.0 <= self.diversity_weight < float('inf'):
-      raise ValueError(
-          '`diversity_weight` must be finite and not below 0, found '
-          f'{self.diversity_weight!r}.'
-      )
-    if self.diversity_weight and self.target != 'ensemble':
-      raise ValueError(
-          "A `diversity_weight` needs target='ensemble', found "
-          f'{self.target!r}.'
-      )
-    for name in ('num_steps', 'batch_size', 'validate_every', 'patience'):
-      value = getattr(self, name)
-      optional = name in ('validate_every', 'patience')
-      if not (optional and value is None) and (
-          not isinstance(value, int) or value < 1
-      ):
-        raise ValueError(f'`{name}` must be a positive integer, found {value!r}.')
-
-  @property
-  def uses_ensemble(self) -> bool:
-    """Whether clients must send predictions for this."""
-    if isinstance(self.target, str):
-      return self.target == 'ensemble'
-    return self.target > 0.0
-
-  def loss_fn(
-      self, *, is_regression: bool
-  ) -> Callable[[tf.Tensor, tf.Tensor, float], tf.Tensor]:
-    """The loss between targets and outputs, of classes or of numbers."""
-    if callable(self.loss):
-      return graphs.user_function(self.loss)
-    return _DISTILLATION_LOSSES[self.loss or ('mse' if is_regression else 'kl')]
-
-  def check_outputs(self, learner: models.ModelSpec) -> None:
-    """Refuses what compares classes where there are none.
-
-    Raises:
-      ValueError: If the learner is a regression model and this is not for one.
-    """
-    if learner.is_regression and (
-        self.loss in ('kl', 'label') or self.temperature != 1.0
-    ):
-      raise ValueError(
-          f'The {learner.name} is a regression model, which has no classes: leave '
-          "`temperature` at 1 and `loss` at None (then 'mse'), found "
-          f'temperature={self.temperature!r}, loss={self.loss!r}.'
-      )
 
 
 class DistillationStage(NamedTuple):
@@ -176,7 +76,7 @@ class DistillationStage(NamedTuple):
 
   learner: str
   optimizer: optimizers.Optimizer
-  distillation: Distillation
+  distillation: settings.Distillation
 
 
 class ServerModels(NamedTuple):
@@ -277,7 +177,7 @@ def build_server_distillation(
   for stage in stages:
     learner = teacher if stage.learner == 'teacher' else students.first
     if learner is not None:  # `check_stages` refuses a teacher that is missing.
-      stage.distillation.check_outputs(learner)
+      check_outputs(stage.distillation, learner)
   if uses_ensemble:
     knowledge.check_rule(consensus_rule, students.first)
   models_type = tff.to_type(
@@ -481,7 +381,7 @@ class Lesson:
     d = stage.distillation
     self._stage, self._distillation = stage, d
     self._learner, self._transfer_set = learner, transfer_set
-    self._loss = d.loss_fn(is_regression=learner.is_regression)
+    self._loss = _loss_of(d, is_regression=learner.is_regression)
     self._stepper = optimizers.build_stepper(
         stage.optimizer, learner.trainable_variables
     )

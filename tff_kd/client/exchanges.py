@@ -258,7 +258,7 @@ class TransferExchange(TransferPredictions):
     """
     super().__init__(student, transfer_set, rule)
     check_stage(digest, transfer_set, rule)
-    digest.distillation.check_outputs(student)
+    server_distillation_lib.check_outputs(digest.distillation, student)
     self._digest, self._seed, self._relabelling = digest, seed, relabelling
     self.needs_server_model = relabelling is not None
     self.keeps_sent = (

@@ -1,0 +1,20 @@
+"""Checks of single values; imports no TensorFlow."""
+
+# Above it, all that is left of a divergence is its limit, a squared difference.
+_MAX_TEMPERATURE = 1e4
+
+
+def check_temperature(temperature: float, name: str = 'temperature') -> float:
+  """Returns `temperature` as a float, or refuses it unless it is in (0, 10,000].
+
+  Raises:
+    ValueError: If the temperature is not a positive number up to 10,000.
+  """
+  value = float(temperature)
+  if not 0.0 < value <= _MAX_TEMPERATURE:
+    raise ValueError(
+        f'`{name}` must be a number above 0, at most {_MAX_TEMPERATURE:g}, found '
+        f'{temperature!r}. Use 1.0 for plain probabilities; higher values soften them, '
+        "and from about 100 on it is the squared difference: `loss='mse'`."
+    )
+  return value

@@ -1,0 +1,118 @@
+"""How a model on the server learns: settings only; imports no TensorFlow."""
+
+from collections.abc import Callable
+import dataclasses
+import math
+from typing import Any, Optional, Union
+
+from tff_kd import checks
+
+# The losses that `Distillation.loss` may name.
+LOSSES = ('kl', 'label', 'mae', 'mse')
+
+
+def cosine_schedule(progress: Any) -> Any:
+  """Scales the learning rate from 1 to 0 along half a cosine (FedDF's schedule).
+
+  Args:
+    progress: float32 scalar, the share of the stage's steps that are done.
+  """
+  import tensorflow as tf  # Here: seconds that settings alone do not need.
+
+  return 0.5 * (1.0 + tf.cos(math.pi * progress))
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Distillation:
+  """How one model learns from a target on the transfer set.
+
+  The loss is (1 - w) L(y, outputs) + w KL_T(target || outputs), plus the model's
+  own regularisation losses, where L is the model's supervised loss over those
+  examples of the batch that have labels.
+
+  Attributes:
+    target: 'ensemble' (the clients' consensus), 'student', 'teacher', or a number
+      b between 0 and 1: the blend b * ensemble + (1 - b) * student of logits.
+    temperature: T, above 0.
+    distillation_weight: w. If `None`: 0.5 where the transfer set has labels, else
+      1. Without labels it must be 1.
+    loss: 'kl', 'mae' or 'mse' (these two on logits, without T), 'label' (the
+      target's most likely class as label), or a function (target_logits, logits,
+      temperature) -> one loss an example. If `None`: 'kl', and 'mse' between
+      regression models.
+    diversity_weight: Of Fed-ET's diversity term, lambda KL_T(diversity || outputs) on
+      the examples on which clients disagree; part of the distillation term. Needs
+      target 'ensemble' and a consensus rule that tells the diversity.
+    num_steps: How many steps a round at most.
+    batch_size: Examples a step; the whole subset if it is smaller.
+    schedule: Optional; maps the share of steps done, a float32 scalar in [0, 1),
+      to a factor on the learning rate. `cosine_schedule`, say.
+    validate_every: Steps between looks at the validation part of the transfer
+      set; at the end only if `None`. The best weights seen win, those from before
+      the stage included.
+    patience: Stop after so many looks without improvement; never if `None`.
+    reset_optimizer: Start every round with a fresh optimizer state.
+  """
+
+  target: Union[str, float] = 'ensemble'
+  temperature: float = 1.0
+  distillation_weight: Optional[float] = None
+  loss: Optional[Union[str, Callable[[Any, Any, float], Any]]] = None
+  diversity_weight: float = 0.0
+  num_steps: int = 100
+  batch_size: int = 64
+  schedule: Optional[Callable[[Any], Any]] = None
+  validate_every: Optional[int] = None
+  patience: Optional[int] = None
+  reset_optimizer: bool = False
+
+  def __post_init__(self):
+    checks.check_temperature(self.temperature)
+    is_blend = isinstance(self.target, (int, float)) and not isinstance(
+        self.target, bool
+    )
+    if is_blend:
+      if not 0.0 <= self.target <= 1.0:
+        raise ValueError(
+            'A blended `target` must be between 0 (student) and 1 (ensemble), '
+            f'found {self.target!r}.'
+        )
+    elif self.target not in ('ensemble', 'student', 'teacher'):
+      raise ValueError(
+          "`target` must be 'ensemble', 'student', 'teacher' or a number between "
+          f'0 and 1, found {self.target!r}.'
+      )
+    w = self.distillation_weight
+    if w is not None and not 0.0 <= w <= 1.0:
+      raise ValueError(
+          f'`distillation_weight` must be between 0 and 1, found {w!r}.'
+      )
+    if not callable(self.loss) and self.loss not in (None, *LOSSES):
+      raise ValueError(
+          f'`loss` must be one of {sorted(LOSSES)} or a function, '
+          f'found {self.loss!r}.'
+      )
+    if not 0.0 <= self.diversity_weight < float('inf'):
+      raise ValueError(
+          '`diversity_weight` must be finite and not below 0, found '
+          f'{self.diversity_weight!r}.'
+      )
+    if self.diversity_weight and self.target != 'ensemble':
+      raise ValueError(
+          "A `diversity_weight` needs target='ensemble', found "
+          f'{self.target!r}.'
+      )
+    for name in ('num_steps', 'batch_size', 'validate_every', 'patience'):
+      value = getattr(self, name)
+      optional = name in ('validate_every', 'patience')
+      if not (optional and value is None) and (
+          not isinstance(value, int) or value < 1
+      ):
+        raise ValueError(f'`{name}` must be a positive integer, found {value!r}.')
+
+  @property
+  def uses_ensemble(self) -> bool:
+    """Whether clients must send predictions for this."""
+    if isinstance(self.target, str):
+      return self.target == 'ensemble'
+    return self.target > 0.0
