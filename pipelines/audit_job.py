@@ -70,7 +70,7 @@ class _Run(NamedTuple):
 
   folder: pathlib.Path
   config: Mapping[str, Any]
-  algorithm: algorithms.Algorithm
+  algorithm: algorithms.Info
   task: tff_kd.data.Task
   rows: Sequence[np.ndarray]
   batches: tff_kd.ClientBatches

@@ -93,7 +93,7 @@ def _together(*names: str) -> Callable[[Callable[[], None]], Callable[[], None]]
   return register
 
 
-def _algorithm() -> algorithms.Algorithm:
+def _algorithm() -> algorithms.Info:
   return algorithms.REGISTRY[args.ALGORITHM.value]
 
 

@@ -37,7 +37,7 @@ ALGORITHM = flags.DEFINE_enum(
     'algorithm', 'fed_distillation', sorted(algorithms.REGISTRY),
     'The algorithm.\n'
     + '\n'.join(
-        f'{name}: {its.summary}. Up: {its.up}.'
+        f'{name}: {its.summary}. Uploads: {", ".join(its.uploads)}.'
         + (f" Needs: {', '.join(its.needs)}." if its.needs else '')
         for name, its in algorithms.REGISTRY.items()
     ),
@@ -555,7 +555,7 @@ AVERAGING_FLAGS = [
 ]
 
 
-def is_taken(algorithm: algorithms.Algorithm, name: str) -> bool:
+def is_taken(algorithm: algorithms.Info, name: str) -> bool:
   """Whether a flag has an effect with an algorithm."""
   if name in AVERAGING_FLAGS:
     return algorithm.averages

@@ -348,7 +348,7 @@ def _weighting() -> str:
   return args.WEIGHTING.value or unset
 
 
-def _local_arguments(algorithm: algorithms.Algorithm) -> dict[str, Any]:
+def _local_arguments(algorithm: algorithms.Info) -> dict[str, Any]:
   """The terms of the clients' loss: the algorithm's own, and what flags add."""
   kwargs, terms = {}, []
   distillation = dict(
@@ -385,7 +385,7 @@ def _local_arguments(algorithm: algorithms.Algorithm) -> dict[str, Any]:
 
 
 def _prediction_arguments(
-    algorithm: algorithms.Algorithm, own_rule: Optional[knowledge.ConsensusRule]
+    algorithm: algorithms.Info, own_rule: Optional[knowledge.ConsensusRule]
 ) -> dict[str, Any]:
   """How clients' predictions are combined, and how coarse they are."""
   bits = args.PREDICTION_BITS.value
@@ -411,7 +411,7 @@ def _prediction_arguments(
 
 
 def build_process(
-    algorithm: algorithms.Algorithm, task: tff_kd.data.Task, common: dict[str, Any]
+    algorithm: algorithms.Info, task: tff_kd.data.Task, common: dict[str, Any]
 ) -> Union[tff_kd.DistillationProcess, tff_kd.StatefulClientsProcess]:
   """Builds the process from the flags."""
   kwargs = dict(common, **train_privacy.build_guards(algorithm), seed=args.SEED.value)
@@ -462,7 +462,9 @@ def build_process(
         seed=args.SEED.value,
         directory=args.CACHE_DIR.value,
     )
-    kwargs |= _prediction_arguments(algorithm, defaults.get('consensus_rule'))
+    kwargs |= _prediction_arguments(
+        algorithm, knowledge.CONSENSUS_RULES.get(algorithm.consensus)
+    )
     kwargs['knowledge_aggregator'] = _aggregator(
         'knowledge', args.ROBUST_KNOWLEDGE.value, args.KNOWLEDGE_NORM_BOUND.value,
         args.KNOWLEDGE_BITS.value,

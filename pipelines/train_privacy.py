@@ -28,7 +28,7 @@ def _sampling() -> privacy.ClientSampling:
   )
 
 
-def build_guards(algorithm: algorithms.Algorithm) -> dict[str, Any]:
+def build_guards(algorithm: algorithms.Info) -> dict[str, Any]:
   """How what clients send is private and secure: arguments of a process."""
   found = {}
   if train_checks.is_private():

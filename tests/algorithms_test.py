@@ -107,7 +107,7 @@ def test_ten_rounds_unbroken_and_resumed(name, task, batches, tmp_path):
 
 def test_the_registry_tells_what_builders_need():
   for name, algorithm in algorithms.REGISTRY.items():
-    assert algorithm.name == name and algorithm.summary and algorithm.up
+    assert algorithm.name == name and algorithm.summary and algorithm.uploads
     needed = {
         'transfer set': 'transfer_set', 'teacher': 'teacher_fn', 'mentor': 'mentor_fn',
         'negatives': 'negatives',

@@ -8,7 +8,6 @@ as a transfer set.
 from collections.abc import Callable, Mapping
 import functools
 import inspect
-import typing
 from typing import Any
 
 from tff_kd.compat import tff
@@ -51,7 +50,7 @@ def check(
 
 
 def _may_be_none(parameter: inspect.Parameter) -> bool:
-  return type(None) in typing.get_args(parameter.annotation)
+  return parameter.default is None or 'Optional' in str(parameter.annotation)
 
 
 def _instance(kind: Any, expected: str) -> Callable[[Any, str], Any]:

@@ -9,23 +9,18 @@ server's model learns the mean of the clients' labels and labels the transfer ex
 anew; these labels, quantised, go down in the next round.
 """
 
+from __future__ import annotations
+
 from typing import Any, Optional
 
-from tff_kd.compat import tff
-
-from tff_kd import cohorts
-from tff_kd import knowledge
-from tff_kd import models
-from tff_kd import optimizers
+import tff_kd
 from tff_kd import rounds
-from tff_kd import server_distillation
-from tff_kd import transfer
-from tff_kd.client import exchanges
+from tff_kd.algorithms import info
 
 # The number of bits that stands for labels as they are, floats.
 NOT_QUANTIZED = 32
 
-DEFAULT_DISTILLATION = server_distillation.Distillation(
+DEFAULT_DISTILLATION = tff_kd.Distillation(
     distillation_weight=1.0, num_steps=100, reset_optimizer=True
 )
 
@@ -33,16 +28,16 @@ DEFAULT_DISTILLATION = server_distillation.Distillation(
 @rounds.takes_options
 def build_cfd(
     *,
-    student_fn: cohorts.StudentFn,
+    student_fn: tff_kd.cohorts.StudentFn,
     input_spec: Any,
-    loss_fn: models.LossFn,
-    transfer_set: transfer.TransferSet,
-    client_optimizer: optimizers.Optimizer,
-    student_optimizer: Optional[optimizers.Optimizer] = None,
-    distillation: server_distillation.Distillation = DEFAULT_DISTILLATION,
+    loss_fn: tff_kd.models.LossFn,
+    transfer_set: tff_kd.TransferSet,
+    client_optimizer: tff_kd.optimizers.Optimizer,
+    student_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
+    distillation: tff_kd.Distillation = DEFAULT_DISTILLATION,
     up_bits: int = 1,
     down_bits: int = 1,
-    metrics_fn: Optional[models.MetricsFn] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds CFD.
@@ -77,12 +72,12 @@ def build_cfd(
     ValueError: If a number of bits has no meaning.
   """
   up, down = _labels('up_bits', up_bits), _labels('down_bits', down_bits)
-  students = cohorts.build_students(
+  students = tff_kd.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  stage = server_distillation.DistillationStage(
+  stage = tff_kd.server_distillation.DistillationStage(
       'student',
-      student_optimizer or tff.learning.optimizers.build_adam(1e-3),
+      student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
       distillation,
   )
   return rounds.compose_process(
@@ -90,7 +85,7 @@ def build_cfd(
           students=students,
           client_optimizer=client_optimizer,
           client_model=rounds.ClientModel.INITIAL,
-          exchange=exchanges.TransferExchange(
+          exchange=tff_kd.client.exchanges.TransferExchange(
               students.first, transfer_set, up, stage, options.seed, relabelling=down
           ),
           stages=[stage],
@@ -99,12 +94,23 @@ def build_cfd(
   )
 
 
-def _labels(name: str, bits: int) -> knowledge.ConsensusRule:
+def _labels(name: str, bits: int) -> tff_kd.knowledge.ConsensusRule:
   """The rule for labels of so many bits."""
-  mean = knowledge.MeanProbabilities()
+  mean = tff_kd.knowledge.MeanProbabilities()
   if bits == NOT_QUANTIZED:
     return mean
   try:
-    return knowledge.Quantized(mean, bits)
+    return tff_kd.knowledge.Quantized(mean, bits)
   except ValueError as error:
     raise ValueError(f'`{name}`: {error} {NOT_QUANTIZED} is for none.') from error
+
+
+INFO = info.Info(
+    build=build_cfd,
+    summary=(
+        "clients reset each round and learn the server's labels; labels of a few bits"
+    ),
+    uploads=('predictions',),
+    client_state=True,
+    flags={'up_bits': 'prediction_bits', 'down_bits': 'down_bits'},
+)

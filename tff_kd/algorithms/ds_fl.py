@@ -7,20 +7,15 @@ examples; the server sharpens the mean (entropy reduction aggregation, ERA), and
 and the server's model learn it by cross-entropy.
 """
 
+from __future__ import annotations
+
 from typing import Any, Optional
 
-from tff_kd.compat import tff
-
-from tff_kd import cohorts
-from tff_kd import knowledge
-from tff_kd import models
-from tff_kd import optimizers
+import tff_kd
 from tff_kd import rounds
-from tff_kd import server_distillation
-from tff_kd import transfer
-from tff_kd.client import exchanges
+from tff_kd.algorithms import info
 
-DEFAULT_DISTILLATION = server_distillation.Distillation(
+DEFAULT_DISTILLATION = tff_kd.Distillation(
     distillation_weight=1.0, num_steps=60, reset_optimizer=True
 )
 
@@ -28,17 +23,15 @@ DEFAULT_DISTILLATION = server_distillation.Distillation(
 @rounds.takes_options
 def build_ds_fl(
     *,
-    student_fn: cohorts.StudentFn,
+    student_fn: tff_kd.cohorts.StudentFn,
     input_spec: Any,
-    loss_fn: models.LossFn,
-    transfer_set: transfer.TransferSet,
-    client_optimizer: optimizers.Optimizer,
-    student_optimizer: Optional[optimizers.Optimizer] = None,
-    distillation: server_distillation.Distillation = DEFAULT_DISTILLATION,
-    consensus_rule: knowledge.ConsensusRule = knowledge.MeanProbabilities(
-        temperature=0.1
-    ),
-    metrics_fn: Optional[models.MetricsFn] = None,
+    loss_fn: tff_kd.models.LossFn,
+    transfer_set: tff_kd.TransferSet,
+    client_optimizer: tff_kd.optimizers.Optimizer,
+    student_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
+    distillation: tff_kd.Distillation = DEFAULT_DISTILLATION,
+    consensus_rule: Optional[tff_kd.knowledge.ConsensusRule] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds DS-FL.
@@ -55,20 +48,22 @@ def build_ds_fl(
       Adam with rate 1e-3 if `None`.
     distillation: How both learn from the consensus. (KL's gradient is that of the
       paper's cross-entropy against the soft labels.)
-    consensus_rule: ERA with the paper's temperature. `MeanProbabilities(power=2.0)` is
-      Enhanced ERA; `MeanProbabilities()` is the paper's simple aggregation.
+    consensus_rule: ERA with the paper's temperature 0.1 if `None`.
+      `MeanProbabilities(power=2.0)` is Enhanced ERA; `MeanProbabilities()` is the
+      paper's simple aggregation.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `StatefulClientsProcess` with a server model.
   """
-  students = cohorts.build_students(
+  students = tff_kd.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  stage = server_distillation.DistillationStage(
+  rule = consensus_rule or tff_kd.knowledge.MeanProbabilities(temperature=0.1)
+  stage = tff_kd.server_distillation.DistillationStage(
       'student',
-      student_optimizer or tff.learning.optimizers.build_adam(1e-3),
+      student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
       distillation,
   )
   return rounds.compose_process(
@@ -76,10 +71,21 @@ def build_ds_fl(
           students=students,
           client_optimizer=client_optimizer,
           client_model=rounds.ClientModel.KEPT,
-          exchange=exchanges.TransferExchange(
-              students.first, transfer_set, consensus_rule, stage, options.seed
+          exchange=tff_kd.client.exchanges.TransferExchange(
+              students.first, transfer_set, rule, stage, options.seed
           ),
           stages=[stage],
       ),
       options,
   )
+
+
+INFO = info.Info(
+    build=build_ds_fl,
+    summary=(
+        "clients keep their models; a sharpened consensus teaches them and the server's"
+    ),
+    uploads=('predictions',),
+    client_state=True,
+    consensus='era',
+)

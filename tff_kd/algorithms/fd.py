@@ -10,24 +10,24 @@ where the mean is over the other clients of the last round: its own part is left
 transfer set, no server model, and a few hundred bytes a round.
 """
 
+from __future__ import annotations
+
 from typing import Any, Optional
 
-from tff_kd import cohorts
-from tff_kd import models
-from tff_kd import optimizers
+import tff_kd
 from tff_kd import rounds
-from tff_kd.client import exchanges
+from tff_kd.algorithms import info
 
 
 @rounds.takes_options
 def build_fd(
     *,
-    student_fn: cohorts.StudentFn,
+    student_fn: tff_kd.cohorts.StudentFn,
     input_spec: Any,
-    loss_fn: models.LossFn,
-    client_optimizer: optimizers.Optimizer,
+    loss_fn: tff_kd.models.LossFn,
+    client_optimizer: tff_kd.optimizers.Optimizer,
     regularizer_weight: float = 1.0,
-    metrics_fn: Optional[models.MetricsFn] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds FD.
@@ -45,7 +45,7 @@ def build_fd(
   Returns:
     A `StatefulClientsProcess` without a server model.
   """
-  students = cohorts.build_students(
+  students = tff_kd.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   return rounds.compose_process(
@@ -53,7 +53,19 @@ def build_fd(
           students=students,
           client_optimizer=client_optimizer,
           client_model=rounds.ClientModel.KEPT,
-          exchange=exchanges.ClassExchange(students.first, regularizer_weight),
+          exchange=tff_kd.client.exchanges.ClassExchange(
+              students.first, regularizer_weight
+          ),
       ),
       options,
   )
+
+
+INFO = info.Info(
+    build=build_fd,
+    summary="clients keep their models and exchange each class's mean logits",
+    uploads=('logits by class',),
+    client_state=True,
+    flags={'regularizer_weight': 'regularizer_weight'},
+    flag_defaults={'knowledge_clip': '50'},
+)

@@ -12,28 +12,22 @@ other part, self-supervised pre-training on the auxiliary data, is left to the u
 the extractor as `feature_fn`, and start the student from it in `student_fn`.
 """
 
+from __future__ import annotations
+
 from typing import Any, Optional
 
-from tff_kd.compat import tff
-
-from tff_kd import certainty
-from tff_kd import cohorts
-from tff_kd import knowledge
-from tff_kd import models
-from tff_kd import optimizers
+import tff_kd
 from tff_kd import rounds
-from tff_kd import server_distillation
-from tff_kd import transfer
-from tff_kd.client import exchanges
+from tff_kd.algorithms import info
 
 # FedDF's.
-DEFAULT_DISTILLATION = server_distillation.Distillation(
+DEFAULT_DISTILLATION = tff_kd.Distillation(
     target='ensemble',
     temperature=1.0,
     distillation_weight=1.0,
     num_steps=200,
     batch_size=128,
-    schedule=server_distillation.cosine_schedule,
+    schedule=tff_kd.cosine_schedule,
     reset_optimizer=True,
 )
 
@@ -41,22 +35,20 @@ DEFAULT_DISTILLATION = server_distillation.Distillation(
 @rounds.takes_options
 def build_fed_aux(
     *,
-    student_fn: cohorts.StudentFn,
+    student_fn: tff_kd.cohorts.StudentFn,
     input_spec: Any,
-    loss_fn: models.LossFn,
-    transfer_set: transfer.TransferSet,
+    loss_fn: tff_kd.models.LossFn,
+    transfer_set: tff_kd.TransferSet,
     negatives: Any,
-    client_optimizer: optimizers.Optimizer,
-    student_optimizer: Optional[optimizers.Optimizer] = None,
-    distillation: server_distillation.Distillation = DEFAULT_DISTILLATION,
-    consensus_rule: knowledge.ConsensusRule = knowledge.CertaintyWeighted(
-        'given', average='probabilities'
-    ),
-    feature_fn: certainty.FeatureFn = certainty.flat_inputs,
+    client_optimizer: tff_kd.optimizers.Optimizer,
+    student_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
+    distillation: tff_kd.Distillation = DEFAULT_DISTILLATION,
+    consensus_rule: Optional[tff_kd.knowledge.ConsensusRule] = None,
+    feature_fn: Optional[tff_kd.certainty.FeatureFn] = None,
     epsilon: Optional[float] = 0.5,
     delta: float = 1e-5,
     regularization: float = 0.01,
-    metrics_fn: Optional[models.MetricsFn] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds FedAUX.
@@ -81,7 +73,7 @@ def build_fed_aux(
     student_optimizer: The server's, for the distillation; Adam with rate 1e-3 if
       `None`.
     distillation: How the student learns from the ensemble; FedDF's if not given.
-    consensus_rule: A rule over given certainties.
+    consensus_rule: A rule over given certainties; their mean probabilities if `None`.
     feature_fn: Inputs to features, float `[n, d]`, in plain TensorFlow; rows of a norm
       above 1 are scaled down to 1. The flattened inputs if not given.
     epsilon: Of the scores; no noise, and no privacy, if `None`. Needs `client_data`.
@@ -96,21 +88,24 @@ def build_fed_aux(
   Returns:
     A `StatefulClientsProcess` whose clients keep their scorers.
   """
-  students = cohorts.build_students(
+  students = tff_kd.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  scorer = certainty.CertaintyScorer(
+  scorer = tff_kd.certainty.CertaintyScorer(
       input_spec=input_spec,
       negatives=negatives,
-      feature_fn=feature_fn,
+      feature_fn=feature_fn or tff_kd.certainty.flat_inputs,
       epsilon=epsilon,
       delta=delta,
       regularization=regularization,
       seed=options.seed,
   )
-  stage = server_distillation.DistillationStage(
+  rule = consensus_rule or tff_kd.knowledge.CertaintyWeighted(
+      'given', average='probabilities'
+  )
+  stage = tff_kd.server_distillation.DistillationStage(
       'student',
-      student_optimizer or tff.learning.optimizers.build_adam(1e-3),
+      student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
       distillation,
   )
   return rounds.compose_process(
@@ -118,11 +113,23 @@ def build_fed_aux(
           students=students,
           client_optimizer=client_optimizer,
           companion=scorer,
-          exchange=exchanges.for_stages(
-              [stage], students.first, transfer_set, consensus_rule
+          exchange=tff_kd.client.exchanges.for_stages(
+              [stage], students.first, transfer_set, rule
           ),
           transfer_set=transfer_set,
           stages=[stage],
       ),
-      options.with_defaults(knowledge_weighting=tff.learning.ClientWeighting.UNIFORM),
+      options.with_defaults(knowledge_weighting=tff_kd.tff.learning.ClientWeighting.UNIFORM),
   )
+
+
+INFO = info.Info(
+    build=build_fed_aux,
+    summary=(
+        "fed_df, each client's predictions weighted by how much the example looks like "
+        'its own, under differential privacy'
+    ),
+    uploads=('weights', 'predictions'),
+    client_state=True,
+    flags={'delta': 'certainty_delta'},
+)

@@ -5,27 +5,28 @@ Decentralized Data" (AISTATS 2017), Algorithm 1; with another server optimizer,
 Reddi et al., "Adaptive Federated Optimization" (ICLR 2021), Algorithm 1.
 """
 
+from __future__ import annotations
+
 from typing import Any, Optional
 
-from tff_kd import cohorts
-from tff_kd import models
-from tff_kd import optimizers
+import tff_kd
 from tff_kd import rounds
+from tff_kd.algorithms import info
 
 
 @rounds.takes_options
 def build_fed_avg(
     *,
-    student_fn: cohorts.StudentFn,
+    student_fn: tff_kd.cohorts.StudentFn,
     input_spec: Any,
-    loss_fn: models.LossFn,
-    client_optimizer: optimizers.Optimizer,
-    metrics_fn: Optional[models.MetricsFn] = None,
+    loss_fn: tff_kd.models.LossFn,
+    client_optimizer: tff_kd.optimizers.Optimizer,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
   """Builds federated averaging of any Keras model.
 
-  Equals `tff.learning.algorithms.build_weighted_fed_avg` where that takes the
+  Equals `tff_kd.tff.learning.algorithms.build_weighted_fed_avg` where that takes the
   model, and also averages batch norm's statistics.
 
   Args:
@@ -39,9 +40,16 @@ def build_fed_avg(
   Returns:
     A `DistillationProcess` without a teacher.
   """
-  students = cohorts.build_students(
+  students = tff_kd.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   return rounds.compose_process(
       rounds.Parts(students=students, client_optimizer=client_optimizer), options
   )
+
+
+INFO = info.Info(
+    build=build_fed_avg,
+    summary='weighted averaging of the student (FedAvg, FedOpt)',
+    uploads=('weights',),
+)

@@ -6,27 +6,22 @@ transfer set where the paper sends models to the server: the mean is the same, a
 no client's model is seen.
 """
 
+from __future__ import annotations
+
 from typing import Any, Optional
 
-from tff_kd.compat import tff
-
-from tff_kd import cohorts
-from tff_kd import knowledge
-from tff_kd import models
-from tff_kd import optimizers
+import tff_kd
 from tff_kd import rounds
-from tff_kd import server_distillation
-from tff_kd import transfer
-from tff_kd.client import exchanges
+from tff_kd.algorithms import info
 
 # The paper's, section 4.1 and appendix: Adam, a cosine, a fresh state each round.
-DEFAULT_DISTILLATION = server_distillation.Distillation(
+DEFAULT_DISTILLATION = tff_kd.Distillation(
     target='ensemble',
     temperature=1.0,
     distillation_weight=1.0,
     num_steps=200,
     batch_size=128,
-    schedule=server_distillation.cosine_schedule,
+    schedule=tff_kd.cosine_schedule,
     reset_optimizer=True,
 )
 
@@ -34,15 +29,15 @@ DEFAULT_DISTILLATION = server_distillation.Distillation(
 @rounds.takes_options
 def build_fed_df(
     *,
-    student_fn: cohorts.StudentFn,
+    student_fn: tff_kd.cohorts.StudentFn,
     input_spec: Any,
-    loss_fn: models.LossFn,
-    transfer_set: transfer.TransferSet,
-    client_optimizer: optimizers.Optimizer,
-    student_optimizer: Optional[optimizers.Optimizer] = None,
-    distillation: server_distillation.Distillation = DEFAULT_DISTILLATION,
-    consensus_rule: knowledge.ConsensusRule = knowledge.MeanLogits(),
-    metrics_fn: Optional[models.MetricsFn] = None,
+    loss_fn: tff_kd.models.LossFn,
+    transfer_set: tff_kd.TransferSet,
+    client_optimizer: tff_kd.optimizers.Optimizer,
+    student_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
+    distillation: tff_kd.Distillation = DEFAULT_DISTILLATION,
+    consensus_rule: Optional[tff_kd.knowledge.ConsensusRule] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
   """Builds FedDF.
@@ -61,31 +56,42 @@ def build_fed_df(
     student_optimizer: The server's, for the distillation; Adam with the paper's
       rate 1e-3 if `None`.
     distillation: How the student learns from the ensemble.
-    consensus_rule: How the predictions become the ensemble's; their mean, as in the
-      paper.
+    consensus_rule: How the predictions become the ensemble's; the mean of the logits,
+      as in the paper, if `None`.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `DistillationProcess` without a teacher.
   """
-  students = cohorts.build_students(
+  students = tff_kd.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  stage = server_distillation.DistillationStage(
+  stage = tff_kd.server_distillation.DistillationStage(
       'student',
-      student_optimizer or tff.learning.optimizers.build_adam(1e-3),
+      student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
       distillation,
   )
   return rounds.compose_process(
       rounds.Parts(
           students=students,
           client_optimizer=client_optimizer,
-          exchange=exchanges.for_stages(
-              [stage], students.first, transfer_set, consensus_rule
+          exchange=tff_kd.client.exchanges.for_stages(
+              [stage],
+              students.first,
+              transfer_set,
+              consensus_rule or tff_kd.knowledge.MeanLogits(),
           ),
           transfer_set=transfer_set,
           stages=[stage],
       ),
       options,
   )
+
+
+INFO = info.Info(
+    build=build_fed_df,
+    summary="the student learns from the clients' ensemble",
+    uploads=('weights', 'predictions'),
+    consensus='mean_logits',
+)

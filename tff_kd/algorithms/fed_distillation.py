@@ -9,23 +9,18 @@ student or the clients' ensemble,
 and the student is refreshed from the teacher before it goes back to the clients.
 """
 
+from __future__ import annotations
+
 from typing import Any, Optional
 
-from tff_kd.compat import tff
-
-from tff_kd import cohorts
-from tff_kd import knowledge
-from tff_kd import models
-from tff_kd import optimizers
+import tff_kd
 from tff_kd import rounds
-from tff_kd import server_distillation
-from tff_kd import transfer
-from tff_kd.client import exchanges
+from tff_kd.algorithms import info
 
-DEFAULT_DISTILLATION = server_distillation.Distillation(
+DEFAULT_DISTILLATION = tff_kd.Distillation(
     target='ensemble', num_steps=60
 )
-DEFAULT_BACK_DISTILLATION = server_distillation.Distillation(
+DEFAULT_BACK_DISTILLATION = tff_kd.Distillation(
     target='teacher', num_steps=100, reset_optimizer=True
 )
 
@@ -33,20 +28,20 @@ DEFAULT_BACK_DISTILLATION = server_distillation.Distillation(
 @rounds.takes_options
 def build_fed_distillation(
     *,
-    student_fn: cohorts.StudentFn,
-    teacher_fn: models.KerasModelFn,
+    student_fn: tff_kd.cohorts.StudentFn,
+    teacher_fn: tff_kd.models.KerasModelFn,
     input_spec: Any,
-    loss_fn: models.LossFn,
-    transfer_set: transfer.TransferSet,
-    client_optimizer: optimizers.Optimizer,
-    teacher_optimizer: Optional[optimizers.Optimizer] = None,
-    student_optimizer: Optional[optimizers.Optimizer] = None,
-    distillation: server_distillation.Distillation = DEFAULT_DISTILLATION,
-    back_distillation: Optional[server_distillation.Distillation] = (
+    loss_fn: tff_kd.models.LossFn,
+    transfer_set: tff_kd.TransferSet,
+    client_optimizer: tff_kd.optimizers.Optimizer,
+    teacher_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
+    student_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
+    distillation: tff_kd.Distillation = DEFAULT_DISTILLATION,
+    back_distillation: Optional[tff_kd.Distillation] = (
         DEFAULT_BACK_DISTILLATION
     ),
-    consensus_rule: knowledge.ConsensusRule = knowledge.MeanLogits(),
-    metrics_fn: Optional[models.MetricsFn] = None,
+    consensus_rule: Optional[tff_kd.knowledge.ConsensusRule] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
   """Builds the fusion of federated averaging and distillation through a teacher.
@@ -66,7 +61,8 @@ def build_fed_distillation(
     distillation: How the teacher learns.
     back_distillation: How the student learns from the teacher afterwards; not at
       all if `None`.
-    consensus_rule: How the clients' predictions become the ensemble's.
+    consensus_rule: How the clients' predictions become the ensemble's; the mean of the
+      logits if `None`.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
@@ -74,20 +70,20 @@ def build_fed_distillation(
     A `DistillationProcess` with a teacher.
   """
   kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
-  students = cohorts.build_students(student_fn, **kinds)
-  teacher = models.build_model_spec(teacher_fn, name='teacher', **kinds)
+  students = tff_kd.cohorts.build_students(student_fn, **kinds)
+  teacher = tff_kd.models.build_model_spec(teacher_fn, name='teacher', **kinds)
   stages = [
-      server_distillation.DistillationStage(
+      tff_kd.server_distillation.DistillationStage(
           'teacher',
-          teacher_optimizer or tff.learning.optimizers.build_adam(1e-3),
+          teacher_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
           distillation,
       )
   ]
   if back_distillation is not None:
     stages.append(
-        server_distillation.DistillationStage(
+        tff_kd.server_distillation.DistillationStage(
             'student',
-            student_optimizer or tff.learning.optimizers.build_adam(1e-3),
+            student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
             back_distillation,
         )
     )
@@ -96,11 +92,22 @@ def build_fed_distillation(
           students=students,
           teacher=teacher,
           client_optimizer=client_optimizer,
-          exchange=exchanges.for_stages(
-              stages, students.first, transfer_set, consensus_rule
+          exchange=tff_kd.client.exchanges.for_stages(
+              stages,
+              students.first,
+              transfer_set,
+              consensus_rule or tff_kd.knowledge.MeanLogits(),
           ),
           transfer_set=transfer_set,
           stages=stages,
       ),
       options,
   )
+
+
+INFO = info.Info(
+    build=build_fed_distillation,
+    summary='teacher-student distillation: ensemble to teacher, teacher to student',
+    uploads=('weights', 'predictions'),
+    consensus='mean_logits',
+)

@@ -11,20 +11,15 @@ the clients that disagree,
 The students are averaged, as there within models of one architecture.
 """
 
+from __future__ import annotations
+
 from typing import Any, Optional
 
-from tff_kd.compat import tff
-
-from tff_kd import cohorts
-from tff_kd import knowledge
-from tff_kd import models
-from tff_kd import optimizers
+import tff_kd
 from tff_kd import rounds
-from tff_kd import server_distillation
-from tff_kd import transfer
-from tff_kd.client import exchanges
+from tff_kd.algorithms import info
 
-DEFAULT_DISTILLATION = server_distillation.Distillation(
+DEFAULT_DISTILLATION = tff_kd.Distillation(
     target='ensemble', loss='label', diversity_weight=0.05, num_steps=60
 )
 
@@ -32,16 +27,16 @@ DEFAULT_DISTILLATION = server_distillation.Distillation(
 @rounds.takes_options
 def build_fed_et(
     *,
-    student_fn: cohorts.StudentFn,
-    teacher_fn: models.KerasModelFn,
+    student_fn: tff_kd.cohorts.StudentFn,
+    teacher_fn: tff_kd.models.KerasModelFn,
     input_spec: Any,
-    loss_fn: models.LossFn,
-    transfer_set: transfer.TransferSet,
-    client_optimizer: optimizers.Optimizer,
-    teacher_optimizer: Optional[optimizers.Optimizer] = None,
-    distillation: server_distillation.Distillation = DEFAULT_DISTILLATION,
-    consensus_rule: Optional[knowledge.ConsensusRule] = None,
-    metrics_fn: Optional[models.MetricsFn] = None,
+    loss_fn: tff_kd.models.LossFn,
+    transfer_set: tff_kd.TransferSet,
+    client_optimizer: tff_kd.optimizers.Optimizer,
+    teacher_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
+    distillation: tff_kd.Distillation = DEFAULT_DISTILLATION,
+    consensus_rule: Optional[tff_kd.knowledge.ConsensusRule] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
   """Builds Fed-ET.
@@ -71,14 +66,14 @@ def build_fed_et(
     A `DistillationProcess` with the server model as teacher.
   """
   kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
-  students = cohorts.build_students(student_fn, **kinds)
-  teacher = models.build_model_spec(teacher_fn, name='teacher', **kinds)
+  students = tff_kd.cohorts.build_students(student_fn, **kinds)
+  teacher = tff_kd.models.build_model_spec(teacher_fn, name='teacher', **kinds)
   if consensus_rule is None:
-    rules = (knowledge.CertaintyWeighted, knowledge.CertaintyWithDiversity)
+    rules = (tff_kd.knowledge.CertaintyWeighted, tff_kd.knowledge.CertaintyWithDiversity)
     consensus_rule = rules[bool(distillation.diversity_weight)]('variance')
-  stage = server_distillation.DistillationStage(
+  stage = tff_kd.server_distillation.DistillationStage(
       'teacher',
-      teacher_optimizer or tff.learning.optimizers.build_adam(1e-3),
+      teacher_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
       distillation,
   )
   return rounds.compose_process(
@@ -86,12 +81,20 @@ def build_fed_et(
           students=students,
           teacher=teacher,
           client_optimizer=client_optimizer,
-          exchange=exchanges.for_stages(
+          exchange=tff_kd.client.exchanges.for_stages(
               [stage], students.first, transfer_set, consensus_rule
           ),
           transfer_set=transfer_set,
           stages=[stage],
       ),
       # Predictions weigh the same whatever a client's examples, as in the paper.
-      options.with_defaults(knowledge_weighting=tff.learning.ClientWeighting.UNIFORM),
+      options.with_defaults(knowledge_weighting=tff_kd.tff.learning.ClientWeighting.UNIFORM),
   )
+
+
+INFO = info.Info(
+    build=build_fed_et,
+    summary="a large server model learns from the clients' certainty-weighted ensemble",
+    uploads=('weights', 'predictions'),
+    consensus='variance',
+)

@@ -10,34 +10,32 @@ where h is its head. The paper's server holds the clients' models; here none of 
 seen, see `tff_kd.generator`.
 """
 
+from __future__ import annotations
+
 from typing import Any, Optional
 
-from tff_kd.compat import tff
-
-from tff_kd import cohorts
-from tff_kd import generator
-from tff_kd import models
-from tff_kd import optimizers
+import tff_kd
 from tff_kd import rounds
+from tff_kd.algorithms import info
 
 
 @rounds.takes_options
 def build_fed_gen(
     *,
-    student_fn: models.KerasModelFn,
+    student_fn: tff_kd.models.KerasModelFn,
     input_spec: Any,
-    loss_fn: models.LossFn,
-    client_optimizer: optimizers.Optimizer,
+    loss_fn: tff_kd.models.LossFn,
+    client_optimizer: tff_kd.optimizers.Optimizer,
     split_layer: Optional[str] = None,
-    generator_fn: Optional[generator.GeneratorFn] = None,
+    generator_fn: Optional[tff_kd.generator.GeneratorFn] = None,
     noise_dim: int = 32,
     hidden_units: int = 256,
-    generator_optimizer: Optional[optimizers.Optimizer] = None,
+    generator_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
     generator_steps: int = 50,
     generator_batch_size: int = 32,
     generative_weight: float = 1.0,
     generative_decay: float = 0.98,
-    metrics_fn: Optional[models.MetricsFn] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
   """Builds FedGen.
@@ -78,16 +76,16 @@ def build_fed_gen(
         'FedGen has one architecture, in whose features the generator works; found '
         f'{len(student_fn)} builders in `student_fn`.'
     )
-  student = models.build_model_spec(
+  student = tff_kd.models.build_model_spec(
       student_fn,
       input_spec=input_spec,
       loss_fn=loss_fn,
       metrics_fn=metrics_fn,
       name='student',
   )
-  companion = generator.FeatureGenerator(
+  companion = tff_kd.generator.FeatureGenerator(
       student,
-      optimizer=generator_optimizer or tff.learning.optimizers.build_adam(3e-4),
+      optimizer=generator_optimizer or tff_kd.tff.learning.optimizers.build_adam(3e-4),
       split_layer=split_layer,
       generator_fn=generator_fn,
       noise_dim=noise_dim,
@@ -100,9 +98,21 @@ def build_fed_gen(
   )
   return rounds.compose_process(
       rounds.Parts(
-          students=cohorts.as_students(student),
+          students=tff_kd.cohorts.as_students(student),
           client_optimizer=client_optimizer,
           companion=companion,
       ),
       options,
   )
+
+
+INFO = info.Info(
+    build=build_fed_gen,
+    summary='averaging; a generator of features carries what all clients know',
+    uploads=('weights', 'label counts', 'gradients by generated features'),
+    flags={
+        'split_layer': 'split_layer',
+        'generator_steps': 'generator_steps',
+        'generative_weight': 'generative_weight',
+    },
+)

@@ -7,26 +7,26 @@ target. With M = 1 that is the global student itself (FedAvg+KD), and nothing mo
 down. The term, `tff_kd.LocalDistillation`, goes with any algorithm.
 """
 
+from __future__ import annotations
+
 from typing import Any, Optional
 
-from tff_kd import cohorts
-from tff_kd import local_terms
-from tff_kd import models
-from tff_kd import optimizers
+import tff_kd
 from tff_kd import rounds
+from tff_kd.algorithms import info
 
 
 @rounds.takes_options
 def build_fed_gkd(
     *,
-    student_fn: cohorts.StudentFn,
+    student_fn: tff_kd.cohorts.StudentFn,
     input_spec: Any,
-    loss_fn: models.LossFn,
-    client_optimizer: optimizers.Optimizer,
+    loss_fn: tff_kd.models.LossFn,
+    client_optimizer: tff_kd.optimizers.Optimizer,
     local_weight: float = 0.2,
     local_temperature: float = 1.0,
     history_size: int = 5,
-    metrics_fn: Optional[models.MetricsFn] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
   """Builds FedGKD.
@@ -46,13 +46,13 @@ def build_fed_gkd(
   Returns:
     A `DistillationProcess` without a teacher.
   """
-  term = local_terms.LocalDistillation(
+  term = tff_kd.local_terms.LocalDistillation(
       target='student' if history_size == 1 else 'student_history',
       weight=local_weight,
       temperature=local_temperature,
       history_size=history_size,
   )
-  students = cohorts.build_students(
+  students = tff_kd.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   return rounds.compose_process(
@@ -61,3 +61,15 @@ def build_fed_gkd(
       ),
       options,
   )
+
+
+INFO = info.Info(
+    build=build_fed_gkd,
+    summary='averaging; clients learn from past global students',
+    uploads=('weights',),
+    flags={
+        'local_weight': 'local_weight',
+        'local_temperature': 'local_temperature',
+        'history_size': 'history_size',
+    },
+)

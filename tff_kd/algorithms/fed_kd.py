@@ -10,30 +10,29 @@ share of its energy, which grows from round to round. (The paper also truncates 
 down, and compares hidden states where both models are transformers.)
 """
 
+from __future__ import annotations
+
 import dataclasses
 from typing import Any, Optional
 
-from tff_kd import cohorts
-from tff_kd import models
-from tff_kd import mutual
-from tff_kd import optimizers
+import tff_kd
 from tff_kd import rounds
-from tff_kd import svd
+from tff_kd.algorithms import info
 
 
 @rounds.takes_options
 def build_fed_kd(
     *,
-    student_fn: cohorts.StudentFn,
-    mentor_fn: models.KerasModelFn,
+    student_fn: tff_kd.cohorts.StudentFn,
+    mentor_fn: tff_kd.models.KerasModelFn,
     input_spec: Any,
-    loss_fn: models.LossFn,
-    client_optimizer: optimizers.Optimizer,
+    loss_fn: tff_kd.models.LossFn,
+    client_optimizer: tff_kd.optimizers.Optimizer,
     start_energy: float = 0.95,
     end_energy: float = 0.98,
     energy_rounds: int = 100,
     temperature: float = 1.0,
-    metrics_fn: Optional[models.MetricsFn] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds FedKD.
@@ -59,13 +58,13 @@ def build_fed_kd(
     metrics of the model's aggregator, is the size of a client's update.
   """
   kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
-  students = cohorts.build_students(student_fn, **kinds)
-  mentor = models.build_model_spec(mentor_fn, name='mentor', **kinds)
+  students = tff_kd.cohorts.build_students(student_fn, **kinds)
+  mentor = tff_kd.models.build_model_spec(mentor_fn, name='mentor', **kinds)
   return rounds.compose_process(
       rounds.Parts(
           students=students,
           client_optimizer=client_optimizer,
-          companion=mutual.MutualLearning(
+          companion=tff_kd.mutual.MutualLearning(
               students.first,
               mentor,
               student_weight=None,
@@ -75,8 +74,17 @@ def build_fed_kd(
       ),
       dataclasses.replace(
           options,
-          model_aggregator=svd.TruncatedSvdFactory(
+          model_aggregator=tff_kd.svd.TruncatedSvdFactory(
               start_energy, end_energy, energy_rounds, options.model_aggregator
           ),
       ),
   )
+
+
+INFO = info.Info(
+    build=build_fed_kd,
+    summary='as fml, adaptive; updates travel as truncated decompositions',
+    uploads=('weights',),
+    client_state=True,
+    flags={'energy_rounds': 'energy_rounds'},
+)

@@ -7,34 +7,29 @@ logits on the transfer examples, by their absolute error), revisits its own exam
 sends its logits on the transfer examples. The server has no model.
 """
 
+from __future__ import annotations
+
 from typing import Any, Optional
 
-from tff_kd.compat import tff
-
-from tff_kd import cohorts
-from tff_kd import knowledge
-from tff_kd import models
-from tff_kd import optimizers
+import tff_kd
 from tff_kd import rounds
-from tff_kd import server_distillation
-from tff_kd import transfer
-from tff_kd.client import exchanges
+from tff_kd.algorithms import info
 
 
 @rounds.takes_options
 def build_fed_md(
     *,
-    student_fn: cohorts.StudentFn,
+    student_fn: tff_kd.cohorts.StudentFn,
     input_spec: Any,
-    loss_fn: models.LossFn,
-    transfer_set: transfer.TransferSet,
-    client_optimizer: optimizers.Optimizer,
-    digest_optimizer: Optional[optimizers.Optimizer] = None,
+    loss_fn: tff_kd.models.LossFn,
+    transfer_set: tff_kd.TransferSet,
+    client_optimizer: tff_kd.optimizers.Optimizer,
+    digest_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
     digest_epochs: int = 1,
     digest_batch_size: int = 256,
     pretraining_epochs: int = 0,
-    consensus_rule: knowledge.ConsensusRule = knowledge.MeanLogits(),
-    metrics_fn: Optional[models.MetricsFn] = None,
+    consensus_rule: Optional[tff_kd.knowledge.ConsensusRule] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds FedMD.
@@ -60,17 +55,17 @@ def build_fed_md(
   Returns:
     A `StatefulClientsProcess` without a server model.
   """
-  students = cohorts.build_students(
+  students = tff_kd.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  optimizer = digest_optimizer or tff.learning.optimizers.build_adam(1e-3)
+  optimizer = digest_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3)
   size = transfer_set.subset_size
 
-  def stage(epochs: int, **settings) -> server_distillation.DistillationStage:
-    return server_distillation.DistillationStage(
+  def stage(epochs: int, **settings) -> tff_kd.server_distillation.DistillationStage:
+    return tff_kd.server_distillation.DistillationStage(
         'student',
         optimizer,
-        server_distillation.Distillation(
+        tff_kd.Distillation(
             num_steps=epochs * -(-size // min(digest_batch_size, size)),
             batch_size=digest_batch_size,
             reset_optimizer=True,
@@ -86,10 +81,10 @@ def build_fed_md(
           students=students,
           client_optimizer=client_optimizer,
           client_model=rounds.ClientModel.KEPT,
-          exchange=exchanges.TransferExchange(
+          exchange=tff_kd.client.exchanges.TransferExchange(
               students.first,
               transfer_set,
-              consensus_rule,
+              consensus_rule or tff_kd.knowledge.MeanLogits(),
               stage(digest_epochs, loss='mae', distillation_weight=1.0),
               options.seed,
           ),
@@ -97,3 +92,17 @@ def build_fed_md(
       ),
       options,
   )
+
+
+INFO = info.Info(
+    build=build_fed_md,
+    summary='clients keep their models and learn from the mean of all predictions',
+    uploads=('predictions',),
+    client_state=True,
+    consensus='mean_logits',
+    flags={
+        'digest_epochs': 'digest_epochs',
+        'digest_batch_size': 'digest_batch_size',
+        'pretraining_epochs': 'pretrain_epochs',
+    },
+)

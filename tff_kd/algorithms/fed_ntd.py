@@ -7,25 +7,25 @@ target. Nothing but weights travels; the term itself, `tff_kd.NotTrueDistillatio
 goes with any algorithm.
 """
 
+from __future__ import annotations
+
 from typing import Any, Optional
 
-from tff_kd import cohorts
-from tff_kd import local_terms
-from tff_kd import models
-from tff_kd import optimizers
+import tff_kd
 from tff_kd import rounds
+from tff_kd.algorithms import info
 
 
 @rounds.takes_options
 def build_fed_ntd(
     *,
-    student_fn: cohorts.StudentFn,
+    student_fn: tff_kd.cohorts.StudentFn,
     input_spec: Any,
-    loss_fn: models.LossFn,
-    client_optimizer: optimizers.Optimizer,
+    loss_fn: tff_kd.models.LossFn,
+    client_optimizer: tff_kd.optimizers.Optimizer,
     not_true_weight: float = 1.0,
     not_true_temperature: float = 1.0,
-    metrics_fn: Optional[models.MetricsFn] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
   """Builds FedNTD.
@@ -44,10 +44,10 @@ def build_fed_ntd(
   Returns:
     A `DistillationProcess` without a teacher.
   """
-  term = local_terms.NotTrueDistillation(
+  term = tff_kd.local_terms.NotTrueDistillation(
       weight=not_true_weight, temperature=not_true_temperature
   )
-  students = cohorts.build_students(
+  students = tff_kd.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   return rounds.compose_process(
@@ -56,3 +56,14 @@ def build_fed_ntd(
       ),
       options,
   )
+
+
+INFO = info.Info(
+    build=build_fed_ntd,
+    summary='averaging; clients keep what the global student says of other classes',
+    uploads=('weights',),
+    flags={
+        'not_true_weight': 'not_true_weight',
+        'not_true_temperature': 'not_true_temperature',
+    },
+)

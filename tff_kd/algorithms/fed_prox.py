@@ -9,24 +9,24 @@ mu (w_t - w) to the gradient where the paper has mu (w - w_t), and so pushes cli
 from the server's model. With mu it is what this would be with -mu.
 """
 
+from __future__ import annotations
+
 from typing import Any, Optional
 
-from tff_kd import cohorts
-from tff_kd import local_terms
-from tff_kd import models
-from tff_kd import optimizers
+import tff_kd
 from tff_kd import rounds
+from tff_kd.algorithms import info
 
 
 @rounds.takes_options
 def build_fed_prox(
     *,
-    student_fn: cohorts.StudentFn,
+    student_fn: tff_kd.cohorts.StudentFn,
     input_spec: Any,
-    loss_fn: models.LossFn,
-    client_optimizer: optimizers.Optimizer,
+    loss_fn: tff_kd.models.LossFn,
+    client_optimizer: tff_kd.optimizers.Optimizer,
     proximal_weight: float = 0.01,
-    metrics_fn: Optional[models.MetricsFn] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
   """Builds FedProx.
@@ -43,8 +43,8 @@ def build_fed_prox(
   Returns:
     A `DistillationProcess` without a teacher.
   """
-  term = local_terms.ProximalTerm(weight=proximal_weight)
-  students = cohorts.build_students(
+  term = tff_kd.local_terms.ProximalTerm(weight=proximal_weight)
+  students = tff_kd.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   return rounds.compose_process(
@@ -53,3 +53,11 @@ def build_fed_prox(
       ),
       options,
   )
+
+
+INFO = info.Info(
+    build=build_fed_prox,
+    summary='averaging; clients stay near the global student',
+    uploads=('weights',),
+    flags={'proximal_weight': 'proximal_weight'},
+)

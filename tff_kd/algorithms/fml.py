@@ -8,27 +8,27 @@ step
   L_mentor = (1 - v) CE + v KL(student || mentor).
 """
 
+from __future__ import annotations
+
 from typing import Any, Optional
 
-from tff_kd import cohorts
-from tff_kd import models
-from tff_kd import mutual
-from tff_kd import optimizers
+import tff_kd
 from tff_kd import rounds
+from tff_kd.algorithms import info
 
 
 @rounds.takes_options
 def build_fml(
     *,
-    student_fn: cohorts.StudentFn,
-    mentor_fn: models.KerasModelFn,
+    student_fn: tff_kd.cohorts.StudentFn,
+    mentor_fn: tff_kd.models.KerasModelFn,
     input_spec: Any,
-    loss_fn: models.LossFn,
-    client_optimizer: optimizers.Optimizer,
+    loss_fn: tff_kd.models.LossFn,
+    client_optimizer: tff_kd.optimizers.Optimizer,
     student_weight: float = 0.5,
     mentor_weight: float = 0.5,
     temperature: float = 1.0,
-    metrics_fn: Optional[models.MetricsFn] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds FML.
@@ -50,13 +50,13 @@ def build_fml(
     A `StatefulClientsProcess`: clients keep their mentors.
   """
   kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
-  students = cohorts.build_students(student_fn, **kinds)
-  mentor = models.build_model_spec(mentor_fn, name='mentor', **kinds)
+  students = tff_kd.cohorts.build_students(student_fn, **kinds)
+  mentor = tff_kd.models.build_model_spec(mentor_fn, name='mentor', **kinds)
   return rounds.compose_process(
       rounds.Parts(
           students=students,
           client_optimizer=client_optimizer,
-          companion=mutual.MutualLearning(
+          companion=tff_kd.mutual.MutualLearning(
               students.first,
               mentor,
               student_weight=student_weight,
@@ -66,3 +66,11 @@ def build_fml(
       ),
       options,
   )
+
+
+INFO = info.Info(
+    build=build_fml,
+    summary="averaging; clients' private mentors and the student teach each other",
+    uploads=('weights',),
+    client_state=True,
+)

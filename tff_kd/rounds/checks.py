@@ -15,12 +15,13 @@ from tff_kd import optimizers
 from tff_kd import server_distillation
 from tff_kd import transfer
 from tff_kd.client import exchanges
+from tff_kd.rounds import options as options_lib
 from tff_kd.rounds import parts as parts_lib
 
 _UNIFORM = tff.learning.ClientWeighting.UNIFORM
 
 
-def check(parts: parts_lib.Parts, options: parts_lib.Options) -> None:
+def check(parts: parts_lib.Parts, options: options_lib.Options) -> None:
   """Checks that an algorithm's parts and a user's options go together.
 
   Raises:
@@ -44,7 +45,7 @@ def check(parts: parts_lib.Parts, options: parts_lib.Options) -> None:
     _check_without_averaging(parts, options)
 
 
-def _check_optimizers(parts: parts_lib.Parts, options: parts_lib.Options) -> None:
+def _check_optimizers(parts: parts_lib.Parts, options: options_lib.Options) -> None:
   optimizers.check_optimizer(parts.client_optimizer, 'client_optimizer')
   optimizers.check_learning_rate_fn(options.learning_rate_fn, parts.client_optimizer)
   if options.server_optimizer is not None:
@@ -76,7 +77,7 @@ def _check_stages(parts: parts_lib.Parts) -> None:
   exchanges.check_stage(parts.pretraining, transfer_set, rule)
 
 
-def _check_exchange(parts: parts_lib.Parts, options: parts_lib.Options) -> None:
+def _check_exchange(parts: parts_lib.Parts, options: options_lib.Options) -> None:
   """Checks what an exchange needs of the rest."""
   exchange = parts.exchange
   if exchange is None:
@@ -95,7 +96,7 @@ def _check_exchange(parts: parts_lib.Parts, options: parts_lib.Options) -> None:
     _check_exact_sums(options)
 
 
-def _check_exact_sums(options: parts_lib.Options) -> None:
+def _check_exact_sums(options: options_lib.Options) -> None:
   """Checks that all included clients count the same in the sums."""
   reason = "This exchange leaves a client's own part out of a sum, so that "
   if options.knowledge_aggregator is not None:
@@ -118,7 +119,7 @@ def _check_exact_sums(options: parts_lib.Options) -> None:
 
 
 def _check_without_averaging(
-    parts: parts_lib.Parts, options: parts_lib.Options
+    parts: parts_lib.Parts, options: options_lib.Options
 ) -> None:
   """Checks that nothing is given that belongs to the averaging of weights."""
   for name in ('server_optimizer', 'client_weighting', 'model_aggregator'):
@@ -140,7 +141,7 @@ def _check_without_averaging(
     )
 
 
-def _check_reporting(options: parts_lib.Options) -> None:
+def _check_reporting(options: options_lib.Options) -> None:
   if options.reporting is not None and options.client_data is None:
     raise ValueError(
         '`reporting` needs clients that read their examples by reference: pass '

@@ -11,18 +11,19 @@ from tff_kd.client import work as work_lib
 from tff_kd.rounds import channels
 from tff_kd.rounds import checks
 from tff_kd.rounds import description as description_lib
+from tff_kd.rounds import options as options_lib
 from tff_kd.rounds import parts as parts_lib
 from tff_kd.rounds import protection as protection_lib
 from tff_kd.rounds import round as round_lib
 
-_DEFAULT_OPTIONS = parts_lib.Options()
+_DEFAULT_OPTIONS = options_lib.Options()
 Process = Union[
     description_lib.DistillationProcess, description_lib.StatefulClientsProcess
 ]
 
 
 def compose_process(
-    parts: parts_lib.Parts, options: parts_lib.Options = _DEFAULT_OPTIONS
+    parts: parts_lib.Parts, options: options_lib.Options = _DEFAULT_OPTIONS
 ) -> Process:
   """Composes the stages of one round into a learning process.
 
@@ -91,7 +92,7 @@ def _one_companion(
 
 
 def _client_plan(
-    parts: parts_lib.Parts, options: parts_lib.Options, factories: dict[str, Any]
+    parts: parts_lib.Parts, options: options_lib.Options, factories: dict[str, Any]
 ) -> work_lib.ClientPlan:
   """Returns what clients do."""
   weightings = protection_lib.weightings(parts, options)

@@ -6,6 +6,7 @@ from tff_kd.compat import tff
 
 from tff_kd.privacy import differential
 from tff_kd.rounds import description
+from tff_kd.rounds import options as options_lib
 from tff_kd.rounds import parts as parts_lib
 
 _UNIFORM = tff.learning.ClientWeighting.UNIFORM
@@ -13,7 +14,7 @@ _NUM_EXAMPLES = tff.learning.ClientWeighting.NUM_EXAMPLES
 
 
 def build_protection(
-    parts: parts_lib.Parts, options: parts_lib.Options
+    parts: parts_lib.Parts, options: options_lib.Options
 ) -> description.Protection:
   """Returns how the channels of a process are protected."""
   channels = []
@@ -27,7 +28,7 @@ def build_protection(
 
 
 def weightings(
-    parts: parts_lib.Parts, options: parts_lib.Options
+    parts: parts_lib.Parts, options: options_lib.Options
 ) -> dict[str, tff.learning.ClientWeighting]:
   """Returns a client's weighting in each channel, by the name of the option."""
   by_model = options.client_weighting or _NUM_EXAMPLES
@@ -40,7 +41,7 @@ def weightings(
 
 def build_factories(
     parts: parts_lib.Parts,
-    options: parts_lib.Options,
+    options: options_lib.Options,
     protection: description.Protection,
 ) -> dict[str, Any]:
   """Builds the aggregation factory of each channel.

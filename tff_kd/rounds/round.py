@@ -21,6 +21,7 @@ from tff_kd import server_distillation as server_distillation_lib
 from tff_kd.client import work as work_lib
 from tff_kd.rounds import checks
 from tff_kd.rounds import description as description_lib
+from tff_kd.rounds import options as options_lib
 from tff_kd.rounds import parts as parts_lib
 from tff_kd.rounds import state as state_lib
 from tff_kd.server import finalizer as finalizer_lib
@@ -57,7 +58,7 @@ class Round:
   def __init__(
       self,
       parts: parts_lib.Parts,
-      options: parts_lib.Options,
+      options: options_lib.Options,
       client_work: work_lib.ClientWork,
       aggregator: tff.templates.MeasuredProcess,
   ):

@@ -1,0 +1,105 @@
+"""What the registry and the scripts know of an algorithm; imports no TensorFlow."""
+
+from collections.abc import Callable, Mapping
+import dataclasses
+import importlib.util
+import inspect
+import pathlib
+import types
+from typing import Any, Optional
+
+from tff_kd.rounds import options
+
+_NOTHING: Mapping[str, Any] = types.MappingProxyType({})
+# What a required parameter stands for.
+_NEEDS = {
+    'transfer_set': 'transfer set',
+    'teacher_fn': 'teacher',
+    'mentor_fn': 'mentor',
+    'negatives': 'negatives',
+}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Info:
+  """Describes an algorithm; every algorithm's file has one, named `INFO`.
+
+  Example, of a file that `--algorithm=path/to/file.py` takes:
+
+  ```
+  INFO = tff_kd.algorithms.Info(
+      build=build_mine,
+      summary='averaging, with a term of my own',
+      uploads=('weights',),
+      flags={'my_weight': 'local_weight'},
+  )
+  ```
+
+  Attributes:
+    build: Its `build_*` function, decorated with `tff_kd.rounds.takes_options`.
+    summary: One line for a list of algorithms.
+    uploads: What a client sends, in order; 'weights' if the student's weights are
+      averaged.
+    client_state: Whether clients keep something from round to round.
+    flags: Flags of `pipelines.train` by the parameters that get their values as they
+      are, where the user gives them.
+    flag_defaults: Its own defaults of flags.
+    consensus: The name of the rule (`tff_kd.knowledge.RULES`) by which it combines
+      predictions unless told otherwise; `None` if it has none, or none to choose.
+  """
+
+  build: Callable[..., Any]
+  summary: str
+  uploads: tuple[str, ...]
+  client_state: bool = False
+  flags: Mapping[str, str] = _NOTHING
+  flag_defaults: Mapping[str, Any] = _NOTHING
+  consensus: Optional[str] = None
+
+  @property
+  def name(self) -> str:
+    """That of its function, without `build_`."""
+    return self.build.__name__.removeprefix('build_')
+
+  @property
+  def parameters(self) -> Mapping[str, inspect.Parameter]:
+    """Its builder's parameters, by name."""
+    return inspect.signature(self.build).parameters
+
+  def takes(self, parameter: str) -> bool:
+    """Whether its builder has this parameter of its own."""
+    return parameter in self.parameters and parameter not in options.OPTION_NAMES
+
+  @property
+  def averages(self) -> bool:
+    """Whether the student's weights go up and are averaged."""
+    return 'weights' in self.uploads
+
+  @property
+  def needs(self) -> tuple[str, ...]:
+    """What must be there, beside clients and a student."""
+    found = [what for name, what in _NEEDS.items() if name in self.parameters]
+    return (*found, *(['client state'] if self.client_state else []))
+
+
+def load(path: str) -> Info:
+  """Loads an algorithm from a file.
+
+  Args:
+    path: Of a Python file that defines `INFO`.
+
+  Raises:
+    ValueError: If there is no such file, or it defines none.
+  """
+  file = pathlib.Path(path)
+  if not file.is_file():
+    raise ValueError(f'There is no file {path!r} to load an algorithm from.')
+  spec = importlib.util.spec_from_file_location(f'tff_kd_own_{file.stem}', file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  found = getattr(module, 'INFO', None)
+  if not isinstance(found, Info):
+    raise ValueError(
+        f'{path} must define `INFO = tff_kd.algorithms.Info(...)`, found {found!r}.'
+    )
+  return found

@@ -1,0 +1,133 @@
+"""What a user may choose for any algorithm; imports no TensorFlow."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+import dataclasses
+import difflib
+import functools
+import inspect
+from typing import Any, Optional
+
+import tff_kd
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+  """What a user may choose for any algorithm.
+
+  Attributes:
+    client_data: Where and how clients read their examples, a `ClientBatches`. `next`
+      then takes client numbers in place of datasets, which is the fastest way. With
+      cohorts, `next` takes {'cohort': number, 'data': dataset or number} a client.
+    server_optimizer: Applies the mean update to the student (FedOpt); plain averaging
+      (SGD with rate 1) if `None`. Only where weights are averaged.
+    client_weighting: A client's weight in the mean update: its number of examples
+      (`NUM_EXAMPLES`, the default) or 1 (`UNIFORM`). Only where weights are averaged.
+    knowledge_weighting: Its weight in what clients exchange; if `None`, that of the
+      mean update, and `UNIFORM` where no weights are averaged.
+    model_aggregator: A `tff.aggregators` factory for the updates; if `None`, the
+      weighted mean, as `tff.aggregators.MeanFactory()` but with the products made by the
+      clients. Unweighted factories get no weights. Only where weights are averaged.
+    knowledge_aggregator: A factory for what clients exchange; the weighted mean if
+      `None`.
+    metrics_aggregator: As in `tff.learning.algorithms`.
+    local_terms: Further terms of the clients' loss, a sequence of
+      `tff_kd.local_terms.LocalTerm`s, after the algorithm's own.
+    companion: An auxiliary component of the clients' training, a
+      `tff_kd.companions.Companion`.
+    learning_rate_fn: Maps a round's number, an int32 tensor from 0, to the clients'
+      learning rate, as in TFF's `build_weighted_fed_avg_with_optimizer_schedule`; needs
+      a TFF optimizer.
+    reporting: Policy for late, partial or insufficient reports, a `tff_kd.Reporting`.
+      `next` then takes {'data': number, 'conditions': `ClientConditions`} a client.
+      Needs `client_data`.
+    privacy: Makes what clients send differentially private, all channels together, a
+      `tff_kd.privacy.DifferentialPrivacy`; no client's metrics are then released. Needs
+      `UNIFORM` weights.
+    secure_aggregation: Sums what clients send as a secure protocol would, a
+      `tff_kd.privacy.SecureAggregation`.
+    seed: With the round number, decides the order of the server's examples and what is
+      drawn in training.
+  """
+
+  client_data: Optional[tff_kd.ClientBatches] = None
+  server_optimizer: Optional[tff_kd.optimizers.Optimizer] = None
+  client_weighting: Optional[tff_kd.tff.learning.ClientWeighting] = None
+  knowledge_weighting: Optional[tff_kd.tff.learning.ClientWeighting] = None
+  model_aggregator: Optional[tff_kd.rounds.AggregationFactory] = None
+  knowledge_aggregator: Optional[tff_kd.rounds.AggregationFactory] = None
+  metrics_aggregator: Optional[Any] = None
+  local_terms: Sequence[tff_kd.local_terms.LocalTerm] = ()
+  companion: Optional[tff_kd.companions.Companion] = None
+  learning_rate_fn: Optional[tff_kd.local_training.LearningRateFn] = None
+  reporting: Optional[tff_kd.Reporting] = None
+  privacy: Optional[tff_kd.privacy.DifferentialPrivacy] = None
+  secure_aggregation: Optional[tff_kd.privacy.SecureAggregation] = None
+  seed: int = 0
+
+  def __post_init__(self):
+    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+    tff_kd.arguments.check(fields, _OPTION_PARAMETERS)
+
+  def with_defaults(self, **defaults: Any) -> 'Options':
+    """Returns these options with an algorithm's values for those that are `None`."""
+    return dataclasses.replace(
+        self,
+        **{
+            name: value
+            for name, value in defaults.items() if getattr(self, name) is None
+        },
+    )
+
+
+_OPTION_PARAMETERS = {
+    field.name: inspect.Parameter(
+        field.name,
+        inspect.Parameter.KEYWORD_ONLY,
+        default=field.default,
+        annotation=field.type,
+    )
+    for field in dataclasses.fields(Options)
+}
+OPTION_NAMES = tuple(_OPTION_PARAMETERS)
+_EMPTY = inspect.Parameter.empty
+
+
+def takes_options(build: Callable[..., Any]) -> Callable[..., Any]:
+  """Spells the fields of `Options` out as arguments of a builder, and checks them.
+
+  Args:
+    build: Keyword-only, with an argument `options: Options`.
+
+  Returns:
+    The builder with the fields of `Options` in place of `options`; `inspect.signature`
+    and `help` show them.
+  """
+  signature = inspect.signature(build)
+  own = {
+      name: parameter
+      for name, parameter in signature.parameters.items() if name != 'options'
+  }
+  full = signature.replace(parameters=[*own.values(), *_OPTION_PARAMETERS.values()])
+  names = list(full.parameters)
+
+  @functools.wraps(build)
+  def with_options(**kwargs):
+    for name in kwargs:
+      if name not in names:
+        near = difflib.get_close_matches(name, names, 1)
+        hint = f' Did you mean {near[0]!r}?' if near else ''
+        raise TypeError(
+            f'{build.__name__}() has no argument {name!r}.{hint} Its arguments are '
+            f'{", ".join(names)}.'
+        )
+    missing = [n for n, p in own.items() if p.default is _EMPTY and n not in kwargs]
+    if missing:
+      raise TypeError(f'{build.__name__}() needs the argument {missing[0]!r}.')
+    chosen = {name: kwargs.pop(name) for name in _OPTION_PARAMETERS if name in kwargs}
+    options = Options(**chosen)
+    return build(**tff_kd.arguments.check(kwargs, own), options=options)
+
+  with_options.__signature__ = full
+  return with_options
