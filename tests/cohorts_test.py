@@ -197,7 +197,7 @@ def test_local_targets_are_the_cohorts_own():
 
 @pytest.mark.parametrize('number', [-1, 2])
 def test_a_cohort_out_of_range_is_refused(fed_avg, number):
-  with pytest.raises(Exception, match='must be a number from 0 to 1'):
+  with pytest.raises(Exception, match=f'an integer from 0 to 1, found {number}'):
     fed_avg.next(
         fed_avg.initialize(), _arguments(_clients(), [0, 1, number, 0])
     )
