@@ -482,7 +482,7 @@ def test_specs_that_do_not_fit_are_refused():
       input_spec=helpers.dataset(x, np.zeros([8, 7], 'f')).element_spec,
   )
   _refused(
-      'one floating-point output',
+      'one output tensor',
       keras_model_fn=lambda: keras.Model(
           inputs := layers.Input((helpers.DIM,)),
           [layers.Dense(3)(inputs), layers.Dense(2)(inputs)],
