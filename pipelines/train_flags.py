@@ -121,8 +121,8 @@ SAMPLING = flags.DEFINE_enum(
     'each by itself, so that there are --clients_per_round in expectation.'
 )
 AVAILABILITY = flags.DEFINE_string(
-    'availability', None, 'A CSV file of when clients can be reached: lines of client, '
-    'first round, last round, below a header. Always if unset.'
+    'availability', None, 'A CSV file of when clients can be reached: lines of client '
+    '(its name or number), first round, last round, below a header. Always if unset.'
 )
 DROPOUT_BEFORE = flags.DEFINE_float(
     'dropout_before', 0.0, 'Probability that a chosen client is gone before it begins.'

@@ -102,7 +102,7 @@ def test_clients_states_by_name(data, tmp_path):
 
 def test_a_trace_by_name(data, tmp_path):
   path = tmp_path / 'trace.csv'
-  path.write_text('client,first,last\nben,1,2\ncleo,2,2\n')
+  path.write_text('client,first,last\nben,1,2\n2,2,2\n')
   by_file = simulation.Availability.from_csv(path, 4, data.names)
   by_hand = simulation.Availability({'ben': [(1, 2)], 2: [(2, 2)]}, data.names)
   for trace in (by_file, by_hand):
@@ -111,7 +111,7 @@ def test_a_trace_by_name(data, tmp_path):
     )
     assert [sorted(participation(r)) for r in (1, 2, 3)] == [[1], [1, 2], []]
   path.write_text('client,first,last\ndan,1,2\n')
-  with pytest.raises(ValueError, match="Line 2 of .* a client's name, such as 'ada'"):
+  with pytest.raises(ValueError, match="Line 2 of .* from 0 to 3, or .* such as 'ada'"):
     simulation.Availability.from_csv(path, 4, data.names)
 
 

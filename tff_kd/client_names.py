@@ -51,6 +51,9 @@ class ClientNames(Sequence[str]):
   def __iter__(self) -> Iterator[str]:
     return iter(self._names)
 
+  def __contains__(self, name: Any) -> bool:
+    return name in self._numbers
+
   def number(self, client: Client) -> int:
     """The number of a client.
 

@@ -68,7 +68,7 @@ class Availability:
     Args:
       path: The file.
       num_clients: Clients are numbered from 0 to one below this.
-      names: The clients' names, where the file has these.
+      names: The clients' names, where the file may have these in place of numbers.
 
     Raises:
       ValueError: If a line is no such one; names it.
@@ -80,13 +80,14 @@ class Availability:
           continue
         try:
           client, first, last = row[0].strip(), *map(int, row[1:])
-          client = int(client) if names is None else names.number(client)
+          is_name = names is not None and client in names
+          client = names.number(client) if is_name else int(client)
           if not 0 <= client < num_clients or not 1 <= first <= last:
             raise ValueError
-        except (KeyError, ValueError):
+        except ValueError:
           who = f'a client from 0 to {num_clients - 1}'
           if names is not None:
-            who = f"a client's name, such as {names[0]!r}"
+            who += f", or a client's name, such as {names[0]!r}"
           raise ValueError(
               f'Line {number} of {os.fspath(path)} must be {who}, its first '
               f'round (from 1) and its last, found {",".join(row)!r}.'
