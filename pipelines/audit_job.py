@@ -92,12 +92,12 @@ class _Victim(NamedTuple):
   """A client, and its model after local training.
 
   Attributes:
-    client: Its number.
+    client: Its name.
     model: A Keras model.
     examples: Its own.
   """
 
-  client: int
+  client: str
   model: keras.Model
   examples: Any
 
@@ -150,7 +150,7 @@ class _Results(NamedTuple):
   Attributes:
     found: By released model, what membership inference found.
     leaks: The AUC on single clients, by loss.
-    clients: The numbers of these.
+    clients: The names of these.
     inversion: Of their predictions.
     shadows: `None` if there were none.
     num_members: Examples of all clients that took part.
@@ -158,7 +158,7 @@ class _Results(NamedTuple):
 
   found: Mapping[str, membership.Report]
   leaks: membership.Estimate
-  clients: Sequence[int]
+  clients: Sequence[str]
   inversion: _Inversion
   shadows: Optional[_Shadows]
   num_members: int
@@ -321,8 +321,9 @@ def _train_victims(finished: _Run, num_victims: int, seed: int) -> list[_Victim]
   models = _kept_models(finished, clients) if finished.keeps_models else (
       _local_models(finished, clients)
   )
+  names = finished.batches.data.names
   return [
-      _Victim(client, model, finished.task.clients.take(rows[client]))
+      _Victim(names[client], model, finished.task.clients.take(rows[client]))
       for client, model in zip(clients, models, strict=True)
   ]
 
@@ -830,7 +831,7 @@ def _results_as_json(results: _Results) -> dict[str, Any]:
       'membership': {name: _as_json(report) for name, report in results.found.items()},
       'clients': {
           'membership_auc': results.leaks._asdict(),
-          'numbers': list(results.clients),
+          'names': list(results.clients),
       },
       'inversion': gains and {name: gain._asdict() for name, gain in gains.items()},
       'shadow_models': shadows and {

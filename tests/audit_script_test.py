@@ -39,7 +39,7 @@ def test_it_attacks_and_reports(run_dir):
   assert 0 <= auc['low'] <= auc['value'] <= auc['high'] <= 1
   # Who took part is secret; half of what they have, or of the 1,000 others.
   assert 10 <= student['num_members'] == student['num_non_members'] <= 500
-  assert len(report['clients']['numbers']) == 2
+  assert len(report['clients']['names']) == 2
   assert set(report['inversion']) == {
       'class PSNR', 'class SSIM', 'example PSNR', 'example SSIM'
   }
