@@ -4,7 +4,7 @@ A client is a number inside this package, from 0 in the order of the data. Whate
 a client takes its name as well, and what is shown of one shows its name.
 """
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any, Union
 
 import numpy as np
@@ -84,19 +84,3 @@ class ClientNames(Sequence[str]):
   def numbers(self, clients: Iterable[Client]) -> list[int]:
     """The numbers of several clients; raises what `number` does."""
     return [self.number(client) for client in clients]
-
-  def numbered(self, selected: Iterable[Any]) -> list[Any]:
-    """A round's clients as a process takes them: by number.
-
-    Args:
-      selected: A name or number a client, or a mapping with that as 'data'; what is
-        neither, such as a dataset, is returned as it is.
-    """
-    found = []
-    for its in selected:
-      if isinstance(its, Mapping) and isinstance(its.get('data'), (str, int, np.integer)):
-        its = {**its, 'data': self.number(its['data'])}
-      elif isinstance(its, (str, int, np.integer)):
-        its = self.number(its)
-      found.append(its)
-    return found

@@ -14,6 +14,7 @@ import numpy as np
 from tff_kd.compat import tff
 import tree
 
+from tff_kd import client_names
 from tff_kd import communication
 from tff_kd import round_arguments
 from tff_kd import rounds
@@ -208,12 +209,10 @@ def train(
       round_num += 1
       start = time.perf_counter()
       selected = round_arguments.as_list(select_clients(round_num))
-      if names is not None:
-        selected = names.numbered(selected)
       if client_states is None:
         output = process.next(progress.state, selected)
       else:
-        numbers = _client_numbers(selected)
+        numbers = _client_numbers(selected, names)
         output = process.next(
             progress.state, selected, client_states.load(numbers)
         )
@@ -398,16 +397,18 @@ def _check_accountant(
     )
 
 
-def _client_numbers(selected: Sequence[Any]) -> list[int]:
+def _client_numbers(
+    selected: Sequence[Any], names: Optional[client_names.ClientNames]
+) -> list[int]:
   """The numbers of the clients, also where they stand beside cohorts."""
-  numbers = [
-      its['data'] if isinstance(its, Mapping) else its for its in selected
-  ]
-  if not all(isinstance(its, (int, np.integer)) for its in numbers):
+  clients = [its['data'] if isinstance(its, Mapping) else its for its in selected]
+  if names is None or not all(isinstance(its, (int, str)) for its in clients):
     raise TypeError(
-        'With `client_states`, `select_clients` must return client numbers (and the '
-        f'process read its data by reference, `client_data=`), found {selected!r}.'
+        "With `client_states`, `select_clients` must return clients' numbers or names "
+        '(and the process read its data by reference, `client_data=`), found '
+        f'{selected!r}.'
     )
+  numbers = names.numbers(clients)
   if len(set(numbers)) < len(numbers):
     raise ValueError(
         'A client can be in a round once only, or one of its states would be lost; '
