@@ -303,15 +303,23 @@ def _by_name(clients: Union[Mapping[Any, Any], Sequence[Any]]) -> dict[str, Any]
 
 
 def _as_element(element: Any) -> Any:
-  """A pair or the mapping {'x', 'y'}, as `input_spec` knows them."""
+  """A pair, a triple or the mapping of these, as `input_spec` knows them."""
   found = models.as_batch(element)
   if found is None:
-    size = f' of {len(element)}' if isinstance(element, (tuple, list)) else ''
+    what = type(element).__name__
+    hint = (
+        'Put single examples together: `x = np.stack([x for x, _ in examples])`, and `y` '
+        'likewise.'
+    )
+    if isinstance(element, (tuple, list)):
+      what += f' of {len(element)}'
+    elif isinstance(element, Mapping):
+      what += f' with the keys {", ".join(map(str, element))}'
+      hint = 'Make such pairs first; of datasets with `map`, of TFF client data with '
+      hint += '`preprocess_fn`.'
     raise ValueError(
         'Examples must be arrays (x, y), perhaps with sample weights, (x, y, '
-        "sample_weight), or a mapping with these keys, found a "
-        f'{type(element).__name__}{size}. Put single examples together: '
-        '`x = np.stack([x for x, _ in examples])`, and `y` likewise.'
+        f'sample_weight), or a mapping with these keys, found a {what}. {hint}'
     )
   return dict(found) if isinstance(found, Mapping) else found
 
