@@ -84,7 +84,7 @@ def test_padding_counts_nowhere(mask):
   expected = (each * weights).sum() / max(weights.sum(), 1.0)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   state = spec.metrics.update(
-      spec.metrics.initial_state(), *batch, spec.metric_mask(batch[0], mask)
+      spec.metrics.initial_state(), *batch, spec.metric_mask(*batch, mask)
   )
   right = (logits.argmax(-1) == labels) * weights
   np.testing.assert_allclose(

@@ -2,6 +2,7 @@
 
 from tff_kd.models.metrics import Metrics
 from tff_kd.models.metrics import MetricsFn
+from tff_kd.models.metrics import TOTALS
 from tff_kd.models.spec import apply_constraints
 from tff_kd.models.spec import BINARY_LOSSES
 from tff_kd.models.spec import as_batch

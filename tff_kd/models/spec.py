@@ -458,24 +458,56 @@ class ModelSpec:
   def metric_mask(
       self,
       labels: Any,
-      mask: Optional[tf.Tensor],
+      outputs: tf.Tensor,
+      mask: Optional[tf.Tensor] = None,
       sample_weight: Optional[tf.Tensor] = None,
   ) -> Optional[tf.Tensor]:
-    """Which labels count in metrics: 0/1 float32, or `None` if all of them do.
+    """Which predictions count in metrics.
 
     Args:
       labels: The labels of a batch.
+      outputs: The model's outputs for it, `[batch, ..., classes]`.
       mask: Optional 0/1 float32 `[batch]`: which examples count.
       sample_weight: What `sample_weight` returns for it; those of weight 0 do not count.
+
+    Returns:
+      0/1 float32 `[batch, ...]`, one for each position; `None` if all of them count.
     """
     masks = [self.counted_labels(labels), mask]
     if sample_weight is not None:
       masks.append(tf.cast(sample_weight > 0.0, tf.float32))
-    masks = [its for its in masks if its is not None]
-    rank = max((its.shape.rank for its in masks), default=0)
-    return functools.reduce(
-        tf.multiply, [losses.with_rank(its, rank) for its in masks]
-    ) if masks else None
+    if all(its is None for its in masks):
+      return None
+    positions = outputs.shape[:-1]
+    counted = tf.ones(tf.shape(outputs)[:-1])
+    for its in masks:
+      if its is not None:
+        counted *= losses.with_rank(its, positions.rank)
+    return tf.ensure_shape(counted, positions)
+
+  @functools.cached_property
+  def metric_functions(
+      self,
+  ) -> tuple[graphs.TracedFunction, graphs.TracedFunction]:
+    """The user's metrics for evaluation: two functions, traced once.
+
+    The first one maps (state, labels, float32 outputs) of a batch to the next state; the
+    second, a state to `Metrics.scores`.
+    """
+    metrics = self.metrics
+    _, labels = split_batch(self.input_spec)
+    labels = tf.TensorSpec([None, *labels.shape[1:]], labels.dtype)
+    outputs = tf.TensorSpec([None, *self.outputs_shape], tf.float32)
+    state = tf.nest.map_structure(tf.TensorSpec.from_tensor, metrics.initial_state())
+
+    def update(state, labels, outputs):
+      mask = self.metric_mask(labels, outputs)
+      return metrics.update(state, labels, outputs, mask)
+
+    return (
+        graphs.TracedFunction(update, [state, labels, outputs]),
+        graphs.TracedFunction(metrics.scores, [state]),
+    )
 
   def to_keras(self, weights: Any) -> keras.Model:
     """A Keras model of the builder with these weights.
@@ -664,7 +696,9 @@ def build_model_spec(
       logits_shape=logits_shape,
       from_logits=from_logits,
       loss=loss,
-      metrics=metrics_lib.Metrics(metrics, labels, outputs),
+      metrics=metrics_lib.Metrics(
+          metrics, labels, outputs, from_logits=from_logits and not is_regression
+      ),
       is_regression=is_regression,
       ignored_label=_config_of(loss, 'ignore_class'),
       batch_size=batch_size,
@@ -1250,7 +1284,7 @@ def _functional_model(spec: ModelSpec) -> tff.learning.models.FunctionalModel:
     del sample_weight
 
     def fn(state, labels, predictions, num_examples, loss):
-      mask = spec.metric_mask(labels, None)
+      mask = spec.metric_mask(labels, predictions)
       state = spec.metrics.update(state, labels, predictions, mask)
       loss_sum = loss * tf.cast(num_examples, loss.dtype)
       return spec.metrics.add_totals(state, loss_sum, num_examples, tf.constant(1))
