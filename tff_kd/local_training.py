@@ -312,7 +312,7 @@ class LocalTraining:
     }
     for term in start.terms:
       seen = step._replace(target_logits=target_logits.get(term.target))
-      loss = graphs.user_function(term.__call__)(loss, seen)
+      loss = tf.cast(graphs.user_function(term.__call__)(loss, seen), tf.float32)
     if self._attachment.joint_loss is None:
       return loss, progress.companion
     return self._attachment.joint_loss(loss, step, progress.companion)

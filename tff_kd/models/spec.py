@@ -202,6 +202,16 @@ class ModelSpec:
     )
 
   @functools.cached_property
+  def update_spec(self) -> tff.learning.models.ModelWeights:
+    """As `weights_spec`, of what clients add up: numbers of 16 bits are so in 32.
+
+    In bfloat16 a sum of ones ends at 256, and in float16 it is infinite from 65,520 on.
+    """
+    return tf.nest.map_structure(
+        lambda s: tf.TensorSpec(s.shape, graphs.wide_dtype(s.dtype)), self.weights_spec
+    )
+
+  @functools.cached_property
   def weights_type(self) -> tff.StructType:
     """The TFF type of the model's `ModelWeights`."""
     return tff.types.tensorflow_to_type(self.weights_spec)
@@ -419,7 +429,7 @@ class ModelSpec:
       # Keras's own mean over what is not ignored is 0 / 0 where all of it is.
       each = keras.losses.sparse_categorical_crossentropy(
           tf.where(counted > 0.0, labels, tf.zeros_like(labels)),
-          outputs, from_logits=self.from_logits,
+          tf.cast(outputs, self.loss.dtype), from_logits=self.from_logits,
       )
       counted = losses.with_rank(counted, each.shape.rank)
       if mask is not None:
