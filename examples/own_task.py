@@ -22,6 +22,13 @@ def build_model(units):
   )
 
 
+def build_metrics():  # By the first one the best round is chosen.
+  return [
+      keras.metrics.SparseCategoricalAccuracy(name='accuracy'),
+      keras.metrics.SparseTopKCategoricalAccuracy(k=2, name='top_2'),
+  ]
+
+
 def read(path):
   with np.load(path) as file:
     return data.Examples(file['x'].astype('float32'), file['y'].astype('int32'))
@@ -33,5 +40,5 @@ def load(*, data_dir, **kwargs):
       'own_task', num_classes=3, server=read(folder / 'server.npz'),
       clients={path.stem: read(path) for path in sorted(folder.glob('client_*.npz'))},
       students={'small': lambda: build_model(8)},
-      teachers={'large': lambda: build_model(64)}, **kwargs,
+      teachers={'large': lambda: build_model(64)}, metrics_fn=build_metrics, **kwargs,
   )

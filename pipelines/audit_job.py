@@ -452,7 +452,7 @@ def _train_shadows(
     weights, best = central.fit(
         training,
         lambda its: evaluator.evaluate(its, *task.validation)[task.metric],
-        higher_is_better=not task.is_regression, max_epochs=max_epochs,
+        higher_is_better=not task.is_lower_better(), max_epochs=max_epochs,
     )
     model = spec.to_keras(weights)
     if not best:

@@ -107,7 +107,7 @@ def fit(
     higher_is_better: Whether the score is none of an error.
     epochs_per_look: Passes between looks at the validation score.
     patience: So many looks without a better score end it.
-    name: Makes each look a line on stderr, of this name.
+    name: Makes each look a line on stderr, which begins with this.
 
   Returns:
     The best weights and the best epoch; the initial weights and 0 if the first score is
@@ -120,7 +120,7 @@ def fit(
     weights = training.weights
     score = evaluate(weights)
     if name is not None:
-      print(f'{name}, epoch {epoch}: validation {score:.4f}', file=sys.stderr, flush=True)
+      print(f'{name}, epoch {epoch}: {score:.4f}', file=sys.stderr, flush=True)
     if not np.isfinite(score):
       break
     if sign * score > best_score:

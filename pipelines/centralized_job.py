@@ -53,7 +53,8 @@ def run(
     weights, best = central.fit(
         training,
         lambda its, e=evaluator: e.evaluate(its, *task.validation)[task.metric],
-        higher_is_better=not task.is_regression, max_epochs=epochs, name=name,
+        higher_is_better=not task.is_lower_better(), max_epochs=epochs,
+        name=f'{name}, validation {task.metric}',
     )
     if not best:
       raise UserError(
@@ -76,10 +77,19 @@ def run(
         *(f'{value:.4f}' for value in scores.values()),
     ))
   (folder / 'results.json').write_text(
-      json.dumps({'metric': task.metric, 'models': results}, indent=2) + '\n'
+      json.dumps(
+          {
+              'metric': task.metric, 'lower_is_better': task.is_lower_better(),
+              'models': results,
+          },
+          indent=2,
+      )
+      + '\n'
   )
   print()
-  head = ('model', 'weights', 'epochs', *(key.replace('_', ' ') for key in scores))
+  head = (
+      'model', 'weights', 'epochs', *(f"test {key.replace('_', ' ')}" for key in scores)
+  )
   tables.print_table([head, *rows])
   print(f'\nOn the test part, after the best epoch by validation. {folder}')
 

@@ -331,8 +331,11 @@ def _audit_all(runs: list[_Run]) -> list[str]:
 
 
 def _results(run: _Run) -> dict[str, Any]:
-  # Those of an earlier version were all of classifiers.
-  return {'metric': 'accuracy'} | json.loads((run.folder / 'results.json').read_text())
+  results = json.loads((run.folder / 'results.json').read_text())
+  # Those of an earlier version were all of classifiers, then of errors as well.
+  results.setdefault('metric', 'accuracy')
+  results.setdefault('lower_is_better', results['metric'] != 'accuracy')
+  return results
 
 
 def _megabytes(history: list[dict[str, float]]) -> list[float]:
@@ -368,8 +371,8 @@ def _rows(
   by_setting = _by_setting(runs)
 
   metric = results[runs[0]]['metric']
-  # An error is better the lower it is.
-  sign = 1.0 if metric == 'accuracy' else -1.0
+  is_error = results[runs[0]]['lower_is_better']
+  sign = -1.0 if is_error else 1.0
 
   def best(its: list[_Run], model: str) -> list[float]:
     key = f'test/{model}_{metric}'
@@ -378,7 +381,7 @@ def _rows(
   target = _TARGET_ACCURACY.value
   if target is None:
     means = [statistics.mean(best(its, 'student')) for its in by_setting.values()]
-    target = 0.95 * max(means) if metric == 'accuracy' else 1.01 * min(means)
+    target = 1.01 * min(means) if is_error else 0.95 * max(means)
   audits = {
       run: json.loads(_audit_path(run).read_text())
       for run in runs if _AUDIT.value and _audit_path(run).is_file()

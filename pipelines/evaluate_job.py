@@ -32,7 +32,7 @@ class _Evaluated(NamedTuple):
   Attributes:
     name: The model's.
     spec: What it predicts.
-    outputs: Its logits, or numbers, `[n, ...]`.
+    outputs: What it returns, `[n, ...]`.
     labels: The true ones, `[n, ...]`.
     scores: On all examples, by name.
     by_client: The metric of each client, NaN without examples.
@@ -61,7 +61,7 @@ def run(
   else:
     rows = []  # The server's examples are no client's.
   # Before the models are loaded: building a process spoils those that are there.
-  own = _evaluate_own(run_dir, examples, rows)
+  own = _evaluate_own(run_dir, task, examples, rows)
   models = released.load(run_dir, task, must_exist=own is None)
   found = [_evaluate(model, task, examples, rows) for model in models]
   found += [own] if own is not None else []
@@ -78,11 +78,11 @@ def _evaluate(
     model: released.Released, task: tff_kd.data.Task, examples: tff_kd.data.Examples,
     rows: Sequence[np.ndarray],
 ) -> _Evaluated:
-  outputs = evaluation.CentralEvaluator(model.spec).logits(
+  outputs = evaluation.CentralEvaluator(model.spec).outputs(
       model.weights, examples.inputs
   )
   by_client = np.array([
-      _metric(outputs[its], examples.labels[its], model.spec) for its in rows
+      _metric(outputs[its], examples.labels[its], model.spec, task) for its in rows
   ])
   scores = evaluation.score(outputs, examples.labels, spec=model.spec)
   if task.scores_fn is not None and examples is task.test:
@@ -97,7 +97,8 @@ def _evaluate(
 
 
 def _evaluate_own(
-    run_dir: pathlib.Path, examples: tff_kd.data.Examples, rows: Sequence[np.ndarray]
+    run_dir: pathlib.Path, task: tff_kd.data.Task, examples: tff_kd.data.Examples,
+    rows: Sequence[np.ndarray],
 ) -> Optional[_Evaluated]:
   """The models that clients keep, as they were in the best round; `None` without."""
   if not (run_dir / 'clients').is_dir() or not len(rows):
@@ -133,8 +134,8 @@ def _evaluate_own(
       by_client.append(float('nan'))
       continue
     weights = process.kept_models.unpack(state.weights)[cohort]
-    outputs.append(evaluators[cohort].logits(weights, its.inputs))
-    by_client.append(_metric(outputs[-1], its.labels, specs[0]))
+    outputs.append(evaluators[cohort].outputs(weights, its.inputs))
+    by_client.append(_metric(outputs[-1], its.labels, specs[0], task))
   outputs, labels = np.concatenate(outputs), examples.take(np.concatenate(rows)).labels
   return _Evaluated(
       'client', specs[0], outputs, labels,
@@ -143,20 +144,19 @@ def _evaluate_own(
 
 
 def _metric(
-    outputs: np.ndarray, labels: np.ndarray, spec: tff_kd.models.ModelSpec
+    outputs: np.ndarray, labels: np.ndarray, spec: tff_kd.models.ModelSpec,
+    task: tff_kd.data.Task,
 ) -> float:
   """The task's metric alone; NaN without examples."""
   if not len(labels):
     return float('nan')
-  if spec.is_regression:
-    return evaluation.score(outputs, labels, spec=spec)['rmse']
-  logits, labels = evaluation.counted_predictions(outputs, labels, spec)
-  return float(np.mean(logits.argmax(-1) == labels)) if len(labels) else float('nan')
+  name = task.metric
+  return evaluation.score(outputs, labels, spec=spec, names=[name])[name]
 
 
 def _worst_first(found: _Evaluated, task: tff_kd.data.Task) -> np.ndarray:
   """The clients that have examples."""
-  sign = -1.0 if task.is_regression else 1.0
+  sign = -1.0 if task.is_lower_better() else 1.0
   order = np.argsort(sign * found.by_client, kind='stable')
   return order[np.isfinite(found.by_client[order])]
 
@@ -166,15 +166,16 @@ def _print(
 ) -> None:
   metric = task.metric
   keys = list(found[0].scores)
-  head = ['model', *(key.replace('_', ' ') for key in keys)]
+  name_of = {'clients': 'training'}.get(part, part)
+  head = ['model', *(f"{name_of} {key.replace('_', ' ')}" for key in keys)]
   if len(rows):
-    head += ['clients: mean', '10th pct.', 'worst']
+    head += [f"clients: mean {metric.replace('_', ' ')}", '10th pct.', 'worst']
   table = [tuple(head)]
   for its in found:
     row = [its.name, *(f'{its.scores[key]:.4f}' for key in keys)]
     if len(rows):
       values = its.by_client[_worst_first(its, task)]
-      tenth = np.percentile(values, 90 if task.is_regression else 10)
+      tenth = np.percentile(values, 90 if task.is_lower_better() else 10)
       row += [f'{its:.4f}' for its in (values.mean(), tenth, values[0])]
     table.append(tuple(row))
   print(f'{task.name}: {len(examples)} examples ({part}).\n')
@@ -221,7 +222,7 @@ def _write(report_dir, task, part, examples, found, names, clients, rows) -> Non
       report['models'][its.name]['clients'] = {
           'metric': task.metric, 'count': len(values), 'mean': float(values.mean()),
           'percentile_10': float(
-              np.percentile(values, 90 if task.is_regression else 10)
+              np.percentile(values, 90 if task.is_lower_better() else 10)
           ),
           'worst': float(values[0]),
       }
@@ -266,7 +267,7 @@ def _draw(report_dir, task, found, has_clients: bool) -> list[str]:
   sure = {}
   for its in found:
     logits, labels = evaluation.counted_predictions(
-        its.outputs, its.labels, its.spec
+        its.spec.class_logits(tf.constant(its.outputs)).numpy(), its.labels, its.spec
     )
     predicted = logits.argmax(-1)
     confidence = tf.nn.softmax(logits).numpy().max(-1)

@@ -78,15 +78,13 @@ def run(
   )
   agreement = 'rms_difference' if task.is_regression else 'same_class'
   rows = [(
-      'file', 'KB', task.metric, 'difference',
+      'file', 'KB', f"test {task.metric.replace('_', ' ')}", 'difference',
       'RMS difference' if task.is_regression else 'same class', 'largest difference',
   )]
   report, worse = {}, []
   for model in models:
     expected = _predict(model.keras_model, examples.inputs)
-    before = evaluation.score(
-        _logits(expected, model), examples.labels, spec=model.spec
-    )[task.metric]
+    before = evaluation.score(expected, examples.labels, spec=model.spec)[task.metric]
     rows.append((
         f'{model.name}, as the run left it',
         f'{os.path.getsize(model.path) / 1e3:.1f}',
@@ -125,7 +123,7 @@ def _row(exported: _Exported, after: float, before: float) -> tuple[str, ...]:
 
 def _warning(worse: Sequence[str], task: tff_kd.data.Task) -> str:
   """What the user is told of files that are worse than the model."""
-  limit = f'one hundredth of its {task.metric}' if task.is_regression else 'a point'
+  limit = f'one hundredth of its {task.metric}' if task.is_lower_better() else 'a point'
   return (
       f'Worse than the model by more than {limit}: {", ".join(worse)}. Take another '
       'format.'
@@ -148,7 +146,7 @@ def _chosen(
 
 def _is_worse(after: float, before: float, task: tff_kd.data.Task) -> bool:
   """Whether a file's score is so much below the model's that the user is told."""
-  if task.is_regression:
+  if task.is_lower_better():
     return after - before > _WORSE * before
   return before - after > _WORSE
 
@@ -208,7 +206,7 @@ def _export(
   size = sum(file.stat().st_size for file in path.rglob('*') if file.is_file())
   return _Exported(
       path, size or path.stat().st_size,
-      evaluation.score(_logits(outputs, model), examples.labels, spec=model.spec),
+      evaluation.score(outputs, examples.labels, spec=model.spec),
       float(agreement), float(np.abs(outputs - expected).max()),
   )
 

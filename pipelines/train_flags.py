@@ -50,7 +50,8 @@ PATIENCE = flags.DEFINE_integer(
 MONITOR = flags.DEFINE_string(
     'monitor', None, 'The metric whose best value makes the best round, a column of '
     'metrics.csv; of errors and losses the lowest is the best. Unset: '
-    "validation/student_accuracy; of a regression validation/student_rmse."
+    "validation/student_ and the task's metric: accuracy; of a regression rmse; of a "
+    'task of your own, the first of its metrics_fn.'
 )
 EVALUATED_CLIENTS = flags.DEFINE_integer(
     'evaluated_clients', 100, "Where clients keep models: of how many of these the mean "

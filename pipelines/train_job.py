@@ -191,12 +191,9 @@ def _monitor(task: tff_kd.data.Task) -> str:
   return args.MONITOR.value or f'validation/student_{task.metric}'
 
 
-# What the names of metrics end in that are better the lower they are.
-_ERRORS = ('loss', 'rmse', 'mae', 'calibration_error')
-
-
-def _mode(monitor: str) -> str:
-  return 'min' if monitor.endswith(_ERRORS) else 'max'
+def _best(task: tff_kd.data.Task, monitor: str) -> str:
+  """Which value of a metric is the best, in words."""
+  return 'lowest' if task.is_lower_better(monitor) else 'highest'
 
 
 def build_batches(
@@ -543,7 +540,7 @@ def _train_alone(
   weights, _ = central.fit(
       _on_server_labels(evaluator.spec, task),
       lambda weights: evaluator.evaluate(weights, *task.validation)[task.metric],
-      higher_is_better=not task.is_regression,
+      higher_is_better=not task.is_lower_better(),
       max_epochs=min(_ALONE_EPOCHS, -(-most_steps // steps)),
       epochs_per_look=-(-_ALONE_LOOK // steps),
       patience=_ALONE_PATIENCE,
@@ -593,8 +590,8 @@ class _Evaluation:
   """
 
   @staticmethod
-  def names(process) -> list[str]:
-    """The names of the metrics."""
+  def names(process) -> dict[str, tuple[str, str]]:
+    """The names of the metrics, each with the model and the name without it."""
     found = {**specs_of(process), 'student': None}
     if _clients(process) is not None and process.get_model_weights is not None:
       found['client'] = None
@@ -603,12 +600,12 @@ class _Evaluation:
       before = process.students.specs
       found |= _by_cohort('student_before', process.students, before)
       found['student_before'] = None
-    return [
-        f'{part}/{name}_{key}'
+    return {
+        f'{part}/{name}_{key}': (name, f'{part}/{key}')
         for part in ('validation', 'test')
         for name in found
         for key in tff_kd.evaluation.score_names(process.students.first)
-    ]
+    }
 
   def __init__(self, process, task, clients_dir: pathlib.Path):
     self._task = task
@@ -720,14 +717,15 @@ def _train(
         # At first: with those of the rounds before a resumed run.
         else sum(row[_CLIENT_BYTES] for row in read_history(metrics_path))
     )
-    shown = {'student': f"{metrics[f'test/student_{task.metric}']:.3f}"}
-    if f'test/teacher_{task.metric}' in metrics:
-      shown['teacher'] = f"{metrics[f'test/teacher_{task.metric}']:.3f}"
-    shown['MB/client'] = f'{moved / 1e6:.3g}'
+    models = ' '.join(
+        f"{name}={metrics[f'test/{name}_{task.metric}']:.3f}"
+        for name in ('student', 'teacher') if f'test/{name}_{task.metric}' in metrics
+    )
+    shown = [f'test {_words(task.metric)}: {models}', f'MB/client={moved / 1e6:.3g}']
     if accountant is not None:
-      shown['epsilon'] = f'{accountant.epsilon():.3g}'
+      shown.append(f'epsilon={accountant.epsilon():.3g}')
     bar.n = round_num
-    bar.set_postfix(shown)
+    bar.set_postfix_str(', '.join(shown))
 
   metrics_path = run_dir / f'{prefix}metrics.csv'
   checkpoints = tff_kd.simulation.Checkpoints(run_dir / f'{prefix}checkpoints')
@@ -742,14 +740,16 @@ def _train(
         evaluate=evaluation,
         client_states=evaluation.client_states,
         monitor=monitor,
-        monitor_mode=_mode(monitor),
+        monitor_mode='min' if task.is_lower_better(monitor) else 'max',
         patience=patience,
         program_state_manager=checkpoints,
         rounds_per_saving=args.ROUNDS_PER_CHECKPOINT.value,
         accountant=accountant,
         release_managers=[
             tff.program.CSVFileReleaseManager(metrics_path, key_fieldname='round'),
-            _ModelsTogether(run_dir / 'tensorboard' / prefix.rstrip('_')),
+            _ModelsTogether(
+                run_dir / 'tensorboard' / prefix.rstrip('_'), evaluation.metric_names
+            ),
         ],
         on_round=on_round,
     )
@@ -765,19 +765,15 @@ class _ModelsTogether(tff.program.ReleaseManager):
   `test/accuracy` to the folder `teacher`; what is about no model, to `round`.
   """
 
-  def __init__(self, folder: pathlib.Path):
+  def __init__(self, folder: pathlib.Path, names: Mapping[str, tuple[str, str]]):
     self._folder = folder
+    self._names = names  # As of `_Evaluation.names`.
     self._managers = {}
 
   async def release(self, value: Mapping[str, Any], key: int) -> None:
     by_folder = {}
     for name, its in value.items():
-      found = re.fullmatch(
-          '(validation|test)/(.+?)_(accuracy|loss|calibration_error|rmse|mae)', name
-      )
-      folder, tag = 'round', name
-      if found:
-        folder, tag = found[2], f'{found[1]}/{found[3]}'
+      folder, tag = self._names.get(name, ('round', name))
       by_folder.setdefault(folder, collections.OrderedDict())[tag] = its
     for folder, its in by_folder.items():
       if folder not in self._managers:
@@ -787,9 +783,15 @@ class _ModelsTogether(tff.program.ReleaseManager):
       await self._managers[folder].release(its, key)
 
 
-def _best_row(history: list[dict[str, float]], rounds: int, monitor: str):
+def _words(name: str) -> str:
+  return name.replace('_', ' ')
+
+
+def _best_row(
+    history: list[dict[str, float]], rounds: int, monitor: str, task: tff_kd.data.Task
+) -> dict[str, float]:
   """The row with the best monitored metric within the first rounds."""
-  sign = 1.0 if _mode(monitor) == 'max' else -1.0
+  sign = -1.0 if task.is_lower_better(monitor) else 1.0
 
   def value(row: dict[str, float]) -> float:
     # A round that has diverged, not a number, is the worst.
@@ -943,6 +945,7 @@ def prepare() -> Setup:
   common = common_arguments(task, batches)
   common['reporting'] = _reporting(participation)
   process = build_process(algorithm, task, common)
+  _check_metric(task, process)
   tff_kd.simulation.check_monitor(
       _monitor(task),
       [
@@ -953,6 +956,17 @@ def prepare() -> Setup:
   if train_checks.is_private():
     train_privacy.check_budget(process)
   return Setup(task, clients, process, common, participation)
+
+
+def _check_metric(task: tff_kd.data.Task, process: Any) -> None:
+  """Refuses a task whose first metric is not one number."""
+  names = tff_kd.evaluation.score_names(process.students.first)
+  if task.metric not in names:
+    raise UserError(
+        f'The first metric of {task.name}, {task.metric}, is the one that is reported '
+        f'and chosen by, and must be one number; there are {", ".join(names)}. Put '
+        "another first in `metrics_fn`, or build it so (F1Score(average='macro'))."
+    )
 
 
 def _begin(setup: Setup) -> tuple[
@@ -1001,6 +1015,8 @@ def _print_setup(
   for name, spec in specs_of(process).items():
     size = sum(w.size for w in tf.nest.flatten(spec.initial_weights))
     print(f'{name}: {size:,} weights.')
+  monitor = _monitor(task)
+  print(f'The best round: with the {_best(task, monitor)} {monitor}.')
   train_privacy.print_guards(process, accountant)
 
 
@@ -1105,16 +1121,16 @@ def _over_clients(
     test_split: Sequence[np.ndarray],
 ) -> tff_kd.evaluation.FederatedEvaluation:
   """The task's metric over clients, each on its share of the test part."""
-  outputs = evaluator.logits(weights, task.test.inputs)
+  outputs = evaluator.outputs(weights, task.test.inputs)
   values = [
       tff_kd.evaluation.score(
-          outputs[rows], task.test.labels[rows], spec=evaluator.spec
+          outputs[rows], task.test.labels[rows], spec=evaluator.spec, names=[task.metric]
       )[task.metric]
       for rows in test_split
       if len(rows)
   ]
   return tff_kd.evaluation.over_clients(
-      np.array(values), lower_is_better=task.is_regression
+      np.array(values), lower_is_better=task.is_lower_better()
   )
 
 
@@ -1184,11 +1200,11 @@ def _report(
         names[f'{name}_{i}'] = f'{names[name]}, cohort {i} ({model})'
       names[name] += ', mean of cohorts'
   rows = [(
-      'model', 'round', *(key.replace('_', ' ') for key in keys),
-      'clients: mean', '10th pct.', 'worst',
+      'model', 'round', *(f'test {_words(key)}' for key in keys),
+      f'clients: mean {_words(metric)}', '10th pct.', 'worst',
   )]
   specs = specs_of(process)
-  test = _best_row(history, result.round_num, _monitor(task))
+  test = _best_row(history, result.round_num, _monitor(task), task)
   for name, (evaluator, weights) in server_models.items():
     by_client = _over_clients(evaluator, weights, task, test_split)
     rows.append((
@@ -1224,7 +1240,7 @@ def _report(
             rounds_at_bytes,
         ),
     ):
-      best = _best_row(baseline, rounds, f'validation/student_{metric}')
+      best = _best_row(baseline, rounds, f'validation/student_{metric}', task)
       rows.append((
           label, f"{best['round']:.0f}", *scores(best, 'test/student_'), '', '', '',
       ))
@@ -1254,6 +1270,7 @@ def _report(
               'best_round': result.best_round,
               'best': test,
               'metric': metric,
+              'lower_is_better': task.is_lower_better(),
               'further_scores': further,
               'alone': alone,
               # Of all rounds: which one is best, all of them tell.
@@ -1270,8 +1287,9 @@ def _report(
   if result.budget_spent:
     ending = 'another round would pass the privacy budget'
   print(
-      f'Ended after round {result.round_num} ({ending}); the best round by '
-      f'{_monitor(task)} is kept. On {len(task.test)} test examples.'
+      f'Ended after round {result.round_num} ({ending}); the round with the '
+      f'{_best(task, _monitor(task))} {_monitor(task)} is kept. On {len(task.test)} test '
+      'examples.'
   )
   _print_left_out(history)
   print()
@@ -1287,12 +1305,13 @@ def _report(
   print(f'Seconds per round: {np.median(seconds):.2f} (median).')
   if baseline is not None:
     goal = baseline[min(result.round_num, len(baseline)) - 1][test_column]
-    sign = 1.0 if _mode(metric) == 'max' else -1.0
+    sign = -1.0 if task.is_lower_better() else 1.0
     reached = next(
         (r['round'] for r in history if sign * r[test_column] >= sign * goal), None
     )
     print(
-        f"FedAvg's {metric} after {result.round_num} rounds is {goal:.4f}; the "
+        f"FedAvg's test {_words(metric)} after {result.round_num} rounds is "
+        f'{goal:.4f}; the '
         + (
             f'student reached it in round {reached:.0f}.'
             if reached is not None

@@ -166,6 +166,11 @@ def train_here(*args):
   return _train_here(args, 0)[0]
 
 
+def train_here_with_bar(*args):
+  """As `train_here`; returns what it printed, and what went to stderr."""
+  return _train_here(args, 0)
+
+
 def refused_here(*args):
   """Likewise, of a run that does not begin; returns why."""
   return _train_here(args, 1)[1]

@@ -84,7 +84,7 @@ def test_padding_counts_nowhere(mask):
   expected = (each * weights).sum() / max(weights.sum(), 1.0)
   np.testing.assert_allclose(loss, expected, rtol=1e-5)
   state = spec.metrics.update(
-      spec.metrics.initial_state(), *batch, spec.metric_mask(batch[0], mask)
+      spec.metrics.initial_state(), *batch, spec.metric_mask(*batch, mask)
   )
   right = (logits.argmax(-1) == labels) * weights
   np.testing.assert_allclose(
@@ -256,3 +256,131 @@ def test_masked_regression_labels():
   )
   assert float(loss) == pytest.approx((1 + 4) / 2)
   assert isinstance(spec.weights_type, tff.StructType)
+
+
+@pytest.mark.parametrize('size', [6, 4])  # As many examples as positions, or fewer.
+def test_examples_without_labels_leave_out_all_their_positions(size):
+  spec = models.build_model_spec(
+      _sequence_model, input_spec=_SEQUENCES,
+      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+  )
+  rng = np.random.default_rng(3)
+  logits = rng.normal(size=(size, 6, 5)).astype(np.float32)
+  labels = rng.integers(0, 5, (size, 6)).astype(np.int32)
+  mask = np.arange(size) % 3 > 0
+  loss = spec.supervised_loss(
+      tf.constant(labels), tf.constant(logits), tf.constant(mask, tf.float32)
+  )
+  np.testing.assert_allclose(loss, _cross_entropy(logits, labels)[mask].mean(), rtol=1e-5)
+
+
+def _of_length(length, recurrent=False):
+  def build():
+    keras.utils.set_random_seed(0)
+    layers = keras.layers
+    return keras.Sequential([
+        layers.Input((length,), dtype='int32'), layers.Embedding(5, 3),
+        layers.GRU(4, return_sequences=True)  # In a graph, it forgets the length.
+        if recurrent else layers.Conv1D(4, 2, padding='same', activation='relu'),
+        layers.Dense(5),
+    ])
+
+  return build
+
+
+def _next_tokens(n, length, seed):
+  x = np.random.default_rng(seed).integers(0, 5, (n, length)).astype(np.int32)
+  return x, (x + 1) % 5
+
+
+def _fusion_of_sequences(length):
+  x, y = _next_tokens(12, 6, 9)
+  few = tff_kd.Distillation(num_steps=3, batch_size=6)
+  return tff_kd.algorithms.build_fed_distillation(
+      student_fn=_of_length(length), teacher_fn=_of_length(length), metrics_fn=_accuracy,
+      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+      input_spec=(tf.TensorSpec([None, length], tf.int32),) * 2,
+      transfer_set=tff_kd.TransferSet(x, y, label_mask=np.arange(12) < 8),
+      client_optimizer=helpers.sgd(0.5), distillation=few,
+      back_distillation=tff_kd.Distillation(target='teacher', num_steps=3, batch_size=6),
+  )
+
+
+def test_sequences_of_any_length_are_distilled_as_those_of_a_fixed_one():
+  results = []
+  clients = [helpers.dataset(*_next_tokens(8, 6, seed)) for seed in range(2)]
+  for length in (6, None):
+    process = _fusion_of_sequences(length)
+    output = process.next(process.initialize(), clients)
+    results.append(output)
+  fixed, free = results
+  for name in ('global_model_weights', 'teacher_weights'):
+    helpers.assert_weights_close(
+        getattr(free.state, name), getattr(fixed.state, name), rtol=1e-5, atol=1e-6
+    )
+  helpers.assert_weights_close(
+      free.metrics['client_work'], fixed.metrics['client_work'], rtol=1e-5
+  )
+  # Other lengths than that of the transfer set, one a client.
+  clients = [helpers.dataset(*_next_tokens(8, n, seed)) for seed, n in enumerate([3, 9])]
+  output = process.next(process.initialize(), clients)
+  assert output.metrics['client_work']['participation']['num_included'] == 2
+  spec = process.student_spec
+  x, y = _next_tokens(5, 11, 0)
+  scores = evaluation.CentralEvaluator(spec).evaluate(spec.initial_weights, x, y)
+  logits = spec.to_keras(spec.initial_weights)(x).numpy()
+  np.testing.assert_allclose(scores['accuracy'], np.mean(logits.argmax(-1) == y))
+
+
+def test_models_that_clients_keep_take_sequences_of_any_length():
+  data = tff_kd.FileClientData.from_clients(
+      [_next_tokens(6, 6, seed) for seed in range(2)]
+  )
+  x, _ = _next_tokens(10, 4, 9)
+  process = tff_kd.algorithms.build_fed_md(
+      student_fn=_of_length(None, recurrent=True), client_optimizer=helpers.sgd(0.5),
+      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+      input_spec=(tf.TensorSpec([None, None], tf.int32),) * 2,
+      transfer_set=tff_kd.TransferSet(x),
+      client_data=tff_kd.ClientBatches(data=data, batch_size=3, num_epochs=1),
+  )
+  states = [process.initialize_client()] * 2
+  output = process.next(process.initialize(), [0, 1], states)
+  assert output.metrics['client_work']['participation']['num_included'] == 2
+  shared = output.state.shared
+  assert shared.logits.shape == (10, 4, 5) and np.all(np.isfinite(shared.logits))
+
+
+def test_a_length_that_only_the_model_tells():
+  """As of datasets whose batches are padded to no fixed length."""
+
+  def build():
+    layers = keras.layers
+    inputs = keras.Input((6,), dtype='int32')
+    x = layers.Flatten()(layers.Embedding(5, 3)(inputs))
+    return keras.Model(inputs, layers.Dense(2)(x))
+
+  labels = tf.TensorSpec([None], tf.int32)
+  spec = models.build_model_spec(
+      build, loss_fn=helpers.loss_fn,
+      input_spec=(tf.TensorSpec([None, None], tf.int32), labels),
+  )
+  assert spec.outputs_shape.as_list() == [2]
+  model = spec.to_keras(spec.initial_weights)
+  assert model.input_shape == (None, 6)
+
+  class Flat(keras.Model):
+
+    def __init__(self):
+      super().__init__()
+      self.embed, self.dense = keras.layers.Embedding(5, 3), keras.layers.Dense(2)
+
+    def call(self, x):
+      x = keras.ops.reshape(self.embed(x), (-1, 18))
+      return self.dense(x)
+
+  with pytest.raises(ValueError, match='tried with a length of 16.*keras.Input'):
+    models.build_model_spec(
+        Flat, loss_fn=helpers.loss_fn,
+        input_spec=(tf.TensorSpec([None, None], tf.int32), labels),
+    )

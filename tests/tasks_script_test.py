@@ -63,6 +63,66 @@ def test_an_own_task_learns(own_run):
   assert config['student'] == ['small'] and config['teacher'] == 'large'
 
 
+_METRICS_TASK = '''
+import keras
+import numpy as np
+from tff_kd import data
+
+def build_model(units):
+  layers = keras.layers
+  return keras.Sequential([
+      keras.Input((2,)), layers.Dense(units, activation='relu'),
+      layers.Dense(1, activation='sigmoid'),
+  ])
+
+def examples(n, seed):
+  x = np.random.default_rng(seed).normal(size=(n, 2)).astype('float32')
+  return data.Examples(x, (x[:, 0] > 0).astype('float32'))
+
+def build_metrics():
+  metrics = keras.metrics
+  return [
+      metrics.MeanSquaredError(name='brier'), metrics.AUC(),
+      metrics.F1Score(threshold=0.5),
+  ]
+
+def load(*, data_dir, **kwargs):
+  return data.task_from_clients(
+      'metrics', num_classes=2, clients=[examples(30, k) for k in range(3)],
+      server=examples(60, 9), students={'small': lambda: build_model(4)},
+      teachers={'large': lambda: build_model(16)}, metrics_fn=build_metrics,
+      loss_fn=keras.losses.BinaryCrossentropy, **kwargs,
+  )
+'''
+
+
+def test_a_task_names_its_metrics(tmp_path):
+  (tmp_path / 'own.py').write_text(_METRICS_TASK)
+  run = tmp_path / 'run'
+  printed, bar = helpers.train_here_with_bar(
+      f'--task={tmp_path / "own.py"}', f'--output_dir={run}', '--server_steps=2',
+      '--back_steps=2', '--client_learning_rate=0.5', f'--cache_dir={tmp_path}',
+      '--rounds=3',
+  )
+  results = json.loads((run / 'results.json').read_text())
+  assert results['metric'] == 'brier' and results['lower_is_better']
+  rows = helpers.rows(run / 'metrics.csv')
+  briers = [float(row['validation/student_brier']) for row in rows]
+  assert results['best_round'] == 1 + int(np.argmin(briers))
+  for name in ('student', 'teacher'):
+    assert f'{name}=' in bar
+    for part in ('validation', 'test'):
+      for metric in ('brier', 'auc', 'f1_score_0', 'accuracy'):
+        assert 0.0 <= float(rows[-1][f'{part}/{name}_{metric}']) <= 1.0
+  assert 0.0 < float(rows[-1]['client_work/train/f1_score_0']) <= 1.0
+  assert 'The best round: with the lowest validation/student_brier.' in printed
+  assert 'test brier: student=' in bar and 'test f1 score 0' in printed
+  assert 'clients: mean brier' in printed and "FedAvg's test brier after 3" in printed
+  best = results['best']
+  chart = run / 'tensorboard' / 'teacher'
+  assert best['test/teacher_brier'] > 0.0 and list(chart.glob('events*'))
+
+
 def test_evaluate(own_run):
   done = _run('evaluate', f'--run={own_run}')
   assert done.returncode == 0, done.stderr
@@ -70,7 +130,9 @@ def test_evaluate(own_run):
   best = json.loads((own_run / 'results.json').read_text())['best']
   for name in ('student', 'teacher'):
     its = report['models'][name]
-    assert its['scores']['accuracy'] == pytest.approx(best[f'test/{name}_accuracy'])
+    for metric in ('accuracy', 'top_2', 'calibration_error'):
+      assert its['scores'][metric] == pytest.approx(best[f'test/{name}_{metric}'])
+    assert its['scores']['accuracy'] <= its['scores']['top_2'] <= 1.0
     assert its['clients']['count'] == 5
     assert its['clients']['worst'] <= its['clients']['mean']
     assert f'confusion_{name}.png' in done.stdout

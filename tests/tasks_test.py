@@ -237,3 +237,34 @@ def test_keras_datasets(name, monkeypatch):
   assert len(task.clients) == 35 and len(task.test) == 9
   assert task.clients.inputs.shape[1:] == (*shape, 1)[:3]
   assert task.clients.labels.shape == (35,) and task.clients.inputs.max() <= 1.0
+
+
+def _small_task(labels, num_classes=3, **kwargs):
+  part = data.Examples(np.zeros((len(labels), 2), np.float32), np.asarray(labels))
+  return data.Task(
+      name='small', clients=part, transfer=part, validation=part, test=part,
+      students={}, teachers={}, num_classes=num_classes, **kwargs,
+  )
+
+
+def test_what_a_task_is_measured_by():
+  def distance(y, p):
+    return keras.ops.abs(y - p)
+
+  task = _small_task(
+      [0, 2], lower_is_better=['distance'], metrics_fn=lambda: [
+          keras.metrics.MeanMetricWrapper(distance, name='distance'),
+          keras.metrics.AUC(), keras.metrics.MeanSquaredError(name='brier'),
+      ],
+  )
+  assert task.metric == 'distance' and task.is_lower_better()
+  for name, lower in (
+      ('test/student_auc', False), ('brier', True), ('calibration_error', True),
+      ('validation/teacher_distance', True), ('validation/teacher_accuracy', False),
+  ):
+    assert task.is_lower_better(name) == lower, name
+  assert _small_task([0, 2]).metric == 'accuracy'
+  assert len(_small_task([0, 2]).metrics_fn()) == 1
+  numbers = _small_task([0.5, 2.0], None, loss_fn=keras.losses.MeanSquaredError)
+  assert numbers.metric == 'rmse' and numbers.is_lower_better()
+  assert not numbers.metrics_fn()  # Keras's accuracy would be that of class numbers.

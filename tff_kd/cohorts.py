@@ -52,6 +52,15 @@ class Students:
     return tff.to_type(self.pack([spec.weights_type for spec in self.specs]))
 
   @property
+  def update_type(self) -> tff.Type:
+    """The type of the clients' weight deltas, and of their mean."""
+    return tff.to_type(
+        self.pack([
+            tff.types.tensorflow_to_type(spec.update_spec) for spec in self.specs
+        ])
+    )
+
+  @property
   def initial_weights(self) -> Any:
     return self.pack([spec.initial_weights for spec in self.specs])
 

@@ -5,7 +5,7 @@ import concurrent.futures
 import functools
 import os
 import types
-from typing import Any, NamedTuple, Union
+from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
 from scipy import special
@@ -17,6 +17,8 @@ from tff_kd import graphs
 from tff_kd import models
 
 _BATCH_SIZE = 256
+# Examples that a user's metric sees at once: an AUC holds hundreds of copies.
+_METRIC_BATCH = 1024
 _NOBODY = 'No client has an example to evaluate on.'
 
 
@@ -48,37 +50,88 @@ def expected_calibration_error(
 
 
 def score_names(spec: models.ModelSpec) -> tuple[str, ...]:
-  """The names of what `score` returns; the first one is the most telling."""
+  """The names of what `score` returns: its own, and those of the user's metrics."""
+  return tuple(dict.fromkeys([*_own_names(spec), *spec.metrics.score_names]))
+
+
+def _own_names(spec: models.ModelSpec) -> tuple[str, ...]:
   if spec.is_regression:
     return ('rmse', 'mae')
   return ('accuracy', 'loss', 'calibration_error')
 
 
 def score(
-    outputs: np.ndarray, labels: np.ndarray, *, spec: models.ModelSpec
+    outputs: np.ndarray,
+    labels: np.ndarray,
+    *,
+    spec: models.ModelSpec,
+    names: Optional[Sequence[str]] = None,
 ) -> dict[str, float]:
   """How good a model's outputs are.
 
   Args:
-    outputs: Logits `[n, ..., classes]`, with a last axis of one where labels are binary;
-      or numbers `[n, ...]` of a regression.
-    labels: Class numbers `[n, ...]`, those that the loss ignores not counted; one-hot
-      labels `[n, ..., classes]`; binary labels `[n, ...]`; or numbers.
+    outputs: Float `[n, ...]`, as the model returns them: logits or probabilities, or
+      numbers of a regression.
+    labels: As the model is trained on: class numbers `[n, ...]`, those that the loss
+      ignores not counted; one-hot labels `[n, ..., classes]`; binary labels `[n, ...]`;
+      or numbers.
     spec: The model.
+    names: Which scores; all of `score_names` if `None`.
 
   Returns:
     Accuracy, mean cross-entropy and expected calibration error, over all labels where an
     example has several; of a regression root mean squared error and mean absolute error.
-    Predictions that are not finite are wrong, and what is no accuracy is then not a
-    number.
+    Then the user's metrics, as Keras has them over all examples; one of several numbers
+    as `f1_score_0` and so on. A metric of the user's that is called `accuracy` takes the
+    place of ours. Where predictions are not finite, they are wrong for our accuracy, and
+    all other scores are not a number.
+
+  Raises:
+    ValueError: If the user's metrics do not take such labels.
   """
+  names = score_names(spec) if names is None else names
+  found = {}
+  asks_users = any(its in spec.metrics.score_names for its in names)
+  if asks_users and np.all(np.isfinite(outputs)):
+    found = _user_scores(outputs, labels, spec)
+  if any(its in _own_names(spec) and its not in found for its in names):
+    found = _own_scores(outputs, labels, spec) | found
+  return {its: found.get(its, float('nan')) for its in names}
+
+
+def _user_scores(
+    outputs: np.ndarray, labels: np.ndarray, spec: models.ModelSpec
+) -> dict[str, float]:
+  """The user's metrics over all examples, batch by batch."""
+  _, expected = models.split_batch(spec.input_spec)
+  labels = np.asarray(labels)
+  if not expected.shape[1:].is_compatible_with(labels.shape[1:]):
+    raise ValueError(
+        "The user's metrics take labels like the clients' (`input_spec`): expected "
+        f'{expected}, found an array of shape {labels.shape}.'
+    )
+  update, scores = spec.metric_functions
+  state = spec.metrics.initial_state()
+  for start in range(0, len(labels), _METRIC_BATCH):
+    batch = slice(start, start + _METRIC_BATCH)
+    state = update(
+        state, tf.cast(labels[batch], expected.dtype), outputs[batch]
+    )
+  return {name: float(value) for name, value in scores(state).items()}
+
+
+def _own_scores(
+    outputs: np.ndarray, labels: np.ndarray, spec: models.ModelSpec
+) -> dict[str, float]:
+  """Accuracy, loss and calibration, or the errors of a regression."""
   if spec.is_regression:
     errors = outputs.reshape(len(labels), -1) - labels.reshape(len(labels), -1)
     return {
         'rmse': float(np.sqrt(np.mean(np.square(errors)))),
         'mae': float(np.mean(np.abs(errors))),
     }
-  logits, labels = counted_predictions(outputs, labels, spec)
+  logits = spec.class_logits(tf.constant(outputs)).numpy()
+  logits, labels = counted_predictions(logits, labels, spec)
   is_finite = np.all(np.isfinite(logits), axis=-1)
   log_p = tf.nn.log_softmax(logits).numpy()
   return {
@@ -96,7 +149,7 @@ def counted_predictions(
   A single logit z, the log-odds of a binary label, becomes those of two classes, [0, z].
 
   Args:
-    logits: As of `score`.
+    logits: `[n, ..., classes]`, as of `ModelSpec.class_logits`.
     labels: As of `score`.
     spec: The model.
   """
@@ -132,19 +185,24 @@ class CentralEvaluator:
     self.spec = spec
 
   @functools.cached_property
-  def _logits(self) -> graphs.TracedFunction:
-    inputs, _ = models.split_batch(self.spec.input_spec)
+  def _outputs(self) -> graphs.TracedFunction:
+    spec = self.spec
+    inputs, _ = models.split_batch(spec.input_spec)
     inputs = tf.nest.map_structure(
         lambda s: tf.TensorSpec([None, *s.shape[1:]], s.dtype), inputs
     )
-    return graphs.TracedFunction(self.spec.logits, [self.spec.weights_spec, inputs])
 
-  def logits(self, weights: Any, inputs: Any) -> np.ndarray:
-    """The model's logits `[n, ..., classes]` under `ModelWeights`."""
+    def call(weights, inputs):
+      return tf.cast(spec.call(spec.values(weights), inputs).outputs, tf.float32)
+
+    return graphs.TracedFunction(call, [spec.weights_spec, inputs])
+
+  def outputs(self, weights: Any, inputs: Any) -> np.ndarray:
+    """What the model returns, as float32 `[n, ...]`, under `ModelWeights`."""
     weights = tf.nest.map_structure(tf.constant, _model_weights(weights))
     size = len(tf.nest.flatten(inputs)[0])
     return np.concatenate([
-        self._logits(
+        self._outputs(
             weights,
             tf.nest.map_structure(
                 lambda a: tf.constant(a[start : start + _BATCH_SIZE]), inputs
@@ -152,6 +210,11 @@ class CentralEvaluator:
         ).numpy()
         for start in range(0, size, _BATCH_SIZE)
     ])
+
+  def logits(self, weights: Any, inputs: Any) -> np.ndarray:
+    """The model's logits `[n, ..., classes]` under `ModelWeights`."""
+    outputs = self.outputs(weights, inputs)
+    return self.spec.class_logits(tf.constant(outputs)).numpy()
 
   def evaluate(
       self, weights: Any, inputs: Any, labels: np.ndarray
@@ -163,7 +226,7 @@ class CentralEvaluator:
       inputs: Inputs as the model takes them, n of each.
       labels: `[n, ...]`: class numbers, or numbers of a regression.
     """
-    return score(self.logits(weights, inputs), labels, spec=self.spec)
+    return score(self.outputs(weights, inputs), labels, spec=self.spec)
 
 
 class FederatedEvaluation(NamedTuple):
@@ -220,24 +283,31 @@ class ClientsEvaluator:
   """
 
   def __init__(
-      self, spec: models.ModelSpec, *, metric: str, lower_is_better: bool = False
+      self,
+      spec: models.ModelSpec,
+      *,
+      metric: str,
+      lower_is_better: Optional[bool] = None,
   ):
     """Initializes the evaluator.
 
     Args:
       spec: The model whose weights will be evaluated.
-      metric: The name of a metric of the model.
-      lower_is_better: Whether it is an error: low values are good.
+      metric: The name of a metric of the model, of one number: of a metric of several,
+        `f1_score_0` and so on.
+      lower_is_better: Whether it is an error: low values are good. `None` for what
+        Keras's metric or its name says.
 
     Raises:
       ValueError: If there is no such metric.
     """
-    if metric not in spec.metrics.names:
-      raise ValueError(
-          f'`metric` must be one of {spec.metrics.names}, found {metric!r}.'
-      )
+    known = [*spec.metrics.score_names, *models.TOTALS]
+    if metric not in known:
+      raise ValueError(f'`metric` must be one of {known}, found {metric!r}.')
     self._spec = spec
     self._metric = metric
+    if lower_is_better is None:
+      lower_is_better = spec.metrics.lower_is_better(metric)
     self._lower_is_better = lower_is_better
     self._evaluate = None
 
@@ -256,7 +326,7 @@ class ClientsEvaluator:
       check = tf.debugging.Assert(~bad, ["A client's labels are out of range."])
       with tf.control_dependencies([check]):
         labels = tf.identity(labels)
-      mask = spec.metric_mask(labels, None, weight)
+      mask = spec.metric_mask(labels, outputs, sample_weight=weight)
       size = tf.shape(outputs)[0]
       loss = spec.supervised_loss(labels, outputs, sample_weight=weight)
       loss_sum = tf.cast(loss, tf.float32) * tf.cast(size, tf.float32)
@@ -267,7 +337,8 @@ class ClientsEvaluator:
       )
 
     state = dataset.reduce(metrics.initial_state(), add)
-    return metrics.result(state)[self._metric], metrics.result(state)['num_examples']
+    scores = metrics.result(state) | metrics.scores(state)
+    return scores[self._metric], scores['num_examples']
 
   def evaluate(
       self,

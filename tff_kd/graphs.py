@@ -53,6 +53,11 @@ def user_function(fn: Callable[..., Any]) -> Callable[..., Any]:
   return tf.__internal__.autograph.tf_convert(fn, _AUTOGRAPH_DEFAULT)
 
 
+def wide_dtype(dtype: tf.DType) -> tf.DType:
+  """The dtype in which numbers are summed: float32 for floats of 16 bits."""
+  return tf.float32 if dtype.is_floating and dtype.size < 4 else dtype
+
+
 def all_finite(values: Any) -> tf.Tensor:
   """Whether all numbers, or at least their sums, are finite.
 
@@ -67,8 +72,7 @@ def all_finite(values: Any) -> tf.Tensor:
   for value in tf.nest.flatten(values):
     if value is None or not value.dtype.is_floating:
       continue
-    if value.dtype.size < 4:  # Its sums would overflow soon.
-      value = tf.cast(value, tf.float32)
+    value = tf.cast(value, wide_dtype(value.dtype))
     rank = value.shape.rank
     if rank not in axes:
       axes[rank] = None if rank is None else tf.constant([*range(rank)], tf.int32)

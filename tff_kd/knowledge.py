@@ -66,7 +66,18 @@ def predict_logits(
   Returns:
     float32 `[k, ..., classes]`.
   """
-  return transfer_set.map_inputs(model.logits, ids)
+  logits = transfer_set.map_inputs(model.logits, ids)
+  if isinstance(model, models.BoundModel):
+    # In a graph, a recurrent layer may have lost the length.
+    logits.set_shape([ids.shape[0], *logits_shape(model.spec, transfer_set)])
+  return logits
+
+
+def logits_shape(
+    model: models.ModelSpec, transfer_set: transfer.TransferSet
+) -> tf.TensorShape:
+  """The static shape of a model's logits of one example of the transfer set."""
+  return model.logits_shape_for(transfer_set.inputs_spec)
 
 
 def without_rows(logits: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:

@@ -207,7 +207,12 @@ class ProximalTerm(LocalTerm):
 
   def __call__(self, loss, step):
     squares = [
-        tf.reduce_sum(tf.math.squared_difference(w, tf.stop_gradient(r)))
-        for w, r in zip(step.weights, step.received, strict=True)
+        # In float32, as the loss: a sum in bfloat16 stops growing at 256.
+        tf.reduce_sum(
+            tf.math.squared_difference(*(tf.cast(its, tf.float32) for its in (w, old)))
+        )
+        for w, old in zip(
+            step.weights, map(tf.stop_gradient, step.received), strict=True
+        )
     ]
     return loss + 0.5 * self.weight * tf.add_n(squares)

@@ -273,7 +273,7 @@ class LocalTraining:
     size = tf.shape(outputs)[0]
     observed = progress.observed
     if self._observer is not None:
-      counted = student.metric_mask(labels, None, weight)
+      counted = student.metric_mask(labels, outputs, sample_weight=weight)
       seen = self._observer.observe(step.logits, labels, counted)
       observed = tf.nest.map_structure(tf.add, observed, seen)
     return _Progress(
@@ -284,7 +284,7 @@ class LocalTraining:
             progress.metrics,
             labels,
             outputs,
-            student.metric_mask(labels, labelled, weight),
+            student.metric_mask(labels, outputs, labelled, weight),
             weight,
         ),
         loss_sum=progress.loss_sum + loss * tf.cast(size, tf.float32),
@@ -312,7 +312,7 @@ class LocalTraining:
     }
     for term in start.terms:
       seen = step._replace(target_logits=target_logits.get(term.target))
-      loss = graphs.user_function(term.__call__)(loss, seen)
+      loss = tf.cast(graphs.user_function(term.__call__)(loss, seen), tf.float32)
     if self._attachment.joint_loss is None:
       return loss, progress.companion
     return self._attachment.joint_loss(loss, step, progress.companion)

@@ -18,6 +18,8 @@ import tensorflow as tf
 from tff_kd import temporary
 
 ROWS_PER_CHUNK = 4096
+# NumPy has it from a package of its own, as a dtype of no kind.
+_BFLOAT16 = np.dtype(tf.bfloat16.as_numpy_dtype)
 
 
 class RowSpec(NamedTuple):
@@ -118,7 +120,7 @@ def check_dtypes(example_spec: Sequence[Any], what: str) -> None:
             'Rows of different lengths make such an array: pad them to one length. '
             + hint
         )
-      if leaf.dtype.kind not in 'fiub':
+      if leaf.dtype.kind not in 'fiub' and leaf.dtype != _BFLOAT16:
         raise ValueError(
             f'{what} holds numbers and booleans, found {part} of the dtype '
             f'{leaf.dtype}. {hint}'
@@ -131,6 +133,8 @@ def check_finite(values: np.ndarray, seen: int, what: str) -> None:
   Raises:
     ValueError: If there is one.
   """
+  if values.dtype == _BFLOAT16:
+    values = values.astype(np.float32)
   if values.dtype.kind == 'f' and not np.isfinite(values).all():
     raise ValueError(
         f'{what} must be finite everywhere, found NaN or infinity among its first '
@@ -269,7 +273,7 @@ class RawArrays:
     return {
         'size': self.size,
         'files': [path.name for path in self.files],
-        'rows': [[list(s.shape), s.dtype.str] for s in self._leaves],
+        'rows': [_row_to_json(s) for s in self._leaves],
     }
 
   @classmethod
@@ -277,10 +281,16 @@ class RawArrays:
       cls, saved: dict[str, Any], spec: Any, directory: pathlib.Path
   ) -> Optional['RawArrays']:
     """The arrays that `to_json` told of; `None` if they are not of this spec."""
-    leaves = [[list(s.shape), s.dtype.str] for s in flatten_spec(spec)]
+    leaves = [_row_to_json(s) for s in flatten_spec(spec)]
     if saved['rows'] != leaves:
       return None
     return cls(spec, saved['size'], [directory / name for name in saved['files']])
+
+
+def _row_to_json(spec: RowSpec) -> list[Any]:
+  # NumPy's code for bfloat16 is one of any two bytes.
+  name = 'bfloat16' if spec.dtype == _BFLOAT16 else spec.dtype.str
+  return [list(spec.shape), name]
 
 
 def gather(mapped: Any, ids: tf.Tensor) -> Any:
@@ -317,5 +327,7 @@ def content_digest(arrays: Any) -> str:
   for array in tf.nest.flatten(arrays):
     digest.update(f'{array.dtype.str}{array.shape}'.encode())
     for chunk in chunks_of(array):
-      digest.update(np.ascontiguousarray(chunk).data)
+      chunk = np.ascontiguousarray(chunk)
+      # NumPy gives out no buffer of bfloat16.
+      digest.update((chunk.view(np.uint16) if chunk.dtype == _BFLOAT16 else chunk).data)
   return digest.hexdigest()[:32]

@@ -190,7 +190,8 @@ def build_server_distillation(
   if uses_ensemble:
     knowledge_type = tff.types.tensorflow_to_type(
         consensus_rule.payload_spec(
-            students.first.logits_shape, transfer_set.num_predictions
+            knowledge.logits_shape(students.first, transfer_set),
+            transfer_set.num_predictions,
         )
     )
   lessons = _Lessons(students, teacher, transfer_set, stages, seed)

@@ -171,7 +171,9 @@ class TransferPredictions(Exchange):
     """
     knowledge.check_rule(rule, student)
     self.transfer_set, self.rule = transfer_set, rule
-    self._shape = student.logits_shape, transfer_set.num_predictions
+    self._shape = (
+        knowledge.logits_shape(student, transfer_set), transfer_set.num_predictions
+    )
 
   def payload_spec(self):
     return self.rule.payload_spec(*self._shape)

@@ -394,7 +394,10 @@ class _ClientUpdate:
     )
     change = trained.values.weights
     if plan.receives_student:
-      change = tf.nest.map_structure(tf.subtract, before, change)
+      change = tf.nest.map_structure(
+          lambda old, new, spec: tf.cast(old, spec.dtype) - tf.cast(new, spec.dtype),
+          before, change, self.student.update_spec,
+      )
     companion_state, exchanged = (), ()
     if plan.companion is not None:
       companion_state, exchanged = self.attachment.end(
@@ -522,7 +525,7 @@ class _ClientUpdate:
           lambda: _times(change, model_weight) if plan.applies_weight.model else change,
           lambda: tf.nest.map_structure(tf.zeros_like, change),
       )
-      specs = [spec.weights_spec for spec in plan.students.specs]
+      specs = [spec.update_spec for spec in plan.students.specs]
       update = update._replace(model=self._in_cohort(model, specs))
       scalars = [tf.TensorSpec([])] * len(plan.students.specs)
       weight = weight._replace(model=self._in_cohort(model_weight, scalars))

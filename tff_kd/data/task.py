@@ -2,8 +2,10 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import functools
 import importlib.metadata
 import pathlib
+import re
 from typing import Any, NamedTuple, Optional, Union
 
 import keras
@@ -77,8 +79,12 @@ class Task:
     num_classes: How many classes; `None` of a regression.
     loss_fn: Returns a new loss; decides whether the task is a regression, and which label
       is padding (`ignore_class`).
-    metrics_fn: Returns new metrics, the most telling one first: 'accuracy', or 'rmse' of
-      a regression.
+    metrics_fn: Returns new metrics, the most telling one first: by it scripts choose the
+      best round, and they report it for student and teacher, beside all others. As in
+      Keras, metrics see what the models return (logits or probabilities). Unset,
+      'accuracy', or 'rmse' of a regression.
+    lower_is_better: The names of metrics that are better the lower they are, where
+      neither Keras's own metric nor its name (an error, a loss) tells.
     scores_fn: Further scores of a model on the test part, if there are any.
     class_names: For pictures; the numbers if `None`.
     num_labelled: So many of the first transfer examples have labels; all if `None`.
@@ -99,12 +105,20 @@ class Task:
   client_names: Optional[Sequence[str]] = None
   test_rows: Optional[Sequence[np.ndarray]] = None
   loss_fn: Callable[[], keras.losses.Loss] = _cross_entropy
-  metrics_fn: Callable[[], list[keras.metrics.Metric]] = _accuracy
+  metrics_fn: Optional[models.MetricsFn] = None
+  lower_is_better: Sequence[str] = ()
   scores_fn: Optional[ScoresFn] = None
   class_names: Optional[Sequence[str]] = None
   num_labelled: Optional[int] = None
 
   def __post_init__(self):
+    if self.metrics_fn is None:
+      has_numbers = isinstance(
+          self.loss_fn(), keras.losses.SparseCategoricalCrossentropy
+      )
+      # Of other labels, what evaluation has of its own.
+      metrics_fn = _accuracy if has_numbers else list
+      object.__setattr__(self, 'metrics_fn', metrics_fn)
     count = len(self.client_rows) if self.client_rows is not None else 0
     for name in ('client_names', 'test_rows'):
       its = getattr(self, name)
@@ -162,10 +176,27 @@ class Task:
         lambda a: tf.TensorSpec([None, *a.shape[1:]], a.dtype), tuple(self.clients)
     )
 
+  @functools.cached_property
+  def _metrics(self) -> Mapping[str, keras.metrics.Metric]:
+    return models.new_metrics(self.metrics_fn).by_name
+
   @property
   def metric(self) -> str:
-    """The name of the score that matters most."""
-    return 'rmse' if self.is_regression else 'accuracy'
+    """The name of the score that matters most: of the first metric."""
+    own = 'rmse' if self.is_regression else 'accuracy'
+    return next(iter(self._metrics), own)
+
+  def is_lower_better(self, name: Optional[str] = None) -> bool:
+    """Whether a score, or a column that ends in its name, is better the lower it is.
+
+    Args:
+      name: Of the score; `metric` if `None`.
+    """
+    name = self.metric if name is None else name
+    if any(re.search(rf'(^|[_/]){re.escape(its)}(_\d+)?$', name)
+           for its in self.lower_is_better):
+      return True
+    return models.lower_is_better(name, self._metrics)
 
 
 def image_task(*, num_classes: int, clients: Examples, **kwargs) -> Task:

@@ -1,7 +1,10 @@
 """Keras models as functions of their weights, checked against data and loss."""
 
+from tff_kd.models.metrics import lower_is_better
 from tff_kd.models.metrics import Metrics
 from tff_kd.models.metrics import MetricsFn
+from tff_kd.models.metrics import new_metrics
+from tff_kd.models.metrics import TOTALS
 from tff_kd.models.spec import apply_constraints
 from tff_kd.models.spec import BINARY_LOSSES
 from tff_kd.models.spec import as_batch

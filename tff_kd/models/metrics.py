@@ -1,8 +1,10 @@
 """Keras metrics as sums over clients: their states are values that go in and come out."""
 
 import collections
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+import contextlib
 import functools
+import re
 from typing import Any, NamedTuple, Optional, Union
 
 import keras
@@ -24,7 +26,14 @@ _KINDS = ('metrics', 'weighted_metrics')
 
 # Always reported, unless the user has a metric of that name. As sums they are kept by the
 # training loop itself: in every step they would cost as much as a small layer.
-_TOTALS = ('num_examples', 'num_batches', 'loss')
+TOTALS = ('num_examples', 'num_batches', 'loss')
+# Parts of the names of scores that are better the lower they are.
+_ERRORS = frozenset(['loss', 'rmse', 'mae', 'mse', 'error'])
+# Keras's own that would take class numbers for one-hot labels, and say nothing.
+_OF_ONE_HOT = (
+    keras.metrics.CategoricalAccuracy, keras.metrics.TopKCategoricalAccuracy,
+    keras.metrics.OneHotIoU, keras.metrics.OneHotMeanIoU,
+)
 
 
 def with_axis_of_outputs(labels: Any, outputs: tf.Tensor) -> Any:
@@ -63,7 +72,40 @@ def new_metrics(metrics_fn: Optional[MetricsFn]) -> NewMetrics:
     TypeError: If it returns something else.
     ValueError: If two metrics have one name, or the mapping other keys.
   """
-  made = metrics_fn() if metrics_fn is not None else []
+  if metrics_fn is None:
+    return NewMetrics(collections.OrderedDict(), frozenset())
+  found = _by_kind(metrics_fn())
+  # Keras numbers the metrics that are given no name (`auc_3`), counting all that there
+  # ever were: their names are those that differ from call to call.
+  again = _by_kind(metrics_fn())
+  metrics, weighted = collections.OrderedDict(), set()
+  for kind, listed in found.items():
+    for metric, other in zip(listed, again[kind]):
+      name = metric.name
+      if name != other.name:
+        name = _counted_name(re.sub(r'_\d+$', '', other.name), metrics)
+      if name in metrics or name == 'loss':
+        raise ValueError(
+            f'`metrics_fn` returns a metric named {name!r}, which is taken. Give each '
+            'metric its own `name`; "loss" is always reported.'
+        )
+      metrics[name] = metric
+      if kind == 'weighted_metrics':
+        weighted.add(name)
+  return NewMetrics(metrics, frozenset(weighted))
+
+
+def _counted_name(base: str, taken: Mapping[str, Any]) -> str:
+  """`auc`, or `auc_1` and so on where that is taken."""
+  name, number = base, 0
+  while name in taken:
+    number += 1
+    name = f'{base}_{number}'
+  return name
+
+
+def _by_kind(made: Any) -> Mapping[str, Sequence[keras.metrics.Metric]]:
+  """What a `metrics_fn` has returned, as a mapping; refuses what it must not."""
   found = made if isinstance(made, Mapping) else {'metrics': made}
   if not set(found) <= set(_KINDS):
     raise ValueError(
@@ -78,25 +120,62 @@ def new_metrics(metrics_fn: Optional[MetricsFn]) -> NewMetrics:
         '`metrics_fn` must return a list of `keras.metrics.Metric`s, found '
         f'{made!r}. Pass, for example, `metrics_fn=lambda: [keras.metrics.AUC()]`.'
     )
-  metrics = collections.OrderedDict()
-  for metric in [metric for each in found.values() for metric in each]:
-    if metric.name in metrics or metric.name == 'loss':
-      raise ValueError(
-          f'`metrics_fn` returns a metric named {metric.name!r}, which is taken. '
-          'Give each metric its own `name`; "loss" is always reported.'
-      )
-    metrics[metric.name] = metric
-  weighted = frozenset(m.name for m in found.get('weighted_metrics', ()))
-  return NewMetrics(metrics, weighted)
+  return found
+
+
+def lower_is_better(
+    name: str, metrics: Mapping[str, keras.metrics.Metric]
+) -> bool:
+  """Whether a score is better the lower it is.
+
+  Args:
+    name: The name of the score, or of a column that ends in it.
+    metrics: The user's, of which Keras's own tell.
+
+  Returns:
+    What the metric tells; of others, whether the name is that of an error or a loss.
+  """
+  for known in sorted(metrics, key=len, reverse=True):
+    if re.search(rf'(^|[_/]){re.escape(known)}(_|$)', name):
+      # There is no public way. Keras's own callbacks, which choose 'auto' by it, read it.
+      direction = getattr(metrics[known], '_direction', None)
+      if direction is not None:
+        return direction == 'down'
+  return not _ERRORS.isdisjoint(name.rpartition('/')[2].split('_'))
+
+
+def flat_scores(name: str, value: Any) -> dict[str, Any]:
+  """The result of a metric as numbers by name.
+
+  Args:
+    name: The metric's.
+    value: A scalar, an array (then `f1_score_0` and so on), or a dict of such.
+  """
+  if isinstance(value, Mapping):
+    parts = value.items()
+  elif isinstance(value, (list, tuple)):
+    parts = enumerate(value)
+  elif len(value.shape):
+    parts = ((i, value[i]) for i in range(value.shape[0]))
+  else:
+    return {name: value}
+  return {
+      key: number
+      for part, of_part in parts
+      for key, number in flat_scores(f'{name}_{part}', of_part).items()
+  }
 
 
 class Metrics:
   """The user's metrics and the totals, by name, as functions of their states.
 
-  A state is an ordered dict of tuples of arrays; the states of clients are summed.
+  A state is an ordered dict of tuples of arrays, which are zeros before any example; the
+  states of clients are summed. Of a metric that begins with other numbers, it is the
+  difference to these.
 
   Attributes:
     names: The names of all metrics.
+    score_names: Of the user's metrics, the names of what `scores` returns.
   """
 
   def __init__(
@@ -104,6 +183,8 @@ class Metrics:
       metrics: NewMetrics,
       labels: Any,
       outputs: tf.Tensor,
+      *,
+      from_logits: bool = False,
   ):
     """Builds the metrics once, eagerly.
 
@@ -111,23 +192,35 @@ class Metrics:
       metrics: `new_metrics`.
       labels: A batch of labels, which metrics that build on their first update need.
       outputs: The model's outputs for it.
+      from_logits: Whether the outputs are logits.
 
     Raises:
-      ValueError: If a metric does not take such labels.
+      ValueError: If a metric does not take such labels, takes logits for probabilities,
+        or has states that cannot be summed.
     """
     self._metrics, self._weighted = metrics
-    for metric in self._metrics.values():
-      _build(metric, labels, outputs)
-    self._initial = collections.OrderedDict(
-        (name, tuple(v.numpy() for v in metric.variables))
-        for name, metric in self._metrics.items()
-    )
-    for name in _TOTALS:
+    self._initial, self._offsets = collections.OrderedDict(), {}
+    self.score_names = []
+    for name, metric in self._metrics.items():
+      if from_logits:
+        _check_takes_logits(name, metric)
+      result = _build(name, metric, labels, outputs)
+      self.score_names += flat_scores(name, result)
+      offsets = [v.numpy() for v in metric.variables]
+      _check_sums(name, metric, offsets, labels, outputs)
+      self._initial[name] = tuple(np.zeros_like(value) for value in offsets)
+      if any(np.any(value) for value in offsets):
+        self._offsets[name] = offsets
+    for name in TOTALS:
       self._initial.setdefault(name, _initial_total(name))
 
   @property
   def names(self) -> list[str]:
     return list(self._initial)
+
+  def lower_is_better(self, name: str) -> bool:
+    """Whether a score is better the lower it is; see `lower_is_better`."""
+    return lower_is_better(name, self._metrics)
 
   def initial_state(self) -> Any:
     """The state before any example, as tensors."""
@@ -147,9 +240,13 @@ class Metrics:
       state: The state before.
       labels: The labels of the batch.
       outputs: The model's outputs for it.
-      mask: Optional 0/1 float32 like the labels or `[batch]`: which ones count.
+      mask: Optional 0/1 float32 like the outputs without the last axis, or `[batch]`:
+        which ones count.
       sample_weight: Optional float32 of the same leading axes: how much each counts in
         weighted metrics.
+
+    Raises:
+      ValueError: If a metric cannot be updated so.
     """
     weights = mask
     if sample_weight is not None:
@@ -161,12 +258,24 @@ class Metrics:
     updated = collections.OrderedDict(state)
     for name, metric in self._metrics.items():
       given = weights if name in self._weighted else mask
-      values = metric.stateless_update_state(
-          list(state[name]), labels, outputs,
-          **({} if given is None else {'sample_weight': given}),
-      )
-      updated[name] = tuple(tf.convert_to_tensor(value) for value in values)
+      if given is not None and tf.as_dtype(metric.dtype).is_integer:
+        given = tf.cast(given, metric.dtype)  # Such as a matrix of counts.
+      with _errors_of(name, metric, 'cannot be updated in a graph, as in Keras\'s `fit`'):
+        values = metric.stateless_update_state(
+            self._variables(name, state[name]), labels, outputs,
+            **({} if given is None else {'sample_weight': given}),
+        )
+        values = [tf.convert_to_tensor(value) for value in values]
+      for i, offset in enumerate(self._offsets.get(name, ())):
+        values[i] -= tf.constant(offset)
+      updated[name] = tuple(values)
     return updated
+
+  def _variables(self, name: str, state: Sequence[tf.Tensor]) -> list[tf.Tensor]:
+    """The values of a metric's variables in a state."""
+    if name not in self._offsets:
+      return list(state)
+    return [value + tf.constant(its) for value, its in zip(state, self._offsets[name])]
 
   def add_totals(
       self,
@@ -199,36 +308,148 @@ class Metrics:
   def finalizers(self) -> collections.OrderedDict[str, Callable[[Any], Any]]:
     """By name, what makes a state that is summed over clients into the metric."""
     finalizers = collections.OrderedDict(
-        (name, graphs.placed(functools.partial(_result, metric)))
-        for name, metric in self._metrics.items()
+        (name, graphs.placed(functools.partial(self._result, name)))
+        for name in self._metrics
     )
-    for name in _TOTALS:
+    for name in TOTALS:
       finalizers.setdefault(name, _mean_loss if name == 'loss' else _only_value)
     return finalizers
+
+  def _result(self, name: str, state: Sequence[tf.Tensor]) -> Any:
+    metric = self._metrics[name]
+    values = self._variables(name, state)
+    # Not `stateless_result`: a metric may return a variable, to be read within the scope.
+    with keras.StatelessScope(list(zip(metric.variables, values))):
+      with _errors_of(name, metric, 'cannot be computed of its state in a graph'):
+        return tf.nest.map_structure(tf.convert_to_tensor, metric.result())
 
   def result(self, state: Any) -> dict[str, Any]:
     """The values of all metrics of a state."""
     return {name: finalize(state[name]) for name, finalize in self.finalizers().items()}
 
+  def scores(self, state: Any) -> dict[str, tf.Tensor]:
+    """The values of the user's metrics of a state, each one number; see `flat_scores`."""
+    scores = {}
+    for name in self._metrics:
+      scores |= flat_scores(name, self._result(name, state[name]))
+    return scores
 
-def _build(metric: keras.metrics.Metric, labels: Any, outputs: tf.Tensor) -> None:
-  """Creates the metric's variables, with their values before any example."""
+
+@contextlib.contextmanager
+def _errors_of(name: str, metric: keras.metrics.Metric, what: str) -> Iterator[None]:
+  """Errors of a metric's own code name it."""
   try:
-    metric.update_state(with_axis_of_outputs(labels, outputs), outputs)
-    metric.result()
+    yield
   except Exception as error:
     raise ValueError(
-        f'The metric {metric.name!r} ({type(metric).__name__}) does not take labels of '
+        f'The metric {name!r} ({type(metric).__name__}) {what}: compute with '
+        '`keras.ops`, and take `sample_weight`. Keras or the metric says: '
+        f'{str(error).strip() or type(error).__name__}'
+    ) from error
+
+
+def _check_takes_logits(name: str, metric: keras.metrics.Metric) -> None:
+  """Refuses a metric that would take logits for probabilities."""
+  config = {}
+  with contextlib.suppress(Exception):  # A user's metric may have no config.
+    config = metric.get_config()
+  if config.get('from_logits', None) is False:
+    raise ValueError(
+        f'The metric {name!r} ({type(metric).__name__}) has from_logits=False and '
+        'expects probabilities, but the outputs of the model are logits (by its loss). '
+        'Build the metric with from_logits=True.'
+    )
+
+
+def _build(
+    name: str, metric: keras.metrics.Metric, labels: Any, outputs: tf.Tensor
+) -> Any:
+  """Creates the metric's variables, with their values before any example.
+
+  Returns:
+    The metric's result, which tells its shape.
+  """
+  if isinstance(metric, _OF_ONE_HOT) and labels.shape != outputs.shape:
+    raise ValueError(
+        f'The metric {name!r} ({type(metric).__name__}) compares one-hot labels, found '
+        f'labels of shape {labels.shape} and outputs of shape {outputs.shape}. For class '
+        'numbers there are SparseCategoricalAccuracy, SparseTopKCategoricalAccuracy and '
+        'MeanIoU(sparse_y_pred=False).'
+    )
+  try:
+    metric.update_state(with_axis_of_outputs(labels, outputs), outputs)
+    result = tf.nest.map_structure(tf.convert_to_tensor, metric.result())
+  except Exception as error:
+    hint = ''
+    if labels.shape.rank < outputs.shape.rank and outputs.shape[-1] != 1:
+      hint = (
+          ' It may want one-hot labels, as F1Score does: encode the labels '
+          '(`keras.ops.one_hot`), and train with CategoricalCrossentropy.'
+      )
+    raise ValueError(
+        f'The metric {name!r} ({type(metric).__name__}) does not take labels of '
         f'shape {tf.nest.map_structure(lambda t: t.shape, labels)} with outputs of shape '
-        f'{outputs.shape}. Keras says: {error}'
+        f'{outputs.shape}.{hint} Keras says: {error}'
     ) from error
   metric.reset_state()
+  return result
 
 
-def _result(metric: keras.metrics.Metric, state: Sequence[tf.Tensor]) -> Any:
-  # Not `stateless_result`: a metric may return a variable, to be read within the scope.
-  with keras.StatelessScope(list(zip(metric.variables, state))):
-    return tf.nest.map_structure(tf.convert_to_tensor, metric.result())
+def _check_sums(
+    name: str,
+    metric: keras.metrics.Metric,
+    initial: Sequence[np.ndarray],
+    labels: Any,
+    outputs: tf.Tensor,
+) -> None:
+  """Refuses a metric whose state after two batches is not what each of them adds.
+
+  Args:
+    name: What the metric is called.
+    metric: A metric that has been built.
+    initial: The values of its variables before any example.
+    labels: A batch of labels; others of the same kind are drawn.
+    outputs: The model's outputs for it.
+  """
+  if not initial:
+    raise _not_sums(name, metric, 'keeps its state in no Keras variable')
+
+  def added(*batches: tuple[Any, tf.Tensor]) -> list[np.ndarray]:
+    values = [tf.constant(value) for value in initial]
+    for labels, outputs in batches:
+      values = metric.stateless_update_state(
+          values, with_axis_of_outputs(labels, outputs), outputs
+      )
+    return [
+        np.asarray(tf.convert_to_tensor(value), np.float64) - its
+        for value, its in zip(values, initial)
+    ]
+
+  reversed_outputs = tf.reverse(outputs, [0])
+  drawn = np.random.default_rng(0).integers(0, 2, labels.shape)
+  try:
+    first = tf.cast(drawn, labels.dtype), outputs
+    second = tf.cast(1 - drawn, labels.dtype), reversed_outputs
+    alone = added(first), added(second)
+  except Exception:  # Not every metric takes such labels.
+    first, second = (labels, outputs), (labels, reversed_outputs)
+    alone = added(first), added(second)
+  for variable, one, two, both in zip(metric.variables, *alone, added(first, second)):
+    size = np.nan_to_num(np.abs([one, two])).max()
+    if not np.allclose(both, one + two, rtol=1e-2, atol=1e-3 * size, equal_nan=True):
+      raise _not_sums(
+          name, metric, f'keeps no sum in its variable {variable.name!r}: two batches do '
+          'not add to it what each of them adds'
+      )
+
+
+def _not_sums(name: str, metric: keras.metrics.Metric, what: str) -> ValueError:
+  return ValueError(
+      f'The metric {name!r} ({type(metric).__name__}) {what}. Metrics are summed over '
+      'clients: keep sums and counts, in variables that `self.add_weight` makes, and '
+      'compute the value from them in `result`. What must see all predictions at once '
+      'belongs into the `scores_fn` of a task.'
+  )
 
 
 def _initial_total(name: str) -> tuple[np.ndarray, ...]:

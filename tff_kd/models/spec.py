@@ -181,6 +181,7 @@ class ModelSpec:
   has_ids: bool
   _model: keras.Model
   _layout: _Layout
+  _loss_rank: int
 
   @property
   def loss_description(self) -> str:
@@ -198,6 +199,16 @@ class ModelSpec:
     """The `ModelWeights` of `tf.TensorSpec`s."""
     return tf.nest.map_structure(
         lambda w: tf.TensorSpec(w.shape, w.dtype), self.initial_weights
+    )
+
+  @functools.cached_property
+  def update_spec(self) -> tff.learning.models.ModelWeights:
+    """As `weights_spec`, of what clients add up: numbers of 16 bits are so in 32.
+
+    In bfloat16 a sum of ones ends at 256, and in float16 it is infinite from 65,520 on.
+    """
+    return tf.nest.map_structure(
+        lambda s: tf.TensorSpec(s.shape, graphs.wide_dtype(s.dtype)), self.weights_spec
     )
 
   @functools.cached_property
@@ -320,7 +331,7 @@ class ModelSpec:
       called = self.call(values, batch)
       return called.outputs, called.bad_inputs if self.has_ids else False
 
-    outputs, bad_inputs = tf.map_fn(
+    batches, bad_inputs = tf.map_fn(
         call,
         tf.nest.map_structure(batched, inputs),
         fn_output_signature=(
@@ -328,7 +339,8 @@ class ModelSpec:
             tf.TensorSpec([], tf.bool),
         ),
     )
-    outputs = tf.reshape(outputs, [-1, *self.outputs_shape])[:size]
+    outputs = tf.reshape(batches, tf.concat([[-1], tf.shape(batches)[2:]], axis=0))
+    outputs = tf.ensure_shape(outputs, [None, *self.outputs_shape])[:size]
     return Outputs(
         outputs, values, tf.zeros([]), tf.reduce_any(bad_inputs) if self.has_ids else None
     )
@@ -340,6 +352,29 @@ class ModelSpec:
   def logits(self, weights: Any, inputs: Any) -> tf.Tensor:
     """Predictions in inference mode, as float32 logits `[batch, ..., classes]`."""
     return BoundModel(self, self.values(weights)).logits(inputs)
+
+  def logits_shape_for(self, inputs_spec: Any) -> tf.TensorShape:
+    """`logits_shape` of inputs whose length is known where the model takes any.
+
+    Args:
+      inputs_spec: The structure of `tf.TensorSpec`s of a batch of inputs.
+
+    Returns:
+      The static shape of one example's logits, without unknown dimensions.
+    """
+    if self.logits_shape.is_fully_defined():
+      return self.logits_shape
+    key = tuple(tuple(leaf.shape[1:]) for leaf in tf.nest.flatten(inputs_spec))
+    if key not in self._logits_shapes:
+      with tf.__internal__.eager_context.eager_mode():  # Also where something is traced.
+        example = _example(inputs_spec, self.batch_size or 1)
+        self._logits_shapes[key] = self.logits(self.initial_weights, example).shape[1:]
+    return self._logits_shapes[key]
+
+  @functools.cached_property
+  def _logits_shapes(self) -> dict[Any, tf.TensorShape]:
+    """What `logits_shape_for` has found."""
+    return {}
 
   def class_logits(self, outputs: tf.Tensor) -> tf.Tensor:
     """The outputs as float32 logits; a softmax model's as log-probabilities."""
@@ -394,13 +429,14 @@ class ModelSpec:
       # Keras's own mean over what is not ignored is 0 / 0 where all of it is.
       each = keras.losses.sparse_categorical_crossentropy(
           tf.where(counted > 0.0, labels, tf.zeros_like(labels)),
-          outputs, from_logits=self.from_logits,
+          tf.cast(outputs, self.loss.dtype), from_logits=self.from_logits,
       )
       counted = losses.with_rank(counted, each.shape.rank)
       if mask is not None:
         counted *= losses.with_rank(mask, each.shape.rank)
       return losses.weighted_mean(each, counted, sample_weight)
-    weights = mask
+    # Of sequences Keras would take weights `[batch]` for those of positions.
+    weights = losses.with_rank(mask, self._loss_rank)
     if sample_weight is not None:
       weights = losses.with_rank(mask, sample_weight.shape.rank) * sample_weight
     loss = self.loss(labels, outputs, sample_weight=weights)
@@ -458,24 +494,56 @@ class ModelSpec:
   def metric_mask(
       self,
       labels: Any,
-      mask: Optional[tf.Tensor],
+      outputs: tf.Tensor,
+      mask: Optional[tf.Tensor] = None,
       sample_weight: Optional[tf.Tensor] = None,
   ) -> Optional[tf.Tensor]:
-    """Which labels count in metrics: 0/1 float32, or `None` if all of them do.
+    """Which predictions count in metrics.
 
     Args:
       labels: The labels of a batch.
+      outputs: The model's outputs for it, `[batch, ..., classes]`.
       mask: Optional 0/1 float32 `[batch]`: which examples count.
       sample_weight: What `sample_weight` returns for it; those of weight 0 do not count.
+
+    Returns:
+      0/1 float32 `[batch, ...]`, one for each position; `None` if all of them count.
     """
     masks = [self.counted_labels(labels), mask]
     if sample_weight is not None:
       masks.append(tf.cast(sample_weight > 0.0, tf.float32))
-    masks = [its for its in masks if its is not None]
-    rank = max((its.shape.rank for its in masks), default=0)
-    return functools.reduce(
-        tf.multiply, [losses.with_rank(its, rank) for its in masks]
-    ) if masks else None
+    if all(its is None for its in masks):
+      return None
+    positions = outputs.shape[:-1]
+    counted = tf.ones(tf.shape(outputs)[:-1])
+    for its in masks:
+      if its is not None:
+        counted *= losses.with_rank(its, positions.rank)
+    return tf.ensure_shape(counted, positions)
+
+  @functools.cached_property
+  def metric_functions(
+      self,
+  ) -> tuple[graphs.TracedFunction, graphs.TracedFunction]:
+    """The user's metrics for evaluation: two functions, traced once.
+
+    The first one maps (state, labels, float32 outputs) of a batch to the next state; the
+    second, a state to `Metrics.scores`.
+    """
+    metrics = self.metrics
+    _, labels = split_batch(self.input_spec)
+    labels = tf.TensorSpec([None, *labels.shape[1:]], labels.dtype)
+    outputs = tf.TensorSpec([None, *self.outputs_shape], tf.float32)
+    state = tf.nest.map_structure(tf.TensorSpec.from_tensor, metrics.initial_state())
+
+    def update(state, labels, outputs):
+      mask = self.metric_mask(labels, outputs)
+      return metrics.update(state, labels, outputs, mask)
+
+    return (
+        graphs.TracedFunction(update, [state, labels, outputs]),
+        graphs.TracedFunction(metrics.scores, [state]),
+    )
 
   def to_keras(self, weights: Any) -> keras.Model:
     """A Keras model of the builder with these weights.
@@ -500,8 +568,8 @@ class ModelSpec:
       ValueError: If the weights, or the model, are not of this builder.
     """
     # Subclassed models have no variables before their first call.
-    inputs = _example(split_batch(self.input_spec)[0], self.batch_size or 1)
-    model(inputs, training=False)
+    inputs_spec = _with_lengths_of(model, split_batch(self.input_spec)[0])
+    model(_example(inputs_spec, self.batch_size or 1), training=False)
     expected = [tuple(w.shape) for w in tf.nest.flatten(self.initial_weights)]
     for what, values in (('weights', weights), ('model', self.weights_of(model))):
       found = [np.shape(w) for w in [*values.trainable, *values.non_trainable]]
@@ -631,13 +699,16 @@ def build_model_spec(
   metrics = metrics_lib.new_metrics(metrics_fn)
   model = _build_keras_model(keras_model_fn, name)
   batch_size = _fixed_batch(model, inputs_spec)
+  inputs_spec = _with_lengths_of(model, inputs_spec)
   outputs = _probe(model, inputs_spec, batch_size or _PROBE_BATCH, name)
+  labels_spec = _with_lengths(labels_spec, outputs.shape)
   labels = _example(labels_spec, batch_size or _PROBE_BATCH)
   weight_spec = sample_weight_of(input_spec)
-  _check_loss(loss, labels, outputs, name)
+  loss_rank = _check_loss(loss, labels, outputs, name)
   if weight_spec is not None:
     _check_sample_weight(
-        loss, labels, outputs, _example(weight_spec, batch_size or _PROBE_BATCH)
+        loss, labels, outputs,
+        _example(_with_lengths(weight_spec, outputs.shape), batch_size or _PROBE_BATCH),
     )
   traced = _trace(model, inputs_spec, batch_size, name)
   if not model.trainable_variables:
@@ -664,13 +735,16 @@ def build_model_spec(
       logits_shape=logits_shape,
       from_logits=from_logits,
       loss=loss,
-      metrics=metrics_lib.Metrics(metrics, labels, outputs),
+      metrics=metrics_lib.Metrics(
+          metrics, labels, outputs, from_logits=from_logits and not is_regression
+      ),
       is_regression=is_regression,
       ignored_label=_config_of(loss, 'ignore_class'),
       batch_size=batch_size,
       has_ids=traced.has_ids,
       _model=model,
       _layout=traced.layout,
+      _loss_rank=loss_rank,
   )
 
 
@@ -981,6 +1055,33 @@ def _example(spec: Any, batch_size: int, rng=None) -> Any:
   return tf.nest.map_structure(make, spec)
 
 
+def _with_lengths(spec: tf.TensorSpec, shape: Sequence[Optional[int]]) -> tf.TensorSpec:
+  """A batched spec whose unknown dimensions are those of a shape that it fits."""
+  known = [*shape, *[None] * spec.shape.rank][: spec.shape.rank]
+  dims = [d if d is not None else k for d, k in zip(spec.shape.as_list(), known)]
+  return tf.TensorSpec([spec.shape[0], *dims[1:]], spec.dtype)
+
+
+def _with_lengths_of(model: keras.Model, inputs_spec: Any) -> Any:
+  """A spec of inputs whose unknown dimensions are those that the model declares."""
+  declared = getattr(model, 'inputs', None) or ()
+  specs = tf.nest.flatten(inputs_spec)
+  if len(declared) != len(specs):
+    return inputs_spec
+  if isinstance(inputs_spec, Mapping):
+    named = {its.name: its.shape for its in declared}
+    shapes = [named.get(name, ()) for name in sorted(inputs_spec)]
+  else:
+    shapes = [its.shape for its in declared]
+  return tf.nest.pack_sequence_as(
+      inputs_spec,
+      [
+          _with_lengths(leaf, shape) if len(shape) == leaf.shape.rank else leaf
+          for leaf, shape in zip(specs, shapes)
+      ],
+  )
+
+
 def _fixed_batch(model: keras.Model, inputs_spec: Any) -> Optional[int]:
   """The only size of a batch that a model takes, or `None` if it takes any."""
   declared = [t.shape[0] for t in getattr(model, 'inputs', None) or ()]
@@ -1001,9 +1102,15 @@ def _probe(
         _example(inputs_spec, batch_size, rng), training=False
     )
   except Exception as error:
+    tried = ''
+    if any(not s.shape[1:].is_fully_defined() for s in tf.nest.flatten(inputs_spec)):
+      tried = (
+          f' It was tried with a length of {_UNKNOWN_DIMENSION}, as the spec has none: '
+          'if the model takes one length only, give it in `keras.Input` or in the spec.'
+      )
     raise ValueError(
         f'The {name} does not take inputs of the spec {inputs_spec}. Make the '
-        "model's inputs and the datasets' `element_spec` agree. Keras says: "
+        f"model's inputs and the datasets' `element_spec` agree.{tried} Keras says: "
         f'{error}'
     ) from error
   if not tf.is_tensor(outputs):
@@ -1173,7 +1280,8 @@ def _last_activation(output: tf.Tensor) -> Optional[str]:
   return {'Softmax': 'softmax', 'Sigmoid': 'sigmoid'}.get(op.type)
 
 
-def _check_loss(loss, labels, outputs, name) -> None:
+def _check_loss(loss, labels, outputs, name) -> int:
+  """Refuses a loss that does not fit; returns the rank of what it averages."""
   try:
     value = loss(labels, outputs)
   except Exception as error:
@@ -1188,6 +1296,11 @@ def _check_loss(loss, labels, outputs, name) -> None:
         f'The loss {type(loss).__name__} must return a scalar, found the shape '
         f'{value.shape}. Leave its `reduction` at the default.'
     )
+  try:
+    labels = metrics_lib.with_axis_of_outputs(labels, outputs)
+    return max(tf.convert_to_tensor(loss.call(labels, outputs)).shape.rank, 1)
+  except NotImplementedError:  # It has a `__call__` of its own.
+    return 1
 
 
 def _check_sample_weight(loss, labels, outputs, weight) -> None:
@@ -1250,7 +1363,7 @@ def _functional_model(spec: ModelSpec) -> tff.learning.models.FunctionalModel:
     del sample_weight
 
     def fn(state, labels, predictions, num_examples, loss):
-      mask = spec.metric_mask(labels, None)
+      mask = spec.metric_mask(labels, predictions)
       state = spec.metrics.update(state, labels, predictions, mask)
       loss_sum = loss * tf.cast(num_examples, loss.dtype)
       return spec.metrics.add_totals(state, loss_sum, num_examples, tf.constant(1))

@@ -42,7 +42,7 @@ def build_student_finalizer(
   state_type = init_tf.type_signature.result
 
   # A mean over clients has the type of what is averaged.
-  @graphs.computation(state_type, weights_type, weights_type)
+  @graphs.computation(state_type, weights_type, students.update_type)
   def next_tf(state, weights, update):
     results = [
         _finalize(*arguments)
@@ -59,7 +59,7 @@ def build_student_finalizer(
   @tff.federated_computation(
       init_fn.type_signature.result,
       tff.FederatedType(weights_type, tff.SERVER),
-      tff.FederatedType(weights_type, tff.SERVER),
+      tff.FederatedType(students.update_type, tff.SERVER),
   )
   def next_fn(state, weights, update):
     return tff.templates.MeasuredProcessOutput(
@@ -79,10 +79,9 @@ def _finalize(
   finite = graphs.all_finite(update)
 
   def apply():
-    new_state, trainable = stepper.apply(
-        state, weights.trainable, list(update.trainable)
-    )
-    statistics = [w - u for w, u in zip(weights.non_trainable, update.non_trainable)]
+    delta = tf.nest.map_structure(lambda u, w: tf.cast(u, w.dtype), update, weights)
+    new_state, trainable = stepper.apply(state, weights.trainable, list(delta.trainable))
+    statistics = [w - u for w, u in zip(weights.non_trainable, delta.non_trainable)]
     return new_state, tff.learning.models.ModelWeights(list(trainable), statistics)
 
   new_state, new_weights = tf.cond(finite, apply, lambda: (state, weights))

@@ -70,7 +70,10 @@ class _Progress(NamedTuple):
 
 
 def flatten_metrics(metrics: Any, prefix: str = '') -> dict[str, Any]:
-  """Flattens nested metrics to one level: 'client_work/train/loss'."""
+  """Flattens nested metrics to one level: 'client_work/train/loss'.
+
+  Of one with several numbers each has a name: 'client_work/train/f1_score_0'.
+  """
   if isinstance(metrics, Mapping):
     flat = {}
     for key, value in metrics.items():
@@ -78,7 +81,13 @@ def flatten_metrics(metrics: Any, prefix: str = '') -> dict[str, Any]:
     return flat
   if isinstance(metrics, tuple) and not metrics:
     return {}
-  return {prefix.rstrip('/'): metrics}
+  name = prefix.rstrip('/')
+  if isinstance(metrics, np.ndarray) and metrics.ndim:
+    return {
+        '_'.join([name, *map(str, place)]): metrics[place]
+        for place in np.ndindex(metrics.shape)
+    }
+  return {name: metrics}
 
 
 def train(
@@ -439,7 +448,9 @@ def check_monitor(monitor: str, names: Iterable[str]) -> None:
 def _leaf_names(type_spec: tff.Type, prefix: str = '') -> list[str]:
   """The names that `flatten_metrics` will give to a value of a type."""
   if not isinstance(type_spec, tff.StructType):
-    return [prefix.rstrip('/')]
+    name = prefix.rstrip('/')
+    places = np.ndindex(*getattr(type_spec, 'shape', ()))
+    return ['_'.join([name, *map(str, place)]) for place in places]
   return [
       name
       for key, element in tff.structure.iter_elements(type_spec)
