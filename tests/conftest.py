@@ -1,7 +1,11 @@
 """Nothing that a test starts outlives it."""
 
+import atexit
 import gc
 import os
+import pathlib
+import shutil
+import tempfile
 
 # What this process starts, and what that starts, has it in its environment.
 _MARK, _MARKED = 'TFF_KD_TESTS', str(os.getpid())
@@ -11,16 +15,25 @@ os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
 
 import psutil
 import pytest
-import tensorflow as tf
 
-# As `pipelines.run`; and what is there by now stays, and need not be looked at.
-gc.set_threshold(100_000, 20, 20)
-gc.freeze()
+from tests import warm_python
+
+# For all processes of this test run; the server starts when a script does.
+if warm_python.FOLDER not in os.environ:
+  _folder = os.environ[warm_python.FOLDER] = tempfile.mkdtemp(prefix='warm_python_')
+  pathlib.Path(_folder, 'pid').write_text(str(os.getpid()))
+  atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 
 
 @pytest.fixture(scope='session', autouse=True)
 def quiet():
+  # Here and not above: the process that only hands the tests out needs no TensorFlow.
+  import tensorflow as tf
+
   tf.get_logger().setLevel('ERROR')
+  # As `pipelines.run`; and what is there by now stays, and need not be looked at.
+  gc.set_threshold(100_000, 20, 20)
+  gc.freeze()
 
 
 @pytest.fixture(scope='module', autouse=True)

@@ -1,8 +1,6 @@
 """A task of one's own, evaluate and export, as a user runs them."""
 
 import json
-import subprocess
-import sys
 import types
 
 import keras
@@ -17,10 +15,7 @@ from tff_kd import data
 
 
 def _run(module, *args):
-  return subprocess.run(
-      [sys.executable, '-m', f'pipelines.{module}', *map(str, args)], cwd=helpers.ROOT,
-      capture_output=True, text=True, timeout=300, check=False,
-  )
+  return helpers.script(f'pipelines.{module}', *args)
 
 
 @pytest.fixture(scope='module')
@@ -97,7 +92,8 @@ def test_export(own_run):
   assert runner(inputs=np.zeros((1, 2), np.float32))['outputs'].shape == (1, 3)
 
 
-@pytest.mark.parametrize('kind', ['GRU', 'LSTM'])
+# A GRU's loop is in the next test, too.
+@pytest.mark.parametrize('kind', [helpers.slow('GRU'), 'LSTM'])
 def test_recurrent_models(kind, tmp_path):
   """A call knows nothing of those before it; without its loop, a file is much larger."""
   inputs = keras.Input((20,), dtype=tf.int32)
@@ -176,11 +172,17 @@ def test_what_tflite_does_not_take_is_said(tmp_path):
     [
         (['--task=shakespeare', '--student=cnn'], 'Choose of gru'),
         (['--task=movielens', '--alpha=1'], 'data have their clients'),
-        (['--task=movielens', '--num_clients=900'], 'have 843 clients'),
     ],
 )
 def test_what_does_not_fit_is_refused(args, message):
   assert message in helpers.refused_here(*args)
+
+
+def test_more_clients_than_the_data_have_are_refused(data_dir):
+  said = helpers.refused_here(
+      '--task=examples/own_task.py', f'--data_dir={data_dir}', '--num_clients=9'
+  )
+  assert 'have 5 clients' in said
 
 
 @pytest.mark.parametrize(
