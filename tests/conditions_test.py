@@ -16,6 +16,7 @@ _DATA = [helpers.examples(n, n) for n in _SIZES]
 _X, _Y = helpers.examples(12, 99)
 
 
+@helpers.shared
 def _batches(data, **kwargs):
   return tff_kd.ClientBatches(data=data, batch_size=4, num_epochs=2, **kwargs)
 
@@ -25,6 +26,7 @@ def data():
   return tff_kd.FileClientData.from_clients(_DATA)
 
 
+@helpers.shared
 def _build(name, batches, **kwargs):
   keras.utils.set_random_seed(0)
   return tff_kd.algorithms.REGISTRY[name].build(
@@ -32,6 +34,7 @@ def _build(name, batches, **kwargs):
   )
 
 
+@helpers.shared
 def _fed_df(batches, **kwargs):
   defaults = dict(
       transfer_set=tff_kd.TransferSet(_X),
@@ -118,7 +121,10 @@ def test_a_late_client_trained_from_what_was_sent_then(data):
   assert _participation(output)['num_late'] == 1
 
 
-@pytest.mark.parametrize('share, steps', [(0.4, 2), (0.01, 1), (0.6, 3), (1.0, 5)])
+@pytest.mark.parametrize(
+    'share, steps',
+    [(0.4, 2), helpers.slow(0.01, 1), helpers.slow(0.6, 3), (1.0, 5)],
+)
 def test_a_straggler_does_the_first_of_its_steps(data, share, steps):
   # Client 1: 18 examples in 5 steps.
   process = _build('fed_avg', _batches(data), reporting=tff_kd.Reporting())

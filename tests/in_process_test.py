@@ -6,7 +6,6 @@ import collections
 import functools
 import os
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -806,6 +805,6 @@ def test_several_devices_and_the_default_context():
     print('same')
   ''')
   result = subprocess.run(
-      [sys.executable, '-c', program], capture_output=True, text=True, timeout=300
+      [helpers.WARM, '-c', program], capture_output=True, text=True, timeout=300
   )
   assert result.stdout.endswith('same\n'), result.stderr

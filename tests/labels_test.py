@@ -110,8 +110,20 @@ def _process(kind, labelled):
   )
 
 
-@pytest.mark.parametrize('name', _KINDS)
-@pytest.mark.parametrize('labelled', [True, False])
+# The others are another dtype, shape or activation of one of these.
+_FAST = ('class numbers', 'one-hot, softmax', 'binary, [n]', 'binary, hinge', 'several')
+
+
+@pytest.mark.parametrize(
+    'name, labelled',
+    [
+        (name, labelled)
+        if labelled and name in _FAST or name == 'binary, bool, sigmoid'
+        else helpers.slow(name, labelled)
+        for labelled in (True, False)
+        for name in _KINDS
+    ],
+)
 def test_both_models_learn_and_are_evaluated(name, labelled):
   kind = _KINDS[name]
   process = _process(kind, labelled)
