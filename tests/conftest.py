@@ -25,6 +25,15 @@ if warm_python.FOLDER not in os.environ:
   atexit.register(shutil.rmtree, _folder, ignore_errors=True)
 
 
+def pytest_configure(config):
+  """Lets `-n` start its processes by the warm Python."""
+  if getattr(config.option, 'tx', None):
+    config.option.tx = [
+        f'{its}//python={warm_python.client()}' if its == 'popen' else its
+        for its in config.option.tx
+    ]
+
+
 @pytest.fixture(scope='session', autouse=True)
 def quiet():
   # Here and not above: the process that only hands the tests out needs no TensorFlow.

@@ -4,7 +4,8 @@ Importing TensorFlow, Keras and TFF takes eight seconds of each start of a scrip
 server imports them once for a whole test run, computes nothing, and forks for each start.
 What asks for it is a program of its own, to be called as Python is: it passes its
 arguments, folder, environment, standard streams and cores on, forwards signals, and ends
-as the fork ends. What is no `-m pipelines.X` and no `-c` goes to Python itself.
+as the fork ends. What is no `-m pipelines.X` and no `-c` goes to Python itself. The
+processes that run tests side by side are such forks, too.
 
 This file is both: `python tests/warm_python.py FOLDER PID` is the server, which lives as
 long as the process PID; `client()` writes the program.
@@ -54,15 +55,19 @@ def client() -> str:
 def ask(python: str, folder: str) -> int:
   """Has the server run what this program is asked to; returns the exit status."""
   words = sys.argv[1:]
+  # As `pytest-xdist` starts the processes that run tests.
+  is_worker = words[:1] == ['-u']
+  words = words[is_worker:]
   is_script = words[:1] == ['-m'] and words[1].startswith('pipelines.')
   # A benchmark's child measures its own start, and is given a pipe.
   is_child = any(word.startswith('--child=') for word in words[2:])
   if words[:1] != ['-c'] and not is_script or is_child:
-    os.execv(python, [python, *words])
+    os.execv(python, [python, *sys.argv[1:]])
   server = _connect(python, folder)
   order = dict(
       words=words, folder=os.getcwd(), environ=dict(os.environ),
-      cores=sorted(os.sched_getaffinity(0)), executable=os.path.join(folder, 'python'),
+      cores=sorted(os.sched_getaffinity(0)),
+      executable=python if is_worker else os.path.join(folder, 'python'),
   )
   signal.pthread_sigmask(signal.SIG_BLOCK, _FORWARDED)
   socket.send_fds(server, [b'.'], [0, 1, 2])
@@ -84,7 +89,7 @@ def _connect(python: str, folder: str) -> socket.socket:
   address = os.path.join(folder, 'socket')
   with open(os.path.join(folder, 'lock'), 'w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     process = None
     while True:
       connection = socket.socket(socket.AF_UNIX)
