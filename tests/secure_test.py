@@ -52,8 +52,8 @@ def _sum(secure, values, bound):
 @pytest.mark.parametrize(
     'name, settings',
     [
-        ('fed_distillation', {}), ('fd', {}), ('ds_fl', _BITS),
-        helpers.slow('fed_avg', {}), helpers.slow('fed_df', _BITS),
+        ('fed_avg', {}), ('fd', {}), ('ds_fl', _BITS),
+        helpers.slow('fed_distillation', {}), helpers.slow('fed_df', _BITS),
     ],
 )
 def test_nothing_is_summed_in_the_clear_and_little_changes(name, settings):
