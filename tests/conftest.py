@@ -34,6 +34,19 @@ def pytest_configure(config):
     ]
 
 
+# Files that take long, and go first, so that no process is left alone with one.
+_FIRST = (
+    'faults_test', 'compare_test', 'train_script_test', 'documents_test',
+    'train_variants_test', 'audit_script_test', 'train_flags_test', 'tasks_script_test',
+    'process_test', 'several_workers_test', 'private_process_test', 'models_test',
+)
+
+
+def pytest_collection_modifyitems(items):
+  places = {name: place for place, name in enumerate(_FIRST)}
+  items.sort(key=lambda item: places.get(item.path.stem, len(places)))
+
+
 @pytest.fixture(scope='session', autouse=True)
 def quiet():
   # Here and not above: the process that only hands the tests out needs no TensorFlow.
