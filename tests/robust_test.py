@@ -270,7 +270,7 @@ def test_tffs_own_robust_mean_takes_both_channels():
     assert output.metrics['aggregator'][channel]['zeroed_count'] == 1
 
 
-@pytest.mark.parametrize('name', ['fed_md', 'ds_fl'])
+@pytest.mark.parametrize('name', ['fed_md', helpers.slow('ds_fl')])
 def test_algorithms_of_predictions_alone_take_them(name):
   keras.utils.set_random_seed(0)
   process = tff_kd.algorithms.REGISTRY[name].build(

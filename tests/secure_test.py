@@ -52,7 +52,7 @@ def _sum(secure, values, bound):
 @pytest.mark.parametrize(
     'name, settings',
     [
-        ('fed_avg', {}), ('fd', {}), ('ds_fl', _BITS),
+        ('fed_avg', _BITS), ('fd', {}), helpers.slow('ds_fl', _BITS),
         helpers.slow('fed_distillation', {}), helpers.slow('fed_df', _BITS),
     ],
 )
