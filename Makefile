@@ -15,11 +15,11 @@ INPUTS := requirements.txt requirements-data.txt setup.cfg pyproject.toml
 train: $(STAMP)
 	$(BIN)/python -m pipelines.train $(FLAGS)
 
-# One test process more than cores: they wait for their TFF workers now and then.
+# One test process more than cores: they wait for scripts and TFF's workers now and then.
 test: $(STAMP)
 	$(BIN)/python -m pytest -q -n $$(( $$(nproc) + 1 )) --dist loadfile --no-loadscope-reorder
 
-# The long reproductions (about half an hour).
+# The long reproductions, and further values of what the tests hold (about 40 minutes).
 slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow
 

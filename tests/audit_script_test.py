@@ -1,21 +1,12 @@
 """`pipelines.audit`, as a user runs it."""
 
 import json
-import subprocess
-import sys
 
 import pytest
 
 from pipelines import audit_job
 from pipelines import UserError
 from tests import helpers
-
-
-def _script(name, *args):
-  return subprocess.run(
-      [sys.executable, '-m', f'pipelines.{name}', *args],
-      cwd=helpers.ROOT, capture_output=True, text=True, timeout=300,
-  )
 
 
 @pytest.fixture(scope='module')
@@ -29,7 +20,9 @@ def run_dir(tmp_path_factory):
 
 
 def test_it_attacks_and_reports(run_dir):
-  done = _script('audit', f'--run={run_dir}', '--victims=2', '--inversion_epochs=2')
+  done = helpers.script(
+      'pipelines.audit', f'--run={run_dir}', '--victims=2', '--inversion_epochs=2'
+  )
   assert done.returncode == 0, done.stderr
   assert 'membership by loss, AUC' in done.stdout
   assert 'before its noise, is not' in done.stdout
@@ -52,8 +45,8 @@ def test_it_attacks_and_reports(run_dir):
 
 
 def test_shadow_models(run_dir, tmp_path):
-  done = _script(
-      'audit', f'--run={run_dir}', f'--report_dir={tmp_path}', '--victims=1',
+  done = helpers.script(
+      'pipelines.audit', f'--run={run_dir}', f'--report_dir={tmp_path}', '--victims=1',
       '--inversion_epochs=0', '--shadow_models=4', '--shadow_epochs=1',
   )
   assert done.returncode == 0, done.stderr
@@ -82,7 +75,7 @@ def test_shadow_models(run_dir, tmp_path):
 
 
 def test_a_wrong_number_of_shadow_models_is_named():
-  done = _script('audit', '--run=nowhere', '--shadow_models=5')
+  done = helpers.script('pipelines.audit', '--run=nowhere', '--shadow_models=5')
   assert done.returncode == 1
   assert 'an even number of 4 or more' in done.stderr
 
@@ -125,5 +118,5 @@ def test_what_is_no_finished_run_is_named(tmp_path):
 
 
 def test_help_does_not_list_the_flags_of_training():
-  done = _script('audit', '--help')
+  done = helpers.script('pipelines.audit', '--help')
   assert '--victims' in done.stdout and '--clients_per_round' not in done.stdout

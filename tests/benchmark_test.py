@@ -2,7 +2,6 @@
 
 import json
 import subprocess
-import sys
 
 import pytest
 
@@ -10,16 +9,54 @@ from tests import helpers
 
 
 def _run(*flags):
-  return subprocess.run(
-      [sys.executable, '-m', 'pipelines.benchmark', *flags],
-      cwd=helpers.ROOT, capture_output=True, text=True, timeout=300,
+  return helpers.script('pipelines.benchmark', *flags)
+
+
+_SIDES = """
+import contextlib
+from absl import flags
+from pipelines import benchmark
+
+flags.FLAGS(['benchmark'])
+case = benchmark._Case('fusion', 2, 20)
+with contextlib.ExitStack() as stack:
+  for name in ('floor', 'ours'):
+    run_round = benchmark._SIDES[name].prepare(case, stack)()
+    run_round(2)
+    print(name)
+"""
+
+
+def test_the_sides_run_rounds():
+  done = subprocess.run(
+      [helpers.WARM, '-c', _SIDES], cwd=helpers.ROOT, capture_output=True, text=True,
+      timeout=300,
   )
+  assert done.stdout == 'floor\nours\n', done.stderr
 
 
+def _check_memory(results, folder):
+  assert results['memory']['rounds'] == [1, 2, 3]
+  assert all(mib > 100 for mib in results['memory']['mib'])
+  assert (folder / 'speed.png').stat().st_size > 10_000
+
+
+_LONG = ('--scaling=', '--long_rounds=3', '--long_clients=1,3')
+
+
+def test_memory_over_rounds(tmp_path):
+  done = _run('--cases=', *_LONG, f'--output_dir={tmp_path}')
+  assert done.returncode == 0, done.stderr
+  assert 'rounds of 1 to 3 clients' in done.stdout
+  _check_memory(json.loads((tmp_path / 'results.json').read_text()), tmp_path)
+
+
+# Starts Python six times.
+@pytest.mark.slow
 def test_a_small_case(tmp_path):
   done = _run(
-      '--cases=mlp-2x20', '--scaling=', '--long_rounds=3', '--long_clients=1,3',
-      '--rounds=3', '--warm_up=1', f'--output_dir={tmp_path}',
+      '--cases=mlp-2x20', *_LONG, '--rounds=3', '--warm_up=1',
+      f'--output_dir={tmp_path}',
   )
   assert done.returncode == 0, done.stderr
   assert 'mlp-2x20' in done.stdout and 'rounds of 1 to 3 clients' in done.stdout
@@ -35,9 +72,7 @@ def test_a_small_case(tmp_path):
     assert min(found.values()) > 0
   # Ours starts nothing; TFF's has its worker's memory, too.
   assert case['sides']['tff']['peak_mib'] > case['sides']['floor']['peak_mib']
-  assert results['memory']['rounds'] == [1, 2, 3]
-  assert all(mib > 100 for mib in results['memory']['mib'])
-  assert (tmp_path / 'speed.png').stat().st_size > 10_000
+  _check_memory(results, tmp_path)
 
 
 @pytest.mark.parametrize('case', ['mlp', 'mlp-10', 'rnn-10x20', 'mlp-10x30', 'mlp-0x20'])

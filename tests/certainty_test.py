@@ -208,6 +208,7 @@ def _batches():
   )
 
 
+@helpers.shared
 def _fed_aux(**kwargs):
   keras.utils.set_random_seed(0)
   defaults = dict(

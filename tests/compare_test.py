@@ -2,17 +2,13 @@
 
 import csv
 import json
-import pathlib
 import statistics
-import subprocess
-import sys
 
 import pytest
 
 from pipelines import parallel
 from tests import helpers
 
-_ROOT = pathlib.Path(__file__).parent.parent
 _TINY = [
     '--num_clients=4', '--clients_per_round=2', '--client_epochs=1', '--alpha=1',
     '--server_steps=2', '--rounds=2', '--transfer_size=60', '--transfer_labels=20',
@@ -22,10 +18,7 @@ _COMPARED = ['--algorithms=fed_avg,fed_df', '--seeds=0,1']
 
 
 def _run(*args, timeout=400):
-  return subprocess.run(
-      [sys.executable, '-m', 'pipelines.compare', *args],
-      cwd=_ROOT, capture_output=True, text=True, timeout=timeout, check=False,
-  )
+  return helpers.script('pipelines.compare', *args, timeout=timeout)
 
 
 @pytest.fixture(scope='module')
@@ -33,7 +26,9 @@ def finished(tmp_path_factory):
   """A comparison that was stopped once, then ended."""
   folder = tmp_path_factory.mktemp('compare') / 'out'
   command = [*_COMPARED, *_TINY, f'--output_dir={folder}']
-  with helpers.running('-m', 'pipelines.compare', *command) as script:
+  with helpers.running(
+      '-m', 'pipelines.compare', *command, python=helpers.WARM
+  ) as script:
     for line in script.stdout:
       if line.startswith('[1/4]'):
         break

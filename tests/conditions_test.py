@@ -16,6 +16,7 @@ _DATA = [helpers.examples(n, n) for n in _SIZES]
 _X, _Y = helpers.examples(12, 99)
 
 
+@helpers.shared
 def _batches(data, **kwargs):
   return tff_kd.ClientBatches(data=data, batch_size=4, num_epochs=2, **kwargs)
 
@@ -25,6 +26,7 @@ def data():
   return tff_kd.FileClientData.from_clients(_DATA)
 
 
+@helpers.shared
 def _build(name, batches, **kwargs):
   keras.utils.set_random_seed(0)
   return tff_kd.algorithms.REGISTRY[name].build(
@@ -32,6 +34,7 @@ def _build(name, batches, **kwargs):
   )
 
 
+@helpers.shared
 def _fed_df(batches, **kwargs):
   defaults = dict(
       transfer_set=tff_kd.TransferSet(_X),
@@ -39,6 +42,11 @@ def _fed_df(batches, **kwargs):
       distillation=tff_kd.Distillation(target='ensemble', num_steps=2, batch_size=6),
   )
   return _build('fed_df', batches, **(defaults | kwargs))
+
+
+# Shared by many tests: clients that report in time are as without.
+_TWO_REPORTS = tff_kd.Reporting(max_delay=1, min_reports=2)
+_STALE = tff_kd.Reporting(max_delay=2, staleness_power=0.5)
 
 
 def _client(number, **kwargs):
@@ -51,9 +59,7 @@ def _participation(output):
 
 def test_unhindered_clients_are_as_ever(data):
   plain = _fed_df(_batches(data))
-  hindered = _fed_df(
-      _batches(data), reporting=tff_kd.Reporting(max_delay=2, min_reports=1)
-  )
+  hindered = _fed_df(_batches(data), reporting=_TWO_REPORTS)
   expected, state = plain.initialize(), hindered.initialize()
   for _ in range(2):
     expected = plain.next(expected, [0, 1, 2]).state
@@ -67,7 +73,7 @@ def test_unhindered_clients_are_as_ever(data):
 
 
 def test_what_does_not_arrive_counts_for_nothing(data):
-  process = _fed_df(_batches(data), reporting=tff_kd.Reporting())
+  process = _fed_df(_batches(data), reporting=_TWO_REPORTS)
   state = process.initialize()
   expected = process.next(state, [_client(0), _client(2)]).state
   output = process.next(
@@ -82,11 +88,7 @@ def test_what_does_not_arrive_counts_for_nothing(data):
 
 
 def test_a_late_client_trained_from_what_was_sent_then(data):
-  power = 0.5
-  process = _build(
-      'fed_avg', _batches(data),
-      reporting=tff_kd.Reporting(max_delay=2, staleness_power=power),
-  )
+  process = _build('fed_avg', _batches(data), reporting=_STALE)
   states = [process.initialize()]
   for k in (0, 1):
     states.append(process.next(states[-1], [_client(k)]).state)
@@ -103,7 +105,7 @@ def test_a_late_client_trained_from_what_was_sent_then(data):
 
   output = process.next(states[2], [_client(1, delay=np.int32(2)), _client(2)])
   # Weights by examples: two epochs of each client's.
-  late, on_time = 2 * _SIZES[1] * 3.0**-power, 2.0 * _SIZES[2]
+  late, on_time = 2 * _SIZES[1] * 3.0**-0.5, 2.0 * _SIZES[2]
   expected = [
       w + (late * a + on_time * b) / (late + on_time)
       for w, a, b in zip(
@@ -118,10 +120,13 @@ def test_a_late_client_trained_from_what_was_sent_then(data):
   assert _participation(output)['num_late'] == 1
 
 
-@pytest.mark.parametrize('share, steps', [(0.4, 2), (0.01, 1), (0.6, 3), (1.0, 5)])
+@pytest.mark.parametrize(
+    'share, steps',
+    [(0.4, 2), helpers.slow(0.01, 1), helpers.slow(0.6, 3), (1.0, 5)],
+)
 def test_a_straggler_does_the_first_of_its_steps(data, share, steps):
   # Client 1: 18 examples in 5 steps.
-  process = _build('fed_avg', _batches(data), reporting=tff_kd.Reporting())
+  process = _build('fed_avg', _batches(data), reporting=_STALE)
   short = _build('fed_avg', _batches(data, max_batches=steps))
   output = process.next(
       process.initialize(), [_client(1, step_share=np.float32(share))]
@@ -135,12 +140,12 @@ def test_a_straggler_does_the_first_of_its_steps(data, share, steps):
 
 @pytest.mark.parametrize('name', ['fed_df', 'ds_fl'])
 def test_a_round_with_too_few_reports_is_skipped(data, name):
-  reporting = tff_kd.Reporting(min_reports=2, max_delay=1)
   if name == 'fed_df':
-    process, own = _fed_df(_batches(data), reporting=reporting), ()
+    process, own = _fed_df(_batches(data), reporting=_TWO_REPORTS), ()
   else:
     process = _build(
-        name, _batches(data), transfer_set=tff_kd.TransferSet(_X), reporting=reporting
+        name, _batches(data), transfer_set=tff_kd.TransferSet(_X),
+        reporting=_TWO_REPORTS,
     )
     own = [process.initialize_client()] * 2
   state = process.initialize()
@@ -197,7 +202,7 @@ def test_a_student_does_not_learn_from_a_teacher_that_nobody_taught(data):
 
 
 def test_a_round_of_nobody_leaves_the_student(data):
-  process = _fed_df(_batches(data), reporting=tff_kd.Reporting(min_reports=1))
+  process = _fed_df(_batches(data), reporting=_TWO_REPORTS)
   state = process.initialize()
   output = process.next(state, [])
   assert output.metrics['round_skipped'] == 1
@@ -342,9 +347,9 @@ def test_refusals(data, make, message):
 
 
 @pytest.mark.parametrize(
-    'bad', [{'delay': np.int32(2)}, {'step_share': np.float32(0.0)}]
+    'bad', [{'delay': np.int32(3)}, {'step_share': np.float32(0.0)}]
 )
 def test_conditions_that_make_no_sense(data, bad):
-  process = _build('fed_avg', _batches(data), reporting=tff_kd.Reporting(max_delay=1))
+  process = _build('fed_avg', _batches(data), reporting=_STALE)
   with pytest.raises(Exception, match='conditions of a client must be a delay from 0'):
     process.next(process.initialize(), [_client(0, **bad)])

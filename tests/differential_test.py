@@ -54,6 +54,7 @@ _BUILDERS = {
 }
 
 
+@helpers.shared
 def _build(name, **kwargs):
   keras.utils.set_random_seed(0)
   return _BUILDERS[name](**kwargs)
@@ -204,7 +205,10 @@ def test_one_client_moves_a_sum_by_its_clip_at_most(channel, scale):
   assert after == pytest.approx(min(2.0, before), rel=1e-4)
 
 
-@pytest.mark.parametrize('name', ['fed_avg', 'fed_df', 'fed_distillation', 'ds_fl'])
+@pytest.mark.parametrize(
+    'name',
+    ['fed_distillation', *map(helpers.slow, ('ds_fl', 'fed_avg', 'fed_df'))],
+)
 def test_without_noise_and_clip_a_run_is_the_plain_one(name):
   plain, plain_kept = _run(_build(name))
   private, kept = _run(_build(name, privacy=_OPEN))
@@ -217,7 +221,13 @@ def test_without_noise_and_clip_a_run_is_the_plain_one(name):
     helpers.assert_weights_close(kept[0].weights, plain_kept[0].weights, rtol=0, atol=0)
 
 
-@pytest.mark.parametrize('name', list(_BUILDERS))
+@pytest.mark.parametrize(
+    'name',
+    [
+        'fed_avg', 'fed_distillation', 'fd', helpers.slow('fed_df'),
+        helpers.slow('ds_fl'),
+    ],
+)
 def test_what_clients_measure_is_not_released(name):
   process = _build(name, privacy=_dp())
   names = simulation.process_metric_names(process)
@@ -235,7 +245,7 @@ def test_what_clients_measure_is_not_released(name):
   assert sum(v for k, v in moved.items() if k != 'bytes/client') == 4 * each.total
 
 
-@pytest.mark.parametrize('name', ['fed_df', 'fd'])
+@pytest.mark.parametrize('name', ['fed_distillation', 'fd'])
 def test_bad_clients_count_as_zeros_and_a_round_may_be_empty(name):
   process = _build(name, privacy=_dp())
   for clients in ([_NAN, _EMPTY, _CLIENTS[0], _CLIENTS[1]], []):
@@ -367,8 +377,7 @@ def _accountant(process, sampling, **kwargs):
 
 
 def test_training_counts_ends_at_the_budget_and_goes_on_with_the_count(tmp_path):
-  dp = _dp(3.0, clients=2)
-  process = _build('fed_df', privacy=dp)
+  process = _build('fed_avg', privacy=_dp(clients=2))
   sampling = privacy.ClientSampling(num_clients=4, clients_per_round=2)
   most = _accountant(process, sampling).epsilon(4)
 

@@ -232,9 +232,8 @@ def test_a_script_killed_in_mid_run_goes_on_exactly(undisturbed, tmp_path):
   with helpers.running(*_train(tmp_path, '--rounds=12')) as script:
     _wait_for_rounds(tmp_path, 2, script)
     script.kill()
-  with helpers.running(*_train(tmp_path, '--rounds=12')) as script:
-    _, errors = script.communicate(timeout=240)
-  assert script.returncode == 0, errors
+  resumed = helpers.train(*_train(tmp_path, '--rounds=12')[2:])
+  assert resumed.returncode == 0, resumed.stderr
   assert _metrics(tmp_path) == undisturbed
 
 
@@ -246,7 +245,8 @@ def test_a_run_loses_workers_and_gets_them_back(undisturbed, certificates, tmp_p
         tmp_path, '--rounds=12', f'--workers=127.0.0.1:{a},127.0.0.1:{b}',
         f'--tls_dir={certificates["ours"] / "script"}', '--silence_s=2',
     )
-    with helpers.running(*command) as script, open(log, 'w') as file:
+    script = helpers.running(*command, python=helpers.WARM)
+    with script as script, open(log, 'w') as file:
       copying = threading.Thread(target=lambda: file.writelines(script.stderr))
       copying.start()
       _wait_for_rounds(tmp_path, 2, script)

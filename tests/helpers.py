@@ -3,6 +3,7 @@
 import asyncio
 import contextlib
 import csv
+import functools
 import io
 import pathlib
 import shutil
@@ -13,11 +14,14 @@ from absl import flags
 from absl.testing import flagsaver
 import keras
 import numpy as np
+import pytest
 import tensorflow as tf
+from tests import warm_python
 from tff_kd.compat import tff
 
 ROOT = pathlib.Path(__file__).parent.parent
 DIM, CLASSES = 5, 3
+WARM = warm_python.client()
 # Flags of a run of `pipelines.train` that begins soon and whose rounds take little.
 TINY_RUN = (
     '--algorithm=fed_avg', '--num_clients=4', '--clients_per_round=2',
@@ -97,6 +101,30 @@ def common(**kwargs):
   return {**defaults, **kwargs}
 
 
+def shared(build):
+  """A builder that gives what it has built before for the same arguments.
+
+  `build.anew` is the builder itself. What cannot be hashed is built anew, too.
+  """
+  kept = functools.lru_cache(maxsize=16)(build)
+
+  @functools.wraps(build)
+  def call(*args, **kwargs):
+    try:
+      hash((args, tuple(kwargs.values())))
+    except TypeError:
+      return build(*args, **kwargs)
+    return kept(*args, **kwargs)
+
+  call.anew = build
+  return call
+
+
+def slow(*values, **kwargs):
+  """Values of a parametrized test that a shorter test covers in a run of minutes."""
+  return pytest.param(*values, marks=pytest.mark.slow, **kwargs)
+
+
 def assert_weights_close(actual, expected, **kwargs):
   actual, expected = tf.nest.flatten(actual), tf.nest.flatten(expected)
   assert len(actual) == len(expected) > 0
@@ -119,15 +147,23 @@ def flags_of(*args):
     yield
 
 
+def script(module, *args, timeout=300, **kwargs):
+  """Runs `python -m module` to its end, in a warm Python, as a user would."""
+  return subprocess.run(
+      [WARM, '-m', module, *map(str, args)], cwd=ROOT,
+      capture_output=True, text=True, timeout=timeout, check=False, **kwargs,
+  )
+
+
 @contextlib.contextmanager
-def running(*python_args):
+def running(*python_args, python=sys.executable):
   """A Python script in the repository's root, to be sent signals; never left over.
 
   A test run that was itself started in the background ignores Ctrl-C, and what it
   starts would inherit that: `env` puts the default back.
   """
   script = subprocess.Popen(
-      ['env', '--default-signal=INT', sys.executable, *python_args],
+      ['env', '--default-signal=INT', python, *python_args],
       cwd=ROOT,
       stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
   )
@@ -144,10 +180,7 @@ def train_command(*args):
 
 def train(*args):
   """Runs the script with its output in pipes; hangs if a worker keeps them."""
-  return subprocess.run(
-      train_command(*args), cwd=ROOT, capture_output=True, text=True, timeout=240,
-      check=False,
-  )
+  return script('pipelines.train', *args)
 
 
 def _train_here(args, status):

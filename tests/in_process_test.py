@@ -7,7 +7,6 @@ import functools
 import gc
 import os
 import subprocess
-import sys
 import textwrap
 import threading
 import time
@@ -827,6 +826,6 @@ def test_several_devices_and_the_default_context():
     print('same')
   ''')
   result = subprocess.run(
-      [sys.executable, '-c', program], capture_output=True, text=True, timeout=300
+      [helpers.WARM, '-c', program], capture_output=True, text=True, timeout=300
   )
   assert result.stdout.endswith('same\n'), result.stderr

@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from tests import helpers
 from tff_kd import graphs
 from tff_kd import keras_models
 from tff_kd.data.tasks import movielens
@@ -65,9 +66,19 @@ def policy(request):
 
 
 @pytest.mark.parametrize(
-    'policy', ['float32', 'float64', 'mixed_bfloat16'], indirect=True
+    'name, policy',
+    [
+        *((name, 'mixed_bfloat16') for name in sorted(_BUILDERS)),
+        # Of images, in float32, in `models_test`, too.
+        *(
+            (name, policy)
+            if name in ('attention', 'factors', 'gru')
+            else helpers.slow(name, policy)
+            for policy in ('float32', 'float64') for name in sorted(_BUILDERS)
+        ),
+    ],
+    indirect=['policy'],
 )
-@pytest.mark.parametrize('name', sorted(_BUILDERS))
 def test_a_file_keeps_outputs_and_policy(name, policy, tmp_path):
   model, inputs = _BUILDERS[name](), _inputs(name)
   model(inputs)

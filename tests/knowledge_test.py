@@ -219,19 +219,19 @@ def test_bad_rules_are_refused(build):
 
 def test_a_custom_rule_serves_a_whole_round():
   x, _ = helpers.examples(12, 0)
-  for rule in (_RULES['era'], _RULES['variance']):
-    process = tff_kd.algorithms.build_fed_df(
-        **helpers.common(
-            transfer_set=tff_kd.TransferSet(x),
-            consensus_rule=rule,
-            distillation=tff_kd.Distillation(num_steps=3, batch_size=12),
-        )
-    )
-    clients = [helpers.dataset(*helpers.examples(8, seed)) for seed in (1, 2)]
-    output = process.next(process.initialize(), clients)
-    metrics = output.metrics['server_distillation']['student']
-    assert metrics['num_targets'] == 12
-    assert 0 < metrics['last_loss'] < metrics['first_loss']
+  # ERA's in a round is DS-FL's, in NumPy in `private_process_test`.
+  process = tff_kd.algorithms.build_fed_df(
+      **helpers.common(
+          transfer_set=tff_kd.TransferSet(x),
+          consensus_rule=_RULES['variance'],
+          distillation=tff_kd.Distillation(num_steps=3, batch_size=12),
+      )
+  )
+  clients = [helpers.dataset(*helpers.examples(8, seed)) for seed in (1, 2)]
+  output = process.next(process.initialize(), clients)
+  metrics = output.metrics['server_distillation']['student']
+  assert metrics['num_targets'] == 12
+  assert 0 < metrics['last_loss'] < metrics['first_loss']
 
 
 _QUANTIZABLE = [

@@ -34,8 +34,20 @@ def _process(kind, labelled):
   )
 
 
-@pytest.mark.parametrize('name', LABELS)
-@pytest.mark.parametrize('labelled', [True, False])
+# The others are another dtype, shape or activation of one of these, or as in most tests.
+_FAST = ('one-hot, softmax', 'binary, hinge', 'several')
+
+
+@pytest.mark.parametrize(
+    'name, labelled',
+    [
+        (name, labelled)
+        if labelled and name in _FAST or name == 'binary, bool, sigmoid'
+        else helpers.slow(name, labelled)
+        for labelled in (True, False)
+        for name in LABELS
+    ],
+)
 def test_both_models_learn_and_are_evaluated(name, labelled):
   kind = LABELS[name]
   process = _process(kind, labelled)

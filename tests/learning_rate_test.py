@@ -47,14 +47,18 @@ def test_each_round_has_its_rate(name, batches):
   def models(state, clients):
     return [c.weights for c in clients] if is_private else state.global_model_weights
 
+  # A state carries the optimizer's own rate.
+  constant = _build(build, batches, 123.0)
   state, clients = scheduled.initialize(), None
   if is_private:
     clients = [scheduled.initialize_client()] * 2
   for rate in RATES:
     # The same round with a constant rate, from the same place.
-    constant = _build(build, batches, rate)
-    # A state carries the optimizer's own rate.
-    same = state._replace(client_work=constant.initialize().client_work)
+    own = constant.initialize().client_work
+    assert tf.nest.flatten(own) == [np.float32(123.0)]
+    same = state._replace(
+        client_work=tf.nest.map_structure(lambda _, its=rate: np.float32(its), own)
+    )
     expected = models(*advance(constant, same, clients))
     start = models(state, clients)
     state, clients = advance(scheduled, state, clients)

@@ -53,10 +53,14 @@ def _trained(received, logits_gradient, proximal=0.0):
   return w
 
 
+@helpers.shared
 def _process(name, **kwargs):
   keras.utils.set_random_seed(0)
   build = algorithms.REGISTRY[name].build
   return build(**helpers.common(client_optimizer=helpers.sgd(_RATE)), **kwargs)
+
+
+_GKD = dict(local_weight=0.6, local_temperature=2.0)
 
 
 def _round(process, state):
@@ -77,7 +81,7 @@ def test_fed_prox_in_numpy():
   )
 
 
-@pytest.mark.parametrize('beta, tau', [(1.0, 1.0), (0.4, 3.0)])
+@pytest.mark.parametrize('beta, tau', [helpers.slow(1.0, 1.0), (0.4, 3.0)])
 def test_fed_ntd_in_numpy(beta, tau):
   process = _process('fed_ntd', not_true_weight=beta, not_true_temperature=tau)
   state = process.initialize()
@@ -92,12 +96,10 @@ def test_fed_ntd_in_numpy(beta, tau):
   )
 
 
-@pytest.mark.parametrize('size', [1, 2, 3])
+@pytest.mark.parametrize('size', [1, helpers.slow(2), 3])
 def test_fed_gkd_in_numpy(size):
-  gamma, t = 0.6, 2.0
-  process = _process(
-      'fed_gkd', local_weight=gamma, local_temperature=t, history_size=size
-  )
+  gamma, t = _GKD.values()
+  process = _process('fed_gkd', **_GKD, history_size=size)
   state = process.initialize()
   sent = [_weights(state)]
   for _ in range(4):
@@ -156,8 +158,10 @@ def test_a_history_without_a_size_is_refused(size):
 
 def test_a_history_of_one_costs_nothing_and_a_longer_one_its_mean():
   down = [
-      tff_kd.communication.round_bytes(_process('fed_gkd', history_size=n)).down
-      for n in (1, 2, 5)
+      tff_kd.communication.round_bytes(
+          _process('fed_gkd', **_GKD, history_size=n)
+      ).down
+      for n in (1, 2, 3)
   ]
   plain = tff_kd.communication.round_bytes(_process('fed_avg'))
   assert down[0] == plain.down

@@ -41,6 +41,10 @@ def _train(student, mentor, x, y, weights, t):
   return student, mentor
 
 
+_FML = dict(student_weight=0.3, mentor_weight=0.6, temperature=2.0)
+
+
+@helpers.shared
 def _build(name, **kwargs):
   keras.utils.set_random_seed(2)
   algorithm = getattr(tff_kd.algorithms, f'build_{name}')
@@ -54,7 +58,7 @@ def _build(name, **kwargs):
 @pytest.mark.parametrize(
     'name, kwargs, weights',
     [
-        ('fml', dict(student_weight=0.3, mentor_weight=0.6, temperature=2.0), (0.3, 0.6)),
+        ('fml', _FML, (0.3, 0.6)),
         ('fed_kd', dict(start_energy=1.0, end_energy=1.0), None),
     ],
 )
@@ -92,7 +96,7 @@ def test_rounds_equal_numpy(name, kwargs, weights):
 
 
 def test_a_client_that_is_left_out_keeps_its_mentor():
-  process = _build('fml')
+  process = _build('fml', **_FML)
   initial = process.initialize_client()
   x, y = helpers.examples(4, 0)
   bad = np.full_like(x, np.nan)

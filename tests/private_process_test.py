@@ -37,6 +37,7 @@ def _dataset(k):
   return helpers.dataset(*_client(k), batch_size=_SIZES[k])
 
 
+@helpers.shared
 def _fed_md(labelled=False, **kwargs):
   keras.utils.set_random_seed(0)
   defaults = dict(
@@ -47,6 +48,7 @@ def _fed_md(labelled=False, **kwargs):
   return fed_md.build_fed_md(**helpers.common(**(defaults | kwargs)))
 
 
+@helpers.shared
 def _ds_fl(**kwargs):
   keras.utils.set_random_seed(0)
   defaults = dict(
@@ -60,6 +62,7 @@ def _ds_fl(**kwargs):
   return ds_fl.build_ds_fl(**helpers.common(**(defaults | kwargs)))
 
 
+@helpers.shared
 def _cfd(**kwargs):
   keras.utils.set_random_seed(0)
   defaults = dict(
@@ -166,7 +169,9 @@ def _units(p, bits):
   return units
 
 
-@pytest.mark.parametrize('up_bits, down_bits', [(1, 1), (2, 32), (32, 3)])
+@pytest.mark.parametrize(
+    'up_bits, down_bits', [helpers.slow(1, 1), (2, 32), (32, 3)]
+)
 def test_cfd_in_numpy(up_bits, down_bits):
   """Who takes part changes; each codes against what it sent itself."""
   process = _cfd(up_bits=up_bits, down_bits=down_bits)
@@ -255,7 +260,7 @@ def test_cfd_counts_the_bytes_of_the_code():
 
 
 def test_a_cfd_round_without_clients_teaches_nothing():
-  process = _cfd()
+  process = _cfd(up_bits=1, down_bits=3)
   state, client = process.initialize(), process.initialize_client()
   given = tf.nest.map_structure(lambda w: w + 1.0, process.get_model_weights(state))
   state = process.set_model_weights(state, given)
@@ -319,14 +324,19 @@ def test_clients_that_keep_models_code_against_what_they_sent():
   assert bytes_of.down == 4 * len(_X) * (helpers.CLASSES + 1) + 8
 
 
+@helpers.shared
+def _fd(share):
+  keras.utils.set_random_seed(0)
+  return fd.build_fd(
+      **helpers.common(client_optimizer=helpers.sgd(_RATE), regularizer_weight=share)
+  )
+
+
 @pytest.mark.parametrize('batch_size', [2, 8])
 def test_fd_in_numpy(batch_size):
   """Four rounds; who was not in the last one has no part in its sums."""
-  keras.utils.set_random_seed(0)
   share = 0.6
-  process = fd.build_fd(
-      **helpers.common(client_optimizer=helpers.sgd(_RATE), regularizer_weight=share)
-  )
+  process = _fd(share)
   state, first = process.initialize(), process.initialize_client()
   models, states = [_weights(first) for _ in _SIZES], [first] * 3
   eye, sums = np.eye(helpers.CLASSES), {}
@@ -367,10 +377,7 @@ def test_fd_in_numpy(batch_size):
 
 
 def test_fd_leaves_a_clients_own_part_out():
-  keras.utils.set_random_seed(0)
-  build = dict(helpers.common(client_optimizer=helpers.sgd(_RATE)))
-  process = fd.build_fd(**build, regularizer_weight=5.0)
-  plain = fd.build_fd(**build, regularizer_weight=1e-30)
+  process, plain = _fd(0.6), _fd(1e-30)
   plain_client = process.initialize_client()
   found = []
   for its in (process, plain):
@@ -439,7 +446,7 @@ def test_fd_needs_class_indices():
     fd.build_fd(**helpers.common(regularizer_weight=0.0))
 
 
-@pytest.mark.parametrize('build', [_fed_md, _ds_fl, fd.build_fd])
+@pytest.mark.parametrize('build', [helpers.slow(_fed_md), _ds_fl, fd.build_fd])
 def test_keras_optimizers_and_any_keras_model(build):
   model_fn = lambda: keras.Sequential([  # pylint: disable=g-long-lambda
       keras.layers.InputLayer((helpers.DIM,)),
@@ -544,10 +551,8 @@ def _train(process, folder, num_rounds, **kwargs):
 
 
 def test_a_resumed_run_repeats_an_unbroken_one(batches, tmp_path):
-  def process():
-    return _ds_fl(client_data=batches, input_spec=batches.element_spec)
-
-  built = process()
+  arguments = dict(client_data=batches, input_spec=batches.element_spec)
+  built = _ds_fl(**arguments)
   whole = _train(built, tmp_path / 'whole', 7)
 
   class Killed(Exception):
@@ -561,7 +566,7 @@ def test_a_resumed_run_repeats_an_unbroken_one(batches, tmp_path):
   # The checkpoint is of round 4; clients have been further.
   with pytest.raises(Killed):
     _train(built, tmp_path / 'parts', 7, on_round=killed_in_round_5)
-  resumed = _train(process(), tmp_path / 'parts', 7)
+  resumed = _train(_ds_fl.anew(**arguments), tmp_path / 'parts', 7)
   assert len(resumed.history) == 3
   for found, expected in zip(
       tf.nest.flatten(resumed.state), tf.nest.flatten(whole.state), strict=True

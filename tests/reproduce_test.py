@@ -2,22 +2,16 @@
 
 import csv
 import json
-import pathlib
 import struct
-import subprocess
-import sys
 
 import numpy as np
 import pytest
 
-_ROOT = pathlib.Path(__file__).parent.parent
+from tests import helpers
 
 
 def _run(*args):
-  return subprocess.run(
-      [sys.executable, '-m', 'pipelines.reproduce_fedgen_table', *args],
-      cwd=_ROOT, capture_output=True, text=True, timeout=400, check=False,
-  )
+  return helpers.script('pipelines.reproduce_fedgen_table', *args)
 
 
 def _write_idx(path, values):

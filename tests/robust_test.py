@@ -177,6 +177,7 @@ def test_what_cannot_be_is_refused(build, said):
     build()
 
 
+@helpers.shared
 def _fusion(**kwargs):
   keras.utils.set_random_seed(0)
   defaults = dict(
@@ -189,6 +190,12 @@ def _fusion(**kwargs):
   return tff_kd.algorithms.build_fed_distillation(
       **helpers.common(**{**defaults, **kwargs})
   )
+
+
+_BOUNDED = dict(
+    model_aggregator=robust.NormBoundFactory(100.0),
+    knowledge_aggregator=robust.NormBoundFactory(1000.0),
+)
 
 
 def _round(process, cohort):
@@ -213,10 +220,7 @@ def test_one_nan_client_is_counted_and_has_no_effect():
 
 
 def test_one_huge_client_is_counted_and_has_no_effect():
-  process = _fusion(
-      model_aggregator=robust.NormBoundFactory(100.0),
-      knowledge_aggregator=robust.NormBoundFactory(1000.0),
-  )
+  process = _fusion(**_BOUNDED)
   output = _round(process, [_GOOD[0], _HUGE, *_GOOD[1:]])
   _assert_same_models(output, _round(_fusion(), _GOOD), atol=1e-6)
   assert output.metrics['aggregator']['model']['num_left_out'] == 1
@@ -226,7 +230,7 @@ def test_one_huge_client_is_counted_and_has_no_effect():
 
 
 def test_a_round_of_huge_clients_leaves_the_student():
-  process = _fusion(model_aggregator=robust.NormBoundFactory(100.0))
+  process = _fusion(**_BOUNDED)
   state = process.initialize()
   output = process.next(state, [_HUGE, _HUGE])
   helpers.assert_weights_close(
@@ -266,7 +270,7 @@ def test_tffs_own_robust_mean_takes_both_channels():
     assert output.metrics['aggregator'][channel]['zeroed_count'] == 1
 
 
-@pytest.mark.parametrize('name', ['fed_md', 'ds_fl'])
+@pytest.mark.parametrize('name', ['fed_md', helpers.slow('ds_fl')])
 def test_algorithms_of_predictions_alone_take_them(name):
   keras.utils.set_random_seed(0)
   process = tff_kd.algorithms.REGISTRY[name].build(

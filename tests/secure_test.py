@@ -16,6 +16,7 @@ _TRANSFER = tff_kd.TransferSet(helpers.examples(16, 99)[0])
 _BITS = dict(bits=16, model_bound=40.0, knowledge_bound=400.0, max_clients=4)
 
 
+@helpers.shared
 def _build(name, **kwargs):
   keras.utils.set_random_seed(0)
   common = helpers.common(**kwargs)
@@ -53,9 +54,10 @@ def _sum(secure, values, bound):
 @pytest.mark.parametrize(
     'name, settings',
     [
-        ('fed_avg', {}), ('fed_distillation', {}), ('fd', {}), ('fed_df', _BITS),
+        ('fed_avg', _BITS), ('fd', {}), helpers.slow('ds_fl', _BITS),
+        helpers.slow('fed_distillation', {}), helpers.slow('fed_df', _BITS),
         # No certainty is above 1.
-        ('ds_fl', _BITS), ('fed_aux', dict(model_bound=40.0, knowledge_bound=1.0)),
+        ('fed_aux', dict(model_bound=40.0, knowledge_bound=1.0)),
     ],
 )
 def test_nothing_is_summed_in_the_clear_and_little_changes(name, settings):

@@ -220,7 +220,12 @@ def _assert_same(actual, expected):
 
 
 @pytest.mark.parametrize(
-    'build', [_fed_distillation, _fed_df, _fml, _fed_md, _fed_gen, _robust, _medians]
+    'build',
+    [
+        _fed_distillation, _fed_md, _medians,
+        # Those of FML and FedGen are in other tests, too.
+        *map(helpers.slow, (_fed_df, _fml, _fed_gen, _robust)),
+    ],
 )
 def test_as_on_one_worker(build, workers, caplog):
   keras.utils.set_random_seed(1)
@@ -420,8 +425,9 @@ def test_results_do_not_depend_on_who_is_there(workers, fml):
 @pytest.mark.parametrize(
     'call, which, how',
     [
-        (1, 0, 'killed'), (2, 1, 'killed'), (4, 0, 'frozen'), (7, 1, 'frozen'),
-        (9, 1, 'killed'), (20, 0, 'killed'),
+        (1, 0, 'killed'), (7, 1, 'frozen'), (20, 0, 'killed'),
+        helpers.slow(2, 1, 'killed'), helpers.slow(4, 0, 'frozen'),
+        helpers.slow(9, 1, 'killed'),
     ],
 )
 def test_a_worker_lost_in_mid_round(call, which, how, workers, fed_gen, caplog):

@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 import types
 
 import keras
@@ -18,10 +16,7 @@ from tff_kd import data
 
 
 def _run(module, *args):
-  return subprocess.run(
-      [sys.executable, '-m', f'pipelines.{module}', *map(str, args)], cwd=helpers.ROOT,
-      capture_output=True, text=True, timeout=300, check=False,
-  )
+  return helpers.script(f'pipelines.{module}', *args)
 
 
 @pytest.fixture(scope='module')
@@ -161,7 +156,8 @@ def test_export(own_run):
   assert runner(inputs=np.zeros((1, 2), np.float32))['outputs'].shape == (1, 3)
 
 
-@pytest.mark.parametrize('kind', ['GRU', 'LSTM'])
+# A GRU's loop is in the next test, too.
+@pytest.mark.parametrize('kind', [helpers.slow('GRU'), 'LSTM'])
 def test_recurrent_models(kind, tmp_path):
   """A call knows nothing of those before it; without its loop, a file is much larger."""
   inputs = keras.Input((20,), dtype=tf.int32)
@@ -247,7 +243,6 @@ def test_a_split_of_clients_that_are_there_is_refused(flag, data_dir):
     [
         (['--task=shakespeare', '--student=cnn'], 'Choose of gru'),
         (['--task=movielens', '--alpha=1'], 'data have their clients'),
-        (['--task=movielens', '--num_clients=900'], 'have 843 clients'),
     ],
 )
 def test_what_does_not_fit_is_refused(args, message):
@@ -260,6 +255,13 @@ def test_labels_counted_from_1_are_a_sentence(tmp_path):
     np.savez(tmp_path / f'{name}.npz', x=x, y=y)
   said = helpers.refused_here('--task=examples/own_task.py', f'--data_dir={tmp_path}')
   assert 'found 1 to 3. They seem to be counted from 1: subtract 1.' in said
+
+
+def test_more_clients_than_the_data_have_are_refused(data_dir):
+  said = helpers.refused_here(
+      '--task=examples/own_task.py', f'--data_dir={data_dir}', '--num_clients=9'
+  )
+  assert 'have 5 clients' in said
 
 
 @pytest.mark.parametrize(

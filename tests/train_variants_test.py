@@ -62,12 +62,10 @@ def test_clients_with_models_of_their_own(name, tmp_path, monkeypatch):
     # Clients do that themselves: no model is trained to be thrown away.
     flags_of_run.append('--pretrain_epochs=1')
     monkeypatch.delattr(train_job, '_pretrain')
-  printed = helpers.train_here(*flags_of_run, '--rounds=1')
-  if name == 'ds_fl':
-    printed = helpers.train_here(*flags_of_run, '--rounds=3', '--resume')
+  printed = helpers.train_here(*flags_of_run, '--rounds=2')
   assert "clients' own models, mean" in printed
   rows = helpers.rows(folder / 'metrics.csv')
-  assert len(rows) == (3 if name == 'ds_fl' else 1)
+  assert len(rows) == 2
   # Only fed_md's clients are all there is.
   assert ('test/client_accuracy' in rows[0]) == (name == 'ds_fl')
   assert (folder / 'student.keras').exists() == (name == 'ds_fl')
@@ -85,6 +83,8 @@ def test_clients_with_models_of_their_own(name, tmp_path, monkeypatch):
     assert (folder / 'evaluation' / 'confusion_client.png').exists()
 
 
+# The algorithm's rounds are in `private_process_test`, its flags in `train_flags_test`.
+@pytest.mark.slow
 def test_clients_without_models_of_their_own(tmp_path):
   tiny = _without('--server_', '--back_', '--teacher')
   printed = helpers.train_here(

@@ -4,7 +4,6 @@ import collections
 import os
 import pathlib
 import subprocess
-import sys
 
 from hypothesis import given, settings, strategies as st
 import keras
@@ -182,7 +181,7 @@ def test_a_temporary_folder_lasts_as_long_as_the_program(tmp_path):
       'print(os.listdir(folder), folder)\n'
   )
   done = subprocess.run(
-      [sys.executable, '-c', code], capture_output=True, text=True, check=True,
+      [helpers.WARM, '-c', code], capture_output=True, text=True, check=True,
       cwd=pathlib.Path(__file__).parent.parent,
       env={**os.environ, 'TMPDIR': str(tmp_path)},
   )

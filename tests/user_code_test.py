@@ -76,16 +76,30 @@ def _with(layer):
   return build
 
 
+def _all_layers():
+  return keras.Sequential([
+      _MaskedMean(), _TwoBranches(), layers.Dense(4, kernel_regularizer='l2'),
+      layers.Dense(3, kernel_constraint='non_neg'),
+  ])
+
+
 @pytest.mark.parametrize(
     ['build', 'loss_fn'],
     [
-        (_with(lambda: layers.Dense(3)), _NotZero),
-        (_with(_MaskedMean), helpers.loss_fn),
-        (_with(_TwoBranches), helpers.loss_fn),
-        (_with(lambda: layers.Dense(3, kernel_regularizer='l2')), helpers.loss_fn),
-        (_with(lambda: layers.Dense(3, kernel_constraint='non_neg')), helpers.loss_fn),
+        pytest.param(_with(_all_layers), _NotZero, id='all'),
+        # One by one.
+        helpers.slow(_with(lambda: layers.Dense(3)), _NotZero, id='loss'),
+        helpers.slow(_with(_MaskedMean), helpers.loss_fn, id='equal'),
+        helpers.slow(_with(_TwoBranches), helpers.loss_fn, id='cond'),
+        helpers.slow(
+            _with(lambda: layers.Dense(3, kernel_regularizer='l2')), helpers.loss_fn,
+            id='regularizer',
+        ),
+        helpers.slow(
+            _with(lambda: layers.Dense(3, kernel_constraint='non_neg')), helpers.loss_fn,
+            id='constraint',
+        ),
     ],
-    ids=['loss', 'equal', 'cond', 'regularizer', 'constraint'],
 )
 def test_a_round_is_a_step_of_keras(build, loss_fn):
   x, y = helpers.examples(8, 3)
@@ -96,7 +110,9 @@ def test_a_round_is_a_step_of_keras(build, loss_fn):
   np.testing.assert_allclose(loss, expected_loss, rtol=1e-6)
 
 
-@pytest.mark.parametrize('name', ['Nadam', 'Adam', 'Ftrl', 'Lion', 'Adafactor'])
+@pytest.mark.parametrize(
+    'name', ['Nadam', 'Adafactor', *map(helpers.slow, ('Adam', 'Ftrl', 'Lion'))]
+)
 def test_keras_optimizers_are_those_of_keras(name):
   build = _with(lambda: layers.Dense(3))
   x, y = helpers.examples(8, 3)
@@ -223,7 +239,10 @@ class _OwnBinary(keras.losses.Loss):
 
 @pytest.mark.parametrize(
     'loss_fn',
-    [lambda: keras.losses.BinaryCrossentropy(from_logits=True), _OwnBinary],
+    [
+        helpers.slow(lambda: keras.losses.BinaryCrossentropy(from_logits=True)),
+        _OwnBinary,
+    ],
 )
 def test_whether_outputs_are_logits_does_not_depend_on_the_weights(loss_fn):
   spec = (
@@ -260,15 +279,19 @@ def test_dropout_follows_from_seed_round_and_client():
   data = tff_kd.FileClientData.from_clients([helpers.examples(8, 0)] * 2)
   batches = tff_kd.ClientBatches(data=data, batch_size=4, shuffle=False)
 
-  def weights(client, round_num=0, seed=0):
-    process = tff_kd.algorithms.build_fed_avg(
+  @helpers.shared
+  def build(seed):
+    return tff_kd.algorithms.build_fed_avg(
         **helpers.common(student_fn=_dropout_fn), client_data=batches, seed=seed
     )
+
+  def weights(client, round_num=0, seed=0, build=build):
+    process = build(seed)
     state = process.initialize()._replace(round_num=np.int32(round_num))
     return process.next(state, [client]).state.global_model_weights.trainable[0]
 
   first = weights(0)
-  np.testing.assert_array_equal(first, weights(0))
+  np.testing.assert_array_equal(first, weights(0, build=build.anew))
   # The same examples in the same order: only the masks differ.
   for other in (weights(1), weights(0, round_num=1), weights(0, seed=1)):
     assert np.any(first != other)

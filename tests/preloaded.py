@@ -1,0 +1,12 @@
+"""What scripts import, without what defines their flags; none of it starts TensorFlow."""
+
+import importlib
+import pkgutil
+
+from tff_kd.compat import tff  # noqa: F401, before all else.
+import tff_kd
+
+for module in pkgutil.walk_packages(tff_kd.__path__, 'tff_kd.'):
+  importlib.import_module(module.name)
+for name in ('matplotlib.figure', 'matplotlib.backends.backend_agg', 'tqdm', 'numpy'):
+  importlib.import_module(name)
