@@ -241,7 +241,7 @@ def _open_run(run_dir: pathlib.Path) -> _Run:
         'find out.'
     )
   return _Run(
-      run_dir, config, algorithms.REGISTRY[args.ALGORITHM.value], task, rows, batches,
+      run_dir, config, args.algorithm(), task, rows, batches,
       took_part,
       released={
           model.name: model.keras_model
@@ -487,9 +487,9 @@ def _why_not_inverted(finished: _Run, num_epochs: int) -> Optional[str]:
     return 'It was turned off.'
   if not np.issubdtype(np.asarray(finished.task.transfer.inputs).dtype, np.floating):
     return 'Inputs are numbers of words, not values that could be drawn.'
-  if finished.algorithm.takes('regularizer_weight'):
+  if 'logits by class' in finished.algorithm.uploads:
     return 'Clients send one mean for each class, not predictions on examples.'
-  if not finished.algorithm.takes('transfer_set'):
+  if 'predictions' not in finished.algorithm.uploads:
     return 'This algorithm has no channel of predictions: clients send weights only.'
   if _server_model(finished.released) is None:
     return 'The server has no model, whose predictions the attack would compare with.'

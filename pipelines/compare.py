@@ -107,11 +107,16 @@ def _seeds() -> list[int]:
 
 
 def _check_algorithms() -> None:
-  unknown = [its for its in _ALGORITHMS.value if its not in algorithms.REGISTRY]
-  if unknown or not _ALGORITHMS.value:
+  if not _ALGORITHMS.value:
     raise app.UsageError(
-        f'--algorithms: {unknown} not among {", ".join(algorithms.REGISTRY)}.'
+        f'--algorithms must name some of {", ".join(algorithms.REGISTRY)}, or files of '
+        'your own, found none.'
     )
+  for name in _ALGORITHMS.value:
+    try:
+      algorithms.get(name)
+    except ValueError as error:
+      raise app.UsageError(f'--algorithms: {error}') from None
 
 
 def _variations() -> list[list[tuple[str, ...]]]:
@@ -148,7 +153,7 @@ def _flag_name(argument: str) -> str:
 
 
 def _takes(algorithm: str, argument: str) -> bool:
-  return train_flags.is_taken(algorithms.REGISTRY[algorithm], _flag_name(argument))
+  return train_flags.is_taken(algorithms.get(algorithm), _flag_name(argument))
 
 
 def _settings(rows: list[list[tuple[str, ...]]]) -> dict[_Setting, list[str]]:
@@ -161,7 +166,7 @@ def _settings(rows: list[list[tuple[str, ...]]]) -> dict[_Setting, list[str]]:
   found, used = {}, set()
   varied_sets = dict.fromkeys(its for row in rows or [[()]] for its in row)
   for name in _ALGORITHMS.value:
-    its = algorithms.REGISTRY[name]
+    its = algorithms.get(name)
     taken = [f for f in given if train_flags.is_taken(its, f.name)]
     used |= {f.name for f in taken}
     arguments = [f.serialize() for f in taken]
@@ -185,7 +190,7 @@ def _is_done(run: _Run) -> bool:
 
 def _folder_name(setting: _Setting, seed: int) -> str:
   varied = [re.sub('[^A-Za-z0-9_.=,-]', '_', its[2:]) for its in setting.varied]
-  return '-'.join([setting.algorithm, *varied, str(seed)])
+  return '-'.join([algorithms.get(setting.algorithm).name, *varied, str(seed)])
 
 
 def _job(run: _Run, arguments: list[str]) -> parallel.Job:

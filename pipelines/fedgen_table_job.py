@@ -70,18 +70,18 @@ def _build(
       learning_rate_fn=_learning_rate,
       seed=seed,
   )
-  if algorithm.takes('transfer_set'):
+  if 'transfer_set' in algorithm.parameters:
     # As in the paper: the server has the training images, without labels.
     kwargs['transfer_set'] = tff_kd.TransferSet(
         inputs, subset_size=min(_TRANSFER_PER_ROUND, len(inputs)), seed=seed
     )
   steps = dict(num_steps=_SERVER_STEPS, batch_size=_SERVER_BATCH)
-  if algorithm.takes('distillation'):
+  if 'distillation' in algorithm.parameters:
     kwargs['distillation'] = tff_kd.Distillation(
         target='ensemble', schedule=tff_kd.cosine_schedule, reset_optimizer=True,
         **steps,
     )
-  if algorithm.takes('teacher_fn'):
+  if 'teacher_fn' in algorithm.parameters:
     kwargs['teacher_fn'] = _teacher
     # The teacher goes on learning; the student is only refreshed.
     kwargs['distillation'] = tff_kd.Distillation(target='ensemble', **steps)
@@ -89,7 +89,7 @@ def _build(
         target='teacher', schedule=tff_kd.cosine_schedule, reset_optimizer=True,
         **steps,
     )
-  if algorithm.takes('split_layer'):
+  if 'split_layer' in algorithm.parameters:
     kwargs |= dict(split_layer=_SPLIT_LAYER, generative_weight=10.0)
   keras.utils.set_random_seed(seed)
   return algorithm.build(**kwargs)

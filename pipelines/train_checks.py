@@ -12,6 +12,7 @@ from pipelines import train_flags as args
 from pipelines import UserError
 from tff_kd import algorithms
 from tff_kd import data
+from tff_kd import own_files
 
 # While they are asked.
 _running = False
@@ -94,7 +95,12 @@ def _together(*names: str) -> Callable[[Callable[[], None]], Callable[[], None]]
 
 
 def _algorithm() -> algorithms.Info:
-  return algorithms.REGISTRY[args.ALGORITHM.value]
+  return args.algorithm()
+
+
+def _is_own_flag(name: str) -> bool:
+  """Whether the algorithm takes a flag as one of its own."""
+  return name in _algorithm().flags.values()
 
 
 def _task() -> data.tasks.TaskInfo:
@@ -137,18 +143,18 @@ def _register_unused() -> None:
   for name in ('local_weight', 'local_temperature'):
     _no_effect(
         name, 'local_target',
-        lambda: args.LOCAL_TARGET.value != 'none' or _algorithm().takes('local_weight'),
+        lambda: args.LOCAL_TARGET.value != 'none' or _is_own_flag('local_weight'),
         'without --local_target',
     )
   _no_effect(
       'history_size', 'local_target',
       lambda: args.LOCAL_TARGET.value == 'student_history'
-      or _algorithm().takes('history_size'),
+      or _is_own_flag('history_size'),
       'without --local_target=student_history',
   )
   _no_effect(
       'not_true_temperature', 'not_true_weight',
-      lambda: bool(args.NOT_TRUE_WEIGHT.value) or _algorithm().takes('not_true_weight'),
+      lambda: bool(args.NOT_TRUE_WEIGHT.value) or _is_own_flag('not_true_weight'),
       'without --not_true_weight',
   )
   _no_effect(
@@ -188,7 +194,7 @@ _register_unused()
 @_together('student', 'teacher', 'mentor', 'task', 'algorithm')
 def _():
   # Those of a task of one's own are known when it is loaded.
-  if not data.tasks.is_own(args.TASK.value):
+  if not own_files.is_own(args.TASK.value):
     for flag, known in (
         ('student', _task().students), ('teacher', _task().teachers),
         ('mentor', _task().teachers),
@@ -224,7 +230,7 @@ def _():
 @_together('num_negatives', 'transfer_size', 'transfer_labels', 'algorithm')
 def _():
   unlabelled = args.TRANSFER_SIZE.value - args.TRANSFER_LABELS.value
-  if _algorithm().takes('negatives') and args.NUM_NEGATIVES.value >= unlabelled:
+  if 'negatives' in _algorithm().parameters and args.NUM_NEGATIVES.value >= unlabelled:
     raise flags.ValidationError(
         f'--num_negatives is {args.NUM_NEGATIVES.value}, to be taken from the '
         f'{args.TRANSFER_SIZE.value} transfer examples beside the '
@@ -257,7 +263,7 @@ def _():
   codes = (
       args.PREDICTION_BITS.value, args.PREDICTION_TOP.value, args.KNOWLEDGE_BITS.value
   )
-  if not _algorithm().takes('up_bits') and sum(its is not None for its in codes) > 1:
+  if not _is_own_flag('prediction_bits') and sum(its is not None for its in codes) > 1:
     raise flags.ValidationError(
         'Of --prediction_bits, --prediction_top and --knowledge_bits only one can be the '
         'code of the predictions.'

@@ -1,6 +1,5 @@
 """The flags of `pipelines.train`; imports no TensorFlow, so that `--help` is quick."""
 
-from collections.abc import Mapping
 import json
 import pathlib
 from typing import Any, Optional, Union
@@ -8,39 +7,33 @@ from typing import Any, Optional, Union
 from absl import app
 from absl import flags
 
+from pipelines import task_defaults
 from pipelines import topics
 from tff_kd import algorithms
 from tff_kd import data
+from tff_kd import own_files
+from tff_kd import rules
 
 # The keys of the job's tables.
 OPTIMIZERS = ['adam', 'sgd']
-CONSENSUS_RULES = [
-    'confidence', 'enhanced_era', 'entropy', 'era', 'mean_logits',
-    'mean_probabilities', 'variance',
-]
 SCHEDULES = ['constant', 'cosine']
 
 
-def _listed(head: str, defaults: Mapping[str, Any]) -> str:
-  """A task's defaults, for --help; nothing where there are none."""
-  if not defaults:
-    return ''
-  its = (
-      f'{name}={",".join(value) if isinstance(value, list) else value}'
-      for name, value in defaults.items()
-  )
-  return f'{head}: {", ".join(its)}.'
-
-
 topics.topic('What to run')
-ALGORITHM = flags.DEFINE_enum(
-    'algorithm', 'fed_distillation', sorted(algorithms.REGISTRY),
-    'The algorithm.\n'
+ALGORITHM = flags.DEFINE_string(
+    'algorithm', 'fed_distillation',
+    'The algorithm. A path that ends in .py is an algorithm of your own '
+    '(examples/own_algorithm.py).\n'
     + '\n'.join(
         f'{name}: {its.summary}. Uploads: {", ".join(its.uploads)}.'
         + (f" Needs: {', '.join(its.needs)}." if its.needs else '')
         for name, its in algorithms.REGISTRY.items()
     ),
+)
+flags.register_validator(
+    ALGORITHM, lambda name: name in algorithms.REGISTRY or own_files.is_own(name),
+    f'--algorithm must be one of {", ".join(sorted(algorithms.REGISTRY))}, or the path '
+    'of a file of your own that ends in .py.'
 )
 ROUNDS = flags.DEFINE_integer('rounds', 30, 'Rounds at most.', lower_bound=1)
 PATIENCE = flags.DEFINE_integer(
@@ -74,16 +67,12 @@ TASK = flags.DEFINE_string(
     + '\n'.join(
         f'{name}: {its.summary}. Students: {", ".join(its.students)}; teachers: '
         f'{", ".join(its.teachers)}.'
-        + _listed(' Defaults', its.defaults)
-        + ''.join(
-            _listed(f' With {", ".join(those)}', defaults)
-            for those, defaults in its.algorithm_defaults.items()
-        )
+        + task_defaults.described(name)
         for name, its in data.TASKS.items()
     ),
 )
 flags.register_validator(
-    TASK, lambda name: name in data.TASKS or data.tasks.is_own(name),
+    TASK, lambda name: name in data.TASKS or own_files.is_own(name),
     f'--task must be one of {", ".join(data.TASKS)}, or the path of a file of your own '
     'that ends in .py.'
 )
@@ -343,11 +332,19 @@ TARGET = flags.DEFINE_string(
 TEMPERATURE = flags.DEFINE_float(
     'temperature', None, "T, in the server's distillation."
 )
-CONSENSUS = flags.DEFINE_enum(
-    'consensus', None, CONSENSUS_RULES,
-    "How the clients' predictions are combined: their mean, the mean of probabilities "
-    'plain or sharpened (era, enhanced_era), or a mean of logits weighted by certainty '
-    "(variance, confidence, entropy). Unset: the algorithm's own.",
+CONSENSUS = flags.DEFINE_string(
+    'consensus', None,
+    "How the clients' predictions are combined: their mean (mean_logits), the mean of "
+    'probabilities plain (mean_probabilities) or sharpened (era, enhanced_era), or a '
+    'mean of logits weighted by certainty (variance, confidence, entropy). A path that '
+    'ends in .py is a rule of your own (examples/own_rule.py). Unset: the '
+    "algorithm's own.",
+)
+flags.register_validator(
+    CONSENSUS,
+    lambda name: name is None or name in rules.RULES or own_files.is_own(name),
+    f'--consensus must be one of {", ".join(rules.RULES)}, or the path of a file of your '
+    'own that ends in .py.'
 )
 PREDICTION_BITS = flags.DEFINE_integer(
     'prediction_bits', None, "Bits of a class's probability in what clients send, 1 "
@@ -521,59 +518,67 @@ def target() -> Union[None, float, str]:
     ) from None
 
 
-# Flags that only some algorithms use, by the builder's parameter they feed.
-FLAGS_OF_PARAMETER = {
+# Flags that are made into a parameter of builders, which only some algorithms have.
+_FLAGS_OF_PARAMETER = {
     'transfer_set': [
-        'coverage',
-        'transfer_per_round', 'transfer_validation', 'consensus', 'prediction_bits',
-        'prediction_top', 'knowledge_bits', 'robust_knowledge', 'knowledge_norm_bound',
+        'coverage', 'transfer_per_round', 'transfer_validation', 'consensus',
+        'prediction_bits', 'prediction_top', 'knowledge_bits', 'robust_knowledge',
+        'knowledge_norm_bound',
     ],
-    'down_bits': ['down_bits'],
-    'negatives': ['num_negatives', 'certainty_epsilon', 'certainty_delta'],
+    'negatives': ['num_negatives'],
+    'epsilon': ['certainty_epsilon'],
     'distillation': [
         'target', 'temperature', 'distillation_weight', 'server_steps',
-        'server_batch_size', 'server_schedule', 'validate_every',
-        'server_patience',
+        'server_batch_size', 'server_schedule', 'validate_every', 'server_patience',
     ],
-    'teacher_fn': ['teacher', 'teacher_learning_rate'],
+    'teacher_fn': ['teacher'],
+    'teacher_optimizer': ['teacher_learning_rate'],
     'back_distillation': ['back_distillation', 'back_steps'],
     'student_optimizer': ['student_learning_rate'],
-    'regularizer_weight': ['regularizer_weight'],
-    'digest_epochs': ['digest_epochs', 'digest_batch_size'],
     'mentor_fn': ['mentor'],
-    'split_layer': [
-        'split_layer', 'generator_steps', 'generator_learning_rate',
-        'generative_weight',
-    ],
-    'energy_rounds': ['energy_rounds'],
+    'generator_optimizer': ['generator_learning_rate'],
 }
-# And those of the students' averaging.
-AVERAGING_FLAGS = [
+# Flags of the averaging of weights, whether an algorithm has such parameters or not.
+_AVERAGING = (
     'server_optimizer', 'server_learning_rate', 'client_weighting', 'local_target',
     'local_weight', 'local_temperature', 'history_size', 'proximal_weight',
     'not_true_weight', 'not_true_temperature', 'robust_model', 'model_norm_bound',
-    'model_bits', 'model_clip', 'secure_model_bound',
-]
+    'model_bits', 'model_clip', 'secure_model_bound', 'pretrain_epochs',
+)
+# Flags that some algorithm takes as they are.
+_OF_ALGORITHMS = frozenset(
+    flag for its in algorithms.REGISTRY.values() for flag in its.flags.values()
+)
+
+
+def algorithm() -> algorithms.Info:
+  """Returns what describes the algorithm that is asked for.
+
+  Raises:
+    app.UsageError: If there is no such algorithm.
+  """
+  try:
+    return algorithms.get(ALGORITHM.value)
+  except ValueError as error:
+    raise app.UsageError(f'--algorithm: {error}') from None
 
 
 def is_taken(algorithm: algorithms.Info, name: str) -> bool:
-  """Whether a flag has an effect with an algorithm."""
-  if name in AVERAGING_FLAGS:
+  """Returns whether a flag has an effect with an algorithm."""
+  if name in algorithm.flags.values():
+    return True
+  if name in _AVERAGING:
     return algorithm.averages
   if name in ('knowledge_clip', 'secure_knowledge_bound'):
-    return algorithm.takes('transfer_set') or algorithm.takes('regularizer_weight')
+    return algorithm.sends_knowledge
   if name == 'knowledge_share':
-    return algorithm.averages and algorithm.takes('transfer_set')
-  if name == 'pretrain_epochs' and not algorithm.averages:
-    return algorithm.takes('pretraining_epochs')
-  if name in ('consensus', 'prediction_top', 'knowledge_bits') and (
-      algorithm.takes('up_bits') or algorithm.takes('negatives')
-  ):
-    return False  # It has its own.
-  return all(
-      algorithm.takes(parameter)
-      for parameter, names in FLAGS_OF_PARAMETER.items() if name in names
-  )
+    return algorithm.averages and algorithm.sends_knowledge
+  if name in ('consensus', 'prediction_top', 'knowledge_bits'):
+    return algorithm.consensus not in (None, 'given')
+  owners = [p for p, names in _FLAGS_OF_PARAMETER.items() if name in names]
+  if not owners:
+    return name not in _OF_ALGORITHMS
+  return all(parameter in algorithm.parameters for parameter in owners)
 
 
 # A resumed run may change these: they do not change what a round does.
@@ -608,7 +613,7 @@ def _task_defaults(task: str, algorithm: str) -> dict[str, Any]:
     app.UsageError: If there is no such task, or it has defaults of what is no flag.
   """
   try:
-    defaults = data.task_info(task).defaults_with(algorithm)
+    defaults = task_defaults.defaults_of(task, algorithm)
   except ValueError as error:
     raise app.UsageError(str(error)) from None
   for name in defaults:

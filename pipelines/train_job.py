@@ -8,13 +8,12 @@ import csv
 import dataclasses
 import datetime
 import functools
-import inspect
 import json
 import math
 import pathlib
 import re
 import sys
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional
 
 from absl import flags
 
@@ -28,27 +27,20 @@ from pipelines import central
 from pipelines import plots
 from pipelines import released
 from pipelines import tables
+from pipelines import task_defaults
 from pipelines import train_checks
 from pipelines import train_flags as args
 from pipelines import train_privacy
+from pipelines import train_process
 from pipelines import UserError
 import tff_kd
 from tff_kd import algorithms
 from tff_kd import cohorts
-from tff_kd import knowledge
-from tff_kd import robust
 from tff_kd.simulation import contexts
 
-_OPTIMIZERS = {
-    'sgd': tff.learning.optimizers.build_sgdm,
-    'adam': tff.learning.optimizers.build_adam,
-}
-_SCHEDULES = {'constant': None, 'cosine': tff_kd.cosine_schedule}
 _CLIENT_BYTES = tff_kd.communication.CLIENT_BYTES
 # Written when a run is over.
 RESULTS = 'results.json'
-# The smallest array that is rounded on its way up.
-_ROUNDED_FROM = 1000
 # Of training on the server's labels: examples a step. And of what they give alone: steps
 # and epochs at most, steps at least between looks at the validation score, and looks
 # without a better one.
@@ -95,7 +87,7 @@ def load_task() -> tff_kd.data.Task:
 
 def _adopt(task: tff_kd.data.Task) -> None:
   """Takes what a task of one's own says where a flag was not given."""
-  algorithm = algorithms.REGISTRY[args.ALGORITHM.value]
+  algorithm = args.algorithm()
   defaults = {}
   train_checks.check_partition(task.client_rows is not None)
   if task.client_rows is not None:
@@ -112,7 +104,7 @@ def _adopt(task: tff_kd.data.Task) -> None:
       'transfer_size': len(task.transfer),
       'transfer_labels': min(args.TRANSFER_LABELS.value, len(task.transfer)),
   }
-  given = tff_kd.data.task_info(args.TASK.value).defaults_with(args.ALGORITHM.value)
+  given = task_defaults.defaults_of(args.TASK.value, args.ALGORITHM.value)
   for name, value in defaults.items():
     if not flags.FLAGS[name].present and name not in given:
       flags.FLAGS[name].value = value
@@ -260,65 +252,6 @@ def _reporting(
   )
 
 
-def _aggregator(
-    channel: str, methods: Sequence[str], norm_bound: Optional[float],
-    bits: Optional[int],
-) -> Optional[tff.aggregators.WeightedAggregationFactory]:
-  """How one channel is compressed and made robust; `None` where it is neither."""
-  factory = None
-  if bits is not None:
-    # Not TFF's random rounding: a resumed run could not repeat it.
-    factory = tff.aggregators.MeanFactory(
-        tff.aggregators.EncodedSumFactory.quantize_above_threshold(
-            bits, _ROUNDED_FROM - 1, stochastic=False
-        )
-    )
-    # As TFF's compression_aggregator.
-    factory = robust.build_adaptive_mean(
-        'zeroing' in methods, 'clipping' in methods, factory
-    )
-  elif 'median' in methods or 'trimmed_mean' in methods:
-    factory = robust.TrimmedMeanFactory(
-        # With late ones, more may report than were chosen; all of them count.
-        sample_size=args.NUM_CLIENTS.value,
-        trimmed_share=0.5 if 'median' in methods else args.TRIMMED_SHARE.value,
-    )
-  elif methods:
-    factory = tff.learning.robust_aggregator(
-        zeroing='zeroing' in methods, clipping='clipping' in methods
-    )
-  if norm_bound is not None:
-    factory = robust.NormBoundFactory(norm_bound, factory)
-  return factory
-
-
-def _distillation(default: tff_kd.Distillation, **changes) -> tff_kd.Distillation:
-  """The algorithm's default with the flags that were set."""
-  changes = {k: v for k, v in changes.items() if v is not None}
-  return dataclasses.replace(default, **changes)
-
-
-def common_arguments(
-    task: tff_kd.data.Task, batches: tff_kd.ClientBatches
-) -> dict[str, Any]:
-  """What every algorithm takes, FedAvg in the comparison too."""
-  builders = [task.students[name] for name in args.STUDENT.value]
-  return dict(
-      student_fn=builders if len(builders) > 1 else builders[0],
-      input_spec=batches.element_spec,
-      client_data=batches,
-      loss_fn=task.loss_fn,
-      metrics_fn=task.metrics_fn,
-      client_optimizer=_OPTIMIZERS[args.CLIENT_OPTIMIZER.value](args.CLIENT_RATE.value),
-      server_optimizer=_OPTIMIZERS[args.SERVER_OPTIMIZER.value](args.SERVER_RATE.value),
-      client_weighting=tff.learning.ClientWeighting[_weighting().upper()],
-      model_aggregator=_aggregator(
-          'model', args.ROBUST_MODEL.value, args.MODEL_NORM_BOUND.value,
-          args.MODEL_BITS.value,
-      ),
-  )
-
-
 def specs_of(process) -> dict[str, tff_kd.models.ModelSpec]:
   """The models by name; the students of cohorts are `student_0` and so on."""
   specs = _by_cohort('student', process.students, process.students.specs)
@@ -338,177 +271,6 @@ def _by_cohort(
 def _clients(process) -> Optional[cohorts.Students]:
   """The models that clients keep, if they do."""
   return getattr(process, 'kept_models', None)
-
-
-def _weighting() -> str:
-  unset = 'uniform' if train_checks.is_private() else 'num_examples'
-  return args.WEIGHTING.value or unset
-
-
-def _local_arguments(algorithm: algorithms.Info) -> dict[str, Any]:
-  """The terms of the clients' loss: the algorithm's own, and what flags add."""
-  kwargs, terms = {}, []
-  distillation = dict(
-      weight=args.LOCAL_WEIGHT.value, temperature=args.LOCAL_TEMPERATURE.value,
-      history_size=args.HISTORY_SIZE.value,
-  )
-  if algorithm.takes('local_weight'):
-    kwargs |= dict(
-        local_weight=distillation['weight'],
-        local_temperature=distillation['temperature'],
-        history_size=distillation['history_size'],
-    )
-  if args.LOCAL_TARGET.value != 'none':
-    terms.append(
-        tff_kd.LocalDistillation(target=args.LOCAL_TARGET.value, **distillation)
-    )
-  temperature = args.NOT_TRUE_TEMPERATURE.value
-  if algorithm.takes('not_true_weight'):
-    kwargs['not_true_temperature'] = temperature
-    if args.NOT_TRUE_WEIGHT.value is not None:
-      kwargs['not_true_weight'] = args.NOT_TRUE_WEIGHT.value
-  elif args.NOT_TRUE_WEIGHT.value:
-    terms.append(
-        tff_kd.NotTrueDistillation(
-            weight=args.NOT_TRUE_WEIGHT.value, temperature=temperature
-        )
-    )
-  if algorithm.takes('proximal_weight'):
-    if args.PROXIMAL_WEIGHT.value is not None:
-      kwargs['proximal_weight'] = args.PROXIMAL_WEIGHT.value
-  elif args.PROXIMAL_WEIGHT.value:
-    terms.append(tff_kd.ProximalTerm(weight=args.PROXIMAL_WEIGHT.value))
-  return kwargs | {'local_terms': terms}
-
-
-def _prediction_arguments(
-    algorithm: algorithms.Info, own_rule: Optional[knowledge.ConsensusRule]
-) -> dict[str, Any]:
-  """How clients' predictions are combined, and how coarse they are."""
-  bits = args.PREDICTION_BITS.value
-  if algorithm.takes('up_bits'):
-    return {} if bits is None else {'up_bits': bits}
-  rule = own_rule
-  if args.CONSENSUS.value is not None:
-    rule = knowledge.CONSENSUS_RULES[args.CONSENSUS.value]
-  top = args.PREDICTION_TOP.value
-  if bits is not None or top is not None:
-    if not getattr(rule, 'over_probabilities', False):
-      raise UserError(
-          '--prediction_bits and --prediction_top change probabilities, and here the '
-          'predictions are combined as logits. Add --consensus=mean_probabilities, era '
-          'or enhanced_era.'
-      )
-    rule = (
-        knowledge.Quantized(rule, bits)
-        if bits is not None
-        else knowledge.TopClasses(rule, top)
-    )
-  return {} if rule is own_rule else {'consensus_rule': rule}
-
-
-def build_process(
-    algorithm: algorithms.Info, task: tff_kd.data.Task, common: dict[str, Any]
-) -> Union[tff_kd.DistillationProcess, tff_kd.StatefulClientsProcess]:
-  """Builds the process from the flags."""
-  kwargs = dict(common, **train_privacy.build_guards(algorithm), seed=args.SEED.value)
-  if algorithm.averages:
-    kwargs |= _local_arguments(algorithm)
-  else:
-    for name in ('server_optimizer', 'client_weighting', 'model_aggregator'):
-      del kwargs[name]
-  for name, value in (
-      ('digest_epochs', args.DIGEST_EPOCHS.value),
-      ('down_bits', args.DOWN_BITS.value),
-      ('digest_batch_size', args.DIGEST_BATCH.value),
-      ('regularizer_weight', args.REGULARIZER_WEIGHT.value),
-      ('split_layer', args.SPLIT_LAYER.value),
-      ('generator_steps', args.GENERATOR_STEPS.value),
-      ('generative_weight', args.GENERATIVE_WEIGHT.value),
-      ('energy_rounds', args.ENERGY_ROUNDS.value),
-      ('pretraining_epochs', args.PRETRAIN_EPOCHS.value or None),
-  ):
-    if algorithm.takes(name) and value is not None:
-      kwargs[name] = value
-  defaults = {
-      name: parameter.default
-      for name, parameter in inspect.signature(
-          algorithm.build
-      ).parameters.items()
-  }
-  public = task.transfer
-  if algorithm.takes('negatives'):
-    left = len(public) - args.NUM_NEGATIVES.value
-    kwargs['negatives'] = tff_kd.TransferSet(
-        public.take(np.arange(left, len(public))).inputs, directory=args.CACHE_DIR.value
-    )
-    public = public.take(np.arange(left))
-    if args.CERTAINTY_EPSILON.value is not None:
-      epsilon = args.CERTAINTY_EPSILON.value
-      kwargs['epsilon'] = None if np.isposinf(epsilon) else epsilon
-    if args.CERTAINTY_DELTA.value is not None:
-      kwargs['delta'] = args.CERTAINTY_DELTA.value
-  if algorithm.takes('transfer_set'):
-    has_labels = np.arange(len(public)) < args.TRANSFER_LABELS.value
-    kwargs['transfer_set'] = tff_kd.TransferSet(
-        public.inputs,
-        public.labels if has_labels.any() else None,
-        label_mask=None if has_labels.all() or not has_labels.any() else has_labels,
-        subset_size=args.TRANSFER_PER_ROUND.value,
-        validation_size=args.TRANSFER_VALIDATION.value,
-        seed=args.SEED.value,
-        directory=args.CACHE_DIR.value,
-    )
-    kwargs |= _prediction_arguments(
-        algorithm, knowledge.CONSENSUS_RULES.get(algorithm.consensus)
-    )
-    kwargs['knowledge_aggregator'] = _aggregator(
-        'knowledge', args.ROBUST_KNOWLEDGE.value, args.KNOWLEDGE_NORM_BOUND.value,
-        args.KNOWLEDGE_BITS.value,
-    )
-  if algorithm.takes('mentor_fn'):
-    kwargs['mentor_fn'] = task.teachers[args.MENTOR.value]
-  if algorithm.takes('split_layer') and args.GENERATOR_RATE.value is not None:
-    kwargs['generator_optimizer'] = tff.learning.optimizers.build_adam(
-        args.GENERATOR_RATE.value
-    )
-  if algorithm.takes('teacher_fn'):
-    kwargs['teacher_fn'] = task.teachers[args.TEACHER.value]
-    if args.TEACHER_RATE.value is not None:
-      kwargs['teacher_optimizer'] = tff.learning.optimizers.build_adam(
-          args.TEACHER_RATE.value
-      )
-  if algorithm.takes('student_optimizer') and args.STUDENT_RATE.value is not None:
-    kwargs['student_optimizer'] = tff.learning.optimizers.build_adam(
-        args.STUDENT_RATE.value
-    )
-  shared = dict(
-      temperature=args.TEMPERATURE.value,
-      distillation_weight=args.DISTILLATION_WEIGHT.value,
-      batch_size=args.SERVER_BATCH.value,
-      validate_every=args.VALIDATE_EVERY.value,
-      patience=args.SERVER_PATIENCE.value,
-  )
-  if algorithm.takes('distillation'):
-    kwargs['distillation'] = _distillation(
-        defaults['distillation'], target=args.target(),
-        num_steps=args.SERVER_STEPS.value, **shared,
-    )
-    if args.SCHEDULE.value is not None:
-      kwargs['distillation'] = dataclasses.replace(
-          kwargs['distillation'], schedule=_SCHEDULES[args.SCHEDULE.value]
-      )
-  if algorithm.takes('back_distillation'):
-    kwargs['back_distillation'] = (
-        _distillation(
-            defaults['back_distillation'], num_steps=args.BACK_STEPS.value, **shared
-        )
-        if args.BACK.value
-        else None
-    )
-  # The same initial weights whatever the algorithm, given the seed.
-  keras.utils.set_random_seed(args.SEED.value)
-  return algorithm.build(**kwargs)
 
 
 def _on_server_labels(
@@ -703,7 +465,7 @@ def _train(
 ) -> tuple[tff_kd.simulation.TrainingResult, list[dict[str, float]]]:
   """Trains with a progress bar; metrics, events and checkpoints in `run_dir`."""
   bar = tqdm.tqdm(
-      total=num_rounds, desc=prefix.rstrip('_') or args.ALGORITHM.value, unit='round',
+      total=num_rounds, desc=prefix.rstrip('_') or args.algorithm().name, unit='round',
       file=sys.stderr, dynamic_ncols=True,
   )
 
@@ -810,7 +572,7 @@ def _open_run_dir() -> pathlib.Path:
   else:
     now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
     name = tff_kd.data.task_info(args.TASK.value).name
-    run_dir = pathlib.Path('runs', f'{now}-{args.ALGORITHM.value}-{name}')
+    run_dir = pathlib.Path('runs', f'{now}-{args.algorithm().name}-{name}')
   path = run_dir / 'config.json'
   # One that ended before its first round left nothing to go on with.
   has_rounds = (run_dir / 'metrics.csv').exists()
@@ -932,9 +694,9 @@ class Setup(NamedTuple):
 
 def prepare() -> Setup:
   """All that can be refused, before anything runs."""
-  algorithm = algorithms.REGISTRY[args.ALGORITHM.value]
+  algorithm = args.algorithm()
   task = load_task()
-  if tff_kd.data.tasks.is_own(args.TASK.value):
+  if tff_kd.own_files.is_own(args.TASK.value):
     train_checks.run()  # It has set some.
   _workers()
   clients = split_clients(task)
@@ -942,9 +704,9 @@ def prepare() -> Setup:
   if train_checks.is_private():
     train_privacy.check_disjoint(task)
   participation = build_participation(batches)
-  common = common_arguments(task, batches)
+  common = train_process.common_arguments(task, batches)
   common['reporting'] = _reporting(participation)
-  process = build_process(algorithm, task, common)
+  process = train_process.build_process(algorithm, task, common)
   _check_metric(task, process)
   tff_kd.simulation.check_monitor(
       _monitor(task),
@@ -1006,7 +768,7 @@ def _print_setup(
 ) -> None:
   task, process = setup.task, setup.process
   print(
-      f'{args.ALGORITHM.value} on {task.name}: {args.NUM_CLIENTS.value} clients with '
+      f'{args.algorithm().name} on {task.name}: {args.NUM_CLIENTS.value} clients with '
       f'{sum(map(len, setup.clients))} examples, {args.CLIENTS_PER_ROUND.value} a '
       'round; '
       f'transfer {len(task.transfer)} ({args.TRANSFER_LABELS.value} with labels), '
@@ -1089,7 +851,7 @@ def _train_and_report(
       released.save(specs[name].to_keras(weights), run_dir, name)
 
   baseline = None
-  if args.FEDAVG.value and args.ALGORITHM.value != 'fed_avg' and accountant is None:
+  if args.FEDAVG.value and args.algorithm().name != 'fed_avg' and accountant is None:
     keras.utils.set_random_seed(args.SEED.value)
     fed_avg = algorithms.build_fed_avg(**common)
     fed_avg_bytes = tff_kd.communication.round_bytes(fed_avg)

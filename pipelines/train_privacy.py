@@ -16,8 +16,6 @@ from tff_kd import privacy
 
 # The ledger, in a run folder.
 LEDGER = 'privacy.json'
-# Of fd, whose sums have weights that are secret, too.
-_FD_CLIP = 50.0
 
 
 def _sampling() -> privacy.ClientSampling:
@@ -43,7 +41,7 @@ def build_guards(algorithm: algorithms.Info) -> dict[str, Any]:
 
     knowledge_clip = args.KNOWLEDGE_CLIP.value
     if knowledge_clip is None:
-      knowledge_clip = _FD_CLIP if algorithm.takes('regularizer_weight') else 'adaptive'
+      knowledge_clip = algorithm.flag_defaults.get('knowledge_clip', 'adaptive')
     found['privacy'] = privacy.DifferentialPrivacy(
         noise_multiplier=noise,
         clients_per_round=args.CLIENTS_PER_ROUND.value,

@@ -52,7 +52,7 @@ def _build(name, task, batches):
       mentor_fn=lambda: model_fn,
       generator_steps=lambda: 5,
   )
-  kwargs |= {name: make() for name, make in parts.items() if algorithm.takes(name)}
+  kwargs |= {name: make() for name, make in parts.items() if name in algorithm.parameters}
   return algorithm.build(**kwargs)
 
 

@@ -12,8 +12,9 @@ from tests import helpers
 import tff_kd
 from tff_kd import codecs
 from tff_kd import knowledge
+from tff_kd import rules
 
-_RULES = knowledge.CONSENSUS_RULES
+_RULES = {name: rules.get(name) for name in rules.RULES if name != 'given'}
 _NAMES = sorted(_RULES)
 
 

@@ -209,7 +209,7 @@ def _build_for_numbers(name):
           data=tff_kd.FileClientData.from_clients([(x, np.zeros(4, np.float32))]),
           batch_size=2, num_epochs=1,
       )),
-      **{key: make() for key, make in parts.items() if algorithm.takes(key)},
+      **{key: make() for key, make in parts.items() if key in algorithm.parameters},
   )
 
 

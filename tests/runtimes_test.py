@@ -46,7 +46,7 @@ def _build(name, batches):
           client_data=batches,
           seed=3,
       ),
-      **{name: part for name, part in parts.items() if algorithm.takes(name)},
+      **{name: part for name, part in parts.items() if name in algorithm.parameters},
   )
 
 

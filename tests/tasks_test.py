@@ -40,7 +40,8 @@ def test_the_registry_says_what_the_task_is(task):
   assert (task.client_rows is not None) == info.has_clients
   assert len(task.transfer) == 40 and len(task.validation) == 30
   if info.has_clients:
-    assert info.defaults['num_clients'] == len(task.client_rows) == len(task.test_rows)
+    defaults = task_defaults.DEFAULTS[info.name]
+    assert defaults['num_clients'] == len(task.client_rows) == len(task.test_rows)
     for rows, examples in (
         (task.client_rows, task.clients), (task.test_rows, task.test)
     ):

@@ -214,7 +214,7 @@ def _build(name, batches):
           student_fn=helpers.dense_fn((4,)), input_spec=batches.element_spec,
           client_data=batches,
       ),
-      **{key: make() for key, make in parts.items() if algorithm.takes(key)},
+      **{key: make() for key, make in parts.items() if key in algorithm.parameters},
   )
 
 

@@ -6,8 +6,9 @@ _MODULES = (
     'algorithms', 'arguments', 'certainty', 'client', 'client_data', 'client_names',
     'codecs', 'cohorts', 'communication', 'companions', 'conditions', 'data',
     'evaluation', 'generator', 'keras_models', 'knowledge', 'local_terms',
-    'local_training', 'losses', 'models', 'mutual', 'optimizers', 'privacy', 'robust',
-    'rounds', 'runtime', 'server', 'server_distillation', 'simulation', 'svd', 'transfer',
+    'local_training', 'losses', 'models', 'mutual', 'optimizers', 'own_files', 'privacy',
+    'robust', 'rounds', 'rules', 'runtime', 'server', 'server_distillation', 'simulation',
+    'svd', 'transfer',
 )
 
 __getattr__, __dir__ = _lazy.attach(

@@ -172,10 +172,10 @@ class MeanLogits(ConsensusRule):
   needs_classes = False
 
   def encode(self, logits):
-    return _weighted(logits, tf.ones(tf.shape(logits)[:1]))
+    return payload_of(logits, tf.ones(tf.shape(logits)[:1]))
 
   def decode(self, mean_payload):
-    return _consensus(*_mean(mean_payload))
+    return consensus_of(*mean_of(mean_payload))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -212,16 +212,16 @@ class MeanProbabilities(ConsensusRule):
       )
 
   def encode(self, logits):
-    return _weighted(_probabilities(logits), tf.ones(tf.shape(logits)[:1]))
+    return payload_of(_probabilities(logits), tf.ones(tf.shape(logits)[:1]))
 
   def decode(self, mean_payload):
-    mean, weights = _mean(mean_payload)
+    mean, weights = mean_of(mean_payload)
     if self.temperature is not None:
       # As logits: softmax (or sigmoid, of a single one) of them is ERA.
       logits = (2.0 * mean - 1.0 if mean.shape[-1] == 1 else mean) / self.temperature
     else:
       logits = self.power * losses.logits_from_probabilities(mean)
-    return _consensus(logits, weights)
+    return consensus_of(logits, weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -272,13 +272,13 @@ class CertaintyWeighted(ConsensusRule):
     # Of sequences: the mean over the positions.
     axes = list(range(1, certainty.shape.rank))
     values = logits if self.average == 'logits' else _probabilities(logits)
-    return _weighted(values, tf.reduce_mean(certainty, axis=axes))
+    return payload_of(values, tf.reduce_mean(certainty, axis=axes))
 
   def decode(self, mean_payload):
-    mean, weights = _mean(mean_payload)
+    mean, weights = mean_of(mean_payload)
     if self.average == 'probabilities':
       mean = losses.logits_from_probabilities(mean)
-    return _consensus(mean, weights)
+    return consensus_of(mean, weights)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -453,7 +453,7 @@ class Quantized(CodedRule):
     """
     if self.has_diversity:
       payload = KnowledgePayload(*(tf.reduce_sum(its, axis=1) for its in payload))
-    p, weights = _mean(payload)
+    p, weights = mean_of(payload)
     if p.shape[-1] == 1:
       p = tf.concat([1.0 - p, p], axis=-1)
     present = _per_row(weights, p) > 0.0
@@ -547,17 +547,6 @@ _CERTAINTIES = {
     'entropy': _entropy_certainty,
 }
 
-# By the name that scripts use.
-CONSENSUS_RULES = {
-    'mean_logits': MeanLogits(),
-    'mean_probabilities': MeanProbabilities(),
-    'era': MeanProbabilities(temperature=0.1),
-    'enhanced_era': MeanProbabilities(power=2.0),
-    'variance': CertaintyWeighted('variance'),
-    'confidence': CertaintyWeighted('confidence'),
-    'entropy': CertaintyWeighted('entropy'),
-}
-
 
 def _probabilities(logits: tf.Tensor) -> tf.Tensor:
   return tf.sigmoid(logits) if logits.shape[-1] == 1 else tf.nn.softmax(logits)
@@ -567,8 +556,17 @@ def _all_probabilities(logits: tf.Tensor) -> tf.Tensor:
   return tf.nn.softmax(losses.two_classes(logits))
 
 
-def _weighted(values: tf.Tensor, weights: tf.Tensor) -> KnowledgePayload:
-  """The payload; rows in which something is not finite are missing."""
+def payload_of(values: tf.Tensor, weights: tf.Tensor) -> KnowledgePayload:
+  """Makes a payload of weighted predictions: the contract of what clients send.
+
+  Args:
+    values: float32 `[m, ..., classes]`. A row in which something is not finite is
+      missing: it has weight 0 and values 0, so that sums stay finite.
+    weights: float32 `[m]`, 0 or more; not finite: missing, too.
+
+  Returns:
+    The payload of `values` times `weights`.
+  """
   axes = list(range(1, values.shape.rank))
   present = tf.reduce_all(tf.math.is_finite(values), axis=axes)
   present = tf.logical_and(present, tf.math.is_finite(weights))
@@ -579,12 +577,31 @@ def _weighted(values: tf.Tensor, weights: tf.Tensor) -> KnowledgePayload:
   )
 
 
-def _mean(mean_payload: KnowledgePayload) -> tuple[tf.Tensor, tf.Tensor]:
+def mean_of(mean_payload: KnowledgePayload) -> tuple[tf.Tensor, tf.Tensor]:
+  """Returns the weighted mean of predictions, and its weights.
+
+  Args:
+    mean_payload: The clients' payloads as aggregated; a factor common to values and
+      weights cancels.
+
+  Returns:
+    float32 `[m, ..., classes]`, 0 where no client predicted, and float32 `[m]`.
+  """
   values, weights = mean_payload
   return tf.math.divide_no_nan(values, _per_row(weights, values)), weights
 
 
-def _consensus(logits: tf.Tensor, weights: tf.Tensor) -> Consensus:
+def consensus_of(logits: tf.Tensor, weights: tf.Tensor) -> Consensus:
+  """Makes a consensus of logits.
+
+  Args:
+    logits: float32 `[m, ..., classes]`.
+    weights: float32 `[m]`.
+
+  Returns:
+    A `Consensus` with mask 1 where the weight is above 0 and all logits are finite, and
+    with logits 0 elsewhere.
+  """
   axes = list(range(1, logits.shape.rank))
   valid = tf.logical_and(
       weights > 0.0, tf.reduce_all(tf.math.is_finite(logits), axis=axes)

@@ -1,8 +1,10 @@
 """Algorithms: each file's `build_*` function composes a round, its `INFO` describes it.
 
-A new algorithm is one file here, an import and a name below; `info.load` takes one from
-elsewhere. None of this imports TensorFlow.
+A new algorithm is one file here, an import and a name below; `get` takes one from
+elsewhere, too. None of this imports TensorFlow.
 """
+
+from tff_kd import own_files
 
 from tff_kd.algorithms import cfd
 from tff_kd.algorithms import ds_fl
@@ -44,3 +46,27 @@ REGISTRY: dict[str, Info] = {
         fed_aux, fd, fed_md, ds_fl, cfd, fed_distillation,
     )
 }
+
+
+def get(name: str) -> Info:
+  """Returns what describes an algorithm.
+
+  Args:
+    name: One of `REGISTRY`, or the path of a Python file that defines `INFO`.
+
+  Raises:
+    ValueError: If there is no such algorithm, or the file defines none.
+  """
+  if not own_files.is_own(name):
+    if name not in REGISTRY:
+      raise ValueError(
+          f'There is no algorithm {name!r} among {", ".join(REGISTRY)}; the path of a '
+          'file of your own ends in .py.'
+      )
+    return REGISTRY[name]
+  found = getattr(own_files.load(name), 'INFO', None)
+  if not isinstance(found, Info):
+    raise ValueError(
+        f'{name} must define `INFO = tff_kd.algorithms.Info(...)`, found {found!r}.'
+    )
+  return found

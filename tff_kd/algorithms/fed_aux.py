@@ -132,4 +132,5 @@ INFO = info.Info(
     uploads=('weights', 'predictions'),
     client_state=True,
     flags={'delta': 'certainty_delta'},
+    consensus='given',
 )

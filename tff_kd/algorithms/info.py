@@ -2,13 +2,9 @@
 
 from collections.abc import Callable, Mapping
 import dataclasses
-import importlib.util
 import inspect
-import pathlib
 import types
 from typing import Any, Optional
-
-from tff_kd.rounds import options
 
 _NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 # What a required parameter stands for.
@@ -44,7 +40,7 @@ class Info:
     flags: Flags of `pipelines.train` by the parameters that get their values as they
       are, where the user gives them.
     flag_defaults: Its own defaults of flags.
-    consensus: The name of the rule (`tff_kd.knowledge.RULES`) by which it combines
+    consensus: The name of the rule (`tff_kd.rules.RULES`) by which it combines
       predictions unless told otherwise; `None` if it has none, or none to choose.
   """
 
@@ -66,40 +62,18 @@ class Info:
     """Its builder's parameters, by name."""
     return inspect.signature(self.build).parameters
 
-  def takes(self, parameter: str) -> bool:
-    """Whether its builder has this parameter of its own."""
-    return parameter in self.parameters and parameter not in options.OPTION_NAMES
-
   @property
   def averages(self) -> bool:
     """Whether the student's weights go up and are averaged."""
     return 'weights' in self.uploads
 
   @property
+  def sends_knowledge(self) -> bool:
+    """Whether something goes up in place of, or beside, weights, as one sum."""
+    return bool({'predictions', 'logits by class'} & set(self.uploads))
+
+  @property
   def needs(self) -> tuple[str, ...]:
     """What must be there, beside clients and a student."""
     found = [what for name, what in _NEEDS.items() if name in self.parameters]
     return (*found, *(['client state'] if self.client_state else []))
-
-
-def load(path: str) -> Info:
-  """Loads an algorithm from a file.
-
-  Args:
-    path: Of a Python file that defines `INFO`.
-
-  Raises:
-    ValueError: If there is no such file, or it defines none.
-  """
-  file = pathlib.Path(path)
-  if not file.is_file():
-    raise ValueError(f'There is no file {path!r} to load an algorithm from.')
-  spec = importlib.util.spec_from_file_location(f'tff_kd_own_{file.stem}', file)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  found = getattr(module, 'INFO', None)
-  if not isinstance(found, Info):
-    raise ValueError(
-        f'{path} must define `INFO = tff_kd.algorithms.Info(...)`, found {found!r}.'
-    )
-  return found

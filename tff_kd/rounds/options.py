@@ -90,7 +90,6 @@ _OPTION_PARAMETERS = {
     )
     for field in dataclasses.fields(Options)
 }
-OPTION_NAMES = tuple(_OPTION_PARAMETERS)
 _EMPTY = inspect.Parameter.empty
 
 

@@ -1,0 +1,285 @@
+"""The process that the flags of `pipelines.train` ask for."""
+
+from collections.abc import Callable, Sequence
+import dataclasses
+from typing import Any, Optional, Union
+
+from absl import flags
+import keras
+import numpy as np
+from tff_kd.compat import tff
+
+from pipelines import train_checks
+from pipelines import train_flags as args
+from pipelines import train_privacy
+from pipelines import UserError
+import tff_kd
+from tff_kd import algorithms
+from tff_kd import knowledge
+from tff_kd import robust
+from tff_kd import rules
+
+_OPTIMIZERS = {
+    'sgd': tff.learning.optimizers.build_sgdm,
+    'adam': tff.learning.optimizers.build_adam,
+}
+_SCHEDULES = {'constant': None, 'cosine': tff_kd.cosine_schedule}
+# The smallest array that is rounded on its way up.
+_ROUNDED_FROM = 1000
+# What a maker returns where the builder's own default is to stay.
+_UNSET = object()
+
+
+def _aggregator(
+    channel: str, methods: Sequence[str], norm_bound: Optional[float],
+    bits: Optional[int],
+) -> Optional[tff.aggregators.WeightedAggregationFactory]:
+  """How one channel is compressed and made robust; `None` where it is neither."""
+  factory = None
+  if bits is not None:
+    # Not TFF's random rounding: a resumed run could not repeat it.
+    factory = tff.aggregators.MeanFactory(
+        tff.aggregators.EncodedSumFactory.quantize_above_threshold(
+            bits, _ROUNDED_FROM - 1, stochastic=False
+        )
+    )
+    # As TFF's compression_aggregator.
+    factory = robust.build_adaptive_mean(
+        'zeroing' in methods, 'clipping' in methods, factory
+    )
+  elif 'median' in methods or 'trimmed_mean' in methods:
+    factory = robust.TrimmedMeanFactory(
+        # With late ones, more may report than were chosen; all of them count.
+        sample_size=args.NUM_CLIENTS.value,
+        trimmed_share=0.5 if 'median' in methods else args.TRIMMED_SHARE.value,
+    )
+  elif methods:
+    factory = tff.learning.robust_aggregator(
+        zeroing='zeroing' in methods, clipping='clipping' in methods
+    )
+  if norm_bound is not None:
+    factory = robust.NormBoundFactory(norm_bound, factory)
+  return factory
+
+
+def common_arguments(
+    task: tff_kd.data.Task, batches: tff_kd.ClientBatches
+) -> dict[str, Any]:
+  """What every algorithm takes, FedAvg in the comparison too."""
+  builders = [task.students[name] for name in args.STUDENT.value]
+  return dict(
+      student_fn=builders if len(builders) > 1 else builders[0],
+      input_spec=batches.element_spec,
+      client_data=batches,
+      loss_fn=task.loss_fn,
+      metrics_fn=task.metrics_fn,
+      client_optimizer=_OPTIMIZERS[args.CLIENT_OPTIMIZER.value](args.CLIENT_RATE.value),
+      server_optimizer=_OPTIMIZERS[args.SERVER_OPTIMIZER.value](args.SERVER_RATE.value),
+      client_weighting=tff.learning.ClientWeighting[_weighting().upper()],
+      model_aggregator=_aggregator(
+          'model', args.ROBUST_MODEL.value, args.MODEL_NORM_BOUND.value,
+          args.MODEL_BITS.value,
+      ),
+  )
+
+
+def build_process(
+    algorithm: algorithms.Info, task: tff_kd.data.Task, common: dict[str, Any]
+) -> Union[tff_kd.DistillationProcess, tff_kd.StatefulClientsProcess]:
+  """Builds the process from the flags.
+
+  An algorithm's `Info.flags` says which flags go to which of its parameters as they are;
+  what is made of several flags has a maker here, by the parameter's name.
+
+  Args:
+    algorithm: The algorithm.
+    task: The task.
+    common: `common_arguments`.
+  """
+  kwargs = dict(
+      common,
+      **train_privacy.build_guards(algorithm),
+      seed=args.SEED.value,
+      local_terms=_local_terms(algorithm),
+  )
+  if not algorithm.averages:
+    for name in ('server_optimizer', 'client_weighting', 'model_aggregator'):
+      del kwargs[name]
+  for parameter, flag in algorithm.flags.items():
+    if flags.FLAGS[flag].value is not None:
+      kwargs[parameter] = flags.FLAGS[flag].value
+  for parameter, make in _MAKERS.items():
+    if parameter in algorithm.parameters and parameter not in kwargs:
+      value = make(algorithm, task)
+      if value is not _UNSET:
+        kwargs[parameter] = value
+  # The same initial weights whatever the algorithm, given the seed.
+  keras.utils.set_random_seed(args.SEED.value)
+  return algorithm.build(**kwargs)
+
+
+def _weighting() -> str:
+  unset = 'uniform' if train_checks.is_private() else 'num_examples'
+  return args.WEIGHTING.value or unset
+
+
+def _local_terms(
+    algorithm: algorithms.Info,
+) -> list[tff_kd.local_terms.LocalTerm]:
+  """The terms of the clients' loss that flags add to the algorithm's own."""
+  of_algorithm, terms = set(algorithm.flags.values()), []
+  if args.LOCAL_TARGET.value != 'none':
+    terms.append(
+        tff_kd.LocalDistillation(
+            target=args.LOCAL_TARGET.value,
+            weight=args.LOCAL_WEIGHT.value,
+            temperature=args.LOCAL_TEMPERATURE.value,
+            history_size=args.HISTORY_SIZE.value,
+        )
+    )
+  if args.NOT_TRUE_WEIGHT.value and 'not_true_weight' not in of_algorithm:
+    terms.append(
+        tff_kd.NotTrueDistillation(
+            weight=args.NOT_TRUE_WEIGHT.value,
+            temperature=args.NOT_TRUE_TEMPERATURE.value,
+        )
+    )
+  if args.PROXIMAL_WEIGHT.value and 'proximal_weight' not in of_algorithm:
+    terms.append(tff_kd.ProximalTerm(weight=args.PROXIMAL_WEIGHT.value))
+  return terms
+
+
+def _consensus_rule(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
+  """How clients' predictions are combined, and how they are compressed."""
+  del task
+  if algorithm.consensus is None:
+    return _UNSET
+  bits, top = args.PREDICTION_BITS.value, args.PREDICTION_TOP.value
+  if args.CONSENSUS.value is None and bits is None and top is None:
+    return _UNSET
+  rule = rules.get(args.CONSENSUS.value or algorithm.consensus)
+  if bits is None and top is None:
+    return rule
+  if not rule.over_probabilities:
+    raise UserError(
+        '--prediction_bits and --prediction_top change probabilities, and here the '
+        'predictions are combined as logits. Add --consensus=mean_probabilities, era '
+        'or enhanced_era.'
+    )
+  if bits is not None:
+    return knowledge.Quantized(rule, bits)
+  return knowledge.TopClasses(rule, top)
+
+
+def _public_rows(
+    algorithm: algorithms.Info, task: tff_kd.data.Task
+) -> tuple[np.ndarray, np.ndarray]:
+  """The rows of the transfer examples that are distilled on, and of the negatives."""
+  rows = np.arange(len(task.transfer))
+  left = len(rows)
+  if 'negatives' in algorithm.parameters:
+    left -= args.NUM_NEGATIVES.value
+  return rows[:left], rows[left:]
+
+
+def _negatives(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
+  rows = _public_rows(algorithm, task)[1]
+  return tff_kd.TransferSet(
+      task.transfer.take(rows).inputs, directory=args.CACHE_DIR.value
+  )
+
+
+def _transfer_set(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
+  public = task.transfer.take(_public_rows(algorithm, task)[0])
+  has_labels = np.arange(len(public)) < args.TRANSFER_LABELS.value
+  return tff_kd.TransferSet(
+      public.inputs,
+      public.labels if has_labels.any() else None,
+      label_mask=None if has_labels.all() or not has_labels.any() else has_labels,
+      subset_size=args.TRANSFER_PER_ROUND.value,
+      validation_size=args.TRANSFER_VALIDATION.value,
+      seed=args.SEED.value,
+      directory=args.CACHE_DIR.value,
+  )
+
+
+def _knowledge_aggregator(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
+  del task
+  if 'transfer_set' not in algorithm.parameters:
+    return _UNSET
+  return _aggregator(
+      'knowledge', args.ROBUST_KNOWLEDGE.value, args.KNOWLEDGE_NORM_BOUND.value,
+      args.KNOWLEDGE_BITS.value,
+  )
+
+
+def _epsilon(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
+  del algorithm, task
+  epsilon = args.CERTAINTY_EPSILON.value
+  if epsilon is None:
+    return _UNSET
+  return None if np.isposinf(epsilon) else epsilon
+
+
+def _distillation(algorithm: algorithms.Info, parameter: str, **own: Any) -> Any:
+  """The builder's default settings with the flags that were set."""
+  changes = dict(
+      own,
+      temperature=args.TEMPERATURE.value,
+      distillation_weight=args.DISTILLATION_WEIGHT.value,
+      batch_size=args.SERVER_BATCH.value,
+      validate_every=args.VALIDATE_EVERY.value,
+      patience=args.SERVER_PATIENCE.value,
+  )
+  return dataclasses.replace(
+      algorithm.parameters[parameter].default,
+      **{name: value for name, value in changes.items() if value is not None},
+  )
+
+
+def _forward(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
+  del task
+  found = _distillation(
+      algorithm, 'distillation', target=args.target(), num_steps=args.SERVER_STEPS.value
+  )
+  if args.SCHEDULE.value is None:
+    return found
+  return dataclasses.replace(found, schedule=_SCHEDULES[args.SCHEDULE.value])
+
+
+def _back(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
+  del task
+  if not args.BACK.value:
+    return None
+  return _distillation(
+      algorithm, 'back_distillation', num_steps=args.BACK_STEPS.value
+  )
+
+
+def _adam(flag: flags.FlagHolder) -> Callable[..., Any]:
+  """Makes Adam with the rate of a flag, if it is given."""
+
+  def make(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
+    del algorithm, task
+    if flag.value is None:
+      return _UNSET
+    return tff.learning.optimizers.build_adam(flag.value)
+
+  return make
+
+
+# By parameter of a builder, what makes it of the flags: (algorithm, task) -> a value.
+_MAKERS: dict[str, Callable[[algorithms.Info, tff_kd.data.Task], Any]] = {
+    'negatives': _negatives,
+    'epsilon': _epsilon,
+    'transfer_set': _transfer_set,
+    'consensus_rule': _consensus_rule,
+    'knowledge_aggregator': _knowledge_aggregator,
+    'mentor_fn': lambda algorithm, task: task.teachers[args.MENTOR.value],
+    'teacher_fn': lambda algorithm, task: task.teachers[args.TEACHER.value],
+    'generator_optimizer': _adam(args.GENERATOR_RATE),
+    'teacher_optimizer': _adam(args.TEACHER_RATE),
+    'student_optimizer': _adam(args.STUDENT_RATE),
+    'distillation': _forward,
+    'back_distillation': _back,
+}

@@ -1,0 +1,30 @@
+"""Python files of the user's own: a task, an algorithm, a consensus rule."""
+
+import functools
+import importlib.util
+import pathlib
+from typing import Any
+
+
+def is_own(name: str) -> bool:
+  """Returns whether a name is the path of a file of the user's."""
+  return name.endswith('.py')
+
+
+def load(path: str) -> Any:
+  """Returns the module of a file, loaded once.
+
+  Raises:
+    ValueError: If there is no such file.
+  """
+  return _load(pathlib.Path(path).resolve(), path)
+
+
+@functools.cache
+def _load(file: pathlib.Path, path: str) -> Any:
+  if not file.is_file():
+    raise ValueError(f'There is no file {path}.')
+  spec = importlib.util.spec_from_file_location(f'tff_kd_own_{file.stem}', file)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module

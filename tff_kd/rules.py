@@ -1,0 +1,46 @@
+"""Consensus rules by name, for scripts; imports no TensorFlow until one is asked for."""
+
+from collections.abc import Callable
+from typing import Any
+
+import tff_kd
+from tff_kd import own_files
+
+# By name, what returns the rule.
+RULES: dict[str, Callable[[], Any]] = {
+    'mean_logits': lambda: tff_kd.knowledge.MeanLogits(),
+    'mean_probabilities': lambda: tff_kd.knowledge.MeanProbabilities(),
+    'era': lambda: tff_kd.knowledge.MeanProbabilities(temperature=0.1),
+    'enhanced_era': lambda: tff_kd.knowledge.MeanProbabilities(power=2.0),
+    'variance': lambda: tff_kd.knowledge.CertaintyWeighted('variance'),
+    'confidence': lambda: tff_kd.knowledge.CertaintyWeighted('confidence'),
+    'entropy': lambda: tff_kd.knowledge.CertaintyWeighted('entropy'),
+    # For algorithms that give certainties.
+    'given': lambda: tff_kd.knowledge.CertaintyWeighted(
+        'given', average='probabilities'
+    ),
+}
+
+
+def get(name: str) -> Any:
+  """Returns a `tff_kd.knowledge.ConsensusRule`.
+
+  Args:
+    name: One of `RULES`, or the path of a Python file that defines `RULE`.
+
+  Raises:
+    ValueError: If there is no such rule, or the file defines none.
+  """
+  if not own_files.is_own(name):
+    if name not in RULES:
+      raise ValueError(
+          f'There is no consensus rule {name!r} among {", ".join(RULES)}; the path of a '
+          'file of your own ends in .py.'
+      )
+    return RULES[name]()
+  rule = getattr(own_files.load(name), 'RULE', None)
+  if not isinstance(rule, tff_kd.knowledge.ConsensusRule):
+    raise ValueError(
+        f'{name} must define `RULE`, a `tff_kd.knowledge.ConsensusRule`, found {rule!r}.'
+    )
+  return rule
