@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from pipelines import train
+from pipelines import train_checks
 from pipelines import train_flags
 from tests import data_test
 from tests import helpers
@@ -155,6 +156,27 @@ def workplace(tmp_path_factory):
 
 
 @pytest.mark.parametrize('arguments', _TRAIN, ids=' '.join)
+def test_flags_of_training_go_together(arguments, workplace, monkeypatch):
+  monkeypatch.chdir(workplace)
+  with helpers.flags_of(*arguments):
+    train_flags.take_defaults()
+    train_checks.run()
+
+
+# What reads files is built here, too; for the others that takes seconds each.
+_OF_FILES = ('--config', '--task=examples', '--task=idx')
+
+
+@pytest.mark.parametrize(
+    'arguments',
+    [
+        pytest.param(
+            its, id=' '.join(its),
+            marks=() if its[0].startswith(_OF_FILES) else pytest.mark.slow,
+        )
+        for its in _TRAIN
+    ],
+)
 def test_what_would_be_trained_can_be(arguments, workplace, monkeypatch):
   monkeypatch.chdir(workplace)
   assert 'Nothing was trained' in helpers.train_here(*arguments, '--dry_run')

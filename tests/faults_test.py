@@ -289,6 +289,8 @@ cp "$disk/run/metrics.csv" "$out"
 '''
 
 
+# Two starts of Python; what a full disk leaves is in `checkpoints_test`, too.
+@pytest.mark.slow
 @pytest.mark.skipif(
     not helpers.is_allowed(*_OWN_MOUNTS, 'mount', '-t', 'tmpfs', 'none', '/mnt'),
     reason='file systems may not be mounted here',

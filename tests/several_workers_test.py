@@ -186,6 +186,16 @@ def _private():
 
 
 def _secure():
+  return tff_kd.algorithms.build_fed_avg(
+      **helpers.common(
+          secure_aggregation=tff_kd.privacy.SecureAggregation(
+              bits=16, model_bound=40.0, max_clients=_CLIENTS
+          )
+      )
+  )
+
+
+def _secure_by_tff():
   return tff_kd.algorithms.build_fed_df(
       **helpers.common(secure_aggregation=tff_kd.privacy.SecureAggregation()),
       transfer_set=_transfer_set(),
@@ -238,7 +248,9 @@ def test_as_on_one_worker(build, workers, caplog):
   assert not caplog.text
 
 
-@pytest.mark.parametrize('build', [_private, _secure])
+@pytest.mark.parametrize(
+    'build', [_private, _secure, helpers.slow(_secure_by_tff)]
+)
 def test_private_and_secure_sums_as_on_one_worker(build, workers):
   keras.utils.set_random_seed(1)
   process = build()
