@@ -1,5 +1,6 @@
 """The flags of `pipelines.train`; imports no TensorFlow, so that `--help` is quick."""
 
+from collections.abc import Callable
 import json
 import pathlib
 from typing import Any, Optional, Union
@@ -30,11 +31,23 @@ ALGORITHM = flags.DEFINE_string(
         for name, its in algorithms.REGISTRY.items()
     ),
 )
-flags.register_validator(
-    ALGORITHM, lambda name: name in algorithms.REGISTRY or own_files.is_own(name),
-    f'--algorithm must be one of {", ".join(sorted(algorithms.REGISTRY))}, or the path '
-    'of a file of your own that ends in .py.'
-)
+
+
+def _is_known(get: Callable[[str], Any]) -> Callable[[Optional[str]], bool]:
+  """Returns a validator of a name, or of the path of a file of the user's."""
+
+  def check(name: Optional[str]) -> bool:
+    try:
+      if name is not None:
+        get(name)
+    except ValueError as error:
+      raise flags.ValidationError(str(error)) from None
+    return True
+
+  return check
+
+
+flags.register_validator(ALGORITHM, _is_known(algorithms.get))
 ROUNDS = flags.DEFINE_integer('rounds', 30, 'Rounds at most.', lower_bound=1)
 PATIENCE = flags.DEFINE_integer(
     'patience', 15, 'Stop after so many rounds without a better --monitor; '
@@ -340,12 +353,8 @@ CONSENSUS = flags.DEFINE_string(
     'ends in .py is a rule of your own (examples/own_rule.py). Unset: the '
     "algorithm's own.",
 )
-flags.register_validator(
-    CONSENSUS,
-    lambda name: name is None or name in rules.RULES or own_files.is_own(name),
-    f'--consensus must be one of {", ".join(rules.RULES)}, or the path of a file of your '
-    'own that ends in .py.'
-)
+# Without TensorFlow, unless the rule is of the user's own.
+flags.register_validator(CONSENSUS, _is_known(rules.check))
 PREDICTION_BITS = flags.DEFINE_integer(
     'prediction_bits', None, "Bits of a class's probability in what clients send, 1 "
     '(the most likely class only) to 8; floats if unset. Needs a consensus of '
@@ -552,15 +561,8 @@ _OF_ALGORITHMS = frozenset(
 
 
 def algorithm() -> algorithms.Info:
-  """Returns what describes the algorithm that is asked for.
-
-  Raises:
-    app.UsageError: If there is no such algorithm.
-  """
-  try:
-    return algorithms.get(ALGORITHM.value)
-  except ValueError as error:
-    raise app.UsageError(f'--algorithm: {error}') from None
+  """Returns what describes the algorithm that is asked for."""
+  return algorithms.get(ALGORITHM.value)
 
 
 def is_taken(algorithm: algorithms.Info, name: str) -> bool:

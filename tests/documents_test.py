@@ -68,7 +68,10 @@ def _shortened(code):
 
 
 # The Python of each of these pages is one script.
-_RUN = ('README.md', 'docs/library.md', 'docs/bring_your_own.md', 'docs/tutorial.md')
+_RUN = (
+    'README.md', 'docs/library.md', 'docs/bring_your_own.md', 'docs/extending.md',
+    'docs/tutorial.md',
+)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +105,12 @@ def test_the_python_runs(document, is_whole, tmp_path):
     assert not is_whole or (
         float(scores['With 200 labels']) > float(scores['FedAvg of tff_kd'])
     )
+  if document == 'docs/extending.md':
+    printed = dict(line.split(': ', 1) for line in done.stdout.splitlines())
+    assert printed['Algorithm'].endswith(', needs transfer set, client state')
+    assert printed['Task'] == '160 examples of 4 clients'
+    for part in ('Term', 'Rule', 'Companion'):
+      assert float(printed[part]) > 0.34, printed  # Better than one class of three.
   if document == 'docs/bring_your_own.md':
     _check_own(dict(line.split(': ', 1) for line in done.stdout.splitlines()))
 

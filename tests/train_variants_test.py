@@ -4,6 +4,7 @@ import json
 import os
 import shutil
 
+from absl import flags
 import keras
 import numpy as np
 import pytest
@@ -48,6 +49,43 @@ def test_idx_files_fed_df_cohorts_and_pretraining(tmp_path):
   )
   assert isinstance(first, keras_models.StudentModel)
   assert isinstance(second, keras.Sequential)
+
+
+def test_an_algorithm_and_a_rule_of_ones_own(tmp_path):
+  flags_of_run = [
+      *helpers.TINY_RUN[1:], '--rounds=1', '--compare_with_fed_avg=false',
+  ]
+  decayed = []
+  for weight in (0.01, 10.0):
+    folder = tmp_path / f'decay_{weight}'
+    helpers.train_here(
+        '--algorithm=examples/own_algorithm.py', f'--proximal_weight={weight}',
+        f'--output_dir={folder}', *flags_of_run,
+    )
+    model = keras.models.load_model(folder / 'student.keras')
+    decayed.append(sum(np.sum(np.square(w)) for w in model.get_weights()))
+  # At a rate of .1, a weight of 10 takes all that a step begins with.
+  assert decayed[1] < 0.2 * decayed[0]
+  helpers.train_here(
+      '--algorithm=fed_df', '--consensus=examples/own_rule.py', '--server_steps=2',
+      f'--output_dir={tmp_path / "rule"}', *flags_of_run,
+  )
+  assert helpers.rows(tmp_path / 'rule' / 'metrics.csv')
+
+
+@pytest.mark.parametrize(
+    'flag, message',
+    [
+        ('--algorithm=no_such.py', 'There is no file no_such.py'),
+        ('--algorithm=examples/own_rule.py', 'must define `INFO'),
+        ('--algorithm=fedavg', 'no algorithm .* among fed_avg'),
+        ('--consensus=examples/own_algorithm.py', 'must define `RULE`'),
+        ('--consensus=median', 'no consensus rule .* among mean_logits'),
+    ],
+)
+def test_what_is_no_algorithm_or_rule(flag, message):
+  with pytest.raises(flags.IllegalFlagValueError, match=message):
+    helpers.refused_here(flag)
 
 
 @pytest.mark.parametrize('name', ['ds_fl', 'fed_md'])

@@ -22,8 +22,8 @@ RULES: dict[str, Callable[[], Any]] = {
 }
 
 
-def get(name: str) -> Any:
-  """Returns a `tff_kd.knowledge.ConsensusRule`.
+def check(name: str) -> None:
+  """Checks that there is a rule, without TensorFlow unless it is in a file.
 
   Args:
     name: One of `RULES`, or the path of a Python file that defines `RULE`.
@@ -31,12 +31,19 @@ def get(name: str) -> Any:
   Raises:
     ValueError: If there is no such rule, or the file defines none.
   """
+  if own_files.is_own(name):
+    get(name)
+  elif name not in RULES:
+    raise ValueError(
+        f'There is no consensus rule {name!r} among {", ".join(RULES)}; the path of a '
+        'file of your own ends in .py.'
+    )
+
+
+def get(name: str) -> Any:
+  """Returns a `tff_kd.knowledge.ConsensusRule`; raises as `check` does."""
   if not own_files.is_own(name):
-    if name not in RULES:
-      raise ValueError(
-          f'There is no consensus rule {name!r} among {", ".join(RULES)}; the path of a '
-          'file of your own ends in .py.'
-      )
+    check(name)
     return RULES[name]()
   rule = getattr(own_files.load(name), 'RULE', None)
   if not isinstance(rule, tff_kd.knowledge.ConsensusRule):
