@@ -105,7 +105,7 @@ def _evaluate_own(
     return None
   with train_job.errors_for_users():
     process = train_job.prepare().process
-  if getattr(process, 'clients', None) is None:
+  if getattr(process, 'kept_models', None) is None:
     return None  # What they keep are no models.
   ran_with = json.loads((run_dir / 'config.json').read_text())['flags']
   changed = [its for its in _OF_THE_SPLIT if flags.FLAGS[its].value != ran_with[its]]

@@ -173,7 +173,7 @@ class Round:
 
   def _build_server_parts(self, member: tff.Type) -> None:
     """Builds the small computations between the stages."""
-    parts = self.parts
+    parts, self.increment = self.parts, state_lib.build_increment()
     self.broadcast_companion = self.share = self.keep_or_skip = None
     if parts.companion is not None:
       self.broadcast_companion = graphs.computation(member.companion)(
@@ -225,7 +225,7 @@ class Round:
             student_history=down.history,
             shared=self._shared(state, up, models_after.student),
             shared_round=state.round_num if self.share is not None else _nothing(),
-            round_num=tff.federated_map(state_lib.add_one, state.round_num),
+            round_num=tff.federated_map(self.increment, state.round_num),
             distributor=down.distributor.state,
             client_work=state.client_work,
             aggregator=up.state,
