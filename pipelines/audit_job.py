@@ -20,6 +20,7 @@ from pipelines import plots
 from pipelines import released as released_lib
 from pipelines import tables
 from pipelines import train_flags as args
+from pipelines import train_process
 from pipelines import train_job
 from pipelines import train_privacy
 from pipelines import UserError
@@ -330,8 +331,8 @@ def _train_victims(finished: _Run, num_victims: int, seed: int) -> list[_Victim]
 
 def _kept_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
   """Of clients that keep their models: those."""
-  common = train_job.common_arguments(finished.task, finished.batches)
-  process = train_job.build_process(finished.algorithm, finished.task, common)
+  common = train_process.common_arguments(finished.task, finished.batches)
+  process = train_process.build_process(finished.algorithm, finished.task, common)
   specs = process.kept_models.specs
   count = len(specs)
   states = tff_kd.simulation.ClientStates(
@@ -354,7 +355,7 @@ def _local_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
   found = {}
   for cohort in range(len(names)):
     student = finished.released.get('student') or finished.released[f'student_{cohort}']
-    common = train_job.common_arguments(finished.task, finished.batches)
+    common = train_process.common_arguments(finished.task, finished.batches)
     functions = common['student_fn']
     process = algorithms.build_fed_avg(
         **{

@@ -1,6 +1,6 @@
 """The job behind `pipelines.train`: trains, compares, reports."""
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import collections
 import concurrent.futures
 import contextlib
@@ -871,8 +871,11 @@ def _train_and_report(
     if args.TRANSFER_LABELS.value:
       alone = pool.submit(_all_alone, evaluation.evaluators, specs, task, history).result
     _report(
-        task, clients, process, evaluation, result, history, baseline, alone, accountant,
-        run_dir,
+        _Finished(
+            setup=setup, evaluation=evaluation, result=result, history=history,
+            baseline=baseline, accountant=accountant, run_dir=run_dir,
+        ),
+        alone,
     )
 
 
@@ -927,124 +930,209 @@ def _print_ledger(history: list[dict[str, float]]) -> None:
   print()
 
 
-def _report(
-    task, clients, process, evaluation, result, history, baseline, alone, accountant,
-    run_dir,
-) -> None:
-  """Prints the table and draws the curves; `alone` waits for `_all_alone`."""
-  test_split = split_tests(task, clients)
-  metric = task.metric
-  # Which scores the table has.
-  keys = list(tff_kd.evaluation.score_names(process.students.first))
-  if 'loss' in keys:
-    keys.remove('loss')
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Finished:
+  """A training that is over.
 
-  def scores(values: Mapping[str, float], prefix: str = '') -> list[str]:
-    return [f'{values[prefix + key]:.4f}' for key in keys]
+  Attributes:
+    setup: What it began with.
+    evaluation: What judged its rounds.
+    result: What it ended with.
+    history: The rows of metrics.csv.
+    baseline: FedAvg's rows; `None` without that comparison.
+    accountant: Of a private run; else `None`.
+    run_dir: The run's folder.
+  """
 
-  server_models = evaluation.models(result.best_state)
-  names = {
-      'student': (
-          'student'
-          if process.get_model_weights is not None
-          else "clients' own models, mean"
-      ),
-      'client': "clients' own models, mean",
-      'teacher': 'teacher',
-      'student_before': 'student before back-distillation',
-  }
-  if not args.BACK.value or process.teacher_spec is None:
-    names['student_before'] = "student before the server's distillation"
-  students = process.students
-  if students.has_cohorts:
-    for name in ('student', 'student_before'):
-      for i, model in enumerate(args.STUDENT.value):
-        names[f'{name}_{i}'] = f'{names[name]}, cohort {i} ({model})'
-      names[name] += ', mean of cohorts'
+  setup: Setup
+  evaluation: '_Evaluation'
+  result: tff_kd.simulation.TrainingResult
+  history: list[dict[str, float]]
+  baseline: Optional[list[dict[str, float]]]
+  accountant: Optional[tff_kd.privacy.PrivacyAccountant]
+  run_dir: pathlib.Path
+
+  @property
+  def task(self) -> tff_kd.data.Task:
+    return self.setup.task
+
+  @functools.cached_property
+  def best(self) -> dict[str, float]:
+    """The best round's row."""
+    return _best_row(
+        self.history, self.result.round_num, _monitor(self.task), self.task
+    )
+
+  @functools.cached_property
+  def scores(self) -> list[str]:
+    """The names of the scores that the table has."""
+    names = tff_kd.evaluation.score_names(self.setup.process.students.first)
+    return [name for name in names if name != 'loss']
+
+  @functools.cached_property
+  def server_models(self) -> dict[str, Any]:
+    """By name, the evaluator and the weights of each model of the best round."""
+    return self.evaluation.models(self.result.best_state)
+
+  @functools.cached_property
+  def names(self) -> dict[str, str]:
+    """What the table and the pictures call each model."""
+    process = self.setup.process
+    has_student = process.get_model_weights is not None
+    names = {
+        'student': 'student' if has_student else "clients' own models, mean",
+        'client': "clients' own models, mean",
+        'teacher': 'teacher',
+        'student_before': 'student before back-distillation',
+    }
+    if not args.BACK.value or process.teacher_spec is None:
+      names['student_before'] = "student before the server's distillation"
+    if process.students.has_cohorts:
+      for name in ('student', 'student_before'):
+        for i, model in enumerate(args.STUDENT.value):
+          names[f'{name}_{i}'] = f'{names[name]}, cohort {i} ({model})'
+        names[name] += ', mean of cohorts'
+    return names
+
+  def scored(self, values: Mapping[str, float], prefix: str = '') -> list[str]:
+    """Returns the table's cells of the scores."""
+    return [f'{values[prefix + name]:.4f}' for name in self.scores]
+
+
+def _report(finished: _Finished, alone: Callable[[], dict[str, Any]]) -> None:
+  """Prints the table and draws the curves.
+
+  Args:
+    finished: The training.
+    alone: Waits for `_all_alone`.
+  """
+  rows = [*_model_rows(finished), *_baseline_rows(finished)]
+  plots.plot_curves(
+      _curves(finished), finished.run_dir / 'curves.png', finished.task.metric
+  )
+  of_labels = alone()
+  for name, values in of_labels.items():
+    label = f"{name} on the server's {args.TRANSFER_LABELS.value} labels alone"
+    rows.append((label, '', *finished.scored(values), '', '', ''))
+  further = _further_scores(finished)
+  _write_results(finished, of_labels, further)
+  print()
+  tables.print_table(rows)
+  print()
+  _print_end(finished)
+  print()
+  for name, values in further.items():
+    print(f'{name}: ' + ', '.join(f'{key} {its:.4f}' for key, its in values.items()))
+  _print_ledger(finished.history)
+  _print_privacy(finished.accountant)
+  seconds = [row[tff_kd.simulation.ROUND_SECONDS] for row in finished.history]
+  print(f'Seconds per round: {np.median(seconds):.2f} (median).')
+  if finished.baseline is not None:
+    _print_comparison(finished)
+
+
+def _model_rows(finished: _Finished) -> list[tuple[str, ...]]:
+  """The table's head, and a row for each model of the best round."""
+  task, test = finished.task, finished.best
+  test_split = split_tests(task, finished.setup.clients)
   rows = [(
-      'model', 'round', *(f'test {_words(key)}' for key in keys),
-      f'clients: mean {_words(metric)}', '10th pct.', 'worst',
+      'model', 'round', *(f'test {_words(name)}' for name in finished.scores),
+      f'clients: mean {_words(task.metric)}', '10th pct.', 'worst',
   )]
-  specs = specs_of(process)
-  test = _best_row(history, result.round_num, _monitor(task), task)
-  for name, (evaluator, weights) in server_models.items():
+  best_round = str(finished.result.best_round)
+  for name, (evaluator, weights) in finished.server_models.items():
     by_client = _over_clients(evaluator, weights, task, test_split)
     rows.append((
-        names[name], str(result.best_round), *scores(test, f'test/{name}_'),
+        finished.names[name], best_round, *finished.scored(test, f'test/{name}_'),
         f'{by_client.mean:.4f}', f'{by_client.percentile_10:.4f}',
         f'{by_client.worst:.4f}',
     ))
   for name in ('student', 'client', 'student_before'):
-    if name not in server_models and f'test/{name}_{metric}' in test:
-      rows.append((
-          names[name], str(result.best_round), *scores(test, f'test/{name}_'),
-          '', '', '',
-      ))
-  test_column = f'test/student_{metric}'
-  curves = {
-      names[name]: (
-          [row['round'] for row in history],
-          _megabytes(history),
-          [row[f'test/{name}_{metric}'] for row in history],
-      )
-      for name in names
-      if f'test/{name}_{metric}' in history[0]
-  }
-  if baseline is not None:
-    rounds_at_bytes = int(baseline[-1]['round'])
-    is_capped = rounds_at_bytes == _MOST_FED_AVG * result.round_num
-    for label, rounds in (
-        ('FedAvg, same rounds', result.round_num),
-        (
-            f'FedAvg, {_MOST_FED_AVG} times the rounds'
-            if is_capped
-            else 'FedAvg, same bytes',
-            rounds_at_bytes,
-        ),
-    ):
-      best = _best_row(baseline, rounds, f'validation/student_{metric}', task)
-      rows.append((
-          label, f"{best['round']:.0f}", *scores(best, 'test/student_'), '', '', '',
-      ))
-    curves['FedAvg'] = (
-        [row['round'] for row in baseline],
-        _megabytes(baseline),
-        [row[test_column] for row in baseline],
+    is_known = f'test/{name}_{task.metric}' in test
+    if name not in finished.server_models and is_known:
+      scores = finished.scored(test, f'test/{name}_')
+      rows.append((finished.names[name], best_round, *scores, '', '', ''))
+  return rows
+
+
+def _baseline_rows(finished: _Finished) -> list[tuple[str, ...]]:
+  """The table's rows of FedAvg."""
+  if finished.baseline is None:
+    return []
+  num_rounds = finished.result.round_num
+  at_bytes = int(finished.baseline[-1]['round'])
+  label = 'FedAvg, same bytes'
+  if at_bytes == _MOST_FED_AVG * num_rounds:
+    label = f'FedAvg, {_MOST_FED_AVG} times the rounds'
+  rows = []
+  for name, last in (('FedAvg, same rounds', num_rounds), (label, at_bytes)):
+    best = _best_row(
+        finished.baseline, last, f'validation/student_{finished.task.metric}',
+        finished.task,
     )
-  plots.plot_curves(curves, run_dir / 'curves.png', metric)
-  alone = alone()
-  for name, values in alone.items():
-    rows.append((
-        f"{name} on the server's {args.TRANSFER_LABELS.value} labels alone", '',
-        *scores(values), '', '', '',
-    ))
-  further = {
-      name: dict(
-          task.scores_fn(functools.partial(evaluation.evaluators[name].logits, weights))
-      )
-      for name, (_, weights) in server_models.items()
-      if task.scores_fn is not None and name in specs
+    scores = finished.scored(best, 'test/student_')
+    rows.append((name, f"{best['round']:.0f}", *scores, '', '', ''))
+  return rows
+
+
+def _curves(finished: _Finished) -> dict[str, tuple[list[float], ...]]:
+  """By name, the rounds, the bytes and the test metric of each model."""
+
+  def curve(history: list[dict[str, float]], column: str) -> tuple[list[float], ...]:
+    return (
+        [row['round'] for row in history],
+        _megabytes(history),
+        [row[column] for row in history],
+    )
+
+  metric = finished.task.metric
+  curves = {
+      shown: curve(finished.history, f'test/{name}_{metric}')
+      for name, shown in finished.names.items()
+      if f'test/{name}_{metric}' in finished.history[0]
   }
-  (run_dir / RESULTS).write_text(
-      json.dumps(
-          {
-              'rounds': result.round_num,
-              'best_round': result.best_round,
-              'best': test,
-              'metric': metric,
-              'lower_is_better': task.is_lower_better(),
-              'further_scores': further,
-              'alone': alone,
-              # Of all rounds: which one is best, all of them tell.
-              **({'epsilon': accountant.epsilon()} if accountant is not None else {}),
-          },
-          indent=2,
+  if finished.baseline is not None:
+    curves['FedAvg'] = curve(finished.baseline, f'test/student_{metric}')
+  return curves
+
+
+def _further_scores(finished: _Finished) -> dict[str, dict[str, float]]:
+  """What predictions are worth beyond the labels, of tasks that say so."""
+  task, specs = finished.task, specs_of(finished.setup.process)
+  if task.scores_fn is None:
+    return {}
+  return {
+      name: dict(
+          task.scores_fn(
+              functools.partial(finished.evaluation.evaluators[name].logits, weights)
+          )
       )
-      + '\n'
-  )
-  print()
-  tables.print_table(rows)
-  print()
+      for name, (_, weights) in finished.server_models.items() if name in specs
+  }
+
+
+def _write_results(
+    finished: _Finished, alone: dict[str, Any], further: dict[str, Any]
+) -> None:
+  """Writes results.json."""
+  results = {
+      'rounds': finished.result.round_num,
+      'best_round': finished.result.best_round,
+      'best': finished.best,
+      'metric': finished.task.metric,
+      'lower_is_better': finished.task.is_lower_better(),
+      'further_scores': further,
+      'alone': alone,
+  }
+  if finished.accountant is not None:
+    # Of all rounds: which one is best, all of them tell.
+    results['epsilon'] = finished.accountant.epsilon()
+  (finished.run_dir / RESULTS).write_text(json.dumps(results, indent=2) + '\n')
+
+
+def _print_end(finished: _Finished) -> None:
+  """Says how the training ended, and which round is kept."""
+  result, task = finished.result, finished.task
   ending = 'converged' if result.converged else 'reached the number of rounds'
   if result.budget_spent:
     ending = 'another round would pass the privacy budget'
@@ -1053,30 +1141,32 @@ def _report(
       f'{_best(task, _monitor(task))} {_monitor(task)} is kept. On {len(task.test)} test '
       'examples.'
   )
-  _print_left_out(history)
-  print()
-  for name, values in further.items():
-    print(f'{name}: ' + ', '.join(f'{key} {its:.4f}' for key, its in values.items()))
-  _print_ledger(history)
-  if accountant is not None:
-    print(
-        f'Privacy: epsilon {accountant.epsilon():.4g} at delta {accountant.delta:g} for '
-        f'all that {accountant.rounds} rounds released ({accountant.sampling.neighbors}).'
-    )
-  seconds = [row[tff_kd.simulation.ROUND_SECONDS] for row in history]
-  print(f'Seconds per round: {np.median(seconds):.2f} (median).')
-  if baseline is not None:
-    goal = baseline[min(result.round_num, len(baseline)) - 1][test_column]
-    sign = -1.0 if task.is_lower_better() else 1.0
-    reached = next(
-        (r['round'] for r in history if sign * r[test_column] >= sign * goal), None
-    )
-    print(
-        f"FedAvg's test {_words(metric)} after {result.round_num} rounds is "
-        f'{goal:.4f}; the '
-        + (
-            f'student reached it in round {reached:.0f}.'
-            if reached is not None
-            else 'student did not reach it.'
-        )
-    )
+  _print_left_out(finished.history)
+
+
+def _print_privacy(accountant: Optional[tff_kd.privacy.PrivacyAccountant]) -> None:
+  """Says what all rounds have cost."""
+  if accountant is None:
+    return
+  print(
+      f'Privacy: epsilon {accountant.epsilon():.4g} at delta {accountant.delta:g} for '
+      f'all that {accountant.rounds} rounds released ({accountant.sampling.neighbors}).'
+  )
+
+
+def _print_comparison(finished: _Finished) -> None:
+  """Says in which round the student was as good as FedAvg at the end."""
+  task, num_rounds = finished.task, finished.result.round_num
+  column = f'test/student_{task.metric}'
+  goal = finished.baseline[min(num_rounds, len(finished.baseline)) - 1][column]
+  sign = -1.0 if task.is_lower_better() else 1.0
+  reached = next(
+      (r['round'] for r in finished.history if sign * r[column] >= sign * goal), None
+  )
+  ending = 'student did not reach it.'
+  if reached is not None:
+    ending = f'student reached it in round {reached:.0f}.'
+  print(
+      f"FedAvg's test {_words(task.metric)} after {num_rounds} rounds is {goal:.4f}; "
+      f'the {ending}'
+  )

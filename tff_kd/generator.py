@@ -363,86 +363,23 @@ class FeatureGenerator(companions.Companion):
     )
 
   def exchange(self, server_state, exchanged, round_num):
-    kept_type = exchanged.type_signature.member
-    state_type = server_state.type_signature.member
     counts_type = tff.TensorType(np.float32, [self._classes])
-
-    def draw(step, round_num, counts):
-      """The noise and labels of a step: labels that some client has, alike."""
-      seed = tf.constant([self._seed, _SERVER_STREAM])
-      for number in (round_num, step):
-        seed = tf.random.experimental.stateless_fold_in(seed, number)
-      noise = tf.random.stateless_normal([self._batch_size, self._noise_dim], seed)
-      labels = tf.random.stateless_categorical(
-          tf.math.log(tf.cast(counts > 0.0, tf.float32))[tf.newaxis],
-          self._batch_size,
-          seed,
-          dtype=tf.int32,
-      )[0]
-      # Out of range where there is no label at all; then nothing is learned either.
-      return noise, tf.minimum(labels, self._classes - 1)
+    state_type = server_state.type_signature.member
 
     @graphs.computation(state_type, counts_type, np.int32)
     def start(state, counts, round_num):
-      noise, labels = draw(0, round_num, counts)
-      return _Generated(self._generate(state.weights, noise, labels), labels)
+      return self._generated(state.weights, 0, round_num, counts)
 
     generated_type = start.type_signature.result
-
-    @graphs.computation(kept_type, generated_type)
-    def answer(kept, generated):
-      scope = keras.StatelessScope(list(zip(self._head_variables, kept.head)))
-      with tf.GradientTape() as tape, scope:
-        tape.watch(generated.features)
-        each = tf.nn.sparse_softmax_cross_entropy_with_logits(
-            generated.labels, self._logits_in_scope(generated.features)
-        ) * tf.gather(kept.counts, generated.labels)
-      return _Answer(tape.gradient(each, generated.features), each)
-
-    @graphs.computation(
-        state_type, counts_type, np.int32, np.int32, answer.type_signature.result
+    answer = graphs.computation(exchanged.type_signature.member, generated_type)(
+        self._answer
     )
-    def advance(state, counts, round_num, step, answers):
-      noise, labels = draw(step, round_num, counts)
-      # Each client's share of its label, and the mean over the batch.
-      share = tf.math.divide_no_nan(1.0 / self._batch_size, tf.gather(counts, labels))
-      trained = list(state.weights.trainable)
-      with tf.GradientTape() as tape:
-        tape.watch(trained)
-        features = self._generate(
-            tff.learning.models.ModelWeights(trained, state.weights.non_trainable),
-            noise, labels,
-        )
-        diversity = diversity_loss(noise, features)
-        # Its gradient by the features is the clients'.
-        surrogate = tf.reduce_sum(
-            features * answers.gradients * share[:, tf.newaxis]
-        )
-        loss = surrogate + diversity
-      gradients = tape.gradient(loss, trained)
-      new_optimizer, trained = tf.cond(
-          tf.reduce_sum(counts) > 0.0,
-          lambda: self._stepper.apply(state.optimizer, trained, gradients),
-          lambda: (state.optimizer, trained),
-      )
-      weights = tff.learning.models.ModelWeights(trained, state.weights.non_trainable)
-      next_noise, next_labels = draw(step + 1, round_num, counts)
-      new_state = GeneratorState(
-          weights,
-          new_optimizer,
-          tf.maximum(state.seen, tf.cast(counts > 0.0, tf.float32)),
-      )
-      return (
-          new_state,
-          _Generated(self._generate(weights, next_noise, next_labels), next_labels),
-          tf.reduce_sum(answers.losses * share),
-          diversity,
-      )
-
+    advance = graphs.computation(
+        state_type, counts_type, np.int32, np.int32, answer.type_signature.result
+    )(self._advance)
     counts = tff.federated_sum(exchanged.counts)
     generated = tff.federated_map(start, (server_state, counts, round_num))
-    state = server_state
-    loss, diversity = None, None
+    state, loss, diversity = server_state, None, None
     for step in range(self._num_steps):
       answers = tff.federated_sum(
           tff.federated_map(answer, (exchanged, tff.federated_broadcast(generated)))
@@ -453,6 +390,67 @@ class FeatureGenerator(companions.Companion):
       )
     return state, tff.federated_zip(
         dict(generator_loss=loss, diversity_loss=diversity)
+    )
+
+  def _draw(self, step, round_num, counts) -> tuple[tf.Tensor, tf.Tensor]:
+    """Returns the noise and labels of a step: labels that some client has, alike."""
+    seed = tf.constant([self._seed, _SERVER_STREAM])
+    for number in (round_num, step):
+      seed = tf.random.experimental.stateless_fold_in(seed, number)
+    noise = tf.random.stateless_normal([self._batch_size, self._noise_dim], seed)
+    labels = tf.random.stateless_categorical(
+        tf.math.log(tf.cast(counts > 0.0, tf.float32))[tf.newaxis],
+        self._batch_size,
+        seed,
+        dtype=tf.int32,
+    )[0]
+    # Out of range where there is no label at all; then nothing is learned either.
+    return noise, tf.minimum(labels, self._classes - 1)
+
+  def _generated(self, weights, step, round_num, counts) -> '_Generated':
+    """Returns the features of a step, with their labels."""
+    noise, labels = self._draw(step, round_num, counts)
+    return _Generated(self._generate(weights, noise, labels), labels)
+
+  def _answer(self, kept, generated) -> '_Answer':
+    """Returns what a client's head says of generated features."""
+    scope = keras.StatelessScope(list(zip(self._head_variables, kept.head)))
+    with tf.GradientTape() as tape, scope:
+      tape.watch(generated.features)
+      each = tf.nn.sparse_softmax_cross_entropy_with_logits(
+          generated.labels, self._logits_in_scope(generated.features)
+      ) * tf.gather(kept.counts, generated.labels)
+    return _Answer(tape.gradient(each, generated.features), each)
+
+  def _advance(self, state, counts, round_num, step, answers):
+    """Takes a step of the generator; returns its state, the next features, its losses."""
+    noise, labels = self._draw(step, round_num, counts)
+    # Each client's share of its label, and the mean over the batch.
+    share = tf.math.divide_no_nan(1.0 / self._batch_size, tf.gather(counts, labels))
+    trained = list(state.weights.trainable)
+    with tf.GradientTape() as tape:
+      tape.watch(trained)
+      features = self._generate(
+          tff.learning.models.ModelWeights(trained, state.weights.non_trainable),
+          noise, labels,
+      )
+      diversity = diversity_loss(noise, features)
+      # Its gradient by the features is the clients'.
+      surrogate = tf.reduce_sum(features * answers.gradients * share[:, tf.newaxis])
+      loss = surrogate + diversity
+    gradients = tape.gradient(loss, trained)
+    new_optimizer, trained = tf.cond(
+        tf.reduce_sum(counts) > 0.0,
+        lambda: self._stepper.apply(state.optimizer, trained, gradients),
+        lambda: (state.optimizer, trained),
+    )
+    weights = tff.learning.models.ModelWeights(trained, state.weights.non_trainable)
+    seen = tf.maximum(state.seen, tf.cast(counts > 0.0, tf.float32))
+    return (
+        GeneratorState(weights, new_optimizer, seen),
+        self._generated(weights, step + 1, round_num, counts),
+        tf.reduce_sum(answers.losses * share),
+        diversity,
     )
 
   def exchange_bytes(self):

@@ -226,12 +226,53 @@ def check_private(
         f'{dp!r}.'
     )
 
-  def refuse(what: str, why: str, remedy: str) -> None:
-    raise ValueError(f'With differential privacy {what}: {why} {remedy}')
+  _check_private_weights(weightings, aggregators, metrics_aggregator)
+  if has_cohorts:
+    _refuse(
+        'there can be one student only',
+        "how many of a round's clients are of each cohort is in no account.",
+        'Pass one `student_fn`.',
+    )
+  if rule is not None and rule.is_coded:
+    _refuse(
+        f'the rule cannot be coded, found {rule!r}',
+        'the length of a code tells what is in it.',
+        'Pass the rule inside it.',
+    )
+  if reporting is not None and reporting.max_delay:
+    _refuse(
+        f'`max_delay` must be 0, found {reporting.max_delay}',
+        'a client that is late could be in one sum twice, and who is chosen would '
+        'depend on the rounds before.',
+        'Build the process without delays.',
+    )
+  if reporting is not None and reporting.min_reports:
+    _refuse(
+        f'`min_reports` must be 0, found {reporting.min_reports}',
+        'a round that is skipped tells how many clients came.',
+        'Build the process without it.',
+    )
+  if companion is not None and companion.exchanges:
+    _refuse(
+        f'there can be no {type(companion).__name__}',
+        'what it exchanges with clients is not noised by this.',
+        'Choose an algorithm without one.',
+    )
 
+
+def _refuse(what: str, why: str, remedy: str) -> None:
+  raise ValueError(f'With differential privacy {what}: {why} {remedy}')
+
+
+def _check_private_weights(
+    weightings: Mapping[str, tff.learning.ClientWeighting],
+    aggregators: Mapping[str, Any],
+    metrics_aggregator: Any,
+) -> None:
+  """Refuses weights and aggregations that are in no account."""
   for name, weighting in weightings.items():
     if weighting is not tff.learning.ClientWeighting.UNIFORM:
-      refuse(
+      _refuse(
           f'`{name}` must be UNIFORM, found {weighting}',
           'how many examples a client has is its secret, and a weight without a bound '
           'would make its part as large as it likes.',
@@ -239,47 +280,16 @@ def check_private(
       )
   for name, aggregator in aggregators.items():
     if aggregator is not None:
-      refuse(
+      _refuse(
           f'`{name}` must be None, found {aggregator!r}',
           'what another aggregation does to clipped values is not in the account.',
           'Leave it out; `privacy` clips by itself.',
       )
   if metrics_aggregator is not None:
-    refuse(
+    _refuse(
         '`metrics_aggregator` must be None',
         "clients' metrics would be released without noise.",
         'Leave it out, and evaluate the released models.',
-    )
-  if has_cohorts:
-    refuse(
-        'there can be one student only',
-        "how many of a round's clients are of each cohort is in no account.",
-        'Pass one `student_fn`.',
-    )
-  if rule is not None and rule.is_coded:
-    refuse(
-        f'the rule cannot be coded, found {rule!r}',
-        'the length of a code tells what is in it.',
-        'Pass the rule inside it.',
-    )
-  if reporting is not None and reporting.max_delay:
-    refuse(
-        f'`max_delay` must be 0, found {reporting.max_delay}',
-        'a client that is late could be in one sum twice, and who is chosen would '
-        'depend on the rounds before.',
-        'Build the process without delays.',
-    )
-  if reporting is not None and reporting.min_reports:
-    refuse(
-        f'`min_reports` must be 0, found {reporting.min_reports}',
-        'a round that is skipped tells how many clients came.',
-        'Build the process without it.',
-    )
-  if companion is not None and companion.exchanges:
-    refuse(
-        f'there can be no {type(companion).__name__}',
-        'what it exchanges with clients is not noised by this.',
-        'Choose an algorithm without one.',
     )
 
 

@@ -4,6 +4,8 @@ import asyncio
 import collections
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import contextlib
+import dataclasses
+import functools
 import json
 import math
 import time
@@ -163,121 +165,207 @@ def train(
     )
   if monitor_mode not in ('max', 'min'):
     raise ValueError(f"`monitor_mode` must be 'max' or 'min', found {monitor_mode!r}.")
+  training = _Training(
+      process=process,
+      select_clients=select_clients,
+      evaluate=evaluate,
+      monitor=monitor,
+      monitor_mode=monitor_mode,
+      patience=patience,
+      program_state_manager=program_state_manager,
+      rounds_per_saving=rounds_per_saving,
+      release_managers=release_managers,
+      client_states=client_states,
+      on_round=on_round,
+      accountant=accountant,
+  )
   _check_participation(process, select_clients)
-  privacy = None
-  if isinstance(process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)):
-    privacy = process.protection.privacy
-  _check_accountant(accountant, privacy, select_clients)
-  moved = names = None
-  if isinstance(process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)):
-    moved = communication.round_bytes(process)
-    if process.client_data is not None:
-      names = process.client_data.data.names
+  _check_accountant(accountant, training.privacy, select_clients)
   # Not `asyncio.Runner`: it leaves the thread without the loop that TFF's own
   # training loop looks for.
   with contextlib.closing(asyncio.new_event_loop()) as loop:
-    state = process.initialize() if initial_state is None else initial_state
-    progress = _Progress(
-        state, state, np.int32(0), np.float64(-math.inf),
-        () if accountant is None else np.int32(accountant.rounds),
-        _made_by(process, state),
+    training.begin(loop, initial_state)
+    return training.run(num_rounds)
+
+
+@dataclasses.dataclass(kw_only=True)
+class _Training:
+  """A training under way; the first attributes are arguments of `train`.
+
+  Attributes:
+    loop: Where the managers' coroutines run.
+    progress: What a checkpoint holds.
+    round_num: The last round that is over.
+    saved_round: The last round that is saved.
+    history: The metrics of each round of this training.
+  """
+
+  process: tff.learning.templates.LearningProcess
+  select_clients: Callable[[int], Any]
+  evaluate: Optional[Callable[[Any], Mapping[str, float]]]
+  monitor: Optional[str]
+  monitor_mode: str
+  patience: Optional[int]
+  program_state_manager: Optional[tff.program.ProgramStateManager]
+  rounds_per_saving: int
+  release_managers: Sequence[tff.program.ReleaseManager]
+  client_states: Optional[client_states_lib.ClientStates]
+  on_round: Optional[Callable[[int, Mapping[str, float]], None]]
+  accountant: Optional[accounting.PrivacyAccountant]
+  loop: Optional[asyncio.AbstractEventLoop] = None
+  progress: Optional[_Progress] = None
+  round_num: int = 0
+  saved_round: int = 0
+  history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+
+  @property
+  def is_ours(self) -> bool:
+    """Whether the process tells more of itself than a `LearningProcess` does."""
+    return isinstance(
+        self.process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)
     )
-    round_num = 0
-    if program_state_manager is not None:
+
+  @property
+  def privacy(self) -> Any:
+    """How the process is private, or `None`."""
+    return self.process.protection.privacy if self.is_ours else None
+
+  @functools.cached_property
+  def names(self) -> Optional[client_names.ClientNames]:
+    """The names of clients that the process reads by number."""
+    if not self.is_ours or self.process.client_data is None:
+      return None
+    return self.process.client_data.data.names
+
+  @functools.cached_property
+  def round_bytes(self) -> Optional[communication.RoundBytes]:
+    """What each client of a round moves, if the process tells."""
+    return communication.round_bytes(self.process) if self.is_ours else None
+
+  def begin(self, loop: asyncio.AbstractEventLoop, initial_state: Any) -> None:
+    """Begins, or goes on from what is saved."""
+    self.loop = loop
+    state = self.process.initialize() if initial_state is None else initial_state
+    self.progress = _Progress(
+        state, state, np.int32(0), np.float64(-math.inf),
+        () if self.accountant is None else np.int32(self.accountant.rounds),
+        _made_by(self.process, state),
+    )
+    if self.program_state_manager is not None:
       saved, version = loop.run_until_complete(
-          program_state_manager.load_latest(progress)
+          self.program_state_manager.load_latest(self.progress)
       )
       if saved is not None:
-        _check_made_by(saved.made_by, progress.made_by)
-        progress, round_num = saved, version
-        if accountant is not None:
-          accountant.restore(progress.private_rounds)
-    saved_round = round_num
-    if client_states is not None:
-      _begin_clients(client_states, round_num, initial_state)
-    history = []
-    if monitor is not None:
-      evaluated = getattr(evaluate, 'metric_names', None)
+        _check_made_by(saved.made_by, self.progress.made_by)
+        self.progress, self.round_num = saved, version
+        if self.accountant is not None:
+          self.accountant.restore(self.progress.private_rounds)
+    self.saved_round = self.round_num
+    if self.client_states is not None:
+      _begin_clients(self.client_states, self.round_num, initial_state)
+    if self.monitor is not None:
+      evaluated = getattr(self.evaluate, 'metric_names', None)
       if evaluated is None:
-        evaluated = evaluate(progress.state) if evaluate is not None else ()
-      check_monitor(monitor, [*process_metric_names(process), *evaluated])
+        evaluated = self.evaluate(state) if self.evaluate is not None else ()
+      check_monitor(self.monitor, [*process_metric_names(self.process), *evaluated])
 
-    def converged() -> bool:
-      return (
-          patience is not None
-          and round_num - int(progress.best_round) >= patience
-      )
-
+  def run(self, num_rounds: int) -> TrainingResult:
+    """Runs the rounds that are left."""
     budget_spent = False
-    while round_num < num_rounds and not converged():
-      if accountant is not None:
-        if not accountant.allows_another_round():
+    while self.round_num < num_rounds and not self._has_converged():
+      if self.accountant is not None:
+        if not self.accountant.allows_another_round():
           budget_spent = True
           break
-        accountant.begin_round()
-      round_num += 1
-      start = time.perf_counter()
-      selected = round_arguments.as_list(select_clients(round_num))
-      if client_states is None:
-        output = process.next(progress.state, selected)
-      else:
-        numbers = _client_numbers(selected, names)
-        output = process.next(
-            progress.state, selected, client_states.load(numbers)
+        self.accountant.begin_round()
+      self.round_num += 1
+      self._run_round()
+    if self.program_state_manager is not None and self.saved_round != self.round_num:
+      self._save()
+    return TrainingResult(
+        state=self.progress.state,
+        round_num=self.round_num,
+        best_state=self.progress.best_state,
+        best_round=int(self.progress.best_round),
+        history=self.history,
+        converged=self._has_converged(),
+        budget_spent=budget_spent,
+    )
+
+  def _has_converged(self) -> bool:
+    waited = self.round_num - int(self.progress.best_round)
+    return self.patience is not None and waited >= self.patience
+
+  def _run_round(self) -> None:
+    """Runs a round, evaluates, releases and saves it."""
+    start = time.perf_counter()
+    output = self._next()
+    seconds = time.perf_counter() - start
+    metrics = self._metrics(output)
+    if self.evaluate is not None:
+      metrics.update(self.evaluate(output.state))
+    metrics[ROUND_SECONDS] = seconds
+    self.progress = _advance(
+        self.progress, output.state, self.round_num, metrics, self.monitor,
+        self.monitor_mode,
+    )
+    self.history.append(metrics)
+    released = collections.OrderedDict(metrics)
+    for manager in self.release_managers:
+      self.loop.run_until_complete(manager.release(released, self.round_num))
+    if self.program_state_manager is not None and (
+        self.round_num % self.rounds_per_saving == 0
+    ):
+      self._save()
+      if self.client_states is not None:
+        # No checkpoint goes back further.
+        versions = self.loop.run_until_complete(
+            self.program_state_manager.get_versions()
         )
-        # What clients did in a round that was skipped is lost, too.
-        if not output.metrics.get('round_skipped'):
-          client_states.save(numbers, output.client_states, round_num)
-      seconds = time.perf_counter() - start
-      metrics = flatten_metrics(output.metrics)
-      _warn_of_left_out(round_num, metrics, history)
-      if isinstance(select_clients, participation.Participation) and (
-          # How many came is not in the account.
-          privacy is None or select_clients.sampling != 'poisson'
-      ):
-        metrics |= flatten_metrics(
-            select_clients.counts(round_num), 'participation/'
-        )
-      if moved is not None:
-        metrics |= communication.ledger(
-            moved, metrics, privacy.clients_per_round if privacy is not None else None
-        )
-      if accountant is not None:
-        metrics['privacy/epsilon'] = accountant.epsilon()
-        metrics['privacy/rounds'] = accountant.rounds
-        progress = progress._replace(private_rounds=np.int32(accountant.rounds))
-      if evaluate is not None:
-        metrics.update(evaluate(output.state))
-      metrics[ROUND_SECONDS] = seconds
-      progress = _advance(
-          progress, output.state, round_num, metrics, monitor, monitor_mode
+        self.client_states.prune(min(versions))
+    if self.on_round is not None:
+      self.on_round(self.round_num, metrics)
+
+  def _next(self) -> Any:
+    """Returns what the process makes of the round's clients."""
+    selected = round_arguments.as_list(self.select_clients(self.round_num))
+    if self.client_states is None:
+      return self.process.next(self.progress.state, selected)
+    numbers = _client_numbers(selected, self.names)
+    output = self.process.next(
+        self.progress.state, selected, self.client_states.load(numbers)
+    )
+    # What clients did in a round that was skipped is lost, too.
+    if not output.metrics.get('round_skipped'):
+      self.client_states.save(numbers, output.client_states, self.round_num)
+    return output
+
+  def _metrics(self, output: Any) -> dict[str, Any]:
+    """Returns a round's flat metrics, and what else is known of it."""
+    metrics = flatten_metrics(output.metrics)
+    _warn_of_left_out(self.round_num, metrics, self.history)
+    select = self.select_clients
+    if isinstance(select, participation.Participation) and (
+        # How many came is not in the account.
+        self.privacy is None or select.sampling != 'poisson'
+    ):
+      metrics |= flatten_metrics(select.counts(self.round_num), 'participation/')
+    if self.round_bytes is not None:
+      expected = None if self.privacy is None else self.privacy.clients_per_round
+      metrics |= communication.ledger(self.round_bytes, metrics, expected)
+    if self.accountant is not None:
+      metrics['privacy/epsilon'] = self.accountant.epsilon()
+      metrics['privacy/rounds'] = self.accountant.rounds
+      self.progress = self.progress._replace(
+          private_rounds=np.int32(self.accountant.rounds)
       )
-      history.append(metrics)
-      released = collections.OrderedDict(metrics)
-      for manager in release_managers:
-        loop.run_until_complete(manager.release(released, round_num))
-      if program_state_manager is not None and (
-          round_num % rounds_per_saving == 0
-      ):
-        loop.run_until_complete(program_state_manager.save(progress, round_num))
-        saved_round = round_num
-        if client_states is not None:
-          # No checkpoint goes back further.
-          versions = loop.run_until_complete(program_state_manager.get_versions())
-          client_states.prune(min(versions))
-      if on_round is not None:
-        on_round(round_num, metrics)
-    if program_state_manager is not None and saved_round != round_num:
-      loop.run_until_complete(program_state_manager.save(progress, round_num))
-  return TrainingResult(
-      state=progress.state,
-      round_num=round_num,
-      best_state=progress.best_state,
-      best_round=int(progress.best_round),
-      history=history,
-      converged=converged(),
-      budget_spent=budget_spent,
-  )
+    return metrics
+
+  def _save(self) -> None:
+    self.loop.run_until_complete(
+        self.program_state_manager.save(self.progress, self.round_num)
+    )
+    self.saved_round = self.round_num
 
 
 def _made_by(process: tff.learning.templates.LearningProcess, state: Any) -> bytes:
