@@ -101,7 +101,8 @@ def _connect(python: str, folder: str) -> socket.socket:
       if process is None:
         process = _start(python, folder)
       if process.poll() is not None or time.monotonic() > deadline:
-        raise RuntimeError(f'No warm Python: see {folder}/log.')
+        with open(os.path.join(folder, 'log')) as log:
+          raise RuntimeError(f'There is no warm Python:\n{log.read()[-3000:]}')
       time.sleep(0.05)
 
 
@@ -258,6 +259,13 @@ def _serve(folder: str, owner: int) -> None:
   # Threads do not come along into a fork, which would wait for TensorFlow's for ever.
   if context.context_safe() is not None and context.context()._initialized:
     raise RuntimeError('An import has begun to compute: find what it traces, or runs.')
+  # A fork has none of these threads, and would wait for them for ever.
+  tasks = pathlib.Path('/proc/self/task').glob('*/comm')
+  if any(task.read_text().startswith('tf_Compute') for task in tasks):
+    sys.exit(
+        'An import of tff_kd computes or traces something: it has started the threads of '
+        'TensorFlow. Find it in what tests/preloaded.py imports.'
+    )
   warnings.filterwarnings('ignore', message='.*use of fork')
   gc.freeze()
   order = _Server(folder).run(owner)
