@@ -1,4 +1,4 @@
-"""Functions are short and have few parameters; exceptions are listed with their reasons."""
+"""Functions are short and have few parameters; exceptions are listed with a reason."""
 
 import ast
 import re

@@ -254,11 +254,6 @@ def _serve(folder: str, owner: int) -> None:
   import pipelines  # noqa: F401, which keeps TensorFlow's notes off the screen.
   import tests.preloaded  # noqa: F401
 
-  from tensorflow.python.eager import context  # There is no public way to ask.
-
-  # Threads do not come along into a fork, which would wait for TensorFlow's for ever.
-  if context.context_safe() is not None and context.context()._initialized:
-    raise RuntimeError('An import has begun to compute: find what it traces, or runs.')
   # A fork has none of these threads, and would wait for them for ever.
   tasks = pathlib.Path('/proc/self/task').glob('*/comm')
   if any(task.read_text().startswith('tf_Compute') for task in tasks):
