@@ -32,7 +32,7 @@ TINY_RUN = (
 TINY_FUSION = (
     '--num_clients=4', '--clients_per_round=2', '--client_epochs=1', '--alpha=1',
     '--server_steps=2', '--back_steps=2', '--teacher=document',
-    '--student=cnn',
+    '--student=document',
     '--transfer_size=60', '--transfer_labels=20', '--rounds_per_checkpoint=1',
 )
 

@@ -154,7 +154,7 @@ def test_a_dry_run_says_what_would_be_and_leaves_nothing(tmp_path, monkeypatch):
 
 def test_a_config_repeats_a_run_where_nothing_else_is_said(tmp_path):
   path = tmp_path / 'config.json'
-  given = ['--algorithm=fed_df', '--seed=4', '--output_dir=x']
+  given = ['--algorithm=fed_df', '--seed=4', '--student=cnn', '--output_dir=x']
   with helpers.flags_of(*helpers.TINY_FUSION, *given):
     values = {
         flag.name: flag.value

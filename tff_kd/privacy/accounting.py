@@ -115,6 +115,8 @@ def composed_noise(noise_multipliers: Sequence[float]) -> float:
   return sum(z**-2 for z in noise_multipliers) ** -0.5
 
 
+# Takes seconds, for numbers that are often asked for again.
+@functools.lru_cache(maxsize=64)
 def find_noise_multiplier(
     epsilon: float, delta: float, num_rounds: int, sampling: ClientSampling
 ) -> float:
