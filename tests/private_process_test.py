@@ -606,7 +606,7 @@ def test_client_numbers_are_needed_and_come_once(batches, tmp_path):
   store = client_states.ClientStates(process.initialize_client(), tmp_path)
   for selected, error, match in (
       ([1, 1], ValueError, 'once only'),
-      ([_dataset(0)], TypeError, 'client numbers'),
+      ([_dataset(0)], TypeError, "clients' numbers or names"),
   ):
     with pytest.raises(error, match=match):
       tff_kd.simulation.train(
