@@ -115,8 +115,6 @@ def composed_noise(noise_multipliers: Sequence[float]) -> float:
   return sum(z**-2 for z in noise_multipliers) ** -0.5
 
 
-# Takes seconds, for numbers that are often asked for again.
-@functools.lru_cache(maxsize=64)
 def find_noise_multiplier(
     epsilon: float, delta: float, num_rounds: int, sampling: ClientSampling
 ) -> float:
@@ -138,23 +136,30 @@ def find_noise_multiplier(
   check_budget(epsilon, delta)
   if num_rounds < 1:
     raise ValueError(f'`num_rounds` must be 1 or more, found {num_rounds}.')
-  count = sampling.num_events(num_rounds)
   try:
-    return float(
-        dp_accounting.calibrate_dp_mechanism(
-            lambda: sampling.accountant,
-            lambda z: dp_accounting.SelfComposedDpEvent(sampling.event([z]), count),
-            epsilon,
-            delta,
-            dp_accounting.LowerEndpointAndGuess(0.0, 1.0),
-            tol=1e-3,
-        )
-    )
+    return _calibrated(epsilon, delta, sampling.num_events(num_rounds), sampling)
   except dp_accounting.mechanism_calibration.NoBracketIntervalFoundError:
     raise ValueError(
         f'No noise keeps {num_rounds} rounds within epsilon={epsilon} at '
         f'delta={delta}. Allow a larger epsilon.'
     ) from None
+
+
+# Takes seconds, for numbers that are often asked for again.
+@functools.lru_cache(maxsize=64)
+def _calibrated(
+    epsilon: float, delta: float, num_events: int, sampling: ClientSampling
+) -> float:
+  return float(
+      dp_accounting.calibrate_dp_mechanism(
+          lambda: sampling.accountant,
+          lambda z: dp_accounting.SelfComposedDpEvent(sampling.event([z]), num_events),
+          epsilon,
+          delta,
+          dp_accounting.LowerEndpointAndGuess(0.0, 1.0),
+          tol=1e-3,
+      )
+  )
 
 
 def check_budget(epsilon: float, delta: float) -> None:
