@@ -179,8 +179,8 @@ def train(
       on_round=on_round,
       accountant=accountant,
   )
-  _check_participation(process, select_clients)
   _check_accountant(accountant, training.privacy, select_clients)
+  _check_participation(process, select_clients)
   # Not `asyncio.Runner`: it leaves the thread without the loop that TFF's own
   # training loop looks for.
   with contextlib.closing(asyncio.new_event_loop()) as loop:
