@@ -214,7 +214,11 @@ def _build(name, batches):
           student_fn=helpers.dense_fn((4,)), input_spec=batches.element_spec,
           client_data=batches,
       ),
-      **{key: make() for key, make in parts.items() if key in algorithm.parameters},
+      **{
+          key: make() for key, make in parts.items()
+          # Where clients receive no weights, these terms have nothing to compare with.
+          if key in algorithm.parameters and (key != 'local_terms' or algorithm.averages)
+      },
   )
 
 
