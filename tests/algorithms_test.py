@@ -86,7 +86,7 @@ def _train(process, task, folder, num_rounds, rounds_per_saving):
 
 # Each with something else in its state. The others' rounds are equal to NumPy's
 # in their own tests, and resumed as these are.
-_FAST = ('cfd', 'fed_distillation', 'fed_gen')
+_FAST = ('cfd', 'fed_distillation')
 
 
 @pytest.mark.parametrize(

@@ -64,7 +64,10 @@ def in_float32():
 
 @pytest.mark.parametrize(
     'policy, tolerance',
-    [('float64', 1e-3), ('bfloat16', 0.2), ('float16', 0.05), ('mixed_float16', 0.05)],
+    [
+        ('float16', 0.05), ('bfloat16', 0.2),
+        helpers.slow('float64', 1e-3), helpers.slow('mixed_float16', 0.05),
+    ],
 )
 def test_both_models_learn_as_in_float32(policy, tolerance, in_float32):
   process, state, train = _trained(policy)
@@ -121,7 +124,7 @@ def test_losses_are_those_of_keras(policy):
     np.testing.assert_allclose(found, expected, rtol=1e-5)
 
 
-@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+@pytest.mark.parametrize('dtype', [helpers.slow('bfloat16'), 'float16'])
 def test_updates_are_summed_in_float32(dtype):
   """In float16, 40 clients' steps times their examples would be infinite."""
   process = tff_kd.algorithms.build_fed_avg(**helpers.common(

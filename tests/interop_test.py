@@ -149,6 +149,8 @@ class _Repulsion(tff_kd.local_terms.LocalTerm):
     return 2.0 * loss - tff_kd.ProximalTerm(weight=self.weight)(loss, step)
 
 
+# What it finds is TFF's; `local_terms_test` holds ours.
+@pytest.mark.slow
 def test_tffs_fed_prox_has_the_other_sign(process):
   """TFF 0.87 with mu equals ours with -mu, as the documents say."""
   mu, spec = 0.9, process.student_spec

@@ -67,8 +67,8 @@ def _rounds(process):
 @pytest.mark.parametrize(
     'name',
     [
-        'fed_distillation', 'fed_gen', 'fd',
-        *map(helpers.slow, ('fed_avg', 'fed_df', 'fml', 'ds_fl')),
+        'fed_distillation', 'fd',
+        *map(helpers.slow, ('fed_avg', 'fed_df', 'fed_gen', 'fml', 'ds_fl')),
     ],
 )
 def test_both_runtimes_give_the_same_rounds(name, batches):

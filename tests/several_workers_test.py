@@ -249,7 +249,7 @@ def test_as_on_one_worker(build, workers, caplog):
 
 
 @pytest.mark.parametrize(
-    'build', [_private, _secure, helpers.slow(_secure_by_tff)]
+    'build', [_private, helpers.slow(_secure), helpers.slow(_secure_by_tff)]
 )
 def test_private_and_secure_sums_as_on_one_worker(build, workers):
   keras.utils.set_random_seed(1)
@@ -437,9 +437,9 @@ def test_results_do_not_depend_on_who_is_there(workers, fml):
 @pytest.mark.parametrize(
     'call, which, how',
     [
-        (1, 0, 'killed'), (7, 1, 'frozen'), (20, 0, 'killed'),
+        (1, 0, 'killed'), (7, 1, 'frozen'),
         helpers.slow(2, 1, 'killed'), helpers.slow(4, 0, 'frozen'),
-        helpers.slow(9, 1, 'killed'),
+        helpers.slow(9, 1, 'killed'), helpers.slow(20, 0, 'killed'),
     ],
 )
 def test_a_worker_lost_in_mid_round(call, which, how, workers, fed_gen, caplog):
