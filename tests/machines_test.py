@@ -16,6 +16,9 @@ _OWN_NETWORK = [
 ]
 
 
+# Five starts of Python, and a look at all ports; rounds over workers, and certificates,
+# are in `several_workers_test` and `faults_test`, too.
+@pytest.mark.slow
 @pytest.mark.skipif(
     not helpers.is_allowed(*_OWN_NETWORK, 'ip', 'link', 'add', 'type', 'veth'),
     reason='network namespaces may not be made here',
