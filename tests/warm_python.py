@@ -76,7 +76,10 @@ def ask(python: str, folder: str) -> int:
   for number in _FORWARDED:
     signal.signal(number, lambda number, frame: server.send(bytes([number])))
   signal.pthread_sigmask(signal.SIG_UNBLOCK, _FORWARDED)
-  status = int(server.makefile().readline())
+  line = server.makefile().readline()
+  if not line:
+    sys.exit(f'The warm Python has ended in mid run: see {folder}/log.')
+  status = int(line)
   if status < 0:
     if -status != signal.SIGKILL:
       signal.signal(-status, signal.SIG_DFL)
