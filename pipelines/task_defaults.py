@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from typing import Any
 
+from tff_kd import algorithms
 from tff_kd import data
 from tff_kd import own_files
 
@@ -51,20 +52,21 @@ WITH_ALGORITHM: dict[tuple[str, str], dict[str, Any]] = {
 
 
 def defaults_of(task: str, algorithm: str) -> dict[str, Any]:
-  """Returns a task's defaults of flags.
+  """Returns the defaults of flags of an algorithm, and over them those of a task.
 
   Args:
     task: Its name; or the path of a file of the user's, which may have a dict
       `DEFAULTS`.
-    algorithm: The algorithm that is run.
+    algorithm: The algorithm that is run, or the path of its file.
 
   Raises:
-    ValueError: If there is no such task.
+    ValueError: If there is no such task, or no such algorithm.
   """
   data.task_info(task)
+  defaults = dict(algorithms.get(algorithm).flag_defaults)
   if own_files.is_own(task):
-    return dict(getattr(own_files.load(task), 'DEFAULTS', {}))
-  return DEFAULTS.get(task, {}) | WITH_ALGORITHM.get((task, algorithm), {})
+    return defaults | getattr(own_files.load(task), 'DEFAULTS', {})
+  return defaults | DEFAULTS.get(task, {}) | WITH_ALGORITHM.get((task, algorithm), {})
 
 
 def described(task: str) -> str:

@@ -621,7 +621,8 @@ def _task_defaults(task: str, algorithm: str) -> dict[str, Any]:
   for name in defaults:
     if name not in own_flags():
       raise app.UsageError(
-          f'--task={task}: its defaults name --{name}, which is no flag.'
+          f'The defaults of --task={task} or --algorithm={algorithm} name --{name}, '
+          'which is no flag.'
       )
   return defaults
 

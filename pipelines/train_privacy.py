@@ -11,7 +11,6 @@ from pipelines import train_checks
 from pipelines import train_flags as args
 from pipelines import UserError
 import tff_kd
-from tff_kd import algorithms
 from tff_kd import privacy
 
 # The ledger, in a run folder.
@@ -26,7 +25,7 @@ def _sampling() -> privacy.ClientSampling:
   )
 
 
-def build_guards(algorithm: algorithms.Info) -> dict[str, Any]:
+def build_guards() -> dict[str, Any]:
   """How what clients send is private and secure: arguments of a process."""
   found = {}
   if train_checks.is_private():
@@ -39,14 +38,11 @@ def build_guards(algorithm: algorithms.Info) -> dict[str, Any]:
     def clip(text: str) -> Union[float, str]:
       return text if text == 'adaptive' else float(text)
 
-    knowledge_clip = args.KNOWLEDGE_CLIP.value
-    if knowledge_clip is None:
-      knowledge_clip = algorithm.flag_defaults.get('knowledge_clip', 'adaptive')
     found['privacy'] = privacy.DifferentialPrivacy(
         noise_multiplier=noise,
         clients_per_round=args.CLIENTS_PER_ROUND.value,
         model_clip=clip(args.MODEL_CLIP.value),
-        knowledge_clip=clip(knowledge_clip),
+        knowledge_clip=clip(args.KNOWLEDGE_CLIP.value or 'adaptive'),
         knowledge_share=args.KNOWLEDGE_SHARE.value,
         channels=args.PRIVATE_CHANNELS.value or None,
     )

@@ -98,7 +98,7 @@ def build_process(
   """
   kwargs = dict(
       common,
-      **train_privacy.build_guards(algorithm),
+      **train_privacy.build_guards(),
       seed=args.SEED.value,
       local_terms=_local_terms(algorithm),
   )

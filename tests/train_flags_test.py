@@ -9,6 +9,7 @@ from absl import flags
 import pytest
 
 from pipelines import topics
+from pipelines import task_defaults
 from pipelines import train_flags
 from tests import helpers
 import tff_kd
@@ -234,3 +235,11 @@ def test_flags_of_averaging_are_refused_where_nothing_is_averaged():
 def test_a_share_out_of_range_is_a_sentence():
   error = helpers.refused_here(*helpers.TINY_FUSION, '--dropout_before=2')
   assert 'error: `dropout_before` must be from 0 to 1, found 2.0.' in error
+
+
+def test_an_algorithms_defaults_of_flags_are_below_a_tasks():
+  own = {'knowledge_clip': '50'}  # Sums whose weights are secret need a number.
+  assert task_defaults.defaults_of('mnist5k', 'fd') == own
+  of_task = task_defaults.DEFAULTS['emnist']
+  assert task_defaults.defaults_of('emnist', 'fd') == own | of_task
+  assert 'knowledge_clip' not in task_defaults.defaults_of('emnist', 'fed_md')

@@ -20,16 +20,7 @@ import tff_kd
 from tff_kd import rounds
 from tff_kd.algorithms import info
 
-# FedDF's.
-DEFAULT_DISTILLATION = tff_kd.Distillation(
-    target='ensemble',
-    temperature=1.0,
-    distillation_weight=1.0,
-    num_steps=200,
-    batch_size=128,
-    schedule=tff_kd.cosine_schedule,
-    reset_optimizer=True,
-)
+DEFAULT_DISTILLATION = tff_kd.server.settings.FED_DF_DISTILLATION
 
 
 @rounds.takes_options

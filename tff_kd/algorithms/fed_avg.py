@@ -26,7 +26,7 @@ def build_fed_avg(
 ) -> rounds.DistillationProcess:
   """Builds federated averaging of any Keras model.
 
-  Equals `tff_kd.tff.learning.algorithms.build_weighted_fed_avg` where that takes the
+  Equals `tff.learning.algorithms.build_weighted_fed_avg` where that takes the
   model, and also averages batch norm's statistics.
 
   Args:

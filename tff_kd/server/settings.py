@@ -116,3 +116,16 @@ class Distillation:
     if isinstance(self.target, str):
       return self.target == 'ensemble'
     return self.target > 0.0
+
+
+# FedDF's (Lin et al., NeurIPS 2020, section 4.1 and appendix): Adam, a cosine, a fresh
+# state each round. FedAUX has the same.
+FED_DF_DISTILLATION = Distillation(
+    target='ensemble',
+    temperature=1.0,
+    distillation_weight=1.0,
+    num_steps=200,
+    batch_size=128,
+    schedule=cosine_schedule,
+    reset_optimizer=True,
+)
