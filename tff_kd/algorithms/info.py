@@ -3,10 +3,8 @@
 from collections.abc import Callable, Mapping
 import dataclasses
 import inspect
-import types
 from typing import Any, Optional
 
-_NOTHING: Mapping[str, Any] = types.MappingProxyType({})
 # What a required parameter stands for.
 _NEEDS = {
     'transfer_set': 'transfer set',
@@ -48,8 +46,8 @@ class Info:
   summary: str
   uploads: tuple[str, ...]
   client_state: bool = False
-  flags: Mapping[str, str] = _NOTHING
-  flag_defaults: Mapping[str, Any] = _NOTHING
+  flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
+  flag_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   consensus: Optional[str] = None
 
   @property
