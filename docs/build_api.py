@@ -6,6 +6,7 @@
 from collections.abc import Iterator
 import dataclasses
 import inspect
+import operator
 import pathlib
 import sys
 from typing import Any
@@ -19,7 +20,19 @@ Made from the docstrings by `python docs/build_api.py`; a test holds it to them.
 as in `import tff_kd`; what is not here is not for callers.
 '''
 # Packages: what they export is public. Of other modules, what they define.
-_PACKAGES = ('algorithms', 'data', 'privacy', 'simulation')
+_PACKAGES = (
+    'algorithms', 'client.companions', 'data', 'knowledge', 'models', 'privacy', 'rounds',
+    'runtime', 'simulation',
+)
+# Modules of packages that callers use by name.
+_INNER = (
+    'aggregators.robust', 'aggregators.svd', 'audits.inversion', 'audits.membership',
+    'client.companions', 'client.companions.certainty', 'client.companions.generator',
+    'client.companions.mutual', 'client.conditions', 'client.exchanges',
+    'client.local_terms', 'client.local_training', 'data.client_data',
+    'data.client_names', 'knowledge.codecs', 'knowledge.rules', 'models.cohorts',
+    'models.zoo', 'server.distill', 'server.settings',
+)
 
 
 def _public(module: Any) -> list[str]:
@@ -98,9 +111,9 @@ def _entry(name: str, value: Any) -> list[str]:
 
 def _modules() -> Iterator[tuple[str, Any]]:
   yield 'tff_kd', tff_kd
-  for name in dir(tff_kd):
-    if inspect.ismodule(getattr(tff_kd, name)):
-      yield f'tff_kd.{name}', getattr(tff_kd, name)
+  outer = [name for name in dir(tff_kd) if inspect.ismodule(getattr(tff_kd, name))]
+  for name in sorted([*outer, *_INNER]):
+    yield f'tff_kd.{name}', operator.attrgetter(name)(tff_kd)
 
 
 def reference() -> str:

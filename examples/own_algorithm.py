@@ -8,7 +8,7 @@ import tff_kd
 from tff_kd import rounds
 
 
-class Decay(tff_kd.local_terms.LocalTerm):
+class Decay(tff_kd.client.local_terms.LocalTerm):
   """L + weight / 2 ||w||^2, over the trainable weights."""
 
   def __init__(self, weight: float):
@@ -24,7 +24,7 @@ def build_decay(
     *, student_fn, input_spec, loss_fn, client_optimizer, decay: float = 1e-3,
     metrics_fn=None, options: rounds.Options,
 ):
-  students = tff_kd.cohorts.build_students(
+  students = tff_kd.models.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   parts = rounds.Parts(

@@ -26,9 +26,9 @@ from pipelines import train_privacy
 from pipelines import UserError
 import tff_kd
 from tff_kd import algorithms
+from tff_kd.audits import inversion
+from tff_kd.audits import membership
 from tff_kd import privacy
-from tff_kd.privacy import inversion
-from tff_kd.privacy import membership
 
 # A client with fewer is no victim: what it sends can be told from chance by luck only.
 _MIN_VICTIM_EXAMPLES = 5

@@ -12,8 +12,8 @@ from pipelines import task_defaults
 from pipelines import topics
 from tff_kd import algorithms
 from tff_kd import data
+from tff_kd.knowledge import rules
 from tff_kd import own_files
-from tff_kd import rules
 
 # The keys of the job's tables.
 OPTIMIZERS = ['adam', 'sgd']

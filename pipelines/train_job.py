@@ -35,7 +35,7 @@ from pipelines import train_process
 from pipelines import UserError
 import tff_kd
 from tff_kd import algorithms
-from tff_kd import cohorts
+from tff_kd.models import cohorts
 from tff_kd.simulation import contexts
 
 _CLIENT_BYTES = tff_kd.communication.CLIENT_BYTES
@@ -150,7 +150,7 @@ def _clients_used(task: tff_kd.data.Task) -> np.ndarray:
 
 def names_of_clients(
     task: tff_kd.data.Task, clients: Sequence[np.ndarray]
-) -> tff_kd.client_names.ClientNames:
+) -> tff_kd.data.client_names.ClientNames:
   """The clients' names: those of the data, or their numbers.
 
   Args:
@@ -158,8 +158,8 @@ def names_of_clients(
     clients: The rows of each client, of `split_clients`.
   """
   if task.client_names is None:
-    return tff_kd.client_names.ClientNames(range(len(clients)))
-  return tff_kd.client_names.ClientNames(
+    return tff_kd.data.client_names.ClientNames(range(len(clients)))
+  return tff_kd.data.client_names.ClientNames(
       task.client_names[k] for k in _clients_used(task)
   )
 

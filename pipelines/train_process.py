@@ -14,10 +14,10 @@ from pipelines import train_flags as args
 from pipelines import train_privacy
 from pipelines import UserError
 import tff_kd
+from tff_kd.aggregators import robust
 from tff_kd import algorithms
 from tff_kd import knowledge
-from tff_kd import robust
-from tff_kd import rules
+from tff_kd.knowledge import rules
 
 _OPTIMIZERS = {
     'sgd': tff.learning.optimizers.build_sgdm,
@@ -125,7 +125,7 @@ def _weighting() -> str:
 
 def _local_terms(
     algorithm: algorithms.Info,
-) -> list[tff_kd.local_terms.LocalTerm]:
+) -> list[tff_kd.client.local_terms.LocalTerm]:
   """The terms of the clients' loss that flags add to the algorithm's own."""
   of_algorithm, terms = set(algorithm.flags.values()), []
   if args.LOCAL_TARGET.value != 'none':

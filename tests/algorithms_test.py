@@ -12,7 +12,7 @@ from tff_kd.compat import tff
 from tests import helpers
 import tff_kd
 from tff_kd import algorithms
-from tff_kd import keras_models
+from tff_kd.models import zoo
 
 _ROUNDS = 10
 
@@ -35,7 +35,7 @@ def _build(name, task, batches):
   algorithm = algorithms.REGISTRY[name]
 
   def model_fn():
-    return keras_models.STUDENTS['document'](10, task.clients.inputs.shape[1:])
+    return zoo.STUDENTS['document'](10, task.clients.inputs.shape[1:])
 
   kwargs = dict(
       student_fn=model_fn,

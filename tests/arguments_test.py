@@ -79,7 +79,9 @@ _WRONG = {
         for name in ('model_aggregator', 'knowledge_aggregator')
     },
     'metrics_aggregator': (('sum', 1), r'`metrics_aggregator` must be a function'),
-    'companion': (('fml', tff_kd.companions.Companion), r'`companion` must be a `tff_kd'),
+    'companion': (
+        ('fml', tff_kd.client.companions.Companion), r'`companion` must be a `tff_kd'
+    ),
     'reporting': ((3, tff_kd.Reporting), r'`reporting` must be a `tff_kd.Reporting`'),
     'privacy': ((1.0, 'dp'), r'`privacy` must be a `tff_kd.privacy.DifferentialPriv'),
     'secure_aggregation': (

@@ -13,8 +13,8 @@ import tensorflow as tf
 
 from tests import helpers
 import tff_kd
-from tff_kd import certainty
-from tff_kd import companions
+from tff_kd.client import companions
+from tff_kd.client.companions import certainty
 from tff_kd import knowledge
 
 _LAMBDA = 0.05

@@ -204,7 +204,7 @@ def test_other_processes_take_its_datasets(data):
       tff_kd.algorithms.build_fed_avg(**helpers.common()),
   )
   chosen = [
-      tff_kd.client_data.ClientRound(np.int32(c), np.int32(5)) for c in (0, 2)
+      tff_kd.data.client_data.ClientRound(np.int32(c), np.int32(5)) for c in (0, 2)
   ]
   metrics = process.next(process.initialize(), chosen).metrics
   assert metrics['client_work']['train']['num_examples'] == 19

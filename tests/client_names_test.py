@@ -5,7 +5,7 @@ import pytest
 
 import tff_kd
 from tests import helpers
-from tff_kd import client_names
+from tff_kd.data import client_names
 from tff_kd import evaluation
 from tff_kd import simulation
 

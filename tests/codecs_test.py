@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from tff_kd import codecs
+from tff_kd.knowledge import codecs
 
 
 @st.composite

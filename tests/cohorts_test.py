@@ -8,7 +8,7 @@ from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
-from tff_kd import cohorts
+from tff_kd.models import cohorts
 
 _SCALES = (1.0, 2.0)
 _COHORTS = [0, 1, 1, 0]

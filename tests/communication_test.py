@@ -109,9 +109,9 @@ def test_rounds_have_a_ledger(name, tmp_path):
             4 * (60 / 7 // 1 + 1) + 8 + 4 * 3 + 4,
         ),
         # A count of those left out, too.
-        (tff_kd.robust.NormBoundFactory(1.0), 4 * (60 + 3) + 4 + 4),
+        (tff_kd.aggregators.robust.NormBoundFactory(1.0), 4 * (60 + 3) + 4 + 4),
         # The weight goes with the value, and the numbers of arrays that are not finite.
-        (tff_kd.robust.TrimmedMeanFactory(3), 4 * (60 + 3) + 4 + 3 * 8),
+        (tff_kd.aggregators.robust.TrimmedMeanFactory(3), 4 * (60 + 3) + 4 + 3 * 8),
         # Integers of 64 bits, where the sums need them.
         (
             tff.aggregators.MeanFactory(

@@ -9,7 +9,7 @@ import tensorflow as tf
 
 import tff_kd
 from tests import helpers
-from tff_kd import conditions
+from tff_kd.client import conditions
 
 _SIZES = (3, 9, 6)
 _DATA = [helpers.examples(n, n) for n in _SIZES]

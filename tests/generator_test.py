@@ -7,7 +7,7 @@ import tensorflow as tf
 
 import tff_kd
 from tests import helpers
-from tff_kd import generator
+from tff_kd.client.companions import generator
 from tff_kd import models
 
 _FEATURES, _NOISE, _BATCH, _STEPS = 4, 3, 6, 3
@@ -234,7 +234,7 @@ def test_a_subclassed_model_with_batch_norm_and_features_of_any_shape():
     output = process.next(state, [helpers.dataset(*helpers.examples(8, 0))])
     state = output.state
   assert np.isfinite(output.metrics['companion']['generator_loss'])
-  student = tff_kd.keras_models.StudentModel
+  student = tff_kd.models.zoo.StudentModel
   built = tff_kd.algorithms.build_fed_gen(
       **helpers.common(student_fn=lambda: student(helpers.CLASSES)),
       generator_steps=1,

@@ -140,7 +140,7 @@ def test_weights_go_into_build_fed_eval(process):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Repulsion(tff_kd.local_terms.LocalTerm):
+class _Repulsion(tff_kd.client.local_terms.LocalTerm):
   """The proximal term with another sign, which `ProximalTerm` refuses."""
 
   weight: float
@@ -167,7 +167,7 @@ def test_tffs_fed_prox_has_the_other_sign(process):
   def difference(term):
     ours = tff_kd.rounds.compose_process(
         tff_kd.rounds.Parts(
-            students=tff_kd.cohorts.as_students(spec),
+            students=tff_kd.models.cohorts.as_students(spec),
             client_optimizer=helpers.sgd(),
             local_terms=[term],
         )

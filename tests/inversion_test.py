@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 
-from tff_kd.privacy import inversion
+from tff_kd.audits import inversion
 
 
 def _images(n, seed):

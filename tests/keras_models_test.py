@@ -6,11 +6,11 @@ import pytest
 import tensorflow as tf
 
 from tests import helpers
-from tff_kd import graphs
-from tff_kd import keras_models
 from tff_kd.data.tasks import movielens
 from tff_kd.data.tasks import newsgroups
 from tff_kd.data.tasks import shakespeare
+from tff_kd import graphs
+from tff_kd.models import zoo
 
 _IMAGE = (28, 28, 1)
 
@@ -20,9 +20,9 @@ def _builders():
   of_images = {
       f'{role}_{name}': build
       for role, builders in (
-          ('student', keras_models.STUDENTS), ('teacher', keras_models.TEACHERS)
+          ('student', zoo.STUDENTS), ('teacher', zoo.TEACHERS)
       )
-      for name, build in keras_models.of_shape(builders, 10, _IMAGE).items()
+      for name, build in zoo.of_shape(builders, 10, _IMAGE).items()
   }
   return {
       **of_images,
@@ -145,10 +145,10 @@ def test_means_of_tokens_against_numpy():
   tokens = np.array([[3, 1, 0, 0], [2, 2, 4, 1], [0, 0, 0, 0]])
   vectors = rng.normal(size=(3, 4, 2)).astype(np.float32)
   scores = rng.normal(size=5).astype(np.float32)
-  attended = keras_models.AttendedTokens(5)
+  attended = zoo.AttendedTokens(5)
   attended.build([(None, 4), (None, 4, 2)])
   attended.set_weights([scores[:, None]])
-  means = keras_models.MeanOfTokens()([tokens, vectors]).numpy()
+  means = zoo.MeanOfTokens()([tokens, vectors]).numpy()
   shares = attended([tokens, vectors]).numpy()
   for row, there in enumerate(tokens > 0):
     if there.any():

@@ -10,9 +10,9 @@ import tensorflow as tf
 
 from tests import helpers
 import tff_kd
-from tff_kd import codecs
 from tff_kd import knowledge
-from tff_kd import rules
+from tff_kd.knowledge import codecs
+from tff_kd.knowledge import rules
 
 _RULES = {name: rules.get(name) for name in rules.RULES if name != 'given'}
 _NAMES = sorted(_RULES)

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tests import helpers
 import tff_kd
 from tff_kd import algorithms
-from tff_kd import local_terms
+from tff_kd.client import local_terms
 
 _RATE, _STEPS = 0.1, 3
 _X, _Y = helpers.examples(6, 4)

@@ -11,7 +11,7 @@ import pytest
 import scipy.stats
 from sklearn import metrics
 
-from tff_kd.privacy import membership
+from tff_kd.audits import membership
 
 _CLASSES, _DIM = 4, 10
 

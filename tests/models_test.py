@@ -10,7 +10,7 @@ from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
-from tff_kd import keras_models
+from tff_kd.models import zoo
 
 layers = keras.layers
 
@@ -512,9 +512,9 @@ def test_specs_that_do_not_fit_are_refused():
   )
 
 
-@pytest.mark.parametrize('name', sorted(keras_models.STUDENTS))
+@pytest.mark.parametrize('name', sorted(zoo.STUDENTS))
 def test_ready_pairs(name, tmp_path):
-  for build in (keras_models.STUDENTS[name], keras_models.TEACHERS[name]):
+  for build in (zoo.STUDENTS[name], zoo.TEACHERS[name]):
     model = build(10, (28, 28, 1))
     x = np.random.default_rng(0).normal(size=(3, 28, 28, 1)).astype('f')
     outputs = model(x)
@@ -524,13 +524,13 @@ def test_ready_pairs(name, tmp_path):
     loaded = keras.models.load_model(tmp_path / 'model.keras')
     np.testing.assert_allclose(loaded(x), outputs, atol=1e-6)
   assert (
-      keras_models.TEACHERS[name](10, (28, 28, 1))(x).shape
-      == keras_models.STUDENTS[name](10, (28, 28, 1))(x).shape
+      zoo.TEACHERS[name](10, (28, 28, 1))(x).shape
+      == zoo.STUDENTS[name](10, (28, 28, 1))(x).shape
   )
 
 
 def test_the_documents_models():
-  student, teacher = keras_models.StudentModel(), keras_models.TeacherModel()
+  student, teacher = zoo.StudentModel(), zoo.TeacherModel()
   x = np.zeros([1, 784], 'f')
   student(x), teacher(x)
   assert [w.shape.as_list() for w in student.weights] == [

@@ -7,8 +7,8 @@ import scipy.special
 
 import tff_kd
 from tests import helpers
+from tff_kd.client.companions import mutual
 from tff_kd import models
-from tff_kd import mutual
 
 _RATE = 0.1
 _CLOSE = dict(rtol=1e-4, atol=1e-5)

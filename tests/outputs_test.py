@@ -111,7 +111,7 @@ def test_local_distillation_leaves_padding_out():
   rng = np.random.default_rng(1)
   target, own = (tf.constant(rng.normal(size=(2, 6, 5)), tf.float32) for _ in range(2))
   counted = tf.constant(rng.integers(0, 2, (2, 6)), tf.float32)
-  step = tff_kd.local_terms.LocalStep(
+  step = tff_kd.client.local_terms.LocalStep(
       inputs=None, logits=own, labels=tf.ones([2, 6], tf.int32), labelled=None,
       target_logits=target, supervised_loss=tf.constant(0.0), step_num=tf.constant(0),
       weights=[], received=[], counted=counted,

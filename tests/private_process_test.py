@@ -10,13 +10,13 @@ from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
-from tff_kd import codecs
-from tff_kd import knowledge
-from tff_kd import server_distillation
 from tff_kd.algorithms import cfd
 from tff_kd.algorithms import ds_fl
 from tff_kd.algorithms import fd
 from tff_kd.algorithms import fed_md
+from tff_kd import knowledge
+from tff_kd.knowledge import codecs
+from tff_kd.server import distill
 from tff_kd.simulation import client_states
 
 _X, _Y = helpers.examples(10, 77)
@@ -280,10 +280,10 @@ def test_cfd_refuses_bits_and_parts_without_a_meaning():
   for bits in ({'up_bits': 0}, {'down_bits': 9}, {'up_bits': 31}):
     with pytest.raises(ValueError, match='_bits.*from 1 .* to 8.* 32 is for none'):
       _cfd(**bits)
-  stage = server_distillation.DistillationStage(
+  stage = distill.DistillationStage(
       'student', helpers.sgd(), tff_kd.Distillation()
   )
-  students = tff_kd.cohorts.build_students(
+  students = tff_kd.models.cohorts.build_students(
       helpers.common()['student_fn'],
       input_spec=helpers.INPUT_SPEC,
       loss_fn=helpers.loss_fn,

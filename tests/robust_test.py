@@ -14,8 +14,8 @@ from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
+from tff_kd.aggregators import robust
 from tff_kd import knowledge
-from tff_kd import robust
 
 _GOOD = [helpers.dataset(*helpers.examples(4 + k, k)) for k in range(4)]
 # Learning from it takes the weights very far, to numbers that are finite.

@@ -8,10 +8,10 @@ from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
-from tff_kd import cohorts
 from tff_kd import knowledge
 from tff_kd import models
-from tff_kd import server_distillation
+from tff_kd.models import cohorts
+from tff_kd.server import distill
 
 
 def _spec(name, build):
@@ -30,13 +30,13 @@ def _run(distillation, *, labelled=False, validation=8, rate=0.1, payload=None,
   transfer = tff_kd.TransferSet(
       x, y if labelled else None, validation_size=validation
   )
-  stage = server_distillation.DistillationStage(
+  stage = distill.DistillationStage(
       learner, helpers.sgd(rate, 0.9), distillation
   )
-  process = server_distillation.build_server_distillation(
+  process = distill.build_server_distillation(
       cohorts.as_students(student), teacher, transfer, [stage]
   )
-  weights = server_distillation.ServerModels(
+  weights = distill.ServerModels(
       student.initial_weights, teacher.initial_weights
   )
 
@@ -138,13 +138,13 @@ def test_a_consensus_that_is_not_finite_teaches_nothing():
 
 
 def test_batch_order_uses_every_row_equally():
-  order = server_distillation._batch_order(
+  order = distill._batch_order(
       7, 60, tf.constant(4), tf.constant([0, 1])
   ).numpy()
   counts = np.bincount(order, minlength=7)
   assert len(order) == 60 and counts.max() - counts.min() <= 1
   assert sorted(order[:7]) == list(range(7))
-  other = server_distillation._batch_order(
+  other = distill._batch_order(
       7, 60, tf.constant(5), tf.constant([0, 1])
   ).numpy()
   assert (order != other).any()

@@ -163,12 +163,13 @@ def _robust():
 def _medians():
   """What is no sum: single clients' values are merged."""
   return tff_kd.algorithms.build_fed_df(
-      **helpers.common(model_aggregator=tff_kd.robust.TrimmedMeanFactory(_CLIENTS)),
+      **helpers.common(model_aggregator=tff_kd.aggregators.robust.TrimmedMeanFactory(_CLIENTS)),
       transfer_set=_transfer_set(),
       student_optimizer=helpers.sgd(),
       distillation=tff_kd.Distillation(num_steps=2, batch_size=4),
-      knowledge_aggregator=tff_kd.robust.NormBoundFactory(
-          1000.0, tff_kd.robust.TrimmedMeanFactory(_CLIENTS, trimmed_share=0.2)
+      knowledge_aggregator=tff_kd.aggregators.robust.NormBoundFactory(
+          1000.0,
+          tff_kd.aggregators.robust.TrimmedMeanFactory(_CLIENTS, trimmed_share=0.2),
       ),
   )
 

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 from tff_kd.compat import tff
 
-from tff_kd import svd
+from tff_kd.aggregators import svd
 
 
 def _truncate(value, energy):

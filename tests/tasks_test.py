@@ -14,12 +14,12 @@ from tensorflow_federated.python.simulation.baselines.shakespeare import (
 )
 
 from tff_kd import data
-from tff_kd import models
 from tff_kd.data.tasks import downloads
 from tff_kd.data.tasks import emnist
 from tff_kd.data.tasks import movielens
 from tff_kd.data.tasks import newsgroups
 from tff_kd.data.tasks import shakespeare
+from tff_kd import models
 
 _INSTALLED = ('mnist5k', 'movielens', 'newsgroups', 'shakespeare')
 

@@ -13,7 +13,7 @@ from pipelines import task_defaults
 from pipelines import train_flags
 from tests import helpers
 import tff_kd
-from tff_kd import keras_models
+from tff_kd.models import zoo
 
 
 def test_flags_and_help_do_not_wait_for_tensorflow():
@@ -24,8 +24,8 @@ def test_flags_and_help_do_not_wait_for_tensorflow():
     )
     subprocess.run([sys.executable, '-c', check], cwd=helpers.ROOT, check=True)
   info = tff_kd.data.TASKS['mnist5k']
-  assert info.students == tuple(sorted(keras_models.STUDENTS))
-  assert info.teachers == tuple(sorted(keras_models.TEACHERS))
+  assert info.students == tuple(sorted(zoo.STUDENTS))
+  assert info.teachers == tuple(sorted(zoo.TEACHERS))
   for name, algorithm in tff_kd.algorithms.REGISTRY.items():
     assert callable(algorithm.build) and algorithm.build.__name__ == f'build_{name}'
 

@@ -14,7 +14,7 @@ from pipelines import train_flags
 from pipelines import train_job
 from tests import data_test
 from tests import helpers
-from tff_kd import keras_models
+from tff_kd.models import zoo
 
 
 def _without(*beginnings):
@@ -47,7 +47,7 @@ def test_idx_files_fed_df_cohorts_and_pretraining(tmp_path):
       keras.models.load_model(tmp_path / 'out' / f'student_{i}.keras')
       for i in (0, 1)
   )
-  assert isinstance(first, keras_models.StudentModel)
+  assert isinstance(first, zoo.StudentModel)
   assert isinstance(second, keras.Sequential)
 
 

@@ -14,7 +14,7 @@ from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
-from tff_kd import transfer as transfer_lib
+from tff_kd.data import transfer as transfer_lib
 
 
 @settings(max_examples=40, deadline=None)

@@ -157,7 +157,7 @@ def test_the_servers_models_keep_their_constraints():
   assert np.min(state.teacher_weights.trainable[0]) >= 0.0
 
 
-class _OwnTerm(tff_kd.local_terms.LocalTerm):
+class _OwnTerm(tff_kd.client.local_terms.LocalTerm):
   """Python's `if` and `==` on tensors, as AutoGraph reads them."""
 
   def __call__(self, loss, step):

@@ -253,7 +253,7 @@ def test_a_term_weighs_like_the_loss():
   rng = np.random.default_rng(0)
   target, own = (tf.constant(rng.normal(size=(3, 4)), tf.float32) for _ in range(2))
   weights = np.float32([2.0, 0.0, 0.5])
-  step = tff_kd.local_terms.LocalStep(
+  step = tff_kd.client.local_terms.LocalStep(
       inputs=None, logits=own, labels=tf.constant([0, 1, 2]), labelled=None,
       target_logits=target, supervised_loss=tf.constant(0.0), step_num=tf.constant(0),
       weights=[], received=[], sample_weight=tf.constant(weights),

@@ -12,7 +12,7 @@ from scipy import special
 import tensorflow as tf
 from tff_kd.compat import tff
 
-from tff_kd import client_names
+from tff_kd.data import client_names
 from tff_kd import graphs
 from tff_kd import models
 

@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import tff_kd
-from tff_kd import rounds
 from tff_kd.algorithms import info
+from tff_kd import rounds
 
 # The number of bits that stands for labels as they are, floats.
 NOT_QUANTIZED = 32
@@ -28,7 +28,7 @@ DEFAULT_DISTILLATION = tff_kd.Distillation(
 @rounds.takes_options
 def build_cfd(
     *,
-    student_fn: tff_kd.cohorts.StudentFn,
+    student_fn: tff_kd.models.cohorts.StudentFn,
     input_spec: Any,
     loss_fn: tff_kd.models.LossFn,
     transfer_set: tff_kd.TransferSet,
@@ -72,10 +72,10 @@ def build_cfd(
     ValueError: If a number of bits has no meaning.
   """
   up, down = _labels('up_bits', up_bits), _labels('down_bits', down_bits)
-  students = tff_kd.cohorts.build_students(
+  students = tff_kd.models.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  stage = tff_kd.server_distillation.DistillationStage(
+  stage = tff_kd.server.distill.DistillationStage(
       'student',
       student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
       distillation,

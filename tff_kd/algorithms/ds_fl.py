@@ -12,8 +12,8 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import tff_kd
-from tff_kd import rounds
 from tff_kd.algorithms import info
+from tff_kd import rounds
 
 DEFAULT_DISTILLATION = tff_kd.Distillation(
     distillation_weight=1.0, num_steps=60, reset_optimizer=True
@@ -23,7 +23,7 @@ DEFAULT_DISTILLATION = tff_kd.Distillation(
 @rounds.takes_options
 def build_ds_fl(
     *,
-    student_fn: tff_kd.cohorts.StudentFn,
+    student_fn: tff_kd.models.cohorts.StudentFn,
     input_spec: Any,
     loss_fn: tff_kd.models.LossFn,
     transfer_set: tff_kd.TransferSet,
@@ -57,11 +57,11 @@ def build_ds_fl(
   Returns:
     A `StatefulClientsProcess` with a server model.
   """
-  students = tff_kd.cohorts.build_students(
+  students = tff_kd.models.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   rule = consensus_rule or tff_kd.knowledge.MeanProbabilities(temperature=0.1)
-  stage = tff_kd.server_distillation.DistillationStage(
+  stage = tff_kd.server.distill.DistillationStage(
       'student',
       student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
       distillation,

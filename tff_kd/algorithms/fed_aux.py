@@ -7,9 +7,10 @@ Sattler et al., "FedAUX: Leveraging Unlabeled Auxiliary Data in Federated Learni
 
 where p_k are a client's probabilities and s_k its certainty: what a logistic regression,
 fitted once to the client's own examples against public negatives, says of x
-(`tff_kd.certainty`), with noise for (epsilon, delta)-differential privacy. The paper's
-other part, self-supervised pre-training on the auxiliary data, is left to the user: pass
-the extractor as `feature_fn`, and start the student from it in `student_fn`.
+(`tff_kd.client.companions.certainty`), with noise for (epsilon, delta)-differential
+privacy. The paper's other part, self-supervised pre-training on the auxiliary data, is
+left to the user: pass the extractor as `feature_fn`, and start the student from it in
+`student_fn`.
 """
 
 from __future__ import annotations
@@ -17,8 +18,8 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import tff_kd
-from tff_kd import rounds
 from tff_kd.algorithms import info
+from tff_kd import rounds
 
 DEFAULT_DISTILLATION = tff_kd.server.settings.FED_DF_DISTILLATION
 
@@ -26,7 +27,7 @@ DEFAULT_DISTILLATION = tff_kd.server.settings.FED_DF_DISTILLATION
 @rounds.takes_options
 def build_fed_aux(
     *,
-    student_fn: tff_kd.cohorts.StudentFn,
+    student_fn: tff_kd.models.cohorts.StudentFn,
     input_spec: Any,
     loss_fn: tff_kd.models.LossFn,
     transfer_set: tff_kd.TransferSet,
@@ -35,7 +36,7 @@ def build_fed_aux(
     student_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
     distillation: tff_kd.Distillation = DEFAULT_DISTILLATION,
     consensus_rule: Optional[tff_kd.knowledge.ConsensusRule] = None,
-    feature_fn: Optional[tff_kd.certainty.FeatureFn] = None,
+    feature_fn: Optional[tff_kd.client.companions.certainty.FeatureFn] = None,
     epsilon: Optional[float] = 0.5,
     delta: float = 1e-5,
     regularization: float = 0.01,
@@ -79,13 +80,13 @@ def build_fed_aux(
   Returns:
     A `StatefulClientsProcess` whose clients keep their scorers.
   """
-  students = tff_kd.cohorts.build_students(
+  students = tff_kd.models.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  scorer = tff_kd.certainty.CertaintyScorer(
+  scorer = tff_kd.client.companions.certainty.CertaintyScorer(
       input_spec=input_spec,
       negatives=negatives,
-      feature_fn=feature_fn or tff_kd.certainty.flat_inputs,
+      feature_fn=feature_fn or tff_kd.client.companions.certainty.flat_inputs,
       epsilon=epsilon,
       delta=delta,
       regularization=regularization,
@@ -94,7 +95,7 @@ def build_fed_aux(
   rule = consensus_rule or tff_kd.knowledge.CertaintyWeighted(
       'given', average='probabilities'
   )
-  stage = tff_kd.server_distillation.DistillationStage(
+  stage = tff_kd.server.distill.DistillationStage(
       'student',
       student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
       distillation,

@@ -11,8 +11,8 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import tff_kd
-from tff_kd import rounds
 from tff_kd.algorithms import info
+from tff_kd import rounds
 
 DEFAULT_DISTILLATION = tff_kd.server.settings.FED_DF_DISTILLATION
 
@@ -20,7 +20,7 @@ DEFAULT_DISTILLATION = tff_kd.server.settings.FED_DF_DISTILLATION
 @rounds.takes_options
 def build_fed_df(
     *,
-    student_fn: tff_kd.cohorts.StudentFn,
+    student_fn: tff_kd.models.cohorts.StudentFn,
     input_spec: Any,
     loss_fn: tff_kd.models.LossFn,
     transfer_set: tff_kd.TransferSet,
@@ -55,10 +55,10 @@ def build_fed_df(
   Returns:
     A `DistillationProcess` without a teacher.
   """
-  students = tff_kd.cohorts.build_students(
+  students = tff_kd.models.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  stage = tff_kd.server_distillation.DistillationStage(
+  stage = tff_kd.server.distill.DistillationStage(
       'student',
       student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
       distillation,

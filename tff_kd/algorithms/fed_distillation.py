@@ -14,8 +14,8 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import tff_kd
-from tff_kd import rounds
 from tff_kd.algorithms import info
+from tff_kd import rounds
 
 DEFAULT_DISTILLATION = tff_kd.Distillation(
     target='ensemble', num_steps=60
@@ -28,7 +28,7 @@ DEFAULT_BACK_DISTILLATION = tff_kd.Distillation(
 @rounds.takes_options
 def build_fed_distillation(
     *,
-    student_fn: tff_kd.cohorts.StudentFn,
+    student_fn: tff_kd.models.cohorts.StudentFn,
     teacher_fn: tff_kd.models.KerasModelFn,
     input_spec: Any,
     loss_fn: tff_kd.models.LossFn,
@@ -70,10 +70,10 @@ def build_fed_distillation(
     A `DistillationProcess` with a teacher.
   """
   kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
-  students = tff_kd.cohorts.build_students(student_fn, **kinds)
+  students = tff_kd.models.cohorts.build_students(student_fn, **kinds)
   teacher = tff_kd.models.build_model_spec(teacher_fn, name='teacher', **kinds)
   stages = [
-      tff_kd.server_distillation.DistillationStage(
+      tff_kd.server.distill.DistillationStage(
           'teacher',
           teacher_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
           distillation,
@@ -81,7 +81,7 @@ def build_fed_distillation(
   ]
   if back_distillation is not None:
     stages.append(
-        tff_kd.server_distillation.DistillationStage(
+        tff_kd.server.distill.DistillationStage(
             'student',
             student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
             back_distillation,

@@ -16,8 +16,8 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import tff_kd
-from tff_kd import rounds
 from tff_kd.algorithms import info
+from tff_kd import rounds
 
 DEFAULT_DISTILLATION = tff_kd.Distillation(
     target='ensemble', loss='label', diversity_weight=0.05, num_steps=60
@@ -27,7 +27,7 @@ DEFAULT_DISTILLATION = tff_kd.Distillation(
 @rounds.takes_options
 def build_fed_et(
     *,
-    student_fn: tff_kd.cohorts.StudentFn,
+    student_fn: tff_kd.models.cohorts.StudentFn,
     teacher_fn: tff_kd.models.KerasModelFn,
     input_spec: Any,
     loss_fn: tff_kd.models.LossFn,
@@ -66,12 +66,12 @@ def build_fed_et(
     A `DistillationProcess` with the server model as teacher.
   """
   kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
-  students = tff_kd.cohorts.build_students(student_fn, **kinds)
+  students = tff_kd.models.cohorts.build_students(student_fn, **kinds)
   teacher = tff_kd.models.build_model_spec(teacher_fn, name='teacher', **kinds)
   if consensus_rule is None:
     rules = (tff_kd.knowledge.CertaintyWeighted, tff_kd.knowledge.CertaintyWithDiversity)
     consensus_rule = rules[bool(distillation.diversity_weight)]('variance')
-  stage = tff_kd.server_distillation.DistillationStage(
+  stage = tff_kd.server.distill.DistillationStage(
       'teacher',
       teacher_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
       distillation,

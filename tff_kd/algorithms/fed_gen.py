@@ -7,7 +7,7 @@ heads, features for each label; from the second round on a client's loss is
   CE(x, y) + a_t CE(h(G(noise', y')), y') + a_t KL(h(G(noise, y)) || z(x)),
 
 where h is its head. The paper's server holds the clients' models; here none of them is
-seen, see `tff_kd.generator`.
+seen, see `tff_kd.client.companions.generator`.
 """
 
 from __future__ import annotations
@@ -15,8 +15,8 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import tff_kd
-from tff_kd import rounds
 from tff_kd.algorithms import info
+from tff_kd import rounds
 
 
 @rounds.takes_options
@@ -27,7 +27,7 @@ def build_fed_gen(
     loss_fn: tff_kd.models.LossFn,
     client_optimizer: tff_kd.optimizers.Optimizer,
     split_layer: Optional[str] = None,
-    generator_fn: Optional[tff_kd.generator.GeneratorFn] = None,
+    generator_fn: Optional[tff_kd.client.companions.generator.GeneratorFn] = None,
     noise_dim: int = 32,
     hidden_units: int = 256,
     generator_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
@@ -83,7 +83,7 @@ def build_fed_gen(
       metrics_fn=metrics_fn,
       name='student',
   )
-  companion = tff_kd.generator.FeatureGenerator(
+  companion = tff_kd.client.companions.generator.FeatureGenerator(
       student,
       optimizer=generator_optimizer or tff_kd.tff.learning.optimizers.build_adam(3e-4),
       split_layer=split_layer,
@@ -98,7 +98,7 @@ def build_fed_gen(
   )
   return rounds.compose_process(
       rounds.Parts(
-          students=tff_kd.cohorts.as_students(student),
+          students=tff_kd.models.cohorts.as_students(student),
           client_optimizer=client_optimizer,
           companion=companion,
       ),

@@ -12,14 +12,14 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import tff_kd
-from tff_kd import rounds
 from tff_kd.algorithms import info
+from tff_kd import rounds
 
 
 @rounds.takes_options
 def build_fed_gkd(
     *,
-    student_fn: tff_kd.cohorts.StudentFn,
+    student_fn: tff_kd.models.cohorts.StudentFn,
     input_spec: Any,
     loss_fn: tff_kd.models.LossFn,
     client_optimizer: tff_kd.optimizers.Optimizer,
@@ -46,13 +46,13 @@ def build_fed_gkd(
   Returns:
     A `DistillationProcess` without a teacher.
   """
-  term = tff_kd.local_terms.LocalDistillation(
+  term = tff_kd.client.local_terms.LocalDistillation(
       target='student' if history_size == 1 else 'student_history',
       weight=local_weight,
       temperature=local_temperature,
       history_size=history_size,
   )
-  students = tff_kd.cohorts.build_students(
+  students = tff_kd.models.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   return rounds.compose_process(

@@ -16,14 +16,14 @@ import dataclasses
 from typing import Any, Optional
 
 import tff_kd
-from tff_kd import rounds
 from tff_kd.algorithms import info
+from tff_kd import rounds
 
 
 @rounds.takes_options
 def build_fed_kd(
     *,
-    student_fn: tff_kd.cohorts.StudentFn,
+    student_fn: tff_kd.models.cohorts.StudentFn,
     mentor_fn: tff_kd.models.KerasModelFn,
     input_spec: Any,
     loss_fn: tff_kd.models.LossFn,
@@ -58,13 +58,13 @@ def build_fed_kd(
     metrics of the model's aggregator, is the size of a client's update.
   """
   kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
-  students = tff_kd.cohorts.build_students(student_fn, **kinds)
+  students = tff_kd.models.cohorts.build_students(student_fn, **kinds)
   mentor = tff_kd.models.build_model_spec(mentor_fn, name='mentor', **kinds)
   return rounds.compose_process(
       rounds.Parts(
           students=students,
           client_optimizer=client_optimizer,
-          companion=tff_kd.mutual.MutualLearning(
+          companion=tff_kd.client.companions.mutual.MutualLearning(
               students.first,
               mentor,
               student_weight=None,
@@ -74,7 +74,7 @@ def build_fed_kd(
       ),
       dataclasses.replace(
           options,
-          model_aggregator=tff_kd.svd.TruncatedSvdFactory(
+          model_aggregator=tff_kd.aggregators.svd.TruncatedSvdFactory(
               start_energy, end_energy, energy_rounds, options.model_aggregator
           ),
       ),

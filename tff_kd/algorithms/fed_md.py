@@ -12,14 +12,14 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import tff_kd
-from tff_kd import rounds
 from tff_kd.algorithms import info
+from tff_kd import rounds
 
 
 @rounds.takes_options
 def build_fed_md(
     *,
-    student_fn: tff_kd.cohorts.StudentFn,
+    student_fn: tff_kd.models.cohorts.StudentFn,
     input_spec: Any,
     loss_fn: tff_kd.models.LossFn,
     transfer_set: tff_kd.TransferSet,
@@ -55,14 +55,14 @@ def build_fed_md(
   Returns:
     A `StatefulClientsProcess` without a server model.
   """
-  students = tff_kd.cohorts.build_students(
+  students = tff_kd.models.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   optimizer = digest_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3)
   size = transfer_set.subset_size
 
-  def stage(epochs: int, **settings) -> tff_kd.server_distillation.DistillationStage:
-    return tff_kd.server_distillation.DistillationStage(
+  def stage(epochs: int, **settings) -> tff_kd.server.distill.DistillationStage:
+    return tff_kd.server.distill.DistillationStage(
         'student',
         optimizer,
         tff_kd.Distillation(

@@ -14,14 +14,14 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import tff_kd
-from tff_kd import rounds
 from tff_kd.algorithms import info
+from tff_kd import rounds
 
 
 @rounds.takes_options
 def build_fed_prox(
     *,
-    student_fn: tff_kd.cohorts.StudentFn,
+    student_fn: tff_kd.models.cohorts.StudentFn,
     input_spec: Any,
     loss_fn: tff_kd.models.LossFn,
     client_optimizer: tff_kd.optimizers.Optimizer,
@@ -43,8 +43,8 @@ def build_fed_prox(
   Returns:
     A `DistillationProcess` without a teacher.
   """
-  term = tff_kd.local_terms.ProximalTerm(weight=proximal_weight)
-  students = tff_kd.cohorts.build_students(
+  term = tff_kd.client.local_terms.ProximalTerm(weight=proximal_weight)
+  students = tff_kd.models.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   return rounds.compose_process(

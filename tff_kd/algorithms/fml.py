@@ -13,14 +13,14 @@ from __future__ import annotations
 from typing import Any, Optional
 
 import tff_kd
-from tff_kd import rounds
 from tff_kd.algorithms import info
+from tff_kd import rounds
 
 
 @rounds.takes_options
 def build_fml(
     *,
-    student_fn: tff_kd.cohorts.StudentFn,
+    student_fn: tff_kd.models.cohorts.StudentFn,
     mentor_fn: tff_kd.models.KerasModelFn,
     input_spec: Any,
     loss_fn: tff_kd.models.LossFn,
@@ -50,13 +50,13 @@ def build_fml(
     A `StatefulClientsProcess`: clients keep their mentors.
   """
   kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
-  students = tff_kd.cohorts.build_students(student_fn, **kinds)
+  students = tff_kd.models.cohorts.build_students(student_fn, **kinds)
   mentor = tff_kd.models.build_model_spec(mentor_fn, name='mentor', **kinds)
   return rounds.compose_process(
       rounds.Parts(
           students=students,
           client_optimizer=client_optimizer,
-          companion=tff_kd.mutual.MutualLearning(
+          companion=tff_kd.client.companions.mutual.MutualLearning(
               students.first,
               mentor,
               student_weight=student_weight,

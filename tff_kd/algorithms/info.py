@@ -38,7 +38,7 @@ class Info:
     flags: Flags of `pipelines.train` by the parameters that get their values as they
       are, where the user gives them.
     flag_defaults: Its own defaults of flags.
-    consensus: The name of the rule (`tff_kd.rules.RULES`) by which it combines
+    consensus: The name of the rule (`tff_kd.knowledge.rules.RULES`) by which it combines
       predictions unless told otherwise; `None` if it has none, or none to choose.
   """
 

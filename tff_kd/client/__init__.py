@@ -5,8 +5,10 @@ from tff_kd import _lazy
 __getattr__, __dir__ = _lazy.attach(
     __name__,
     {
-        'exchanges': 'exchanges',
-        'inclusion': 'inclusion',
-        'work': 'work',
+        name: name
+        for name in (
+            'companions', 'conditions', 'exchanges', 'inclusion', 'local_terms',
+            'local_training', 'work',
+        )
     },
 )

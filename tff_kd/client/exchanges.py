@@ -12,14 +12,14 @@ from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
 
+from tff_kd.client import companions
+from tff_kd.client import local_terms as local_terms_lib
 from tff_kd import communication
-from tff_kd import companions
+from tff_kd.data import transfer
 from tff_kd import knowledge
-from tff_kd import local_terms as local_terms_lib
 from tff_kd import losses
 from tff_kd import models
-from tff_kd import server_distillation as server_distillation_lib
-from tff_kd import transfer
+from tff_kd.server import distill as server_distillation_lib
 
 
 class Report(NamedTuple):

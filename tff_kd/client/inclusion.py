@@ -6,9 +6,9 @@ from typing import Any, NamedTuple, Optional
 import tensorflow as tf
 from tff_kd.compat import tff
 
-from tff_kd import conditions as conditions_lib
+from tff_kd.client import conditions as conditions_lib
+from tff_kd.client import local_training
 from tff_kd import graphs
-from tff_kd import local_training
 
 
 class Inclusion(NamedTuple):

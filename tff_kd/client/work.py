@@ -15,19 +15,19 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
-from tff_kd import client_data as client_data_lib
-from tff_kd import cohorts
-from tff_kd import companions
-from tff_kd import conditions as conditions_lib
-from tff_kd import graphs
-from tff_kd import local_terms as local_terms_lib
-from tff_kd import local_training
-from tff_kd import models
-from tff_kd import optimizers
-from tff_kd import raw_files
-from tff_kd import server_distillation
+from tff_kd.client import companions
+from tff_kd.client import conditions as conditions_lib
 from tff_kd.client import exchanges
 from tff_kd.client import inclusion
+from tff_kd.client import local_terms as local_terms_lib
+from tff_kd.client import local_training
+from tff_kd.data import client_data as client_data_lib
+from tff_kd.data import raw_files
+from tff_kd import graphs
+from tff_kd import models
+from tff_kd.models import cohorts
+from tff_kd import optimizers
+from tff_kd.server import distill
 
 
 class Broadcast(NamedTuple):
@@ -140,7 +140,7 @@ class ClientPlan:
   teacher: Optional[models.ModelSpec] = None
   local_terms: Sequence[local_terms_lib.LocalTerm] = ()
   companion: Optional[companions.Companion] = None
-  pretraining: Optional[server_distillation.DistillationStage] = None
+  pretraining: Optional[distill.DistillationStage] = None
   learning_rate_fn: Optional[local_training.LearningRateFn] = None
   reporting: Optional[conditions_lib.Reporting] = None
   releases_metrics: bool = True
@@ -230,7 +230,7 @@ class ClientPlan:
     transfer_set = self.exchange.transfer_set
     # Labels only: no example has a target.
     nothing = self.exchange.rule.decode(self.exchange.zero_payload())
-    lesson = server_distillation.Lesson(self.pretraining, spec, transfer_set)
+    lesson = distill.Lesson(self.pretraining, spec, transfer_set)
     return lesson(
         weights, None, {}, nothing, tf.constant(0), tf.constant([self.seed, 2])
     ).weights

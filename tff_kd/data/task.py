@@ -12,9 +12,9 @@ import keras
 import numpy as np
 import tensorflow as tf
 
-from tff_kd import client_names as client_names_lib
-from tff_kd import keras_models
+from tff_kd.data import client_names as client_names_lib
 from tff_kd import models
+from tff_kd.models import zoo
 
 ModelFn = Callable[[], keras.Model]
 
@@ -209,8 +209,8 @@ def image_task(*, num_classes: int, clients: Examples, **kwargs) -> Task:
   """
   shape = clients.inputs.shape[1:]
   return Task(
-      students=keras_models.of_shape(keras_models.STUDENTS, num_classes, shape),
-      teachers=keras_models.of_shape(keras_models.TEACHERS, num_classes, shape),
+      students=zoo.of_shape(zoo.STUDENTS, num_classes, shape),
+      teachers=zoo.of_shape(zoo.TEACHERS, num_classes, shape),
       num_classes=num_classes,
       clients=clients,
       **kwargs,

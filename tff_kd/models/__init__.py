@@ -1,13 +1,14 @@
 """Keras models as functions of their weights, checked against data and loss."""
 
+from tff_kd import _lazy
 from tff_kd.models.metrics import lower_is_better
 from tff_kd.models.metrics import Metrics
 from tff_kd.models.metrics import MetricsFn
 from tff_kd.models.metrics import new_metrics
 from tff_kd.models.metrics import TOTALS
 from tff_kd.models.spec import apply_constraints
-from tff_kd.models.spec import BINARY_LOSSES
 from tff_kd.models.spec import as_batch
+from tff_kd.models.spec import BINARY_LOSSES
 from tff_kd.models.spec import BoundModel
 from tff_kd.models.spec import build_model_spec
 from tff_kd.models.spec import check_has_classes
@@ -27,3 +28,8 @@ from tff_kd.models.spec import sample_weight_of
 from tff_kd.models.spec import split_batch
 from tff_kd.models.spec import wrong_labels
 from tff_kd.models.spec import wrong_labels_message
+
+# Modules that build on these.
+__getattr__, _ = _lazy.attach(
+    __name__, {name: name for name in ('cohorts', 'embeddings', 'stateless', 'zoo')}
+)

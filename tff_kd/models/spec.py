@@ -834,7 +834,7 @@ def _build_keras_model(keras_model_fn: KerasModelFn, name: str) -> keras.Model:
           f'The {name}, a {type(model).__name__}, has a `{method}` of its own, which '
           'federated training would not use. Put the model into a plain `keras.Model`, '
           'its loss into `loss_fn`, and further terms into `self.add_loss` or a '
-          '`tff_kd.local_terms.LocalTerm`.'
+          '`tff_kd.client.local_terms.LocalTerm`.'
       )
   return model
 

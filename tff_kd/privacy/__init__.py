@@ -4,10 +4,7 @@ from tff_kd import _lazy
 
 __getattr__, __dir__ = _lazy.attach(
     __name__,
-    {
-        name: name
-        for name in ('accounting', 'differential', 'inversion', 'membership', 'secure')
-    }
+    {name: name for name in ('accounting', 'differential', 'secure')}
     | {
         name: 'accounting'
         for name in (

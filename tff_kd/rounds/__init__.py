@@ -5,10 +5,12 @@ from tff_kd import _lazy
 __getattr__, __dir__ = _lazy.attach(
     __name__,
     {
+        'arguments': 'arguments',
         'channels': 'channels',
         'process': 'process',
         'protection': 'protection',
         'round': 'round',
+        'round_arguments': 'round_arguments',
         'state': 'state',
         'options': 'options',
         'parts': 'parts',

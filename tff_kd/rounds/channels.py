@@ -13,9 +13,9 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from tff_kd.client import work
 from tff_kd import communication
 from tff_kd import graphs
-from tff_kd.client import work
 from tff_kd.privacy import secure as secure_lib
 
 AggregationFactory = Union[

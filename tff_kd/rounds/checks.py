@@ -6,17 +6,17 @@ from typing import Any, Optional
 import tensorflow as tf
 from tff_kd.compat import tff
 
-from tff_kd import client_data as client_data_lib
+from tff_kd.client import exchanges
+from tff_kd.client import local_terms as local_terms_lib
+from tff_kd.data import client_data as client_data_lib
+from tff_kd.data import transfer
 from tff_kd import graphs
 from tff_kd import knowledge
-from tff_kd import local_terms as local_terms_lib
 from tff_kd import models
 from tff_kd import optimizers
-from tff_kd import server_distillation
-from tff_kd import transfer
-from tff_kd.client import exchanges
 from tff_kd.rounds import options as options_lib
 from tff_kd.rounds import parts as parts_lib
+from tff_kd.server import distill
 
 _UNIFORM = tff.learning.ClientWeighting.UNIFORM
 
@@ -60,7 +60,7 @@ def _check_stages(parts: parts_lib.Parts) -> None:
   if transfer_set is None and (parts.stages or parts.pretraining):
     raise ValueError('Distillation and pretraining need a `transfer_set`.')
   if parts.stages:
-    server_distillation.check_stages(
+    distill.check_stages(
         parts.stages,
         has_teacher=parts.teacher is not None,
         labelled=transfer_set.labelled,
@@ -202,7 +202,8 @@ def _check_companion(
   if needs and not gives:
     raise ValueError(
         f'The rule {rule!r} weighs by a certainty that is given, but no companion '
-        'gives one. Pass `companion=tff_kd.certainty.CertaintyScorer(...)`, or a rule '
+        'gives one. Pass '
+        '`companion=tff_kd.client.companions.certainty.CertaintyScorer(...)`, or a rule '
         "that takes it from the predictions, such as CertaintyWeighted('variance')."
     )
   if gives and not needs:

@@ -6,11 +6,11 @@ from typing import Any, NamedTuple, Optional
 import keras
 from tff_kd.compat import tff
 
-from tff_kd import client_data as client_data_lib
-from tff_kd import cohorts
 from tff_kd import communication
+from tff_kd.data import client_data as client_data_lib
+from tff_kd.data import transfer
 from tff_kd import models
-from tff_kd import transfer
+from tff_kd.models import cohorts
 from tff_kd.privacy import differential
 from tff_kd.privacy import secure
 

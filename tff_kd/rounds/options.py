@@ -33,9 +33,9 @@ class Options:
       `None`.
     metrics_aggregator: As in `tff.learning.algorithms`.
     local_terms: Further terms of the clients' loss, a sequence of
-      `tff_kd.local_terms.LocalTerm`s, after the algorithm's own.
+      `tff_kd.client.local_terms.LocalTerm`s, after the algorithm's own.
     companion: An auxiliary component of the clients' training, a
-      `tff_kd.companions.Companion`.
+      `tff_kd.client.companions.Companion`.
     learning_rate_fn: Maps a round's number, an int32 tensor from 0, to the clients'
       learning rate, as in TFF's `build_weighted_fed_avg_with_optimizer_schedule`; needs
       a TFF optimizer.
@@ -58,9 +58,9 @@ class Options:
   model_aggregator: Optional[tff_kd.rounds.AggregationFactory] = None
   knowledge_aggregator: Optional[tff_kd.rounds.AggregationFactory] = None
   metrics_aggregator: Optional[Any] = None
-  local_terms: Sequence[tff_kd.local_terms.LocalTerm] = ()
-  companion: Optional[tff_kd.companions.Companion] = None
-  learning_rate_fn: Optional[tff_kd.local_training.LearningRateFn] = None
+  local_terms: Sequence[tff_kd.client.local_terms.LocalTerm] = ()
+  companion: Optional[tff_kd.client.companions.Companion] = None
+  learning_rate_fn: Optional[tff_kd.client.local_training.LearningRateFn] = None
   reporting: Optional[tff_kd.Reporting] = None
   privacy: Optional[tff_kd.privacy.DifferentialPrivacy] = None
   secure_aggregation: Optional[tff_kd.privacy.SecureAggregation] = None
@@ -68,7 +68,7 @@ class Options:
 
   def __post_init__(self):
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    tff_kd.arguments.check(fields, _OPTION_PARAMETERS)
+    tff_kd.rounds.arguments.check(fields, _OPTION_PARAMETERS)
 
   def with_defaults(self, **defaults: Any) -> 'Options':
     """Returns these options with an algorithm's values for those that are `None`."""
@@ -126,7 +126,7 @@ def takes_options(build: Callable[..., Any]) -> Callable[..., Any]:
       raise TypeError(f'{build.__name__}() needs the argument {missing[0]!r}.')
     chosen = {name: kwargs.pop(name) for name in _OPTION_PARAMETERS if name in kwargs}
     options = Options(**chosen)
-    return build(**tff_kd.arguments.check(kwargs, own), options=options)
+    return build(**tff_kd.rounds.arguments.check(kwargs, own), options=options)
 
   with_options.__signature__ = full
   return with_options

@@ -5,14 +5,14 @@ import dataclasses
 import enum
 from typing import Optional
 
-from tff_kd import cohorts
-from tff_kd import companions
-from tff_kd import local_terms as local_terms_lib
-from tff_kd import models
-from tff_kd import optimizers
-from tff_kd import server_distillation
-from tff_kd import transfer
+from tff_kd.client import companions
 from tff_kd.client import exchanges
+from tff_kd.client import local_terms as local_terms_lib
+from tff_kd.data import transfer
+from tff_kd import models
+from tff_kd.models import cohorts
+from tff_kd import optimizers
+from tff_kd.server import distill
 
 
 class ClientModel(enum.Enum):
@@ -56,8 +56,8 @@ class Parts:
   exchange: Optional[exchanges.Exchange] = None
   transfer_set: Optional[transfer.TransferSet] = None
   teacher: Optional[models.ModelSpec] = None
-  stages: Sequence[server_distillation.DistillationStage] = ()
-  pretraining: Optional[server_distillation.DistillationStage] = None
+  stages: Sequence[distill.DistillationStage] = ()
+  pretraining: Optional[distill.DistillationStage] = None
 
   @property
   def averages(self) -> bool:

@@ -3,11 +3,10 @@
 import dataclasses
 from typing import Any, Optional, Union
 
-from tff_kd import cohorts
-from tff_kd import communication
-from tff_kd import companions
-from tff_kd import round_arguments
+from tff_kd.client import companions
 from tff_kd.client import work as work_lib
+from tff_kd import communication
+from tff_kd.models import cohorts
 from tff_kd.rounds import channels
 from tff_kd.rounds import checks
 from tff_kd.rounds import description as description_lib
@@ -15,6 +14,7 @@ from tff_kd.rounds import options as options_lib
 from tff_kd.rounds import parts as parts_lib
 from tff_kd.rounds import protection as protection_lib
 from tff_kd.rounds import round as round_lib
+from tff_kd.rounds import round_arguments
 
 _DEFAULT_OPTIONS = options_lib.Options()
 Process = Union[

@@ -14,16 +14,16 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from tff_kd.client import work as work_lib
 from tff_kd import graphs
 from tff_kd import knowledge
 from tff_kd import models
-from tff_kd import server_distillation as server_distillation_lib
-from tff_kd.client import work as work_lib
 from tff_kd.rounds import checks
 from tff_kd.rounds import description as description_lib
 from tff_kd.rounds import options as options_lib
 from tff_kd.rounds import parts as parts_lib
 from tff_kd.rounds import state as state_lib
+from tff_kd.server import distill as server_distillation_lib
 from tff_kd.server import finalizer as finalizer_lib
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
-from tff_kd import cohorts
 from tff_kd import graphs
+from tff_kd.models import cohorts
 
 
 class StudentHistory(NamedTuple):

@@ -6,8 +6,8 @@ from typing import Any
 import tensorflow as tf
 from tff_kd.compat import tff
 
-from tff_kd import cohorts
 from tff_kd import graphs
+from tff_kd.models import cohorts
 from tff_kd import optimizers
 
 

@@ -10,7 +10,7 @@ import zipfile
 import numpy as np
 import tensorflow as tf
 
-from tff_kd import client_names
+from tff_kd.data import client_names
 
 _NAME = re.compile(r'client-(\d+)-round-(\d+)\.npz')
 

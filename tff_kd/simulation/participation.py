@@ -9,8 +9,8 @@ from typing import Any, NamedTuple, Optional, Union
 import numpy as np
 from tff_kd.compat import tff
 
-from tff_kd import client_names
-from tff_kd import conditions
+from tff_kd.client import conditions
+from tff_kd.data import client_names
 
 SAMPLINGS = ('uniform', 'weighted', 'cyclic', 'poisson')
 # Keep the random streams of one seed apart.

@@ -16,11 +16,11 @@ import numpy as np
 from tff_kd.compat import tff
 import tree
 
-from tff_kd import client_names
 from tff_kd import communication
-from tff_kd import round_arguments
-from tff_kd import rounds
+from tff_kd.data import client_names
 from tff_kd.privacy import accounting
+from tff_kd import rounds
+from tff_kd.rounds import round_arguments
 from tff_kd.simulation import checkpoints
 from tff_kd.simulation import client_states as client_states_lib
 from tff_kd.simulation import participation

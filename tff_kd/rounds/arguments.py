@@ -12,14 +12,14 @@ from typing import Any
 
 from tff_kd.compat import tff
 
-from tff_kd import client_data
-from tff_kd import companions
-from tff_kd import conditions
+from tff_kd.client import companions
+from tff_kd.client import conditions
+from tff_kd.client import local_terms
+from tff_kd.data import client_data
+from tff_kd.data import transfer
 from tff_kd import knowledge
-from tff_kd import local_terms
 from tff_kd import models
 from tff_kd import optimizers
-from tff_kd import transfer
 from tff_kd.privacy import differential
 from tff_kd.privacy import secure
 from tff_kd.server import settings
@@ -98,7 +98,7 @@ def _local_terms(value: Any, name: str) -> Any:
   wrong = [term for term in terms if not isinstance(term, local_terms.LocalTerm)]
   if terms is not value or wrong:
     raise TypeError(
-        f'`{name}` must be a list of `tff_kd.local_terms.LocalTerm`s, found '
+        f'`{name}` must be a list of `tff_kd.client.local_terms.LocalTerm`s, found '
         f'{value!r}. Pass, for example, `{name}=[tff_kd.ProximalTerm(weight=0.01)]`.'
     )
   return value
@@ -153,7 +153,7 @@ _CHECKS = {
     ),
     'local_terms': _local_terms,
     'companion': _instance(
-        companions.Companion, 'a `tff_kd.companions.Companion`'
+        companions.Companion, 'a `tff_kd.client.companions.Companion`'
     ),
     'model_aggregator': _aggregator,
     'knowledge_aggregator': _aggregator,

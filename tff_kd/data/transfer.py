@@ -13,7 +13,7 @@ from typing import Any, Optional
 import numpy as np
 import tensorflow as tf
 
-from tff_kd import raw_files
+from tff_kd.data import raw_files
 
 _WHAT = 'A transfer set'
 # A tag that keeps the choice of the validation part apart from every round's.

@@ -9,13 +9,13 @@ from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
 
-from tff_kd import client_data as client_data_lib
-from tff_kd import companions
+from tff_kd.client import companions
+from tff_kd.client import local_terms as local_terms_lib
+from tff_kd.data import client_data as client_data_lib
+from tff_kd.data import raw_files
 from tff_kd import graphs
-from tff_kd import local_terms as local_terms_lib
 from tff_kd import models
 from tff_kd import optimizers
-from tff_kd import raw_files
 
 # The round's number, from 0 -> a learning rate; as TFF's optimizer schedules.
 LearningRateFn = Callable[[tf.Tensor], Any]

@@ -14,13 +14,13 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
-from tff_kd import cohorts
+from tff_kd.data import transfer
 from tff_kd import graphs
 from tff_kd import knowledge
 from tff_kd import losses
 from tff_kd import models
+from tff_kd.models import cohorts
 from tff_kd import optimizers
-from tff_kd import transfer
 from tff_kd.server import settings
 
 _DISTILLATION_LOSSES = {

@@ -8,7 +8,7 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
-from tff_kd import client_data as client_data_lib
+from tff_kd.data import client_data as client_data_lib
 from tff_kd import models
 
 # Looked at; whatever else it is (a `tff.Value`, a reference) belongs to TFF.

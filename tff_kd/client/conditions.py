@@ -13,7 +13,7 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
-from tff_kd import transfer
+from tff_kd.data import transfer
 
 
 class ClientConditions(NamedTuple):

@@ -15,7 +15,7 @@ from typing import Optional
 import tensorflow as tf
 
 from tff_kd import checks
-from tff_kd import companions
+from tff_kd.client import companions
 from tff_kd import losses
 from tff_kd import models
 

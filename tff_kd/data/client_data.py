@@ -22,9 +22,9 @@ import tensorflow as tf
 from tff_kd.compat import tff
 import tqdm
 
-from tff_kd import client_names
+from tff_kd.data import client_names
+from tff_kd.data import raw_files
 from tff_kd import models
-from tff_kd import raw_files
 
 _WHAT = "The clients' data"
 _FORMAT = 1

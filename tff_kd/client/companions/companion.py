@@ -14,7 +14,7 @@ import keras
 import tensorflow as tf
 from tff_kd.compat import tff
 
-from tff_kd import local_terms
+from tff_kd.client import local_terms
 from tff_kd import models
 
 

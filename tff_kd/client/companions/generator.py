@@ -22,9 +22,9 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
-from tff_kd import companions
+from tff_kd.client import companions
+from tff_kd.client import local_terms
 from tff_kd import graphs
-from tff_kd import local_terms
 from tff_kd import losses
 from tff_kd import models
 from tff_kd import optimizers

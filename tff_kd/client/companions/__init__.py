@@ -1,0 +1,17 @@
+"""Auxiliary client-side components: private mentors, generators, certainty scores."""
+
+from tff_kd import _lazy
+
+__getattr__, __dir__ = _lazy.attach(
+    __name__,
+    {
+        **{name: name for name in ('certainty', 'companion', 'generator', 'mutual')},
+        **{
+            name: 'companion'
+            for name in (
+                'Attachment', 'Beginning', 'ClientExamples', 'ClientState', 'Companion',
+                'CompanionValues', 'Observer',
+            )
+        },
+    },
+)
