@@ -50,23 +50,8 @@ def run(
         evaluator.spec, examples, batch_size=batch_size, seed=args.SEED.value,
         optimizer_fn=lambda: keras.optimizers.Adam(learning_rate),
     )
-    weights, best = central.fit(
-        training,
-        lambda its, e=evaluator: e.evaluate(its, *task.validation)[task.metric],
-        higher_is_better=not task.is_lower_better(), max_epochs=epochs,
-        name=f'{name}, validation {task.metric}',
-    )
-    if not best:
-      raise UserError(
-          f'{name}: the validation {task.metric} is no number after an epoch. Lower '
-          '--central_learning_rate.'
-      )
-    model = evaluator.spec.to_keras(weights)
-    scores = evaluator.evaluate(weights, *task.test)
-    if task.scores_fn is not None:
-      scores |= task.scores_fn(
-          lambda inputs, model=model: model.predict(inputs, batch_size=1024, verbose=0)
-      )
+    model, best = _fit(name, task, evaluator, training, epochs)
+    scores = _test_scores(task, evaluator, model)
     released.save(model, folder, name)
     results[name] = {
         'weights': model.count_params(), 'epochs': best,
@@ -76,22 +61,49 @@ def run(
         name, f'{model.count_params():,}', str(best),
         *(f'{value:.4f}' for value in scores.values()),
     ))
-  (folder / 'results.json').write_text(
-      json.dumps(
-          {
-              'metric': task.metric, 'lower_is_better': task.is_lower_better(),
-              'models': results,
-          },
-          indent=2,
-      )
-      + '\n'
-  )
+  content = {
+      'metric': task.metric, 'lower_is_better': task.is_lower_better(),
+      'models': results,
+  }
+  (folder / 'results.json').write_text(json.dumps(content, indent=2) + '\n')
   print()
   head = (
       'model', 'weights', 'epochs', *(f"test {key.replace('_', ' ')}" for key in scores)
   )
   tables.print_table([head, *rows])
   print(f'\nOn the test part, after the best epoch by validation. {folder}')
+
+
+def _fit(
+    name: str, task: tff_kd.data.Task, evaluator: tff_kd.evaluation.CentralEvaluator,
+    training: central.Training, epochs: int,
+) -> tuple[keras.Model, int]:
+  """Trains a model until validation is not better; returns it with its best epoch."""
+  weights, best = central.fit(
+      training,
+      lambda weights: evaluator.evaluate(weights, *task.validation)[task.metric],
+      higher_is_better=not task.is_lower_better(), max_epochs=epochs,
+      name=f'{name}, validation {task.metric}',
+  )
+  if not best:
+    raise UserError(
+        f'{name}: the validation {task.metric} is no number after an epoch. Lower '
+        '--central_learning_rate.'
+    )
+  return evaluator.spec.to_keras(weights), best
+
+
+def _test_scores(
+    task: tff_kd.data.Task, evaluator: tff_kd.evaluation.CentralEvaluator,
+    model: keras.Model,
+) -> dict[str, float]:
+  """Returns a model's scores on the test part, the task's own included."""
+  scores = evaluator.evaluate(evaluator.spec.weights_of(model), *task.test)
+  if task.scores_fn is not None:
+    scores |= task.scores_fn(
+        lambda inputs: model.predict(inputs, batch_size=1024, verbose=0)
+    )
+  return scores
 
 
 def _builders(task: tff_kd.data.Task) -> dict[str, Any]:

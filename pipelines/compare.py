@@ -70,6 +70,11 @@ _JOBS = flags.DEFINE_integer(
 # What the table and messages call the ceilings, and the floor.
 _IN_ONE_PLACE = 'in one place'
 _ALONE = "the server's labels alone"
+# The columns of what stays in the end, beside those of the best round.
+_LAST_ROUNDS = 10
+_STUDENT_LAST, _TEACHER_LAST = (
+    f'{model}, last {_LAST_ROUNDS}' for model in ('student', 'teacher')
+)
 
 
 class _Setting(NamedTuple):
@@ -367,90 +372,99 @@ def _spread(values: list[float], digits: int) -> str:
   return text
 
 
-def _rows(
-    runs: list[_Run], ceilings: dict[str, list[float]]
-) -> list[tuple[str, ...]]:
+class _Table:
   """The table: one algorithm, with one set of flags, a row."""
-  results = {run: _results(run) for run in runs}
-  histories = {run: _history(run) for run in runs}
-  by_setting = _by_setting(runs)
 
-  metric = results[runs[0]]['metric']
-  is_error = results[runs[0]]['lower_is_better']
-  sign = -1.0 if is_error else 1.0
+  def __init__(self, runs: list[_Run], ceilings: dict[str, list[float]]):
+    self._runs, self._ceilings = runs, ceilings
+    self._results = {run: _results(run) for run in runs}
+    self._histories = {run: _history(run) for run in runs}
+    self._metric = self._results[runs[0]]['metric']
+    self._is_error = self._results[runs[0]]['lower_is_better']
+    self._further = _further_scores(runs[0])
+    self._audits = {
+        run: json.loads(_audit_path(run).read_text())
+        for run in runs if _AUDIT.value and _audit_path(run).is_file()
+    }
+    by_setting = _by_setting(runs)
+    self._target = _TARGET_ACCURACY.value
+    if self._target is None:
+      means = [statistics.mean(self._best(of, 'student')) for of in by_setting.values()]
+      self._target = 1.01 * min(means) if self._is_error else 0.95 * max(means)
+    self.rows = [self._head()]
+    self.rows += [self._row(setting, of) for setting, of in by_setting.items()]
+    floor = _floor(runs, self._results, self._metric)
+    if floor['student']:
+      self._add_reference(_ALONE, floor)
+    if ceilings['student']:
+      self._add_reference(_IN_ONE_PLACE, ceilings)
 
-  def best(its: list[_Run], model: str) -> list[float]:
-    key = f'test/{model}_{metric}'
-    return [results[run]['best'][key] for run in its if key in results[run]['best']]
+  def _head(self) -> tuple[str, ...]:
+    audits = ['AUC: student', 'AUC: one client'] if self._audits else []
+    return (
+        'algorithm', 'student', 'teacher',
+        *(name.replace('_', ' ') for name in self._further), _STUDENT_LAST, _TEACHER_LAST,
+        f'rounds to {self._target:.3f}', f'MB to {self._target:.3f}', 'MB a round',
+        's a round', *audits, 'seeds',
+    )
 
-  target = _TARGET_ACCURACY.value
-  if target is None:
-    means = [statistics.mean(best(its, 'student')) for its in by_setting.values()]
-    target = 1.01 * min(means) if is_error else 0.95 * max(means)
-  audits = {
-      run: json.loads(_audit_path(run).read_text())
-      for run in runs if _AUDIT.value and _audit_path(run).is_file()
-  }
-  head = [
-      'algorithm', 'student', 'teacher', f'rounds to {target:.3f}',
-      f'MB to {target:.3f}', 'MB a round', 's a round', 'seeds',
-  ]
-  further = _further_scores(runs[0])
-  head[3:3] = [name.replace('_', ' ') for name in further]
-  if audits:
-    head[-1:-1] = ['AUC: student', 'AUC: one client']
-  rows = [tuple(head)]
-  for setting, its in by_setting.items():
-    reached, megabytes = [], []
-    for run in its:
-      first = next(
-          (
-              (row['round'], moved)
-              for row, moved in zip(histories[run], _megabytes(histories[run]))
-              if sign * row[f'test/student_{metric}'] >= sign * target
-          ),
-          None,
-      )
-      if first is not None:
-        reached.append(first[0])
-        megabytes.append(first[1])
-    missed = f' ({len(reached)} of {len(its)})' if len(reached) < len(its) else ''
-    a_round = [
-        _megabytes(histories[run])[-1] / len(histories[run]) for run in its
+  def _best(self, runs: list[_Run], model: str) -> list[float]:
+    """The test score of each run in the round that is best by validation."""
+    key = f'test/{model}_{self._metric}'
+    results = [self._results[run]['best'] for run in runs]
+    return [best[key] for best in results if key in best]
+
+  def _last(self, runs: list[_Run], model: str) -> list[float]:
+    """The mean test score of each run's last rounds."""
+    key = f'test/{model}_{self._metric}'
+    lasts = [self._histories[run][-_LAST_ROUNDS:] for run in runs]
+    return [
+        statistics.mean(row[key] for row in last if key in row)
+        for last in lasts if any(key in row for row in last)
     ]
+
+  def _reached(self, runs: list[_Run]) -> tuple[list[float], list[float]]:
+    """The rounds, and the MB a client, until the target, of the runs that reach it."""
+    sign = -1.0 if self._is_error else 1.0
+    rounds, megabytes = [], []
+    for run in runs:
+      history = self._histories[run]
+      for row, moved in zip(history, _megabytes(history)):
+        if sign * row[f'test/student_{self._metric}'] >= sign * self._target:
+          rounds.append(row['round'])
+          megabytes.append(moved)
+          break
+    return rounds, megabytes
+
+  def _row(self, setting: _Setting, runs: list[_Run]) -> tuple[str, ...]:
+    rounds, megabytes = self._reached(runs)
+    missed = f' ({len(rounds)} of {len(runs)})' if len(rounds) < len(runs) else ''
+    histories = [self._histories[run] for run in runs]
+    a_round = [_megabytes(history)[-1] / len(history) for history in histories]
     seconds = [
-        statistics.median(row['round_seconds'] for row in histories[run])
-        for run in its
+        statistics.median(row['round_seconds'] for row in history)
+        for history in histories
     ]
-    row = [
-        setting.name, _spread(best(its, 'student'), 3), _spread(best(its, 'teacher'), 3),
-        _spread(reached, 1) + missed, _spread(megabytes, 2) + missed,
-        f'{statistics.mean(a_round):.3g}',
-        f'{statistics.mean(seconds):.2f}', str(len(its)),
-    ]
-    row[3:3] = [
-        _spread(
-            [
-                results[run]['further_scores']['student'][name]
-                for run in its if 'student' in results[run]['further_scores']
-            ],
-            3,
-        )
-        for name in further
-    ]
-    if audits:
-      row[-1:-1] = _leaks([audits[run] for run in its if run in audits])
-    rows.append(tuple(row))
-  floor = _floor(runs, results, metric)
-  if floor['student']:
-    row = [_ALONE, *(_spread(values, 3) for values in floor.values())]
-    blank = [''] * (len(head) - len(row) - 1)
-    rows.append((*row, *blank, str(len(floor['student']))))
-  if ceilings['student']:
-    each = [_spread(values, 3) for values in ceilings.values()]
-    blank = [''] * (len(head) - len(each) - 2)
-    rows.append((_IN_ONE_PLACE, *each, *blank, str(len(ceilings['student']))))
-  return rows
+    further = [self._results[run].get('further_scores', {}) for run in runs]
+    audits = [self._audits[run] for run in runs if run in self._audits]
+    return (
+        setting.name,
+        *(_spread(self._best(runs, model), 3) for model in ('student', 'teacher')),
+        *(
+            _spread([f['student'][name] for f in further if 'student' in f], 3)
+            for name in self._further
+        ),
+        *(_spread(self._last(runs, model), 3) for model in ('student', 'teacher')),
+        _spread(rounds, 1) + missed, _spread(megabytes, 2) + missed,
+        f'{statistics.mean(a_round):.3g}', f'{statistics.mean(seconds):.2f}',
+        *(_leaks(audits) if self._audits else []), str(len(runs)),
+    )
+
+  def _add_reference(self, name: str, cells: dict[str, list[float]]) -> None:
+    """Adds a row of models that no federated training made."""
+    row = [name, *(_spread(values, 3) for values in cells.values())]
+    blank = [''] * (len(self.rows[0]) - len(row) - 1)
+    self.rows.append((*row, *blank, str(len(cells['student']))))
 
 
 def _floor(
@@ -498,7 +512,7 @@ def _report(
 
   metric = _results(runs[0])['metric']
   ceilings = _ceilings(seeds, folder, metric, _further_scores(runs[0]))
-  table = _rows(runs, ceilings)
+  table = _Table(runs, ceilings).rows
   with open(folder / 'table.csv', 'w', newline='') as file:
     csv.writer(file).writerows(table)
   (folder / 'table.md').write_text(tables.markdown_table(table))
@@ -522,9 +536,10 @@ def _report(
   print()
   tables.print_table(table)
   print(
-      f'\nTest {metric} in the round that is best by validation, mean ± standard '
-      'deviation over the\nseeds; MB up and down per participating client; seconds '
-      f'with {_JOBS.value or parallel.num_cores()} runs at a time.\n'
+      f'\nTest {metric} in the round that is best by validation, and the mean of the '
+      f'last {_LAST_ROUNDS}\nrounds; mean ± standard deviation over the seeds; MB up and '
+      'down per participating client;\nseconds with '
+      f'{_JOBS.value or parallel.num_cores()} runs at a time.\n'
       + ', '.join(str(folder / name) for name in files)
   )
 

@@ -1,11 +1,12 @@
 """One run of `pipelines.reproduce_fedgen_table`."""
 
+from collections.abc import Callable
 import csv
 import dataclasses
 import json
 import os
 import pathlib
-from typing import Any
+from typing import Any, NamedTuple, Optional
 
 import keras
 import numpy as np
@@ -162,6 +163,87 @@ class _Test:
     return self._of_own_classes(self._answers(evaluator, of_users))
 
 
+class _Problem(NamedTuple):
+  """The paper's setting of one split.
+
+  Attributes:
+    task: With the 15,000 training images as the clients' examples.
+    split: Each user's rows of them.
+    batches: The users' examples as they are read.
+  """
+
+  task: tff_kd.data.Task
+  split: list[np.ndarray]
+  batches: tff_kd.ClientBatches
+
+
+def _load(
+    alpha: float, seed: int, data_dir: os.PathLike, cache: pathlib.Path
+) -> _Problem:
+  """Draws the images and splits them over the users."""
+  task = tff_kd.data.TASKS['idx'].load(
+      data_dir=data_dir, seed=seed, transfer_size=1, validation_size=1
+  )
+  rng = np.random.default_rng(seed)
+  rows = np.sort(np.concatenate([
+      rng.permutation(np.flatnonzero(task.clients.labels == c))[:_EXAMPLES_PER_CLASS]
+      for c in range(task.num_classes)
+  ]))
+  train, test = (
+      # From [0, 1] to [-1, 1].
+      tff_kd.data.Examples(2 * part.inputs - 1, part.labels)
+      for part in (task.clients.take(rows), task.test)
+  )
+  split = tff_kd.data.partition.dirichlet(
+      train.labels, _USERS, alpha=alpha, seed=seed, min_examples=10, cap=_CAP
+  )
+  fewest = min(map(len, split))
+  batches = tff_kd.ClientBatches(
+      data=tff_kd.FileClientData.from_arrays(tuple(train), split, directory=cache),
+      batch_size=_BATCH_SIZE,
+      num_epochs=-(-_STEPS * _BATCH_SIZE // fewest),
+      max_batches=_STEPS,
+      seed=seed,
+  )
+  return _Problem(dataclasses.replace(task, clients=train, test=test), split, batches)
+
+
+class _Evaluation:
+  """Tests the student and the teacher of a state every so many rounds."""
+
+  def __init__(
+      self,
+      process: Any,
+      test_fn: _Test,
+      store: Optional[tff_kd.simulation.ClientStates],
+      is_tested: Callable[[int], bool],
+  ):
+    self._test_fn, self._store, self._is_tested = test_fn, store, is_tested
+    self.evaluators = {
+        'student': tff_kd.evaluation.CentralEvaluator(process.student_spec)
+    }
+    if process.teacher_spec is not None:
+      self.evaluators['teacher'] = tff_kd.evaluation.CentralEvaluator(
+          process.teacher_spec
+      )
+
+  def __call__(self, state: Any) -> dict[str, float]:
+    """The accuracies by model and way of testing; none between two tests."""
+    if not self._is_tested(int(state.round_num)):
+      return {}
+    weights = {'student': [state.global_model_weights]}
+    if not len(weights['student'][0]):
+      # Each user has a model of its own, and there is no other.
+      weights['student'] = [kept.weights for kept in self._store.load(range(_USERS))]
+    if 'teacher' in self.evaluators:
+      weights['teacher'] = [state.teacher_weights]
+    return {
+        f'{name}/{test}': float(value)
+        for name, of_model in weights.items()
+        for test, value in self._test_fn(self.evaluators[name], of_model).items()
+    }
+
+
 def run(
     algorithm: str,
     alpha: float,
@@ -186,66 +268,20 @@ def run(
     num_rounds: Rounds.
     rounds_per_evaluation: Rounds between two tests; the last round is tested, too.
   """
-  task = tff_kd.data.TASKS['idx'].load(
-      data_dir=data_dir, seed=seed, transfer_size=1, validation_size=1
-  )
-  rng = np.random.default_rng(seed)
-  rows = np.sort(np.concatenate([
-      rng.permutation(np.flatnonzero(task.clients.labels == c))[:_EXAMPLES_PER_CLASS]
-      for c in range(task.num_classes)
-  ]))
-  train = task.clients.take(rows)
-  train, test = (
-      # From [0, 1] to [-1, 1].
-      tff_kd.data.Examples(2 * its.inputs - 1, its.labels)
-      for its in (task.clients.take(rows), task.test)
-  )
-  task = dataclasses.replace(task, clients=train, test=test)
-  split = tff_kd.data.partition.dirichlet(
-      train.labels, _USERS, alpha=alpha, seed=seed, min_examples=10, cap=_CAP
-  )
-  fewest = min(map(len, split))
-  batches = tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_arrays(
-          tuple(train), split, directory=folder.parent / 'cache'
-      ),
-      batch_size=_BATCH_SIZE,
-      num_epochs=-(-_STEPS * _BATCH_SIZE // fewest),
-      max_batches=_STEPS,
-      seed=seed,
-  )
-  process = _build(algorithm, batches, train.inputs, task, seed)
+  task, split, batches = _load(alpha, seed, data_dir, folder.parent / 'cache')
+  process = _build(algorithm, batches, task.clients.inputs, task, seed)
   sample = tff.simulation.build_uniform_sampling_fn(range(_USERS), random_seed=seed)
-  store = None
-  if isinstance(process, tff_kd.StatefulClientsProcess):
-    with tff_kd.runtime.in_process():
-      initial = process.initialize_client()
-    store = tff_kd.simulation.ClientStates(initial, folder / 'clients')
-  test_fn = _Test(task, [train.labels[rows] for rows in split])
-  evaluators = {
-      'student': tff_kd.evaluation.CentralEvaluator(process.student_spec)
-  }
-  if process.teacher_spec is not None:
-    evaluators['teacher'] = tff_kd.evaluation.CentralEvaluator(process.teacher_spec)
-
-  def evaluate(state) -> dict[str, float]:
-    round_num = int(state.round_num)
-    if round_num % rounds_per_evaluation and round_num != num_rounds:
-      return {}
-    weights = {'student': [state.global_model_weights]}
-    if not len(weights['student'][0]):
-      # Each user has its own, and there is no other.
-      weights['student'] = [its.weights for its in store.load(range(_USERS))]
-    if 'teacher' in evaluators:
-      weights['teacher'] = [state.teacher_weights]
-    return {
-        f'{name}/{test}': float(value)
-        for name, its in weights.items()
-        for test, value in test_fn(evaluators[name], its).items()
-    }
-
   metrics_path = folder / 'metrics.csv'
   with tff_kd.runtime.in_process():
+    store = None
+    if isinstance(process, tff_kd.StatefulClientsProcess):
+      initial = process.initialize_client()
+      store = tff_kd.simulation.ClientStates(initial, folder / 'clients')
+    test_fn = _Test(task, [task.clients.labels[rows] for rows in split])
+    evaluate = _Evaluation(
+        process, test_fn, store,
+        lambda n: n % rounds_per_evaluation == 0 or n == num_rounds,
+    )
     result = tff_kd.simulation.train(
         process,
         select_clients=lambda n: [int(k) for k in sample(n, _USERS_PER_ROUND)],
@@ -265,31 +301,33 @@ def run(
     if store is None:
       last['student/own statistics'] = float(
           test_fn.with_own_statistics(
-              evaluators['student'], process.student_spec,
+              evaluate.evaluators['student'], process.student_spec,
               result.state.global_model_weights, batches, num_rounds,
           )
       )
-  # The rounds before a stop, too.
+  _write(results, last, tested, metrics_path)
+
+
+def _write(
+    results: pathlib.Path, last: dict[str, float], tested: list[str],
+    metrics_path: pathlib.Path,
+) -> None:
+  """Writes the results, with the curve of the rounds before a stop, too."""
   with open(metrics_path, newline='') as file:
     rounds = [
         {key: float(value) for key, value in row.items() if value}
         for row in csv.DictReader(file)
     ]
+  content = {
+      'last': last,
+      'curve': [
+          {key: row[key] for key in ('round', *tested)}
+          for row in rounds if set(tested) <= row.keys()
+      ],
+      'seconds_per_round': float(
+          np.median([row[tff_kd.simulation.ROUND_SECONDS] for row in rounds])
+      ),
+  }
   partial = results.with_suffix('.partial')
-  partial.write_text(
-      json.dumps(
-          {
-              'last': last,
-              'curve': [
-                  {key: row[key] for key in ('round', *tested)}
-                  for row in rounds if set(tested) <= row.keys()
-              ],
-              'seconds_per_round': float(
-                  np.median([row[tff_kd.simulation.ROUND_SECONDS] for row in rounds])
-              ),
-          },
-          indent=2,
-      )
-      + '\n'
-  )
+  partial.write_text(json.dumps(content, indent=2) + '\n')
   os.replace(partial, results)

@@ -59,6 +59,14 @@ def test_it_goes_on_and_ends_with_a_table_and_a_picture(finished):
   assert set(rows) == {'fed_avg', 'fed_df'}
   for row in rows.values():
     assert row['seeds'] == '2' and '±' in row['student'] and row['teacher'] == ''
+    last = []
+    for seed in (0, 1):
+      path = folder / f'{row["algorithm"]}-{seed}' / 'metrics.csv'
+      with open(path, newline='') as file:
+        history = [float(its['test/student_accuracy']) for its in csv.DictReader(file)]
+      last.append(statistics.mean(history[-10:]))
+    assert row['student, last 10'].startswith(f'{statistics.mean(last):.3f} ± ')
+    assert row['teacher, last 10'] == ''
   assert float(rows['fed_df']['MB a round']) > float(rows['fed_avg']['MB a round'])
   markdown = (folder / 'table.md').read_text().splitlines()
   assert len(markdown) == 5 and markdown[0].startswith('| algorithm | student |')
