@@ -667,7 +667,7 @@ def _guards(config: Mapping[str, Any]) -> list[str]:
 
 
 def _rows_of_released(found: Mapping[str, membership.Report]) -> list[tuple[str, ...]]:
-  rows = [(
+  rows: list[tuple[str, ...]] = [(
       'released model', 'accuracy: members', 'others', 'AUC', 'advantage', 'worst class',
       'its AUC', 'attack',
   )]
@@ -684,14 +684,14 @@ def _rows_of_released(found: Mapping[str, membership.Report]) -> list[tuple[str,
 
 
 def _rows_of_clients(finished: _Run, results: _Results) -> list[tuple[str, ...]]:
-  whose = (
+  attacked = (
       "clients' own models, about which they send something"
       if finished.keeps_models
       else "single clients' models, as one that sees what they send"
   )
-  rows = [
+  rows: list[tuple[str, ...]] = [
       ('against', 'found', 'mean over clients'),
-      (whose, 'membership by loss, AUC', str(results.leaks)),
+      (attacked, 'membership by loss, AUC', str(results.leaks)),
   ]
   named = {
       'class': 'classes, reconstructed, over the public mean',

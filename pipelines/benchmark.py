@@ -626,7 +626,7 @@ def _measure_long(num_rounds: int, low: int, high: int) -> dict[str, Any]:
   _say(f'{num_rounds} rounds')
   rng = random.Random(_SEED.value)
   points = {-(-i * num_rounds // _LONG_POINTS) for i in range(1, _LONG_POINTS + 1)}
-  found = {'clients': [low, high], 'rounds': [], 'mib': []}
+  found: dict[str, list[Any]] = {'clients': [low, high], 'rounds': [], 'mib': []}
   with _Child('ours', _Case('mlp', high, _LONG_EXAMPLES)) as child:
     for number in range(1, num_rounds + 1):
       answer = child.run_round(rng.randint(low, high))
@@ -719,7 +719,7 @@ def main(argv: list[str]) -> Optional[int]:
     if reason:
       print(f'Without pfl: {reason}', file=sys.stderr)
       sides.remove('pfl')
-  results = {'cores': len(os.sched_getaffinity(0))}
+  results: dict[str, Any] = {'cores': len(os.sched_getaffinity(0))}
   results['cases'] = [
       _measure_case(name, case, sides) for name, case in cases.items()
   ]

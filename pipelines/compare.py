@@ -551,14 +551,15 @@ def _draw_variations(
   from pipelines import plots
 
   by_setting = _by_setting(runs)
-  panels = {}
+  panels: dict[tuple[int, str], dict[str, Any]] = {}
   for number, row in enumerate(rows):
     for algorithm in _ALGORITHMS.value:
       for varied in row:
-        histories = [_history(run) for run in by_setting.get((algorithm, varied), [])]
+        of_setting = by_setting.get(_Setting(algorithm, varied), [])
+        histories = [_history(run) for run in of_setting]
         if not histories:
           continue
-        label = ' '.join(its.removeprefix('--') for its in varied) or 'without'
+        label = ' '.join(flag.removeprefix('--') for flag in varied) or 'without'
         panels.setdefault((number, algorithm), {})[label] = {
             model: [
                 [its[f'test/{model}_{metric}'] for its in history]

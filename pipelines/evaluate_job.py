@@ -125,18 +125,23 @@ def _evaluate_own(
       cohort_fn=(lambda client: client % len(specs)) if len(specs) > 1 else None,
   )
   evaluators = [evaluation.CentralEvaluator(spec) for spec in specs]
-  outputs, by_client = [], []
-  for client, its_rows in enumerate(rows):
+  outputs_of_clients, by_client = [], []
+  for client, client_rows in enumerate(rows):
     (state,) = states.load([client], best_round)
     cohort = client % len(specs)
-    its = examples.take(its_rows)
-    if not len(its):
+    own_examples = examples.take(client_rows)
+    if not len(own_examples):
       by_client.append(float('nan'))
       continue
     weights = process.kept_models.unpack(state.weights)[cohort]
-    outputs.append(evaluators[cohort].outputs(weights, its.inputs))
-    by_client.append(_metric(outputs[-1], its.labels, specs[0], task))
-  outputs, labels = np.concatenate(outputs), examples.take(np.concatenate(rows)).labels
+    outputs_of_clients.append(
+        evaluators[cohort].outputs(weights, own_examples.inputs)
+    )
+    by_client.append(
+        _metric(outputs_of_clients[-1], own_examples.labels, specs[0], task)
+    )
+  outputs = np.concatenate(outputs_of_clients)
+  labels = examples.take(np.concatenate(rows)).labels
   return _Evaluated(
       'client', specs[0], outputs, labels,
       evaluation.score(outputs, labels, spec=specs[0]), np.array(by_client),

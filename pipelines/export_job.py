@@ -77,7 +77,7 @@ def run(
       np.random.default_rng(0).permutation(len(task.test))[:num_examples]
   )
   agreement = 'rms_difference' if task.is_regression else 'same_class'
-  rows = [(
+  rows: list[tuple[str, ...]] = [(
       'file', 'KB', f"test {task.metric.replace('_', ' ')}", 'difference',
       'RMS difference' if task.is_regression else 'same class', 'largest difference',
   )]

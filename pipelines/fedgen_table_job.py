@@ -123,12 +123,12 @@ class _Test:
       self, evaluator: tff_kd.evaluation.CentralEvaluator, weights: list[Any]
   ) -> np.ndarray:
     return np.array([
-        self._by_class(evaluator.logits(its, self._task.test.inputs))
-        for its in weights
+        self._by_class(evaluator.logits(of_user, self._task.test.inputs))
+        for of_user in weights
     ])
 
   def _of_own_classes(self, by_class: np.ndarray) -> float:
-    return (by_class * self._own).sum() / self._own.sum()
+    return float((by_class * self._own).sum() / float(self._own.sum()))
 
   def __call__(
       self, evaluator: tff_kd.evaluation.CentralEvaluator, weights: list[Any]

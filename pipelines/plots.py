@@ -239,7 +239,7 @@ def plot_speed(results: Mapping[str, Any], path: os.PathLike) -> None:
 
 
 def plot_roc(
-    curves: Mapping[str, tuple[Sequence[float], Sequence[float], float]],
+    curves: Mapping[str, tuple[np.ndarray, np.ndarray, float]],
     path: os.PathLike,
 ) -> None:
   """ROC curves of membership inference, where few false alarms are allowed, too.

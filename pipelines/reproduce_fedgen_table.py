@@ -207,7 +207,7 @@ def main(argv: list[str]) -> Optional[int]:
     logging.set_verbosity(logging.WARNING)
     (run,) = [its for its in runs if its.name == _ONLY.value]
     fedgen_table_job.run(
-        run.algorithm, run.alpha, run.seed, data_dir=_DATA_DIR.value,
+        run.algorithm, run.alpha, run.seed, data_dir=pathlib.Path(_DATA_DIR.value),
         folder=run.folder, results=run.results, num_rounds=_ROUNDS.value,
         rounds_per_evaluation=_ROUNDS_PER_EVALUATION.value,
     )

@@ -5,6 +5,7 @@ values of --config and of the task. `run` asks them, once all flags have theirs.
 """
 
 from collections.abc import Callable, Sequence
+import functools
 
 from absl import flags
 
@@ -40,7 +41,7 @@ def run() -> None:
 
 
 def must_resume() -> bool:
-  return args.RESUME.value and flags.FLAGS['resume'].present
+  return args.RESUME.value and bool(flags.FLAGS['resume'].present)
 
 
 def is_private() -> bool:
@@ -124,11 +125,15 @@ def _no_effect(name: str, other: str, is_used: Callable[[], bool], why: str) -> 
       raise flags.ValidationError(f'--{name} has no effect {reason}. Leave it out.')
 
 
+def _takes(name: str) -> bool:
+  return args.is_taken(_algorithm(), name)
+
+
 def _register_unused() -> None:
   for name in args.own_flags():
     if name != 'algorithm':
       _no_effect(
-          name, 'algorithm', lambda name=name: args.is_taken(_algorithm(), name),
+          name, 'algorithm', functools.partial(_takes, name),
           'with --algorithm={}',
       )
   _no_effect(

@@ -236,8 +236,8 @@ KNOWLEDGE_CLIP = flags.DEFINE_string(
     'knowledge_clip', None, 'Likewise, all that a client sends of its predictions in a '
     'round; adaptive if unset, but of fd 50.'
 )
-for _flag in (MODEL_CLIP, KNOWLEDGE_CLIP):
-  flags.register_validator(_flag, _is_clip, _IS_CLIP % _flag.name)
+for _clip in (MODEL_CLIP, KNOWLEDGE_CLIP):
+  flags.register_validator(_clip, _is_clip, _IS_CLIP % _clip.name)
 KNOWLEDGE_SHARE = flags.DEFINE_float(
     'knowledge_share', 0.5, 'The share of the privacy that predictions get where weights '
     'travel, too.'

@@ -88,7 +88,7 @@ def load_task() -> tff_kd.data.Task:
 def _adopt(task: tff_kd.data.Task) -> None:
   """Takes what a task of one's own says where a flag was not given."""
   algorithm = args.algorithm()
-  defaults = {}
+  defaults: dict[str, Any] = {}
   train_checks.check_partition(task.client_rows is not None)
   if task.client_rows is not None:
     count = len(task.client_rows)
@@ -115,11 +115,11 @@ def _adopt(task: tff_kd.data.Task) -> None:
       train_checks.check_models(flag, list(known))
 
 
-def split_clients(task: tff_kd.data.Task) -> list[np.ndarray]:
+def split_clients(task: tff_kd.data.Task) -> Sequence[np.ndarray]:
   """The rows of each client's examples."""
   if task.client_rows is not None:
     return [task.client_rows[k] for k in _clients_used(task)]
-  kwargs = {'seed': args.SEED.value}
+  kwargs: dict[str, Any] = {'seed': args.SEED.value}
   if args.PARTITION.value in ('dirichlet', 'quantity_skew'):
     kwargs['alpha'] = args.ALPHA.value
   if args.PARTITION.value == 'shards':
@@ -686,7 +686,7 @@ class Setup(NamedTuple):
   """
 
   task: tff_kd.data.Task
-  clients: list[np.ndarray]
+  clients: Sequence[np.ndarray]
   process: Any
   common: dict[str, Any]
   participation: tff_kd.simulation.Participation
@@ -806,7 +806,7 @@ def _print_plan(setup: Setup) -> None:
       ('the checkpoints', f'{4 * state / 1e6:.3g}'),
   ]
   if isinstance(process, tff_kd.StatefulClientsProcess):
-    kept = contexts.num_bytes(process.initialize_client.type_signature.result)
+    kept = float(contexts.num_bytes(process.initialize_client.type_signature.result))
     if process.kept_models is not None:
       kept /= len(process.kept_models.specs)  # The mean over the cohorts.
     held.append(
@@ -1075,10 +1075,13 @@ def _baseline_rows(finished: _Finished) -> list[tuple[str, ...]]:
   return rows
 
 
-def _curves(finished: _Finished) -> dict[str, tuple[list[float], ...]]:
+_Curve = tuple[list[float], list[float], list[float]]
+
+
+def _curves(finished: _Finished) -> dict[str, _Curve]:
   """By name, the rounds, the bytes and the test metric of each model."""
 
-  def curve(history: list[dict[str, float]], column: str) -> tuple[list[float], ...]:
+  def curve(history: list[dict[str, float]], column: str) -> _Curve:
     return (
         [row['round'] for row in history],
         _megabytes(history),

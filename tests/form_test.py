@@ -1,11 +1,13 @@
 """Functions are short and have few parameters; exceptions are listed with a reason."""
 
 import ast
+import configparser
 import re
 
 import pytest
 
 from tests import helpers
+import tff_kd
 
 _LINES, _PARAMETERS = 60, 8
 
@@ -49,6 +51,20 @@ def test_long_functions_are_listed_with_a_reason():
   assert not missing, f'Split these, or list them with a reason: {missing}'
   gone = set(listed) - set(found)
   assert not gone, f'These are short now, take them off the list: {gone}'
+
+
+def test_version_is_that_of_the_package_metadata():
+  config = configparser.ConfigParser()
+  config.read(helpers.ROOT / 'setup.cfg')
+  assert config['metadata']['version'] == 'attr: tff_kd.__version__'
+  assert re.fullmatch(r'\d+\.\d+\.\d+', tff_kd.__version__)
+
+
+def test_package_says_that_it_has_type_hints():
+  config = configparser.ConfigParser()
+  config.read(helpers.ROOT / 'setup.cfg')
+  assert config['options.package_data']['tff_kd'] == 'py.typed'
+  assert (helpers.ROOT / 'tff_kd' / 'py.typed').is_file()
 
 
 @pytest.mark.parametrize('folder', ['tff_kd/algorithms', 'tff_kd/rounds/options.py'])

@@ -2,6 +2,9 @@
 
 from tff_kd import _lazy
 
+# setup.cfg reads it from here.
+__version__ = '0.2.0'
+
 _MODULES = (
     'aggregators', 'algorithms', 'audits', 'client', 'communication', 'data',
     'evaluation', 'knowledge', 'losses', 'models', 'optimizers', 'own_files', 'privacy',

@@ -262,15 +262,17 @@ def over_clients(
   Raises:
     ValueError: If there is no client.
   """
-  by_client = dict(values if isinstance(values, Mapping) else enumerate(values))
+  by_client: dict[Union[int, str], float] = dict(
+      values.items() if isinstance(values, Mapping) else enumerate(values)
+  )
   if not by_client:
     raise ValueError(_NOBODY)
-  values = np.array(list(by_client.values()))
+  array = np.array(list(by_client.values()))
   return FederatedEvaluation(
-      mean=float(np.mean(values)),
-      percentile_10=float(np.percentile(values, 90 if lower_is_better else 10)),
-      worst=float(np.max(values) if lower_is_better else np.min(values)),
-      num_clients=len(values),
+      mean=float(np.mean(array)),
+      percentile_10=float(np.percentile(array, 90 if lower_is_better else 10)),
+      worst=float(np.max(array) if lower_is_better else np.min(array)),
+      num_clients=len(array),
       by_client=by_client,
   )
 
@@ -309,7 +311,7 @@ class ClientsEvaluator:
     if lower_is_better is None:
       lower_is_better = spec.metrics.lower_is_better(metric)
     self._lower_is_better = lower_is_better
-    self._evaluate = None
+    self._evaluate: Any = None  # Traced for the first dataset.
 
   def _metric_and_count(
       self, weights: Any, dataset: tf.data.Dataset

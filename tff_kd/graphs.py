@@ -36,7 +36,7 @@ _LIBRARIES = re.compile(r'/(tensorflow|keras|tensorflow_federated)/')
 _NODE = re.compile(r'\{\{(?:function_node [^}]*?\}\} ?\{\{)?node ([^}]+?)\}\}')
 
 
-def function(fn: Callable[..., Any]) -> Callable[..., Any]:
+def function(fn: Callable[..., Any]) -> Any:
   """As `tf.function`, without AutoGraph's reading of this package's own code."""
 
   return tf.function(fn, autograph=False)
@@ -142,13 +142,13 @@ class TracedFunction:
     Raises:
       ValueError: If the function reads a variable that is not among its arguments.
     """
-    specs = [_unpack_specs(spec) for spec in specs]
+    unpacked = [_unpack_specs(spec) for spec in specs]
     structure = None
 
     def flat_fn(*leaves):
       nonlocal structure
-      leaves = iter(leaves)
-      args = [rebuild([next(leaves) for _ in flat]) for flat, rebuild in specs]
+      rest = iter(leaves)
+      args = [rebuild([next(rest) for _ in flat]) for flat, rebuild in unpacked]
       structure = result = fn(*args)
       return [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(result)]
 
@@ -241,11 +241,12 @@ def _unpack_specs(spec: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]
   """The leaves of a structure of specs, and what rebuilds it of such leaves."""
   if isinstance(spec, tf.TypeSpec):
     return [spec], lambda leaves: leaves[0]
+  build: Callable[[Sequence[Any]], Any]
   if isinstance(spec, Mapping):
     names, elements = list(spec), list(spec.values())
     build = lambda parts: collections.OrderedDict(zip(names, parts))
   elif hasattr(type(spec), '__attrs_attrs__'):
-    names = [its.name for its in type(spec).__attrs_attrs__]
+    names = [attribute.name for attribute in type(spec).__attrs_attrs__]
     elements = [getattr(spec, name) for name in names]
     build = lambda parts: type(spec)(**dict(zip(names, parts)))
   elif hasattr(spec, '_fields'):
@@ -258,9 +259,9 @@ def _unpack_specs(spec: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]
 
   def rebuild(leaves: Sequence[Any]) -> Any:
     parts, start = [], 0
-    for its_leaves, its_rebuild in flat:
-      parts.append(its_rebuild(leaves[start : start + len(its_leaves)]))
-      start += len(its_leaves)
+    for part_leaves, rebuild_part in flat:
+      parts.append(rebuild_part(leaves[start : start + len(part_leaves)]))
+      start += len(part_leaves)
     return build(parts)
 
   return [leaf for leaves, _ in flat for leaf in leaves], rebuild
@@ -294,10 +295,10 @@ def computation(*types: Any) -> Callable[[Callable[..., Any]], tff.Computation]:
     A decorator of a function from tensors, in the Python containers of the types, to a
     structure of tensors.
   """
-  types = [tff.to_type(its) for its in types]
+  type_specs = [tff.to_type(type_spec) for type_spec in types]
 
   def decorator(fn: Callable[..., Any]) -> tff.Computation:
-    traced = TracedFunction(fn, [specs_of(its) for its in types])
+    traced = TracedFunction(fn, [specs_of(type_spec) for type_spec in type_specs])
 
     def call(*args, **kwargs):
       return traced(*args, *kwargs.values())
@@ -305,7 +306,7 @@ def computation(*types: Any) -> Callable[[Callable[..., Any]], tff.Computation]:
     # TFF names the parameters after those of the function.
     call.__name__ = getattr(fn, '__name__', 'computation')
     parameters = list(inspect.signature(fn).parameters.values())[: len(types)]
-    call.__signature__ = inspect.Signature(parameters)
+    setattr(call, '__signature__', inspect.Signature(parameters))  # noqa: B010
     if not types:
       return tff.tensorflow.computation(call)
     return tff.tensorflow.computation(*types)(call)

@@ -573,13 +573,12 @@ def mean_with_interval(values: Sequence[float]) -> Estimate:
   Returns:
     The mean.
   """
-  values = np.asarray(values, np.float64)
-  mean = float(values.mean())
-  if len(values) < 2:
+  array = np.asarray(values, np.float64)
+  mean = float(array.mean())
+  if len(array) < 2:
     return Estimate(mean, -np.inf, np.inf)
-  reach = scipy.stats.t.ppf(0.5 + _CONFIDENCE / 2, len(values) - 1) * values.std(
-      ddof=1
-  ) / np.sqrt(len(values))
+  quantile = scipy.stats.t.ppf(0.5 + _CONFIDENCE / 2, len(array) - 1)
+  reach = quantile * array.std(ddof=1) / np.sqrt(len(array))
   return Estimate(mean, float(mean - reach), float(mean + reach))
 
 
@@ -618,10 +617,16 @@ def _candidates_of_classes(
   """Each attack on each class that has enough examples in both halves."""
   candidates = []
   for label in np.unique(members.labels):
-    rows = [np.flatnonzero(p.labels == label) for p in (members, non_members)]
-    if any(min(sum(r < half), sum(r >= half)) < MIN_EXAMPLES // 2 for r in rows):
+    of_members = np.flatnonzero(members.labels == label)
+    others = np.flatnonzero(non_members.labels == label)
+    if any(
+        min(sum(rows < half), sum(rows >= half)) < MIN_EXAMPLES // 2
+        for rows in (of_members, others)
+    ):
       continue
-    candidates += [_Candidate(attack, *rows, int(label)) for attack in attacks]
+    candidates += [
+        _Candidate(attack, of_members, others, int(label)) for attack in attacks
+    ]
   return candidates
 
 
@@ -702,7 +707,9 @@ def _fit_normals(
     )
   means = np.sum(confidences, axis=0, where=used) / counts
   squares = np.sum(np.square(confidences - means), axis=0, where=used)
-  variances = squares.sum() / freedom.sum() if fixed_variance else squares / freedom
+  if fixed_variance:
+    squares, freedom = squares.sum(), freedom.sum()
+  variances = squares / freedom
   return means, np.maximum(variances, _LEAST_VARIANCE)
 
 
@@ -710,10 +717,11 @@ def _score(
     members: Predictions, non_members: Predictions, seed: int
 ) -> dict[str, _Scores]:
   """By attack, the scores of members and of non-members, in their order."""
-  both = members, non_members
   return {
-      'threshold': tuple(-_losses(predictions) for predictions in both),
-      'threshold entropy': tuple(-_modified_entropies(p) for p in both),
+      'threshold': (-_losses(members), -_losses(non_members)),
+      'threshold entropy': (
+          -_modified_entropies(members), -_modified_entropies(non_members)
+      ),
       'logistic regression': _regress(members, non_members, seed),
   }
 

@@ -5,6 +5,7 @@ the order in which they are given.
 """
 
 import abc
+from collections.abc import Sequence
 import dataclasses
 from typing import Any, NamedTuple, Optional
 
@@ -46,7 +47,7 @@ class LocalStep(NamedTuple):
   supervised_loss: tf.Tensor
   step_num: tf.Tensor
   weights: list[tf.Tensor]
-  received: list[tf.Tensor]
+  received: Sequence[tf.Tensor]
   counted: Optional[tf.Tensor] = None
   is_regression: bool = False
   model: Optional[models.BoundModel] = None

@@ -149,7 +149,7 @@ class ClientPlan:
   @property
   def targets(self) -> frozenset[str]:
     """The names of the models that local terms learn from."""
-    return frozenset(t.target for t in self.local_terms) - {None}
+    return frozenset(t.target for t in self.local_terms if t.target is not None)
 
   @property
   def needs_round(self) -> bool:
@@ -537,7 +537,7 @@ class _ClientUpdate:
               if plan.applies_weight.knowledge else payload
           )
       )
-    metrics = ()
+    metrics: Any = ()
     if plan.releases_metrics:
       initial = self.student.metrics.initial_state()
       states = _where(included, trained.metrics, initial)

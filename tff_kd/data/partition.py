@@ -168,12 +168,12 @@ def by_client(clients: Sequence[Any]) -> dict[str, np.ndarray]:
   Returns:
     The rows of each client by its name, in the order of the names.
   """
-  clients = np.asarray(clients)
-  if clients.ndim != 1:
+  column = np.asarray(clients)
+  if column.ndim != 1:
     raise ValueError(
-        f'`clients` must be one client an example, found the shape {clients.shape}.'
+        f'`clients` must be one client an example, found the shape {column.shape}.'
     )
-  found, numbers = np.unique(clients, return_inverse=True)
+  found, numbers = np.unique(column, return_inverse=True)
   order = np.argsort(numbers, kind='stable')
   ends = np.cumsum(np.bincount(numbers, minlength=len(found)))
   return dict(zip(map(str, found), np.split(order, ends[:-1])))

@@ -270,9 +270,9 @@ def task_from_clients(
     train.append(examples.take(order[cut:]))
   order = np.random.default_rng(seed).permutation(len(server))
   num_validation = min(validation_size, len(server) // 3)
-  (clients, client_rows), (tests, test_rows) = pool(train), pool(test)
+  (pooled, client_rows), (tests, test_rows) = pool(train), pool(test)
   return Task(
-      name=name, clients=clients, client_rows=client_rows, client_names=names,
+      name=name, clients=pooled, client_rows=client_rows, client_names=names,
       test=tests, test_rows=test_rows, validation=server.take(order[:num_validation]),
       transfer=server.take(order[num_validation:][:transfer_size]), **kwargs,
   )
@@ -291,7 +291,7 @@ def package_file(task: str, package: str, file: str) -> pathlib.Path:
         f'The task {task} reads {file} of the package {package}, which is not '
         'installed. Install requirements-data.txt.'
     ) from error
-  return pathlib.Path(path)
+  return pathlib.Path(str(path))
 
 
 def split_examples(

@@ -152,11 +152,11 @@ def flat_scores(name: str, value: Any) -> dict[str, Any]:
     value: A scalar, an array (then `f1_score_0` and so on), or a dict of such.
   """
   if isinstance(value, Mapping):
-    parts = value.items()
+    parts = list(value.items())
   elif isinstance(value, (list, tuple)):
-    parts = enumerate(value)
+    parts = list(enumerate(value))
   elif len(value.shape):
-    parts = ((i, value[i]) for i in range(value.shape[0]))
+    parts = [(i, value[i]) for i in range(value.shape[0])]
   else:
     return {name: value}
   return {
@@ -452,7 +452,7 @@ def _not_sums(name: str, metric: keras.metrics.Metric, what: str) -> ValueError:
   )
 
 
-def _initial_total(name: str) -> tuple[np.ndarray, ...]:
+def _initial_total(name: str) -> tuple[np.generic, ...]:
   if name == 'loss':
     return np.float32(0.0), np.float32(0.0)
   return (np.int64(0),)

@@ -5,6 +5,7 @@ integers, and summed under a modulus. The runtimes of this project carry no prot
 they add the same integers in the clear. What is shown is the numerics.
 """
 
+from collections.abc import Sequence
 import dataclasses
 import functools
 import logging
@@ -73,7 +74,7 @@ class SecureAggregation:
       return 32
     return math.ceil(math.log2(2 * self.modulus - 1))
 
-  def check_channels(self, channels: list[str]) -> None:
+  def check_channels(self, channels: Sequence[str]) -> None:
     """Refuses bits without the bounds of these channels."""
     for name in channels:
       if self.bits is not None and getattr(self, f'{name}_bound') is None:

@@ -122,7 +122,7 @@ _weighting = _instance(
 )
 
 # By the name of the argument: (value, name) -> what the builder gets.
-_CHECKS = {
+_CHECKS: dict[str, Callable[[Any, str], Any]] = {
     'student_fn': _student_fn,
     'teacher_fn': _model_fn,
     'mentor_fn': _model_fn,

@@ -196,7 +196,7 @@ class _CommonSum:
             lambda value, weight=weight: value / tf.cast(weight, value.dtype),
             channel.of(sums.update),
         )
-      train = ()
+      train: Any = ()
       if metric_finalizers is not None:
         train = collections.OrderedDict(
             (name, finalize(sums.metrics[name]))

@@ -128,5 +128,5 @@ def takes_options(build: Callable[..., Any]) -> Callable[..., Any]:
     options = Options(**chosen)
     return build(**tff_kd.rounds.arguments.check(kwargs, own), options=options)
 
-  with_options.__signature__ = full
+  setattr(with_options, '__signature__', full)  # noqa: B010 (no attribute for mypy)
   return with_options

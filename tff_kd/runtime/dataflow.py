@@ -14,7 +14,8 @@ import tensorflow as tf
 from tff_kd.compat import tff
 
 # Where a node's work is done; a third possibility is a `Body`.
-SERVER, CLIENTS = 'server', 'clients'
+SERVER: str = 'server'
+CLIENTS: str = 'clients'
 
 Emit = Callable[[Sequence[tf.Tensor]], Sequence[tf.Tensor]]
 

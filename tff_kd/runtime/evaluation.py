@@ -5,9 +5,9 @@ clients, and the sums between them, as a graph of `dataflow.Node`s. Selections, 
 broadcasts and functions of functions are gone.
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 import functools
-from typing import Any, Union
+from typing import Any
 
 import tensorflow as tf
 
@@ -18,7 +18,8 @@ from tff_kd.runtime import emitting
 _CLIENTS, _SERVER = dataflow.CLIENTS, dataflow.SERVER
 
 # A leaf, a list for a structure, or a function of a value and the place of its work.
-_Value = Union[dataflow.Leaf, list, Callable[[Any, Any], Any]]
+# A `dataflow.Leaf`, a list of values, or a function (argument, place) -> value.
+_Value = Any
 
 
 class Argument(dataflow.Node):

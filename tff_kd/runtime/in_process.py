@@ -6,7 +6,7 @@ from collections.abc import Iterator
 import contextlib
 import inspect
 import threading
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import tensorflow as tf
 
@@ -177,7 +177,8 @@ class _Run:
       return self._scope[leaf]
     if leaf in self._kept:
       return self._kept[leaf][client]
-    argument = leaf.node  # The result holds a part of the argument.
+    # The result holds a part of the argument.
+    argument = cast(evaluation.Argument, leaf.node)
     tensors = values.to_tensors(self._of_clients[argument][client], argument.type_spec)
     return tensors[argument.leaves.index(leaf)]
 

@@ -514,7 +514,7 @@ class Lesson:
       targets = predictions('student')
     else:
       targets, mask = consensus.logits[:count], consensus.mask[:count]
-      if d.target != 'ensemble':
+      if isinstance(d.target, (int, float)):
         targets = d.target * targets + (1.0 - d.target) * predictions('student')
     learn = _Examples(ids, targets[:m], mask[:m])
     if d.diversity_weight:

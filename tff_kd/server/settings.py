@@ -68,10 +68,7 @@ class Distillation:
 
   def __post_init__(self):
     checks.check_temperature(self.temperature)
-    is_blend = isinstance(self.target, (int, float)) and not isinstance(
-        self.target, bool
-    )
-    if is_blend:
+    if isinstance(self.target, (int, float)) and not isinstance(self.target, bool):
       if not 0.0 <= self.target <= 1.0:
         raise ValueError(
             'A blended `target` must be between 0 (student) and 1 (ensemble), '

@@ -79,9 +79,9 @@ class Availability:
         if number == 1 or not row:
           continue
         try:
-          client, first, last = row[0].strip(), *map(int, row[1:])
-          is_name = names is not None and client in names
-          client = names.number(client) if is_name else int(client)
+          text, (first, last) = row[0].strip(), map(int, row[1:])
+          is_name = names is not None and text in names
+          client = names.number(text) if is_name else int(text)
           if not 0 <= client < num_clients or not 1 <= first <= last:
             raise ValueError
         except ValueError:
@@ -226,20 +226,20 @@ class Participation:
     """
     return dict(self._begin(round_num)[1])
 
-  def _client(self, its: _Beginning, delay: int) -> Union[int, dict[str, Any]]:
-    parts = {}
+  def _client(self, beginning: _Beginning, delay: int) -> Union[int, dict[str, Any]]:
+    parts: dict[str, Any] = {}
     if self.cohort_fn is not None:
-      parts['cohort'] = int(self.cohort_fn(its.client))
-    parts['data'] = its.client
+      parts['cohort'] = int(self.cohort_fn(beginning.client))
+    parts['data'] = beginning.client
     if self.has_conditions:
       parts['conditions'] = conditions.ClientConditions(
           delay=np.int32(delay),
-          step_share=np.float32(its.step_share),
-          reports=np.bool_(its.reports),
+          step_share=np.float32(beginning.step_share),
+          reports=np.bool_(beginning.reports),
           coverage=np.float32(self.coverage),
-          seed=np.array(its.seed, np.int32),
+          seed=np.array(beginning.seed, np.int32),
       )
-    return parts if len(parts) > 1 else its.client
+    return parts if len(parts) > 1 else beginning.client
 
   def _begin(self, round_num: int) -> tuple[list[_Beginning], dict[str, int]]:
     """The clients that begin in a round, and its counts."""
@@ -250,10 +250,10 @@ class Participation:
 
   def _draw_round(self, round_num: int) -> tuple[list[_Beginning], dict[str, int]]:
     busy = {
-        its.client
+        beginning.client
         for began in range(max(1, round_num - self.max_delay), round_num)
-        for its in self._begun[began][0]
-        if its.reports_in >= round_num
+        for beginning in self._begun[began][0]
+        if beginning.reports_in >= round_num
     }
     chosen = self._choose(round_num, busy)
     begun = []
@@ -262,7 +262,7 @@ class Participation:
       gone, lost, slow, late = rng.random(4)
       share = rng.uniform(self.straggler_steps, 1.0)
       delay = int(rng.integers(1, self.max_delay + 1)) if self.max_delay else 0
-      seed = tuple(int(its) for its in rng.integers(0, 2**31, 2))
+      first_seed, second_seed = rng.integers(0, 2**31, 2).tolist()
       if gone < self.dropout_before:
         continue
       begun.append(
@@ -271,7 +271,7 @@ class Participation:
               reports_in=round_num + (delay if late < self.delay_share else 0),
               step_share=share if slow < self.straggler_share else 1.0,
               reports=lost >= self.dropout_after,
-              seed=seed,
+              seed=(first_seed, second_seed),
           )
       )
     return begun, {

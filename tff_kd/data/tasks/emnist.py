@@ -23,11 +23,11 @@ def load(
   Raises:
     OSError: If the images can be neither found nor downloaded.
   """
-  parts = downloads.fetch(
+  train, test = downloads.fetch(
       'emnist', lambda: tff.simulation.datasets.emnist.load_data(only_digits=True),
       '~/.tff',
   )
-  return build(*parts, seed, transfer_size, validation_size)
+  return build(train, test, seed, transfer_size, validation_size)
 
 
 def build(

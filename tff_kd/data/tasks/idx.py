@@ -14,7 +14,7 @@ import numpy as np
 
 from tff_kd.data import task as task_lib
 
-_DTYPES = {
+_DTYPES: dict[int, np.dtype] = {
     0x08: np.dtype('u1'),
     0x09: np.dtype('i1'),
     0x0B: np.dtype('>i2'),

@@ -83,13 +83,13 @@ def windows(speeches: list[str]) -> task_lib.Examples:
   """
   rows = [np.zeros((0, WINDOW + 1), np.int32)]
   for speech in speeches:
-    tokens = np.array(encode(speech), np.int32)
+    encoded = np.array(encode(speech), np.int32)
     # As TFF's: windows of 81 that share nothing.
-    filled = np.full(-(-len(tokens) // (WINDOW + 1)) * (WINDOW + 1), PAD, np.int32)
-    filled[: len(tokens)] = tokens
+    filled = np.full(-(-len(encoded) // (WINDOW + 1)) * (WINDOW + 1), PAD, np.int32)
+    filled[: len(encoded)] = encoded
     rows.append(filled.reshape(-1, WINDOW + 1))
-  rows = np.concatenate(rows)
-  return task_lib.Examples(rows[:, :-1], rows[:, 1:])
+  tokens = np.concatenate(rows)
+  return task_lib.Examples(tokens[:, :-1], tokens[:, 1:])
 
 
 def _full(examples: task_lib.Examples) -> task_lib.Examples:
