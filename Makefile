@@ -43,7 +43,7 @@ smoke-%: $(SMOKE)/%/.installed
 	$(SMOKE)/$*/bin/python -c 'from tff_kd import tff; print("TFF", tff.__version__)'
 	$(SMOKE)/$*/bin/python -m pipelines.train --rounds=1 --compare_with_fed_avg=false \
 	  --num_clients=4 --clients_per_round=2 --client_epochs=1 --pretrain_epochs=1 \
-	  --teacher=document --server_steps=2 --back_steps=2 --output_dir=$(SMOKE)/$*/run
+	  --teacher=mlp_large --server_steps=2 --back_steps=2 --output_dir=$(SMOKE)/$*/run
 	@echo "smoke: Python $* imports and runs a round."
 
 # $(call install,folder,python): a virtual environment with the lock and this package.

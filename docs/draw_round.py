@@ -1,4 +1,4 @@
-"""Draws docs/round.png: what moves in a round of the fusion.
+"""Draws docs/round.png: what moves in a round of teacher-student federated distillation.
 
   python docs/draw_round.py
 """

@@ -1,14 +1,14 @@
 r"""Times rounds against the arithmetic they consist of, and against others' rounds.
 
   python -m pipelines.benchmark
-  python -m pipelines.benchmark --cases=cnn-10x600,fusion-10x2000 --rounds=15
+  python -m pipelines.benchmark --cases=cnn-10x600,fed_distillation-10x2000 --rounds=15
   python -m pipelines.benchmark --cases= --scaling= --long_rounds=1000 --long_clients=3,25
 
 A case is MODEL-CLIENTSxEXAMPLES. Each side of it is a process of its own, with memory,
 threads and a start of its own; they run a round in turns, and wait in between:
 
   floor   one compiled TensorFlow loop with all cores: exactly the gradient steps of all
-          clients (and for `fusion` the predictions on the transfer examples and the
+          clients (and for `fed_distillation` the predictions on the transfer examples and the
           server's steps), the mean, nothing else
   TFF     `tff.learning.algorithms.build_weighted_fed_avg` as it ships, on the worker that
           it ships, of a model of Keras 2, which is all it takes, datasets in memory
@@ -39,14 +39,14 @@ from absl import flags
 
 import pipelines
 
-_MODELS = ['mlp', 'cnn', 'batch_norm', 'dropout', 'subclassed', 'fusion']
+_MODELS = ['mlp', 'cnn', 'batch_norm', 'dropout', 'subclassed', 'fed_distillation']
 _CASES = flags.DEFINE_list(
     'cases',
     [
         'mlp-10x100', 'mlp-10x200', 'mlp-10x600', 'mlp-10x2000', 'mlp-100x100',
         'mlp-100x600', 'mlp-100x2000', 'cnn-10x100', 'cnn-10x600',
         'cnn-10x2000', 'cnn-100x100', 'batch_norm-10x600', 'dropout-10x600',
-        'subclassed-10x600', 'fusion-10x2000',
+        'subclassed-10x600', 'fed_distillation-10x2000',
     ],
     f'MODEL-CLIENTSxEXAMPLES, of the models {", ".join(_MODELS)}.',
 )
@@ -112,7 +112,7 @@ class _Case(NamedTuple):
       yield x, rng.integers(0, 10, self.num_examples).astype(np.int32)
 
   def transfer_examples(self) -> Any:
-    """Draws the inputs of the fusion's server."""
+    """Draws the inputs of the server's transfer set."""
     import numpy as np
 
     return np.random.default_rng(_SEED.value).random((_TRANSFER, *self.shape), np.float32)
@@ -155,7 +155,7 @@ def _parse_long_clients(limits: Sequence[str]) -> tuple[int, int]:
 
 
 def _model(keras: Any, name: str, shape: tuple[int, ...]) -> Any:
-  """Builds a model; `teacher` is the fusion's."""
+  """Builds a model; `teacher` is that of `fed_distillation`."""
   layers = keras.layers
   relu = lambda units: layers.Dense(units, activation='relu')
   if name == 'subclassed':
@@ -258,8 +258,8 @@ def _floor(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
     variables = [v.value for v in model.trainable_variables]
     weights = [tf.Variable(v) for v in variables]
     train = _local_training(model, _loss(keras))
-    fusion = case.model == 'fusion'
-    if fusion:
+    distills = case.model == 'fed_distillation'
+    if distills:
       teacher = _model(keras, 'teacher', case.shape)
       teach, refresh = _distillation(teacher, public), _distillation(model, public)
 
@@ -272,11 +272,11 @@ def _floor(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
           variable.assign(weight)
         train(xs[client], ys[client])
         totals = [total + variable for total, variable in zip(totals, variables)]
-        if fusion:
+        if distills:
           logits += model(public, training=False)
       for variable, total in zip(variables, totals):
         variable.assign(total / case.num_clients)
-      if fusion:
+      if distills:
         teach(logits / case.num_clients)
         refresh(teacher(public, training=False))
       for variable, weight in zip(variables, weights):
@@ -362,7 +362,7 @@ def _our_rounds(case: _Case, data: Sequence[Any], **kwargs) -> _Round:
       loss_fn=lambda: _loss(keras),
       client_optimizer=tff_kd.tff.learning.optimizers.build_sgdm(_RATE),
   )
-  if case.model != 'fusion':
+  if case.model != 'fed_distillation':
     return _rounds_of(tff_kd.algorithms.build_fed_avg(**kwargs), data)
   adam = tff_kd.tff.learning.optimizers.build_adam(_SERVER_RATE)
   size = dict(num_steps=_SERVER_STEPS, batch_size=_SERVER_BATCH)

@@ -266,7 +266,7 @@ SECURE_KNOWLEDGE_BOUND = flags.DEFINE_float(
 
 topics.topic('Models and local training')
 STUDENT = flags.DEFINE_list(
-    'student', ['document'], "The student model, one of the task's. Several, separated "
+    'student', ['mlp_small'], "The student model, one of the task's. Several, separated "
     'by commas, make cohorts: client k is of cohort k modulo their number.'
 )
 flags.register_validator(STUDENT, bool, '--student must name a model.')
@@ -405,7 +405,7 @@ STUDENT_RATE = flags.DEFINE_float(
 
 topics.topic('Of single algorithms; unset: their own defaults')
 MENTOR = flags.DEFINE_string(
-    'mentor', 'document', 'Of fml and fed_kd: the model that each client keeps for '
+    'mentor', 'mlp_large', 'Of fml and fed_kd: the model that each client keeps for '
     "itself, one of the task's teachers."
 )
 NUM_NEGATIVES = flags.DEFINE_integer(

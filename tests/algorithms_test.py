@@ -35,7 +35,7 @@ def _build(name, task, batches):
   algorithm = algorithms.REGISTRY[name]
 
   def model_fn():
-    return zoo.STUDENTS['document'](10, task.clients.inputs.shape[1:])
+    return zoo.STUDENTS['mlp_small'](10, task.clients.inputs.shape[1:])
 
   kwargs = dict(
       student_fn=model_fn,

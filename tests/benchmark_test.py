@@ -18,7 +18,7 @@ from absl import flags
 from pipelines import benchmark
 
 flags.FLAGS(['benchmark'])
-case = benchmark._Case('fusion', 2, 20)
+case = benchmark._Case('fed_distillation', 2, 20)
 with contextlib.ExitStack() as stack:
   for name in ('floor', 'ours'):
     run_round = benchmark._SIDES[name].prepare(case, stack)()

@@ -234,7 +234,7 @@ def test_a_subclassed_model_with_batch_norm_and_features_of_any_shape():
     output = process.next(state, [helpers.dataset(*helpers.examples(8, 0))])
     state = output.state
   assert np.isfinite(output.metrics['companion']['generator_loss'])
-  student = tff_kd.models.zoo.StudentModel
+  student = tff_kd.models.zoo.SmallMlp
   built = tff_kd.algorithms.build_fed_gen(
       **helpers.common(student_fn=lambda: student(helpers.CLASSES)),
       generator_steps=1,

@@ -31,8 +31,8 @@ TINY_RUN = (
 # Likewise, of the fusion.
 TINY_FUSION = (
     '--num_clients=4', '--clients_per_round=2', '--client_epochs=1', '--alpha=1',
-    '--server_steps=2', '--back_steps=2', '--teacher=document',
-    '--student=document',
+    '--server_steps=2', '--back_steps=2', '--teacher=mlp_large',
+    '--student=mlp_small',
     '--transfer_size=60', '--transfer_labels=20', '--rounds_per_checkpoint=1',
 )
 

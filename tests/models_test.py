@@ -530,7 +530,7 @@ def test_ready_pairs(name, tmp_path):
 
 
 def test_the_documents_models():
-  student, teacher = zoo.StudentModel(), zoo.TeacherModel()
+  student, teacher = zoo.SmallMlp(), zoo.LargeMlp()
   x = np.zeros([1, 784], 'f')
   student(x), teacher(x)
   assert [w.shape.as_list() for w in student.weights] == [

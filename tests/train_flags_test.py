@@ -113,7 +113,7 @@ def test_help_lists_the_algorithms():
         (['--epsilon=8', '--algorithm=cfd'], 'the length of a code'),
         (['--epsilon=8', '--algorithm=fed_gen'], 'no FeatureGenerator'),
         (['--epsilon=8', '--model_bits=8'], '`model_aggregator` must be None'),
-        (['--epsilon=8', '--student=document,cnn'], 'one student only'),
+        (['--epsilon=8', '--student=mlp_small,cnn'], 'one student only'),
         (['--epsilon=8', '--delta=0.05'], 'well below 1 / --num_clients, 0.05'),
         (
             ['--algorithm=fed_avg', '--noise_multiplier=0.5', '--epsilon=1'],

@@ -29,7 +29,7 @@ def test_idx_files_fed_df_cohorts_and_pretraining(tmp_path):
       '--client_weighting=uniform', '--transfer_size=30', '--transfer_labels=30',
       '--validation_size=20', '--pretrain_epochs=1', '--server_steps=2',
       '--distillation_weight=0.5', '--local_target=student', '--rounds=2',
-      '--student=document,cnn', f'--output_dir={tmp_path / "out"}',
+      '--student=mlp_small,cnn', f'--output_dir={tmp_path / "out"}',
       '--model_bits=8', '--consensus=mean_probabilities', '--prediction_top=2',
   )
   assert "student before the server's distillation" in printed
@@ -47,7 +47,7 @@ def test_idx_files_fed_df_cohorts_and_pretraining(tmp_path):
       keras.models.load_model(tmp_path / 'out' / f'student_{i}.keras')
       for i in (0, 1)
   )
-  assert isinstance(first, zoo.StudentModel)
+  assert isinstance(first, zoo.SmallMlp)
   assert isinstance(second, keras.Sequential)
 
 

@@ -82,7 +82,7 @@ def type_bytes(type_spec: tff.Type) -> int:
 
 
 def aggregated_bytes(aggregator: tff.templates.AggregationProcess) -> int:
-  """What one client hands over to be aggregated, as it is encoded for that.
+  """Returns what one client hands over to be aggregated, as it is encoded for that.
 
   The arguments of all the aggregation's federated sums and the like. A secure sum counts
   as the integers that go in, without what its protocol adds.
@@ -109,7 +109,7 @@ def aggregated_bytes(aggregator: tff.templates.AggregationProcess) -> int:
 
 
 def round_bytes(process: Any) -> RoundBytes:
-  """What each participating client moves in a round.
+  """Returns what each participating client moves in a round.
 
   Where there are cohorts, a client moves its own student's weights only: the mean over
   the cohorts is given.
@@ -166,7 +166,7 @@ def ledger(
     metrics: Mapping[str, Any],
     expected_clients: Optional[int] = None,
 ) -> dict[str, float]:
-  """What the clients of one round moved, by channel.
+  """Returns what the clients of one round moved, by channel.
 
   A client that was gone before it began received nothing, and one whose report did not
   arrive counts as having sent nothing. What clients code counts as long as it was:

@@ -25,7 +25,7 @@ _NOBODY = 'No client has an example to evaluate on.'
 def expected_calibration_error(
     logits: np.ndarray, labels: np.ndarray, *, num_bins: int = 15
 ) -> float:
-  """How far a classifier's confidence is from its accuracy.
+  """Returns how far a classifier's confidence is from its accuracy.
 
   Source: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017),
   equation 3: bins of equal width over the confidence of the predicted class.
@@ -67,7 +67,7 @@ def score(
     spec: models.ModelSpec,
     names: Optional[Sequence[str]] = None,
 ) -> dict[str, float]:
-  """How good a model's outputs are.
+  """Returns how good a model's outputs are.
 
   Args:
     outputs: Float `[n, ...]`, as the model returns them: logits or probabilities, or
@@ -198,7 +198,7 @@ class CentralEvaluator:
     return graphs.TracedFunction(call, [spec.weights_spec, inputs])
 
   def outputs(self, weights: Any, inputs: Any) -> np.ndarray:
-    """What the model returns, as float32 `[n, ...]`, under `ModelWeights`."""
+    """Returns what the model returns, as float32 `[n, ...]`, under `ModelWeights`."""
     weights = tf.nest.map_structure(tf.constant, _model_weights(weights))
     size = len(tf.nest.flatten(inputs)[0])
     return np.concatenate([
@@ -212,14 +212,14 @@ class CentralEvaluator:
     ])
 
   def logits(self, weights: Any, inputs: Any) -> np.ndarray:
-    """The model's logits `[n, ..., classes]` under `ModelWeights`."""
+    """Returns the model's logits `[n, ..., classes]` under `ModelWeights`."""
     outputs = self.outputs(weights, inputs)
     return self.spec.class_logits(tf.constant(outputs)).numpy()
 
   def evaluate(
       self, weights: Any, inputs: Any, labels: np.ndarray
   ) -> dict[str, float]:
-    """The scores of `score`.
+    """Returns the scores of `score`.
 
     Args:
       weights: `ModelWeights` of the model.
@@ -349,7 +349,7 @@ class ClientsEvaluator:
           Sequence[tf.data.Dataset], Mapping[client_names.Client, tf.data.Dataset]
       ],
   ) -> FederatedEvaluation:
-    """The metric over the clients; those without examples are left out.
+    """Returns the metric over the clients; those without examples are left out.
 
     Args:
       weights: `ModelWeights` of the model.

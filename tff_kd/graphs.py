@@ -155,7 +155,7 @@ class TracedFunction:
     # Out of TFF's graph, where `tf.init_scope` would stay.
     with tf.__internal__.eager_context.eager_mode():
       self._traced = tf.function(flat_fn, autograph=False).get_concrete_function(
-          *[leaf for flat, _ in specs for leaf in flat]
+          *[leaf for flat, _ in unpacked for leaf in flat]
       )
       self._captured = self._constants(fn)
     outputs = self._traced.outputs

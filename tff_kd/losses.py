@@ -237,7 +237,7 @@ def weighted_mean(
     weights: Optional[tf.Tensor] = None,
     sample_weight: Optional[tf.Tensor] = None,
 ) -> tf.Tensor:
-  """The mean of per-example (or per-position) losses under weights or a mask.
+  """Returns the mean of per-example (or per-position) losses under weights or a mask.
 
   Args:
     values: A float tensor `[batch, ...]`.

@@ -70,7 +70,7 @@ def check_optimizer(
 
 
 def initial_hparams(optimizer: Optimizer) -> collections.OrderedDict[str, Any]:
-  """The hyperparameters a TFF optimizer lets one set; none for a Keras one."""
+  """Returns the hyperparameters a TFF optimizer lets one set; none for a Keras one."""
   if isinstance(optimizer, tff.learning.optimizers.Optimizer):
     state = optimizer.initialize(tf.TensorSpec([], tf.float32))
     return optimizer.get_hparams(state)
@@ -95,7 +95,7 @@ def check_learning_rate_fn(
 def with_learning_rate(
     hparams: collections.OrderedDict[str, Any], learning_rate: Any
 ) -> collections.OrderedDict[str, Any]:
-  """The hyperparameters of a TFF optimizer with another learning rate."""
+  """Returns the hyperparameters of a TFF optimizer with another learning rate."""
   changed = collections.OrderedDict(hparams)
   changed[_LEARNING_RATE] = tf.cast(learning_rate, tf.float32)
   return changed
@@ -104,7 +104,7 @@ def with_learning_rate(
 def build_stepper(
     optimizer: Optimizer, variables: Sequence[keras.Variable]
 ) -> Union['_TffStepper', '_KerasStepper']:
-  """An optimizer as a function of the values of some variables.
+  """Returns an optimizer as a function of the values of some variables.
 
   The result has `initialize(hparams=None) -> state`, tensors to carry from step to step
   (and between rounds), and `apply(state, values, gradients, rate_scale=None) -> (state,

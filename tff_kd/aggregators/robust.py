@@ -235,7 +235,7 @@ def trimmed_mean(
     trimmed_share: float,
     weights: Optional[tf.Tensor] = None,
 ) -> tf.Tensor:
-  """The mean of the middle of values, number by number.
+  """Returns the mean of the middle of values, number by number.
 
   Args:
     values: float `[n, ...]`. What is not finite is missing.

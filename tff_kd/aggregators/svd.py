@@ -14,7 +14,7 @@ from tff_kd.compat import tff
 
 
 def energy_rank(singular_values: tf.Tensor, energy: tf.Tensor) -> tf.Tensor:
-  """The fewest components that hold a share of the energy, their squares' sum.
+  """Returns the fewest components that hold a share of the energy, their squares' sum.
 
   Args:
     singular_values: float `[n]`, falling, not negative.
@@ -37,7 +37,7 @@ def energy_rank(singular_values: tf.Tensor, energy: tf.Tensor) -> tf.Tensor:
 def truncate(
     value: tf.Tensor, energy: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-  """A tensor as its truncated decomposition gives it back.
+  """Returns a tensor as its truncated decomposition gives it back.
 
   Tensors of rank 2 or more are matrices of their last dimension by all others. What would
   not take fewer numbers decomposed, and every vector, travels whole.

@@ -95,7 +95,7 @@ class Inverter:
     self._network.fit(examples, epochs=num_epochs, verbose=0)
 
   def invert(self, pairs: Pairs) -> np.ndarray:
-    """What examples with these predictions would look like, `[k, ...]`."""
+    """Returns what examples with these predictions would look like, `[k, ...]`."""
     flat = self._network.predict(self._scaled(_features(pairs)), verbose=0)
     return (self._low + self._range * flat).reshape(-1, *self._shape)
 

@@ -236,7 +236,7 @@ def infer_membership(
 
 
 def infer_by_loss(members: Predictions, non_members: Predictions) -> float:
-  """The AUC of the loss alone, for few examples: there is nothing to choose.
+  """Returns the AUC of the loss alone, for few examples: there is nothing to choose.
 
   Non-members count by label as members do, so that the mix of labels tells nothing.
 
@@ -320,7 +320,7 @@ def infer_by_shadow_models(
 
 
 def logit_scaled_confidences(predictions: Predictions) -> np.ndarray:
-  """The confidence in the true label on the scale of logits, log(p / (1 - p)).
+  """Returns the confidence in the true label on the scale of logits, log(p / (1 - p)).
 
   About normal over models, where p and log p are not. From logits, not from p: p rounds
   to 1 long before a model's confidence stops to grow.
@@ -352,7 +352,7 @@ def logit_scaled_confidences(predictions: Predictions) -> np.ndarray:
 def draw_shadow_membership(
     num_models: int, num_examples: int, *, seed: int = 0
 ) -> np.ndarray:
-  """Which shadow model is trained with which examples.
+  """Returns which shadow model is trained with which examples.
 
   Models 2k and 2k + 1 share the examples out at random, so that each example is in
   exactly half of the models, and each model has half of the examples (the first of a
@@ -441,7 +441,7 @@ def lira_scores(
 
 
 def tpr_at_fpr(positives: np.ndarray, negatives: np.ndarray, rate: float) -> Detection:
-  """How many positives score above all but a small share of the negatives.
+  """Returns how many positives score above all but a small share of the negatives.
 
   The threshold is the smallest one that at most `rate` of the negatives exceed. Only
   negatives decide it, so the positives above it are binomial. Of further negatives, what
@@ -486,7 +486,7 @@ def tpr_at_fpr(positives: np.ndarray, negatives: np.ndarray, rate: float) -> Det
 
 
 def proportion_with_interval(count: int, total: int) -> Estimate:
-  """A proportion with its exact interval.
+  """Returns a proportion with its exact interval.
 
   Source: Clopper and Pearson, "The Use of Confidence or Fiducial Limits Illustrated in
   the Case of the Binomial" (Biometrika 1934).
@@ -508,7 +508,7 @@ def proportion_with_interval(count: int, total: int) -> Estimate:
 
 
 def auc(positives: np.ndarray, negatives: np.ndarray) -> float:
-  """How often a positive scores above a negative; half of a tie counts.
+  """Returns how often a positive scores above a negative; half of a tie counts.
 
   Args:
     positives: Scores, float `[n]`, one or more.
@@ -525,7 +525,7 @@ def auc(positives: np.ndarray, negatives: np.ndarray) -> float:
 
 
 def auc_with_interval(positives: np.ndarray, negatives: np.ndarray) -> Estimate:
-  """The AUC with its confidence interval.
+  """Returns the AUC with its confidence interval.
 
   Source: DeLong, DeLong and Clarke-Pearson, "Comparing the Areas under Two or More
   Correlated Receiver Operating Characteristic Curves" (Biometrics 1988), the variance.
@@ -565,7 +565,7 @@ def best_threshold(positives: np.ndarray, negatives: np.ndarray) -> float:
 
 
 def mean_with_interval(values: Sequence[float]) -> Estimate:
-  """A mean with Student's interval, such as over clients.
+  """Returns a mean with Student's interval, such as over clients.
 
   Args:
     values: Two or more; the interval of one is everything.
@@ -585,7 +585,7 @@ def mean_with_interval(values: Sequence[float]) -> Estimate:
 def difference_with_interval(
     count: int, total: int, other_count: int, other_total: int
 ) -> Estimate:
-  """The difference of two independent proportions with its interval.
+  """Returns the difference of two independent proportions with its interval.
 
   Source: Newcombe, "Interval Estimation for the Difference between Independent
   Proportions: Comparison of Eleven Methods" (Statistics in Medicine 1998), method 10,
@@ -707,9 +707,9 @@ def _fit_normals(
     )
   means = np.sum(confidences, axis=0, where=used) / counts
   squares = np.sum(np.square(confidences - means), axis=0, where=used)
-  if fixed_variance:
-    squares, freedom = squares.sum(), freedom.sum()
-  variances = squares / freedom
+  variances = (
+      squares.sum() / float(freedom.sum()) if fixed_variance else squares / freedom
+  )
   return means, np.maximum(variances, _LEAST_VARIANCE)
 
 

@@ -81,7 +81,7 @@ class Reporting:
       )
 
   def weight(self, delay: tf.Tensor) -> tf.Tensor:
-    """The factor of a client's weight, float32."""
+    """Returns the factor of a client's weight, float32."""
     return (1.0 + tf.cast(delay, tf.float32)) ** -self.staleness_power
 
 
@@ -135,7 +135,7 @@ class BroadcastHistory:
     return tf.nest.map_structure(lambda its: its[delay], sent)
 
   def current(self, sent: Any) -> Any:
-    """What is sent in this round."""
+    """Returns what is sent in this round."""
     return self.received(sent, tf.constant(0))
 
 
@@ -198,7 +198,7 @@ def covered_rows(
 def condition_counts(
     conditions: ClientConditions, valid: tf.Tensor
 ) -> collections.OrderedDict[str, tf.Tensor]:
-  """A client's counts, int32 scalars, beside those of `client.inclusion`.
+  """Returns a client's counts, int32 scalars, beside those of `client.inclusion`.
 
   Args:
     conditions: Its conditions.

@@ -89,7 +89,7 @@ class _Progress(NamedTuple):
 
 
 def client_seed(seed: int, round_num: Any, client: Optional[tf.Tensor]) -> tf.Tensor:
-  """What decides the random draws of one client's training, int32 `[2]`.
+  """Returns what decides the random draws of one client's training, int32 `[2]`.
 
   Args:
     seed: The process's.

@@ -233,7 +233,7 @@ class FileClientData:
     )
 
   def numbers(self, clients: Iterable[client_names.Client]) -> list[int]:
-    """The numbers of clients, given their names, for `process.next`.
+    """Returns the numbers of clients, given their names, for `process.next`.
 
     Raises:
       KeyError: If there is no client of that name.
@@ -291,7 +291,7 @@ class FileClientData:
     return raw_files.gather(self._rows.map(), positions)
 
   def open(self) -> Any:
-    """The structure of all examples, mapped; for `raw_files.gather`."""
+    """Returns the structure of all examples, mapped; for `raw_files.gather`."""
     return self._examples.map()
 
 
@@ -539,7 +539,7 @@ class ClientBatches:
     return min(limits)
 
   def rows(self, client: tf.Tensor, round_num: tf.Tensor) -> tf.Tensor:
-    """The client's examples in the order of use, as rows of `data.open()`.
+    """Returns the client's examples in the order of use, as rows of `data.open()`.
 
     Args:
       client: Its number, an int32 scalar.
@@ -620,7 +620,7 @@ class ClientBatches:
     return tf.nest.pack_sequence_as(specs, masks)
 
   def dataset(self, client: Any, round_num: Any = 0) -> tf.data.Dataset:
-    """The same batches as a `tf.data.Dataset`, which holds file names only.
+    """Returns the same batches as a `tf.data.Dataset`, which holds file names only.
 
     For what takes datasets: TFF's own processes, evaluation, a look at the data.
 

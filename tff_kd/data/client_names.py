@@ -55,7 +55,7 @@ class ClientNames(Sequence[str]):
     return name in self._numbers
 
   def number(self, client: Client) -> int:
-    """The number of a client.
+    """Returns the number of a client.
 
     Args:
       client: The client's name, or the number itself.
@@ -82,5 +82,5 @@ class ClientNames(Sequence[str]):
     return int(client)
 
   def numbers(self, clients: Iterable[Client]) -> list[int]:
-    """The numbers of several clients; raises what `number` does."""
+    """Returns the numbers of several clients; raises what `number` does."""
     return [self.number(client) for client in clients]

@@ -147,7 +147,7 @@ class Task:
     return self.num_classes is None
 
   def class_numbers(self, examples: Examples) -> Optional[np.ndarray]:
-    """The class of each example, int64 `[n]`, whatever its label is like.
+    """Returns the class of each example, int64 `[n]`, whatever its label is like.
 
     Args:
       examples: Of this task.
@@ -200,7 +200,7 @@ class Task:
 
 
 def image_task(*, num_classes: int, clients: Examples, **kwargs) -> Task:
-  """A task of classifying images, with the models of `keras_models`.
+  """Returns a task of classifying images, with the models of `keras_models`.
 
   Args:
     num_classes: How many classes.
@@ -237,7 +237,7 @@ def task_from_clients(
     test_share: float = 0.2,
     **kwargs,
 ) -> Task:
-  """A task of data that have clients of their own.
+  """Returns a task of data that have clients of their own.
 
   Args:
     name: What the task is called.
@@ -341,7 +341,7 @@ def choose(
 def client_dataset(
     examples: Examples, *, batch_size: int, epochs: int, seed: Sequence[int]
 ) -> tf.data.Dataset:
-  """A client's local training data for one round: shuffled epochs, in batches.
+  """Returns a client's local training data for one round: shuffled epochs, in batches.
 
   Args:
     examples: The client's.

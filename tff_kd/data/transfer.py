@@ -190,7 +190,7 @@ class TransferSet:
     return order[: self.validation_size], order[self.validation_size :]
 
   def validation_ids(self) -> tf.Tensor:
-    """The rows set aside for validation, int32 `[validation_size]`."""
+    """Returns the rows set aside for validation, int32 `[validation_size]`."""
     return self._parts()[0]
 
   @property
@@ -199,7 +199,7 @@ class TransferSet:
     return self.subset_size == self.size - self.validation_size
 
   def round_ids(self, round_num: tf.Tensor) -> tf.Tensor:
-    """The rows that a round learns from, int32 `[subset_size]`.
+    """Returns the rows that a round learns from, int32 `[subset_size]`.
 
     Args:
       round_num: An integer scalar.
@@ -213,7 +213,7 @@ class TransferSet:
     return shuffled[: self.subset_size]
 
   def prediction_ids(self, round_num: tf.Tensor) -> tf.Tensor:
-    """The rows that clients predict: the round's, then those for validation.
+    """Returns the rows that clients predict: the round's, then those for validation.
 
     With all labels, validation needs no predictions, and none are made or sent.
     """
@@ -230,7 +230,7 @@ class TransferSet:
     )
 
   def open(self) -> 'OpenTransferSet':
-    """The examples, ready to gather; to be called outside loops.
+    """Returns the examples, ready to gather; to be called outside loops.
 
     Opening maps the files, which costs more than the gather of a batch.
     """

@@ -65,11 +65,11 @@ class Students:
     return self.pack([spec.initial_weights for spec in self.specs])
 
   def pack(self, values: Sequence[Any]) -> Any:
-    """The values of all cohorts as one structure."""
+    """Returns the values of all cohorts as one structure."""
     return tuple(values) if self.has_cohorts else values[0]
 
   def unpack(self, packed: Any) -> list[Any]:
-    """The values by cohort."""
+    """Returns the values by cohort."""
     if not self.has_cohorts:
       return [packed]
     return [packed[i] for i in range(len(self.specs))]
@@ -86,7 +86,7 @@ class Students:
     ])
 
   def select(self, cohort: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
-    """The result of the cohort's branch; all have results of one structure."""
+    """Returns the result of the cohort's branch; all have results of one structure."""
     last = len(self.specs) - 1
 
     tf.debugging.Assert(
@@ -164,7 +164,7 @@ def build_students(
 
 
 def client_data_type(students: Students, data_type: tff.Type) -> tff.Type:
-  """What a client is given: its data; with cohorts <cohort=int32, data=D>."""
+  """Returns what a client is given: its data; with cohorts <cohort=int32, data=D>."""
   if not students.has_cohorts:
     return data_type
   return tff.to_type(

@@ -60,7 +60,7 @@ class NewMetrics(NamedTuple):
 
 
 def new_metrics(metrics_fn: Optional[MetricsFn]) -> NewMetrics:
-  """The user's metrics, not yet built.
+  """Returns the user's metrics, not yet built.
 
   Args:
     metrics_fn: A function that returns a list of new `keras.metrics.Metric`s, or, as
@@ -126,7 +126,7 @@ def _by_kind(made: Any) -> Mapping[str, Sequence[keras.metrics.Metric]]:
 def lower_is_better(
     name: str, metrics: Mapping[str, keras.metrics.Metric]
 ) -> bool:
-  """Whether a score is better the lower it is.
+  """Returns whether a score is better the lower it is.
 
   Args:
     name: The name of the score, or of a column that ends in it.
@@ -219,11 +219,11 @@ class Metrics:
     return list(self._initial)
 
   def lower_is_better(self, name: str) -> bool:
-    """Whether a score is better the lower it is; see `lower_is_better`."""
+    """Returns whether a score is better the lower it is; see `lower_is_better`."""
     return lower_is_better(name, self._metrics)
 
   def initial_state(self) -> Any:
-    """The state before any example, as tensors."""
+    """Returns the state before any example, as tensors."""
     return tf.nest.map_structure(tf.constant, self._initial)
 
   def update(
@@ -284,7 +284,7 @@ class Metrics:
       num_examples: tf.Tensor,
       num_batches: tf.Tensor,
   ) -> Any:
-    """The state after more batches, as far as it is plain sums.
+    """Returns the state after more batches, as far as it is plain sums.
 
     Args:
       state: The state before.
@@ -324,7 +324,7 @@ class Metrics:
         return tf.nest.map_structure(tf.convert_to_tensor, metric.result())
 
   def result(self, state: Any) -> dict[str, Any]:
-    """The values of all metrics of a state."""
+    """Returns the values of all metrics of a state."""
     return {name: finalize(state[name]) for name, finalize in self.finalizers().items()}
 
   def scores(self, state: Any) -> dict[str, tf.Tensor]:

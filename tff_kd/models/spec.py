@@ -60,7 +60,7 @@ def sample_weight_of(batch: Any) -> Any:
 
 
 def num_examples(outputs: tf.Tensor, sample_weight: Optional[tf.Tensor]) -> tf.Tensor:
-  """How many examples a batch has, an int32 scalar; one of weight 0 is none.
+  """Returns how many examples a batch has, an int32 scalar; one of weight 0 is none.
 
   Args:
     outputs: The model's outputs for it.
@@ -75,7 +75,7 @@ def num_examples(outputs: tf.Tensor, sample_weight: Optional[tf.Tensor]) -> tf.T
 
 
 def as_batch(batch: Any) -> Any:
-  """A batch, or its spec, in the one structure that its parts have here.
+  """Returns a batch, or its spec, in the one structure that its parts have here.
 
   Args:
     batch: (x, y), (x, y, sample_weight), or a mapping with these keys.
@@ -239,7 +239,7 @@ class ModelSpec:
   def values(
       self, weights: Any, seed: Optional[tf.Tensor] = None
   ) -> ModelValues:
-    """The values with which a training begins.
+    """Returns the values with which a training begins.
 
     Args:
       weights: A structure with `trainable` and `non_trainable`.
@@ -377,7 +377,7 @@ class ModelSpec:
     return {}
 
   def class_logits(self, outputs: tf.Tensor) -> tf.Tensor:
-    """The outputs as float32 logits; a softmax model's as log-probabilities."""
+    """Returns the outputs as float32 logits; a softmax model's as log-probabilities."""
     outputs = tf.cast(outputs, tf.float32)
     if self.is_multi_label:
       outputs = outputs[..., tf.newaxis]
@@ -390,7 +390,7 @@ class ModelSpec:
     return apply_constraints(self.trainable_variables, trainable)
 
   def sample_weight(self, batch: Any) -> Optional[tf.Tensor]:
-    """The weights of a batch's examples, or of their positions.
+    """Returns the weights of a batch's examples, or of their positions.
 
     Args:
       batch: A batch as `input_spec` has it.
@@ -411,7 +411,7 @@ class ModelSpec:
       mask: Optional[tf.Tensor] = None,
       sample_weight: Optional[tf.Tensor] = None,
   ) -> tf.Tensor:
-    """The user's loss on the model's outputs, without regularisation.
+    """Returns the user's loss on the model's outputs, without regularisation.
 
     Args:
       labels: The labels of a batch.
@@ -498,7 +498,7 @@ class ModelSpec:
       mask: Optional[tf.Tensor] = None,
       sample_weight: Optional[tf.Tensor] = None,
   ) -> Optional[tf.Tensor]:
-    """Which predictions count in metrics.
+    """Returns which predictions count in metrics.
 
     Args:
       labels: The labels of a batch.
@@ -546,7 +546,7 @@ class ModelSpec:
     )
 
   def to_keras(self, weights: Any) -> keras.Model:
-    """A Keras model of the builder with these weights.
+    """Returns a Keras model of the builder with these weights.
 
     Args:
       weights: A `ModelWeights` of this model, such as `process.get_model_weights(state)`.
@@ -588,7 +588,7 @@ class ModelSpec:
       _non_trainable_variables(model)[place].assign(value)
 
   def weights_of(self, model: keras.Model) -> tff.learning.models.ModelWeights:
-    """The `ModelWeights` of a built model of the same builder, as arrays."""
+    """Returns the `ModelWeights` of a built model of the same builder, as arrays."""
     variables = dict(enumerate(_non_trainable_variables(model)))
     return tff.learning.models.ModelWeights(
         trainable=[v.numpy() for v in model.trainable_variables],
@@ -752,7 +752,7 @@ _LOSS_EXAMPLE = 'lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=
 
 
 def is_builder(value: Any) -> bool:
-  """Whether a value is a function without arguments, and no Keras object.
+  """Returns whether a value is a function without arguments, and no Keras object.
 
   Losses, metrics, layers and models are callable; what is wanted is what makes them.
   """
@@ -856,7 +856,7 @@ def highest_label(
 def wrong_labels(
     labels: np.ndarray, loss: keras.losses.Loss, outputs_shape: Sequence[Optional[int]]
 ) -> np.ndarray:
-  """Which labels are out of a loss's range, bool in their shape.
+  """Returns which labels are out of a loss's range, bool in their shape.
 
   Args:
     labels: An array of labels.
@@ -985,7 +985,7 @@ def check_same_outputs(first: ModelSpec, second: ModelSpec) -> None:
 
 
 def check_input_spec(input_spec: Any) -> Any:
-  """The batch of `tf.TensorSpec`s, or a clear error.
+  """Returns the batch of `tf.TensorSpec`s, or a clear error.
 
   Raises:
     TypeError, ValueError: If it is none.

@@ -80,7 +80,7 @@ class DenseModel(keras.Model):
         keras.layers.Dense(units, activation='relu', dtype=policy)
         for units in self.hidden_units
     ]
-    # The document ends in softmax under a from_logits loss; logits are right.
+    # No softmax: the losses take logits.
     self.classifier = keras.layers.Dense(num_classes, dtype=policy)
 
   def build(self, input_shape):
@@ -105,16 +105,28 @@ class DenseModel(keras.Model):
 
 
 @_register
-class StudentModel(DenseModel):
-  """The document's student: Dense 32 relu, then the classes."""
+class SmallMlp(DenseModel):
+  """A student of one hidden layer: Dense 32 relu, then the classes' logits.
+
+  Args:
+    num_classes: The number of outputs.
+    hidden_units: The widths of the hidden layers.
+    **kwargs: Arguments of `keras.Model`, such as `name`.
+  """
 
   def __init__(self, num_classes: int = 10, hidden_units=(32,), **kwargs):
     super().__init__(hidden_units, num_classes, **kwargs)
 
 
 @_register
-class TeacherModel(DenseModel):
-  """The document's teacher: Dense 64 relu, Dense 32 relu, then the classes."""
+class LargeMlp(DenseModel):
+  """A teacher of two hidden layers: Dense 64 and 32 relu, then the classes' logits.
+
+  Args:
+    num_classes: The number of outputs.
+    hidden_units: The widths of the hidden layers.
+    **kwargs: Arguments of `keras.Model`, such as `name`.
+  """
 
   def __init__(self, num_classes: int = 10, hidden_units=(64, 32), **kwargs):
     super().__init__(hidden_units, num_classes, **kwargs)
@@ -157,7 +169,7 @@ def build_group_norm_resnet(
     blocks: int,
     width: int,
 ) -> keras.Model:
-  """A CIFAR ResNet of depth 6 * blocks + 2 with group norm.
+  """Returns a CIFAR ResNet of depth 6 * blocks + 2 with group norm.
 
   Source: He et al., "Deep Residual Learning" (2016), section 4.2, and Hsieh et
   al., "The Non-IID Data Quagmire" (2020), section 5.1, for group norm in place of
@@ -197,7 +209,7 @@ def build_group_norm_resnet(
 ModelBuilder = Callable[[int, Sequence[int]], keras.Model]
 
 STUDENTS: dict[str, ModelBuilder] = {
-    'document': lambda classes, shape: StudentModel(classes),
+    'mlp_small': lambda classes, shape: SmallMlp(classes),
     'cnn': lambda classes, shape: build_cnn(
         classes, shape, filters=(8, 16), units=32
     ),
@@ -207,7 +219,7 @@ STUDENTS: dict[str, ModelBuilder] = {
 }
 
 TEACHERS: dict[str, ModelBuilder] = {
-    'document': lambda classes, shape: TeacherModel(classes),
+    'mlp_large': lambda classes, shape: LargeMlp(classes),
     'cnn': lambda classes, shape: build_cnn(
         classes, shape, filters=(32, 64), units=64, dropout=0.25
     ),

@@ -98,7 +98,7 @@ class ClientSampling:
     return noised
 
   def num_events(self, num_rounds: int) -> int:
-    """How many such events a client may be in, in so many rounds."""
+    """Returns how many such events a client may be in, in so many rounds."""
     if self.sampling != 'cyclic':
       return num_rounds
     return math.ceil(num_rounds * self.clients_per_round / self.num_clients)
@@ -118,7 +118,7 @@ def composed_noise(noise_multipliers: Sequence[float]) -> float:
 def find_noise_multiplier(
     epsilon: float, delta: float, num_rounds: int, sampling: ClientSampling
 ) -> float:
-  """The smallest noise with which so many rounds stay within (epsilon, delta).
+  """Returns the smallest noise with which so many rounds stay within (epsilon, delta).
 
   Args:
     epsilon: Above 0.
@@ -220,7 +220,7 @@ class PrivacyAccountant:
     return accountant.orders, accountant.rdp
 
   def epsilon(self, num_rounds: Optional[int] = None) -> float:
-    """What so many rounds cost; those that have begun, if `None`."""
+    """Returns what so many rounds cost; those that have begun, if `None`."""
     count = self.sampling.num_events(
         self._rounds if num_rounds is None else num_rounds
     )
@@ -232,7 +232,7 @@ class PrivacyAccountant:
     )
 
   def allows_another_round(self) -> bool:
-    """Whether one more stays within the budget."""
+    """Returns whether one more stays within the budget."""
     return self.epsilon(self._rounds + 1) <= self.max_epsilon
 
   def restore(self, rounds: int) -> None:

@@ -129,7 +129,7 @@ class DifferentialPrivacy:
       num_predictions: int = 1,
       secure: Optional[secure_lib.SecureAggregation] = None,
   ) -> Optional[tff.aggregators.UnweightedAggregationFactory]:
-    """A factory of a channel's private mean.
+    """Returns a factory of a channel's private mean.
 
     Args:
       channel: 'model' or 'knowledge'.
@@ -376,7 +376,7 @@ def _check_floats(value_type: tff.Type) -> None:
 
 
 def build_accountant(protection: Any, **kwargs) -> accounting.PrivacyAccountant:
-  """The accountant of a private process.
+  """Returns the accountant of a private process.
 
   Args:
     protection: The process's `protection`.

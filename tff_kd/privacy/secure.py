@@ -85,7 +85,7 @@ class SecureAggregation:
   def build_sum(
       self, bound: Optional[float]
   ) -> tff.aggregators.UnweightedAggregationFactory:
-    """A factory of the sum of numbers within a bound."""
+    """Returns a factory of the sum of numbers within a bound."""
     _ignore_unused_assertions()
     if bound is None:
       # As TFF's `secure_aggregator` has it.
@@ -110,7 +110,7 @@ class SecureAggregation:
     )
 
   def build_mean(self, channel: str) -> tff.aggregators.WeightedAggregationFactory:
-    """A factory of the weighted mean of a channel, 'model' or 'knowledge'."""
+    """Returns a factory of the weighted mean of a channel, 'model' or 'knowledge'."""
     return tff.aggregators.MeanFactory(
         value_sum_factory=self.build_sum(getattr(self, f'{channel}_bound')),
         weight_sum_factory=tff.aggregators.SecureSumFactory(

@@ -78,7 +78,7 @@ class Checkpoints(tff.program.ProgramStateManager):
     )
 
   def is_empty(self) -> bool:
-    """Whether there is no checkpoint."""
+    """Returns whether there is no checkpoint."""
     return not self._versions()
 
   async def get_versions(self) -> Optional[list[int]]:

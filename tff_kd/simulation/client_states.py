@@ -61,7 +61,7 @@ class ClientStates:
     self._earlier = max((its[-1] for its in self._rounds.values()), default=-1)
 
   def clients(self) -> list[int]:
-    """The numbers of the clients that have a state of their own."""
+    """Returns the numbers of the clients that have a state of their own."""
     return sorted(self._rounds)
 
   def _number(self, client: client_names.Client) -> int:
@@ -73,7 +73,7 @@ class ClientStates:
   def load(
       self, clients: Iterable[client_names.Client], round_num: Optional[int] = None
   ) -> list[Any]:
-    """The states of some clients, for a process's `next`.
+    """Returns the states of some clients, for a process's `next`.
 
     Args:
       clients: Their numbers, or names.

@@ -214,7 +214,7 @@ class Participation:
     return found
 
   def counts(self, round_num: int) -> dict[str, int]:
-    """What hindered clients before they began, or before the process saw them.
+    """Returns what hindered clients before they began, or before the process saw them.
 
     Args:
       round_num: From 1.

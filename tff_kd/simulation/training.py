@@ -397,7 +397,7 @@ def _check_made_by(saved: bytes, now: bytes) -> None:
 
 
 def left_out(metrics: Mapping[str, float]) -> dict[str, int]:
-  """How many clients' reports did not count, by cause.
+  """Returns how many clients' reports did not count, by cause.
 
   Args:
     metrics: The flat metrics of a round.

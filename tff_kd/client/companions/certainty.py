@@ -60,7 +60,7 @@ class ScorerState(NamedTuple):
 
 
 def flat_inputs(inputs: Any) -> tf.Tensor:
-  """The inputs as they are, float32 `[n, d]`: the default features."""
+  """Returns the inputs as they are, float32 `[n, d]`: the default features."""
   flat = [tf.cast(t, tf.float32) for t in tf.nest.flatten(inputs)]
   return tf.concat(
       [tf.reshape(t, [tf.shape(t)[0], math.prod(t.shape[1:])]) for t in flat], axis=1
@@ -96,7 +96,7 @@ def _root(regularization: float) -> float:
 def fit(
     positives: tf.Tensor, negatives: tf.Tensor, regularization: float
 ) -> tf.Tensor:
-  """The regularised logistic regression that tells positives from negatives.
+  """Returns the regularised logistic regression that tells positives from negatives.
 
   As features are bounded, the objective's curvature is known, and with it a rate and a
   number of steps (Nesterov's constant scheme for strongly convex functions) that reach
@@ -136,7 +136,7 @@ def fit(
 
 
 def sensitivity(regularization: float, n: Any) -> Any:
-  """How far a fit moves, in l2, if one example is replaced.
+  """Returns how far a fit moves, in l2, if one example is replaced.
 
   2 / (regularization n) of the minimiser, and what two fits may be off it.
 
@@ -148,7 +148,7 @@ def sensitivity(regularization: float, n: Any) -> Any:
 
 
 def noise_multiplier(epsilon: float, delta: float) -> float:
-  """The least standard deviation a sensitivity that gives (epsilon, delta).
+  """Returns the least standard deviation a sensitivity that gives (epsilon, delta).
 
   As dp-accounting calibrates a single Gaussian mechanism.
 

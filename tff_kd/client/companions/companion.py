@@ -155,7 +155,7 @@ class Companion(abc.ABC):
     return self.client_spec is not None
 
   def initial_client_state(self) -> Any:
-    """What a new client has: a structure of tensors, a `ClientState`, or ()."""
+    """Returns what a new client has: a structure of tensors, a `ClientState`, or ()."""
     return ()
 
   def initial_server_state(self) -> Any:
@@ -163,18 +163,18 @@ class Companion(abc.ABC):
     return ()
 
   def broadcast(self, server_state: Any) -> Any:
-    """What of the server's part goes down to each client."""
+    """Returns what of the server's part goes down to each client."""
     del server_state
     return ()
 
   @abc.abstractmethod
   def attach(self, student: models.ModelSpec) -> Attachment:
-    """The companion's part of the computation of a client with this student."""
+    """Returns the companion's part of the computation of a client with this student."""
 
   def exchange(
       self, server_state: tff.Value, exchanged: tff.Value, round_num: tff.Value
   ) -> tuple[tff.Value, tff.Value]:
-    """What server and clients do after the local training; federated values.
+    """Returns what server and clients do after the local training; federated values.
 
     Args:
       server_state: At the server.
@@ -189,5 +189,5 @@ class Companion(abc.ABC):
     return server_state, tff.federated_value((), tff.SERVER)
 
   def exchange_bytes(self) -> tuple[int, int]:
-    """What one client moves down and up in `exchange`, in bytes."""
+    """Returns what one client moves down and up in `exchange`, in bytes."""
     return 0, 0

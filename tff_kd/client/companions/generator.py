@@ -93,7 +93,7 @@ class _Answer(NamedTuple):
 def split_model(
     model_layers: Sequence[keras.layers.Layer], split_layer: Optional[str]
 ) -> tuple[list[keras.layers.Layer], list[keras.layers.Layer]]:
-  """The layers up to and with the split layer, and those after it: the head.
+  """Returns the layers up to and with the split layer, and those after it: the head.
 
   Args:
     model_layers: Those of a model that applies them one after the other.

@@ -11,7 +11,8 @@ from typing import Any, Callable, NamedTuple, Optional
 
 from tff_kd import own_files
 
-_IMAGE_MODELS = ('cnn', 'document', 'resnet')
+_IMAGE_STUDENTS = ('cnn', 'mlp_small', 'resnet')
+_IMAGE_TEACHERS = ('cnn', 'mlp_large', 'resnet')
 
 
 class TaskInfo(NamedTuple):
@@ -29,8 +30,8 @@ class TaskInfo(NamedTuple):
 
   name: str
   summary: str
-  students: tuple[str, ...] = _IMAGE_MODELS
-  teachers: tuple[str, ...] = _IMAGE_MODELS
+  students: tuple[str, ...] = _IMAGE_STUDENTS
+  teachers: tuple[str, ...] = _IMAGE_TEACHERS
   has_clients: bool = False
   options: tuple[str, ...] = ()
   path: Optional[str] = None
