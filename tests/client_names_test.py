@@ -114,6 +114,59 @@ def test_a_trace_by_name(data, tmp_path):
     simulation.Availability.from_csv(path, 4, data.names)
 
 
+def _participation(**kwargs):
+  return simulation.Participation(num_clients=4, clients_per_round=2, **kwargs)
+
+
+def test_participation_by_name_is_that_by_number(data):
+  weights = {'cleo': 5.0, 'ada': 1.0, '7': 0.5, 'ben': 2.0}
+  named = _participation(sampling='weighted', weights=weights, names=data.names)
+  numbered = _participation(sampling='weighted', weights=np.array([1.0, 2.0, 5.0, 0.5]))
+  by_number = _participation(sampling='weighted', weights=dict(enumerate([1, 2, 5, 0.5])))
+  for round_num in range(1, 6):
+    assert named(round_num) == numbered(round_num) == by_number(round_num)
+
+
+@pytest.mark.parametrize(
+    'cohort_fn', [
+        {'ada': 1, 'ben': 0, 'cleo': 0, '7': 1}, lambda name: int(name in ('ada', '7')),
+    ],
+)
+def test_cohorts_by_name(data, cohort_fn, tmp_path):
+  chosen = _participation(sampling='cyclic', cohort_fn=cohort_fn, names=data.names)
+  assert chosen(1) == [{'cohort': 1, 'data': 0}, {'cohort': 0, 'data': 1}]
+  assert chosen(2) == [{'cohort': 0, 'data': 2}, {'cohort': 1, 'data': 3}]
+  initial = (np.float32(0), np.float32(100))
+  states = simulation.ClientStates(initial, tmp_path, cohort_fn, data.names)
+  assert states.load(['ada', 'cleo', 3, 1]) == [100, 0, 100, 0]
+
+
+def test_names_that_do_not_fit_are_refused(data, process, tmp_path):
+  names, cohorts = data.names, {'ada': 1, 'ben': 0, 'cleo': 0}
+  with pytest.raises(ValueError, match="`cohort_fn` must .* of them, such as '7'"):
+    _participation(cohort_fn=cohorts, names=names)
+  with pytest.raises(KeyError, match="no client 'dan'"):
+    _participation(cohort_fn={**cohorts, 'dan': 1}, names=names)
+  with pytest.raises(ValueError, match="`weights` has client 'ada' twice"):
+    _participation(sampling='weighted', weights={'ada': 1.0, 0: 1.0}, names=names)
+  with pytest.raises(ValueError, match='`names` must be of the 3 clients, found 4'):
+    simulation.Participation(num_clients=3, clients_per_round=1, names=names)
+  with pytest.raises(TypeError, match=r'a mapping .* found \[0, 1\]'):
+    _participation(cohort_fn=[0, 1])
+  with pytest.raises(TypeError, match='a function of a client'):
+    simulation.ClientStates(np.float32(0), tmp_path, cohort_fn=1)
+  states = simulation.ClientStates(np.zeros(2), tmp_path, cohorts, names)
+  with pytest.raises(KeyError, match="no cohort for client '7'"):
+    states.load(['7'])
+  with pytest.raises(TypeError, match="needs `names`.*found client 'ada'"):
+    simulation.Availability({'ada': [(1, 2)]})
+  others = client_names.ClientNames(['ben', 'ada', 'cleo', '7'])
+  with pytest.raises(ValueError, match='must have the `names` of the process'):
+    simulation.train(
+        process, select_clients=_participation(names=others), num_rounds=1
+    )
+
+
 def test_evaluation_by_name(data, process):
   batches = process.client_data
   evaluator = evaluation.ClientsEvaluator(process.student_spec, metric='accuracy')

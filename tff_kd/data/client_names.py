@@ -4,8 +4,8 @@ A client is a number inside this package, from 0 in the order of the data. Whate
 a client takes its name as well, and what is shown of one shows its name.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import Any, Union
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, Optional, Union
 
 import numpy as np
 
@@ -84,3 +84,77 @@ class ClientNames(Sequence[str]):
   def numbers(self, clients: Iterable[Client]) -> list[int]:
     """Returns the numbers of several clients; raises what `number` does."""
     return [self.number(client) for client in clients]
+
+
+def values_of(
+    by_client: Mapping[Client, Any],
+    num_clients: int,
+    names: Optional[ClientNames],
+    argument: str,
+) -> list[Any]:
+  """Returns the value of each client, in the order of the clients' numbers.
+
+  Args:
+    by_client: A value for each client, by number or, with `names`, by name.
+    num_clients: How many clients there are.
+    names: The clients' names; `None` where clients have none.
+    argument: What errors call the mapping.
+
+  Raises:
+    ValueError: If a client has no value, or two.
+    KeyError, TypeError: If there is no such client.
+  """
+  names = ClientNames(range(num_clients)) if names is None else names
+  found = {}
+  for client, value in by_client.items():
+    number = names.number(client)
+    if number in found:
+      raise ValueError(f'`{argument}` has client {names[number]!r} twice.')
+    found[number] = value
+  missing = [names[number] for number in range(num_clients) if number not in found]
+  if missing:
+    raise ValueError(
+        f'`{argument}` must have a value for each of the {num_clients} clients, and has '
+        f'none for {len(missing)} of them, such as {missing[0]!r}.'
+    )
+  return [found[number] for number in range(num_clients)]
+
+
+def check_cohort_fn(cohort_fn: Any) -> None:
+  """Checks that `cohort_of` takes a function or a mapping.
+
+  Raises:
+    TypeError: If it is neither.
+  """
+  if cohort_fn is not None and not callable(cohort_fn) and not isinstance(
+      cohort_fn, Mapping
+  ):
+    raise TypeError(
+        '`cohort_fn` must be a function of a client, or a mapping from each client to '
+        f'the number of its cohort, found {cohort_fn!r}.'
+    )
+
+
+def cohort_of(
+    cohort_fn: Union[Callable[[Client], int], Mapping[Client, int]],
+    client: int,
+    names: Optional[ClientNames],
+) -> int:
+  """Returns the number of a client's cohort.
+
+  Args:
+    cohort_fn: A function of the client's name or, without `names`, number; or a mapping
+      from names or numbers.
+    client: The client's number.
+    names: The clients' names; `None` where clients have none.
+
+  Raises:
+    KeyError: If the mapping does not have the client.
+  """
+  name = client if names is None else names[client]
+  if not isinstance(cohort_fn, Mapping):
+    return int(cohort_fn(name))
+  for key in (name, client):
+    if key in cohort_fn:
+      return int(cohort_fn[key])
+  raise KeyError(f'`cohort_fn` has no cohort for client {name!r}.')

@@ -1,10 +1,10 @@
 """What clients keep for themselves between rounds, in files, one a client and round."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 import os
 import pathlib
 import re
-from typing import Any, Optional
+from typing import Any, Optional, Union
 import zipfile
 
 import numpy as np
@@ -31,7 +31,9 @@ class ClientStates:
       self,
       initial: Any,
       directory: os.PathLike,
-      cohort_fn: Optional[Callable[[int], int]] = None,
+      cohort_fn: Union[
+          None, Callable[[client_names.Client], int], Mapping[client_names.Client, int]
+      ] = None,
       names: Optional[client_names.ClientNames] = None,
   ):
     """Opens the folder, and makes it if need be.
@@ -40,10 +42,16 @@ class ClientStates:
       initial: The state of a client that has none yet, a structure of arrays; with
         cohorts, a tuple of such, one a cohort.
       directory: Where the files are.
-      cohort_fn: A client's number -> its cohort's; `None` without cohorts.
+      cohort_fn: Maps a client to the number of its cohort: a function of the client's
+        name or, without `names`, number; or a mapping from names or numbers. `None`
+        without cohorts.
       names: The clients' names, of `FileClientData.names`: a name then stands for a
         client wherever a number does.
+
+    Raises:
+      TypeError: If `cohort_fn` is neither a function nor a mapping.
     """
+    client_names.check_cohort_fn(cohort_fn)
     self._initial = tf.nest.map_structure(np.asarray, initial)
     self._cohort_fn = cohort_fn
     self._names = names
@@ -90,7 +98,8 @@ class ClientStates:
   def _load_one(self, client: int, round_num: Optional[int]) -> Any:
     initial = self._initial
     if self._cohort_fn is not None:
-      initial = initial[self._cohort_fn(client)]
+      cohort = client_names.cohort_of(self._cohort_fn, client, self._names)
+      initial = initial[cohort]
     rounds = [
         its for its in self._rounds.get(client, ())
         if round_num is None or its <= round_num

@@ -50,7 +50,16 @@ class Availability:
         there can never be reached.
       names: The clients' names, of `FileClientData.names`, where clients are given by
         name.
+
+    Raises:
+      TypeError: If a client is given by name without `names`.
     """
+    named = [client for client in intervals if isinstance(client, str)]
+    if named and names is None:
+      raise TypeError(
+          'An `Availability` of clients by name needs `names`, the `names` of the '
+          f'clients\' data, found client {named[0]!r}.'
+      )
     self._intervals = {
         client if names is None else names.number(client): its
         for client, its in intervals.items()
@@ -120,7 +129,8 @@ class Participation:
       Of 'poisson', in expectation.
     sampling: 'uniform'; 'weighted' by `weights`; 'cyclic', one after the other;
       'poisson', each by itself with the probability `clients_per_round / num_clients`.
-    weights: Numbers above 0 `[clients]`, for 'weighted', such as numbers of examples.
+    weights: Numbers above 0, for 'weighted', such as numbers of examples: `[clients]`, or
+      a mapping from clients' names or numbers.
     availability: Which clients can be reached when; all always if `None`.
     dropout_before: The probability that a chosen client is gone before it begins.
     dropout_after: That what it sends does not arrive, though it has done its work.
@@ -129,16 +139,20 @@ class Participation:
     delay_share: The probability that a client reports late.
     max_delay: By how many rounds at most; drawn evenly from 1.
     coverage: The part of the transfer examples on which each client predicts.
-    cohort_fn: A client's number -> its cohort's, where there are cohorts.
+    cohort_fn: Where there are cohorts, maps a client to the number of its cohort: a
+      function of the client's name or, without `names`, number; or a mapping from names
+      or numbers.
     gives_conditions: Whether clients come with conditions even if nothing here hinders
       them, for a process with a `Reporting`.
+    names: The clients' names, of `FileClientData.names`, where `weights` or `cohort_fn`
+      have clients by name.
     seed: With round and client, decides everything.
   """
 
   num_clients: int
   clients_per_round: int
   sampling: str = 'uniform'
-  weights: Optional[np.ndarray] = None
+  weights: Union[None, np.ndarray, Mapping[client_names.Client, float]] = None
   availability: Optional[Availability] = None
   dropout_before: float = 0.0
   dropout_after: float = 0.0
@@ -147,8 +161,11 @@ class Participation:
   delay_share: float = 0.0
   max_delay: int = 0
   coverage: float = 1.0
-  cohort_fn: Optional[Callable[[int], int]] = None
+  cohort_fn: Union[
+      None, Callable[[client_names.Client], int], Mapping[client_names.Client, int]
+  ] = None
   gives_conditions: bool = False
+  names: Optional[client_names.ClientNames] = None
   seed: int = 0
   _begun: dict[int, tuple[list[_Beginning], dict[str, int]]] = dataclasses.field(
       default_factory=dict, init=False, repr=False, compare=False
@@ -164,6 +181,11 @@ class Participation:
       raise ValueError(
           f'`sampling` must be one of {SAMPLINGS}, found {self.sampling!r}.'
       )
+    if self.names is not None and len(self.names) != self.num_clients:
+      raise ValueError(
+          f'`names` must be of the {self.num_clients} clients, found {len(self.names)}.'
+      )
+    self._resolve_names()
     if (self.weights is not None) != (self.sampling == 'weighted'):
       raise ValueError("`weights` go with sampling='weighted', and it with them.")
     if self.weights is not None and (
@@ -195,6 +217,16 @@ class Participation:
           '`delay_share` and `max_delay` must both be above 0, or both be 0, found '
           f'{self.delay_share} and {self.max_delay}.'
       )
+
+  def _resolve_names(self) -> None:
+    """Puts what is given by client in the order of the clients' numbers."""
+    client_names.check_cohort_fn(self.cohort_fn)
+    for name in ('weights', 'cohort_fn'):
+      value = getattr(self, name)
+      if isinstance(value, Mapping):
+        values = client_names.values_of(value, self.num_clients, self.names, name)
+        in_order = np.array(values) if name == 'weights' else dict(enumerate(values))
+        object.__setattr__(self, name, in_order)
 
   @property
   def has_conditions(self) -> bool:
@@ -229,7 +261,7 @@ class Participation:
   def _client(self, beginning: _Beginning, delay: int) -> Union[int, dict[str, Any]]:
     parts: dict[str, Any] = {}
     if self.cohort_fn is not None:
-      parts['cohort'] = int(self.cohort_fn(beginning.client))
+      parts['cohort'] = client_names.cohort_of(self.cohort_fn, beginning.client, self.names)
     parts['data'] = beginning.client
     if self.has_conditions:
       parts['conditions'] = conditions.ClientConditions(

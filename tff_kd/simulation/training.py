@@ -458,6 +458,13 @@ def _check_participation(
         f'The `Participation` has num_clients={select_clients.num_clients}, and the '
         f'process has the data of {there} clients. Lower it to {there}.'
     )
+  names = process.client_data.data.names
+  if select_clients.names is not None and list(select_clients.names) != list(names):
+    raise ValueError(
+        'The `Participation` must have the `names` of the process\'s clients, '
+        '`client_data.data.names`, in their order, found others: '
+        f'{list(select_clients.names)[:3]} for {list(names)[:3]}.'
+    )
 
 
 def _check_accountant(
