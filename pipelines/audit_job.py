@@ -55,6 +55,34 @@ _NOT_TESTED = """\
 """
 
 
+class _Reader(NamedTuple):
+  """Reads what models predict as logits of classes, and labels as class numbers.
+
+  Attributes:
+    task: Whose labels they are.
+    spec: A model of the task, which says what outputs are: logits or probabilities.
+  """
+
+  task: tff_kd.data.Task
+  spec: tff_kd.models.ModelSpec
+
+  def logits(self, model: keras.Model, inputs: Any) -> np.ndarray:
+    """Returns float32 `[n, classes]`; of one output, the log-odds z, those of [0, z]."""
+    outputs = model.predict(inputs, batch_size=256, verbose=0)
+    logits = self.spec.class_logits(tf.constant(outputs)).numpy()
+    if logits.ndim == 1 or logits.shape[-1] == 1:
+      logits = logits.reshape(-1, 1)
+      logits = np.concatenate([np.zeros_like(logits), logits], axis=-1)
+    return logits
+
+  def predict(
+      self, model: keras.Model, examples: tff_kd.data.Examples
+  ) -> membership.Predictions:
+    return membership.Predictions(
+        self.logits(model, examples.inputs), self.task.class_numbers(examples)
+    )
+
+
 class _Run(NamedTuple):
   """A finished run.
 
@@ -67,6 +95,7 @@ class _Run(NamedTuple):
     batches: How clients read them.
     took_part: The numbers of the clients that were in any round, with examples.
     released: The models, by name.
+    reader: Reads what these and others predict.
   """
 
   folder: pathlib.Path
@@ -77,6 +106,7 @@ class _Run(NamedTuple):
   batches: tff_kd.ClientBatches
   took_part: Sequence[int]
   released: Mapping[str, keras.Model]
+  reader: _Reader
 
   @property
   def keeps_models(self) -> bool:
@@ -192,8 +222,9 @@ def run(
   finished = _open_run(run_dir)
   report_dir.mkdir(parents=True, exist_ok=True)
   members, others = finished.members(), finished.task.test
+  reader = finished.reader
   answers = {
-      name: (_predict(model, members), _predict(model, others))
+      name: (reader.predict(model, members), reader.predict(model, others))
       for name, model in finished.released.items()
   }
   found = {
@@ -204,7 +235,8 @@ def run(
     victims = _train_victims(finished, num_victims, seed)
   leaks = membership.mean_with_interval([
       membership.infer_by_loss(
-          _predict(victim.model, victim.examples), _predict(victim.model, others)
+          reader.predict(victim.model, victim.examples),
+          reader.predict(victim.model, others),
       )
       for victim in victims
   ])
@@ -212,7 +244,7 @@ def run(
   shadows = None
   if num_shadow_models:
     shadows = _attack_by_shadow_models(
-        finished.task, members, answers, num_models=num_shadow_models,
+        reader, members, answers, num_models=num_shadow_models,
         max_epochs=shadow_epochs, seed=seed,
     )
   _report(
@@ -228,7 +260,7 @@ def _open_run(run_dir: pathlib.Path) -> _Run:
   """The run, if it can be attacked."""
   config = _restore_flags(run_dir)
   task = train_job.load_task()
-  if task.is_regression or task.clients.labels.ndim > 1:
+  if task.class_numbers(task.clients) is None:
     raise UserError(
         f'The attacks here are on classifiers with one prediction an example, and '
         f'{task.name} is no such task.'
@@ -248,6 +280,13 @@ def _open_run(run_dir: pathlib.Path) -> _Run:
           model.name: model.keras_model
           for model in released_lib.load(run_dir, task, must_exist=False)
       },
+      reader=_Reader(
+          task,
+          tff_kd.models.build_model_spec(
+              task.students[args.STUDENT.value[0]], input_spec=task.input_spec,
+              loss_fn=task.loss_fn,
+          ),
+      ),
   )
 
 
@@ -294,11 +333,6 @@ def _who_took_part(
       found.add(client['data'] if isinstance(client, Mapping) else client)
   # An empty client has nothing to be found out.
   return sorted(client for client in found if batches.data.num_examples[client])
-
-
-def _predict(model: keras.Model, examples) -> membership.Predictions:
-  logits = model.predict(examples.inputs, batch_size=256, verbose=0)
-  return membership.Predictions(np.asarray(logits, np.float32), examples.labels)
 
 
 def _server_model(released: Mapping[str, keras.Model]) -> Optional[keras.Model]:
@@ -389,7 +423,7 @@ def _students_released(
 
 
 def _attack_by_shadow_models(
-    task: tff_kd.data.Task,
+    reader: _Reader,
     members: tff_kd.data.Examples,
     answers: Mapping[str, tuple[membership.Predictions, membership.Predictions]],
     *,
@@ -399,14 +433,14 @@ def _attack_by_shadow_models(
 ) -> _Shadows:
   """Compares each released student with models whose training is known."""
   audited = tf.nest.map_structure(
-      lambda *arrays: np.concatenate(arrays), members, task.test
+      lambda *arrays: np.concatenate(arrays), members, reader.task.test
   )
   is_member = np.arange(len(audited)) < len(members)
   trained = membership.draw_shadow_membership(num_models, len(audited), seed=seed)
   reports = {}
-  for name, builder in _students_released(task, list(answers)).items():
+  for name, builder in _students_released(reader.task, list(answers)).items():
     confidences = _train_shadows(
-        name, builder, task, audited, trained, max_epochs=max_epochs, seed=seed
+        name, builder, reader, audited, trained, max_epochs=max_epochs, seed=seed
     )
     reports[name] = membership.infer_by_shadow_models(
         np.concatenate(
@@ -420,7 +454,7 @@ def _attack_by_shadow_models(
 def _train_shadows(
     name: str,
     builder: tff_kd.models.KerasModelFn,
-    task: tff_kd.data.Task,
+    reader: _Reader,
     audited: tff_kd.data.Examples,
     trained: np.ndarray,
     *,
@@ -433,6 +467,7 @@ def _train_shadows(
       f'each, up to {max_epochs} passes each. This can take long.',
       file=sys.stderr, flush=True,
   )
+  task = reader.task
   evaluator = tff_kd.evaluation.CentralEvaluator(
       tff_kd.models.build_model_spec(
           builder, input_spec=task.input_spec, loss_fn=task.loss_fn,
@@ -462,7 +497,9 @@ def _train_shadows(
           'number after a pass, so there is nothing to compare with. Leave '
           '--shadow_models out.'
       )
-    confidences.append(membership.logit_scaled_confidences(_predict(model, audited)))
+    confidences.append(
+        membership.logit_scaled_confidences(reader.predict(model, audited))
+    )
     left = (time.monotonic() - start) / (number + 1) * (len(trained) - number - 1)
     print(
         f'{name}: shadow model {number + 1} of {len(trained)}, best after pass {best}; '
@@ -478,8 +515,8 @@ def _try_inversion(
   if reason is not None:
     return _Inversion(reason=reason)
   return _invert(
-      finished.task, _server_model(finished.released), victims, num_epochs=num_epochs,
-      seed=seed,
+      finished.reader, _server_model(finished.released), victims,
+      num_epochs=num_epochs, seed=seed,
   )
 
 
@@ -497,17 +534,13 @@ def _why_not_inverted(finished: _Run, num_epochs: int) -> Optional[str]:
   return None
 
 
-def _logits(model: keras.Model, inputs: Any) -> np.ndarray:
-  return model.predict(inputs, batch_size=256, verbose=0)
-
-
 def _invert(
-    task: tff_kd.data.Task, server: keras.Model, victims: Sequence[_Victim], *,
+    reader: _Reader, server: keras.Model, victims: Sequence[_Victim], *,
     num_epochs: int, seed: int,
 ) -> _Inversion:
   """Scores of the reconstructions, each against what needs no client; and pictures."""
-  public = task.transfer.inputs
-  server_public = _logits(server, public)
+  public = reader.task.transfer.inputs
+  server_public = reader.logits(server, public)
   # What the server thinks that a class looks like, without any client.
   of_class = {
       int(label): public[np.argmax(server_public, -1) == label].mean(0)
@@ -518,15 +551,16 @@ def _invert(
   shown = []
   for victim in victims:
     inverter = inversion.Inverter(
-        public, inversion.Pairs(_logits(victim.model, public), server_public),
+        public, inversion.Pairs(reader.logits(victim.model, public), server_public),
         num_epochs=num_epochs, seed=seed,
     )
-    by_class, images = _invert_classes(inverter, victim, of_class, np.ptp(public))
+    classes = reader.task.class_numbers(victim.examples)
+    by_class, images = _invert_classes(inverter, victim, classes, of_class, public)
     shown += images[: _MAX_SHOWN - len(shown)]
     # One number a client: its examples are alike.
     of_client = [
         *(np.mean(by_class, axis=0) if by_class else (np.nan, np.nan)),
-        *_invert_examples(inverter, victim, server, of_class, public),
+        *_invert_examples(inverter, reader, victim, server, of_class, public),
     ]
     for name, value in zip(gains, of_client):
       if np.isfinite(value):
@@ -554,21 +588,21 @@ def _gains(
 
 
 def _invert_classes(
-    inverter: inversion.Inverter, victim: _Victim, of_class: Mapping[int, np.ndarray],
-    value_range: float,
+    inverter: inversion.Inverter, victim: _Victim, classes: np.ndarray,
+    of_class: Mapping[int, np.ndarray], public: np.ndarray,
 ) -> tuple[list[list[float]], list[_Inverted]]:
   """By class of the victim, the gains; and pictures."""
   private = victim.examples
   by_class, shown = [], []
-  for label in np.unique(private.labels):
+  for label in np.unique(classes):
     if int(label) not in of_class:
       continue
-    own = private.inputs[private.labels == label]
+    own = private.inputs[classes == label]
     image = inverter.invert(inverter.pair_of(int(label)))
     known = of_class[int(label)][np.newaxis]
     by_class.append([
         float(gain[0])
-        for gain in _gains(image, known, own.mean(0)[np.newaxis], value_range)
+        for gain in _gains(image, known, own.mean(0)[np.newaxis], np.ptp(public))
     ])
     shown.append(
         _Inverted(
@@ -585,12 +619,14 @@ def _invert_classes(
 
 
 def _invert_examples(
-    inverter: inversion.Inverter, victim: _Victim, server: keras.Model,
-    of_class: Mapping[int, np.ndarray], public: np.ndarray,
+    inverter: inversion.Inverter, reader: _Reader, victim: _Victim,
+    server: keras.Model, of_class: Mapping[int, np.ndarray], public: np.ndarray,
 ) -> list[float]:
   """The mean gains over the victim's examples whose predictions leak."""
   private = victim.examples.inputs
-  pairs = inversion.Pairs(_logits(victim.model, private), _logits(server, private))
+  pairs = inversion.Pairs(
+      reader.logits(victim.model, private), reader.logits(server, private)
+  )
   guesses = np.stack([
       of_class.get(int(label), public.mean(0)) for label in np.argmax(pairs.server, -1)
   ])

@@ -99,6 +99,37 @@ def test_clients_that_keep_their_models(tmp_path, capsys):
   assert '--shadow_models=16` runs them' in text
 
 
+@pytest.mark.parametrize(
+    'labels, is_audited',
+    [('one-hot, softmax', True), ('binary, float [n, 1]', True), ('several', False)],
+)
+def test_labels_that_are_no_class_numbers(labels, is_audited, tmp_path):
+  kind = {'labels': labels, 'model': 'functional'}
+  (tmp_path / 'kind.json').write_text(json.dumps(kind))
+  folder = tmp_path / 'run'
+  helpers.train_here(
+      '--task=tests/label_kinds.py', f'--data_dir={tmp_path}', '--rounds=2',
+      '--algorithm=fed_avg', '--rounds_per_checkpoint=2', '--transfer_labels=0',
+      f'--output_dir={folder}', f'--cache_dir={tmp_path / "cache"}',
+  )
+
+  def audit():
+    audit_job.run(folder, tmp_path / 'report', num_victims=2, seed=0, num_epochs=0)
+
+  with helpers.flags_of():
+    if not is_audited:
+      with pytest.raises(UserError, match='classifiers with one prediction an example'):
+        audit()
+      return
+    audit()
+  report = json.loads((tmp_path / 'report' / 'report.json').read_text())
+  results = json.loads((folder / 'results.json').read_text())
+  found = report['membership']['student']
+  assert found['non_member_accuracy'] == pytest.approx(
+      results['best']['test/student_accuracy'], abs=0.05
+  )
+
+
 def test_what_is_no_finished_run_is_named(tmp_path):
 
   def audit():

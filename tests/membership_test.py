@@ -61,6 +61,40 @@ def test_an_overfitted_model_is_found_out(overfitted):
   assert value > 0.9
 
 
+def _in_shape(predictions, shape):
+  labels = np.asarray(predictions.labels)
+  if shape == 'one-hot':
+    labels = np.eye(_CLASSES, dtype=np.float32)[labels]
+  return predictions._replace(labels=labels[:, np.newaxis] if shape == '[n, 1]' else labels)
+
+
+@pytest.mark.parametrize('shape', ['one-hot', '[n, 1]'])
+def test_labels_of_any_shape_are_class_numbers(overfitted, shape):
+  model, members = overfitted
+  members, others = _predictions(model, members), _predictions(model, _data(300, 1))
+  shaped = _in_shape(members, shape), _in_shape(others, shape)
+  found, expected = (
+      membership.infer_membership(*both) for both in (shaped, (members, others))
+  )
+  assert found.overall.auc == expected.overall.auc
+  assert found.worst_class.label == expected.worst_class.label
+  assert found.member_accuracy == expected.member_accuracy
+  assert membership.infer_by_loss(*shaped) == membership.infer_by_loss(members, others)
+  np.testing.assert_array_equal(
+      membership.logit_scaled_confidences(shaped[0]),
+      membership.logit_scaled_confidences(members),
+  )
+
+
+def test_labels_of_several_classes_are_refused(overfitted):
+  model, members = overfitted
+  labels = np.zeros((200, _CLASSES))
+  labels[:, 0] = labels[3:, 1] = 1
+  predictions = membership.Predictions(model(members[0]), labels)
+  with pytest.raises(ValueError, match=r'a single 1 .* found \[1.0, 1.0.* in row 3'):
+    membership.infer_membership(predictions, predictions)
+
+
 def test_what_was_held_out_is_at_chance(overfitted):
   model, _ = overfitted
   contained = {'auc': 0, 'advantage': 0, 'worst': 0}

@@ -49,11 +49,31 @@ class Predictions(NamedTuple):
 
   Attributes:
     logits: float32 `[n, classes]`.
-    labels: int32 `[n]`.
+    labels: Class numbers, int32 `[n]` or `[n, 1]`; or one-hot labels, `[n, classes]`.
   """
 
   logits: np.ndarray
   labels: np.ndarray
+
+  def with_class_numbers(self) -> 'Predictions':
+    """Returns these with labels as class numbers `[n]`.
+
+    Raises:
+      ValueError: If labels of the shape of the logits are not one-hot.
+    """
+    logits, labels = np.asarray(self.logits), np.asarray(self.labels)
+    if labels.ndim == 2 and labels.shape[1] == 1:
+      labels = labels[:, 0]
+    elif labels.ndim == 2 and labels.shape == logits.shape:
+      wrong = np.any((labels != 0) & (labels != 1), axis=1) | (labels.sum(axis=1) != 1)
+      if wrong.any():
+        raise ValueError(
+            'One-hot labels must have a single 1 and else 0 in each row, found '
+            f'{labels[wrong][0].tolist()} in row {np.flatnonzero(wrong)[0]}. The audit '
+            'needs one class for each example.'
+        )
+      labels = labels.argmax(axis=1)
+    return Predictions(logits, labels)
 
 
 class Estimate(NamedTuple):
@@ -211,6 +231,7 @@ def infer_membership(
   Raises:
     ValueError: If there are too few examples, or the arrays do not fit.
   """
+  members, non_members = members.with_class_numbers(), non_members.with_class_numbers()
   for name, predictions in (('members', members), ('non_members', non_members)):
     _check(name, predictions, members)
   rng = np.random.default_rng(seed)
@@ -250,6 +271,7 @@ def infer_by_loss(members: Predictions, non_members: Predictions) -> float:
   Raises:
     ValueError: If no label is in both.
   """
+  members, non_members = members.with_class_numbers(), non_members.with_class_numbers()
   losses = [_losses(predictions) for predictions in (members, non_members)]
   found, weights = [], []
   for label in np.intersect1d(members.labels, non_members.labels):
@@ -344,9 +366,10 @@ def logit_scaled_confidences(predictions: Predictions) -> np.ndarray:
         f'{logits.shape}.'
     )
   rows = np.arange(len(logits))
+  labels = predictions.with_class_numbers().labels
   others = logits.copy()
-  others[rows, predictions.labels] = -np.inf
-  return logits[rows, predictions.labels] - scipy.special.logsumexp(others, axis=-1)
+  others[rows, labels] = -np.inf
+  return logits[rows, labels] - scipy.special.logsumexp(others, axis=-1)
 
 
 def draw_shadow_membership(
@@ -774,8 +797,8 @@ def _check(name: str, predictions: Predictions, like: Predictions) -> None:
       logits.shape[1] != np.shape(like.logits)[1]
   ):
     raise ValueError(
-        f'`{name}` must have logits [n, classes] and labels [n], of the same classes for '
-        f'both, found {logits.shape} and {labels.shape}.'
+        f'`{name}` must have logits [n, classes] and labels [n] or one-hot labels, of '
+        f'the same classes for both, found {logits.shape} and {labels.shape}.'
     )
   if len(labels) < MIN_EXAMPLES:
     raise ValueError(
