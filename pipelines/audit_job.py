@@ -28,6 +28,7 @@ import tff_kd
 from tff_kd import algorithms
 from tff_kd.audits import inversion
 from tff_kd.audits import membership
+from tff_kd.data import task as data_task
 from tff_kd import privacy
 
 # A client with fewer is no victim: what it sends can be told from chance by luck only.
@@ -116,7 +117,10 @@ class _Run(NamedTuple):
     )
 
   def members(self) -> tff_kd.data.Examples:
-    return self.task.clients.take(np.concatenate([self.rows[k] for k in self.took_part]))
+    """Returns the examples of all clients that took part, without padding."""
+    return _counted(
+        self.task.clients.take(np.concatenate([self.rows[k] for k in self.took_part]))
+    )
 
 
 class _Victim(NamedTuple):
@@ -221,7 +225,7 @@ def run(
   """
   finished = _open_run(run_dir)
   report_dir.mkdir(parents=True, exist_ok=True)
-  members, others = finished.members(), finished.task.test
+  members, others = finished.members(), _counted(finished.task.test)
   reader = finished.reader
   answers = {
       name: (reader.predict(model, members), reader.predict(model, others))
@@ -244,7 +248,7 @@ def run(
   shadows = None
   if num_shadow_models:
     shadows = _attack_by_shadow_models(
-        reader, members, answers, num_models=num_shadow_models,
+        reader, members, others, answers, num_models=num_shadow_models,
         max_epochs=shadow_epochs, seed=seed,
     )
   _report(
@@ -335,6 +339,10 @@ def _who_took_part(
   return sorted(client for client in found if batches.data.num_examples[client])
 
 
+def _counted(examples: tff_kd.data.Examples) -> tff_kd.data.Examples:
+  return examples.take(np.flatnonzero(examples.counted))
+
+
 def _server_model(released: Mapping[str, keras.Model]) -> Optional[keras.Model]:
   for name in ('teacher', 'student', 'student_0'):
     if name in released:
@@ -358,7 +366,7 @@ def _train_victims(finished: _Run, num_victims: int, seed: int) -> list[_Victim]
   )
   names = finished.batches.data.names
   return [
-      _Victim(names[client], model, finished.task.clients.take(rows[client]))
+      _Victim(names[client], model, _counted(finished.task.clients.take(rows[client])))
       for client, model in zip(clients, models, strict=True)
   ]
 
@@ -425,6 +433,7 @@ def _students_released(
 def _attack_by_shadow_models(
     reader: _Reader,
     members: tff_kd.data.Examples,
+    others: tff_kd.data.Examples,
     answers: Mapping[str, tuple[membership.Predictions, membership.Predictions]],
     *,
     num_models: int,
@@ -432,9 +441,9 @@ def _attack_by_shadow_models(
     seed: int,
 ) -> _Shadows:
   """Compares each released student with models whose training is known."""
-  audited = tf.nest.map_structure(
-      lambda *arrays: np.concatenate(arrays), members, reader.task.test
-  )
+  if (members.sample_weight is None) != (others.sample_weight is None):
+    members, others = (data_task.Examples(*its[:2]) for its in (members, others))
+  audited, _ = data_task.pool([members, others])
   is_member = np.arange(len(audited)) < len(members)
   trained = membership.draw_shadow_membership(num_models, len(audited), seed=seed)
   reports = {}

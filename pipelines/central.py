@@ -37,7 +37,7 @@ class Training:
 
     Args:
       spec: The model.
-      examples: What it is trained on.
+      examples: What it is trained on; with sample weights, as in Keras's `fit`.
       batch_size: Examples a step; the last step of all may have fewer.
       seed: Decides the order of the examples, and what training draws.
       optimizer_fn: Returns a new optimizer.
@@ -68,13 +68,18 @@ class Training:
   def _steps(self, examples: Any, values: Any, state: Any, rows: tf.Tensor) -> Any:
     def step(start, values, state):
       batch = rows[start : start + self._batch_size]
-      inputs, labels = tf.nest.map_structure(lambda a: tf.gather(a, batch), examples)
+      taken = tf.nest.map_structure(lambda a: tf.gather(a, batch), examples)
+      inputs, labels = taken[:2]
+      weight = self._spec.sample_weight(taken)
+      if weight is not None:  # The label of an example of weight 0 may be anything.
+        labels, _ = self._spec.usable_labels(labels, weight)
       with tf.GradientTape(watch_accessed_variables=False) as tape:
         tape.watch(values.trainable)
         outputs, after, regularization, _ = self._spec.call(
             values, inputs, training=True
         )
-        loss = tf.cast(self._spec.supervised_loss(labels, outputs), tf.float32)
+        loss = self._spec.supervised_loss(labels, outputs, sample_weight=weight)
+        loss = tf.cast(loss, tf.float32)
         loss += regularization
       state, trainable = self._stepper.apply(
           state, values.trainable, tape.gradient(loss, values.trainable)

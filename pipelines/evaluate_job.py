@@ -33,7 +33,7 @@ class _Evaluated(NamedTuple):
     name: The model's.
     spec: What it predicts.
     outputs: What it returns, `[n, ...]`.
-    labels: The true ones, `[n, ...]`.
+    examples: The examples.
     scores: On all examples, by name.
     by_client: The metric of each client, NaN without examples.
   """
@@ -41,7 +41,7 @@ class _Evaluated(NamedTuple):
   name: str
   spec: tff_kd.models.ModelSpec
   outputs: np.ndarray
-  labels: np.ndarray
+  examples: tff_kd.data.Examples
   scores: dict[str, float]
   by_client: np.ndarray
 
@@ -82,17 +82,23 @@ def _evaluate(
       model.weights, examples.inputs
   )
   by_client = np.array([
-      _metric(outputs[its], examples.labels[its], model.spec, task) for its in rows
+      _metric(outputs[its], examples.take(its), model.spec, task) for its in rows
   ])
-  scores = evaluation.score(outputs, examples.labels, spec=model.spec)
+  scores = _scores(outputs, examples, model.spec)
   if task.scores_fn is not None and examples is task.test:
     scores |= task.scores_fn(
         lambda inputs: evaluation.CentralEvaluator(model.spec).logits(
             model.weights, inputs
         )
     )
-  return _Evaluated(
-      model.name, model.spec, outputs, examples.labels, scores, by_client
+  return _Evaluated(model.name, model.spec, outputs, examples, scores, by_client)
+
+
+def _scores(
+    outputs: np.ndarray, examples: tff_kd.data.Examples, spec: tff_kd.models.ModelSpec
+) -> dict[str, float]:
+  return evaluation.score(
+      outputs, examples.labels, spec=spec, sample_weight=examples.sample_weight
   )
 
 
@@ -138,25 +144,23 @@ def _evaluate_own(
         evaluators[cohort].outputs(weights, own_examples.inputs)
     )
     by_client.append(
-        _metric(outputs_of_clients[-1], own_examples.labels, specs[0], task)
+        _metric(outputs_of_clients[-1], own_examples, specs[0], task)
     )
   outputs = np.concatenate(outputs_of_clients)
-  labels = examples.take(np.concatenate(rows)).labels
+  examples = examples.take(np.concatenate(rows))
   return _Evaluated(
-      'client', specs[0], outputs, labels,
-      evaluation.score(outputs, labels, spec=specs[0]), np.array(by_client),
+      'client', specs[0], outputs, examples, _scores(outputs, examples, specs[0]),
+      np.array(by_client),
   )
 
 
 def _metric(
-    outputs: np.ndarray, labels: np.ndarray, spec: tff_kd.models.ModelSpec,
+    outputs: np.ndarray, examples: tff_kd.data.Examples, spec: tff_kd.models.ModelSpec,
     task: tff_kd.data.Task,
 ) -> float:
   """The task's metric alone; NaN without examples."""
-  if not len(labels):
-    return float('nan')
-  name = task.metric
-  return evaluation.score(outputs, labels, spec=spec, names=[name])[name]
+  value = train_job.metric_of(outputs, examples, spec, task)
+  return float('nan') if value is None else value
 
 
 def _worst_first(found: _Evaluated, task: tff_kd.data.Task) -> np.ndarray:
@@ -264,7 +268,11 @@ def _draw(report_dir, task, found, has_clients: bool) -> list[str]:
   if task.is_regression:
     plots.plot_errors(
         {
-            its.name: (its.outputs.reshape(-1), its.labels.reshape(-1)) for its in found
+            its.name: (
+                its.outputs[its.examples.counted].reshape(-1),
+                its.examples.labels[its.examples.counted].reshape(-1),
+            )
+            for its in found
         },
         path('errors.png'),
     )
@@ -272,7 +280,8 @@ def _draw(report_dir, task, found, has_clients: bool) -> list[str]:
   sure = {}
   for its in found:
     logits, labels = evaluation.counted_predictions(
-        its.spec.class_logits(tf.constant(its.outputs)).numpy(), its.labels, its.spec
+        its.spec.class_logits(tf.constant(its.outputs)).numpy(), its.examples.labels,
+        its.spec, its.examples.sample_weight,
     )
     predicted = logits.argmax(-1)
     confidence = tf.nn.softmax(logits).numpy().max(-1)

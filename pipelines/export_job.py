@@ -84,7 +84,10 @@ def run(
   report, worse = {}, []
   for model in models:
     expected = _predict(model.keras_model, examples.inputs)
-    before = evaluation.score(expected, examples.labels, spec=model.spec)[task.metric]
+    before = evaluation.score(
+        expected, examples.labels, spec=model.spec, names=[task.metric],
+        sample_weight=examples.sample_weight,
+    )[task.metric]
     rows.append((
         f'{model.name}, as the run left it',
         f'{os.path.getsize(model.path) / 1e3:.1f}',
@@ -198,7 +201,7 @@ def _export(
   else:
     found, before = (
         evaluation.counted_predictions(
-            _logits(each, model), examples.labels, model.spec
+            _logits(each, model), examples.labels, model.spec, examples.sample_weight
         )[0].argmax(-1)
         for each in (outputs, expected)
     )
@@ -206,7 +209,9 @@ def _export(
   size = sum(file.stat().st_size for file in path.rglob('*') if file.is_file())
   return _Exported(
       path, size or path.stat().st_size,
-      evaluation.score(outputs, examples.labels, spec=model.spec),
+      evaluation.score(
+          outputs, examples.labels, spec=model.spec, sample_weight=examples.sample_weight
+      ),
       float(agreement), float(np.abs(outputs - expected).max()),
   )
 

@@ -888,15 +888,29 @@ def _over_clients(
   """The task's metric over clients, each on its share of the test part."""
   outputs = evaluator.outputs(weights, task.test.inputs)
   values = [
-      tff_kd.evaluation.score(
-          outputs[rows], task.test.labels[rows], spec=evaluator.spec, names=[task.metric]
-      )[task.metric]
+      metric_of(outputs[rows], task.test.take(rows), evaluator.spec, task)
       for rows in test_split
-      if len(rows)
   ]
+  values = [value for value in values if value is not None]
   return tff_kd.evaluation.over_clients(
       np.array(values), lower_is_better=task.is_lower_better()
   )
+
+
+def metric_of(
+    outputs: np.ndarray,
+    examples: tff_kd.data.Examples,
+    spec: tff_kd.models.ModelSpec,
+    task: tff_kd.data.Task,
+) -> Optional[float]:
+  """Returns the task's metric alone; `None` where no example counts."""
+  if not examples.counted.any():
+    return None
+  name = task.metric
+  return tff_kd.evaluation.score(
+      outputs, examples.labels, spec=spec, names=[name],
+      sample_weight=examples.sample_weight,
+  )[name]
 
 
 def _megabytes(history: list[dict[str, float]]) -> list[float]:

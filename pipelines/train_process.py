@@ -192,6 +192,7 @@ def _negatives(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
 def _transfer_set(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
   public = task.transfer.take(_public_rows(algorithm, task)[0])
   has_labels = np.arange(len(public)) < args.TRANSFER_LABELS.value
+  has_labels &= public.counted
   return tff_kd.TransferSet(
       public.inputs,
       public.labels if has_labels.any() else None,

@@ -53,6 +53,34 @@ def test_a_training_equals_keras():
   )
 
 
+def test_a_weighted_training_equals_keras():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(6, 2)).astype(np.float32)
+  y = np.array([0, 1, -1, 1, 0, -1], np.int32)  # Those of weight 0 may be anything.
+  weights = np.array([1.0, 2.0, 0.0, 0.5, 3.0, 0.0], np.float32)
+  loss_fn = lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+  spec = models.build_model_spec(
+      lambda: keras.Sequential([keras.layers.Dense(2)]),
+      input_spec=(tf.TensorSpec([None, 2]), tf.TensorSpec([None], tf.int32)),
+      loss_fn=loss_fn,
+  )
+  training = central.Training(
+      spec, data.Examples(x, y, weights), batch_size=4, seed=3
+  )
+  training.run(2)
+  model = spec.to_keras(spec.initial_weights)
+  model.compile('adam', loss_fn())
+  order = np.random.default_rng(3)
+  rows = np.concatenate([order.permutation(6) for _ in range(2)])
+  model.fit(
+      x[rows], np.maximum(y, 0)[rows], sample_weight=weights[rows], batch_size=4,
+      shuffle=False, verbose=0,
+  )
+  np.testing.assert_allclose(
+      training.weights.trainable[0], model.get_weights()[0], rtol=1e-5
+  )
+
+
 def test_the_best_epoch_remains_and_patience_ends_it():
   best, kept, seen = _fit(0.5, 0.3, 0.4, 0.3, 0.35)
   assert best == 2 and len(seen) == 5  # Not better three times in a row.

@@ -1,6 +1,7 @@
 """Partitions, tasks and files."""
 
 import gzip
+import pickle
 import struct
 
 from hypothesis import given, settings, strategies as st
@@ -248,3 +249,58 @@ def test_client_dataset_is_seeded_and_complete():
       examples.take(np.zeros(0, int)), batch_size=3, epochs=2, seed=[0]
   )
   assert not list(empty)
+
+
+def test_examples_are_pairs_or_triples():
+  x, y, w = np.arange(6.0).reshape(3, 2), np.array([1, 0, 1]), np.array([1.0, 0.0, 2.0])
+  pair, triple = data.Examples(x, y), data.Examples(x, y, w)
+  assert len(pair) == len(triple) == 3 and len(tuple(triple)) == 3
+  assert pair.sample_weight is None and triple.sample_weight is w
+  inputs, labels, weights = triple.take([2, 0])
+  np.testing.assert_array_equal(inputs, x[[2, 0]])
+  np.testing.assert_array_equal(labels, [1, 1])
+  np.testing.assert_array_equal(weights, [2.0, 1.0])
+  assert triple.counted.tolist() == [True, False, True] and pair.counted.all()
+  again = pickle.loads(pickle.dumps(triple))
+  assert type(again) is data.Examples and again.sample_weight.tolist() == w.tolist()
+  # A set of two or three examples is no batch of two or three parts.
+  files = data.client_data.FileClientData.from_clients([triple, triple.take([0])])
+  assert files.num_examples.tolist() == [3, 1]
+
+
+def _weighted(n, weights=None, label=0):
+  weights = np.ones(n, np.float32) if weights is None else np.float32(weights)
+  return data.Examples(np.zeros((n, 2), np.float32), np.full(n, label), weights)
+
+
+def _weighted_task(clients):
+  return data.task_from_clients(
+      'weighted', clients=clients, server=_weighted(9), seed=0, transfer_size=3,
+      validation_size=3, students={}, teachers={}, num_classes=2,
+  )
+
+
+def test_a_tasks_examples_may_have_weights():
+  padding = _weighted(5, np.zeros(5), label=-1)
+  task = _weighted_task({'ada': _weighted(5, label=1), 'ben': padding})
+  assert [its.shape.as_list() for its in task.input_spec] == [[None, 2], [None], [None]]
+  for name, label, weight in (('ada', 1, 1.0), ('ben', -1, 0.0)):
+    its = task.clients.take(task.client_rows[task.client_names.index(name)])
+    assert (its.labels == label).all() and (its.sample_weight == weight).all()
+  assert set(task.class_numbers(padding)) == {0}
+  assert task.validation.sample_weight.tolist() == [1.0] * 3
+
+
+@pytest.mark.parametrize(
+    'clients, message',
+    [
+        ([_weighted(5), data.Examples(*_weighted(5)[:2])], 'client 1 has none, and cli'),
+        ([_weighted(5, [1, 1, 1, 1, -1])] * 2, '`clients`, must be finite and 0 or more'),
+        ([_weighted(5, np.full(5, np.nan))] * 2, 'must be finite .* found nan'),
+        ([_weighted(5, np.ones((5, 3)))] * 2, r'numbers \[8\], or .* \(8, 3\)'),
+        ([_weighted(5, label=2)] * 2, 'part `clients`, must be from 0 to 1'),
+    ],
+)
+def test_weights_that_do_not_fit_are_refused(clients, message):
+  with pytest.raises(ValueError, match=message):
+    _weighted_task(clients)

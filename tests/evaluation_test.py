@@ -1,8 +1,10 @@
 """Accuracy, calibration, and client by client."""
 
+import keras
 import numpy as np
 import pytest
 import scipy.special
+import tensorflow as tf
 
 from tests import helpers
 from tff_kd import evaluation
@@ -82,3 +84,68 @@ def test_what_has_diverged_is_scored_as_wrong():
   scores = evaluation.score(logits, np.array([1, 0, 0]), spec=_spec(classes=2))
   assert scores['accuracy'] == pytest.approx(1 / 3)
   assert np.isnan(scores['calibration_error']) and np.isnan(scores['loss'])
+
+
+def _weighted_metrics():
+  return {
+      'metrics': [keras.metrics.SparseCategoricalAccuracy(name='plain')],
+      'weighted_metrics': [keras.metrics.SparseCategoricalAccuracy(name='weighted')],
+  }
+
+
+@pytest.mark.parametrize('in_spec', [True, False])
+def test_weights_count_in_the_loss_and_in_weighted_metrics(in_spec):
+  x, y = helpers.examples(40, 0)
+  weights = np.random.default_rng(1).uniform(0.5, 3.0, 40).astype(np.float32)
+  weights[::4] = 0.0
+  labels = np.where(weights > 0, y, -1)
+  parts = (x, y, weights)[: 2 + in_spec]
+  spec = models.build_model_spec(
+      helpers.dense_fn(), input_spec=helpers.dataset(x, y).element_spec
+      if len(parts) == 2 else (*helpers.INPUT_SPEC, tf.TensorSpec([None])),
+      loss_fn=helpers.loss_fn, metrics_fn=_weighted_metrics,
+  )
+  found = evaluation.CentralEvaluator(spec).evaluate(
+      spec.initial_weights, x, labels, weights
+  )
+  kernel, bias = spec.initial_weights.trainable
+  log_p = scipy.special.log_softmax(x @ kernel + bias, -1)
+  counts = weights > 0
+  right = log_p.argmax(-1) == y
+  loss = -(weights * log_p[np.arange(40), y]).sum() / counts.sum()
+  assert found['loss'] == pytest.approx(loss, rel=1e-5)
+  assert found['accuracy'] == found['plain'] == pytest.approx(right[counts].mean())
+  assert found['weighted'] == pytest.approx(np.average(right, weights=weights), rel=1e-5)
+  assert found['calibration_error'] == pytest.approx(
+      evaluation.expected_calibration_error(log_p[counts], y[counts]), abs=1e-5
+  )
+  with pytest.raises(ValueError, match=r'`sample_weight` must .* found \(39,\)'):
+    evaluation.score(log_p, y, spec=spec, sample_weight=weights[1:])
+  with pytest.raises(ValueError, match='`sample_weight` must .* -1.0 to'):
+    evaluation.score(log_p, y, spec=spec, sample_weight=np.where(counts, weights, -1))
+
+
+def test_weights_of_a_regression_and_of_positions():
+  spec = models.build_model_spec(
+      helpers.dense_fn(classes=1),
+      input_spec=(tf.TensorSpec([None, helpers.DIM]), tf.TensorSpec([None, 1])),
+      loss_fn=keras.losses.MeanSquaredError,
+  )
+  found = evaluation.score(
+      np.float32([[1], [2], [9]]), np.float32([[0], [0], [0]]), spec=spec,
+      sample_weight=np.float32([1, 5, 0]),
+  )
+  assert found == {'rmse': pytest.approx(np.sqrt(2.5)), 'mae': 1.5}
+  positions = models.build_model_spec(
+      lambda: keras.Sequential([keras.Input((2, 4)), keras.layers.Dense(2)]),
+      input_spec=(tf.TensorSpec([None, 2, 4]), tf.TensorSpec([None, 2], tf.int32)),
+      loss_fn=helpers.loss_fn,
+  )
+  logits = np.log(np.float32([[[0.5, 0.5], [0.9, 0.1]], [[0.2, 0.8], [0.6, 0.4]]]))
+  found = evaluation.score(
+      logits, np.array([[-1, 0], [1, 1]]), spec=positions,
+      sample_weight=np.float32([[0, 1], [2, 3]]),
+  )
+  assert found['accuracy'] == pytest.approx(2 / 3)
+  by_hand = -(np.log(0.9) + 2 * np.log(0.8) + 3 * np.log(0.4)) / 3
+  assert found['loss'] == pytest.approx(by_hand, rel=1e-5)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from pipelines import centralized_job
 from pipelines import evaluate_job
 from pipelines import export_job
 from pipelines import released
@@ -78,6 +79,33 @@ def test_a_run_is_reported_evaluated_and_exported(labels, model, tmp_path, capsy
   for file in files.values():
     assert file['same_class'] == 1.0 and file['largest_difference'] < 1e-4
     assert file['accuracy'] == file['keras_accuracy']
+
+
+def test_a_task_may_have_sample_weights(tmp_path):
+  _write_kind(tmp_path, 'class numbers', 'functional', has_weights=True)
+  run_dir = tmp_path / 'run'
+  helpers.train_here(
+      '--task=tests/label_kinds.py', f'--data_dir={tmp_path}', '--rounds=4',
+      '--algorithm=fed_df', '--nocompare_with_fed_avg', '--rounds_per_checkpoint=4',
+      f'--output_dir={run_dir}', f'--cache_dir={tmp_path / "cache"}',
+  )
+  rows = helpers.rows(run_dir / 'metrics.csv')
+  # Of the 48 examples that a client trains with, 40 count, about.
+  counted = float(rows[0]['client_work/train/num_examples'])
+  assert 4 * 36 < counted < 4 * 44
+  best = json.loads((run_dir / 'results.json').read_text())['best']
+  assert best['test/student_accuracy'] > 0.7
+  central = tmp_path / 'central'
+  with helpers.flags_of(f'--config={run_dir / "config.json"}'):
+    train_flags.take_defaults()
+    evaluate_job.run(run_dir, run_dir / 'evaluation', part='test', num_worst=2)
+    centralized_job.run(central, epochs=6, learning_rate=0.01, batch_size=10)
+  report = json.loads((run_dir / 'evaluation' / 'report.json').read_text())
+  scores = report['models']['student']['scores']
+  assert scores['accuracy'] == pytest.approx(best['test/student_accuracy'])
+  assert scores['loss'] == pytest.approx(best['test/student_loss'], rel=1e-5)
+  models = json.loads((central / 'results.json').read_text())['models']
+  assert models['student']['test_accuracy'] > 0.7
 
 
 @pytest.mark.parametrize('labels, model', _EVERY)

@@ -1,7 +1,7 @@
 """Labels and models of every kind: shared by tests, and an own task of the scripts.
 
 As a task, --data_dir is a folder with a file `kind.json`: the names of labels and model,
-and whether the data have clients of their own.
+whether the data have clients of their own, and whether examples have sample weights.
 """
 
 import dataclasses
@@ -154,7 +154,13 @@ def load(*, data_dir, **kwargs):
   labels, build = LABELS[kind['labels']], MODELS[kind['model']]
 
   def examples(n, seed):
-    return data.Examples(*labels.examples(n, seed, kind['model'] == 'per position'))
+    x, y = labels.examples(n, seed, kind['model'] == 'per position')
+    if not kind.get('has_weights', False):
+      return data.Examples(x, y)
+    # Every sixth is padding, whose label is none.
+    weights = np.resize(np.float32([1, 0.5, 2, 1, 0, 1.5]), n)
+    y[weights == 0] = -1
+    return data.Examples(x, y, weights)
 
   def model_fn():
     return build(labels.units, labels.activation)

@@ -65,7 +65,9 @@ def _in_shape(predictions, shape):
   labels = np.asarray(predictions.labels)
   if shape == 'one-hot':
     labels = np.eye(_CLASSES, dtype=np.float32)[labels]
-  return predictions._replace(labels=labels[:, np.newaxis] if shape == '[n, 1]' else labels)
+  else:
+    labels = labels[:, np.newaxis]
+  return predictions._replace(labels=labels)
 
 
 @pytest.mark.parametrize('shape', ['one-hot', '[n, 1]'])

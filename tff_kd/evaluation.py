@@ -66,6 +66,7 @@ def score(
     *,
     spec: models.ModelSpec,
     names: Optional[Sequence[str]] = None,
+    sample_weight: Optional[np.ndarray] = None,
 ) -> dict[str, float]:
   """Returns how good a model's outputs are.
 
@@ -77,6 +78,11 @@ def score(
       or numbers.
     spec: The model.
     names: Which scores; all of `score_names` if `None`.
+    sample_weight: Optional weights, float `[n]`, or of the positions of sequences. As in
+      Keras they are factors of the losses, and `weighted_metrics` count by them; all
+      other scores count examples alike, but for those of weight 0, which count nowhere
+      and whose labels may be anything. The loss is the weighted sum over the number of
+      labels that count.
 
   Returns:
     Accuracy, mean cross-entropy and expected calibration error, over all labels where an
@@ -87,20 +93,44 @@ def score(
     all other scores are not a number.
 
   Raises:
-    ValueError: If the user's metrics do not take such labels.
+    ValueError: If the user's metrics do not take such labels, or weights do not fit.
   """
+  sample_weight = _weights(sample_weight, outputs, spec)
   names = score_names(spec) if names is None else names
   found = {}
   asks_users = any(its in spec.metrics.score_names for its in names)
   if asks_users and np.all(np.isfinite(outputs)):
-    found = _user_scores(outputs, labels, spec)
+    found = _user_scores(outputs, labels, spec, sample_weight)
   if any(its in _own_names(spec) and its not in found for its in names):
-    found = _own_scores(outputs, labels, spec) | found
+    found = _own_scores(outputs, labels, spec, sample_weight) | found
   return {its: found.get(its, float('nan')) for its in names}
 
 
+def _weights(
+    sample_weight: Optional[np.ndarray], outputs: np.ndarray, spec: models.ModelSpec
+) -> Optional[np.ndarray]:
+  """Returns weights with the axes of the outputs but the last."""
+  if sample_weight is None:
+    return None
+  weights, axes = np.asarray(sample_weight, np.float32), np.shape(outputs)[:-1]
+  fits = weights.shape[:1] == axes[:1] and weights.ndim <= len(axes) + 1
+  if fits and weights.ndim == len(axes) + 1:
+    fits = weights.shape[-1] == 1
+  if fits:
+    weights = spec.sample_weight((None, None, weights)).numpy()
+    fits = all(size in (1, its) for size, its in zip(weights.shape, axes))
+  if not fits or not np.all(np.isfinite(weights)) or np.any(weights < 0):
+    raise ValueError(
+        '`sample_weight` must be finite numbers of 0 or more, of the shape '
+        f'{axes[:1]} or of the outputs without the last axis, {axes}, found '
+        f'{np.shape(sample_weight)}, {np.min(weights)} to {np.max(weights)}.'
+    )
+  return weights
+
+
 def _user_scores(
-    outputs: np.ndarray, labels: np.ndarray, spec: models.ModelSpec
+    outputs: np.ndarray, labels: np.ndarray, spec: models.ModelSpec,
+    weights: Optional[np.ndarray],
 ) -> dict[str, float]:
   """The user's metrics over all examples, batch by batch."""
   _, expected = models.split_batch(spec.input_spec)
@@ -111,38 +141,48 @@ def _user_scores(
         f'{expected}, found an array of shape {labels.shape}.'
     )
   update, scores = spec.metric_functions
+  if weights is not None:
+    update = spec.weighted_metric_update
   state = spec.metrics.initial_state()
   for start in range(0, len(labels), _METRIC_BATCH):
     batch = slice(start, start + _METRIC_BATCH)
+    weight = () if weights is None else (weights[batch],)
     state = update(
-        state, tf.cast(labels[batch], expected.dtype), outputs[batch]
+        state, tf.cast(labels[batch], expected.dtype), outputs[batch], *weight
     )
   return {name: float(value) for name, value in scores(state).items()}
 
 
 def _own_scores(
-    outputs: np.ndarray, labels: np.ndarray, spec: models.ModelSpec
+    outputs: np.ndarray, labels: np.ndarray, spec: models.ModelSpec,
+    weights: Optional[np.ndarray],
 ) -> dict[str, float]:
   """Accuracy, loss and calibration, or the errors of a regression."""
   if spec.is_regression:
     errors = outputs.reshape(len(labels), -1) - labels.reshape(len(labels), -1)
+    if weights is not None:
+      each = np.broadcast_to(weights[..., np.newaxis], outputs.shape)
+      errors = errors[each.reshape(len(labels), -1) > 0]
     return {
         'rmse': float(np.sqrt(np.mean(np.square(errors)))),
         'mae': float(np.mean(np.abs(errors))),
     }
   logits = spec.class_logits(tf.constant(outputs)).numpy()
-  logits, labels = counted_predictions(logits, labels, spec)
+  logits, labels, weights = _counted(logits, labels, spec, weights)
   is_finite = np.all(np.isfinite(logits), axis=-1)
   log_p = tf.nn.log_softmax(logits).numpy()
   return {
       'accuracy': float(np.mean((np.argmax(logits, axis=-1) == labels) & is_finite)),
-      'loss': float(-np.mean(log_p[np.arange(len(labels)), labels])),
+      'loss': float(-np.mean(weights * log_p[np.arange(len(labels)), labels])),
       'calibration_error': expected_calibration_error(logits, labels),
   }
 
 
 def counted_predictions(
-    logits: np.ndarray, labels: np.ndarray, spec: models.ModelSpec
+    logits: np.ndarray,
+    labels: np.ndarray,
+    spec: models.ModelSpec,
+    sample_weight: Optional[np.ndarray] = None,
 ) -> tuple[np.ndarray, np.ndarray]:
   """Logits `[m, classes]` and class numbers `[m]` of all positions that count.
 
@@ -152,7 +192,23 @@ def counted_predictions(
     logits: `[n, ..., classes]`, as of `ModelSpec.class_logits`.
     labels: As of `score`.
     spec: The model.
+    sample_weight: As of `score`; what has weight 0 does not count.
   """
+  outputs = logits[..., 0] if spec.is_multi_label else logits
+  weights = _weights(sample_weight, outputs, spec)
+  return _counted(logits, labels, spec, weights)[:2]
+
+
+def _counted(
+    logits: np.ndarray, labels: np.ndarray, spec: models.ModelSpec,
+    weights: Optional[np.ndarray],
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+  """As `counted_predictions`, with the weights of these, float32 `[m]`."""
+  places = logits.shape[:-1]
+  if weights is None:
+    weights = np.ones(places, np.float32)
+  weights = weights.reshape(weights.shape + (1,) * (len(places) - weights.ndim))
+  weights = np.broadcast_to(weights, places).reshape(-1)
   labels = np.asarray(labels)
   if logits.shape[-1] == 1:
     logits = np.concatenate([np.zeros_like(logits), logits], axis=-1)
@@ -161,10 +217,10 @@ def counted_predictions(
     labels = labels.argmax(axis=-1)
   logits = logits.reshape(-1, logits.shape[-1])
   labels = labels.reshape(-1).astype(np.int64)
-  if spec.ignored_label is None:
-    return logits, labels
-  counted = labels != spec.ignored_label
-  return logits[counted], labels[counted]
+  counted = weights > 0
+  if spec.ignored_label is not None:
+    counted &= labels != spec.ignored_label
+  return logits[counted], labels[counted], weights[counted]
 
 
 class CentralEvaluator:
@@ -217,7 +273,11 @@ class CentralEvaluator:
     return self.spec.class_logits(tf.constant(outputs)).numpy()
 
   def evaluate(
-      self, weights: Any, inputs: Any, labels: np.ndarray
+      self,
+      weights: Any,
+      inputs: Any,
+      labels: np.ndarray,
+      sample_weight: Optional[np.ndarray] = None,
   ) -> dict[str, float]:
     """Returns the scores of `score`.
 
@@ -225,8 +285,11 @@ class CentralEvaluator:
       weights: `ModelWeights` of the model.
       inputs: Inputs as the model takes them, n of each.
       labels: `[n, ...]`: class numbers, or numbers of a regression.
+      sample_weight: Optional weights of the examples, as of `score`.
     """
-    return score(self.outputs(weights, inputs), labels, spec=self.spec)
+    return score(
+        self.outputs(weights, inputs), labels, spec=self.spec, sample_weight=sample_weight
+    )
 
 
 class FederatedEvaluation(NamedTuple):

@@ -6,7 +6,7 @@ import functools
 import importlib.metadata
 import pathlib
 import re
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, Optional, Union
 
 import keras
 import numpy as np
@@ -19,23 +19,60 @@ from tff_kd.models import zoo
 ModelFn = Callable[[], keras.Model]
 
 
-class Examples(NamedTuple):
-  """Inputs and labels, parallel along the first axis.
+class Examples(tuple):
+  """Inputs and labels, perhaps with sample weights, parallel along the first axis.
 
-  Attributes:
-    inputs: An array `[n, ...]`, or a dict of such, by name of the model's input.
-    labels: `[n, ...]`, as the loss takes them: class numbers, one-hot or binary labels,
-      or float32 numbers of a regression.
+  A tuple `(inputs, labels)` or `(inputs, labels, sample_weight)`, as `keras.Model.fit`
+  takes them, whose `len` is the number of examples.
   """
 
-  inputs: Any
-  labels: np.ndarray
+  __slots__ = ()
+
+  def __new__(
+      cls, inputs: Any, labels: np.ndarray, sample_weight: Optional[np.ndarray] = None
+  ):
+    """Makes the tuple.
+
+    Args:
+      inputs: An array `[n, ...]`, or a dict of such, by name of the model's input.
+      labels: `[n, ...]`, as the loss takes them: class numbers, one-hot or binary labels,
+        or float32 numbers of a regression.
+      sample_weight: Factors of the losses, finite and 0 or more: float32 `[n]`, or like
+        the labels of sequences. An example of weight 0 is padding; its label may be
+        anything.
+    """
+    weights = () if sample_weight is None else (sample_weight,)
+    return super().__new__(cls, (inputs, labels, *weights))
+
+  def __getnewargs__(self) -> tuple[Any, ...]:
+    return tuple(self)
+
+  def __len__(self) -> int:  # Of examples, not of parts.
+    return len(self.labels)
+
+  @property
+  def inputs(self) -> Any:
+    return self[0]
+
+  @property
+  def labels(self) -> np.ndarray:
+    return self[1]
+
+  @property
+  def sample_weight(self) -> Optional[np.ndarray]:
+    return models.sample_weight_of(tuple(self))
+
+  @property
+  def counted(self) -> np.ndarray:
+    """Which examples count, bool `[n]`: those with a weight above 0."""
+    if self.sample_weight is None:
+      return np.ones(len(self), bool)
+    weights = np.asarray(self.sample_weight).reshape(len(self), -1)
+    return np.any(weights > 0, axis=1)
 
   def take(self, rows: Any) -> 'Examples':
+    """Returns the examples of these rows."""
     return Examples(*tf.nest.map_structure(lambda a: a[rows], tuple(self)))
-
-  def __len__(self) -> int:  # Of examples, not of fields.
-    return len(self.labels)
 
 
 def _cross_entropy() -> keras.losses.Loss:
@@ -46,6 +83,14 @@ def _accuracy() -> list[keras.metrics.Metric]:
   return [keras.metrics.SparseCategoricalAccuracy(name='accuracy')]
 
 
+def _counted_labels(examples: Examples) -> np.ndarray:
+  """Returns which labels have a weight above 0, bool in the labels' shape."""
+  weights, shape = np.asarray(examples.sample_weight), np.shape(examples.labels)
+  weights = weights.reshape(weights.shape + (1,) * (len(shape) - weights.ndim))
+  return np.broadcast_to(weights > 0, shape)
+
+
+_PARTS = ('clients', 'transfer', 'validation', 'test')
 # Keras's losses of one-hot labels.
 _ONE_HOT_LOSSES = (
     keras.losses.CategoricalCrossentropy, keras.losses.CategoricalFocalCrossentropy,
@@ -60,6 +105,10 @@ ScoresFn = Callable[[Callable[[Any], np.ndarray]], Mapping[str, float]]
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
   """A task. The four parts share no example.
+
+  The examples of each part may have sample weights. Clients' training, evaluation and
+  central training use them; the server's distillation does not, and takes transfer
+  examples of weight 0 as unlabelled.
 
   Attributes:
     name: As in the registry.
@@ -90,7 +139,8 @@ class Task:
     num_labelled: So many of the first transfer examples have labels; all if `None`.
 
   Raises:
-    ValueError: If the parts do not fit, or a label is out of the loss's range.
+    ValueError: If the parts do not fit, a label is out of the loss's range, or sample
+      weights do not fit the labels, are negative or not finite.
   """
 
   name: str
@@ -129,18 +179,43 @@ class Task:
         )
     if self.client_names is not None:
       client_names_lib.ClientNames(self.client_names)  # Refuses one name for two.
+    for part in _PARTS:
+      self._check_weights(part)
     if self.num_classes is None:
       return
     loss = self.loss_fn()
-    for part in ('clients', 'transfer', 'validation', 'test'):
-      labels = np.asarray(getattr(self, part).labels)
+    for part in _PARTS:
+      examples = getattr(self, part)
+      labels = np.asarray(examples.labels)
       if part == 'transfer':
         labels = labels[: self.num_labelled]
+      if examples.sample_weight is not None:
+        labels = labels[_counted_labels(examples)[: len(labels)]]
       if models.wrong_labels(labels, loss, (self.num_classes,)).any():
         raise ValueError(
             f'The labels of the task {self.name}, of its part `{part}`, '
             + models.wrong_labels_message(labels, loss, (self.num_classes,))
         )
+
+  def _check_weights(self, part: str) -> None:
+    examples = getattr(self, part)
+    if examples.sample_weight is None:
+      return
+    weights, shape = np.asarray(examples.sample_weight), np.shape(examples.labels)
+    if weights.dtype.kind not in 'fiu' or weights.ndim > max(len(shape), 1) or any(
+        size not in (1, expected) for size, expected in zip(weights.shape[1:], shape[1:])
+    ) or weights.shape[:1] != shape[:1]:
+      raise ValueError(
+          f'The sample weights of the task {self.name}, of its part `{part}`, must be '
+          f'numbers [{len(examples)}], or have the shape of the labels {shape}, found '
+          f'{weights.dtype} {weights.shape}.'
+      )
+    wrong = ~((weights >= 0) & np.isfinite(weights))
+    if wrong.any():
+      raise ValueError(
+          f'The sample weights of the task {self.name}, of its part `{part}`, must be '
+          f'finite and 0 or more, found {weights[wrong][0]}.'
+      )
 
   @property
   def is_regression(self) -> bool:
@@ -153,10 +228,12 @@ class Task:
       examples: Of this task.
 
     Returns:
-      The classes: 0 and 1 of binary labels; `None` if examples have several labels, or
-      numbers.
+      The classes: 0 and 1 of binary labels, 0 of an example of weight 0; `None` if
+      examples have several labels, or numbers.
     """
     labels, loss = np.asarray(examples.labels), self.loss_fn()
+    if examples.sample_weight is not None:
+      labels = np.where(_counted_labels(examples), labels, np.zeros_like(labels))
     if self.is_regression:
       return None
     if isinstance(loss, _ONE_HOT_LOSSES) and labels.ndim == 2:
@@ -218,7 +295,18 @@ def image_task(*, num_classes: int, clients: Examples, **kwargs) -> Task:
 
 
 def pool(parts: Sequence[Examples]) -> tuple[Examples, list[np.ndarray]]:
-  """All examples of several clients, and the rows of each."""
+  """Returns all examples of several clients, and the rows of each.
+
+  Raises:
+    ValueError: If some clients' examples have sample weights and others' have none.
+  """
+  weighted = [part.sample_weight is not None for part in parts]
+  if any(weighted) and not all(weighted):
+    raise ValueError(
+        'Either all clients\' examples have sample weights or none: client '
+        f'{weighted.index(False)} has none, and client {weighted.index(True)} has some. '
+        'Give weights of 1 where examples count alike.'
+    )
   ends = np.cumsum([len(part) for part in parts])
   together = tf.nest.map_structure(
       lambda *arrays: np.concatenate(arrays), *(tuple(part) for part in parts)
@@ -241,7 +329,8 @@ def task_from_clients(
 
   Args:
     name: What the task is called.
-    clients: Each client's examples; a mapping gives the clients their names.
+    clients: Each client's examples, with sample weights or without; a mapping gives the
+      clients their names.
     server: The server's, which no client holds: for the transfer set and for validation.
     seed: Decides which of the server's examples are used for what.
     transfer_size: Of these for the transfer set, at most.

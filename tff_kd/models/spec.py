@@ -88,8 +88,9 @@ def as_batch(batch: Any) -> Any:
     if set(batch) - {_SAMPLE_WEIGHT} != {'x', 'y'}:
       return None
     return collections.OrderedDict((key, batch[key]) for key in sorted(batch))
-  if isinstance(batch, (tuple, list)) and len(batch) in (2, 3):
-    return tuple(batch)
+  if isinstance(batch, (tuple, list)):
+    batch = tuple(batch)  # Of `tff_kd.data.Examples`, `len` is the number of examples.
+    return batch if len(batch) in (2, 3) else None
   return None
 
 
@@ -544,6 +545,23 @@ class ModelSpec:
         graphs.TracedFunction(update, [state, labels, outputs]),
         graphs.TracedFunction(metrics.scores, [state]),
     )
+
+  @functools.cached_property
+  def weighted_metric_update(self) -> graphs.TracedFunction:
+    """As the first of `metric_functions`, with the weights as a fourth argument."""
+    metrics = self.metrics
+    _, labels = split_batch(self.input_spec)
+    labels = tf.TensorSpec([None, *labels.shape[1:]], labels.dtype)
+    outputs = tf.TensorSpec([None, *self.outputs_shape], tf.float32)
+    state = tf.nest.map_structure(tf.TensorSpec.from_tensor, metrics.initial_state())
+    weights = tf.TensorSpec([None] * len(self.outputs_shape), tf.float32)
+
+    def update(state, labels, outputs, sample_weight):
+      labels, _ = self.usable_labels(labels, sample_weight)
+      mask = self.metric_mask(labels, outputs, sample_weight=sample_weight)
+      return metrics.update(state, labels, outputs, mask, sample_weight)
+
+    return graphs.TracedFunction(update, [state, labels, outputs, weights])
 
   def to_keras(self, weights: Any) -> keras.Model:
     """Returns a Keras model of the builder with these weights.
