@@ -20,18 +20,16 @@ from tests import label_kinds
 from tff_kd import data
 
 _MODELS = list(label_kinds.MODELS)
-# Each kind of labels once, and with it one model after the other.
-_PAIRS = [
-    (labels, _MODELS[i % len(_MODELS)]) for i, labels in enumerate(label_kinds.LABELS)
-]
 # Beside the class numbers of `tasks_script_test`, one of each kind; the others are long.
 _OFTEN = {
     ('one-hot, softmax', 'subclassed'), ('binary, hinge, [n]', 'batch norm'),
     ('several', 'per position'),
 }
 _ALL = [
-    pytest.param(*pair, marks=[] if pair in _OFTEN else [pytest.mark.slow])
-    for pair in sorted({*_PAIRS, *_OFTEN})
+    pytest.param(
+        labels, model, marks=[] if (labels, model) in _OFTEN else [pytest.mark.slow]
+    )
+    for labels in label_kinds.LABELS for model in _MODELS
 ]
 _EVERY = [
     pytest.param(labels, model, marks=[pytest.mark.slow])
