@@ -261,7 +261,9 @@ class Participation:
   def _client(self, beginning: _Beginning, delay: int) -> Union[int, dict[str, Any]]:
     parts: dict[str, Any] = {}
     if self.cohort_fn is not None:
-      parts['cohort'] = client_names.cohort_of(self.cohort_fn, beginning.client, self.names)
+      parts['cohort'] = client_names.cohort_of(
+          self.cohort_fn, beginning.client, self.names
+      )
     parts['data'] = beginning.client
     if self.has_conditions:
       parts['conditions'] = conditions.ClientConditions(
