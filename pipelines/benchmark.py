@@ -8,8 +8,8 @@ A case is MODEL-CLIENTSxEXAMPLES. Each side of it is a process of its own, with 
 threads and a start of its own; they run a round in turns, and wait in between:
 
   floor   one compiled TensorFlow loop with all cores: exactly the gradient steps of all
-          clients (and for `fed_distillation` the predictions on the transfer examples and the
-          server's steps), the mean, nothing else
+          clients (and for `fed_distillation` the predictions on the transfer examples
+          and the server's steps), the mean, nothing else
   TFF     `tff.learning.algorithms.build_weighted_fed_avg` as it ships, on the worker that
           it ships, of a model of Keras 2, which is all it takes, datasets in memory
   memory  ours with datasets in memory
