@@ -1,10 +1,11 @@
-"""TensorFlow computations that are traced as TensorFlow 2, then placed into TFF's graphs.
+"""TensorFlow computations that are traced as TensorFlow 2, then handed to TFF as graphs.
 
 The graph in which `tff.tensorflow.computation` traces is one of TensorFlow 1: there
 `a == b` compares the identities of two tensors, `if` on a tensor takes a branch by that,
 and what was made eagerly before (constants, Keras models) cannot be used. `computation`
-therefore traces a function eagerly, once, as `tf.function` does, and imports its finished
-graph: users' models, losses, metrics and schedules mean what they mean in Keras.
+therefore traces a function eagerly, once, as `tf.function` does, and makes a TFF
+computation of its finished graph: users' models, losses, metrics and schedules mean what
+they mean in Keras.
 
 AutoGraph, which would parse and rewrite every function that it meets, is off: this
 package uses `tf.cond` and `tf.while_loop`. What users pass as plain functions is called
@@ -203,11 +204,46 @@ class TracedFunction:
       )
     return tf.nest.pack_sequence_as(self.output, called(*leaves))
 
+  def to_computation(self, parameter_type: Optional[tff.Type]) -> tff.Computation:
+    """Makes a TFF computation of the traced graph, without tracing or importing it again.
+
+    Args:
+      parameter_type: The type of the computation's parameter, whose leaves are those of
+        the function's arguments; `None` if it takes none.
+
+    Returns:
+      The `tff.Computation`.
+    """
+    # Here and not above: `tff_kd.runtime` uses this module.
+    from tff_kd.runtime import tff_internals
+
+    graph_def = tf.compat.v1.GraphDef()
+    graph_def.CopyFrom(self._graph_def)
+    outputs = [t.name for t in self._traced.outputs]
+    results = {name.partition(':')[0] for name in outputs}
+    checks = [f'^{op.name}' for op in self._traced.graph.control_outputs]
+    for node in graph_def.node:
+      captured = self._captured.get(f'{node.name}:0')
+      if captured is not None:
+        node.CopyFrom(_constant(node.name, captured, node.attr['dtype'].type))
+      if node.name in results:
+        node.input.extend(checks)  # Such as assertions.
+    return tff_internals.computation_of_graph(
+        graph_def,
+        parameter_type,
+        [t.name for t in self._inputs()],
+        tff.types.tensorflow_to_type(self.output),
+        _unpack(tf.nest.pack_sequence_as(self.output, outputs)),
+    )
+
+  def _inputs(self) -> list[tf.Tensor]:
+    """The placeholders of the arguments' leaves."""
+    captured = {placeholder.name for _, placeholder in self._traced.graph.captures}
+    return [t for t in self._traced.inputs if t.name not in captured]
+
   def _place(self, leaves: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     graph = self._traced.graph
-    captured = {placeholder.name for _, placeholder in graph.captures}
-    inputs = [t for t in self._traced.inputs if t.name not in captured]
-    input_map = {t.name: leaf for t, leaf in zip(inputs, leaves, strict=True)}
+    input_map = {t.name: leaf for t, leaf in zip(self._inputs(), leaves, strict=True)}
     for name, value in self._captured.items():
       input_map[name] = tf.constant(value)
     used = {
@@ -229,6 +265,14 @@ class TracedFunction:
     for result, traced in zip(results, self._traced.outputs):
       result.set_shape(traced.shape)
     return results
+
+
+def _constant(name: str, value: Any, dtype: int) -> Any:
+  """A `Const` node."""
+  node = tf.compat.v1.NodeDef(name=name, op='Const')
+  node.attr['dtype'].type = dtype
+  node.attr['value'].tensor.CopyFrom(tf.make_tensor_proto(value, dtype))
+  return node
 
 
 def _as_tensor(leaf: Any) -> Any:
@@ -286,7 +330,7 @@ def placed(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def computation(*types: Any) -> Callable[[Callable[..., Any]], tff.Computation]:
-  """As `tff.tensorflow.computation`, but traced as TensorFlow 2.
+  """As `tff.tensorflow.computation`, but traced as TensorFlow 2, and once.
 
   Args:
     *types: The types of the function's arguments, or what `tff.to_type` takes.
@@ -299,17 +343,14 @@ def computation(*types: Any) -> Callable[[Callable[..., Any]], tff.Computation]:
 
   def decorator(fn: Callable[..., Any]) -> tff.Computation:
     traced = TracedFunction(fn, [specs_of(type_spec) for type_spec in type_specs])
-
-    def call(*args, **kwargs):
-      return traced(*args, *kwargs.values())
-
-    # TFF names the parameters after those of the function.
-    call.__name__ = getattr(fn, '__name__', 'computation')
-    parameters = list(inspect.signature(fn).parameters.values())[: len(types)]
-    setattr(call, '__signature__', inspect.Signature(parameters))  # noqa: B010
-    if not types:
-      return tff.tensorflow.computation(call)
-    return tff.tensorflow.computation(*types)(call)
+    parameter_type = type_specs[0] if len(type_specs) == 1 else None
+    if len(type_specs) > 1:
+      # As TFF does, parameters are named after those of the function.
+      names = list(inspect.signature(fn).parameters)[: len(type_specs)]
+      parameter_type = tff.types.StructWithPythonType(
+          list(zip(names, type_specs, strict=True)), collections.OrderedDict
+      )
+    return traced.to_computation(parameter_type)
 
   return decorator
 

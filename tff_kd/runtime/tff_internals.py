@@ -5,7 +5,7 @@ TFF 0.87 is the last release on PyPI. Its successor (TFF's main branch, unreleas
 names are looked up when they are used, and `check_version` gives a clear error first.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 import contextlib
 import functools
 import inspect
@@ -127,6 +127,69 @@ def check_dataset_containers(type_spec: tff.Type) -> None:
   # pylint: disable=protected-access
   value_serialization._check_container_compat_with_tf_nest(type_spec)
   # pylint: enable=protected-access
+
+
+def computation_of_graph(
+    graph_def: tf.compat.v1.GraphDef,
+    parameter_type: Optional[tff.Type],
+    input_names: Sequence[str],
+    result_type: tff.Type,
+    output_names: Sequence[str],
+) -> tff.Computation:
+  """Makes a computation of a finished TensorFlow graph.
+
+  Why: `tff.tensorflow.computation` takes a Python function, which it traces into a graph
+  of its own: of a graph that is there, this makes each operation a second time.
+  Replacement: `federated_language.framework.ConcreteComputation` of
+  `federated_language.TensorFlow`; the messages and types are public there.
+
+  Args:
+    graph_def: The graph; a placeholder for TFF's session token is added.
+    parameter_type: The type of the parameter; `None` without one.
+    input_names: The names of the tensors of the parameter's leaves.
+    result_type: The type of the result.
+    output_names: The names of the tensors of the result's leaves.
+
+  Returns:
+    The computation, whose type has the Python containers of the two types.
+  """
+  from tensorflow_federated.proto.v0 import computation_pb2 as pb
+  from tensorflow_federated.python.core.impl.types import type_serialization
+
+  token = graph_def.node.add(name='session_token_tensor', op='Placeholder')
+  token.attr['dtype'].type = tf.string.as_datatype_enum
+  token.attr['shape'].shape.SetInParent()
+  body = pb.TensorFlow(
+      result=_binding(result_type, iter(output_names)),
+      session_token_tensor_name=f'{token.name}:0',
+  )
+  if parameter_type is not None:
+    body.parameter.CopyFrom(_binding(parameter_type, iter(input_names)))
+  # Equal graphs have equal bytes.
+  body.graph_def.Pack(graph_def, deterministic=True)
+  type_signature = tff.FunctionType(parameter_type, result_type)
+  return tff.framework.ConcreteComputation(
+      computation_proto=pb.Computation(
+          type=type_serialization.serialize_type(type_signature), tensorflow=body
+      ),
+      context_stack=tff.framework.get_context_stack(),
+      annotated_type=type_signature,
+  )
+
+
+def _binding(type_spec: tff.Type, names: Iterator[str]) -> Any:
+  """The binding of a type, whose leaves take one name after the other."""
+  from tensorflow_federated.proto.v0 import computation_pb2 as pb
+
+  binding = pb.TensorFlow.Binding
+  if isinstance(type_spec, tff.StructType):
+    parts = [_binding(element, names) for element in type_spec]
+    return binding(struct=pb.TensorFlow.StructBinding(element=parts))
+  if isinstance(type_spec, tff.SequenceType):
+    return binding(
+        sequence=pb.TensorFlow.SequenceBinding(variant_tensor_name=next(names))
+    )
+  return binding(tensor=pb.TensorFlow.TensorBinding(tensor_name=next(names)))
 
 
 def set_default_context(context: Any) -> None:
