@@ -30,7 +30,7 @@ def _student_fn():
   ])
 
 
-def _build(name, batches):
+def build(name, batches):
   keras.utils.set_random_seed(0)
   algorithm = algorithms.REGISTRY[name]
   parts = dict(
@@ -72,7 +72,7 @@ def _rounds(process):
     ],
 )
 def test_both_runtimes_give_the_same_rounds(name, batches):
-  process = _build(name, batches)
+  process = build(name, batches)
   here = _rounds(process)
   with tff_kd.runtime.tff_worker():
     there = _rounds(process)

@@ -1,11 +1,14 @@
-"""Where TFF's computations run: in this process, or on the worker that TFF ships."""
+"""Where TFF's computations run: in this process, on Ray, or on the worker TFF ships."""
 
 from tff_kd.runtime.in_process import AsyncInProcessContext
-from tff_kd.runtime.in_process import ComputationError
 from tff_kd.runtime.in_process import in_process
 from tff_kd.runtime.in_process import InProcessContext
 from tff_kd.runtime.in_process import set_default
 from tff_kd.runtime.in_process import tff_worker
+from tff_kd.runtime.ray import ray
+from tff_kd.runtime.ray import RayContext
+from tff_kd.runtime.ray_workers import NoWorkerError
+from tff_kd.runtime.running import ComputationError
 
 # From here on this process computes, unless another context is set.
 set_default()

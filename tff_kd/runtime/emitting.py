@@ -2,6 +2,8 @@
 
 import collections
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+import os
+import platform
 from typing import Any
 
 import tensorflow as tf
@@ -59,11 +61,19 @@ def emit_graph(
 
 def _mapped_file(attrs: Mapping[str, Any]) -> tf.Tensor:
   """Returns the tensor over a file, which is mapped once and not in each run."""
+  path = attrs['memory_region_name'].s.decode()
+  if not os.path.exists(path):
+    raise FileNotFoundError(
+        f'The file {path} of examples is not on the machine {platform.node()}. Every '
+        'machine that computes must have it under this path: name a folder that all of '
+        'them share as the `directory` of `FileClientData` and `TransferSet` (of '
+        'scripts, --cache_dir), or copy it there.'
+    )
   with tf.init_scope(), tf.device('/device:CPU:0'):
     return tf.raw_ops.ImmutableConst(
         dtype=tf.as_dtype(attrs['dtype'].type),
         shape=tf.TensorShape(attrs['shape'].shape),
-        memory_region_name=attrs['memory_region_name'].s.decode(),
+        memory_region_name=path,
     )
 
 

@@ -6,6 +6,7 @@ clients can add to in one pass are added to in one pass.
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import dataclasses
+import functools
 from typing import Any, Optional
 
 from tff_kd.compat import tff
@@ -62,29 +63,50 @@ class Stage:
   kept: Sequence[dataflow.Leaf]
   dropped: Sequence[dataflow.Leaf]
 
+  @property
+  def needed(self) -> Sequence[dataflow.Leaf]:
+    """Leaves that a client's work or the sums take; some may be the stage's own."""
+    return [*self.inputs, *(self.sums.values if self.sums else ())]
+
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Plan:
   """A compiled computation.
 
   Attributes:
+    proto: The serialized computation; compiled elsewhere it gives the same plan.
     arguments: The parts of its argument.
     stages: In the order in which they run.
     result: The leaves of its result in nested lists.
     result_type: The result's type, without Python's containers.
   """
 
+  proto: Any
   arguments: Sequence[evaluation.Argument]
   stages: Sequence[Stage]
   result: Any
   result_type: tff.Type
 
+  @functools.cached_property
+  def leaves(self) -> Sequence[dataflow.Leaf]:
+    """Leaves that come to clients or from them, in the same order wherever compiled."""
+    found = {leaf: None for argument in self.arguments for leaf in argument.leaves}
+    for stage in self.stages:
+      if stage.of_clients:
+        found |= dict.fromkeys([*stage.needed, *stage.outputs])
+        if stage.sums:
+          found |= dict.fromkeys([
+              *stage.sums.zero, *stage.sums.accumulate_captured,
+              *stage.sums.merge_captured,
+          ])
+    return list(found)
 
-def compile_computation(comp: tff.framework.ConcreteComputation) -> Plan:
+
+def compile_computation(proto: Any) -> Plan:
   """Compiles a computation.
 
   Args:
-    comp: The computation.
+    proto: The computation, serialized by `tff.framework.serialize_computation`.
 
   Returns:
     The plan. TensorFlow's graphs are only read when its stages run first.
@@ -92,9 +114,9 @@ def compile_computation(comp: tff.framework.ConcreteComputation) -> Plan:
   Raises:
     NotImplementedError: If it uses something that does not run in process.
   """
-  proto = tff.framework.serialize_computation(comp)
   arguments, result = evaluation.evaluate(proto)
   return Plan(
+      proto=proto,
       arguments=arguments,
       stages=_stages(evaluation.flatten(result)),
       result=result,
