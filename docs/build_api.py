@@ -30,8 +30,9 @@ _INNER = (
     'client.companions', 'client.companions.certainty', 'client.companions.generator',
     'client.companions.mutual', 'client.conditions', 'client.exchanges',
     'client.local_terms', 'client.local_training', 'data.client_data',
-    'data.client_names', 'knowledge.codecs', 'knowledge.rules', 'models.cohorts',
-    'models.zoo', 'server.distill', 'server.settings',
+    'data.client_names', 'knowledge.alignment', 'knowledge.codecs', 'knowledge.rules',
+    'models.cohorts', 'models.zoo', 'server.calibration', 'server.distill',
+    'server.settings',
 )
 
 

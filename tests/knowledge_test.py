@@ -14,7 +14,11 @@ from tff_kd import knowledge
 from tff_kd.knowledge import codecs
 from tff_kd.knowledge import rules
 
-_RULES = {name: rules.get(name) for name in rules.RULES if name != 'given'}
+# Those that take a row by itself; the aligned ones are in alignment_test.
+_RULES = {
+    name: rules.get(name)
+    for name in rules.RULES if name != 'given' and not name.startswith('aligned')
+}
 _NAMES = sorted(_RULES)
 
 
@@ -51,6 +55,8 @@ def _expected(name, logits, client_weights):
   p = _softmax(z)
   mean_p = _weighted_mean(p, w)
   entropy = -(p * np.log(p)).sum(-1)
+  soft_p = _softmax(z / 4)
+  soft_entropy = -(soft_p * np.log(soft_p)).sum(-1)
   return {
       'mean_logits': lambda: _softmax(_weighted_mean(z, w)),
       'mean_probabilities': lambda: mean_p,
@@ -60,6 +66,9 @@ def _expected(name, logits, client_weights):
       'confidence': lambda: _softmax(_weighted_mean(z, w * p.max(-1))),
       'entropy': lambda: _softmax(
           _weighted_mean(z, w * (1 - entropy / np.log(z.shape[-1])))
+      ),
+      'soft_entropy': lambda: _softmax(
+          _weighted_mean(z, w * (1 - soft_entropy / np.log(z.shape[-1])))
       ),
   }[name]()
 

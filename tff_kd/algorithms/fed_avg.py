@@ -1,8 +1,11 @@
-"""FedAvg (and FedOpt): no knowledge channel, no teacher.
+"""FedAvg (and FedOpt): no knowledge channel, no teacher; calibrated if asked for.
 
 McMahan et al., "Communication-Efficient Learning of Deep Networks from
 Decentralized Data" (AISTATS 2017), Algorithm 1; with another server optimizer,
-Reddi et al., "Adaptive Federated Optimization" (ICLR 2021), Algorithm 1.
+Reddi et al., "Adaptive Federated Optimization" (ICLR 2021), Algorithm 1. With unlabelled
+inputs on the server, the last bias of the averaged model is set so that it predicts the
+classes as often as a prior says (`tff_kd.server.calibration`): an honest baseline for
+distillation on the same inputs.
 """
 
 from __future__ import annotations
@@ -21,6 +24,8 @@ def build_fed_avg(
     input_spec: Any,
     loss_fn: tff_kd.models.LossFn,
     client_optimizer: tff_kd.optimizers.Optimizer,
+    calibrate_on: Optional[tff_kd.TransferSet] = None,
+    prior: Any = None,
     metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
@@ -34,8 +39,16 @@ def build_fed_avg(
     input_spec: The clients' `dataset.element_spec`.
     loss_fn: Returns a `keras.losses.Loss`.
     client_optimizer: The clients' optimizer.
+    calibrate_on: Unlabelled inputs, on which the averaged model is calibrated before it
+      is released; not at all if `None`. The model needs a trainable bias that is added
+      to its logits.
+    prior: How often each class is to be predicted there: 'uniform', or `None`, which is
+      the same; or probabilities `[classes]` above 0 that sum to 1, `[2]` of a single
+      logit (no and yes), `[labels, 2]` of labels that are present or not.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
-    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own. Where the
+      model is calibrated, clients go on from the average as it is, unless
+      `clients_start_from` says otherwise.
 
   Returns:
     A `DistillationProcess` without a teacher.
@@ -43,8 +56,23 @@ def build_fed_avg(
   students = tff_kd.models.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
+  stages = []
+  if calibrate_on is not None:
+    stages = [tff_kd.server.calibration.CalibrationStage('student', prior)]
+    options = options.with_defaults(clients_start_from='average')
+  elif prior is not None:
+    raise ValueError(
+        '`prior` is of the calibration, which there is none of without `calibrate_on`: '
+        f'pass both or neither, found prior={prior!r}.'
+    )
   return rounds.compose_process(
-      rounds.Parts(students=students, client_optimizer=client_optimizer), options
+      rounds.Parts(
+          students=students,
+          client_optimizer=client_optimizer,
+          transfer_set=calibrate_on,
+          stages=stages,
+      ),
+      options,
   )
 
 

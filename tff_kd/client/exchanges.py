@@ -220,7 +220,7 @@ def for_stages(
     transfer_set: The examples on which clients predict.
     rule: How the predictions become the consensus.
   """
-  if not any(stage.distillation.uses_ensemble for stage in stages):
+  if not any(stage.uses_ensemble for stage in stages):
     return None
   return TransferPredictions(student, transfer_set, rule)
 
@@ -294,7 +294,7 @@ class TransferExchange(TransferPredictions):
           weights, None, {}, consensus, shared_round, tf.constant([self._seed, 1])
       )
       return Learned(
-          learned.weights, has_learned=learned.measurements['num_steps'] > 0
+          learned.weights, has_learned=learned.has_learned
       )
 
     return learn
@@ -330,6 +330,12 @@ def check_stage(
         f'The rule {rule!r} weighs by a certainty that is given, which clients that '
         'keep their models do not have. Take a rule that weighs by the predictions, '
         "such as CertaintyWeighted('variance')."
+    )
+  if rule is not None and rule.needs_average:
+    raise ValueError(
+        f'The rule {rule!r} takes what the averaged student predicts, and where clients '
+        "keep their models nothing is averaged. Take a `prior` of 'uniform', 'em' or "
+        'given probabilities.'
     )
   server_distillation_lib.check_stages(
       [stage],

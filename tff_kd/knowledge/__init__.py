@@ -5,7 +5,12 @@ from tff_kd import _lazy
 __getattr__, __dir__ = _lazy.attach(
     __name__,
     {
-        **{name: name for name in ('codecs', 'coded', 'consensus', 'payload', 'rules')},
+        **{
+            name: name
+            for name in (
+                'alignment', 'codecs', 'coded', 'consensus', 'payload', 'rules',
+            )
+        },
         **{
             name: 'payload'
             for name in (
@@ -17,9 +22,10 @@ __getattr__, __dir__ = _lazy.attach(
             name: 'consensus'
             for name in (
                 'CertaintyWeighted', 'CertaintyWithDiversity', 'check_rule',
-                'ConsensusRule', 'MeanLogits', 'MeanProbabilities',
+                'ConsensusRule', 'MeanLogits', 'MeanProbabilities', 'WrappedRule',
             )
         },
+        'Aligned': 'alignment',
         **{name: 'coded' for name in ('CodedRule', 'Quantized', 'TopClasses')},
     },
 )

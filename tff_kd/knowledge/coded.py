@@ -14,7 +14,7 @@ from tff_kd import losses
 
 
 @dataclasses.dataclass(frozen=True)
-class CodedRule(consensus.ConsensusRule):
+class CodedRule(consensus.WrappedRule):
   """Another rule, over predictions that clients make coarser.
 
   A client changes its probabilities before the other rule's `encode`: it says less, and
@@ -35,25 +35,23 @@ class CodedRule(consensus.ConsensusRule):
 
   is_coded = True
   codes_changes = False
+  over_probabilities = False
+  has_unit_weights = False
+  needs_classes = True
 
   def __post_init__(self):
+    if isinstance(self.rule, consensus.WrappedRule):
+      raise ValueError(
+          f'`{type(self).__name__}` codes what a client sends, so that nothing may '
+          f'change it afterwards, found {self.rule!r} inside. Wrap the other way round: '
+          '`tff_kd.knowledge.Aligned(tff_kd.knowledge.Quantized(rule, bits=4))`.'
+      )
     if not getattr(self.rule, 'over_probabilities', False):
       raise ValueError(
           f'`{type(self).__name__}` needs a rule over probabilities, such as '
           f'`tff_kd.knowledge.MeanProbabilities()`, found {self.rule!r}: a probability '
           'of 0 has no logit.'
       )
-
-  @property
-  def has_diversity(self):
-    return self.rule.has_diversity
-
-  @property
-  def needs_certainty(self):
-    return self.rule.needs_certainty
-
-  def payload_spec(self, logits_shape, num_rows):
-    return self.rule.payload_spec(logits_shape, num_rows)
 
   @abc.abstractmethod
   def coarse(self, probabilities: tf.Tensor) -> tf.Tensor:
@@ -94,9 +92,6 @@ class CodedRule(consensus.ConsensusRule):
     return self.rule.encode(
         tf.where(tf.math.is_finite(logits), logits_of, float('nan')), *certainty
     )
-
-  def decode(self, mean_payload):
-    return self.rule.decode(mean_payload)
 
 
 @dataclasses.dataclass(frozen=True)

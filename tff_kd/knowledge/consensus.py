@@ -25,6 +25,8 @@ class ConsensusRule(abc.ABC):
     has_unit_weights: Whether the weight of a prediction is 1, whoever the client is.
     needs_classes: Whether it takes outputs for logits, so that regression models cannot
       use it.
+    needs_average: Whether its `decode` also takes the averaged student's logits on the
+      same rows, float32 `[m, ..., classes]`; needs an algorithm that averages weights.
   """
 
   has_diversity: bool = False
@@ -33,6 +35,7 @@ class ConsensusRule(abc.ABC):
   is_coded: bool = False
   has_unit_weights: bool = False
   needs_classes: bool = True
+  needs_average: bool = False
 
   def payload_spec(
       self, logits_shape: tf.TensorShape, num_rows: int
@@ -77,6 +80,81 @@ class ConsensusRule(abc.ABC):
       A `Consensus`. Rows that nobody predicted, or that came out non-finite, have
       logits 0 and mask 0.
     """
+
+
+@dataclasses.dataclass(frozen=True)
+class WrappedRule(ConsensusRule):
+  """A rule that changes what another rule is given, or what it returns.
+
+  Whatever a subclass does not define is the inner rule's: `WrappedRule(rule)` itself is
+  the identity.
+
+  Example, of a rule whose clients clip their logits:
+
+  ```
+  @dataclasses.dataclass(frozen=True)
+  class Clipped(tff_kd.knowledge.WrappedRule):
+    bound: float = 5.0
+
+    def encode(self, logits, *certainty):
+      clipped = tf.clip_by_value(logits, -self.bound, self.bound)
+      return self.rule.encode(clipped, *certainty)
+  ```
+
+  Attributes:
+    rule: The inner rule.
+  """
+
+  rule: ConsensusRule
+
+  @property
+  def has_diversity(self):
+    return self.rule.has_diversity
+
+  @property
+  def over_probabilities(self):
+    return self.rule.over_probabilities
+
+  @property
+  def needs_certainty(self):
+    return self.rule.needs_certainty
+
+  @property
+  def is_coded(self):
+    return self.rule.is_coded
+
+  @property
+  def codes_changes(self):
+    return self.rule.codes_changes
+
+  @property
+  def has_unit_weights(self):
+    return self.rule.has_unit_weights
+
+  @property
+  def needs_classes(self):
+    return self.rule.needs_classes
+
+  @property
+  def needs_average(self):
+    return self.rule.needs_average
+
+  def payload_spec(self, logits_shape, num_rows):
+    return self.rule.payload_spec(logits_shape, num_rows)
+
+  def encode(self, logits, *certainty):
+    return self.rule.encode(logits, *certainty)
+
+  def decode(self, mean_payload, *average_logits):
+    return self.rule.decode(mean_payload, *average_logits)
+
+  def message_bits(self, payload, previous=None):
+    """As of a `CodedRule`, where the inner rule is one."""
+    return self.rule.message_bits(payload, previous)
+
+  def first_message_bytes(self, logits_shape, num_rows):
+    """As of a `CodedRule`, where the inner rule is one."""
+    return self.rule.first_message_bytes(logits_shape, num_rows)
 
 
 def check_rule(rule: ConsensusRule, student: models.ModelSpec) -> None:
@@ -169,10 +247,13 @@ class CertaintyWeighted(ConsensusRule):
       function from logits `[m, ..., classes]` to finite certainties `[m]`, 0 or more.
     average: What is averaged, 'logits' or 'probabilities' (as FedAUX does: Sattler et
       al., "FedAUX: Leveraging Unlabeled Auxiliary Data in Federated Learning", 2021).
+    temperature: T of the probabilities softmax(z / T) of which 'confidence' and
+      'entropy' are taken. Above 1, predictions that are all but certain still differ.
   """
 
   certainty: Union[str, Callable[[tf.Tensor], tf.Tensor]] = 'variance'
   average: str = 'logits'
+  temperature: float = 1.0
 
   def __post_init__(self):
     names = sorted([*_CERTAINTIES, 'given'])
@@ -186,6 +267,12 @@ class CertaintyWeighted(ConsensusRule):
           "`average` must be 'logits' or 'probabilities', found "
           f'{self.average!r}.'
       )
+    checks.check_temperature(self.temperature)
+    if self.temperature != 1.0 and self.certainty not in ('confidence', 'entropy'):
+      raise ValueError(
+          "`temperature` is of the probabilities of 'confidence' and 'entropy', found "
+          f'{self.temperature!r} with certainty={self.certainty!r}. Leave it at 1.'
+      )
 
   @property
   def over_probabilities(self):
@@ -198,7 +285,9 @@ class CertaintyWeighted(ConsensusRule):
   def encode(self, logits, certainty=None):
     score = self.certainty
     if not self.needs_certainty:
-      certainty = (score if callable(score) else _CERTAINTIES[score])(logits)
+      certainty = (score if callable(score) else _CERTAINTIES[score])(
+          logits / self.temperature
+      )
     # Of sequences: the mean over the positions.
     axes = list(range(1, certainty.shape.rank))
     values = logits if self.average == 'logits' else payload_lib.probabilities(logits)

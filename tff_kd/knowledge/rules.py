@@ -15,9 +15,22 @@ RULES: dict[str, Callable[[], Any]] = {
     'variance': lambda: tff_kd.knowledge.CertaintyWeighted('variance'),
     'confidence': lambda: tff_kd.knowledge.CertaintyWeighted('confidence'),
     'entropy': lambda: tff_kd.knowledge.CertaintyWeighted('entropy'),
+    'soft_entropy': lambda: tff_kd.knowledge.CertaintyWeighted(
+        'entropy', temperature=4.0
+    ),
+    'aligned': lambda: tff_kd.knowledge.Aligned(tff_kd.knowledge.MeanLogits()),
+    'aligned_probabilities': lambda: tff_kd.knowledge.Aligned(
+        tff_kd.knowledge.MeanProbabilities()
+    ),
+    'aligned_entropy': lambda: tff_kd.knowledge.Aligned(
+        tff_kd.knowledge.CertaintyWeighted('entropy', temperature=4.0)
+    ),
     # For algorithms that give certainties.
     'given': lambda: tff_kd.knowledge.CertaintyWeighted(
         'given', average='probabilities'
+    ),
+    'aligned_given': lambda: tff_kd.knowledge.Aligned(
+        tff_kd.knowledge.CertaintyWeighted('given', average='probabilities')
     ),
 }
 

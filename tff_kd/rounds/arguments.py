@@ -18,6 +18,7 @@ from tff_kd.client import local_terms
 from tff_kd.data import client_data
 from tff_kd.data import transfer
 from tff_kd import knowledge
+from tff_kd.knowledge import alignment
 from tff_kd import models
 from tff_kd import optimizers
 from tff_kd.privacy import differential
@@ -151,6 +152,7 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
         knowledge.ConsensusRule,
         'a `tff_kd.knowledge.ConsensusRule`, such as `tff_kd.knowledge.MeanLogits()`',
     ),
+    'prior': lambda value, name: alignment.checked_prior(value),
     'local_terms': _local_terms,
     'companion': _instance(
         companions.Companion, 'a `tff_kd.client.companions.Companion`'
@@ -177,4 +179,5 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
     # Last: these may be large, and go to files.
     'transfer_set': transfer.as_transfer_set,
     'negatives': functools.partial(transfer.as_transfer_set, has_labels=False),
+    'calibrate_on': functools.partial(transfer.as_transfer_set, has_labels=False),
 }

@@ -41,6 +41,7 @@ def check(parts: parts_lib.Parts, options: options_lib.Options) -> None:
   _check_stages(parts)
   _check_companion(parts, options.client_data)
   _check_reporting(options)
+  _check_start(parts, options)
   if not parts.averages:
     _check_without_averaging(parts, options)
 
@@ -138,6 +139,24 @@ def _check_without_averaging(
     raise ValueError(
         f'{type(parts.companion).__name__} keeps a state at clients, and so do the '
         'clients of this algorithm: it needs an algorithm that averages weights.'
+    )
+
+
+def _check_start(parts: parts_lib.Parts, options: options_lib.Options) -> None:
+  """Checks that 'average' and 'distilled' are two students."""
+  start = options.clients_start_from
+  if start not in (None, 'average', 'distilled'):
+    raise ValueError(
+        "`clients_start_from` must be 'distilled', 'average' or None, found "
+        f'{start!r}.'
+    )
+  if start is not None and not parts.refines_student:
+    why = 'this algorithm averages no weights'
+    if parts.averages:
+      why = 'the server leaves the student as averaging made it'
+    raise ValueError(
+        '`clients_start_from` chooses between the averaged student and what the server '
+        f'makes of it, and {why}: leave it out, found {start!r}.'
     )
 
 

@@ -34,6 +34,10 @@ class Options:
     metrics_aggregator: As in `tff.learning.algorithms`.
     local_terms: Further terms of the clients' loss, a sequence of
       `tff_kd.client.local_terms.LocalTerm`s, after the algorithm's own.
+    clients_start_from: With which student clients begin a round, where the server
+      changes the averaged student before it releases it: 'distilled', the released
+      student; or 'average', as averaging left it. The next average begins there, too. If
+      `None`, 'distilled', unless the algorithm says otherwise.
     companion: An auxiliary component of the clients' training, a
       `tff_kd.client.companions.Companion`.
     learning_rate_fn: Maps a round's number, an int32 tensor from 0, to the clients'
@@ -59,6 +63,7 @@ class Options:
   knowledge_aggregator: Optional[tff_kd.rounds.AggregationFactory] = None
   metrics_aggregator: Optional[Any] = None
   local_terms: Sequence[tff_kd.client.local_terms.LocalTerm] = ()
+  clients_start_from: Optional[str] = None
   companion: Optional[tff_kd.client.companions.Companion] = None
   learning_rate_fn: Optional[tff_kd.client.local_training.LearningRateFn] = None
   reporting: Optional[tff_kd.Reporting] = None

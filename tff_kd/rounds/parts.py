@@ -81,4 +81,9 @@ class Parts:
   @property
   def uses_ensemble(self) -> bool:
     """Whether the server distils from what clients upload."""
-    return any(stage.distillation.uses_ensemble for stage in self.stages)
+    return any(stage.uses_ensemble for stage in self.stages)
+
+  @property
+  def refines_student(self) -> bool:
+    """Whether the server changes the student after averaging it."""
+    return self.averages and any(stage.learner == 'student' for stage in self.stages)

@@ -5,6 +5,10 @@
                                          |                          |
                                          +----- knowledge ----------+--> shared next
 ```
+
+The student that goes down is the released one, as distillation left it, or, with
+`clients_start_from='average'`, as averaging left it: `Round.sent_field` of the state. All
+that is about the student that was sent, and the next average, follows it.
 """
 
 import collections
@@ -65,6 +69,10 @@ class Round:
     self.parts, self.plan = parts, client_work.plan
     self.client_work, self.aggregator = client_work, aggregator
     self.min_reports = options.reporting.min_reports if options.reporting else 0
+    self.sends_average = options.clients_start_from == 'average'
+    self.sent_field = (
+        'aggregated_model_weights' if self.sends_average else 'global_model_weights'
+    )
     self.distributor = tff.learning.templates.build_broadcast_process(
         self.plan.broadcast_history.sent_type
     )
@@ -84,6 +92,7 @@ class Round:
               parts.exchange.rule if parts.exchange else knowledge.MeanLogits()
           ),
           seed=options.seed,
+          has_released=self.sends_average,
       )
     self.initial_history, self.remember = state_lib.build_history(
         parts.students, checks.history_size(parts.local_terms)
@@ -259,14 +268,16 @@ class Round:
     history, mean_of_history = state.student_history, _nothing()
     if self.remember is not None:
       history, mean_of_history = tff.federated_map(
-          self.remember, (state.student_history, state.global_model_weights)
+          self.remember, (state.student_history, getattr(state, self.sent_field))
       )
     companion = _nothing()
     if self.parts.companion is not None:
       companion = tff.federated_map(self.broadcast_companion, state.companion)
     sent = tff.federated_zip(
         work_lib.Broadcast(
-            student=state.global_model_weights if self.parts.averages else _nothing(),
+            student=(
+                getattr(state, self.sent_field) if self.parts.averages else _nothing()
+            ),
             teacher=(
                 state.teacher_weights if 'teacher' in self.plan.targets else _nothing()
             ),
@@ -296,7 +307,8 @@ class Round:
 
   def _learn(self, state, mean: Any) -> _Models:
     """The student moves along the mean update; then the server distils."""
-    student, finalizer, measured = state.global_model_weights, _nothing(), _nothing()
+    student = getattr(state, self.sent_field)
+    finalizer, measured = _nothing(), _nothing()
     if self.finalizer is not None:
       finalized = self.finalizer.next(state.finalizer, student, mean.model)
       student, finalizer = finalized.result, finalized.state
@@ -310,7 +322,11 @@ class Round:
         state.server_distillation,
         tff.federated_zip(
             server_distillation_lib.ServerModels(
-                student=student, teacher=state.teacher_weights
+                student=student,
+                teacher=state.teacher_weights,
+                released=(
+                    state.global_model_weights if self.sends_average else _nothing()
+                ),
             )
         ),
         mean.knowledge if self.parts.uses_ensemble else _nothing(),
@@ -350,10 +366,10 @@ class Round:
 
       return get_fn
 
-    def setter(field: str) -> tff.Computation:
+    def setter(field: str, *also: str) -> tff.Computation:
       @tff.federated_computation(member, getattr(member, field))
       def set_fn(state, value):
-        return state_lib.replaced(state, **{field: value})
+        return state_lib.replaced(state, **{name: value for name in (field, *also)})
 
       return set_fn
 
@@ -373,10 +389,11 @@ class Round:
         )
       return state_lib.replaced(state, **changed)
 
-    fields = ('global_model_weights', 'teacher_weights')
     exist = (self.parts.server_students is not None, self.parts.teacher is not None)
+    # Clients go on from a student that is set, whichever they are sent.
+    fields = (('global_model_weights', self.sent_field), ('teacher_weights',))
     pairs = [
-        (getter(field), setter(field)) if exists else (None, None)
-        for field, exists in zip(fields, exist)
+        (getter(names[0]), setter(*names)) if exists else (None, None)
+        for names, exists in zip(fields, exist)
     ]
     return description_lib.Accessors(*pairs[0], *pairs[1], get_hparams, set_hparams)

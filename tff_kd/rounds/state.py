@@ -29,10 +29,11 @@ class RoundState(NamedTuple):
   """The server's state; a slot that an algorithm does not use is ().
 
   Attributes:
-    global_model_weights: The student's `ModelWeights`, after distillation; with cohorts
-      a tuple, here and in the next two.
+    global_model_weights: The `ModelWeights` of the student that is released, after
+      distillation; with cohorts a tuple, here and in the next two. Clients begin with it,
+      unless `clients_start_from` is 'average'.
     aggregated_model_weights: The student as averaging left it, before the server's
-      distillation.
+      distillation; with 'average' what clients begin with.
     teacher_weights: The teacher's `ModelWeights`.
     student_history: A `StudentHistory`, where clients learn from it.
     shared: What goes down to clients of the last round's exchange.

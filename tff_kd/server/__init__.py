@@ -5,6 +5,7 @@ from tff_kd import _lazy
 __getattr__, __dir__ = _lazy.attach(
     __name__,
     {
+        'calibration': 'calibration',
         'distill': 'distill',
         'finalizer': 'finalizer',
         'settings': 'settings',

@@ -1,13 +1,14 @@
 """Distillation on the server: teacher from the clients, student from the teacher.
 
-A round's server work is a sequence of `DistillationStage`s, each of which lets
-one model learn from one target on this round's transfer examples. One loop serves
-all of them. What it leaves is never worse than what it found, where a validation
-part can tell, and always finite.
+A round's server work is a sequence of stages. A `DistillationStage` lets one model learn
+from one target on this round's transfer examples. One loop serves all of them. What it
+leaves is never worse than what it found, where a validation part can tell, and always
+finite. A stage of another kind (`calibration.CalibrationStage`) has the same methods.
 """
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
+import functools
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -78,47 +79,37 @@ class DistillationStage(NamedTuple):
   optimizer: optimizers.Optimizer
   distillation: settings.Distillation
 
+  @property
+  def uses_ensemble(self) -> bool:
+    """Whether clients must send predictions for this stage."""
+    return self.distillation.uses_ensemble
 
-class ServerModels(NamedTuple):
-  """The models a server distils between.
+  @property
+  def learns_from_teacher(self) -> bool:
+    """Whether the teacher is the target."""
+    return self.distillation.target == 'teacher'
 
-  Attributes:
-    student: The student's `ModelWeights`.
-    teacher: The teacher's `ModelWeights`, or ().
-  """
-
-  student: Any
-  teacher: Any
-
-
-def check_stages(
-    stages: Sequence[DistillationStage],
-    *,
-    has_teacher: bool,
-    labelled: bool,
-    has_validation: bool,
-    has_diversity: bool = False,
-) -> None:
-  """Refuses stages that lack something they need, before anything is built.
-
-  Raises:
-    ValueError: If a stage needs a teacher, labels or a validation part that is
-      not there, or if a model would learn from itself.
-    TypeError: If a stage's optimizer is not one.
-  """
-  for stage in stages:
-    d = stage.distillation
+  def check(
+      self,
+      *,
+      has_teacher: bool,
+      labelled: bool,
+      has_validation: bool,
+      has_diversity: bool,
+  ) -> None:
+    """Checks that what the stage needs is there; see `check_stages`."""
+    d = self.distillation
     optimizers.check_optimizer(
-        stage.optimizer,
-        f'{stage.learner}_optimizer',
+        self.optimizer,
+        f'{self.learner}_optimizer',
         scheduled=d.schedule is not None,
     )
-    if stage.learner == d.target:
+    if self.learner == d.target:
       raise ValueError(
-          f'The {stage.learner} cannot learn from itself. Choose another `target` '
+          f'The {self.learner} cannot learn from itself. Choose another `target` '
           'for its distillation.'
       )
-    if 'teacher' in (stage.learner, d.target) and not has_teacher:
+    if 'teacher' in (self.learner, d.target) and not has_teacher:
       raise ValueError('This distillation needs a teacher; pass `teacher_fn`.')
     if not labelled and d.distillation_weight not in (None, 1.0):
       raise ValueError(
@@ -139,15 +130,57 @@ def check_stages(
           'transfer set with `validation_size` above 0.'
       )
 
+  def check_learner(self, learner: models.ModelSpec) -> None:
+    """Refuses what compares classes where there are none; see `check_outputs`."""
+    check_outputs(self.distillation, learner)
+
+  def build_lesson(
+      self, learner: models.ModelSpec, transfer_set: transfer.TransferSet
+  ) -> 'Lesson':
+    """Builds the stage for one learner."""
+    return Lesson(self, learner, transfer_set)
+
+
+class ServerModels(NamedTuple):
+  """The models a server distils between.
+
+  Attributes:
+    student: The student's `ModelWeights`.
+    teacher: The teacher's `ModelWeights`, or ().
+    released: The student that the last round released, where that is not what this round
+      began with; it is released again if the student has nothing to learn from. Else ().
+  """
+
+  student: Any
+  teacher: Any
+  released: Any = ()
+
+
+def check_stages(stages: Sequence[Any], **available: bool) -> None:
+  """Refuses stages that lack something they need, before anything is built.
+
+  Args:
+    stages: What learns from what, in order.
+    **available: Whether there is what `DistillationStage.check` names.
+
+  Raises:
+    ValueError: If a stage needs a teacher, labels or a validation part that is
+      not there, or if a model would learn from itself.
+    TypeError: If a stage's optimizer is not one.
+  """
+  for stage in stages:
+    stage.check(**{'has_diversity': False, **available})
+
 
 def build_server_distillation(
     students: cohorts.Students,
     teacher: Optional[models.ModelSpec],
     transfer_set: transfer.TransferSet,
-    stages: Sequence[DistillationStage],
+    stages: Sequence[Any],
     *,
     consensus_rule: knowledge.ConsensusRule = knowledge.MeanLogits(),
     seed: int = 0,
+    has_released: bool = False,
 ) -> tff.templates.MeasuredProcess:
   """Builds the server's distillation.
 
@@ -161,9 +194,12 @@ def build_server_distillation(
       the student does, and the mean of their logits is the student's target.
     teacher: The teacher, if a stage uses one.
     transfer_set: Where the examples are read; its `round_ids` are learned from.
-    stages: What learns from what, in order.
+    stages: What learns from what, in order: `DistillationStage`s, and others that have
+      their methods.
     consensus_rule: How the aggregated payload becomes the ensemble's logits.
     seed: With the round number, decides the order of the examples.
+    has_released: Whether the student released in the last round comes beside the one that
+      learns. A student that takes no step then stays the released one.
 
   Returns:
     A `tff.templates.MeasuredProcess`. Its measurements, by learner: the number of
@@ -173,17 +209,18 @@ def build_server_distillation(
     have labels, else the distillation loss against the target. A model takes no steps
     to learn from a teacher that had nothing to learn from in this round.
   """
-  uses_ensemble = any(s.distillation.uses_ensemble for s in stages)
+  uses_ensemble = any(stage.uses_ensemble for stage in stages)
   for stage in stages:
     learner = teacher if stage.learner == 'teacher' else students.first
     if learner is not None:  # `check_stages` refuses a teacher that is missing.
-      check_outputs(stage.distillation, learner)
+      stage.check_learner(learner)
   if uses_ensemble:
     knowledge.check_rule(consensus_rule, students.first)
   models_type = tff.to_type(
       ServerModels(
           student=students.weights_type,
           teacher=teacher.weights_type if teacher is not None else (),
+          released=students.weights_type if has_released else (),
       )
   )
   knowledge_type = tff.to_type(())
@@ -200,7 +237,9 @@ def build_server_distillation(
 
   @graphs.computation(state_type, models_type, knowledge_type, np.int32)
   def next_tf(state, weights, mean_knowledge, round_num):
-    consensus = consensus_rule.decode(mean_knowledge) if uses_ensemble else None
+    consensus = None
+    if uses_ensemble:
+      consensus = lessons.consensus(consensus_rule, weights, mean_knowledge, round_num)
     return lessons(state, weights, consensus, round_num)
 
   @tff.federated_computation
@@ -236,6 +275,7 @@ class _Lessons:
   ):
     """Initializes them; the arguments are those of `build_server_distillation`."""
     self._students, self._teacher, self._seed = students, teacher, seed
+    self._transfer_set = transfer_set
     # Each stage once for its learner; the student's once a cohort.
     self._order = [
         (stage, cohort)
@@ -243,8 +283,7 @@ class _Lessons:
         for cohort in range(len(students.specs) if stage.learner == 'student' else 1)
     ]
     self._lessons = [
-        Lesson(
-            stage,
+        stage.build_lesson(
             teacher if stage.learner == 'teacher' else students.specs[cohort],
             transfer_set,
         )
@@ -255,9 +294,27 @@ class _Lessons:
     """Returns the optimizers' states before the first round."""
     return tuple(lesson.initial_state() for lesson in self._lessons)
 
+  def consensus(
+      self,
+      rule: knowledge.ConsensusRule,
+      weights: ServerModels,
+      mean_knowledge: knowledge.KnowledgePayload,
+      round_num: tf.Tensor,
+  ) -> knowledge.Consensus:
+    """Returns the ensemble's consensus on the round's rows."""
+    if not rule.needs_average:
+      return rule.decode(mean_knowledge)
+    students = self._students.unpack(weights.student)
+    average = self._models(students, weights.teacher, None)['student']
+    ids = self._transfer_set.prediction_ids(round_num)
+    return rule.decode(
+        mean_knowledge, knowledge.predict_logits(average, self._transfer_set, ids)
+    )
+
   def __call__(self, state, weights, consensus, round_num):
     """Returns the next state, the `ServerModels` and the measurements."""
     students = self._students.unpack(weights.student)
+    have_learned = [tf.constant(False)] * len(students)
     teacher, is_taught = weights.teacher, None
     new_state, measurements = [], collections.OrderedDict()
     for index, (stage, cohort) in enumerate(self._order):
@@ -269,18 +326,25 @@ class _Lessons:
           consensus,
           round_num,
           tf.stack([self._seed, index]),
-          may_learn=is_taught if stage.distillation.target == 'teacher' else None,
+          may_learn=is_taught if stage.learns_from_teacher else None,
       )
       new_state.append(learned.state)
       if is_teacher:
         teacher = learned.weights
-        is_taught = learned.measurements['num_steps'] > 0
+        is_taught = learned.has_learned
       else:
         students[cohort] = learned.weights
+        have_learned[cohort] |= learned.has_learned
       name = self._name(stage, cohort)
       if name in measurements:  # It learns in more than one stage.
         name = f'{name}_{index + 1}'
       measurements[name] = learned.measurements
+    if weights.released:
+      released = self._students.unpack(weights.released)
+      students = [
+          tf.nest.map_structure(functools.partial(tf.where, has_learned), new, old)
+          for has_learned, new, old in zip(have_learned, students, released)
+      ]
     result = ServerModels(student=self._students.pack(students), teacher=teacher)
     return tuple(new_state), result, measurements
 
@@ -356,11 +420,13 @@ class Learned(NamedTuple):
     weights: The learner's `ModelWeights`.
     state: The optimizer's state.
     measurements: See `build_server_distillation`.
+    has_learned: bool scalar, whether there was anything to learn from.
   """
 
   weights: Any
   state: Any
   measurements: collections.OrderedDict[str, tf.Tensor]
+  has_learned: tf.Tensor
 
 
 class Lesson:
@@ -448,7 +514,7 @@ class Lesson:
     if validation is not None:
       measurements['validation_loss_before'] = before
       measurements['validation_loss_after'] = best.loss
-    return Learned(best.weights, best.optimizer, measurements)
+    return Learned(best.weights, best.optimizer, measurements, done.step > 0)
 
   def _num_steps(
       self, num_targets: tf.Tensor, may_learn: Optional[tf.Tensor]

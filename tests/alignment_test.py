@@ -1,0 +1,333 @@
+"""Alignment of predictions to a prior: each equation against NumPy, and what holds."""
+
+import functools
+
+from hypothesis import given
+from hypothesis import settings
+from hypothesis import strategies as st
+import keras
+import numpy as np
+import pytest
+import scipy.special
+import tensorflow as tf
+
+from tests import helpers
+from tff_kd import knowledge
+from tff_kd import models
+from tff_kd.knowledge import alignment
+from tff_kd.knowledge import rules
+
+_softmax = lambda z: scipy.special.softmax(np.asarray(z, np.float64), axis=-1)
+_CLOSE = dict(rtol=2e-4, atol=2e-5)
+
+
+def _aligned(z, prior=None, steps=5):
+  """z - mean_c z, then z - log(C mean softmax(z)) (+ log C pi), in float64."""
+  z = np.asarray(z, np.float64)
+  classes = z.shape[-1]
+  prior = np.full(classes, 1 / classes) if prior is None else np.asarray(prior)
+  z = z - z.mean(-1, keepdims=True)
+  for _ in range(steps):
+    marginal = _softmax(z).reshape(-1, classes).mean(0)
+    z = z - np.log(classes * marginal) + np.log(classes * prior)
+  return z
+
+
+def _em(z, steps=50):
+  """Saerens et al., equation 2.9, with a uniform prior of the classifier."""
+  p = _softmax(z).reshape(-1, z.shape[-1])
+  prior = np.full(p.shape[-1], 1 / p.shape[-1])
+  for _ in range(steps):
+    posterior = p * prior
+    prior = (posterior / posterior.sum(-1, keepdims=True)).mean(0)
+  return prior
+
+
+def _logits(seed, clients=3, rows=7, classes=4, scale=2.0):
+  """Of clients that are each sure of a class or two."""
+  rng = np.random.default_rng(seed)
+  bias = rng.normal(size=(clients, 1, classes)) * scale
+  return (bias + scale * rng.normal(size=(clients, rows, classes))).astype(np.float32)
+
+
+def _mean_payload(rule, logits, weights):
+  payloads = [rule.encode(tf.constant(z)) for z in logits]
+  return knowledge.KnowledgePayload(*(
+      sum(w * part for w, part in zip(weights, parts)) / sum(weights)
+      for parts in zip(*payloads)
+  ))
+
+
+@functools.cache
+def _many_steps(num_steps):
+  """`align` as a graph: operation by operation, many steps take long."""
+  return tf.function(
+      lambda z, prior=None: alignment.align(
+          z, tf.ones(len(z)), prior, num_steps=num_steps
+      )
+  )
+
+
+@functools.cache
+def _whole_rule(rule):
+  """The consensus's logits of logits `[3, rows, classes]`, as a graph."""
+  return tf.function(
+      lambda z: rule.decode(
+          tf.nest.map_structure(
+              lambda *parts: tf.add_n(parts), *map(rule.encode, tf.unstack(z))
+          )
+      ).logits
+  )
+
+
+def _ones(logits):
+  return np.ones(len(logits), np.float32)
+
+
+@pytest.mark.parametrize('prior', [None, [0.5, 0.3, 0.15, 0.05]])
+@pytest.mark.parametrize('steps', [0, 1, 5])
+def test_align_is_the_formula(prior, steps):
+  z = _logits(0)[0]
+  found = alignment.align(z, _ones(z), prior, num_steps=steps)
+  np.testing.assert_allclose(found, _aligned(z, prior, steps), **_CLOSE)
+
+
+def test_rows_that_do_not_count_change_nothing_and_stay():
+  z = _logits(1)[0]
+  mask = np.array([1, 0, 1, 1, 0, 1, 1], np.float32)
+  z[4] = np.nan
+  found = alignment.align(z, mask, num_steps=5).numpy()
+  np.testing.assert_allclose(found[mask > 0], _aligned(z[mask > 0]), **_CLOSE)
+  np.testing.assert_array_equal(found[mask == 0], z[mask == 0])
+  np.testing.assert_allclose(
+      alignment.marginal(z, mask), _softmax(z[mask > 0]).mean(0), **_CLOSE
+  )
+
+
+def test_without_rows_nothing_is_aligned():
+  z = _logits(1)[0]
+  none = np.zeros(len(z), np.float32)
+  np.testing.assert_array_equal(alignment.align(z, none, num_steps=5), z)
+  for estimate in (alignment.marginal, alignment.em_prior):
+    np.testing.assert_allclose(estimate(z, none), 0.25)
+
+
+def test_sequences_have_one_marginal_over_rows_and_positions():
+  z = _logits(2, rows=30)[0].reshape(6, 5, 4)
+  found = alignment.align(z, np.ones(6, np.float32), num_steps=5)
+  np.testing.assert_allclose(found, _aligned(z), **_CLOSE)
+  np.testing.assert_allclose(
+      alignment.em_prior(z, np.ones(6, np.float32)), _em(z), **_CLOSE
+  )
+
+
+@pytest.mark.parametrize('prior', [None, (0.9, 0.1)])
+def test_a_single_logit_is_the_second_of_two_classes(prior):
+  z = _logits(3, classes=1, rows=9)[0]
+  two = _aligned(np.concatenate([np.zeros_like(z), z], -1), prior)
+  found = alignment.align(z, _ones(z), prior, num_steps=5)
+  np.testing.assert_allclose(found[:, 0], two[:, 1] - two[:, 0], **_CLOSE)
+  assert alignment.marginal(z, _ones(z)).shape == (2,)
+
+
+@pytest.mark.parametrize('prior', [None, [[0.9, 0.1], [0.5, 0.5], [0.2, 0.8]]])
+def test_labels_that_are_present_or_not_are_aligned_each_by_itself(prior):
+  z = np.random.default_rng(0).normal(1.0, 2.0, (8, 3, 1)).astype(np.float32)
+  found = alignment.align(z, np.ones(8, np.float32), prior, num_steps=30).numpy()
+  expected = [0.5] * 3 if prior is None else np.array(prior)[:, 1]
+  np.testing.assert_allclose(
+      scipy.special.expit(found).mean(0)[:, 0], expected, atol=1e-3
+  )
+  for label in range(3):
+    alone = alignment.align(
+        z[:, label], np.ones(8, np.float32),
+        None if prior is None else prior[label], num_steps=30,
+    )
+    np.testing.assert_allclose(found[:, label], alone, **_CLOSE)
+
+
+def test_em_finds_the_shares_of_the_classes():
+  # One-dimensional Gaussians with means 0, 2 and 4: the posterior is known.
+  rng = np.random.default_rng(0)
+  truth = np.array([0.7, 0.2, 0.1])
+  x = rng.choice([0.0, 2.0, 4.0], 4000, p=truth) + rng.normal(size=4000)
+  z = (-0.5 * (x[:, None] - [0.0, 2.0, 4.0]) ** 2).astype(np.float32)
+  found = alignment.em_prior(z, _ones(z)).numpy()
+  np.testing.assert_allclose(found, _em(z), **_CLOSE)
+  np.testing.assert_allclose(found, truth, atol=0.03)
+  # Below it the marginal of the predictions themselves is far off.
+  assert abs(_softmax(z).mean(0) - truth).max() > 0.05
+
+
+_INNER = {
+    'mean_logits': lambda z, w: (w * z).sum(0) / w.sum(),
+    'mean_probabilities': lambda z, w: np.log((w * _softmax(z)).sum(0) / w.sum()),
+    'soft_entropy': lambda z, w: _by_entropy(z, w),
+}
+
+
+def _by_entropy(z, w, temperature=4.0):
+  p = _softmax(z / temperature)
+  certainty = 1 + (p * np.log(p)).sum(-1, keepdims=True) / np.log(z.shape[-1])
+  return (w * certainty * z).sum(0) / (w * certainty).sum(0)
+
+
+@pytest.mark.parametrize('inner', sorted(_INNER))
+@pytest.mark.parametrize('prior', [None, (0.4, 0.3, 0.2, 0.1), 'average', 'em'])
+def test_the_rule_is_alignment_before_and_after_the_inner_rule(inner, prior):
+  logits, weights = _logits(4), [3.0, 1.0, 2.0]
+  rule = knowledge.Aligned(rules.get(inner), prior=prior, sharpness=2.0)
+  average = _logits(5)[0]
+  arguments = [tf.constant(average)] if rule.needs_average else []
+  assert rule.needs_average == (prior == 'average')
+  found = rule.decode(_mean_payload(rule, logits, weights), *arguments)
+
+  clients = np.stack([_aligned(z) for z in logits])
+  consensus = _INNER[inner](clients, np.array(weights)[:, None, None])
+  pi = prior
+  if prior == 'average':
+    pi = _softmax(average).mean(0)
+  elif prior == 'em':
+    pi = _em(consensus)
+  np.testing.assert_allclose(found.logits, _aligned(2.0 * consensus, pi), rtol=5e-3,
+                             atol=5e-4)
+  np.testing.assert_array_equal(found.mask, 1.0)
+
+
+def test_missing_rows_are_left_out_at_clients_and_in_the_consensus():
+  rule = knowledge.Aligned(knowledge.MeanLogits())
+  logits = _logits(6)
+  logits[0, 2] = np.nan
+  logits[1, 5] = np.inf
+  logits[:, 3] = np.nan
+  found = rule.decode(_mean_payload(rule, logits, [1.0] * 3))
+  present = np.isfinite(logits).all(-1)
+  clients = np.zeros(logits.shape)
+  for z, kept, out in zip(logits, present, clients):
+    out[kept] = _aligned(z[kept])
+  some = present.any(0)
+  consensus = clients.sum(0)[some] / present.sum(0)[some, None]
+  np.testing.assert_array_equal(found.mask, some)
+  np.testing.assert_allclose(found.logits[some], _aligned(consensus), **_CLOSE)
+  np.testing.assert_array_equal(found.logits[~some], 0.0)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 9999), st.floats(0.3, 3.0))
+def test_after_alignment_the_marginal_is_near_the_prior(seed, scale):
+  rng = np.random.default_rng(seed)
+  z = _logits(seed, rows=40, scale=scale)[0]
+  prior = rng.dirichlet([5.0] * 4).astype(np.float32)
+  found = _softmax(_many_steps(60)(z, prior))
+  np.testing.assert_allclose(found.mean(0), prior, atol=0.02)
+  few = _softmax(_many_steps(5)(z, prior)).mean(0)
+  assert abs(few - prior).sum() <= abs(_softmax(z).mean(0) - prior).sum() + 1e-5
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 9999))
+def test_alignment_of_what_is_aligned_changes_nothing(seed):
+  z = _logits(seed, rows=40, scale=1.0)[0]
+  once = _many_steps(200)(z)
+  twice = _many_steps(5)(once)
+  np.testing.assert_allclose(_softmax(twice), _softmax(once), atol=2e-3)
+
+
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 9999))
+def test_a_class_bias_of_a_client_changes_nothing(seed):
+  rng = np.random.default_rng(seed)
+  logits = _logits(seed, rows=40, scale=1.0)
+  biased = logits + rng.normal(size=(3, 1, 4)).astype(np.float32)
+  rule = knowledge.Aligned(knowledge.MeanLogits(), num_steps=200)
+  consensus = _whole_rule(rule)
+  found, expected = (_softmax(consensus(z)) for z in (biased, logits))
+  np.testing.assert_allclose(found, expected, atol=5e-3)
+
+
+def test_without_steps_it_is_the_inner_rule_and_sharpness_alone():
+  logits, inner = _logits(7), knowledge.MeanLogits()
+  expected = inner.decode(_mean_payload(inner, logits, [1.0] * 3))
+  for rule, factor in (
+      (knowledge.consensus.WrappedRule(inner), 1.0),
+      (knowledge.Aligned(inner, num_steps=0), 1.0),
+      (knowledge.Aligned(inner, num_steps=0, sharpness=2.0), 2.0),
+  ):
+    found = rule.decode(_mean_payload(rule, logits, [1.0] * 3))
+    np.testing.assert_allclose(found.logits, factor * expected.logits, rtol=1e-6)
+
+
+def test_what_is_coded_is_aligned_before():
+  inner = knowledge.Quantized(knowledge.MeanProbabilities(), bits=3)
+  rule = knowledge.Aligned(inner)
+  z = _logits(8)[0]
+  payload = rule.encode(tf.constant(z))
+  expected = inner.encode(alignment.align(z, _ones(z), num_steps=5))
+  np.testing.assert_array_equal(payload.values, expected.values)
+  assert rule.is_coded and rule.codes_changes
+  assert rule.message_bits(payload) == inner.message_bits(expected) > 0
+  shape = tf.TensorShape([4])
+  assert rule.first_message_bytes(shape, 7) == inner.first_message_bytes(shape, 7)
+  with pytest.raises(ValueError, match='Wrap the other way round'):
+    knowledge.Quantized(knowledge.Aligned(knowledge.MeanProbabilities()), bits=3)
+
+
+def test_the_inner_rules_properties_are_its_own():
+  mean, variance = knowledge.MeanLogits(), knowledge.CertaintyWeighted('variance')
+  assert knowledge.Aligned(mean).has_unit_weights
+  assert not knowledge.Aligned(variance).has_unit_weights
+  assert knowledge.Aligned(mean).needs_classes and not mean.needs_classes
+  assert knowledge.Aligned(knowledge.CertaintyWeighted('given')).needs_certainty
+  diverse = knowledge.Aligned(knowledge.CertaintyWithDiversity('variance'))
+  assert diverse.has_diversity
+  found = diverse.decode(_mean_payload(diverse, _logits(9), [1.0] * 3))
+  assert found.diversity.logits.shape == (7, 4)
+  # Equal rules are equal, so that what is built with one can be kept.
+  prior = np.array([0.5, 0.5])
+  assert hash(knowledge.Aligned(mean, prior=prior)) is not None
+  assert knowledge.Aligned(mean, prior='uniform') == knowledge.Aligned(mean)
+
+
+def test_a_given_certainty_goes_to_the_inner_rule():
+  rule = knowledge.Aligned(knowledge.CertaintyWeighted('given'))
+  z, certainty = _logits(10)[0], np.linspace(0.1, 0.9, 7).astype(np.float32)
+  payload = rule.encode(tf.constant(z), tf.constant(certainty))
+  np.testing.assert_allclose(payload.weights, certainty)
+  np.testing.assert_allclose(payload.values, certainty[:, None] * _aligned(z), **_CLOSE)
+
+
+@pytest.mark.parametrize(
+    'prior', [[0.5, 0.6], [1.0, 0.0], [-0.5, 1.5], [np.nan, 1.0], 'even', [], 3.0, {}]
+)
+def test_bad_priors_are_refused(prior):
+  with pytest.raises(ValueError, match='`prior` must be .*found'):
+    knowledge.Aligned(knowledge.MeanLogits(), prior=prior)
+
+
+def test_other_bad_arguments_are_refused():
+  mean = knowledge.MeanLogits()
+  with pytest.raises(ValueError, match='a probability for each class.*3.*found'):
+    knowledge.Aligned(mean, prior=[0.5, 0.5]).payload_spec(tf.TensorShape([3]), 2)
+  labels = knowledge.Aligned(mean, prior=[[0.5, 0.5]] * 3)
+  assert labels.payload_spec(tf.TensorShape([3, 1]), 2).values.shape == (2, 3, 1)
+  for kwargs, message in (
+      (dict(sharpness=0.0), '`sharpness` must be'),
+      (dict(num_steps=-1), '`num_steps` must be'),
+      (dict(num_steps=0, prior='em'), 'nothing is aligned to a prior'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      knowledge.Aligned(mean, **kwargs)
+  with pytest.raises(TypeError, match='wraps a consensus rule'):
+    knowledge.Aligned('mean_logits')
+  with pytest.raises(ValueError, match="of 'confidence' and 'entropy'"):
+    knowledge.CertaintyWeighted('variance', temperature=2.0)
+
+
+def test_regression_models_are_refused():
+  x = tf.TensorSpec([None, 2], tf.float32)
+  spec = models.build_model_spec(
+      helpers.dense_fn(classes=1, dim=2), input_spec=(x, tf.TensorSpec([None, 1])),
+      loss_fn=keras.losses.MeanSquaredError,
+  )
+  with pytest.raises(ValueError, match='Aligned.*classes'):
+    knowledge.check_rule(knowledge.Aligned(knowledge.MeanLogits()), spec)

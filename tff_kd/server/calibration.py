@@ -1,0 +1,196 @@
+"""Calibration on the server: the averaged student's last bias is set, nothing is learned.
+
+What a model predicts on average over unlabelled inputs, the marginal, is brought to a
+prior by what is added to its logits, one number a class: its last bias. This takes a pass
+over the inputs, and is the baseline against which distillation without labels has to be
+measured under label skew. Sources: `tff_kd.knowledge.alignment`.
+"""
+
+import collections
+from typing import Any, NamedTuple, Optional
+
+import numpy as np
+import tensorflow as tf
+
+from tff_kd.data import transfer
+from tff_kd import graphs
+from tff_kd.knowledge import alignment
+from tff_kd import knowledge
+from tff_kd import losses
+from tff_kd import models
+from tff_kd.server import distill
+
+# The marginal is then within rounding of the prior; a step costs little.
+_NUM_STEPS = 50
+# Of the search for the bias: examples, and how far apart logits may be. (Models may
+# compute in 16 bits.)
+_PROBES, _TOLERANCE = 4, 0.02
+
+
+class CalibrationStage(NamedTuple):
+  """Sets a model's last bias, so that its marginal on the round's rows is a prior.
+
+  A stage as `distill.DistillationStage`, without an optimizer.
+
+  Attributes:
+    learner: 'student' or 'teacher', the model that is calibrated.
+    prior: As `alignment.checked_prior` returns it: a tuple, or `None` for uniform.
+  """
+
+  learner: str = 'student'
+  prior: Optional[tuple[Any, ...]] = None
+
+  @property
+  def uses_ensemble(self) -> bool:
+    return False
+
+  @property
+  def learns_from_teacher(self) -> bool:
+    return False
+
+  def check(self, *, has_teacher: bool, **unused: bool) -> None:
+    """Checks that there is such a model.
+
+    Raises:
+      ValueError: If there is none.
+    """
+    del unused
+    if self.learner == 'teacher' and not has_teacher:
+      raise ValueError('This calibration needs a teacher; pass `teacher_fn`.')
+
+  def check_learner(self, learner: models.ModelSpec) -> None:
+    """Refuses a model without classes, or with others than the prior's.
+
+    Raises:
+      ValueError: If it is one.
+    """
+    models.check_has_classes(learner, 'Calibration')
+    if self.prior is not None:
+      alignment.check_prior_fits(self.prior, learner.logits_shape)
+
+  def build_lesson(
+      self, learner: models.ModelSpec, transfer_set: transfer.TransferSet
+  ) -> 'Calibration':
+    """Builds the stage for one learner; see `output_bias`."""
+    return Calibration(self.prior, learner, transfer_set)
+
+
+class Calibration:
+  """A `CalibrationStage` for one learner as a function, as `distill.Lesson`."""
+
+  def __init__(
+      self,
+      prior: Optional[tuple[Any, ...]],
+      learner: models.ModelSpec,
+      transfer_set: transfer.TransferSet,
+  ):
+    """Initializes the calibration.
+
+    Args:
+      prior: As of `CalibrationStage`.
+      learner: The model that is calibrated.
+      transfer_set: On whose rows the marginal is taken.
+
+    Raises:
+      ValueError: If the model has no bias that is added to its logits.
+    """
+    self._prior, self._learner, self._transfer_set = prior, learner, transfer_set
+    self._place = output_bias(learner, transfer_set)
+
+  def initial_state(self) -> tuple[()]:
+    """Returns the state before the first round: there is none."""
+    return ()
+
+  def __call__(
+      self, weights, state, models_by_name, consensus, round_num, seed, *,
+      may_learn=None,
+  ) -> distill.Learned:
+    """Calibrates; arguments as of `distill.Lesson`, most of which it does not need."""
+    del models_by_name, consensus, seed, may_learn
+    ids = self._transfer_set.round_ids(round_num)
+    values = self._learner.values(weights)
+    logits = knowledge.predict_logits(
+        models.BoundModel(self._learner, values), self._transfer_set, ids
+    )
+    axes = list(range(1, logits.shape.rank))
+    present = tf.reduce_all(tf.math.is_finite(logits), axis=axes)
+    is_binary = logits.shape[-1] == 1
+    shift = alignment.bias_to(
+        losses.two_classes(logits), present, self._prior,
+        num_steps=_NUM_STEPS, is_binary=is_binary,
+    )
+    before = self._distance(logits, present)
+    after = self._distance(logits + self._of_logits(shift, is_binary), present)
+    trainable = list(values.trainable)
+    bias = trainable[self._place]
+    shift = shift[..., 1] - shift[..., 0] if is_binary else shift
+    trainable[self._place] = bias + tf.cast(tf.reshape(shift, bias.shape), bias.dtype)
+    measurements = collections.OrderedDict(
+        num_targets=tf.math.count_nonzero(present, dtype=tf.float32),
+        marginal_distance_before=before,
+        marginal_distance_after=after,
+    )
+    calibrated = values._replace(trainable=trainable).weights
+    return distill.Learned(
+        calibrated, state, measurements, tf.reduce_any(present)
+    )
+
+  def _of_logits(self, shift: tf.Tensor, is_binary: bool) -> tf.Tensor:
+    """Returns a shift of the classes in the form of logits."""
+    return shift[..., 1:] - shift[..., :1] if is_binary else shift
+
+  def _distance(self, logits: tf.Tensor, present: tf.Tensor) -> tf.Tensor:
+    """Returns the total variation between marginal and prior; of labels their mean."""
+    found = alignment.marginal(logits, present)
+    prior = 1.0 / found.shape[-1] if self._prior is None else self._prior
+    return tf.reduce_mean(0.5 * tf.reduce_sum(tf.abs(found - prior), axis=-1))
+
+
+def output_bias(spec: models.ModelSpec, transfer_set: transfer.TransferSet) -> int:
+  """Finds the bias that is added to a model's logits.
+
+  It is found by trying: numbers added to the last trainable weights of the right shape
+  must appear in the logits of a few transfer inputs.
+
+  Args:
+    spec: The model.
+    transfer_set: Where inputs are read.
+
+  Returns:
+    The place of the bias among the model's trainable weights.
+
+  Raises:
+    ValueError: If there is none.
+  """
+  weights = spec.initial_weights
+  size = spec.outputs_shape[-1]
+  ids = tf.range(min(transfer_set.size, _PROBES))
+  shift = np.random.default_rng(0).uniform(-0.5, 0.5, size).astype(np.float32)
+
+  @graphs.function
+  def logits_of(trainable):
+    values = spec.values(weights)._replace(trainable=trainable)
+    return transfer_set.map_inputs(models.BoundModel(spec, values).logits, ids)
+
+  def normalized(logits):
+    # A softmax knows logits but for a constant.
+    return logits - logits.mean(-1, keepdims=True) if logits.shape[-1] > 1 else logits
+
+  trainable = [tf.constant(w) for w in weights.trainable]
+  before = normalized(logits_of(trainable).numpy())
+  expected = normalized(shift[:, np.newaxis] if spec.is_multi_label else shift)
+  for place in reversed(range(len(trainable))):
+    weight = trainable[place]
+    if weight.shape != [size] or not weight.dtype.is_floating:
+      continue
+    moved = list(trainable)
+    moved[place] = weight + tf.cast(shift, weight.dtype)
+    found = normalized(logits_of(moved).numpy()) - before
+    if np.allclose(found, expected, atol=_TOLERANCE):
+      return place
+  raise ValueError(
+      f'To calibrate the {spec.name} it needs a trainable bias of shape [{size}] that is '
+      'added to its logits, such as that of a last layer '
+      f'`keras.layers.Dense({size})`, and there is none. Leave `use_bias` of the last '
+      'layer at True, and the layer trainable.'
+  )
