@@ -1,5 +1,6 @@
 """Alignment of predictions to a prior: each equation against NumPy, and what holds."""
 
+import dataclasses
 import functools
 
 from hypothesis import given
@@ -12,8 +13,10 @@ import scipy.special
 import tensorflow as tf
 
 from tests import helpers
+import tff_kd
 from tff_kd import knowledge
 from tff_kd import models
+from tff_kd.client.companions import certainty
 from tff_kd.knowledge import alignment
 from tff_kd.knowledge import rules
 
@@ -331,3 +334,178 @@ def test_regression_models_are_refused():
   )
   with pytest.raises(ValueError, match='Aligned.*classes'):
     knowledge.check_rule(knowledge.Aligned(knowledge.MeanLogits()), spec)
+
+
+# Whole rounds: clients take one step, and so does each stage of the server.
+_PUBLIC, _ = helpers.examples(10, 99)
+_X = _PUBLIC.astype(np.float64)
+_SIZES = (8, 5, 6)
+_CLIENTS = [helpers.examples(n, n) for n in _SIZES]
+_STEP = tff_kd.Distillation(num_steps=1, batch_size=10)
+_PRIOR = (0.5, 0.3, 0.2)
+
+
+def _build(build, teacher=False, **kwargs):
+  keras.utils.set_random_seed(0)
+  if teacher:
+    kwargs |= dict(teacher_fn=helpers.dense_fn(), teacher_optimizer=helpers.sgd(0.5))
+  return build(
+      **helpers.common(), transfer_set=tff_kd.TransferSet(_PUBLIC),
+      distillation=_STEP, **kwargs,
+  )
+
+
+def _step(model, x, dz, rate):
+  return [model[0] - rate * x.T @ dz, model[1] - rate * dz.sum(0)]
+
+
+def _logits_of(model, x=_X):
+  return x @ model[0] + model[1]
+
+
+def _fit(model, k):
+  """A client's step of SGD with rate .1 on all of its examples."""
+  x, y = _CLIENTS[k]
+  dz = _softmax(_logits_of(model, x)) - np.eye(helpers.CLASSES)[y]
+  return _step(model, x.astype(np.float64), dz / len(x), 0.1)
+
+
+def _learn(model, target, rate):
+  """A step of distillation on the public examples."""
+  dz = (_softmax(_logits_of(model)) - _softmax(target)) / len(_X)
+  return _step(model, _X, dz, rate)
+
+
+def _mean(values, weights):
+  return sum(w * v for w, v in zip(weights, values)) / sum(weights)
+
+
+def _weights(found):
+  return [np.array(w, np.float64) for w in found.trainable]
+
+
+def _check(found, expected):
+  helpers.assert_weights_close(found.trainable, expected, rtol=2e-4, atol=2e-5)
+
+
+def _next(process, state, *states):
+  data = [helpers.dataset(x, y, 100) for x, y in _CLIENTS]
+  return process.next(state, data, *states)
+
+
+@pytest.mark.parametrize('start', ['distilled', 'average'])
+def test_rounds_of_fed_distillation_in_numpy(start):
+  process = _build(
+      tff_kd.algorithms.build_fed_distillation,
+      teacher=True,
+      student_optimizer=helpers.sgd(0.4),
+      server_optimizer=helpers.sgd(0.7, 0.5),
+      back_distillation=dataclasses.replace(_STEP, target='teacher'),
+      consensus_rule=knowledge.Aligned(
+          knowledge.MeanLogits(), prior=_PRIOR, sharpness=1.5
+      ),
+      clients_start_from=start,
+  )
+  state = process.initialize()
+  released = average = _weights(state.global_model_weights)
+  teacher = _weights(state.teacher_weights)
+  momentum = [0.0, 0.0]
+  for _ in range(3):
+    state = _next(process, state).state
+    sent = average if start == 'average' else released
+    trained = [_fit(sent, k) for k in range(3)]
+    momentum = [
+        0.5 * m + w - _mean([t[i] for t in trained], _SIZES)
+        for i, (m, w) in enumerate(zip(momentum, sent))
+    ]
+    average = [w - 0.7 * m for w, m in zip(sent, momentum)]
+    consensus = _mean([_aligned(_logits_of(t)) for t in trained], _SIZES)
+    teacher = _learn(teacher, _aligned(1.5 * consensus, _PRIOR), 0.5)
+    released = _learn(average, _logits_of(teacher), 0.4)
+    _check(state.aggregated_model_weights, average)
+    _check(state.teacher_weights, teacher)
+    _check(state.global_model_weights, released)
+
+
+@pytest.mark.parametrize('prior', ['average', 'em'])
+def test_rounds_of_fed_df_with_an_estimated_prior_in_numpy(prior):
+  process = _build(
+      tff_kd.algorithms.build_fed_df,
+      student_optimizer=helpers.sgd(0.4),
+      consensus_rule=knowledge.Aligned(knowledge.MeanProbabilities(), prior=prior),
+  )
+  state = process.initialize()
+  student = _weights(state.global_model_weights)
+  for _ in range(2):
+    state = _next(process, state).state
+    trained = [_fit(student, k) for k in range(3)]
+    average = [_mean(w, _SIZES) for w in zip(*trained)]
+    consensus = np.log(
+        _mean([_softmax(_aligned(_logits_of(t))) for t in trained], _SIZES)
+    )
+    pi = _softmax(_logits_of(average)).mean(0) if prior == 'average' else _em(consensus)
+    student = _learn(average, _aligned(consensus, pi), 0.4)
+    _check(state.global_model_weights, student)
+
+
+def test_a_round_of_fed_et_in_numpy():
+  process = _build(
+      tff_kd.algorithms.build_fed_et, teacher=True,
+      consensus_rule=knowledge.Aligned(knowledge.CertaintyWeighted('variance')),
+  )
+  state = process.initialize()
+  teacher = _weights(state.teacher_weights)
+  trained = [_fit(_weights(state.global_model_weights), k) for k in range(3)]
+  z = np.stack([_aligned(_logits_of(t)) for t in trained])
+  certainty = z.var(-1, keepdims=True)
+  consensus = (certainty * z).sum(0) / certainty.sum(0)
+  state = _next(process, state).state
+  _check(state.teacher_weights, _learn(teacher, _aligned(consensus), 0.5))
+
+
+def test_a_round_of_ds_fl_in_numpy():
+  process = _build(
+      tff_kd.algorithms.build_ds_fl,
+      consensus_rule=knowledge.Aligned(knowledge.MeanProbabilities(temperature=0.1)),
+  )
+  state = process.initialize()
+  trained = [_fit(_weights(state.global_model_weights), k) for k in range(3)]
+  mean = np.mean([_softmax(_aligned(_logits_of(t))) for t in trained], 0)
+  state = _next(process, state, [process.initialize_client()] * 3).state
+  rows = tff_kd.TransferSet(_PUBLIC).prediction_ids(0).numpy()
+  np.testing.assert_allclose(
+      state.shared.logits, _aligned(mean / 0.1)[rows], **_CLOSE
+  )
+
+
+def test_a_round_of_fed_aux_in_numpy():
+  process = _build(
+      tff_kd.algorithms.build_fed_aux,
+      negatives=helpers.examples(12, 98)[0],
+      epsilon=None,
+      student_optimizer=helpers.sgd(0.4),
+      consensus_rule=rules.get('aligned_given'),
+  )
+  state = process.initialize()
+  trained = [_fit(_weights(state.global_model_weights), k) for k in range(3)]
+  average = [_mean(w, _SIZES) for w in zip(*trained)]
+  output = _next(process, state, [process.initialize_client()] * 3)
+  features = certainty.bounded_features(certainty.flat_inputs(_PUBLIC))
+  s = np.stack([
+      certainty.score(tf.constant(kept.weights), features).numpy()
+      for kept in output.client_states
+  ])[..., np.newaxis]
+  p = np.stack([_softmax(_aligned(_logits_of(t))) for t in trained])
+  consensus = np.log((s * p).sum(0) / s.sum(0))
+  _check(
+      output.state.global_model_weights, _learn(average, _aligned(consensus), 0.4)
+  )
+
+
+def test_a_prior_of_the_average_needs_one():
+  for build in (tff_kd.algorithms.build_ds_fl, tff_kd.algorithms.build_fed_md):
+    with pytest.raises(ValueError, match='nothing is averaged.*Take a `prior`'):
+      build(
+          **helpers.common(), transfer_set=tff_kd.TransferSet(_PUBLIC),
+          consensus_rule=knowledge.Aligned(knowledge.MeanLogits(), prior='average'),
+      )

@@ -167,6 +167,7 @@ def check_rule(rule: ConsensusRule, student: models.ModelSpec) -> None:
     models.check_has_classes(student, f'The consensus {type(rule).__name__}')
 
 
+@dataclasses.dataclass(frozen=True)
 class MeanLogits(ConsensusRule):
   """sum_k w_k z_k(x) / sum_k w_k over those who predicted x.
 
