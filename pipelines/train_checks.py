@@ -163,6 +163,10 @@ def _register_unused() -> None:
       'without --not_true_weight',
   )
   _no_effect(
+      'prior_smoothing', 'prior_tau', lambda: bool(args.PRIOR_TAU.value),
+      'without --prior_tau',
+  )
+  _no_effect(
       'back_steps', 'back_distillation', lambda: args.BACK.value,
       'with --noback_distillation',
   )

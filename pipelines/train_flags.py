@@ -324,6 +324,26 @@ NOT_TRUE_WEIGHT = flags.DEFINE_float(
 NOT_TRUE_TEMPERATURE = flags.DEFINE_float(
     'not_true_temperature', 1.0, 'tau of that.', lower_bound=0.0
 )
+PRIOR_TAU = flags.DEFINE_float(
+    'prior_tau', None, 'Label skew: tau of prior-corrected cross-entropy, '
+    "CE(z + tau log pi) with the client's own shares pi of the classes (1: balanced "
+    'softmax); off if unset. Class counts stay at the client, here and in the next '
+    'three.', lower_bound=0.0,
+)
+PRIOR_SMOOTHING = flags.DEFINE_float(
+    'prior_smoothing', 0.0, 'The share of the uniform distribution in pi of that.',
+    lower_bound=0.0,
+)
+VACANT_WEIGHT = flags.DEFINE_float(
+    'vacant_weight', None, 'Label skew: lambda of the distillation from the received '
+    'student over the classes that the client does not have (FedVLS: 0.1, with '
+    '--prior_tau=1); off if unset.', lower_bound=0.0,
+)
+ABSENT_SCALE = flags.DEFINE_float(
+    'absent_scale', None, 'Label skew: factor of the logits of classes that the client '
+    "does not have, in the labels' loss only (FedRS); off if unset.",
+    lower_bound=0.0, upper_bound=1.0,
+)
 
 topics.topic("The server's distillation; unset: the algorithm's own defaults")
 TRANSFER_LABELS = flags.DEFINE_integer(
@@ -551,8 +571,9 @@ _FLAGS_OF_PARAMETER = {
 _AVERAGING = (
     'server_optimizer', 'server_learning_rate', 'client_weighting', 'local_target',
     'local_weight', 'local_temperature', 'history_size', 'proximal_weight',
-    'not_true_weight', 'not_true_temperature', 'robust_model', 'model_norm_bound',
-    'model_bits', 'model_clip', 'secure_model_bound', 'pretrain_epochs',
+    'not_true_weight', 'not_true_temperature', 'vacant_weight', 'robust_model',
+    'model_norm_bound', 'model_bits', 'model_clip', 'secure_model_bound',
+    'pretrain_epochs',
 )
 # Flags that some algorithm takes as they are.
 _OF_ALGORITHMS = frozenset(

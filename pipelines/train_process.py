@@ -146,6 +146,22 @@ def _local_terms(
     )
   if args.PROXIMAL_WEIGHT.value and 'proximal_weight' not in of_algorithm:
     terms.append(tff_kd.ProximalTerm(weight=args.PROXIMAL_WEIGHT.value))
+  return [*terms, *_terms_for_label_skew()]
+
+
+def _terms_for_label_skew() -> list[tff_kd.client.local_terms.LocalTerm]:
+  """The terms that look at how often a client has each class."""
+  terms = []
+  if args.PRIOR_TAU.value:
+    terms.append(
+        tff_kd.PriorCorrection(
+            tau=args.PRIOR_TAU.value, smoothing=args.PRIOR_SMOOTHING.value
+        )
+    )
+  if args.VACANT_WEIGHT.value:
+    terms.append(tff_kd.VacantClassDistillation(weight=args.VACANT_WEIGHT.value))
+  if args.ABSENT_SCALE.value not in (None, 1.0):
+    terms.append(tff_kd.RestrictedSoftmax(scale=args.ABSENT_SCALE.value))
   return terms
 
 

@@ -7,8 +7,8 @@ __getattr__, __dir__ = _lazy.attach(
     {
         name: name
         for name in (
-            'companions', 'conditions', 'exchanges', 'inclusion', 'local_terms',
-            'local_training', 'work',
+            'class_counts', 'companions', 'conditions', 'exchanges', 'inclusion',
+            'label_skew', 'local_terms', 'local_training', 'work',
         )
     },
 )

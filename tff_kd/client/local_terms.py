@@ -1,7 +1,8 @@
 """Terms of the clients' loss beside the supervised one; they combine freely.
 
-A term takes the loss so far and returns the loss with its own part: terms apply in
-the order in which they are given.
+A term takes the loss so far and returns the loss with its own part, and may adjust the
+logits on which the supervised loss is taken: terms apply in the order in which they are
+given.
 """
 
 import abc
@@ -28,7 +29,8 @@ class LocalStep(NamedTuple):
     labels: The batch's labels; class indices are in range.
     labelled: float32 `[batch]`, 1 where the label is known; `None` if all are.
     target_logits: Like `logits`, of the term's target; `None` without one.
-    supervised_loss: float32 scalar, the loss on the labels alone.
+    supervised_loss: float32 scalar, the loss on the labels alone; `None` in
+      `adjusted_logits`, which comes before it.
     step_num: int32, how many of the client's steps in this round came before.
     weights: The model's trainable weights.
     received: The same as the server sent them.
@@ -37,6 +39,9 @@ class LocalStep(NamedTuple):
     is_regression: Whether the outputs are numbers to be fitted, not logits.
     model: The `models.BoundModel` in training, for terms that call it again.
     sample_weight: float32, of the leading axes of `logits`; `None` without weights.
+    class_counts: float32 `[classes]` (two of a single logit), how often each class is
+      among the client's labels of this round, see `client.class_counts`; `None` unless a
+      term `needs_class_counts`. They are the client's own and never sent.
   """
 
   inputs: Any
@@ -44,7 +49,7 @@ class LocalStep(NamedTuple):
   labels: Any
   labelled: Optional[tf.Tensor]
   target_logits: Optional[tf.Tensor]
-  supervised_loss: tf.Tensor
+  supervised_loss: Optional[tf.Tensor]
   step_num: tf.Tensor
   weights: list[tf.Tensor]
   received: Sequence[tf.Tensor]
@@ -52,6 +57,7 @@ class LocalStep(NamedTuple):
   is_regression: bool = False
   model: Optional[models.BoundModel] = None
   sample_weight: Optional[tf.Tensor] = None
+  class_counts: Optional[tf.Tensor] = None
 
   def mean(self, values: tf.Tensor) -> tf.Tensor:
     """The mean over the batch as the supervised loss takes it.
@@ -79,6 +85,9 @@ class LocalTerm(abc.ABC):
     needs_classes: Whether it cannot serve a regression model.
     needs_received: Whether it compares with `LocalStep.received`, so that the server must
       send weights.
+    needs_class_counts: Whether it looks at `LocalStep.class_counts`, which costs a pass
+      over the client's labels before the training. It then serves models of one class
+      a prediction only.
   """
 
   target: Optional[str] = None
@@ -86,6 +95,22 @@ class LocalTerm(abc.ABC):
   needs_labels: bool = False
   needs_classes: bool = False
   needs_received: bool = False
+  needs_class_counts: bool = False
+
+  def adjusted_logits(self, logits: tf.Tensor, step: LocalStep) -> tf.Tensor:
+    """Returns the logits on which the supervised loss is taken.
+
+    All else (other terms, metrics, what is sent) sees the model's own logits.
+
+    Args:
+      logits: float32 `[batch, ..., classes]`, as the terms before have adjusted them.
+      step: The `LocalStep`, whose `logits` are the model's own.
+
+    Returns:
+      Logits of the same shape; here, those given.
+    """
+    del step
+    return logits
 
   @abc.abstractmethod
   def __call__(self, loss: tf.Tensor, step: LocalStep) -> tf.Tensor:
@@ -102,7 +127,12 @@ def check_history_size(value: Any) -> None:
     raise ValueError(f'`history_size` must be a positive integer, found {value!r}.')
 
 
-def _check_weight(name: str, value: float, at_most: float = float('inf')) -> None:
+def check_weight(name: str, value: float, at_most: float = float('inf')) -> None:
+  """Refuses a weight of a term that is not above 0, or above its limit.
+
+  Raises:
+    ValueError: Naming the weight.
+  """
   if not 0.0 < value <= at_most or value == float('inf'):
     limit = 'finite' if at_most == float('inf') else f'at most {at_most:g}'
     raise ValueError(
@@ -138,7 +168,7 @@ class LocalDistillation(LocalTerm):
           f'`target` of a local distillation must be one of {TARGETS}, found '
           f'{self.target!r}.'
       )
-    _check_weight('weight', self.weight, at_most=1.0)
+    check_weight('weight', self.weight, at_most=1.0)
     check_history_size(self.history_size)
 
   def __call__(self, loss, step):
@@ -172,7 +202,7 @@ class NotTrueDistillation(LocalTerm):
 
   def __post_init__(self):
     checks.check_temperature(self.temperature)
-    _check_weight('weight', self.weight)
+    check_weight('weight', self.weight)
 
   def __call__(self, loss, step):
     labels = tf.convert_to_tensor(step.labels)
@@ -204,7 +234,7 @@ class ProximalTerm(LocalTerm):
   needs_received = True
 
   def __post_init__(self):
-    _check_weight('weight', self.weight)
+    check_weight('weight', self.weight)
 
   def __call__(self, loss, step):
     squares = [

@@ -9,6 +9,7 @@ from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
 
+from tff_kd.client import class_counts
 from tff_kd.client import companions
 from tff_kd.client import local_terms as local_terms_lib
 from tff_kd.data import client_data as client_data_lib
@@ -47,6 +48,11 @@ class Start(NamedTuple):
   hparams: Any
   round_num: Any
   step_share: Optional[tf.Tensor] = None
+
+  @property
+  def needs_class_counts(self) -> bool:
+    """Whether a term looks at the counts of the client's classes."""
+    return any(term.needs_class_counts for term in self.terms)
 
 
 class Trained(NamedTuple):
@@ -189,7 +195,9 @@ class LocalTraining:
   def _over_dataset(
       self, dataset: tf.data.Dataset, start: Start, progress: _Progress
   ) -> _Progress:
-    batches = iter(dataset.with_options(_dataset_options()))
+    dataset = dataset.with_options(_dataset_options())
+    counts = self._counts_of_dataset(dataset) if start.needs_class_counts else None
+    batches = iter(dataset)
 
     def next_batch(_, progress: _Progress):
       batch = batches.get_next_as_optional()
@@ -199,7 +207,9 @@ class LocalTraining:
         size = tf.shape(tf.nest.flatten(value)[0])[0]
         # An empty batch has no loss: 0 / 0.
         return True, tf.cond(
-            size > 0, lambda: self._step(progress, value, start), lambda: progress
+            size > 0,
+            lambda: self._step(progress, value, start, counts=counts),
+            lambda: progress,
         )
 
       return tf.cond(batch.has_value(), step, lambda: (False, progress))
@@ -215,7 +225,12 @@ class LocalTraining:
     rows, labelled = client_data.rows_and_labelled(client, start.round_num)
     if start.step_share is not None:
       rows = rows[: client_data.num_elements(tf.size(rows), start.step_share)]
+      if labelled is not None:
+        labelled = labelled[: tf.size(rows)]
     observed_inputs = client_data.input_mask(client)
+    counts = None
+    if start.needs_class_counts:
+      counts = self._counts_of_rows(examples, rows, labelled)
 
     def next_slice(begin: tf.Tensor, progress: _Progress):
       end = begin + client_data.batch_size
@@ -223,18 +238,43 @@ class LocalTraining:
           raw_files.gather(examples, rows[begin:end]), observed_inputs
       )
       mask = None if labelled is None else labelled[begin:end]
-      return end, self._step(progress, batch, start, labelled=mask)
+      return end, self._step(
+          progress, batch, start, labelled=mask, counts=counts
+      )
 
     return tf.while_loop(
         lambda begin, _: begin < tf.size(rows), next_slice, (0, progress)
     )[1]
+
+  def _counts_of_dataset(self, dataset: tf.data.Dataset) -> tf.Tensor:
+    """The counts of the classes in a dataset, float32 `[classes]`."""
+    student = self._student
+
+    def add(total: tf.Tensor, batch: Any) -> tf.Tensor:
+      labels, weight = models.split_batch(batch)[1], student.sample_weight(batch)
+      return total + class_counts.count(student, labels, sample_weight=weight)
+
+    return dataset.reduce(tf.zeros([class_counts.num_classes(student)]), add)
+
+  def _counts_of_rows(
+      self, examples: Any, rows: tf.Tensor, labelled: Optional[tf.Tensor]
+  ) -> tf.Tensor:
+    """The counts of the classes in the rows that a client reads in this round."""
+    labels = raw_files.gather(models.split_batch(examples)[1], rows)
+    weight = models.sample_weight_of(examples)
+    if weight is not None:
+      weight = raw_files.gather(weight, rows)
+    weight = self._student.sample_weight((None, labels, weight))
+    return class_counts.count(self._student, labels, labelled, weight)
 
   def _step(
       self,
       progress: _Progress,
       batch: Any,
       start: Start,
+      *,
       labelled: Optional[tf.Tensor] = None,
+      counts: Optional[tf.Tensor] = None,
   ) -> _Progress:
     """One gradient step on one batch."""
     student = self._student
@@ -247,16 +287,13 @@ class LocalTraining:
           progress.values, inputs, training=True
       )
       labels, bad = student.usable_labels(labels, weight)
-      supervised_loss = tf.cast(
-          student.supervised_loss(labels, outputs, labelled, weight), tf.float32
-      )
       step = local_terms_lib.LocalStep(
           inputs=inputs,
           logits=student.class_logits(outputs),
           labels=labels,
           labelled=labelled,
           target_logits=None,
-          supervised_loss=supervised_loss,
+          supervised_loss=None,
           step_num=progress.num_batches,
           weights=progress.values.trainable,
           received=start.received,
@@ -264,8 +301,10 @@ class LocalTraining:
           is_regression=student.is_regression,
           model=models.BoundModel(student, progress.values),
           sample_weight=weight,
+          class_counts=counts,
       )
-      loss, companion = self._with_terms(supervised_loss, step, start, progress)
+      step = step._replace(supervised_loss=self._supervised_loss(outputs, step, start))
+      loss, companion = self._with_terms(step, start, progress)
       loss += regularization
     optimizer, trained = self._stepper.apply(
         progress.optimizer, trained, tape.gradient(loss, trained)
@@ -299,14 +338,28 @@ class LocalTraining:
         observed=observed,
     )
 
+  def _supervised_loss(
+      self, outputs: tf.Tensor, step: local_terms_lib.LocalStep, start: Start
+  ) -> tf.Tensor:
+    """The loss on the labels, on the logits as the terms adjust them."""
+    logits = step.logits
+    for term in start.terms:
+      logits = graphs.user_function(term.adjusted_logits)(logits, step)
+    if logits is not step.logits:
+      outputs = self._student.outputs_of(tf.cast(logits, tf.float32))
+    loss = self._student.supervised_loss(
+        step.labels, outputs, step.labelled, step.sample_weight
+    )
+    return tf.cast(loss, tf.float32)
+
   def _with_terms(
       self,
-      loss: tf.Tensor,
       step: local_terms_lib.LocalStep,
       start: Start,
       progress: _Progress,
   ) -> tuple[tf.Tensor, companions.CompanionValues]:
     """The loss with all further terms, and the companion's values after the step."""
+    loss = step.supervised_loss
     target_logits = {
         name: target.logits(step.inputs) for name, target in start.targets.items()
     }

@@ -386,6 +386,17 @@ class ModelSpec:
       return outputs
     return losses.logits_from_probabilities(outputs)
 
+  def outputs_of(self, logits: tf.Tensor) -> tf.Tensor:
+    """Outputs as the loss takes them, float32, whose `class_logits` are these.
+
+    Args:
+      logits: float32 `[batch, ..., classes]`.
+    """
+    if not self.from_logits:
+      is_binary = logits.shape[-1] == 1
+      logits = tf.sigmoid(logits) if is_binary else tf.nn.softmax(logits)
+    return tf.squeeze(logits, axis=-1) if self.is_multi_label else logits
+
   def constrained(self, trainable: Sequence[tf.Tensor]) -> list[tf.Tensor]:
     """Trainable weights after a step, under the constraints of their layers."""
     return apply_constraints(self.trainable_variables, trainable)

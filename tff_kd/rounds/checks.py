@@ -6,6 +6,7 @@ from typing import Any, Optional
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from tff_kd.client import class_counts
 from tff_kd.client import exchanges
 from tff_kd.client import local_terms as local_terms_lib
 from tff_kd.data import client_data as client_data_lib
@@ -189,6 +190,9 @@ def _check_local_terms(
       )
     if term.needs_classes:
       models.check_has_classes(parts.students.first, type(term).__name__)
+    if term.needs_class_counts:
+      for spec in parts.students.specs:
+        class_counts.check(spec, type(term).__name__)
   history_size(parts.local_terms)
 
 

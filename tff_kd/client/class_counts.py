@@ -1,0 +1,97 @@
+"""How often each class is among a client's labels: the one place that counts them.
+
+Counts are numbers of a client's own labels. They serve its own loss and stay at the
+client: nothing here is sent.
+"""
+
+from typing import Any, Optional
+
+import tensorflow as tf
+
+from tff_kd import models
+
+
+def check(spec: models.ModelSpec, what: str) -> None:
+  """Refuses a model whose labels have no classes to count.
+
+  Args:
+    spec: The model.
+    what: What needs the counts, for the error.
+
+  Raises:
+    ValueError: If the outputs are numbers, or labels of their own, or if the labels are
+      neither class indices nor distributions over the classes.
+  """
+  models.check_has_classes(spec, what)
+  if spec.is_multi_label:
+    raise ValueError(
+        f'{what} needs one class an example, and each output of the {spec.name} is a '
+        f'label of its own (by its loss, {type(spec.loss).__name__}). Leave it out, or '
+        'train one label at a time.'
+    )
+  labels = models.split_batch(spec.input_spec)[1]
+  rank = len(spec.outputs_shape)
+  if labels.shape.rank == rank or (
+      labels.shape.rank == rank + 1
+      and labels.shape[-1] in (1, None, spec.outputs_shape[-1])
+  ):
+    return
+  raise ValueError(
+      f'{what} counts the classes of labels, which must be class indices or '
+      f'distributions over the classes, one a prediction; found labels of shape '
+      f'{labels.shape} with outputs of shape {spec.outputs_shape} an example.'
+  )
+
+
+def num_classes(spec: models.ModelSpec) -> int:
+  """Returns how many classes a model tells apart; a single logit tells two."""
+  return max(spec.logits_shape[-1], 2)
+
+
+def count(
+    spec: models.ModelSpec,
+    labels: Any,
+    labelled: Optional[tf.Tensor] = None,
+    sample_weight: Optional[tf.Tensor] = None,
+) -> tf.Tensor:
+  """Counts the classes of a batch's labels.
+
+  A label does not count if the loss ignores it (padding), if it is not known, or if its
+  example has weight 0. All others count 1, whatever their weight.
+
+  Args:
+    spec: The model, for its classes and its loss.
+    labels: Class indices `[batch, ...]` or `[batch, ..., 1]`, one a prediction; 0 or 1
+      for a single logit; or distributions `[batch, ..., classes]`.
+    labelled: float32 `[batch]`, 1 where the label is known; `None` if all are.
+    sample_weight: What `ModelSpec.sample_weight` returns; `None` without weights.
+
+  Returns:
+    float32 `[classes]`.
+  """
+  labels, _ = spec.usable_labels(tf.convert_to_tensor(labels), sample_weight)
+  classes, rank = num_classes(spec), len(spec.outputs_shape)
+  is_distribution = labels.shape.rank == rank + 1 and labels.shape[-1] == classes
+  if labels.shape.rank == rank + 1 and not is_distribution:
+    labels = tf.squeeze(labels, axis=-1)
+  outputs = labels if is_distribution else labels[..., tf.newaxis]
+  mask = spec.metric_mask(
+      labels[..., 0] if is_distribution else labels, outputs, labelled, sample_weight
+  )
+  if mask is None:
+    mask = tf.ones(tf.shape(outputs)[:-1])
+  mask = tf.reshape(mask, [-1])
+  if is_distribution:
+    rows = tf.reshape(tf.cast(labels, tf.float32), [-1, classes])
+    return tf.linalg.matvec(rows, mask, transpose_a=True)
+  if spec.logits_shape[-1] == 1:
+    # 0 or 1, or the probability of 1. (Keras's hinge losses also take -1 for 0.)
+    positive = tf.clip_by_value(tf.reshape(tf.cast(labels, tf.float32), [-1]), 0.0, 1.0)
+    ones = tf.reduce_sum(positive * mask)
+    return tf.stack([tf.reduce_sum(mask) - ones, ones])
+  indices = tf.reshape(tf.cast(labels, tf.int32), [-1])
+  in_range = (indices >= 0) & (indices < classes)
+  # Whole numbers: their sum does not depend on the order.
+  return tf.math.unsorted_segment_sum(
+      tf.where(in_range, mask, 0.0), tf.where(in_range, indices, 0), classes
+  )
