@@ -536,6 +536,8 @@ def _why_not_inverted(finished: _Run, num_epochs: int) -> Optional[str]:
     return 'Inputs are numbers of words, not values that could be drawn.'
   if 'logits by class' in finished.algorithm.uploads:
     return 'Clients send one mean for each class, not predictions on examples.'
+  if 'prototypes' in finished.algorithm.uploads:
+    return 'Clients send mean features of each class, not predictions on examples.'
   if 'predictions' not in finished.algorithm.uploads:
     return 'This algorithm has no channel of predictions: clients send weights only.'
   if _server_model(finished.released) is None:

@@ -91,7 +91,9 @@ def _build(
         **steps,
     )
   if 'split_layer' in algorithm.parameters:
-    kwargs |= dict(split_layer=_SPLIT_LAYER, generative_weight=10.0)
+    kwargs['split_layer'] = _SPLIT_LAYER
+  if 'generative_weight' in algorithm.parameters:
+    kwargs['generative_weight'] = 10.0
   keras.utils.set_random_seed(seed)
   return algorithm.build(**kwargs)
 

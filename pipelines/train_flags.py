@@ -448,13 +448,17 @@ DIGEST_EPOCHS = flags.DEFINE_integer(
 DIGEST_BATCH = flags.DEFINE_integer(
     'digest_batch_size', None, 'Of fed_md: examples a step of that.', lower_bound=1
 )
+PROTOTYPE_WEIGHT = flags.DEFINE_float(
+    'prototype_weight', None, "Of fed_proto: lambda of the distance to the classes' "
+    'prototypes.', lower_bound=0.0,
+)
 REGULARIZER_WEIGHT = flags.DEFINE_float(
     'regularizer_weight', None, "Of fd: lambda of the term with the classes' logits.",
     lower_bound=0.0,
 )
 SPLIT_LAYER = flags.DEFINE_string(
-    'split_layer', None, 'Of fed_gen: the name of the layer whose outputs are generated; '
-    'the one before the last with weights if unset.'
+    'split_layer', None, 'Of fed_gen, moon and fed_proto: the name of the layer whose '
+    'outputs are the features; the one before the last with weights if unset.'
 )
 GENERATOR_STEPS = flags.DEFINE_integer(
     'generator_steps', None, 'Of fed_gen: steps a round, each an exchange with all '
@@ -465,6 +469,17 @@ GENERATOR_RATE = flags.DEFINE_float(
 )
 GENERATIVE_WEIGHT = flags.DEFINE_float(
     'generative_weight', None, "Of fed_gen: of its terms in the clients' loss.",
+    lower_bound=0.0,
+)
+CONTRAST_WEIGHT = flags.DEFINE_float(
+    'contrast_weight', None, 'Of moon: mu of the model-contrastive term.',
+    lower_bound=0.0,
+)
+CONTRAST_TEMPERATURE = flags.DEFINE_float(
+    'contrast_temperature', None, 'Of moon: tau of that.', lower_bound=0.0
+)
+DYNAMIC_WEIGHT = flags.DEFINE_float(
+    'dynamic_weight', None, 'Of fed_dyn: alpha of the dynamic regularisation.',
     lower_bound=0.0,
 )
 ENERGY_ROUNDS = flags.DEFINE_integer(

@@ -9,6 +9,7 @@ import tff_kd
 from tests import helpers
 from tff_kd.client.companions import generator
 from tff_kd import models
+from tff_kd.models import split
 
 _FEATURES, _NOISE, _BATCH, _STEPS = 4, 3, 6, 3
 _RATE = 0.05
@@ -200,7 +201,7 @@ def test_bytes(process):
 
 def test_the_split():
   model = _student_fn()
-  body, head = generator.split_model(model.layers, None)
+  body, head = split.split_layers(model.layers, None)
   assert [its.name for its in body] == ['features']
   assert [its.name for its in head] == ['last']
   deeper = keras.Sequential([
@@ -210,7 +211,7 @@ def test_the_split():
       keras.layers.Flatten(),
       keras.layers.Dense(3, name='last'),
   ])
-  body, head = generator.split_model(deeper.layers, 'conv')
+  body, head = split.split_layers(deeper.layers, 'conv')
   assert len(body) == 1 and len(head) == 3
 
 

@@ -68,7 +68,7 @@ def test_help_lists_the_algorithms():
         (['--partition=iid', '--alpha=1'], '--alpha has no effect'),
         (['--shards_per_client=3'], '--shards_per_client has no effect'),
         (['--local_weight=0.5'], '--local_weight has no effect'),
-        (['--prior_smoothing=0.5'], '--prior_smoothing has no effect without --prior_tau'),
+        (['--prior_smoothing=0.5'], '--prior_smoothing has no effect'),
         (['--algorithm=fd', '--vacant_weight=1'], '--vacant_weight has no effect'),
         (['--noback_distillation', '--back_steps=2'], '--back_steps'),
         (['--data_dir=/nowhere'], '--data_dir has no effect'),

@@ -101,6 +101,29 @@ def with_learning_rate(
   return changed
 
 
+def learning_rate(hparams: collections.OrderedDict[str, Any]) -> Optional[tf.Tensor]:
+  """Returns the rate among a TFF optimizer's hyperparameters; `None` without one."""
+  return hparams[_LEARNING_RATE] if _LEARNING_RATE in hparams else None
+
+
+def check_plain_sgd(optimizer: Optimizer, name: str, why: str) -> None:
+  """Refuses an optimizer whose step is not the rate times the gradient.
+
+  Args:
+    optimizer: A TFF optimizer or a function that returns a Keras one.
+    name: The argument's name, for the error.
+    why: Why it must be SGD, a sentence.
+
+  Raises:
+    ValueError: If it is not SGD without momentum of TFF.
+  """
+  if list(initial_hparams(optimizer)) != [_LEARNING_RATE]:
+    raise ValueError(
+        f'`{name}` must be plain SGD, `tff.learning.optimizers.build_sgdm(rate)`, found '
+        f'{optimizer!r}. {why}'
+    )
+
+
 def build_stepper(
     optimizer: Optimizer, variables: Sequence[keras.Variable]
 ) -> Union['_TffStepper', '_KerasStepper']:

@@ -20,6 +20,8 @@ from tff_kd.algorithms import fed_df
 from tff_kd.algorithms.fed_df import build_fed_df
 from tff_kd.algorithms import fed_distillation
 from tff_kd.algorithms.fed_distillation import build_fed_distillation
+from tff_kd.algorithms import fed_dyn
+from tff_kd.algorithms.fed_dyn import build_fed_dyn
 from tff_kd.algorithms import fed_et
 from tff_kd.algorithms.fed_et import build_fed_et
 from tff_kd.algorithms import fed_gen
@@ -32,18 +34,24 @@ from tff_kd.algorithms import fed_md
 from tff_kd.algorithms.fed_md import build_fed_md
 from tff_kd.algorithms import fed_ntd
 from tff_kd.algorithms.fed_ntd import build_fed_ntd
+from tff_kd.algorithms import fed_proto
+from tff_kd.algorithms.fed_proto import build_fed_proto
 from tff_kd.algorithms import fed_prox
 from tff_kd.algorithms.fed_prox import build_fed_prox
 from tff_kd.algorithms import fml
 from tff_kd.algorithms.fml import build_fml
 from tff_kd.algorithms import info
 from tff_kd.algorithms.info import Info
+from tff_kd.algorithms import moon
+from tff_kd.algorithms.moon import build_moon
+from tff_kd.algorithms import scaffold
+from tff_kd.algorithms.scaffold import build_scaffold
 
 REGISTRY: dict[str, Info] = {
     module.INFO.name: module.INFO
     for module in (
-        fed_avg, fed_prox, fed_ntd, fed_gkd, fed_df, fed_et, fed_gen, fml, fed_kd,
-        fed_aux, fd, fed_md, ds_fl, cfd, fed_distillation,
+        fed_avg, fed_prox, scaffold, fed_dyn, fed_ntd, fed_gkd, fed_df, fed_et, fed_gen,
+        moon, fml, fed_kd, fed_aux, fd, fed_proto, fed_md, ds_fl, cfd, fed_distillation,
     )
 }
 

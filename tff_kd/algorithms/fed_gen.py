@@ -71,17 +71,13 @@ def build_fed_gen(
   Raises:
     ValueError: If there are several architectures, or the student cannot be split.
   """
-  if isinstance(student_fn, (list, tuple)):
-    raise ValueError(
-        'FedGen has one architecture, in whose features the generator works; found '
-        f'{len(student_fn)} builders in `student_fn`.'
-    )
-  student = tff_kd.models.build_model_spec(
+  student = tff_kd.models.cohorts.build_one_student(
       student_fn,
+      'FedGen',
+      'in whose features the generator works',
       input_spec=input_spec,
       loss_fn=loss_fn,
       metrics_fn=metrics_fn,
-      name='student',
   )
   companion = tff_kd.client.companions.generator.FeatureGenerator(
       student,

@@ -68,7 +68,7 @@ class Info:
   @property
   def sends_knowledge(self) -> bool:
     """Whether something goes up in place of, or beside, weights, as one sum."""
-    return bool({'predictions', 'logits by class'} & set(self.uploads))
+    return bool({'predictions', 'logits by class', 'prototypes'} & set(self.uploads))
 
   @property
   def needs(self) -> tuple[str, ...]:

@@ -8,7 +8,7 @@ __getattr__, __dir__ = _lazy.attach(
         name: name
         for name in (
             'class_counts', 'companions', 'conditions', 'exchanges', 'inclusion',
-            'label_skew', 'local_terms', 'local_training', 'work',
+            'label_skew', 'local_terms', 'local_training', 'prototypes', 'work',
         )
     },
 )

@@ -69,29 +69,81 @@ def count(
   Returns:
     float32 `[classes]`.
   """
+  labels, mask = _usable(spec, labels, labelled, sample_weight)
+  if _are_distributions(spec, labels) or spec.logits_shape[-1] == 1:
+    return tf.reduce_sum(_rows(spec, labels, mask), axis=0)
+  # Of all that a client has at once: rows of zeros and ones would be large.
+  indices, mask = _in_range(spec, labels, mask)
+  # Whole numbers: their sum does not depend on the order.
+  return tf.math.unsorted_segment_sum(mask, indices, num_classes(spec))
+
+
+def one_hot(
+    spec: models.ModelSpec,
+    labels: Any,
+    labelled: Optional[tf.Tensor] = None,
+    sample_weight: Optional[tf.Tensor] = None,
+) -> tf.Tensor:
+  """Returns labels as rows whose sum is `count`.
+
+  Args:
+    spec: As of `count`.
+    labels: As of `count`.
+    labelled: As of `count`.
+    sample_weight: As of `count`.
+
+  Returns:
+    float32 `[predictions, classes]`, one row a prediction; zeros where the label does
+    not count.
+  """
+  return _rows(spec, *_usable(spec, labels, labelled, sample_weight))
+
+
+def _are_distributions(spec: models.ModelSpec, labels: tf.Tensor) -> bool:
+  """Whether labels `[batch, ...]` have an axis of classes."""
+  rank = len(spec.outputs_shape)
+  return labels.shape.rank == rank + 1 and labels.shape[-1] == num_classes(spec)
+
+
+def _usable(
+    spec: models.ModelSpec,
+    labels: Any,
+    labelled: Optional[tf.Tensor],
+    sample_weight: Optional[tf.Tensor],
+) -> tuple[tf.Tensor, tf.Tensor]:
+  """Labels without a last axis of one, and float32 `[predictions]`: 1 if they count."""
   labels, _ = spec.usable_labels(tf.convert_to_tensor(labels), sample_weight)
-  classes, rank = num_classes(spec), len(spec.outputs_shape)
-  is_distribution = labels.shape.rank == rank + 1 and labels.shape[-1] == classes
-  if labels.shape.rank == rank + 1 and not is_distribution:
+  are_distributions = _are_distributions(spec, labels)
+  if labels.shape.rank == len(spec.outputs_shape) + 1 and not are_distributions:
     labels = tf.squeeze(labels, axis=-1)
-  outputs = labels if is_distribution else labels[..., tf.newaxis]
+  outputs = labels if are_distributions else labels[..., tf.newaxis]
   mask = spec.metric_mask(
-      labels[..., 0] if is_distribution else labels, outputs, labelled, sample_weight
+      labels[..., 0] if are_distributions else labels, outputs, labelled, sample_weight
   )
   if mask is None:
     mask = tf.ones(tf.shape(outputs)[:-1])
-  mask = tf.reshape(mask, [-1])
-  if is_distribution:
+  return labels, tf.reshape(mask, [-1])
+
+
+def _in_range(
+    spec: models.ModelSpec, labels: tf.Tensor, mask: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+  """Class indices `[predictions]`, and the mask without those out of range."""
+  indices = tf.reshape(tf.cast(labels, tf.int32), [-1])
+  in_range = (indices >= 0) & (indices < num_classes(spec))
+  return tf.where(in_range, indices, 0), tf.where(in_range, mask, 0.0)
+
+
+def _rows(spec: models.ModelSpec, labels: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
+  """float32 `[predictions, classes]`, zeros where the mask is."""
+  classes = num_classes(spec)
+  if _are_distributions(spec, labels):
     rows = tf.reshape(tf.cast(labels, tf.float32), [-1, classes])
-    return tf.linalg.matvec(rows, mask, transpose_a=True)
-  if spec.logits_shape[-1] == 1:
+  elif spec.logits_shape[-1] == 1:
     # 0 or 1, or the probability of 1. (Keras's hinge losses also take -1 for 0.)
     positive = tf.clip_by_value(tf.reshape(tf.cast(labels, tf.float32), [-1]), 0.0, 1.0)
-    ones = tf.reduce_sum(positive * mask)
-    return tf.stack([tf.reduce_sum(mask) - ones, ones])
-  indices = tf.reshape(tf.cast(labels, tf.int32), [-1])
-  in_range = (indices >= 0) & (indices < classes)
-  # Whole numbers: their sum does not depend on the order.
-  return tf.math.unsorted_segment_sum(
-      tf.where(in_range, mask, 0.0), tf.where(in_range, indices, 0), classes
-  )
+    rows = tf.stack([1.0 - positive, positive], axis=-1)
+  else:
+    indices, mask = _in_range(spec, labels, mask)
+    rows = tf.one_hot(indices, classes)
+  return rows * mask[:, tf.newaxis]

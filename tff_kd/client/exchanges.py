@@ -120,8 +120,13 @@ class Exchange(abc.ABC):
     del student
     return None
 
-  def observer(self) -> Optional[companions.Observer]:
-    """Returns what to sum over the local steps, or `None`."""
+  def observer(self, student: models.ModelSpec) -> Optional[companions.Observer]:
+    """Returns what to sum over the local steps, or `None`.
+
+    Args:
+      student: The client's model.
+    """
+    del student
     return None
 
   def message_bits(
@@ -436,17 +441,12 @@ class ClassExchange(Exchange):
 
     return learn
 
-  def observer(self):
-    def observe(logits, labels, counted):
-      one_hot = tf.one_hot(
-          tf.reshape(tf.cast(labels, tf.int32), [-1]), self._classes
-      )
-      if counted is not None:  # What the loss ignores may be no class, or one.
-        counted = tf.broadcast_to(
-            losses.with_rank(counted, labels.shape.rank), tf.shape(labels)
-        )
-        one_hot *= tf.reshape(counted, [-1, 1])
-      flat = tf.reshape(logits, [-1, self._classes])
+  def observer(self, student):
+    del student
+
+    def observe(step):
+      one_hot = step.one_hot_labels()
+      flat = tf.reshape(step.logits, [-1, self._classes])
       return knowledge.KnowledgePayload(
           values=tf.matmul(one_hot, flat, transpose_a=True),
           weights=tf.reduce_sum(one_hot, axis=0),

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Optional
 import tensorflow as tf
 
 from tff_kd import checks
+from tff_kd.client import class_counts
 from tff_kd import losses
 from tff_kd import models
 
@@ -58,6 +59,15 @@ class LocalStep(NamedTuple):
   model: Optional[models.BoundModel] = None
   sample_weight: Optional[tf.Tensor] = None
   class_counts: Optional[tf.Tensor] = None
+
+  def one_hot_labels(self) -> tf.Tensor:
+    """float32 `[predictions, classes]`; zeros where a label does not count.
+
+    Of models of one class a prediction, see `client.class_counts`.
+    """
+    return class_counts.one_hot(
+        self.model.spec, self.labels, self.labelled, self.sample_weight
+    )
 
   def mean(self, values: tf.Tensor) -> tf.Tensor:
     """The mean over the batch as the supervised loss takes it.

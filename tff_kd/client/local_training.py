@@ -35,7 +35,7 @@ class Start(NamedTuple):
     terms: The `LocalTerm`s beside the supervised loss, in order.
     targets: By name ('student', 'teacher', ...), the `BoundModel`s that terms learn from.
     companion: A companion's `CompanionValues`.
-    hparams: The optimizer's hyperparameters.
+    hparams: The optimizer's hyperparameters in this round (`LocalTraining.hparams`).
     round_num: int32 scalar, or () where nothing needs it.
     step_share: float32, which part of its steps the client does; all of them if `None`.
   """
@@ -157,16 +157,24 @@ class LocalTraining:
         optimizer, [*student.trainable_variables, *attachment.trainable_variables]
     )
 
+  def hparams(self, initial: Any, round_num: Any) -> Any:
+    """Returns the optimizer's hyperparameters in a round.
+
+    Args:
+      initial: Those of the server's state.
+      round_num: int32 scalar, or () where nothing needs it.
+    """
+    if self._learning_rate_fn is None:
+      return initial
+    rate = graphs.user_function(self._learning_rate_fn)(round_num)
+    return optimizers.with_learning_rate(initial, rate)
+
   def __call__(self, data: Any, start: Start) -> Trained:
     """Trains on a client's dataset, or on the examples of its number."""
-    hparams = start.hparams
-    if self._learning_rate_fn is not None:
-      rate = graphs.user_function(self._learning_rate_fn)(start.round_num)
-      hparams = optimizers.with_learning_rate(hparams, rate)
     progress = _Progress(
         values=start.values,
         companion=start.companion,
-        optimizer=self._stepper.initialize(hparams),
+        optimizer=self._stepper.initialize(start.hparams),
         metrics=self._student.metrics.initial_state(),
         loss_sum=tf.constant(0.0),
         num_examples=tf.constant(0),
@@ -312,8 +320,7 @@ class LocalTraining:
     size = tf.shape(outputs)[0]
     observed = progress.observed
     if self._observer is not None:
-      counted = student.metric_mask(labels, outputs, sample_weight=weight)
-      seen = self._observer.observe(step.logits, labels, counted)
+      seen = self._observer.observe(step)
       observed = tf.nest.map_structure(tf.add, observed, seen)
     return _Progress(
         values=values._replace(trainable=list(trained[: self._num_own])),

@@ -367,7 +367,7 @@ class _ClientUpdate:
     self.learn, observer = None, None
     if plan.exchange is not None:
       self.learn = plan.exchange.build_learning(self.student)
-      observer = plan.exchange.observer()
+      observer = plan.exchange.observer(self.student)
     self.training = local_training.LocalTraining(
         self.student,
         plan.optimizer,
@@ -417,7 +417,10 @@ class _ClientUpdate:
     if plan.companion is None and not plan.keeps_state:
       return output
     if plan.receives_student:
-      new_state = _where(decision.valid, companion_state, client_state)
+      follows = plan.companion is not None and plan.companion.state_follows_report
+      new_state = _where(
+          included if follows else decision.valid, companion_state, client_state
+      )
     else:
       new_state = companions.ClientState(
           self._kept_weights(change, before, decision.valid),
@@ -445,6 +448,8 @@ class _ClientUpdate:
     plan = self.plan
     client = data if plan.client_data is not None else None
     seed = local_training.client_seed(plan.seed, broadcast.round_num, client)
+    values = self.student.values(learned.weights, seed)
+    hparams = self.training.hparams(hparams, broadcast.round_num)
     terms, companion = self.attachment.begin(
         companions.Beginning(
             received=broadcast.companion,
@@ -452,10 +457,12 @@ class _ClientUpdate:
             round_num=broadcast.round_num,
             examples=_client_examples(plan.client_data, data),
             seed=seed,
+            student=models.BoundModel(self.student, values),
+            learning_rate=optimizers.learning_rate(hparams),
         )
     )
     return local_training.Start(
-        values=self.student.values(learned.weights, seed),
+        values=values,
         received=learned.weights.trainable if plan.receives_student else (),
         terms=[*plan.local_terms, *learned.terms, *terms],
         targets=self._targets(broadcast),

@@ -31,5 +31,9 @@ from tff_kd.models.spec import wrong_labels_message
 
 # Modules that build on these.
 __getattr__, _ = _lazy.attach(
-    __name__, {name: name for name in ('cohorts', 'embeddings', 'stateless', 'zoo')}
+    __name__,
+    {
+        name: name
+        for name in ('cohorts', 'embeddings', 'split', 'stateless', 'zoo')
+    },
 )

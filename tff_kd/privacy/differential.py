@@ -258,6 +258,12 @@ def check_private(
         'what it exchanges with clients is not noised by this.',
         'Choose an algorithm without one.',
     )
+  if companion is not None and companion.corrects_student:
+    _refuse(
+        f'there can be no {type(companion).__name__}',
+        'how many clients reported goes into the student without noise.',
+        'Choose an algorithm without one.',
+    )
 
 
 def _refuse(what: str, why: str, remedy: str) -> None:

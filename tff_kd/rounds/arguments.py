@@ -76,6 +76,12 @@ def _function(expected: str) -> Callable[[Any, str], Any]:
   return check
 
 
+def _positive_integer(value: Any, name: str) -> Any:
+  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    raise ValueError(f'`{name}` must be a positive integer, found {value!r}.')
+  return value
+
+
 def _model_fn(value: Any, name: str) -> Any:
   models.check_model_fn(value, name.removesuffix('_fn'))
   return value
@@ -175,6 +181,7 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
     ),
     'client_weighting': _weighting,
     'knowledge_weighting': _weighting,
+    'num_clients': _positive_integer,
     'feature_fn': _function('from inputs to features `[n, d]`'),
     # Last: these may be large, and go to files.
     'transfer_set': transfer.as_transfer_set,

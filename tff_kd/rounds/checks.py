@@ -235,6 +235,13 @@ def _check_companion(
         f"ensemble and a rule that weighs by them, CertaintyWeighted('given'), found "
         f'{rule!r}.'
     )
+  if companion is not None and companion.needs_plain_sgd:
+    optimizers.check_plain_sgd(
+        parts.client_optimizer,
+        'client_optimizer',
+        f"{type(companion).__name__} tells a client's mean gradient from the change of "
+        'its weights.',
+    )
   if companion is not None and companion.needs_client_number and client_data is None:
     raise ValueError(
         'This companion needs clients that read their examples by reference: pass '

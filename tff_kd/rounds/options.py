@@ -75,6 +75,28 @@ class Options:
     fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
     tff_kd.rounds.arguments.check(fields, _OPTION_PARAMETERS)
 
+  def count_clients(self, num_clients: Optional[int]) -> int:
+    """Returns how many clients there are in all.
+
+    Args:
+      num_clients: As a user gives it; that of `client_data` if `None`.
+
+    Raises:
+      ValueError: If it is not known, or not that of `client_data`.
+    """
+    found = None if self.client_data is None else len(self.client_data.data.client_ids)
+    if num_clients is None and found is None:
+      raise ValueError(
+          'This algorithm needs to know how many clients there are in all: pass '
+          '`num_clients`, or `client_data`, which tells.'
+      )
+    if num_clients is not None and found not in (None, num_clients):
+      raise ValueError(
+          f'`num_clients` must be that of `client_data`, {found}, found {num_clients}. '
+          'Leave it out.'
+      )
+    return found if num_clients is None else num_clients
+
   def with_defaults(self, **defaults: Any) -> 'Options':
     """Returns these options with an algorithm's values for those that are `None`."""
     return dataclasses.replace(

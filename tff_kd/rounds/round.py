@@ -183,13 +183,10 @@ class Round:
   def _build_server_parts(self, member: tff.Type) -> None:
     """Builds the small computations between the stages."""
     parts, self.increment = self.parts, state_lib.build_increment()
-    self.broadcast_companion = self.share = self.keep_or_skip = None
-    if parts.companion is not None:
-      self.broadcast_companion = graphs.computation(member.companion)(
-          parts.companion.broadcast
-      )
+    self.share = self.keep_or_skip = None
     if self.min_reports:
       self.keep_or_skip = state_lib.build_skipping(member, self.min_reports)
+    self._build_companion_parts(member)
     if parts.exchange is None or not parts.exchange.sends_down:
       return
     exchange, student = parts.exchange, parts.students.first
@@ -214,6 +211,23 @@ class Round:
 
     self.share = share
 
+  def _build_companion_parts(self, member: tff.Type) -> None:
+    """Builds the computations of a companion's states at the server and at clients."""
+    companion = self.parts.companion
+    self.broadcast_companion = self.correct = self.undo_if_skipped = None
+    if companion is None:
+      return
+    self.broadcast_companion = graphs.computation(member.companion)(companion.broadcast)
+    weights = member.global_model_weights
+    if companion.corrects_student:
+      self.correct = graphs.computation(member.companion, weights, weights, np.int32)(
+          companion.correct
+      )
+    if companion.state_follows_report and self.min_reports:
+      self.undo_if_skipped = state_lib.build_undoing(
+          self.client_work.next.type_signature.parameter[3]
+      )
+
   def _run(self, state, client_data, client_states):
     """One round: the next state, what clients keep, the metrics."""
     down = self._send(state)
@@ -226,6 +240,15 @@ class Round:
     up = self.aggregator.next(state.aggregator, output)
     participation = up.measurements.client_work['participation']
     models_after = self._learn(state, up.result)
+    if self.correct is not None:
+      companion_state, corrected = tff.federated_map(
+          self.correct,
+          (
+              companion_state, state.global_model_weights, models_after.student,
+              participation['num_included'],
+          ),
+      )
+      models_after = models_after._replace(student=corrected)
     new_state = tff.federated_zip(
         state_lib.RoundState(
             global_model_weights=models_after.student,
@@ -261,6 +284,10 @@ class Round:
         round_skipped=skipped,
     )
     kept = left.client_state if self.plan.keeps_state else None
+    if self.undo_if_skipped is not None:
+      kept = tff.federated_map(
+          self.undo_if_skipped, (client_states, kept, tff.federated_broadcast(skipped))
+      )
     return new_state, kept, tff.federated_zip(metrics)
 
   def _send(self, state) -> _Down:

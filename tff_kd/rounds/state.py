@@ -128,6 +128,18 @@ def build_history(students: cohorts.Students, size: int):
 _NOT_SKIPPED: Sequence[str] = ('round_num', 'broadcasts')
 
 
+def build_undoing(client_state_type: tff.Type) -> tff.Computation:
+  """Builds (<client state before, after, int32 skipped> -> the one that holds)."""
+
+  @graphs.computation(client_state_type, client_state_type, np.int32)
+  def undo_if_skipped(before, after, skipped):
+    return tf.nest.map_structure(
+        lambda old, new: tf.where(skipped > 0, old, new), before, after
+    )
+
+  return undo_if_skipped
+
+
 def build_skipping(state_type: tff.Type, min_reports: int) -> tff.Computation:
   """Builds the computation that skips a round with too few reports.
 

@@ -5,7 +5,13 @@ from tff_kd import _lazy
 __getattr__, __dir__ = _lazy.attach(
     __name__,
     {
-        **{name: name for name in ('certainty', 'companion', 'generator', 'mutual')},
+        **{
+            name: name
+            for name in (
+                'certainty', 'companion', 'contrast', 'control_variates',
+                'dynamic_regularizer', 'generator', 'mutual',
+            )
+        },
         **{
             name: 'companion'
             for name in (

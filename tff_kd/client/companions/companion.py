@@ -23,13 +23,12 @@ class Observer(NamedTuple):
 
   Attributes:
     zero: () -> the structure of tensors to begin with.
-    observe: (logits, labels, counted) -> what a batch adds to it; class indices are in
-      range. `counted` is 0/1 float32 in the labels' shape or their leading axes, 0 where
-      the loss ignores the label or an example has weight 0; `None` if all count.
+    observe: (`LocalStep`) -> what a batch adds to it. `LocalStep.one_hot_labels` are its
+      labels without those that do not count.
   """
 
   zero: Callable[[], Any]
-  observe: Callable[[tf.Tensor, Any, Optional[tf.Tensor]], Any]
+  observe: Callable[[local_terms.LocalStep], Any]
 
 
 class ClientState(NamedTuple):
@@ -81,6 +80,9 @@ class Beginning(NamedTuple):
     round_num: int32 scalar.
     examples: The `ClientExamples`.
     seed: int32 `[2]`, decides what this training draws.
+    student: The `models.BoundModel` with which the training begins.
+    learning_rate: float32 scalar, the optimizer's in this round; `None` where it does
+      not tell (a Keras optimizer, or one with a schedule of its own).
   """
 
   received: Any
@@ -88,6 +90,8 @@ class Beginning(NamedTuple):
   round_num: Any
   examples: ClientExamples
   seed: tf.Tensor
+  student: Optional[models.BoundModel] = None
+  learning_rate: Optional[tf.Tensor] = None
 
 
 def _begin_nothing(beginning: Beginning):
@@ -142,12 +146,20 @@ class Companion(abc.ABC):
       predictions.
     needs_client_number: Whether it works only where clients read their examples by
       reference (`client_data`), and so have a number.
+    state_follows_report: Whether a client's state moves only in rounds that count its
+      report. Else it moves whenever its training was valid, also if its report was lost
+      or the round was skipped.
+    needs_plain_sgd: Whether the clients' optimizer must be SGD without momentum.
+    corrects_student: Whether it moves the student at the server, see `correct`.
   """
 
   client_spec: Optional[models.ModelSpec] = None
   gives_certainty: bool = False
   exchanges: bool = True
   needs_client_number: bool = False
+  state_follows_report: bool = False
+  needs_plain_sgd: bool = False
+  corrects_student: bool = False
 
   @property
   def has_client_state(self) -> bool:
@@ -187,6 +199,25 @@ class Companion(abc.ABC):
     """
     del exchanged, round_num
     return server_state, tff.federated_value((), tff.SERVER)
+
+  def correct(
+      self, server_state: Any, before: Any, after: Any, num_reports: tf.Tensor
+  ) -> tuple[Any, Any]:
+    """Moves the student at the server, once the average has moved it.
+
+    Called if the companion `corrects_student`, where a computation is traced.
+
+    Args:
+      server_state: The server's part, after `exchange`.
+      before: The student's `ModelWeights` that were sent.
+      after: Those that the clients' mean update left.
+      num_reports: int32 scalar, how many clients' reports are in the mean.
+
+    Returns:
+      The next server state and the student's next `ModelWeights`.
+    """
+    del before, num_reports
+    return server_state, after
 
   def exchange_bytes(self) -> tuple[int, int]:
     """Returns what one client moves down and up in `exchange`, in bytes."""

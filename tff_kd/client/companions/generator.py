@@ -12,8 +12,7 @@ Source: Zhu, Hong & Zhou, "Data-Free Knowledge Distillation for Heterogeneous Fe
 Learning" (FedGen, ICML 2021), section 4 and Algorithm 1.
 """
 
-from collections.abc import Callable, Sequence
-import inspect
+from collections.abc import Callable
 import math
 from typing import Any, NamedTuple, Optional
 
@@ -27,10 +26,10 @@ from tff_kd.client import local_terms
 from tff_kd import graphs
 from tff_kd import losses
 from tff_kd import models
+from tff_kd.models import split
 from tff_kd import optimizers
 
 _CLIENT_STREAM, _SERVER_STREAM = 21, 22
-_TOLERANCE = 1e-4
 
 GeneratorFn = Callable[[], keras.Model]
 
@@ -90,52 +89,6 @@ class _Answer(NamedTuple):
   losses: tf.Tensor
 
 
-def split_model(
-    model_layers: Sequence[keras.layers.Layer], split_layer: Optional[str]
-) -> tuple[list[keras.layers.Layer], list[keras.layers.Layer]]:
-  """Returns the layers up to and with the split layer, and those after it: the head.
-
-  Args:
-    model_layers: Those of a model that applies them one after the other.
-    split_layer: The name of the layer whose outputs are the features; if `None`, the one
-      before the last with weights.
-
-  Raises:
-    ValueError: If there is no such layer, or nothing before or in the head.
-  """
-  layers = [
-      layer for layer in model_layers
-      if not isinstance(layer, keras.layers.InputLayer)
-  ]
-  names = [layer.name for layer in layers]
-  if split_layer is None:
-    index = max((i for i, its in enumerate(layers) if its.weights), default=0) - 1
-  elif split_layer in names:
-    index = names.index(split_layer)
-  else:
-    raise ValueError(
-        f"`split_layer` must be one of the student's layers {names}, found "
-        f'{split_layer!r}.'
-    )
-  body, head = layers[: index + 1], layers[index + 1 :]
-  if not body or not any(layer.trainable_weights for layer in head):
-    raise ValueError(
-        'The student must have layers before the split, and weights to train after it; '
-        f'found the layers {[layer.name for layer in body]} and '
-        f'{[layer.name for layer in head]}. Choose another `split_layer`.'
-    )
-  return body, head
-
-
-def _apply(layers: list[keras.layers.Layer], inputs: tf.Tensor) -> tf.Tensor:
-  """In inference mode: statistics are of real examples only."""
-  outputs = inputs
-  for layer in layers:
-    takes_training = 'training' in inspect.signature(layer.call).parameters
-    outputs = layer(outputs, training=False) if takes_training else layer(outputs)
-  return outputs
-
-
 def diversity_loss(noise: tf.Tensor, features: tf.Tensor) -> tf.Tensor:
   """exp(-mean over pairs of the noise's distance times the features').
 
@@ -178,7 +131,7 @@ class FeatureGenerator(companions.Companion):
     Args:
       student: The clients' model.
       optimizer: The generator's; its state lives in the process state.
-      split_layer: As `split_model` has it.
+      split_layer: As `models.split.split_layers` has it.
       generator_fn: Returns a new Keras model from `[batch, noise_dim + classes]` (noise,
         then the label as one-hot) to `[batch, features]`, the features flattened; one
         hidden layer with relu if `None`. (The authors' has batch norm after it.)
@@ -220,8 +173,7 @@ class FeatureGenerator(companions.Companion):
           f'classes or more an example, found labels {labels} and logits of shape '
           f'{student.logits_shape}.'
       )
-    self._student, self._split_layer = student, split_layer
-    self._feature_shape = self._checked_feature_shape()
+    self._split = split.SplitModel(student, split_layer)
     self._generator_fn = generator_fn or self._default_generator
     self._noise_dim, self._hidden_units = noise_dim, hidden_units
     self._num_steps, self._batch_size = num_steps, batch_size
@@ -232,43 +184,11 @@ class FeatureGenerator(companions.Companion):
         optimizer, self._generator.trainable_variables
     )
 
-  @property
-  def _num_features(self) -> int:
-    return math.prod(self._feature_shape)
-
-  def _checked_feature_shape(self) -> tuple[int, ...]:
-    """The shape of one example's features; refuses what is no chain of layers."""
-    body, head = split_model(self._student.layers, self._split_layer)
-    inputs_spec = models.split_batch(self._student.input_spec)[0]
-    refusal = (
-        'To be split, the student must apply its layers one after the other; here '
-        f'{[layer.name for layer in body + head]} in turn are not the model. Use a '
-        'sequential model, or one whose `layers` are in the order of their use.'
-    )
-    if not isinstance(inputs_spec, tf.TensorSpec):
-      raise ValueError(refusal)
-    shape = [8] + [d or 1 for d in inputs_spec.shape[1:]]
-    inputs = np.random.default_rng(0).standard_normal(shape)
-    inputs = tf.cast(inputs, inputs_spec.dtype)
-    try:
-      features = _apply(body, inputs)
-      outputs = _apply(head, features)
-    except (TypeError, ValueError) as error:
-      raise ValueError(f'{refusal} Keras says: {error}') from error
-    expected = self._student.call(
-        self._student.values(self._student.initial_weights), inputs
-    ).outputs
-    if outputs.shape != expected.shape or not np.allclose(
-        outputs, expected, atol=_TOLERANCE
-    ):
-      raise ValueError(refusal)
-    return tuple(features.shape[1:])
-
   def _default_generator(self) -> keras.Model:
     return keras.Sequential([
         keras.layers.InputLayer((self._noise_dim + self._classes,)),
         keras.layers.Dense(self._hidden_units, activation='relu'),
-        keras.layers.Dense(self._num_features),
+        keras.layers.Dense(self._split.num_features),
     ])
 
   def _build_generator(self) -> models.ModelSpec:
@@ -276,15 +196,15 @@ class FeatureGenerator(companions.Companion):
         self._generator_fn,
         input_spec=(
             tf.TensorSpec([None, self._noise_dim + self._classes]),
-            tf.TensorSpec([None, self._num_features]),
+            tf.TensorSpec([None, self._split.num_features]),
         ),
         loss_fn=keras.losses.MeanSquaredError,  # Not used: the clients are the loss.
         name='generator',
     )
-    if generator.logits_shape.as_list() != [self._num_features]:
+    if generator.logits_shape.as_list() != [self._split.num_features]:
       raise ValueError(
           '`generator_fn` must return a model with outputs of shape [batch, '
-          f'{self._num_features}] (the features of one example), found '
+          f'{self._split.num_features}] (the features of one example), found '
           f'{generator.logits_shape} an example.'
       )
     return generator
@@ -297,19 +217,7 @@ class FeatureGenerator(companions.Companion):
   def _head_logits(self, student: models.BoundModel, features: tf.Tensor) -> tf.Tensor:
     """What a student makes of generated features."""
     with student.scope():
-      return self._logits_in_scope(features)
-
-  def _logits_in_scope(self, features: tf.Tensor) -> tf.Tensor:
-    shaped = tf.reshape(features, [-1, *self._feature_shape])
-    return self._student.class_logits(_apply(self._head, shaped))
-
-  @property
-  def _head(self) -> list[keras.layers.Layer]:
-    return split_model(self._student.layers, self._split_layer)[1]
-
-  @property
-  def _head_variables(self) -> list[keras.Variable]:
-    return [v for layer in self._head for v in layer.variables]
+      return self._split.head_logits(features)
 
   def initial_server_state(self):
     return GeneratorState(
@@ -344,17 +252,11 @@ class FeatureGenerator(companions.Companion):
     def end(observed, student, companion):
       del companion
       with student.scope():
-        head = [tf.convert_to_tensor(v.value) for v in self._head_variables]
+        head = [tf.convert_to_tensor(v.value) for v in self._split.head_variables]
       return (), _Kept(head, observed)
 
-    def count(logits, labels, counted):
-      del logits
-      one_hot = tf.one_hot(
-          tf.reshape(tf.cast(labels, tf.int32), [-1]), self._classes
-      )
-      if counted is not None:
-        one_hot *= tf.reshape(counted, [-1, 1])
-      return tf.reduce_sum(one_hot, axis=0)
+    def count(step):
+      return tf.reduce_sum(step.one_hot_labels(), axis=0)
 
     return companions.Attachment(
         begin,
@@ -414,11 +316,11 @@ class FeatureGenerator(companions.Companion):
 
   def _answer(self, kept, generated) -> '_Answer':
     """Returns what a client's head says of generated features."""
-    scope = keras.StatelessScope(list(zip(self._head_variables, kept.head)))
+    scope = keras.StatelessScope(list(zip(self._split.head_variables, kept.head)))
     with tf.GradientTape() as tape, scope:
       tape.watch(generated.features)
       each = tf.nn.sparse_softmax_cross_entropy_with_logits(
-          generated.labels, self._logits_in_scope(generated.features)
+          generated.labels, self._split.head_logits(generated.features)
       ) * tf.gather(kept.counts, generated.labels)
     return _Answer(tape.gradient(each, generated.features), each)
 
@@ -454,7 +356,7 @@ class FeatureGenerator(companions.Companion):
     )
 
   def exchange_bytes(self):
-    features = 4 * self._batch_size * self._num_features
+    features = 4 * self._batch_size * self._split.num_features
     down = self._num_steps * (features + 4 * self._batch_size)
     up = self._num_steps * (features + 4 * self._batch_size) + 4 * self._classes
     return down, up

@@ -1,0 +1,86 @@
+"""FedDyn: averaging; each client's loss is moved so that all have one minimum.
+
+Acar et al., "Federated Learning Based on Dynamic Regularization" (ICLR 2021), Algorithm
+1: a client minimises L_k(w) - <h_k, w> + alpha / 2 ||w - w_received||^2 and then moves
+
+  h_k <- h_k - alpha (w_k - w_received);
+
+the server moves h by alpha / m times the sum of these changes, m being the number of all
+clients, and the student to the mean of the clients' models minus h / alpha.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import tff_kd
+from tff_kd.algorithms import info
+from tff_kd import rounds
+
+
+@rounds.takes_options
+def build_fed_dyn(
+    *,
+    student_fn: tff_kd.models.KerasModelFn,
+    input_spec: Any,
+    loss_fn: tff_kd.models.LossFn,
+    client_optimizer: tff_kd.optimizers.Optimizer,
+    dynamic_weight: float = 0.01,
+    num_clients: Optional[int] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
+    options: rounds.Options,
+) -> rounds.StatefulClientsProcess:
+  """Builds FedDyn.
+
+  Nothing but weights travels. The paper's mean over a round's clients is plain, so
+  `client_weighting` is `UNIFORM` unless given.
+
+  Args:
+    student_fn: Returns a new `keras.Model`; one architecture for all clients.
+    input_spec: The clients' `dataset.element_spec`.
+    loss_fn: Returns a `keras.losses.Loss`.
+    client_optimizer: The clients' optimizer.
+    dynamic_weight: alpha, above 0; between .001 and .1 in the paper. The smaller, the
+      further the server goes.
+    num_clients: How many clients there are in all; that of `client_data` if `None`.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
+
+  Returns:
+    A `StatefulClientsProcess`: clients keep their h_k.
+
+  Raises:
+    ValueError: If there are several architectures, or the number of clients is not
+      known.
+  """
+  num_clients = options.count_clients(num_clients)
+  student = tff_kd.models.cohorts.build_one_student(
+      student_fn,
+      'FedDyn',
+      'by whose weights losses are regularised',
+      input_spec=input_spec,
+      loss_fn=loss_fn,
+      metrics_fn=metrics_fn,
+  )
+  return rounds.compose_process(
+      rounds.Parts(
+          students=tff_kd.models.cohorts.as_students(student),
+          client_optimizer=client_optimizer,
+          companion=tff_kd.client.companions.dynamic_regularizer.DynamicRegularizer(
+              student, num_clients, dynamic_weight
+          ),
+      ),
+      options.with_defaults(
+          client_weighting=tff_kd.tff.learning.ClientWeighting.UNIFORM
+      ),
+  )
+
+
+INFO = info.Info(
+    build=build_fed_dyn,
+    summary="averaging; each client's loss is moved so that all have one minimum",
+    uploads=('weights',),
+    client_state=True,
+    flags={'dynamic_weight': 'dynamic_weight'},
+    flag_defaults={'client_weighting': 'uniform'},
+)

@@ -1,0 +1,85 @@
+"""SCAFFOLD: averaging; clients' steps are corrected by control variates.
+
+Karimireddy et al., "SCAFFOLD: Stochastic Controlled Averaging for Federated Learning"
+(ICML 2020), Algorithm 1 with option II: a client steps along g - c_k + c, where c_k is
+its own estimate of its gradient and c the mean of all clients'; after its K steps of rate
+eta from x to y,
+
+  c_k <- c_k - c + (x - y) / (K eta),
+
+and the change of c_k goes up beside the weights.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Optional
+
+import tff_kd
+from tff_kd.algorithms import info
+from tff_kd import rounds
+
+
+@rounds.takes_options
+def build_scaffold(
+    *,
+    student_fn: tff_kd.models.KerasModelFn,
+    input_spec: Any,
+    loss_fn: tff_kd.models.LossFn,
+    client_optimizer: tff_kd.optimizers.Optimizer,
+    num_clients: Optional[int] = None,
+    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
+    options: rounds.Options,
+) -> rounds.StatefulClientsProcess:
+  """Builds SCAFFOLD.
+
+  Twice the bytes of FedAvg go down (weights and c) and up (weights and the change of
+  c_k). The paper's mean over a round's clients is plain, so `client_weighting` is
+  `UNIFORM` unless given.
+
+  Args:
+    student_fn: Returns a new `keras.Model`; one architecture for all clients.
+    input_spec: The clients' `dataset.element_spec`.
+    loss_fn: Returns a `keras.losses.Loss`.
+    client_optimizer: The clients' optimizer, plain SGD of TFF:
+      `tff.learning.optimizers.build_sgdm(rate)`.
+    num_clients: How many clients there are in all; that of `client_data` if `None`.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
+
+  Returns:
+    A `StatefulClientsProcess`: clients keep their control variates.
+
+  Raises:
+    ValueError: If there are several architectures, the optimizer is not plain SGD, or
+      the number of clients is not known.
+  """
+  num_clients = options.count_clients(num_clients)
+  student = tff_kd.models.cohorts.build_one_student(
+      student_fn,
+      'SCAFFOLD',
+      'along whose gradients steps are corrected',
+      input_spec=input_spec,
+      loss_fn=loss_fn,
+      metrics_fn=metrics_fn,
+  )
+  return rounds.compose_process(
+      rounds.Parts(
+          students=tff_kd.models.cohorts.as_students(student),
+          client_optimizer=client_optimizer,
+          companion=tff_kd.client.companions.control_variates.ControlVariates(
+              student, num_clients
+          ),
+      ),
+      options.with_defaults(
+          client_weighting=tff_kd.tff.learning.ClientWeighting.UNIFORM
+      ),
+  )
+
+
+INFO = info.Info(
+    build=build_scaffold,
+    summary="averaging; clients' steps are corrected for how their gradients differ",
+    uploads=('weights', 'control variates'),
+    client_state=True,
+    flag_defaults={'client_weighting': 'uniform'},
+)
