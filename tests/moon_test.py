@@ -138,7 +138,7 @@ def test_nothing_but_weights_travels_and_it_goes_with_secure_sums_and_privacy():
       client_weighting=uniform,
       secure_aggregation=tff_kd.privacy.SecureAggregation(),
       privacy=tff_kd.privacy.DifferentialPrivacy(
-          noise_multiplier=1.0, clients_per_round=2
+          noise_multiplier=1.0, clients_per_round=2, model_clip=1.0
       ),
   )
   tff_kd.tff.test.assert_not_contains_unsecure_aggregation(process.next)
