@@ -171,6 +171,17 @@ def _register_unused() -> None:
       'with --noback_distillation',
   )
   _no_effect(
+      'clients_start_from', 'back_distillation',
+      lambda: args.BACK.value or not args.is_taken(_algorithm(), 'back_distillation'),
+      'with --noback_distillation',
+  )
+  for name in ('prior', 'clients_start_from'):
+    _no_effect(
+        name, 'calibrate',
+        lambda: args.CALIBRATE.value or not args.is_taken(_algorithm(), 'calibrate'),
+        'without --calibrate',
+    )
+  _no_effect(
       'data_dir', 'task', lambda: 'data_dir' in _task().options, 'with --task={}'
   )
   _no_effect(
@@ -265,6 +276,11 @@ def _():
 @_together('target')
 def _():
   args.target()
+
+
+@_together('prior')
+def _():
+  args.prior()
 
 
 @_together('prediction_bits', 'prediction_top', 'knowledge_bits', 'algorithm')

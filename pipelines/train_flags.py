@@ -369,12 +369,28 @@ CONSENSUS = flags.DEFINE_string(
     'consensus', None,
     "How the clients' predictions are combined: their mean (mean_logits), the mean of "
     'probabilities plain (mean_probabilities) or sharpened (era, enhanced_era), or a '
-    'mean of logits weighted by certainty (variance, confidence, entropy). A path that '
-    'ends in .py is a rule of your own (examples/own_rule.py). Unset: the '
-    "algorithm's own.",
+    'mean of logits weighted by certainty (variance, confidence, entropy; soft_entropy: '
+    'at temperature 4; diversity: as variance, with the opinion of those who disagree, '
+    'for fed_et). The aligned ones (aligned: mean_logits; aligned_probabilities, '
+    "aligned_entropy) first take out of each client's predictions what it predicts on "
+    'average, for clients whose classes differ; see --prior. A path that ends in .py is '
+    "a rule of your own (examples/own_rule.py). Unset: the algorithm's own.",
 )
 # Without TensorFlow, unless the rule is of the user's own.
 flags.register_validator(CONSENSUS, _is_known(rules.check))
+PRIOR = flags.DEFINE_string(
+    'prior', None,
+    "Aligns the clients' predictions, whatever the --consensus, and brings the consensus "
+    'to these shares of the classes on the transfer examples: uniform; probabilities '
+    'separated by commas; average, what the averaged student predicts on average; em, '
+    'estimated by EM under label shift. With --calibrate: uniform or probabilities. '
+    'Unset: uniform, where predictions are aligned.',
+)
+SHARPNESS = flags.DEFINE_float(
+    'consensus_sharpness', None,
+    'A factor of the logits of the consensus; above 1 makes its predictions surer. 1 if '
+    'unset.', lower_bound=0.0,
+)
 PREDICTION_BITS = flags.DEFINE_integer(
     'prediction_bits', None, "Bits of a class's probability in what clients send, 1 "
     '(the most likely class only) to 8; floats if unset. Needs a consensus of '
@@ -386,6 +402,12 @@ PREDICTION_TOP = flags.DEFINE_integer(
     'many of the most likely classes; of all if unset. Needs a consensus of '
     'probabilities.',
     lower_bound=1
+)
+CLIENTS_START_FROM = flags.DEFINE_enum(
+    'clients_start_from', None, ['average', 'distilled'],
+    "What clients are sent where the server's distillation changes the student: the "
+    'distilled student, which is also what is evaluated and released, or the average as '
+    'it was before. Unset: distilled; with --calibrate average.',
 )
 DISTILLATION_WEIGHT = flags.DEFINE_float(
     'distillation_weight', None, 'The share of the distillation in the loss, where '
@@ -424,6 +446,11 @@ STUDENT_RATE = flags.DEFINE_float(
 )
 
 topics.topic('Of single algorithms; unset: their own defaults')
+CALIBRATE = flags.DEFINE_bool(
+    'calibrate', False, 'Of fed_avg: release the average with its last bias set so that '
+    'it predicts the classes on the transfer examples, without their labels, as often as '
+    '--prior says. A baseline for distillation on the same examples.'
+)
 MENTOR = flags.DEFINE_string(
     'mentor', 'mlp_large', 'Of fml and fed_kd: the model that each client keeps for '
     "itself, one of the task's teachers."
@@ -545,6 +572,23 @@ def output_dir(script: str) -> pathlib.Path:
   return pathlib.Path(OUTPUT_DIR.value or f'runs/{script}-{task}')
 
 
+def prior() -> Union[None, str, list[float]]:
+  """Returns --prior: a name, or probabilities.
+
+  Raises:
+    flags.ValidationError: If it is neither.
+  """
+  if PRIOR.value in (None, 'uniform', 'average', 'em'):
+    return PRIOR.value
+  try:
+    return [float(text) for text in PRIOR.value.split(',')]
+  except ValueError:
+    raise flags.ValidationError(
+        '--prior must be uniform, average, em or a probability for each class, such as '
+        f'0.5,0.3,0.2, found {PRIOR.value!r}.'
+    ) from None
+
+
 def target() -> Union[None, float, str]:
   """--target: a name, or the share of the ensemble.
 
@@ -569,6 +613,7 @@ _FLAGS_OF_PARAMETER = {
         'prediction_bits', 'prediction_top', 'knowledge_bits', 'robust_knowledge',
         'knowledge_norm_bound',
     ],
+    'calibrate_on': ['calibrate'],
     'negatives': ['num_negatives'],
     'epsilon': ['certainty_epsilon'],
     'distillation': [
@@ -613,6 +658,14 @@ def is_taken(algorithm: algorithms.Info, name: str) -> bool:
     return algorithm.averages and algorithm.sends_knowledge
   if name in ('consensus', 'prediction_top', 'knowledge_bits'):
     return algorithm.consensus not in (None, 'given')
+  if name == 'consensus_sharpness':
+    return algorithm.consensus is not None
+  if name == 'prior':
+    return algorithm.consensus is not None or 'calibrate_on' in algorithm.parameters
+  if name == 'clients_start_from':
+    # Of those that average weights, these change the average.
+    changes = {'student_optimizer', 'calibrate_on'} & set(algorithm.parameters)
+    return algorithm.averages and bool(changes)
   owners = [p for p, names in _FLAGS_OF_PARAMETER.items() if name in names]
   if not owners:
     return name not in _OF_ALGORITHMS

@@ -170,17 +170,37 @@ def _consensus_rule(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
   del task
   if algorithm.consensus is None:
     return _UNSET
-  bits, top = args.PREDICTION_BITS.value, args.PREDICTION_TOP.value
-  if args.CONSENSUS.value is None and bits is None and top is None:
+  given = (
+      args.CONSENSUS, args.PREDICTION_BITS, args.PREDICTION_TOP, args.PRIOR,
+      args.SHARPNESS,
+  )
+  if all(flag.value is None for flag in given):
     return _UNSET
   rule = rules.get(args.CONSENSUS.value or algorithm.consensus)
+  aligned = knowledge.Aligned(rule, num_steps=0)  # Neither aligned nor sharpened.
+  if isinstance(rule, knowledge.Aligned):
+    aligned, rule = rule, rule.rule
+  # Clients code what they have aligned.
+  changes = dict(rule=_coded(rule))
+  if args.SHARPNESS.value is not None:
+    changes['sharpness'] = args.SHARPNESS.value
+  if args.PRIOR.value is not None:
+    steps = aligned.num_steps or knowledge.Aligned.num_steps
+    changes.update(prior=args.prior(), num_steps=steps)
+  found = dataclasses.replace(aligned, **changes)
+  return found if found.num_steps or found.sharpness != 1.0 else found.rule
+
+
+def _coded(rule: knowledge.ConsensusRule) -> knowledge.ConsensusRule:
+  """Returns a rule over predictions that are coded, if flags say so."""
+  bits, top = args.PREDICTION_BITS.value, args.PREDICTION_TOP.value
   if bits is None and top is None:
     return rule
   if not rule.over_probabilities:
     raise UserError(
         '--prediction_bits and --prediction_top change probabilities, and here the '
-        'predictions are combined as logits. Add --consensus=mean_probabilities, era '
-        'or enhanced_era.'
+        'predictions are combined as logits. Add --consensus=mean_probabilities, era, '
+        'enhanced_era or aligned_probabilities.'
     )
   if bits is not None:
     return knowledge.Quantized(rule, bits)
@@ -218,6 +238,23 @@ def _transfer_set(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
       seed=args.SEED.value,
       directory=args.CACHE_DIR.value,
   )
+
+
+def _calibrate_on(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
+  del algorithm
+  if not args.CALIBRATE.value:
+    return None
+  return tff_kd.TransferSet(task.transfer.inputs, directory=args.CACHE_DIR.value)
+
+
+def _prior(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
+  del algorithm, task
+  return args.prior() if args.CALIBRATE.value else None
+
+
+def _clients_start_from(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
+  del algorithm, task
+  return args.CLIENTS_START_FROM.value
 
 
 def _knowledge_aggregator(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
@@ -290,6 +327,9 @@ _MAKERS: dict[str, Callable[[algorithms.Info, tff_kd.data.Task], Any]] = {
     'negatives': _negatives,
     'epsilon': _epsilon,
     'transfer_set': _transfer_set,
+    'calibrate_on': _calibrate_on,
+    'prior': _prior,
+    'clients_start_from': _clients_start_from,
     'consensus_rule': _consensus_rule,
     'knowledge_aggregator': _knowledge_aggregator,
     'mentor_fn': lambda algorithm, task: task.teachers[args.MENTOR.value],

@@ -484,7 +484,7 @@ def test_a_round_of_fed_aux_in_numpy():
       negatives=helpers.examples(12, 98)[0],
       epsilon=None,
       student_optimizer=helpers.sgd(0.4),
-      consensus_rule=rules.get('aligned_given'),
+      consensus_rule=knowledge.Aligned(rules.get('given')),
   )
   state = process.initialize()
   trained = [_fit(_weights(state.global_model_weights), k) for k in range(3)]

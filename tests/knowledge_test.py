@@ -17,7 +17,8 @@ from tff_kd.knowledge import rules
 # Those that take a row by itself; the aligned ones are in alignment_test.
 _RULES = {
     name: rules.get(name)
-    for name in rules.RULES if name != 'given' and not name.startswith('aligned')
+    for name in rules.RULES
+    if name not in ('diversity', 'given') and not name.startswith('aligned')
 }
 _NAMES = sorted(_RULES)
 

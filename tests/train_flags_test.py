@@ -105,6 +105,26 @@ def test_help_lists_the_algorithms():
         (['--num_negatives=5'], '--num_negatives has no effect'),
         (['--algorithm=fed_aux', '--num_negatives=800'], '--num_negatives is 800'),
         (['--algorithm=fed_aux', '--consensus=era'], '--consensus has no effect'),
+        (['--prior=even'], '--prior must be uniform, average, em or'),
+        (['--prior=0.5,0.6'], '`prior` must be'),
+        (['--prior=0.5,0.5'], '`prior` must have a probability for each class'),
+        (['--algorithm=fed_md', '--prior=average'], 'nothing is averaged'),
+        (['--algorithm=fed_avg', '--prior=uniform'], '--prior has no effect without'),
+        (['--algorithm=fed_avg', '--calibrate', '--prior=em'], "must be 'uniform', or"),
+        (['--algorithm=fed_df', '--calibrate'], '--calibrate has no effect'),
+        (['--consensus_sharpness=0'], '`sharpness` must be'),
+        (
+            ['--algorithm=fed_avg', '--clients_start_from=average'],
+            '--clients_start_from has no effect without --calibrate',
+        ),
+        (
+            ['--algorithm=ds_fl', '--clients_start_from=average'],
+            '--clients_start_from has no effect with --algorithm=ds_fl',
+        ),
+        (
+            ['--noback_distillation', '--clients_start_from=average'],
+            '--clients_start_from has no effect with --noback_distillation',
+        ),
         (['--algorithm=fed_aux', '--certainty_epsilon=0'], '`epsilon` must be'),
         (['--delta=1e-6'], '--delta has no effect without --epsilon'),
         (['--epsilon=0'], '`epsilon` must be above 0'),
@@ -186,6 +206,50 @@ def _taken(*names):
   """The values of flags when all have theirs."""
   train_flags.take_defaults()
   return [flags.FLAGS[name].value for name in names]
+
+
+@pytest.mark.parametrize(
+    'given, expected',
+    [
+        ([], None),
+        (['--consensus=aligned'], lambda k: k.Aligned(k.MeanLogits())),
+        (['--prior=em'], lambda k: k.Aligned(k.MeanLogits(), prior='em')),
+        (
+            ['--consensus_sharpness=2'],
+            lambda k: k.Aligned(k.MeanLogits(), sharpness=2.0, num_steps=0),
+        ),
+        (
+            ['--algorithm=fed_aux', '--prior=uniform'],
+            lambda k: k.Aligned(k.CertaintyWeighted('given', average='probabilities')),
+        ),
+        (
+            ['--algorithm=fed_et', '--prior=uniform'],
+            lambda k: k.Aligned(k.CertaintyWithDiversity('variance')),
+        ),
+        (
+            [
+                '--consensus=aligned_probabilities', '--prediction_top=3',
+                '--prior=0.5,0.5', '--consensus_sharpness=1.5',
+            ],
+            lambda k: k.Aligned(
+                k.TopClasses(k.MeanProbabilities(), 3), prior=(0.5, 0.5), sharpness=1.5
+            ),
+        ),
+        (
+            ['--consensus=mean_probabilities', '--prediction_bits=2'],
+            lambda k: k.Quantized(k.MeanProbabilities(), 2),
+        ),
+    ],
+)
+def test_flags_make_the_consensus_rule(given, expected):
+  from pipelines import train_process
+
+  with helpers.flags_of(*given):
+    made = train_process._consensus_rule(train_flags.algorithm(), None)
+  if expected is None:
+    assert made is train_process._UNSET
+  else:
+    assert made == expected(tff_kd.knowledge)
 
 
 _CODE = ('consensus', 'prediction_top', 'prediction_bits')

@@ -73,6 +73,30 @@ def test_an_algorithm_and_a_rule_of_ones_own(tmp_path):
   assert helpers.rows(tmp_path / 'rule' / 'metrics.csv')
 
 
+def test_the_average_goes_on_and_what_is_released_is_aligned(tmp_path):
+  folder = tmp_path / 'aligned'
+  helpers.train_here(
+      *_without('--transfer_labels'), '--transfer_labels=0', '--consensus=aligned',
+      '--prior=average', '--consensus_sharpness=1.5', '--clients_start_from=average',
+      '--rounds=2', '--nocompare_with_fed_avg', f'--output_dir={folder}',
+  )
+  rows = helpers.rows(folder / 'metrics.csv')
+  assert 'test/student_before_accuracy' in rows[0]
+  folder = tmp_path / 'calibrated'
+  helpers.train_here(
+      *helpers.TINY_RUN, '--calibrate', '--rounds=2', '--nocompare_with_fed_avg',
+      f'--output_dir={folder}',
+  )
+  for row in helpers.rows(folder / 'metrics.csv'):
+    distances = [
+        float(row[f'server_distillation/student/marginal_distance_{when}'])
+        for when in ('before', 'after')
+    ]
+    assert distances[1] < 1e-3 < distances[0]
+    # Nothing more is sent.
+    assert float(row['bytes/up_knowledge']) == 0.0
+
+
 @pytest.mark.parametrize(
     'flag, message',
     [

@@ -96,5 +96,5 @@ INFO = info.Info(
     build=build_fed_et,
     summary="a large server model learns from the clients' certainty-weighted ensemble",
     uploads=('weights', 'predictions'),
-    consensus='variance',
+    consensus='diversity',
 )

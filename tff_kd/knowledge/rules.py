@@ -18,6 +18,7 @@ RULES: dict[str, Callable[[], Any]] = {
     'soft_entropy': lambda: tff_kd.knowledge.CertaintyWeighted(
         'entropy', temperature=4.0
     ),
+    'diversity': lambda: tff_kd.knowledge.CertaintyWithDiversity('variance'),
     'aligned': lambda: tff_kd.knowledge.Aligned(tff_kd.knowledge.MeanLogits()),
     'aligned_probabilities': lambda: tff_kd.knowledge.Aligned(
         tff_kd.knowledge.MeanProbabilities()
@@ -28,9 +29,6 @@ RULES: dict[str, Callable[[], Any]] = {
     # For algorithms that give certainties.
     'given': lambda: tff_kd.knowledge.CertaintyWeighted(
         'given', average='probabilities'
-    ),
-    'aligned_given': lambda: tff_kd.knowledge.Aligned(
-        tff_kd.knowledge.CertaintyWeighted('given', average='probabilities')
     ),
 }
 
