@@ -1001,6 +1001,8 @@ class _Finished:
     }
     if not args.BACK.value or process.teacher_spec is None:
       names['student_before'] = "student before the server's distillation"
+    if args.CALIBRATE.value:
+      names['student_before'] = 'student before calibration'
     if process.students.has_cohorts:
       for name in ('student', 'student_before'):
         for i, model in enumerate(args.STUDENT.value):

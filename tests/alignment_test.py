@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import scipy.special
 import tensorflow as tf
+from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
@@ -350,8 +351,9 @@ def _build(build, teacher=False, **kwargs):
   if teacher:
     kwargs |= dict(teacher_fn=helpers.dense_fn(), teacher_optimizer=helpers.sgd(0.5))
   return build(
-      **helpers.common(), transfer_set=tff_kd.TransferSet(_PUBLIC),
-      distillation=_STEP, **kwargs,
+      **helpers.common(
+          transfer_set=tff_kd.TransferSet(_PUBLIC), distillation=_STEP, **kwargs
+      )
   )
 
 
@@ -499,6 +501,60 @@ def test_a_round_of_fed_aux_in_numpy():
   consensus = np.log((s * p).sum(0) / s.sum(0))
   _check(
       output.state.global_model_weights, _learn(average, _aligned(consensus), 0.4)
+  )
+
+
+def _aligned_fed_df(**kwargs):
+  return _build(
+      tff_kd.algorithms.build_fed_df, student_optimizer=helpers.sgd(0.4),
+      **{'consensus_rule': knowledge.Aligned(knowledge.MeanLogits()), **kwargs},
+  )
+
+
+def test_secure_sums_and_private_ones_are_of_aligned_predictions():
+  uniform = tff.learning.ClientWeighting.UNIFORM
+  plain = _aligned_fed_df(client_weighting=uniform)
+  expected = _next(plain, plain.initialize()).state.global_model_weights
+  for protected in (
+      _aligned_fed_df(
+          client_weighting=uniform,
+          secure_aggregation=tff_kd.privacy.SecureAggregation(
+              bits=24, model_bound=10.0, knowledge_bound=50.0
+          ),
+      ),
+      # No noise, and a clip that nothing reaches.
+      _aligned_fed_df(
+          client_weighting=uniform,
+          privacy=tff_kd.privacy.DifferentialPrivacy(
+              noise_multiplier=0.0, clients_per_round=3, model_clip=100.0,
+              knowledge_clip=1000.0,
+          ),
+      ),
+  ):
+    found = _next(protected, protected.initialize()).state.global_model_weights
+    helpers.assert_weights_close(found, expected, atol=1e-3)
+
+
+def test_the_average_of_cohorts_is_the_mean_of_their_logits():
+  students = [helpers.dense_fn(), helpers.dense_fn()]
+
+  def one_round(prior):
+    process = _aligned_fed_df(
+        student_fn=students,
+        consensus_rule=knowledge.Aligned(knowledge.MeanLogits(), prior=prior),
+    )
+    clients = [
+        {'cohort': np.int32(k % 2), 'data': helpers.dataset(x, y, 100)}
+        for k, (x, y) in enumerate(_CLIENTS)
+    ]
+    return process.next(process.initialize(), clients).state
+
+  state = one_round('average')
+  logits = [_logits_of(_weights(w)) for w in state.aggregated_model_weights]
+  prior = _softmax(np.mean(logits, 0)).mean(0)
+  expected = one_round(tuple(prior))
+  helpers.assert_weights_close(
+      state.global_model_weights, expected.global_model_weights, atol=1e-5
   )
 
 
