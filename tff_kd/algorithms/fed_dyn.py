@@ -25,7 +25,7 @@ def build_fed_dyn(
     input_spec: Any,
     loss_fn: tff_kd.models.LossFn,
     client_optimizer: tff_kd.optimizers.Optimizer,
-    dynamic_weight: float = 0.01,
+    dynamic_weight: float = 0.1,
     num_clients: Optional[int] = None,
     metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
@@ -40,7 +40,7 @@ def build_fed_dyn(
     input_spec: The clients' `dataset.element_spec`.
     loss_fn: Returns a `keras.losses.Loss`.
     client_optimizer: The clients' optimizer.
-    dynamic_weight: alpha, above 0; between .001 and .1 in the paper. The smaller, the
+    dynamic_weight: alpha, above 0; the paper chooses of .001, .01 and .1. The smaller, the
       further the server goes.
     num_clients: How many clients there are in all; that of `client_data` if `None`.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
