@@ -68,7 +68,10 @@ def _rounds(process):
     'name',
     [
         'fed_distillation', 'fd',
-        *map(helpers.slow, ('fed_avg', 'fed_df', 'fed_gen', 'fml', 'ds_fl')),
+        *map(
+            helpers.slow,
+            ('fed_avg', 'fed_df', 'fed_gen', 'scaffold', 'fed_dyn', 'fml', 'ds_fl'),
+        ),
     ],
 )
 def test_both_runtimes_give_the_same_rounds(name, batches):
