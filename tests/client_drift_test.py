@@ -9,6 +9,7 @@ import tensorflow as tf
 from tests import helpers
 import tff_kd
 from tff_kd import algorithms
+from tff_kd.client.companions import dynamic_regularizer
 from tff_kd.compat import tff
 
 _RATE, _NUM_CLIENTS, _ALPHA = 0.2, 4, 0.3
@@ -278,6 +279,31 @@ def test_what_does_not_fit_one_of_them_is_refused(batches):
     algorithms.build_scaffold(**helpers.common(client_data=batches), num_clients=5)
   with pytest.raises(ValueError, match='`alpha` must be above 0'):
     algorithms.build_fed_dyn(**helpers.common(), num_clients=4, dynamic_weight=0.0)
+
+
+def test_the_average_is_corrected_before_the_server_distils():
+  algorithm = _build('fed_dyn', num_clients=_NUM_CLIENTS, dynamic_weight=_ALPHA)
+  keras.utils.set_random_seed(1)  # The same initial weights.
+  process = algorithms.build_fed_df(
+      **helpers.common(client_optimizer=helpers.sgd(_RATE)),
+      transfer_set=tff_kd.TransferSet(helpers.examples(6, 9)[0]),
+      distillation=tff_kd.Distillation(num_steps=2),
+      client_weighting=tff.learning.ClientWeighting.UNIFORM,
+      companion=dynamic_regularizer.DynamicRegularizer(
+          algorithm.student_spec, _NUM_CLIENTS, _ALPHA
+      ),
+  )
+  data = [helpers.dataset(*_CLIENTS[k]) for k in (0, 1)]
+  found, expected = (
+      its.next(its.initialize(), data, [its.initialize_client()] * 2).state
+      for its in (process, algorithm)
+  )
+  helpers.assert_weights_close(
+      [found.aggregated_model_weights, found.companion],
+      [expected.global_model_weights, expected.companion], **_CLOSE,
+  )
+  distilled = found.global_model_weights.trainable[0]
+  assert np.abs(distilled - found.aggregated_model_weights.trainable[0]).max() > 1e-5
 
 
 def test_fed_dyn_sums_are_secure():

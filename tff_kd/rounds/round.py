@@ -41,11 +41,12 @@ class _Down(NamedTuple):
 
 
 class _Models(NamedTuple):
-  """The server's models after a round, with the stages that moved them."""
+  """The server's models after a round, with the states of what moved them."""
 
   student: tff.Value
   aggregated: tff.Value
   teacher: tff.Value
+  companion: tff.Value
   finalizer: tff.Value
   distillation: tff.Value
   finalizer_metrics: tff.Value
@@ -239,16 +240,7 @@ class Round:
       )
     up = self.aggregator.next(state.aggregator, output)
     participation = up.measurements.client_work['participation']
-    models_after = self._learn(state, up.result)
-    if self.correct is not None:
-      companion_state, corrected = tff.federated_map(
-          self.correct,
-          (
-              companion_state, state.global_model_weights, models_after.student,
-              participation['num_included'],
-          ),
-      )
-      models_after = models_after._replace(student=corrected)
+    models_after = self._learn(state, up, companion_state)
     new_state = tff.federated_zip(
         state_lib.RoundState(
             global_model_weights=models_after.student,
@@ -263,7 +255,7 @@ class Round:
             aggregator=up.state,
             finalizer=models_after.finalizer,
             server_distillation=models_after.distillation,
-            companion=companion_state,
+            companion=models_after.companion,
             broadcasts=down.broadcasts,
         )
     )
@@ -332,18 +324,29 @@ class Round:
       return tff.federated_map(self.client_work.next, arguments), None
     return tff.federated_map(self.client_work.next, (*arguments, client_states))
 
-  def _learn(self, state, mean: Any) -> _Models:
+  def _learn(self, state, up, companion: tff.Value) -> _Models:
     """The student moves along the mean update; then the server distils."""
-    student = getattr(state, self.sent_field)
-    finalizer, measured = _nothing(), _nothing()
+    mean, sent = up.result, getattr(state, self.sent_field)
+    student, finalizer, measured = sent, _nothing(), _nothing()
     if self.finalizer is not None:
       finalized = self.finalizer.next(state.finalizer, student, mean.model)
       student, finalizer = finalized.result, finalized.state
       measured = finalized.measurements
+    if self.correct is not None:
+      num_reports = up.measurements.client_work['participation']['num_included']
+      companion, student = tff.federated_map(
+          self.correct, (companion, sent, student, num_reports)
+      )
     if self.server_distillation is None:
       return _Models(
-          student, _nothing(), state.teacher_weights, finalizer, _nothing(), measured,
-          _nothing(),
+          student=student,
+          aggregated=_nothing(),
+          teacher=state.teacher_weights,
+          companion=companion,
+          finalizer=finalizer,
+          distillation=_nothing(),
+          finalizer_metrics=measured,
+          distillation_metrics=_nothing(),
       )
     distilled = self.server_distillation.next(
         state.server_distillation,
@@ -360,13 +363,14 @@ class Round:
         state.round_num,
     )
     return _Models(
-        distilled.result.student,
-        student if self.parts.averages else _nothing(),
-        distilled.result.teacher,
-        finalizer,
-        distilled.state,
-        measured,
-        distilled.measurements,
+        student=distilled.result.student,
+        aggregated=student if self.parts.averages else _nothing(),
+        teacher=distilled.result.teacher,
+        companion=companion,
+        finalizer=finalizer,
+        distillation=distilled.state,
+        finalizer_metrics=measured,
+        distillation_metrics=distilled.measurements,
     )
 
   def _shared(self, state, up, student) -> tff.Value:

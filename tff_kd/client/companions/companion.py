@@ -203,7 +203,7 @@ class Companion(abc.ABC):
   def correct(
       self, server_state: Any, before: Any, after: Any, num_reports: tf.Tensor
   ) -> tuple[Any, Any]:
-    """Moves the student at the server, once the average has moved it.
+    """Moves the student at the server, between averaging and distillation.
 
     Called if the companion `corrects_student`, where a computation is traced.
 
