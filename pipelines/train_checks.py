@@ -204,11 +204,43 @@ def _register_unused() -> None:
         name, 'secure_aggregation', lambda: args.SECURE_AGGREGATION.value,
         'without --secure_aggregation',
     )
-  _no_effect('tls_dir', 'workers', lambda: bool(args.WORKERS.value), 'without --workers')
-  _no_effect('allow_open', 'tls_dir', lambda: not args.TLS_DIR.value, 'with --tls_dir')
+  for name in ('ray_workers', 'ray_resources'):
+    _no_effect(
+        name, 'ray_address', lambda: bool(args.RAY_ADDRESS.value), 'without --ray_address'
+    )
+  _no_effect(
+      'runtime', 'ray_address', lambda: not args.RAY_ADDRESS.value, 'with --ray_address'
+  )
 
 
 _register_unused()
+
+
+def ray_resources() -> dict[str, float]:
+  """Returns --ray_resources as amounts by name.
+
+  Raises:
+    flags.ValidationError: If one is not of the form name=amount, with a positive amount.
+  """
+  resources = {}
+  for text in args.RAY_RESOURCES.value:
+    name, _, amount = text.partition('=')
+    try:
+      resources[name] = float(amount)
+      is_amount = bool(name) and 0.0 < resources[name] < float('inf')
+    except ValueError:
+      is_amount = False
+    if not is_amount:
+      raise flags.ValidationError(
+          '--ray_resources must be a list of name=amount with positive amounts, such as '
+          f'CPU=4,GPU=1, found {text!r}.'
+      )
+  return resources
+
+
+@_together('ray_resources')
+def _():
+  ray_resources()
 
 
 @_together('student', 'teacher', 'mentor', 'task', 'algorithm')

@@ -547,22 +547,19 @@ RUNTIME = flags.DEFINE_enum(
     'runtime', 'in_process', ['in_process', 'tff'], "in_process: the script's own "
     "TensorFlow computes; tff: TensorFlow Federated's own C++ worker does, on the CPU."
 )
-WORKERS = flags.DEFINE_list(
-    'workers', [], 'host:port of workers (pipelines.worker) over which the clients of '
-    'each round are spread; --cache_dir must be the same folder for all of them. This '
-    'process computes if unset.'
+RAY_ADDRESS = flags.DEFINE_string(
+    'ray_address', None, "Spread each round's clients over a Ray cluster: `local` starts "
+    'Ray on this machine, `auto` is the cluster that it is a node of, or host:port of a '
+    'head node. --cache_dir must be the same folder on all nodes; --device is then where '
+    'the server computes. This process computes if unset.'
 )
-TLS_DIR = flags.DEFINE_string(
-    'tls_dir', None, 'The folder `script` that pipelines.certificates has made, for '
-    '--workers on other machines.'
+RAY_WORKERS = flags.DEFINE_integer(
+    'ray_workers', None, 'How many workers Ray starts; as many as it has CPUs for if '
+    'unset.', lower_bound=1
 )
-ALLOW_OPEN = flags.DEFINE_bool(
-    'allow_open', False, 'Use workers that other machines can reach without '
-    'certificates.'
-)
-SILENCE = flags.DEFINE_float(
-    'silence_s', 30.0, 'A worker that does not answer for so many seconds is lost.',
-    lower_bound=0.1,
+RAY_RESOURCES = flags.DEFINE_list(
+    'ray_resources', ['CPU=1'], 'What each worker asks of Ray, such as CPU=4,GPU=1. As '
+    'many clients compute at a time in a worker as it has CPUs, or one on each GPU.'
 )
 
 
@@ -676,8 +673,8 @@ def is_taken(algorithm: algorithms.Info, name: str) -> bool:
 FREE_ON_RESUME = {
     'config', 'dry_run',
     'rounds', 'patience', 'output_dir', 'resume', 'rounds_per_checkpoint',
-    'compare_with_fed_avg', 'cache_dir', 'device', 'runtime', 'workers', 'tls_dir',
-    'allow_open', 'silence_s',
+    'compare_with_fed_avg', 'cache_dir', 'device', 'runtime', 'ray_address',
+    'ray_workers', 'ray_resources',
 }
 
 

@@ -36,7 +36,6 @@ from pipelines import UserError
 import tff_kd
 from tff_kd import algorithms
 from tff_kd.models import cohorts
-from tff_kd.simulation import contexts
 
 _CLIENT_BYTES = tff_kd.communication.CLIENT_BYTES
 # Written when a run is over.
@@ -640,8 +639,7 @@ def run() -> None:
         drawn.result()
   except (
       tff_kd.simulation.CheckpointError,
-      tff_kd.simulation.NoWorkerError,
-      tff_kd.simulation.WorkerLostError,
+      tff_kd.runtime.NoWorkerError,
   ) as error:
     raise UserError(str(error)) from error
   # Both of them where a disk is full.
@@ -654,24 +652,40 @@ def run() -> None:
 
 
 def runtime() -> contextlib.AbstractContextManager:
-  """Where the run computes, by --runtime, --device and --workers."""
-  if args.WORKERS.value:
-    return tff_kd.simulation.remote_runtime(_workers())
+  """Where the run computes, by --runtime, --device and --ray_address."""
+  device = args.DEVICE.value or None
+  if args.RAY_ADDRESS.value:
+    return _on_ray(device)
   if args.RUNTIME.value == 'tff':
     return tff_kd.runtime.tff_worker()
-  return tff_kd.runtime.in_process(device=args.DEVICE.value or None)
+  return tff_kd.runtime.in_process(device=device)
 
 
-def _workers() -> list['tff_kd.simulation.RemoteWorker']:
-  return [
-      tff_kd.simulation.RemoteWorker(
-          address,
-          tls_dir=args.TLS_DIR.value,
-          allow_open=args.ALLOW_OPEN.value,
-          silence_s=args.SILENCE.value,
-      )
-      for address in args.WORKERS.value
-  ]
+def _check_ray() -> None:
+  try:
+    tff_kd.runtime.check_ray(
+        args.RAY_ADDRESS.value, args.RAY_WORKERS.value, train_checks.ray_resources()
+    )
+  except ImportError as error:
+    raise UserError(str(error)) from error
+
+
+@contextlib.contextmanager
+def _on_ray(device: Optional[list[str]]) -> Iterator[None]:
+  """As `tff_kd.runtime.ray`, with errors of the start as the user's."""
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(tff_kd.runtime.ray(
+          args.RAY_ADDRESS.value,
+          args.RAY_WORKERS.value,
+          train_checks.ray_resources(),
+          device=device,
+      ))
+    except (
+        ConnectionError, ValueError, tff_kd.runtime.NoWorkerError
+    ) as error:
+      raise UserError(str(error)) from error
+    yield
 
 
 class Setup(NamedTuple):
@@ -698,7 +712,8 @@ def prepare() -> Setup:
   task = load_task()
   if tff_kd.own_files.is_own(args.TASK.value):
     train_checks.run()  # It has set some.
-  _workers()
+  if args.RAY_ADDRESS.value:
+    _check_ray()
   clients = split_clients(task)
   batches = build_batches(task, clients)
   if train_checks.is_private():
@@ -798,7 +813,9 @@ def _print_plan(setup: Setup) -> None:
       rows.append((name.replace('_', ' '), f'{value / 1e6:.3g}', f'{total:.4g}'))
   total = each.total * clients * rounds / 1e6
   rows.append(('all', f'{each.total / 1e6:.3g}', f'{total:.4g}'))
-  state = contexts.num_bytes(process.initialize.type_signature.result)
+  state = tff_kd.communication.type_bytes(
+      process.initialize.type_signature.result.member
+  )
   # Progress has the last state and the best, and two checkpoints stay.
   held = [
       ('held, MB', ''),
@@ -806,7 +823,9 @@ def _print_plan(setup: Setup) -> None:
       ('the checkpoints', f'{4 * state / 1e6:.3g}'),
   ]
   if isinstance(process, tff_kd.StatefulClientsProcess):
-    kept = float(contexts.num_bytes(process.initialize_client.type_signature.result))
+    kept = float(tff_kd.communication.type_bytes(
+        process.initialize_client.type_signature.result
+    ))
     if process.kept_models is not None:
       kept /= len(process.kept_models.specs)  # The mean over the cohorts.
     held.append(

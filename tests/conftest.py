@@ -38,7 +38,7 @@ def pytest_configure(config):
 _FIRST = (
     'faults_test', 'compare_test', 'train_script_test', 'documents_test',
     'train_variants_test', 'audit_script_test', 'train_flags_test', 'tasks_script_test',
-    'process_test', 'several_workers_test', 'private_process_test', 'models_test',
+    'process_test', 'ray_test', 'private_process_test', 'models_test',
 )
 
 

@@ -44,8 +44,8 @@ def _commands():
 
 
 _COMMANDS = _commands()
-# Other machines are tested in `machines_test`.
-_ELSEWHERE = ('--workers', '--tls_dir', '--cache_dir', '--output_dir', '--dry_run')
+# Ray is tried in `ray_test` and `train_flags_test`.
+_ELSEWHERE = ('--ray_', '--cache_dir', '--output_dir', '--dry_run')
 _TRAIN = sorted({
     tuple(its for its in words[1:] if not its.startswith(_ELSEWHERE))
     for _, words in _COMMANDS

@@ -5,6 +5,7 @@ from tff_kd.runtime.in_process import in_process
 from tff_kd.runtime.in_process import InProcessContext
 from tff_kd.runtime.in_process import set_default
 from tff_kd.runtime.in_process import tff_worker
+from tff_kd.runtime.ray import check_ray
 from tff_kd.runtime.ray import ray
 from tff_kd.runtime.ray import RayContext
 from tff_kd.runtime.ray_workers import NoWorkerError

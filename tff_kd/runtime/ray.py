@@ -5,6 +5,7 @@ Moritz et al. (2018), "Ray: A Distributed Framework for Emerging AI Applications
 
 from collections.abc import Iterator, Mapping
 import contextlib
+import importlib.util
 import logging
 import os
 import pathlib
@@ -106,8 +107,11 @@ def ray(
     NoWorkerError: If no worker starts.
     ValueError: If an argument is not one of those above.
   """
+  check_ray(address, num_workers, resources)
+  for name, value in (('silence_s', silence_s), ('start_timeout_s', start_timeout_s)):
+    if not value > 0:
+      raise ValueError(f'`{name}` must be above 0 seconds, found {value!r}.')
   resources = {'CPU': 1.0} if resources is None else dict(resources)
-  _check(address, num_workers, resources, silence_s, start_timeout_s)
   with _connection(address, num_workers, resources) as package:
     pool = ray_workers.Pool(
         package, num_workers, resources, silence_s, start_timeout_s
@@ -121,14 +125,22 @@ def ray(
       pool.close()
 
 
-def _check(
-    address: str,
-    num_workers: Optional[int],
-    resources: Mapping[str, float],
-    silence_s: float,
-    start_timeout_s: float,
+def check_ray(
+    address: str = 'local',
+    num_workers: Optional[int] = None,
+    resources: Optional[Mapping[str, float]] = None,
 ) -> None:
-  """Raises an error if an argument of `ray` is not as it should be."""
+  """Raises an error if `ray` would refuse its arguments, or Ray is not installed.
+
+  Args:
+    address: As `ray` takes it.
+    num_workers: As `ray` takes it.
+    resources: As `ray` takes it.
+
+  Raises:
+    ImportError: If Ray is not installed.
+    ValueError: If an argument is not one that `ray` takes.
+  """
   if not isinstance(address, str) or not _ADDRESS.fullmatch(address):
     raise ValueError(
         "`address` must be 'local', 'auto' or the 'host:port' of a head node, found "
@@ -141,14 +153,15 @@ def _check(
     raise ValueError(
         f'`num_workers` must be a positive integer or None, found {num_workers!r}.'
     )
-  if not resources or any(amount <= 0 for amount in resources.values()):
+  if resources is not None and not (
+      resources and all(amount > 0 for amount in resources.values())
+  ):
     raise ValueError(
         "`resources` must name positive amounts, such as {'CPU': 4, 'GPU': 1}, found "
         f'{resources!r}.'
     )
-  for name, value in (('silence_s', silence_s), ('start_timeout_s', start_timeout_s)):
-    if not value > 0:
-      raise ValueError(f'`{name}` must be above 0 seconds, found {value!r}.')
+  if importlib.util.find_spec('ray') is None:
+    raise ImportError(_INSTALL)
 
 
 @contextlib.contextmanager
@@ -156,10 +169,8 @@ def _connection(
     address: str, num_workers: Optional[int], resources: Mapping[str, float]
 ) -> Iterator[Any]:
   """Connects to a cluster while the block lasts; yields the package `ray`."""
-  try:
-    import ray as package
-  except ImportError as error:
-    raise ImportError(_INSTALL) from error
+  import ray as package
+
   if package.is_initialized():
     yield package
     return

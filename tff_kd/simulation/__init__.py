@@ -1,4 +1,4 @@
-"""Running processes: TFF's runtime and the training loop."""
+"""Running processes: the training loop, who takes part, and what is kept."""
 
 from tff_kd import _lazy
 
@@ -7,16 +7,12 @@ __getattr__, __dir__ = _lazy.attach(
     {
         name: name
         for name in (
-            'checkpoints', 'client_states', 'connections', 'participation',
-            'several_workers', 'tls', 'training',
+            'checkpoints', 'client_states', 'participation', 'training',
         )
     }
     | {name: 'checkpoints' for name in ('CheckpointError', 'Checkpoints')}
     | {name: 'client_states' for name in ('ClientStates', 'ClientStatesError')}
-    | {'RemoteWorker': 'connections'}
     | {name: 'participation' for name in ('Availability', 'Participation')}
-    | {'WorkerLostError': 'transport'}
-    | {name: 'several_workers' for name in ('NoWorkerError', 'remote_runtime')}
     | {
         name: 'training'
         for name in (
