@@ -21,7 +21,7 @@ _LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
 def check_optimizer(
     optimizer: Any, name: str, *, scheduled: bool = False
 ) -> Optimizer:
-  """Returns `optimizer`, or refuses what cannot be used as one.
+  """Checks that a value can be used as an optimizer, and returns it.
 
   Args:
     optimizer: A `tff.learning.optimizers.Optimizer`, or a no-argument function
@@ -70,7 +70,14 @@ def check_optimizer(
 
 
 def initial_hparams(optimizer: Optimizer) -> collections.OrderedDict[str, Any]:
-  """Returns the hyperparameters a TFF optimizer lets one set; none for a Keras one."""
+  """Returns the hyperparameters of a TFF optimizer that can be set.
+
+  Args:
+    optimizer: A TFF optimizer or a function that returns a Keras one.
+
+  Returns:
+    By name, such as `learning_rate`, float32 values; empty for a Keras optimizer.
+  """
   if isinstance(optimizer, tff.learning.optimizers.Optimizer):
     state = optimizer.initialize(tf.TensorSpec([], tf.float32))
     return optimizer.get_hparams(state)
@@ -80,7 +87,11 @@ def initial_hparams(optimizer: Optimizer) -> collections.OrderedDict[str, Any]:
 def check_learning_rate_fn(
     learning_rate_fn: Optional[Callable[[Any], Any]], optimizer: Optimizer
 ) -> None:
-  """Refuses a schedule over rounds for an optimizer whose rate cannot be set.
+  """Raises an error if an optimizer's rate cannot follow a schedule over rounds.
+
+  Args:
+    learning_rate_fn: Maps a round's number to a learning rate; `None` for no schedule.
+    optimizer: The optimizer that the schedule is for.
 
   Raises:
     ValueError: If there is a schedule, and the optimizer has no rate to set.
@@ -95,7 +106,12 @@ def check_learning_rate_fn(
 def with_learning_rate(
     hparams: collections.OrderedDict[str, Any], learning_rate: Any
 ) -> collections.OrderedDict[str, Any]:
-  """Returns the hyperparameters of a TFF optimizer with another learning rate."""
+  """Returns the hyperparameters of a TFF optimizer with another learning rate.
+
+  Args:
+    hparams: Its hyperparameters, by name.
+    learning_rate: A number or a float scalar.
+  """
   changed = collections.OrderedDict(hparams)
   changed[_LEARNING_RATE] = tf.cast(learning_rate, tf.float32)
   return changed
@@ -127,7 +143,7 @@ def check_plain_sgd(optimizer: Optimizer, name: str, why: str) -> None:
 def build_stepper(
     optimizer: Optimizer, variables: Sequence[keras.Variable]
 ) -> Union['_TffStepper', '_KerasStepper']:
-  """Returns an optimizer as a function of the values of some variables.
+  """Builds an optimizer as a function of the values of some variables.
 
   The result has `initialize(hparams=None) -> state`, tensors to carry from step to step
   (and between rounds), and `apply(state, values, gradients, rate_scale=None) -> (state,
@@ -135,7 +151,13 @@ def build_stepper(
 
   Args:
     optimizer: A TFF optimizer or a function that returns a Keras one.
-    variables: Tell names, shapes and constraints; they are not changed.
+    variables: Give names, shapes and constraints; they are not changed.
+
+  Returns:
+    An object with `initialize(hparams=None) -> state`, which gives the tensors to carry
+    from step to step (and between rounds), and `apply(state, values, gradients,
+    rate_scale=None) -> (state, values)`, which steps under the variables' constraints.
+    A gradient of `None` leaves its value as it is.
   """
   if isinstance(optimizer, tff.learning.optimizers.Optimizer):
     return _TffStepper(optimizer, variables)

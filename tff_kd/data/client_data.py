@@ -69,7 +69,16 @@ class FileClientData:
       rows: raw_files.RawArrays,
       starts: raw_files.RawArrays,
   ):
-    """Not to be called by hand: client k has the examples rows[starts[k]:starts[k+1]].
+    """Initializes the data from files; call one of the `from_` methods instead.
+
+    Client k has the examples rows[starts[k]:starts[k + 1]].
+
+    Args:
+      client_ids: The clients' names.
+      num_examples: int64 `[clients]`.
+      examples: All examples, of n rows.
+      rows: int64, the rows of the examples of all clients, one client after the other.
+      starts: int64 `[clients + 1]`, positions in `rows`.
     """
     self.names = client_names.ClientNames(client_ids)
     self.client_ids = list(self.names)
@@ -87,15 +96,15 @@ class FileClientData:
       *,
       directory: Optional[os.PathLike] = None,
   ) -> 'FileClientData':
-    """From one pool of examples and each client's rows of it.
+    """Builds client data from one pool of examples and the rows of each client.
 
     Args:
       examples: A pair `(x, y)`, a triple `(x, y, sample_weight)` or a mapping with
         these keys, of arrays of n examples; `x` may be a structure of arrays. Weights
         are finite and not negative.
       rows: Integers in [0, n), by client; a mapping gives the clients their names,
-        which otherwise are '0', '1', ... A partition of `tff_kd.data.partition` fits, and
-        so does `df.groupby('client').indices` of a pandas table.
+        which otherwise are '0', '1', ... A partition of `tff_kd.data.partition` fits,
+        and so does `df.groupby('client').indices` of a pandas table.
       directory: Where the files go; a temporary folder if `None`.
 
     Returns:
@@ -136,7 +145,7 @@ class FileClientData:
       *,
       directory: Optional[os.PathLike] = None,
   ) -> 'FileClientData':
-    """From each client's own arrays, or its `tf.data.Dataset`.
+    """Builds client data from the arrays, or the `tf.data.Dataset`, of each client.
 
     Args:
       clients: By client, its arrays, as the examples of `from_arrays`, or an unbatched
@@ -178,7 +187,7 @@ class FileClientData:
           Callable[[tf.data.Dataset], tf.data.Dataset]
       ] = None,
   ) -> 'FileClientData':
-    """From any TFF client data, read once, client by client.
+    """Builds client data from any TFF client data, read once, client by client.
 
     Args:
       client_data: A `tff.simulation.datasets.ClientData`.
@@ -233,7 +242,10 @@ class FileClientData:
     )
 
   def numbers(self, clients: Iterable[client_names.Client]) -> list[int]:
-    """Returns the numbers of clients, given their names, for `process.next`.
+    """Returns the numbers of clients, for `process.next`.
+
+    Args:
+      clients: Names, or numbers.
 
     Raises:
       KeyError: If there is no client of that name.
@@ -274,7 +286,14 @@ class FileClientData:
     )
 
   def span(self, client: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Where a client's rows begin in `rows`, and how many they are; int64 scalars."""
+    """Returns where a client's rows begin in `rows`, and how many there are.
+
+    Args:
+      client: The client's number, an int32 scalar.
+
+    Returns:
+      Two int64 scalars.
+    """
     num_clients = len(self.client_ids)
     check = tf.debugging.Assert(
         (client >= 0) & (client < num_clients),
@@ -287,7 +306,14 @@ class FileClientData:
     return starts[0], starts[1] - starts[0]
 
   def rows(self, positions: tf.Tensor) -> tf.Tensor:
-    """The rows of examples at some positions in the list of all clients' rows."""
+    """Returns rows of examples, given positions in the list of all clients' rows.
+
+    Args:
+      positions: int64 `[n]`.
+
+    Returns:
+      int64 `[n]`.
+    """
     return raw_files.gather(self._rows.map(), positions)
 
   def open(self) -> Any:
@@ -455,7 +481,15 @@ def _find(path: pathlib.Path, key: str, spec: Any) -> Optional[FileClientData]:
 
 
 def masked_inputs(batch: Any, mask: Any) -> Any:
-  """A batch whose inputs are 0 where a mask of `ClientBatches.input_mask` is."""
+  """Sets the inputs of a batch to 0 where a client does not observe them.
+
+  Args:
+    batch: A pair, a triple or a mapping.
+    mask: As `ClientBatches.input_mask` returns it.
+
+  Returns:
+    The batch with the inputs times the mask; the batch itself if the mask is `None`.
+  """
   if mask is None:
     return batch
   inputs, _ = models.split_batch(batch)
@@ -553,7 +587,16 @@ class ClientBatches:
   def rows_and_labelled(
       self, client: tf.Tensor, round_num: tf.Tensor
   ) -> tuple[tf.Tensor, Optional[tf.Tensor]]:
-    """As `rows`, and float32 `[n]`: 1 where the client knows the label; `None`: all."""
+    """Returns a client's examples in the order of use, and which labels it knows.
+
+    Args:
+      client: The client's number, an int32 scalar.
+      round_num: The round's number, an int32 scalar.
+
+    Returns:
+      int64 `[n]`, rows of `data.open()`, as `rows` returns them; and float32 `[n]`, 1
+      where the client knows the label, or `None` if it knows all.
+    """
     start, count = self.data.span(client)
     # Not more passes than the limits leave.
     needed = -(-self._limit // tf.maximum(count, 1))
@@ -586,11 +629,14 @@ class ClientBatches:
     return seed
 
   def num_elements(self, total: tf.Tensor, step_share: tf.Tensor) -> tf.Tensor:
-    """Of how many examples a part of the steps is; at least one step's.
+    """Returns how many examples a share of a client's steps uses; at least one step.
 
     Args:
-      total: int32, the examples of all steps.
-      step_share: float32, the part.
+      total: int32, the number of examples of all steps.
+      step_share: float32, the share of the steps, above 0 and at most 1.
+
+    Returns:
+      An int32 scalar.
     """
     steps = tf.cast(tf.math.ceil(total / self.batch_size), tf.float32)
     # What is a whole number but for rounding is that.
@@ -598,13 +644,14 @@ class ClientBatches:
     return tf.minimum(tf.cast(steps, tf.int32) * self.batch_size, total)
 
   def input_mask(self, client: tf.Tensor) -> Any:
-    """Which features a client observes, a structure like the inputs of one example.
+    """Returns which features a client observes.
 
     Args:
-      client: Its number, an int32 scalar.
+      client: The client's number, an int32 scalar.
 
     Returns:
-      0/1 of the inputs' dtype; of integers (indices) all 1; `None` if all are observed.
+      A structure like the inputs of one example: 0/1 of the inputs' dtype, all 1 for
+      integers (indices); `None` if all features are observed.
     """
     if self.input_share == 1.0:
       return None

@@ -82,7 +82,11 @@ class ClientNames(Sequence[str]):
     return int(client)
 
   def numbers(self, clients: Iterable[Client]) -> list[int]:
-    """Returns the numbers of several clients; raises what `number` does."""
+    """Returns the numbers of several clients; raises the errors that `number` raises.
+
+    Args:
+      clients: Names or numbers.
+    """
     return [self.number(client) for client in clients]
 
 

@@ -71,7 +71,11 @@ class Examples(tuple):
     return np.any(weights > 0, axis=1)
 
   def take(self, rows: Any) -> 'Examples':
-    """Returns the examples of these rows."""
+    """Returns the examples of some rows.
+
+    Args:
+      rows: Integers `[k]`, or a slice.
+    """
     return Examples(*tf.nest.map_structure(lambda a: a[rows], tuple(self)))
 
 
@@ -219,6 +223,7 @@ class Task:
 
   @property
   def is_regression(self) -> bool:
+    """Whether labels are numbers and not classes."""
     return self.num_classes is None
 
   def class_numbers(self, examples: Examples) -> Optional[np.ndarray]:
@@ -264,10 +269,10 @@ class Task:
     return next(iter(self._metrics), own)
 
   def is_lower_better(self, name: Optional[str] = None) -> bool:
-    """Whether a score, or a column that ends in its name, is better the lower it is.
+    """Returns whether lower values of a score are better.
 
     Args:
-      name: Of the score; `metric` if `None`.
+      name: The score's name, or that of a column that ends in it; `metric` if `None`.
     """
     name = self.metric if name is None else name
     if any(re.search(rf'(^|[_/]){re.escape(its)}(_\d+)?$', name)

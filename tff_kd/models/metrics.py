@@ -216,10 +216,15 @@ class Metrics:
 
   @property
   def names(self) -> list[str]:
+    """The names of all metrics, with the totals."""
     return list(self._initial)
 
   def lower_is_better(self, name: str) -> bool:
-    """Returns whether a score is better the lower it is; see `lower_is_better`."""
+    """Returns whether lower values of a score are better; see `lower_is_better`.
+
+    Args:
+      name: The score's name.
+    """
     return lower_is_better(name, self._metrics)
 
   def initial_state(self) -> Any:
@@ -234,7 +239,7 @@ class Metrics:
       mask: Optional[tf.Tensor],
       sample_weight: Optional[tf.Tensor] = None,
   ) -> Any:
-    """The state of the user's metrics after a batch; that of the totals as it was.
+    """Returns the state after a batch; the totals are left as they are.
 
     Args:
       state: The state before.
@@ -306,7 +311,11 @@ class Metrics:
     return updated
 
   def finalizers(self) -> collections.OrderedDict[str, Callable[[Any], Any]]:
-    """By name, what makes a state that is summed over clients into the metric."""
+    """Returns the functions from states summed over clients to values of metrics.
+
+    Returns:
+      By the metric's name, a function from the state to the value.
+    """
     finalizers = collections.OrderedDict(
         (name, graphs.placed(functools.partial(self._result, name)))
         for name in self._metrics
@@ -324,11 +333,19 @@ class Metrics:
         return tf.nest.map_structure(tf.convert_to_tensor, metric.result())
 
   def result(self, state: Any) -> dict[str, Any]:
-    """Returns the values of all metrics of a state."""
+    """Returns the values of all metrics of a state.
+
+    Args:
+      state: As `initial_state` returns it, or summed over clients.
+    """
     return {name: finalize(state[name]) for name, finalize in self.finalizers().items()}
 
   def scores(self, state: Any) -> dict[str, tf.Tensor]:
-    """The values of the user's metrics of a state, each one number; see `flat_scores`."""
+    """Returns the values of the user's metrics, each a single number (`flat_scores`).
+
+    Args:
+      state: As `initial_state` returns it, or summed over clients.
+    """
     scores = {}
     for name in self._metrics:
       scores |= flat_scores(name, self._result(name, state[name]))

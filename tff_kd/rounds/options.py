@@ -98,7 +98,11 @@ class Options:
     return found if num_clients is None else num_clients
 
   def with_defaults(self, **defaults: Any) -> 'Options':
-    """Returns these options with an algorithm's values for those that are `None`."""
+    """Returns these options with an algorithm's values for those that are `None`.
+
+    Args:
+      **defaults: By option.
+    """
     return dataclasses.replace(
         self,
         **{
