@@ -95,12 +95,26 @@ class Inverter:
     self._network.fit(examples, epochs=num_epochs, verbose=0)
 
   def invert(self, pairs: Pairs) -> np.ndarray:
-    """Returns what examples with these predictions would look like, `[k, ...]`."""
+    """Reconstructs examples from their predictions.
+
+    Args:
+      pairs: The predictions of k examples.
+
+    Returns:
+      float32 `[k, ...]`, in the shape of the public examples.
+    """
     flat = self._network.predict(self._scaled(_features(pairs)), verbose=0)
     return (self._low + self._range * flat).reshape(-1, *self._shape)
 
   def pair_of(self, label: int) -> Pairs:
-    """The pair that is expected on a private example of a class, `[1, classes]` each."""
+    """Returns the predictions that are expected on a private example of a class.
+
+    Args:
+      label: The class.
+
+    Returns:
+      A pair of arrays `[1, classes]`.
+    """
     sure = scipy.special.log_softmax(self._pairs.client, axis=-1)[:, label]
     rows = np.argsort(-sure, kind='stable')[:_NUM_SUREST]
     return Pairs(*(its[rows].mean(0, keepdims=True) for its in self._pairs))
@@ -110,12 +124,12 @@ class Inverter:
 
 
 def similarity(images: np.ndarray, others: np.ndarray, value_range: float):
-  """How alike examples are: peak signal-to-noise ratio, and structural similarity.
+  """Computes peak signal-to-noise ratios and structural similarities of examples.
 
   Args:
     images: float32 `[k, height, width]` or `[k, height, width, channels]`; of another
       rank there is no structural similarity.
-    others: Likewise.
+    others: Examples of the same shape, to compare with.
     value_range: Largest minus smallest possible value.
 
   Returns:

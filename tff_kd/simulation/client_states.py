@@ -81,7 +81,7 @@ class ClientStates:
   def load(
       self, clients: Iterable[client_names.Client], round_num: Optional[int] = None
   ) -> list[Any]:
-    """Returns the states of some clients, for a process's `next`.
+    """Loads the states of some clients, for a process's `next`.
 
     Args:
       clients: Their numbers, or names.
@@ -165,7 +165,11 @@ class ClientStates:
         rounds.sort()
 
   def rewind(self, round_num: int) -> None:
-    """Forgets what came after a round, to go on from there."""
+    """Forgets what came after a round, to go on from there.
+
+    Args:
+      round_num: The last round that is kept; 0 for none.
+    """
     for client, rounds in list(self._rounds.items()):
       self._drop(client, [its for its in rounds if its > round_num])
     self._earlier = min(self._earlier, round_num)
@@ -179,7 +183,11 @@ class ClientStates:
     self._earlier = -1
 
   def prune(self, round_num: int) -> None:
-    """Forgets what is needed only to go back to before a round."""
+    """Forgets what is needed only to go back to before a round.
+
+    Args:
+      round_num: The earliest round to which `rewind` must still be able to go back.
+    """
     for client, rounds in list(self._rounds.items()):
       before = [its for its in rounds if its <= round_num]
       self._drop(client, before[:-1])

@@ -79,6 +79,9 @@ class Availability:
       num_clients: Clients are numbered from 0 to one below this.
       names: The clients' names, where the file may have these in place of numbers.
 
+    Returns:
+      The availability.
+
     Raises:
       ValueError: If a line is no such one; names it.
     """
@@ -246,7 +249,7 @@ class Participation:
     return found
 
   def counts(self, round_num: int) -> dict[str, int]:
-    """Returns what hindered clients before they began, or before the process saw them.
+    """Returns how many clients could not begin in a round, by cause.
 
     Args:
       round_num: From 1.
