@@ -29,6 +29,9 @@ def check_optimizer(
     name: The argument's name, for the error.
     scheduled: Whether its learning rate will be scaled from step to step.
 
+  Returns:
+    The value.
+
   Raises:
     TypeError: If it is neither.
     ValueError: If the rate is to be scaled and the optimizer has a schedule of

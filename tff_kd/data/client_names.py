@@ -127,6 +127,9 @@ def values_of(
 def check_cohort_fn(cohort_fn: Any) -> None:
   """Checks that `cohort_of` takes a function or a mapping.
 
+  Args:
+    cohort_fn: Maps a client, by number or by name, to the number of its cohort.
+
   Raises:
     TypeError: If it is neither.
   """

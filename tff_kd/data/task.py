@@ -52,14 +52,17 @@ class Examples(tuple):
 
   @property
   def inputs(self) -> Any:
+    """The inputs, an array `[n, ...]` or a dict of arrays."""
     return self[0]
 
   @property
   def labels(self) -> np.ndarray:
+    """The labels, `[n, ...]`."""
     return self[1]
 
   @property
   def sample_weight(self) -> Optional[np.ndarray]:
+    """The weights of the examples, or `None` without any."""
     return models.sample_weight_of(tuple(self))
 
   @property

@@ -166,6 +166,9 @@ def as_students(student: Union[models.ModelSpec, Students]) -> Students:
 
   Args:
     student: A model, or `Students`, which are returned as they are.
+
+  Returns:
+    The students.
   """
   return student if isinstance(student, Students) else Students([student])
 

@@ -880,6 +880,9 @@ def check_loss_fn(loss_fn: Any, name: str = 'loss_fn') -> LossFn:
     loss_fn: The value.
     name: The argument's name, for the error.
 
+  Returns:
+    The value.
+
   Raises:
     TypeError: If it is not a function without arguments.
   """
@@ -894,6 +897,9 @@ def check_metrics_fn(
   Args:
     metrics_fn: The value.
     name: The argument's name, for the error.
+
+  Returns:
+    The value.
 
   Raises:
     TypeError: If it is not a function without arguments.
