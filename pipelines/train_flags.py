@@ -26,9 +26,9 @@ ALGORITHM = flags.DEFINE_string(
     'The algorithm. A path that ends in .py is an algorithm of your own '
     '(examples/own_algorithm.py).\n'
     + '\n'.join(
-        f'{name}: {its.summary}. Uploads: {", ".join(its.uploads)}.'
-        + (f" Needs: {', '.join(its.needs)}." if its.needs else '')
-        for name, its in algorithms.REGISTRY.items()
+        f'{name}: {info.summary}. Uploads: {", ".join(info.uploads)}.'
+        + (f" Needs: {', '.join(info.needs)}." if info.needs else '')
+        for name, info in algorithms.REGISTRY.items()
     ),
 )
 
@@ -78,10 +78,10 @@ TASK = flags.DEFINE_string(
     'task', 'mnist5k', 'The data and the models; each task has its own defaults of some '
     'flags. A path that ends in .py is a task of your own (examples/own_task.py).\n'
     + '\n'.join(
-        f'{name}: {its.summary}. Students: {", ".join(its.students)}; teachers: '
-        f'{", ".join(its.teachers)}.'
+        f'{name}: {info.summary}. Students: {", ".join(info.students)}; teachers: '
+        f'{", ".join(info.teachers)}.'
         + task_defaults.described(name)
-        for name, its in data.TASKS.items()
+        for name, info in data.TASKS.items()
     ),
 )
 flags.register_validator(
@@ -175,8 +175,8 @@ ROBUST_KNOWLEDGE = flags.DEFINE_list(
 for _flag in (ROBUST_MODEL, ROBUST_KNOWLEDGE):
   flags.register_validator(
       _flag,
-      lambda its: set(its) <= {'zeroing', 'clipping'}
-      or its in (['median'], ['trimmed_mean']),
+      lambda names: set(names) <= {'zeroing', 'clipping'}
+      or names in (['median'], ['trimmed_mean']),
       f'--{_flag.name} must be of zeroing and clipping, or one of median and '
       'trimmed_mean.'
   )
@@ -592,7 +592,7 @@ _AVERAGING = (
 )
 # Flags that some algorithm takes as they are.
 _OF_ALGORITHMS = frozenset(
-    flag for its in algorithms.REGISTRY.values() for flag in its.flags.values()
+    flag for info in algorithms.REGISTRY.values() for flag in info.flags.values()
 )
 
 

@@ -103,12 +103,12 @@ def score(
   sample_weight = _weights(sample_weight, outputs, spec)
   names = score_names(spec) if names is None else names
   found = {}
-  asks_users = any(its in spec.metrics.score_names for its in names)
+  asks_users = any(name in spec.metrics.score_names for name in names)
   if asks_users and np.all(np.isfinite(outputs)):
     found = _user_scores(outputs, labels, spec, sample_weight)
-  if any(its in _own_names(spec) and its not in found for its in names):
+  if any(name in _own_names(spec) and name not in found for name in names):
     found = _own_scores(outputs, labels, spec, sample_weight) | found
-  return {its: found.get(its, float('nan')) for its in names}
+  return {name: found.get(name, float('nan')) for name in names}
 
 
 def _weights(
@@ -123,7 +123,7 @@ def _weights(
     fits = weights.shape[-1] == 1
   if fits:
     weights = spec.sample_weight((None, None, weights)).numpy()
-    fits = all(size in (1, its) for size, its in zip(weights.shape, axes))
+    fits = all(size in (1, axis_size) for size, axis_size in zip(weights.shape, axes))
   if not fits or not np.all(np.isfinite(weights)) or np.any(weights < 0):
     raise ValueError(
         '`sample_weight` must be finite numbers of 0 or more, of the shape '

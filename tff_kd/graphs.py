@@ -121,7 +121,7 @@ def _unpack(value: Any) -> list[Any]:
   if isinstance(value, (tuple, list)):
     return [leaf for element in value for leaf in _unpack(element)]
   if hasattr(type(value), '__attrs_attrs__'):
-    fields = [getattr(value, its.name) for its in type(value).__attrs_attrs__]
+    fields = [getattr(value, attribute.name) for attribute in type(value).__attrs_attrs__]
     return [leaf for element in fields for leaf in _unpack(element)]
   return [value]
 
@@ -199,7 +199,7 @@ class TracedFunction:
     leaves = [_as_tensor(leaf) for arg in args for leaf in _unpack(arg)]
     with tf.__internal__.eager_context.eager_mode():
       called = tf.compat.v1.wrap_function(
-          lambda *its: self._place(its),
+          lambda *tensors: self._place(tensors),
           [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves],
       )
     return tf.nest.pack_sequence_as(self.output, called(*leaves))

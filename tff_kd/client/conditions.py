@@ -127,9 +127,10 @@ class BroadcastHistory:
       @tff.tensorflow.computation(self.initial.type_signature.result, broadcast_type)
       def push(kept, current):
         sent = tf.nest.map_structure(
-            lambda its, new: tf.concat([new[tf.newaxis], its], axis=0), kept, current
+            lambda earlier, new: tf.concat([new[tf.newaxis], earlier], axis=0),
+            kept, current,
         )
-        return tf.nest.map_structure(lambda its: its[:-1], sent), sent
+        return tf.nest.map_structure(lambda stacked: stacked[:-1], sent), sent
 
       self.push = push
 
@@ -147,7 +148,7 @@ class BroadcastHistory:
       return sent
     # `check_conditions` tells; a slice out of range would, too, and less clearly.
     delay = tf.clip_by_value(delay, 0, self.max_delay)
-    return tf.nest.map_structure(lambda its: its[delay], sent)
+    return tf.nest.map_structure(lambda stacked: stacked[delay], sent)
 
   def current(self, sent: Any) -> Any:
     """Returns the broadcast of this round.

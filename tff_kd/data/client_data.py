@@ -120,11 +120,11 @@ class FileClientData:
         name: np.asarray(numbers, np.int64).ravel()
         for name, numbers in _by_name(rows).items()
     }
-    for name, its in rows.items():
-      if len(its) and (its.min() < 0 or its.max() >= size):
+    for name, client_rows in rows.items():
+      if len(client_rows) and (client_rows.min() < 0 or client_rows.max() >= size):
         raise ValueError(
             f'The rows of client {name!r} must be from 0 to {size - 1}, found '
-            f'{its.min()} to {its.max()}.'
+            f'{client_rows.min()} to {client_rows.max()}.'
         )
     # A temporary folder holds nothing to be found again.
     key = ''
@@ -162,8 +162,8 @@ class FileClientData:
     if not clients:
       raise ValueError('There must be at least one client, found none.')
     arrays = [_arrays_of(client) for client in clients.values()]
-    for name, its in zip(clients, arrays):
-      raw_files.check_rows(its, f'client {name!r}')
+    for name, client_arrays in zip(clients, arrays):
+      raw_files.check_rows(client_arrays, f'client {name!r}')
     specs = [tf.nest.map_structure(raw_files.row_spec_of, a) for a in arrays]
     for name, spec in zip(clients, specs):
       if spec != specs[0]:
@@ -332,20 +332,20 @@ def _as_element(element: Any) -> Any:
   """A pair, a triple or the mapping of these, as `input_spec` knows them."""
   found = models.as_batch(element)
   if found is None:
-    what = type(element).__name__
+    kind = type(element).__name__
     hint = (
         'Put single examples together: `x = np.stack([x for x, _ in examples])`, and `y` '
         'likewise.'
     )
     if isinstance(element, (tuple, list)):
-      what += f' of {len(element)}'
+      kind += f' of {len(element)}'
     elif isinstance(element, Mapping):
-      what += f' with the keys {", ".join(map(str, element))}'
+      kind += f' with the keys {", ".join(map(str, element))}'
       hint = 'Make such pairs first; of datasets with `map`, of TFF client data with '
       hint += '`preprocess_fn`.'
     raise ValueError(
         'Examples must be arrays (x, y), perhaps with sample weights, (x, y, '
-        f'sample_weight), or a mapping with these keys, found a {what}. {hint}'
+        f'sample_weight), or a mapping with these keys, found a {kind}. {hint}'
     )
   return dict(found) if isinstance(found, Mapping) else found
 
@@ -420,7 +420,7 @@ def _prepare(
     examples = raw_files.RawArrays.write(folder, counted(chunks), spec, _WHAT)
   if not rows:
     raise ValueError('There must be at least one client, found none.')
-  num_examples = np.array([len(its) for its in rows.values()], np.int64)
+  num_examples = np.array([len(client_rows) for client_rows in rows.values()], np.int64)
   columns = {
       'rows': np.concatenate(list(rows.values())),
       'starts': np.concatenate([[0], np.cumsum(num_examples)]),
@@ -434,7 +434,7 @@ def _prepare(
       'key': key,
       'client_ids': list(rows),
       'num_examples': num_examples.tolist(),
-      'arrays': {name: its.to_json() for name, its in arrays.items()},
+      'arrays': {name: array.to_json() for name, array in arrays.items()},
   }
   partial = path.with_suffix(f'.{os.getpid()}.partial')
   partial.write_text(json.dumps(saved))
@@ -461,12 +461,12 @@ def _find(path: pathlib.Path, key: str, spec: Any) -> Optional[FileClientData]:
     if saved['format'] != _FORMAT or saved['key'] != key:
       return None
     arrays = {
-        name: raw_files.RawArrays.from_json(saved['arrays'][name], its, path.parent)
-        for name, its in specs.items()
+        name: raw_files.RawArrays.from_json(saved['arrays'][name], spec, path.parent)
+        for name, spec in specs.items()
     }
     if None in arrays.values():
       return None
-    damaged = [file for its in arrays.values() for file in its.damaged()]
+    damaged = [file for array in arrays.values() for file in array.damaged()]
     client_ids = list(saved['client_ids'])
     num_examples = np.array(saved['num_examples'], np.int64)
   except (ValueError, KeyError, TypeError):

@@ -128,7 +128,7 @@ def check_cohort_fn(cohort_fn: Any) -> None:
   """Checks that `cohort_of` takes a function or a mapping.
 
   Args:
-    cohort_fn: Maps a client, by number or by name, to the number of its cohort.
+    cohort_fn: A function from a client to its cohort's number, a mapping, or `None`.
 
   Raises:
     TypeError: If it is neither.

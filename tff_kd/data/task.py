@@ -178,11 +178,11 @@ class Task:
       object.__setattr__(self, 'metrics_fn', metrics_fn)
     count = len(self.client_rows) if self.client_rows is not None else 0
     for name in ('client_names', 'test_rows'):
-      its = getattr(self, name)
-      if its is not None and len(its) != count:
+      values = getattr(self, name)
+      if values is not None and len(values) != count:
         raise ValueError(
-            f'A task must have as many `{name}` as `client_rows`, found {len(its)} and '
-            f'{count}.'
+            f'A task must have as many `{name}` as `client_rows`, found {len(values)} '
+            f'and {count}.'
         )
     if self.client_names is not None:
       client_names_lib.ClientNames(self.client_names)  # Refuses one name for two.
@@ -278,8 +278,8 @@ class Task:
       name: The score's name, or that of a column that ends in it; `metric` if `None`.
     """
     name = self.metric if name is None else name
-    if any(re.search(rf'(^|[_/]){re.escape(its)}(_\d+)?$', name)
-           for its in self.lower_is_better):
+    if any(re.search(rf'(^|[_/]){re.escape(error_name)}(_\d+)?$', name)
+           for error_name in self.lower_is_better):
       return True
     return models.lower_is_better(name, self._metrics)
 
@@ -414,7 +414,7 @@ def split_examples(
 
 
 def choose(
-    examples: Examples, size: int, *, seed: int, what: str
+    examples: Examples, size: int, *, seed: int, setting: str
 ) -> Examples:
   """So many random examples.
 
@@ -429,7 +429,7 @@ def choose(
   """
   if size > len(examples):
     raise ValueError(
-        f'{what} is {size}, but the task has only {len(examples)} such examples. '
+        f'{setting} is {size}, but the task has only {len(examples)} such examples. '
         'Lower it.'
     )
   return examples.take(np.random.default_rng(seed).permutation(len(examples))[:size])

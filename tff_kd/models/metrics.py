@@ -280,7 +280,8 @@ class Metrics:
     """The values of a metric's variables in a state."""
     if name not in self._offsets:
       return list(state)
-    return [value + tf.constant(its) for value, its in zip(state, self._offsets[name])]
+    offsets = self._offsets[name]
+    return [value + tf.constant(offset) for value, offset in zip(state, offsets)]
 
   def add_totals(
       self,
@@ -353,13 +354,13 @@ class Metrics:
 
 
 @contextlib.contextmanager
-def _errors_of(name: str, metric: keras.metrics.Metric, what: str) -> Iterator[None]:
+def _errors_of(name: str, metric: keras.metrics.Metric, problem: str) -> Iterator[None]:
   """Errors of a metric's own code name it."""
   try:
     yield
   except Exception as error:
     raise ValueError(
-        f'The metric {name!r} ({type(metric).__name__}) {what}: compute with '
+        f'The metric {name!r} ({type(metric).__name__}) {problem}: compute with '
         '`keras.ops`, and take `sample_weight`. Keras or the metric says: '
         f'{str(error).strip() or type(error).__name__}'
     ) from error
@@ -438,8 +439,8 @@ def _check_sums(
           values, with_axis_of_outputs(labels, outputs), outputs
       )
     return [
-        np.asarray(tf.convert_to_tensor(value), np.float64) - its
-        for value, its in zip(values, initial)
+        np.asarray(tf.convert_to_tensor(value), np.float64) - initial_value
+        for value, initial_value in zip(values, initial)
     ]
 
   reversed_outputs = tf.reverse(outputs, [0])
@@ -460,9 +461,9 @@ def _check_sums(
       )
 
 
-def _not_sums(name: str, metric: keras.metrics.Metric, what: str) -> ValueError:
+def _not_sums(name: str, metric: keras.metrics.Metric, problem: str) -> ValueError:
   return ValueError(
-      f'The metric {name!r} ({type(metric).__name__}) {what}. Metrics are summed over '
+      f'The metric {name!r} ({type(metric).__name__}) {problem}. Metrics are summed over '
       'clients: keep sums and counts, in variables that `self.add_weight` makes, and '
       'compute the value from them in `result`. What must see all predictions at once '
       'belongs into the `scores_fn` of a task.'

@@ -566,13 +566,13 @@ class ModelSpec:
     masks = [self.counted_labels(labels), mask]
     if sample_weight is not None:
       masks.append(tf.cast(sample_weight > 0.0, tf.float32))
-    if all(its is None for its in masks):
+    if all(each is None for each in masks):
       return None
     positions = outputs.shape[:-1]
     counted = tf.ones(tf.shape(outputs)[:-1])
-    for its in masks:
-      if its is not None:
-        counted *= losses.with_rank(its, positions.rank)
+    for each in masks:
+      if each is not None:
+        counted *= losses.with_rank(each, positions.rank)
     return tf.ensure_shape(counted, positions)
 
   @functools.cached_property
@@ -646,11 +646,11 @@ class ModelSpec:
     inputs_spec = _with_lengths_of(model, split_batch(self.input_spec)[0])
     model(_example(inputs_spec, self.batch_size or 1), training=False)
     expected = [tuple(w.shape) for w in tf.nest.flatten(self.initial_weights)]
-    for what, values in (('weights', weights), ('model', self.weights_of(model))):
+    for kind, values in (('weights', weights), ('model', self.weights_of(model))):
       found = [np.shape(w) for w in [*values.trainable, *values.non_trainable]]
       if found != expected:
         raise ValueError(
-            f'The {what} to assign {"are" if what == "weights" else "is"} not of the '
+            f'The {kind} to assign {"are" if kind == "weights" else "is"} not of the '
             f'{self.name}: expected arrays of shapes {expected}, found {found}.'
         )
     for variable, value in zip(model.trainable_variables, weights.trainable, strict=True):
@@ -1056,7 +1056,7 @@ def _config_of(loss: keras.losses.Loss, key: str) -> Any:
   return value
 
 
-def check_has_classes(spec: ModelSpec, what: str) -> None:
+def check_has_classes(spec: ModelSpec, subject: str) -> None:
   """Raises an error if a model has no classes, where something is about classes.
 
   Args:
@@ -1068,7 +1068,7 @@ def check_has_classes(spec: ModelSpec, what: str) -> None:
   """
   if spec.is_regression:
     raise ValueError(
-        f'{what} is about classes, and the {spec.name} is a regression model (by its '
+        f'{subject} is about classes, and the {spec.name} is a regression model (by its '
         'loss). Use an algorithm and a consensus that compare outputs as they are: '
         'fed_avg, fed_prox, scaffold, fed_dyn, fed_gkd, moon, fed_kd, fml, fed_df, '
         'fed_distillation or fed_md, with mean_logits.'
@@ -1209,10 +1209,10 @@ def _with_lengths_of(model: keras.Model, inputs_spec: Any) -> Any:
   if len(declared) != len(specs):
     return inputs_spec
   if isinstance(inputs_spec, Mapping):
-    named = {its.name: its.shape for its in declared}
+    named = {tensor.name: tensor.shape for tensor in declared}
     shapes = [named.get(name, ()) for name in sorted(inputs_spec)]
   else:
-    shapes = [its.shape for its in declared]
+    shapes = [tensor.shape for tensor in declared]
   return tf.nest.pack_sequence_as(
       inputs_spec,
       [

@@ -270,8 +270,8 @@ def check_private(
     )
 
 
-def _refuse(what: str, why: str, remedy: str) -> None:
-  raise ValueError(f'With differential privacy {what}: {why} {remedy}')
+def _refuse(use: str, why: str, remedy: str) -> None:
+  raise ValueError(f'With differential privacy {use}: {why} {remedy}')
 
 
 def _check_private_weights(

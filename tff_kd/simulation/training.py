@@ -512,8 +512,10 @@ def _client_numbers(
     selected: Sequence[Any], names: Optional[client_names.ClientNames]
 ) -> list[int]:
   """The numbers of the clients, also where they stand beside cohorts."""
-  clients = [its['data'] if isinstance(its, Mapping) else its for its in selected]
-  if names is None or not all(isinstance(its, (int, str)) for its in clients):
+  clients = [
+      client['data'] if isinstance(client, Mapping) else client for client in selected
+  ]
+  if names is None or not all(isinstance(client, (int, str)) for client in clients):
     raise TypeError(
         "With `client_states`, `select_clients` must return clients' numbers or names "
         '(and the process read its data by reference, `client_data=`), found '
