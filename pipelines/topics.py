@@ -39,7 +39,7 @@ def help_text(module: str, width: int) -> str:
     width: Characters a line, at most.
   """
   doc = (sys.modules[module].__doc__ or '').strip()
-  lines = [doc, '', 'Each flag stands with its default.']
+  lines = [doc, '', 'Defaults are shown.']
   topics = by_topic()
   key_flags = flags.FLAGS.get_key_flags_for_module(module)
   grouped = {flag.name for of_topic in topics.values() for flag in of_topic}

@@ -143,6 +143,29 @@ def test_docstrings_of_the_api_are_whole():
   assert not faults, '\n'.join(faults)
 
 
+# The runtime over several workers, until it is gone.
+_MAY_USE_INTERNALS = (
+    'tff_kd/internals.py', 'tff_kd/runtime/tff_internals.py',
+    'tff_kd/simulation/contexts.py', 'tff_kd/simulation/several_workers.py',
+    'tff_kd/simulation/transport.py',
+)
+_OF_LIBRARIES = re.compile(
+    r'\btf\.__internal__|\bkeras\.src|\btensorflow\.python\b'
+    r'|\btensorflow_federated\.(python|proto)\b'
+    # An attribute with an underscore of something that is not our own.
+    r'|getattr\([^()]*, [\'"]_(?!_|fields)'
+    r'|\b(tf|tff|keras|graph|layer|loop|metric|model|optimizer|tensor|variable)\._[a-z]'
+)
+
+
+def test_names_that_are_not_public_are_used_in_one_place():
+  for folder in ('tff_kd', 'pipelines'):
+    for path in (helpers.ROOT / folder).rglob('*.py'):
+      if str(path.relative_to(helpers.ROOT)) not in _MAY_USE_INTERNALS:
+        found = _OF_LIBRARIES.search(path.read_text())
+        assert not found, f'{path} uses {found[0]}; see tff_kd/internals.py.'
+
+
 def test_version_is_that_of_the_package_metadata():
   config = configparser.ConfigParser()
   config.read(helpers.ROOT / 'setup.cfg')

@@ -6,9 +6,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 from tff_kd.compat import tff
-# Not public, and the release that has them is the last.
-from tensorflow_federated.python.core.impl.compiler import building_blocks
-from tensorflow_federated.python.core.impl.compiler import tree_analysis
+from tff_kd.runtime import tff_internals
 
 # The name in `ledger` of what a client moved in the mean.
 CLIENT_BYTES = 'bytes/client'
@@ -99,20 +97,10 @@ def aggregated_bytes(aggregator: tff.templates.AggregationProcess) -> int:
     aggregator: A process that a factory has created.
   """
   total = 0
-
-  def add(block):
-    nonlocal total
-    if not isinstance(block, building_blocks.Call) or not isinstance(
-        block.function, building_blocks.Intrinsic
-    ):
-      return
-    uri = block.function.uri
+  for uri, argument in tff_internals.intrinsic_calls(aggregator.next):
     if uri.startswith('federated_') and ('sum' in uri or 'aggregate' in uri):
-      argument = block.argument.type_signature
       value = argument if isinstance(argument, tff.FederatedType) else argument[0]
       total += type_bytes(value.member)
-
-  tree_analysis.visit_preorder(aggregator.next.to_building_block(), add)
   return total
 
 

@@ -7,6 +7,7 @@ from typing import Any, Optional, Union
 import keras
 import tensorflow as tf
 from tff_kd.compat import tff
+from tff_kd import internals
 from tff_kd import models
 from tff_kd.models import stateless
 
@@ -60,9 +61,9 @@ def check_optimizer(
         f'for example, `{name}=tff.learning.optimizers.build_sgdm(0.1)` or '
         f'`{name}=lambda: keras.optimizers.Adam(1e-3)`.'
     )
-  # A schedule's rate cannot be assigned; Keras offers no public way to ask.
+  # A schedule's rate cannot be assigned.
   if scheduled and isinstance(
-      getattr(made, '_learning_rate', None),
+      internals.learning_rate_of(made),
       keras.optimizers.schedules.LearningRateSchedule,
   ):
     raise ValueError(
@@ -201,7 +202,7 @@ class _KerasStepper:
     self._initial = [v.numpy() for v in self._optimizer.variables]
     self._rate = [
         i for i, v in enumerate(self._optimizer.variables)
-        if v is getattr(self._optimizer, '_learning_rate', None)
+        if v is internals.learning_rate_of(self._optimizer)
     ]
 
   def initialize(self, hparams=None):

@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tff_kd import graphs
+from tff_kd import internals
 from tff_kd import losses
 
 MetricsFn = Callable[
@@ -137,8 +138,8 @@ def lower_is_better(
   """
   for known in sorted(metrics, key=len, reverse=True):
     if re.search(rf'(^|[_/]){re.escape(known)}(_|$)', name):
-      # There is no public way. Keras's own callbacks, which choose 'auto' by it, read it.
-      direction = getattr(metrics[known], '_direction', None)
+      # Keras's own callbacks choose 'auto' by it.
+      direction = internals.direction_of(metrics[known])
       if direction is not None:
         return direction == 'down'
   return not _ERRORS.isdisjoint(name.rpartition('/')[2].split('_'))

@@ -29,6 +29,7 @@ import numpy as np
 import tensorflow as tf
 
 from tff_kd import graphs
+from tff_kd import internals
 from tff_kd import losses
 from tff_kd.compat import tff
 from tff_kd.models import embeddings
@@ -389,7 +390,7 @@ class ModelSpec:
       return self.logits_shape
     key = tuple(tuple(leaf.shape[1:]) for leaf in tf.nest.flatten(inputs_spec))
     if key not in self._logits_shapes:
-      with tf.__internal__.eager_context.eager_mode():  # Also where something is traced.
+      with internals.eager_mode():  # Also where something is traced.
         example = _example(inputs_spec, self.batch_size or 1)
         self._logits_shapes[key] = self.logits(self.initial_weights, example).shape[1:]
     return self._logits_shapes[key]
