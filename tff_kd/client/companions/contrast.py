@@ -61,12 +61,12 @@ class _ContrastTerm(local_terms.LocalTerm):
     self._weight, self._temperature = weight, temperature
 
   def __call__(self, loss, step):
-    features = [
+    own, received, previous = (
         self._split.features(model, step.inputs)
         for model in (step.model, self._received, self._previous)
-    ]
+    )
     return loss + self._weight * step.mean(
-        contrastive_loss(*features, temperature=self._temperature)
+        contrastive_loss(own, received, previous, temperature=self._temperature)
     )
 
 
