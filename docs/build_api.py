@@ -36,16 +36,21 @@ _INNER = (
 )
 
 
-def _public(module: Any) -> list[str]:
-  name = module.__name__.removeprefix('tff_kd').removeprefix('.')
-  if name == 'algorithms':
-    return [f'build_{its}' for its in module.REGISTRY]
-  if name in ('', *_PACKAGES):
-    return [its for its in dir(module) if not its.startswith('_')]
+def public_names(module: Any) -> list[str]:
+  """Returns the names of a module that the page shows.
+
+  Args:
+    module: One of `modules`.
+  """
+  package = module.__name__.removeprefix('tff_kd').removeprefix('.')
+  if package == 'algorithms':
+    return [f'build_{algorithm}' for algorithm in module.REGISTRY]
+  if package in ('', *_PACKAGES):
+    return [name for name in dir(module) if not name.startswith('_')]
   return [
-      its
-      for its, value in vars(module).items()
-      if not its.startswith('_')
+      name
+      for name, value in vars(module).items()
+      if not name.startswith('_')
       and getattr(value, '__module__', None) == module.__name__
       and (inspect.isclass(value) or inspect.isfunction(value))
   ]
@@ -93,24 +98,38 @@ def _entry(name: str, value: Any) -> list[str]:
   lines += _text(value)
   if not inspect.isclass(value):
     return lines
+  for member_name, member in members(value).items():
+    if inspect.isfunction(member) and member.__doc__:
+      lines += [f'**`.{member_name}{_signature(member)}`**', '', *_text(member)]
+    elif isinstance(member, property) and member.fget.__doc__:
+      lines += [f'**`.{member_name}`**', '', *_text(member.fget)]
+  return lines
+
+
+def members(value: type) -> dict[str, Any]:
+  """Returns the public functions and properties that a class itself defines.
+
+  Args:
+    value: The class.
+  """
   fields = (
       {field.name for field in dataclasses.fields(value)}
       if dataclasses.is_dataclass(value)
       else set(getattr(value, '_fields', ()))
   )
-  for its, member in vars(value).items():
-    if its.startswith('_') or its in fields:
-      continue
+  found = {}
+  for name, member in vars(value).items():
     if isinstance(member, (classmethod, staticmethod)):
       member = member.__func__
-    if inspect.isfunction(member) and member.__doc__:
-      lines += [f'**`.{its}{_signature(member)}`**', '', *_text(member)]
-    elif isinstance(member, property) and member.fget.__doc__:
-      lines += [f'**`.{its}`**', '', *_text(member.fget)]
-  return lines
+    if name.startswith('_') or name in fields:
+      continue
+    if inspect.isfunction(member) or isinstance(member, property):
+      found[name] = member
+  return found
 
 
-def _modules() -> Iterator[tuple[str, Any]]:
+def modules() -> Iterator[tuple[str, Any]]:
+  """Yields the modules that the page shows, with their names."""
   yield 'tff_kd', tff_kd
   outer = [name for name in dir(tff_kd) if inspect.ismodule(getattr(tff_kd, name))]
   for name in sorted([*outer, *_INNER]):
@@ -120,9 +139,9 @@ def _modules() -> Iterator[tuple[str, Any]]:
 def reference() -> str:
   """The whole page."""
   lines, seen = [_HEAD], set()
-  for module_name, module in _modules():
+  for module_name, module in modules():
     lines += [f'## {module_name}', '', inspect.getdoc(module) or '', '']
-    for name in sorted(_public(module)):
+    for name in sorted(public_names(module)):
       value = getattr(module, name)
       is_entry = inspect.isclass(value) or inspect.isfunction(value)
       if is_entry and value not in seen:

@@ -442,7 +442,7 @@ def _attack_by_shadow_models(
 ) -> _Shadows:
   """Compares each released student with models whose training is known."""
   if (members.sample_weight is None) != (others.sample_weight is None):
-    members, others = (data_task.Examples(*its[:2]) for its in (members, others))
+    members, others = (data_task.Examples(*part[:2]) for part in (members, others))
   audited, _ = data_task.pool([members, others])
   is_member = np.arange(len(audited)) < len(members)
   trained = membership.draw_shadow_membership(num_models, len(audited), seed=seed)
@@ -496,7 +496,7 @@ def _train_shadows(
     )
     weights, best = central.fit(
         training,
-        lambda its: evaluator.evaluate(its, *task.validation)[task.metric],
+        lambda weights: evaluator.evaluate(weights, *task.validation)[task.metric],
         higher_is_better=not task.is_lower_better(), max_epochs=max_epochs,
     )
     model = spec.to_keras(weights)

@@ -392,7 +392,9 @@ def _pfl(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
   import tensorflow as tf
   import tf_keras
 
-  data = [pfl_data.TFTensorDataset(*map(tf.constant, its)) for its in case.examples()]
+  data = [
+      pfl_data.TFTensorDataset(*map(tf.constant, arrays)) for arrays in case.examples()
+  ]
   sampler = sampling.get_user_sampler('minimize_reuse', list(range(case.num_clients)))
   clients = federated_dataset.FederatedDataset(data.__getitem__, sampler)
 
@@ -464,7 +466,7 @@ def _peak_mib() -> float:
   """MiB at the most, of this process and those that it has started."""
   import psutil
 
-  pids = [its.pid for its in psutil.Process().children(recursive=True)]
+  pids = [child.pid for child in psutil.Process().children(recursive=True)]
   return sum(_mib(pid, 'VmHWM') for pid in [os.getpid(), *pids])
 
 

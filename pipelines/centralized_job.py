@@ -122,6 +122,6 @@ def _builders(task: tff_kd.data.Task) -> dict[str, Any]:
           f'{task.name}.'
       )
   return {
-      **{name: task.students[its] for name, its in zip(names, students)},
+      **{name: task.students[student] for name, student in zip(names, students)},
       'teacher': task.teachers[args.TEACHER.value],
   }

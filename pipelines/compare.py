@@ -100,7 +100,7 @@ class _Run(NamedTuple):
 
 def _seeds() -> list[int]:
   try:
-    seeds = [int(its) for its in _SEEDS.value]
+    seeds = [int(seed) for seed in _SEEDS.value]
     if not seeds or min(seeds) < 0 or len(set(seeds)) < len(seeds):
       raise ValueError
   except ValueError:
@@ -129,17 +129,17 @@ def _variations() -> list[list[tuple[str, ...]]]:
   known = _train_flags()
   rows = []
   for text in _VARY.value:
-    row = [tuple(its.split()) for its in text.split('|')]
+    row = [tuple(variant.split()) for variant in text.split('|')]
     if len(set(row)) < len(row):
       raise app.UsageError(f'--vary={text!r} has the same flags twice.')
     rows.append(row)
-  for argument in sorted({its for row in rows for varied in row for its in varied}):
+  for argument in sorted({flag for row in rows for varied in row for flag in varied}):
     name = _flag_name(argument)
     if not argument.startswith('--') or name not in known:
       raise app.UsageError(f'--vary: {argument!r} is no flag of pipelines.train.')
     if name in _PER_RUN or known[name].present:
       raise app.UsageError(f'--vary: --{name} is set for all runs. Leave one out.')
-    if not any(_takes(its, argument) for its in _ALGORITHMS.value):
+    if not any(_takes(algorithm, argument) for algorithm in _ALGORITHMS.value):
       raise app.UsageError(
           f'--vary: {argument} has no effect with any of {", ".join(_ALGORITHMS.value)}.'
       )
@@ -169,10 +169,10 @@ def _settings(rows: list[list[tuple[str, ...]]]) -> dict[_Setting, list[str]]:
       raise app.UsageError(f'--{name} is set for each run. Leave it out.')
   given = [f for f in known.values() if f.present and f.name not in _PER_RUN]
   found, used = {}, set()
-  varied_sets = dict.fromkeys(its for row in rows or [[()]] for its in row)
+  varied_sets = dict.fromkeys(varied for row in rows or [[()]] for varied in row)
   for name in _ALGORITHMS.value:
-    its = algorithms.get(name)
-    taken = [f for f in given if train_flags.is_taken(its, f.name)]
+    info = algorithms.get(name)
+    taken = [f for f in given if train_flags.is_taken(info, f.name)]
     used |= {f.name for f in taken}
     arguments = [f.serialize() for f in taken]
     if not known['patience'].present:
@@ -194,7 +194,7 @@ def _is_done(run: _Run) -> bool:
 
 
 def _folder_name(setting: _Setting, seed: int) -> str:
-  varied = [re.sub('[^A-Za-z0-9_.=,-]', '_', its[2:]) for its in setting.varied]
+  varied = [re.sub('[^A-Za-z0-9_.=,-]', '_', argument[2:]) for argument in setting.varied]
   return '-'.join([algorithms.get(setting.algorithm).name, *varied, str(seed)])
 
 
@@ -213,17 +213,17 @@ def _check_same_problem(
     folder: pathlib.Path, settings: dict[_Setting, list[str]]
 ) -> None:
   """Refuses a folder whose finished runs had other flags."""
-  arguments = {its.name: flags_of_run for its, flags_of_run in settings.items()}
+  arguments = {setting.name: flags_of_run for setting, flags_of_run in settings.items()}
   if _CEILINGS.value:
     arguments[_IN_ONE_PLACE] = _central_arguments()
   path = folder / 'compare.json'
   if path.is_file():
     before = json.loads(path.read_text())
-    for name, its in arguments.items():
-      if name in before and before[name] != its:
+    for name, flags_of_run in arguments.items():
+      if name in before and before[name] != flags_of_run:
         raise app.UsageError(
-            f'{path.parent} holds runs of {name} with {before[name]}, not with {its}. '
-            'Go on with the same flags, or choose another --output_dir.'
+            f'{path.parent} holds runs of {name} with {before[name]}, not with '
+            f'{flags_of_run}. Go on with the same flags, or choose another --output_dir.'
         )
     arguments = before | arguments
   path.write_text(json.dumps(arguments, indent=2) + '\n')
@@ -270,8 +270,8 @@ def _train_ceilings(seeds: list[int], folder: pathlib.Path) -> list[str]:
 
 
 def _central_flags() -> list[flags.Flag]:
-  its = flags.FLAGS.flags_by_module_dict()[central_flags.__name__]
-  return [flag for flag in its if flag.present]
+  defined = flags.FLAGS.flags_by_module_dict()[central_flags.__name__]
+  return [flag for flag in defined if flag.present]
 
 
 def _central_arguments() -> list[str]:
@@ -480,7 +480,7 @@ def _floor(
     alone = results[run].get('alone', {}) if not run.setting.varied else {}
     for kind, by_seed in found.items():
       # Of cohorts the mean.
-      values = [its[metric] for name, its in alone.items() if name.startswith(kind)]
+      values = [scores[metric] for name, scores in alone.items() if name.startswith(kind)]
       if values:
         by_seed.setdefault(run.seed, statistics.mean(values))
   return {name: list(by_seed.values()) for name, by_seed in found.items()}
@@ -489,10 +489,10 @@ def _floor(
 def _leaks(audits: list[dict[str, Any]]) -> list[str]:
   """The AUCs of membership inference: the released student's, and single clients'."""
   students = [
-      its['membership']['student']['overall']['auc']['value']
-      for its in audits if 'student' in its['membership']
+      audit['membership']['student']['overall']['auc']['value']
+      for audit in audits if 'student' in audit['membership']
   ]
-  clients = [its['clients']['membership_auc']['value'] for its in audits]
+  clients = [audit['clients']['membership_auc']['value'] for audit in audits]
   return [_spread(students, 3), _spread(clients, 3)]
 
 
@@ -562,7 +562,7 @@ def _draw_variations(
         label = ' '.join(flag.removeprefix('--') for flag in varied) or 'without'
         panels.setdefault((number, algorithm), {})[label] = {
             model: [
-                [its[f'test/{model}_{metric}'] for its in history]
+                [row[f'test/{model}_{metric}'] for row in history]
                 for history in histories
             ]
             for model in ('student', 'teacher')
@@ -582,7 +582,7 @@ def main(argv: list[str]) -> Optional[int]:
   seeds, rows = _seeds(), _variations()
   settings = _settings(rows)
   folder = train_flags.output_dir('compare')
-  with parallel.only_user(folder):
+  with parallel.exclusive_lock(folder):
     return _compare(folder, seeds, rows, settings)
 
 
@@ -594,8 +594,8 @@ def _compare(
 ) -> int:
   """Trains what is missing, and reports; returns the exit status."""
   runs = [
-      _Run(its, seed, folder / _folder_name(its, seed))
-      for seed in seeds for its in settings
+      _Run(setting, seed, folder / _folder_name(setting, seed))
+      for seed in seeds for setting in settings
   ]
   _check_same_problem(folder, settings)
   # As Ctrl-C: the runs are stopped, too.

@@ -82,7 +82,8 @@ def _evaluate(
       model.weights, examples.inputs
   )
   by_client = np.array([
-      _metric(outputs[its], examples.take(its), model.spec, task) for its in rows
+      _metric(outputs[client_rows], examples.take(client_rows), model.spec, task)
+      for client_rows in rows
   ])
   scores = _scores(outputs, examples, model.spec)
   if task.scores_fn is not None and examples is task.test:
@@ -114,7 +115,7 @@ def _evaluate_own(
   if getattr(process, 'kept_models', None) is None:
     return None  # What they keep are no models.
   ran_with = json.loads((run_dir / 'config.json').read_text())['flags']
-  changed = [its for its in _OF_THE_SPLIT if flags.FLAGS[its].value != ran_with[its]]
+  changed = [flag for flag in _OF_THE_SPLIT if flags.FLAGS[flag].value != ran_with[flag]]
   if changed:
     print(
         f'Without the models that clients keep: --{changed[0]} makes other clients of '
@@ -180,12 +181,12 @@ def _print(
   if len(rows):
     head += [f"clients: mean {metric.replace('_', ' ')}", '10th pct.', 'worst']
   table = [tuple(head)]
-  for its in found:
-    row = [its.name, *(f'{its.scores[key]:.4f}' for key in keys)]
+  for model in found:
+    row = [model.name, *(f'{model.scores[key]:.4f}' for key in keys)]
     if len(rows):
-      values = its.by_client[_worst_first(its, task)]
+      values = model.by_client[_worst_first(model, task)]
       tenth = np.percentile(values, 90 if task.is_lower_better() else 10)
-      row += [f'{its:.4f}' for its in (values.mean(), tenth, values[0])]
+      row += [f'{number:.4f}' for number in (values.mean(), tenth, values[0])]
     table.append(tuple(row))
   print(f'{task.name}: {len(examples)} examples ({part}).\n')
   tables.print_table(table)
@@ -194,14 +195,14 @@ def _print(
   worst = _worst_first(found[0], task)[:num_worst]
   print(f'\nThe clients with the worst {found[0].name}:\n')
   classes = task.class_numbers(task.clients)
-  head = ['client', *(f'{its.name} {metric}' for its in found), 'examples here',
+  head = ['client', *(f'{model.name} {metric}' for model in found), 'examples here',
           'trained on']
   if classes is not None:
     head.append('most of it')
   table = [tuple(head)]
   for client in worst:
     row = [
-        names[client], *(f'{its.by_client[client]:.4f}' for its in found),
+        names[client], *(f'{model.by_client[client]:.4f}' for model in found),
         str(len(rows[client])), str(len(clients[client])),
     ]
     if classes is not None:
@@ -224,11 +225,11 @@ def _write(report_dir, task, part, examples, found, names, clients, rows) -> Non
   report: dict[str, Any] = {
       'task': task.name, 'part': part, 'examples': len(examples), 'models': {}
   }
-  for its in found:
-    report['models'][its.name] = {'scores': its.scores}
+  for model in found:
+    report['models'][model.name] = {'scores': model.scores}
     if len(rows):
-      values = its.by_client[_worst_first(its, task)]
-      report['models'][its.name]['clients'] = {
+      values = model.by_client[_worst_first(model, task)]
+      report['models'][model.name]['clients'] = {
           'metric': task.metric, 'count': len(values), 'mean': float(values.mean()),
           'percentile_10': float(
               np.percentile(values, 90 if task.is_lower_better() else 10)
@@ -242,10 +243,10 @@ def _write(report_dir, task, part, examples, found, names, clients, rows) -> Non
     writer = csv.writer(file)
     writer.writerow([
         'client', 'examples', 'trained_on',
-        *(f'{its.name}_{task.metric}' for its in found),
+        *(f'{model.name}_{task.metric}' for model in found),
     ])
     for client, its_rows in enumerate(rows):
-      values = [its.by_client[client] for its in found]
+      values = [model.by_client[client] for model in found]
       writer.writerow([
           names[client], len(its_rows), len(clients[client]),
           *('' if np.isnan(value) else value for value in values),
@@ -262,30 +263,30 @@ def _draw(report_dir, task, found, has_clients: bool) -> list[str]:
 
   if has_clients:
     plots.plot_client_scores(
-        {its.name: its.by_client[_worst_first(its, task)] for its in found},
+        {model.name: model.by_client[_worst_first(model, task)] for model in found},
         task.metric, path('clients.png'),
     )
   if task.is_regression:
     plots.plot_errors(
         {
-            its.name: (
-                its.outputs[its.examples.counted].reshape(-1),
-                its.examples.labels[its.examples.counted].reshape(-1),
+            model.name: (
+                model.outputs[model.examples.counted].reshape(-1),
+                model.examples.labels[model.examples.counted].reshape(-1),
             )
-            for its in found
+            for model in found
         },
         path('errors.png'),
     )
     return names
   sure = {}
-  for its in found:
+  for model in found:
     logits, labels = evaluation.counted_predictions(
-        its.spec.class_logits(tf.constant(its.outputs)).numpy(), its.examples.labels,
-        its.spec, its.examples.sample_weight,
+        model.spec.class_logits(tf.constant(model.outputs)).numpy(),
+        model.examples.labels, model.spec, model.examples.sample_weight,
     )
     predicted = logits.argmax(-1)
     confidence = tf.nn.softmax(logits).numpy().max(-1)
-    sure[its.name] = confidence, predicted == labels
+    sure[model.name] = confidence, predicted == labels
     classes = logits.shape[-1]
     if classes <= _MAX_CLASSES:
       names_of = _class_names(task)
@@ -293,10 +294,10 @@ def _draw(report_dir, task, found, has_clients: bool) -> list[str]:
         names_of = ['no', 'yes']
       counts = np.zeros((classes, classes), int)
       np.add.at(counts, (labels, predicted), 1)
-      accuracy = its.scores['accuracy']
+      accuracy = model.scores['accuracy']
       plots.plot_confusion(
-          counts, names_of, f'{its.name}: accuracy {accuracy:.3f}',
-          path(f'confusion_{its.name}.png'),
+          counts, names_of, f'{model.name}: accuracy {accuracy:.3f}',
+          path(f'confusion_{model.name}.png'),
       )
   plots.plot_reliability(sure, path('calibration.png'))
   return names

@@ -27,7 +27,7 @@ _MODELS = flags.DEFINE_list(
 )
 _FORMATS_FLAG = flags.DEFINE_list('formats', _FORMATS, 'In which formats.')
 flags.register_validator(
-    _FORMATS_FLAG, lambda its: bool(its) and set(its) <= set(_FORMATS),
+    _FORMATS_FLAG, lambda names: bool(names) and set(names) <= set(_FORMATS),
     f'--formats must be of {", ".join(_FORMATS)}.'
 )
 _EXAMPLES = flags.DEFINE_integer(

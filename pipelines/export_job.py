@@ -22,6 +22,7 @@ from pipelines import train_job
 from pipelines import UserError
 import tff_kd
 from tff_kd import evaluation
+from tff_kd import internals
 
 # A file that is worse by more than this is named: of accuracy, or of an error's own size.
 _WORSE = 0.01
@@ -315,7 +316,9 @@ def _save(
   # TFLite does not find the variables in a Keras model. With the model itself in the
   # module they would be saved twice; layers without any can have tables.
   module.variables_of_layers = [variable.value for variable in model.variables]
-  module.other_layers = [layer for layer in _layers(model) if not layer.variables]
+  module.other_layers = [
+      layer for layer in internals.all_layers(model) if not layer.variables
+  ]
   concrete = serve.get_concrete_function(**signature)
   tf.saved_model.save(module, os.fspath(path), signatures={_SIGNATURE: concrete})
 
@@ -405,7 +408,7 @@ def _copy(
     if in_float32:
       _rewrite_in_float32(path)
     copy = _load(path, model)
-  for layer in _layers(copy):
+  for layer in internals.all_layers(copy):
     if isinstance(layer, keras.layers.RNN):
       layer.unroll = unroll or layer.unroll
       # Where there is a GPU, GRU and LSTM would be cuDNN's, which are nowhere else.
@@ -419,7 +422,7 @@ def _without_config(model: keras.Model) -> str:
 
 def _is_fit_for_devices(model: keras.Model, in_float32: bool) -> bool:
   """Whether a copy would be as the model is."""
-  layers = _layers(model)
+  layers = internals.all_layers(model)
   return not any(isinstance(layer, keras.layers.RNN) for layer in layers) and not (
       in_float32 and any(layer.dtype_policy.name in _FLOATS for layer in layers)
   )
@@ -429,16 +432,10 @@ def _load(path: pathlib.Path, model: keras.Model) -> keras.Model:
   """A saved model, whose classes need not be registered with Keras."""
   own = {
       type(layer).__name__: type(layer)
-      for layer in (model, *_layers(model))
+      for layer in (model, *internals.all_layers(model))
       if not type(layer).__module__.startswith('keras.')
   }
   return keras.models.load_model(path, compile=False, custom_objects=own)
-
-
-def _layers(model: keras.Model) -> list[keras.layers.Layer]:
-  """All layers of a model, those in other layers included."""
-  # There is no public name.
-  return list(model._flatten_layers(include_self=False))  # pylint: disable=protected-access
 
 
 def _rewrite_in_float32(path: pathlib.Path) -> None:

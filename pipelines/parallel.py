@@ -34,7 +34,7 @@ def num_cores() -> int:
 
 
 @contextlib.contextmanager
-def only_user(folder: pathlib.Path) -> Iterator[None]:
+def exclusive_lock(folder: pathlib.Path) -> Iterator[None]:
   """Holds a folder, so that no second script runs the same jobs in it.
 
   Raises:

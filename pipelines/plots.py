@@ -116,7 +116,7 @@ def plot_comparison(
   colors, styles = matplotlib.colormaps['tab10'], ('-', '--', ':')
   for number, (name, runs) in enumerate(curves.items()):
     length = min(len(accuracy) for _, _, accuracy in runs)
-    accuracy = np.array([its[:length] for _, _, its in runs])
+    accuracy = np.array([accuracies[:length] for _, _, accuracies in runs])
     mean, deviation = accuracy.mean(axis=0), accuracy.std(axis=0)
     for panel, x in zip(panels, runs[0][:2]):
       color, style = colors(number % 10), styles[number // 10 % len(styles)]
@@ -169,8 +169,8 @@ def plot_variations(
     panel = axes[row][columns.index(column)]
     for number, (label, models) in enumerate(lines.items()):
       for model, runs in models.items():
-        length = min(len(its) for its in runs)
-        accuracy = np.array([its[:length] for its in runs])
+        length = min(len(run) for run in runs)
+        accuracy = np.array([run[:length] for run in runs])
         mean, deviation = accuracy.mean(axis=0), accuracy.std(axis=0)
         rounds, color = np.arange(1, length + 1), colors(number % 10)
         style, shown = ('-', label) if model == 'student' else ('--', None)
@@ -376,7 +376,7 @@ def plot_errors(
   values = np.unique(every_label)
   # Of many different values, ten ranges.
   groups = np.quantile(every_label, np.linspace(0, 1, 11)) if len(values) > 20 else None
-  errors = np.concatenate([its - labels for its, labels in models.values()])
+  errors = np.concatenate([predicted - labels for predicted, labels in models.values()])
   edges = np.linspace(errors.min(), errors.max(), 61)
   for name, (predictions, labels) in models.items():
     panels[0].hist(predictions - labels, bins=edges, histtype='step', label=name)

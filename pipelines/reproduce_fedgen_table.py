@@ -205,14 +205,14 @@ def main(argv: list[str]) -> Optional[int]:
     from pipelines import fedgen_table_job
 
     logging.set_verbosity(logging.WARNING)
-    (run,) = [its for its in runs if its.name == _ONLY.value]
+    (run,) = [each for each in runs if each.name == _ONLY.value]
     fedgen_table_job.run(
         run.algorithm, run.alpha, run.seed, data_dir=pathlib.Path(_DATA_DIR.value),
         folder=run.folder, results=run.results, num_rounds=_ROUNDS.value,
         rounds_per_evaluation=_ROUNDS_PER_EVALUATION.value,
     )
     return 0
-  with parallel.only_user(pathlib.Path(_OUTPUT_DIR.value)):
+  with parallel.exclusive_lock(pathlib.Path(_OUTPUT_DIR.value)):
     return _run_all(runs)
 
 

@@ -24,10 +24,10 @@ def by_topic() -> dict[str, list[flags.Flag]]:
   """The flags of all modules that have headings, in the order of definition."""
   found = {}
   for module, headings in _HEADINGS.items():
-    its = flags.FLAGS.flags_by_module_dict()[module]
-    ends = [start for _, start in headings[1:]] + [len(its)]
+    defined = flags.FLAGS.flags_by_module_dict()[module]
+    ends = [start for _, start in headings[1:]] + [len(defined)]
     for (heading, start), end in zip(headings, ends):
-      found[heading] = its[start:end]
+      found[heading] = defined[start:end]
   return found
 
 
@@ -39,25 +39,25 @@ def help_text(module: str, width: int) -> str:
     width: Characters a line, at most.
   """
   doc = (sys.modules[module].__doc__ or '').strip()
-  lines = [doc, '', 'Each flag stands with its default.']
+  lines = [doc, '', 'Defaults are shown.']
   topics = by_topic()
   key_flags = flags.FLAGS.get_key_flags_for_module(module)
-  grouped = {flag.name for its in topics.values() for flag in its}
+  grouped = {flag.name for of_topic in topics.values() for flag in of_topic}
   own = [flag for flag in key_flags if flag.name not in grouped]
   shown = {flag.name for flag in key_flags}
   if own:
     lines += ['', "This script's", *_of_flags(own, width)]
-  for heading, its in topics.items():
-    its = [flag for flag in its if flag.name in shown]
-    if its:
-      lines += ['', heading, *_of_flags(its, width)]
+  for heading, of_topic in topics.items():
+    of_topic = [flag for flag in of_topic if flag.name in shown]
+    if of_topic:
+      lines += ['', heading, *_of_flags(of_topic, width)]
   lines += ['', "--helpfull lists absl's own flags, too, such as --flagfile."]
   return '\n'.join(lines)
 
 
-def _of_flags(its: list[flags.Flag], width: int) -> list[str]:
+def _of_flags(of_topic: list[flags.Flag], width: int) -> list[str]:
   lines = []
-  for flag in its:
+  for flag in of_topic:
     if flag.boolean:
       usage = f'--{flag.name}' if not flag.default else f'--[no]{flag.name}'
     elif flag.default in (None, []):

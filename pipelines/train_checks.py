@@ -320,7 +320,7 @@ def _():
   codes = (
       args.PREDICTION_BITS.value, args.PREDICTION_TOP.value, args.KNOWLEDGE_BITS.value
   )
-  if not _is_own_flag('prediction_bits') and sum(its is not None for its in codes) > 1:
+  if not _is_own_flag('prediction_bits') and sum(code is not None for code in codes) > 1:
     raise flags.ValidationError(
         'Of --prediction_bits, --prediction_top and --knowledge_bits only one can be the '
         'code of the predictions.'

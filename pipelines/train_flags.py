@@ -26,9 +26,9 @@ ALGORITHM = flags.DEFINE_string(
     'The algorithm. A path that ends in .py is an algorithm of your own '
     '(examples/own_algorithm.py).\n'
     + '\n'.join(
-        f'{name}: {its.summary}. Uploads: {", ".join(its.uploads)}.'
-        + (f" Needs: {', '.join(its.needs)}." if its.needs else '')
-        for name, its in algorithms.REGISTRY.items()
+        f'{name}: {info.summary}. Uploads: {", ".join(info.uploads)}.'
+        + (f" Needs: {', '.join(info.needs)}." if info.needs else '')
+        for name, info in algorithms.REGISTRY.items()
     ),
 )
 
@@ -48,29 +48,36 @@ def _is_known(get: Callable[[str], Any]) -> Callable[[Optional[str]], bool]:
 
 
 flags.register_validator(ALGORITHM, _is_known(algorithms.get))
-ROUNDS = flags.DEFINE_integer('rounds', 30, 'Rounds at most.', lower_bound=1)
+ROUNDS = flags.DEFINE_integer(
+    'rounds', 30,
+    'The maximum number of rounds.', lower_bound=1,
+)
 PATIENCE = flags.DEFINE_integer(
-    'patience', 15, 'Stop after so many rounds without a better --monitor; '
-    '0 for never.', lower_bound=0,
+    'patience', 15,
+    'Stop after this many rounds without a better --monitor; 0 never stops early.',
+    lower_bound=0,
 )
 MONITOR = flags.DEFINE_string(
-    'monitor', None, 'The metric whose best value makes the best round, a column of '
-    'metrics.csv; of errors and losses the lowest is the best. Unset: '
-    "validation/student_ and the task's metric: accuracy; of a regression rmse; of a "
-    'task of your own, the first of its metrics_fn.'
+    'monitor', None,
+    'The metric that decides which round is the best, a column of metrics.csv; for '
+    "errors and losses, lower is better. If unset, validation/student_ and the task's "
+    'metric: accuracy, rmse for regression, or the first of the metrics_fn of a task '
+    'of your own.',
 )
 EVALUATED_CLIENTS = flags.DEFINE_integer(
-    'evaluated_clients', 100, "Where clients keep models: of how many of these the mean "
-    'is reported, drawn once, by the seed.', lower_bound=1,
+    'evaluated_clients', 100,
+    'If clients keep their models: the number of clients over which the mean is '
+    'reported, drawn once from the seed.', lower_bound=1,
 )
 SEED = flags.DEFINE_integer(
-    'seed', 0, 'Decides the split, the initial weights, who takes part and every '
+    'seed', 0,
+    'Determines the split, the initial weights, the clients of each round and every '
     'order of examples.', lower_bound=0,
 )
 FEDAVG = flags.DEFINE_bool(
     'compare_with_fed_avg', True,
-    'Also train plain FedAvg of the same student, to the same bytes, for three times the '
-    'rounds at most.'
+    'Also train plain FedAvg of the same student until it has moved the same bytes, '
+    'for at most three times the rounds.',
 )
 
 topics.topic('Data and clients')
@@ -78,10 +85,10 @@ TASK = flags.DEFINE_string(
     'task', 'mnist5k', 'The data and the models; each task has its own defaults of some '
     'flags. A path that ends in .py is a task of your own (examples/own_task.py).\n'
     + '\n'.join(
-        f'{name}: {its.summary}. Students: {", ".join(its.students)}; teachers: '
-        f'{", ".join(its.teachers)}.'
+        f'{name}: {info.summary}. Students: {", ".join(info.students)}; teachers: '
+        f'{", ".join(info.teachers)}.'
         + task_defaults.described(name)
-        for name, its in data.TASKS.items()
+        for name, info in data.TASKS.items()
     ),
 )
 flags.register_validator(
@@ -93,130 +100,161 @@ DATA_DIR = flags.DEFINE_string(
     'data_dir', None, 'A folder with data, for --task=idx and for tasks of your own.'
 )
 TRANSFER_SIZE = flags.DEFINE_integer(
-    'transfer_size', 1000, 'Examples that the server holds.', lower_bound=1
+    'transfer_size', 1000,
+    'The number of examples that the server holds.', lower_bound=1
 )
 VALIDATION_SIZE = flags.DEFINE_integer(
-    'validation_size', 500, 'Labelled examples for choosing the best round.',
+    'validation_size', 500,
+    'The number of labelled examples for choosing the best round.',
     lower_bound=1,
 )
-NUM_CLIENTS = flags.DEFINE_integer('num_clients', 20, 'Clients.', lower_bound=1)
+NUM_CLIENTS = flags.DEFINE_integer(
+    'num_clients', 20,
+    'The number of clients.', lower_bound=1,
+)
 CLIENTS_PER_ROUND = flags.DEFINE_integer(
-    'clients_per_round', 8, 'Of these, how many take part.', lower_bound=1
+    'clients_per_round', 8,
+    'The number of clients that take part in a round.', lower_bound=1
 )
 PARTITION = flags.DEFINE_enum(
     'partition', 'dirichlet', sorted(data.partition.PARTITIONS),
     'How the examples are split over clients.',
 )
 ALPHA = flags.DEFINE_float(
-    'alpha', 0.1, 'Concentration, for dirichlet and quantity_skew.'
+    'alpha', 0.1,
+    'The concentration of --partition=dirichlet and quantity_skew; smaller is more '
+    'skewed.',
 )
 SHARDS = flags.DEFINE_integer(
-    'shards_per_client', 2, 'For --partition=shards.', lower_bound=1
+    'shards_per_client', 2,
+    'The number of shards of a client, with --partition=shards.', lower_bound=1
 )
 
 topics.topic(
-    'What hinders clients; all is drawn from the seed, the round and the client'
+    'Client faults and stragglers, drawn from the seed, the round and the client'
 )
 SAMPLINGS = ['cyclic', 'poisson', 'uniform', 'weighted']
 SAMPLING = flags.DEFINE_enum(
     'sampling', 'uniform', SAMPLINGS,
-    "How a round's clients are chosen; weighted: by their number of examples; poisson: "
-    'each by itself, so that there are --clients_per_round in expectation.'
+    'How the clients of a round are chosen; weighted: by their number of examples; '
+    'poisson: each independently, --clients_per_round in expectation.',
 )
 AVAILABILITY = flags.DEFINE_string(
-    'availability', None, 'A CSV file of when clients can be reached: lines of client '
-    '(its name or number), first round, last round, below a header. Always if unset.'
+    'availability', None,
+    'A CSV file that says when clients are available: below a header, lines of client '
+    '(name or number), first round, last round. Always available if unset.',
 )
 DROPOUT_BEFORE = flags.DEFINE_float(
-    'dropout_before', 0.0, 'Probability that a chosen client is gone before it begins.'
+    'dropout_before', 0.0,
+    'The probability that a chosen client drops out before it begins.',
 )
 DROPOUT_AFTER = flags.DEFINE_float(
-    'dropout_after', 0.0, 'Probability that what a client sends does not arrive.'
+    'dropout_after', 0.0,
+    "The probability that a client's report is lost.",
 )
 STRAGGLER_SHARE = flags.DEFINE_float(
-    'straggler_share', 0.0, 'Probability that a client does only a part of its steps.'
+    'straggler_share', 0.0,
+    'The probability that a client does only part of its steps.',
 )
 STRAGGLER_STEPS = flags.DEFINE_float(
-    'straggler_steps', 0.5, 'The smallest such part.'
+    'straggler_steps', 0.5,
+    'The smallest share of the steps that a straggler does.',
 )
 DELAY_SHARE = flags.DEFINE_float(
-    'delay_share', 0.0, 'Probability that a client reports in a later round.'
+    'delay_share', 0.0,
+    'The probability that a client reports in a later round.',
 )
 MAX_DELAY = flags.DEFINE_integer(
-    'max_delay', 0, 'By how many rounds at most; drawn evenly from 1.', lower_bound=0
+    'max_delay', 0,
+    'The maximum delay in rounds; delays are drawn uniformly from 1.', lower_bound=0
 )
 STALENESS_POWER = flags.DEFINE_float(
-    'staleness_power', 0.5, "a of the factor (1 + delay)^-a of a late client's weight.",
+    'staleness_power', 0.5,
+    'a in the factor (1 + delay)^-a of the weight of a late report.',
     lower_bound=0.0,
 )
 COVERAGE = flags.DEFINE_float(
-    'coverage', 1.0, 'The part of the transfer examples on which each client predicts.'
+    'coverage', 1.0,
+    'The share of the transfer examples on which each client predicts.',
 )
 MIN_REPORTS = flags.DEFINE_integer(
-    'min_reports', 0, 'A round with fewer reports is skipped.', lower_bound=0
+    'min_reports', 0,
+    'Skip a round with fewer reports.', lower_bound=0
 )
 LABEL_SHARE = flags.DEFINE_float(
-    'label_share', 1.0, "The part of a client's examples whose labels it knows; the "
-    'others serve a --local_target only.'
+    'label_share', 1.0,
+    "The share of a client's examples whose labels it knows; the others serve only a "
+    '--local_target.',
 )
 INPUT_SHARE = flags.DEFINE_float(
-    'input_share', 1.0, 'The part of the input features that a client observes.'
+    'input_share', 1.0,
+    'The share of the input features that a client observes.',
 )
 
-topics.topic('What a few bad clients may do')
+topics.topic('Robust aggregation')
 ROBUST_MODEL = flags.DEFINE_list(
-    'robust_model', [], "How clients' weights are combined: TFF's adaptive zeroing "
-    'and clipping, one or both; or, number by number, median or trimmed_mean, for which '
-    'the server holds the weights of single clients. Their weighted mean if unset.'
+    'robust_model', [],
+    "How clients' weights are aggregated: TFF's adaptive zeroing and clipping, one or "
+    'both; or, coordinate by coordinate, median or trimmed_mean, for which the server '
+    'holds the weights of single clients. Their weighted mean if unset.',
 )
 ROBUST_KNOWLEDGE = flags.DEFINE_list(
-    'robust_knowledge', [], "Likewise, of clients' predictions."
+    'robust_knowledge', [],
+    "How clients' predictions are aggregated; the same choices as --robust_model.",
 )
 for _flag in (ROBUST_MODEL, ROBUST_KNOWLEDGE):
   flags.register_validator(
       _flag,
-      lambda its: set(its) <= {'zeroing', 'clipping'}
-      or its in (['median'], ['trimmed_mean']),
+      lambda names: set(names) <= {'zeroing', 'clipping'}
+      or names in (['median'], ['trimmed_mean']),
       f'--{_flag.name} must be of zeroing and clipping, or one of median and '
       'trimmed_mean.'
   )
 TRIMMED_SHARE = flags.DEFINE_float(
-    'trimmed_share', 0.1, 'Of trimmed_mean: the share of clients left out at each end.',
+    'trimmed_share', 0.1,
+    'The share of clients that trimmed_mean leaves out at each end.',
     lower_bound=0.0, upper_bound=0.5,
 )
 MODEL_NORM_BOUND = flags.DEFINE_float(
-    'model_norm_bound', None, 'A client whose weights have moved further than this (L2 '
-    'norm) is left out of their mean, and counted.'
+    'model_norm_bound', None,
+    'Leave out a client whose weight delta has a larger L2 norm, and count it.',
 )
 KNOWLEDGE_NORM_BOUND = flags.DEFINE_float(
-    'knowledge_norm_bound', None, 'Likewise, of the L2 norm of all its predictions.'
+    'knowledge_norm_bound', None,
+    'Leave out the predictions of a client if their L2 norm is larger, and count it.',
 )
 
-topics.topic('What is rounded on its way up')
+topics.topic('Compression of uploads')
 MODEL_BITS = flags.DEFINE_integer(
-    'model_bits', None, "Bits of each number of clients' weights on their way up, in "
-    'arrays of 1,000 or more; floats if unset. With --robust_model=zeroing,clipping this '
-    "is TFF's compression_aggregator.", lower_bound=1, upper_bound=16
+    'model_bits', None,
+    "The bits of each number of clients' weight deltas, in arrays of 1,000 or more; "
+    "floats if unset. With --robust_model=zeroing,clipping this is TFF's "
+    'compression_aggregator.', lower_bound=1, upper_bound=16
 )
 KNOWLEDGE_BITS = flags.DEFINE_integer(
-    'knowledge_bits', None, 'Likewise, of what clients send of their predictions.',
+    'knowledge_bits', None,
+    "The bits of each number of clients' uploaded predictions, in arrays of 1,000 or "
+    'more; floats if unset.',
     lower_bound=1, upper_bound=16
 )
 
 topics.topic(
-    'What others can learn of a client; --epsilon or --noise_multiplier turn noise on'
+    'Privacy; --epsilon or --noise_multiplier turn noise on'
 )
 EPSILON = flags.DEFINE_float(
-    'epsilon', None, 'Differential privacy, of a client with all of its examples: the '
-    'budget at --delta. Finds the noise with which it is spent after --rounds, unless '
-    '--noise_multiplier gives that; ends before it is passed.', lower_bound=0.0,
+    'epsilon', None,
+    'The budget of differential privacy at --delta, for a client with all of its '
+    'examples. Finds the noise that spends it in --rounds, unless --noise_multiplier '
+    'is given; training ends before it is exceeded.', lower_bound=0.0,
 )
 DELTA = flags.DEFINE_float(
-    'delta', 1e-5, 'The delta of that; well below 1 / --num_clients.'
+    'delta', 1e-5,
+    'The delta of --epsilon; well below 1 / --num_clients.',
 )
 NOISE_MULTIPLIER = flags.DEFINE_float(
-    'noise_multiplier', None, 'The standard deviation of the noise by the clip, worth as '
-    'much as that of all channels together.', lower_bound=0.0,
+    'noise_multiplier', None,
+    'The standard deviation of the noise divided by the clip, equivalent to that of '
+    'all channels together.', lower_bound=0.0,
 )
 _IS_CLIP = '--%s must be a number above 0, inf, or adaptive.'
 
@@ -229,22 +267,25 @@ def _is_clip(text: Optional[str]) -> bool:
 
 
 MODEL_CLIP = flags.DEFINE_string(
-    'model_clip', 'adaptive', "To what L2 norm a client's weight delta is scaled down; "
-    'adaptive: to the running median of norms, estimated privately.'
+    'model_clip', 'adaptive',
+    "The L2 norm to which a client's weight delta is clipped; adaptive: the running "
+    'median of norms, estimated privately.',
 )
 KNOWLEDGE_CLIP = flags.DEFINE_string(
-    'knowledge_clip', None, 'Likewise, all that a client sends of its predictions in a '
-    'round; adaptive if unset, but of fd 50.'
+    'knowledge_clip', None,
+    "The L2 norm to which a client's uploaded predictions of a round are clipped; if "
+    'unset adaptive, and 50 for fd.',
 )
 for _clip in (MODEL_CLIP, KNOWLEDGE_CLIP):
   flags.register_validator(_clip, _is_clip, _IS_CLIP % _clip.name)
 KNOWLEDGE_SHARE = flags.DEFINE_float(
-    'knowledge_share', 0.5, 'The share of the privacy that predictions get where weights '
-    'travel, too.'
+    'knowledge_share', 0.5,
+    'The share of the privacy budget for predictions, if weights are uploaded as well.',
 )
 PRIVATE_CHANNELS = flags.DEFINE_list(
-    'private_channels', [], 'Noise on one channel only, model or knowledge, to see what '
-    'it does; where the other travels, too, that is no guarantee.'
+    'private_channels', [],
+    'Add noise to one channel only, model or knowledge, to see its effect; if the '
+    'other channel is uploaded as well, there is no privacy guarantee.',
 )
 SECURE_AGGREGATION = flags.DEFINE_bool(
     'secure_aggregation', False, 'Clip, round and sum what clients send as a secure '
@@ -252,77 +293,93 @@ SECURE_AGGREGATION = flags.DEFINE_bool(
     'nothing secret.'
 )
 SECURE_BITS = flags.DEFINE_integer(
-    'secure_bits', None, 'Of that: bits of a number, summed under a modulus; needs '
+    'secure_bits', None,
+    'The bits of a number under --secure_aggregation, summed under a modulus; needs '
     '--secure_model_bound and --secure_knowledge_bound. 32 if unset.', lower_bound=2,
     upper_bound=24,
 )
 SECURE_MODEL_BOUND = flags.DEFINE_float(
-    'secure_model_bound', None, "The largest number in a client's weight delta; it is "
-    'estimated if unset.'
+    'secure_model_bound', None,
+    "The largest absolute value in a client's weight delta; estimated if unset.",
 )
 SECURE_KNOWLEDGE_BOUND = flags.DEFINE_float(
-    'secure_knowledge_bound', None, 'Likewise, in what it sends of its predictions.'
+    'secure_knowledge_bound', None,
+    "The largest absolute value in a client's uploaded predictions; estimated if "
+    'unset.',
 )
 
 topics.topic('Models and local training')
 STUDENT = flags.DEFINE_list(
-    'student', ['mlp_small'], "The student model, one of the task's. Several, separated "
-    'by commas, make cohorts: client k is of cohort k modulo their number.'
+    'student', ['mlp_small'],
+    "The student model, one of the task's. Several models, separated by commas, make "
+    'cohorts: client k belongs to cohort k modulo the number of models.',
 )
 flags.register_validator(STUDENT, bool, '--student must name a model.')
 TEACHER = flags.DEFINE_string('teacher', 'cnn', "The teacher model, one of the task's.")
 PRETRAIN_EPOCHS = flags.DEFINE_integer(
-    'pretrain_epochs', 0, 'Epochs of central training, of student and teacher, on '
-    'the labelled transfer examples, before round 1.', lower_bound=0,
+    'pretrain_epochs', 0,
+    'Epochs of central training of student and teacher on the labelled transfer '
+    'examples before round 1.', lower_bound=0,
 )
 CLIENT_OPTIMIZER = flags.DEFINE_enum(
     'client_optimizer', 'sgd', OPTIMIZERS, "The clients' optimizer."
 )
 CLIENT_RATE = flags.DEFINE_float(
-    'client_learning_rate', 0.1, 'Its rate.', lower_bound=0.0
+    'client_learning_rate', 0.1,
+    "The learning rate of the clients' optimizer.", lower_bound=0.0
 )
 CLIENT_EPOCHS = flags.DEFINE_integer(
-    'client_epochs', 5, 'Local epochs a round.', lower_bound=1
+    'client_epochs', 5,
+    'Local epochs per round.', lower_bound=1
 )
 BATCH_SIZE = flags.DEFINE_integer(
-    'batch_size', 20, 'Examples a local step.', lower_bound=1
+    'batch_size', 20,
+    'Examples per local step.', lower_bound=1
 )
 SERVER_OPTIMIZER = flags.DEFINE_enum(
     'server_optimizer', 'sgd', OPTIMIZERS,
-    'Applies the mean delta to the student.',
+    'The optimizer that applies the mean delta to the student.',
 )
 SERVER_RATE = flags.DEFINE_float(
-    'server_learning_rate', 1.0, 'Its rate.', lower_bound=0.0
+    'server_learning_rate', 1.0,
+    'The learning rate of --server_optimizer.', lower_bound=0.0
 )
 WEIGHTING = flags.DEFINE_enum(
     'client_weighting', None, ['num_examples', 'uniform'],
-    "A client's weight in both means; num_examples if unset, uniform where they are "
-    'private.',
+    "A client's weight in both means; if unset num_examples, and uniform with "
+    'differential privacy.',
 )
 LOCAL_TARGET = flags.DEFINE_enum(
     'local_target', 'none', ['none', 'student', 'student_history', 'teacher'],
-    'What clients distil from while they train, with any algorithm.',
+    'The model from which clients distil during local training, with any algorithm.',
 )
 LOCAL_WEIGHT = flags.DEFINE_float(
-    'local_weight', 0.2, 'The share of that in their loss; of fed_gkd, too.'
+    'local_weight', 0.2,
+    "The share of the distillation from --local_target in the clients' loss; also for "
+    'fed_gkd.',
 )
 LOCAL_TEMPERATURE = flags.DEFINE_float(
-    'local_temperature', 1.0, 'T of that.', lower_bound=0.0
+    'local_temperature', 1.0,
+    'The temperature of the distillation from --local_target.', lower_bound=0.0
 )
 HISTORY_SIZE = flags.DEFINE_integer(
-    'history_size', 5, 'Of how many global students student_history (and fed_gkd) '
-    'is the mean.', lower_bound=1,
+    'history_size', 5,
+    'The number of past global students that student_history (and fed_gkd) averages.',
+    lower_bound=1,
 )
 PROXIMAL_WEIGHT = flags.DEFINE_float(
-    'proximal_weight', None, 'mu of the proximal term; 0.01 with fed_prox, off with '
-    'the others, if unset.', lower_bound=0.0,
+    'proximal_weight', None,
+    'The weight mu of the proximal term; if unset, 0.01 for fed_prox and 0 for the '
+    'others.', lower_bound=0.0,
 )
 NOT_TRUE_WEIGHT = flags.DEFINE_float(
-    'not_true_weight', None, 'beta of the not-true distillation; 1 with fed_ntd, off '
-    'with the others, if unset.', lower_bound=0.0,
+    'not_true_weight', None,
+    'The weight beta of the not-true distillation; if unset, 1 for fed_ntd and 0 for '
+    'the others.', lower_bound=0.0,
 )
 NOT_TRUE_TEMPERATURE = flags.DEFINE_float(
-    'not_true_temperature', 1.0, 'tau of that.', lower_bound=0.0
+    'not_true_temperature', 1.0,
+    'The temperature tau of the not-true distillation.', lower_bound=0.0
 )
 PRIOR_TAU = flags.DEFINE_float(
     'prior_tau', None, 'Label skew: tau of prior-corrected cross-entropy, '
@@ -345,25 +402,30 @@ ABSENT_SCALE = flags.DEFINE_float(
     lower_bound=0.0, upper_bound=1.0,
 )
 
-topics.topic("The server's distillation; unset: the algorithm's own defaults")
+topics.topic("The server's distillation; unset: the algorithm's defaults")
 TRANSFER_LABELS = flags.DEFINE_integer(
-    'transfer_labels', 200, 'How many of the transfer examples have labels: the '
-    "server's limited labelled set. 0 for none.", lower_bound=0,
+    'transfer_labels', 200,
+    'The number of transfer examples with labels, which the server may learn from; 0 '
+    'for none.', lower_bound=0,
 )
 TRANSFER_PER_ROUND = flags.DEFINE_integer(
-    'transfer_per_round', None, 'Transfer examples a round; all if unset.',
+    'transfer_per_round', None,
+    'The number of transfer examples per round; all if unset.',
     lower_bound=1,
 )
 TRANSFER_VALIDATION = flags.DEFINE_integer(
-    'transfer_validation', 0, 'Transfer examples set aside to judge the '
-    "server's distillation and roll it back.", lower_bound=0,
+    'transfer_validation', 0,
+    "The number of transfer examples set aside to judge the server's distillation and "
+    'roll it back.', lower_bound=0,
 )
 TARGET = flags.DEFINE_string(
-    'target', None, 'ensemble, student, or a number between 0 (student) and 1 '
-    '(ensemble).'
+    'target', None,
+    'What the server distils from: ensemble, student, or a number between 0 (student) '
+    'and 1 (ensemble).',
 )
 TEMPERATURE = flags.DEFINE_float(
-    'temperature', None, "T, in the server's distillation."
+    'temperature', None,
+    "The temperature of the server's distillation.",
 )
 CONSENSUS = flags.DEFINE_string(
     'consensus', None,
@@ -392,15 +454,16 @@ SHARPNESS = flags.DEFINE_float(
     'unset.', lower_bound=0.0,
 )
 PREDICTION_BITS = flags.DEFINE_integer(
-    'prediction_bits', None, "Bits of a class's probability in what clients send, 1 "
-    '(the most likely class only) to 8; floats if unset. Needs a consensus of '
-    'probabilities (mean_probabilities, era, enhanced_era). Of cfd: 1 if unset, 32 for '
-    'floats.', lower_bound=1,
+    'prediction_bits', None,
+    "The bits of a class's probability in uploaded predictions, 1 (only the most "
+    'likely class) to 8; floats if unset. Needs a consensus of probabilities '
+    '(mean_probabilities, era, enhanced_era). For cfd: 1 if unset, 32 for floats.',
+    lower_bound=1,
 )
 PREDICTION_TOP = flags.DEFINE_integer(
-    'prediction_top', None, 'Of each prediction clients send the probabilities of so '
-    'many of the most likely classes; of all if unset. Needs a consensus of '
-    'probabilities.',
+    'prediction_top', None,
+    'The number of most likely classes of each prediction whose probabilities clients '
+    'upload; all if unset. Needs a consensus of probabilities.',
     lower_bound=1
 )
 CLIENTS_START_FROM = flags.DEFINE_enum(
@@ -410,92 +473,116 @@ CLIENTS_START_FROM = flags.DEFINE_enum(
     'it was before. Unset: distilled; with --calibrate average.',
 )
 DISTILLATION_WEIGHT = flags.DEFINE_float(
-    'distillation_weight', None, 'The share of the distillation in the loss, where '
-    'there are --transfer_labels; the rest is their cross-entropy.'
+    'distillation_weight', None,
+    "The share of the distillation in the server's loss if there are "
+    '--transfer_labels; the rest is the cross-entropy with them.',
 )
 SERVER_STEPS = flags.DEFINE_integer(
-    'server_steps', None, 'Steps a round.', lower_bound=1
+    'server_steps', None,
+    "Steps of the server's distillation per round.", lower_bound=1
 )
 SERVER_BATCH = flags.DEFINE_integer(
-    'server_batch_size', None, 'Examples a step.', lower_bound=1
+    'server_batch_size', None,
+    "Examples per step of the server's distillation.", lower_bound=1
 )
 SCHEDULE = flags.DEFINE_enum(
     'server_schedule', None, SCHEDULES,
-    "The learning rate's course within a round.",
+    "The learning-rate schedule within a round of the server's distillation.",
 )
 VALIDATE_EVERY = flags.DEFINE_integer(
-    'validate_every', None, 'Steps between looks at --transfer_validation.',
+    'validate_every', None,
+    'Steps between two validations on --transfer_validation.',
     lower_bound=1,
 )
 SERVER_PATIENCE = flags.DEFINE_integer(
-    'server_patience', None, 'Looks without improvement before stopping.',
+    'server_patience', None,
+    'Stop the distillation of a round after this many validations without improvement.',
     lower_bound=1,
 )
 TEACHER_RATE = flags.DEFINE_float(
-    'teacher_learning_rate', None, "The teacher's Adam.", lower_bound=0.0
+    'teacher_learning_rate', None,
+    "The learning rate of the teacher's Adam.", lower_bound=0.0
 )
 BACK = flags.DEFINE_bool(
-    'back_distillation', True, 'Refresh the student from the teacher.'
+    'back_distillation', True,
+    'Distil the teacher back into the student.',
 )
 BACK_STEPS = flags.DEFINE_integer(
-    'back_steps', None, 'Steps of that a round.', lower_bound=1
+    'back_steps', None,
+    'Steps of --back_distillation per round.', lower_bound=1
 )
 STUDENT_RATE = flags.DEFINE_float(
-    'student_learning_rate', None, "The student's Adam on the server.",
+    'student_learning_rate', None,
+    "The learning rate of the student's Adam on the server.",
     lower_bound=0.0,
 )
 
-topics.topic('Of single algorithms; unset: their own defaults')
+topics.topic("Options of single algorithms; unset: the algorithm's defaults")
 CALIBRATE = flags.DEFINE_bool(
-    'calibrate', False, 'Of fed_avg: release the average with its last bias set so that '
-    'it predicts the classes on the transfer examples, without their labels, as often as '
-    '--prior says. A baseline for distillation on the same examples.'
+    'calibrate', False,
+    'fed_avg: release the average with its last bias set so that it predicts the '
+    'classes on the transfer examples, without their labels, as often as --prior says. '
+    'A baseline for distillation on the same examples.',
 )
 MENTOR = flags.DEFINE_string(
-    'mentor', 'mlp_large', 'Of fml and fed_kd: the model that each client keeps for '
-    "itself, one of the task's teachers."
+    'mentor', 'mlp_large',
+    "fml, fed_kd: the model that each client keeps for itself, one of the task's "
+    'teachers.',
 )
 NUM_NEGATIVES = flags.DEFINE_integer(
-    'num_negatives', 400, 'Of fed_aux: how many of the transfer examples, from the end, '
-    "are set aside to stand for what is not a client's own.", lower_bound=1,
+    'num_negatives', 400,
+    'fed_aux: the number of transfer examples, from the end, that stand for examples '
+    "that are not a client's own.", lower_bound=1,
 )
 CERTAINTY_EPSILON = flags.DEFINE_float(
-    'certainty_epsilon', None, "Of fed_aux: the privacy that clients' certainty scores "
-    'cost, and nothing else of what they send; inf for no noise.',
+    'certainty_epsilon', None,
+    "fed_aux: the privacy that clients' certainty scores cost, and nothing else that "
+    'they upload; inf adds no noise.',
 )
-CERTAINTY_DELTA = flags.DEFINE_float('certainty_delta', None, 'The delta of that.')
+CERTAINTY_DELTA = flags.DEFINE_float(
+    'certainty_delta', None,
+    'fed_aux: the delta of --certainty_epsilon.',
+)
 DOWN_BITS = flags.DEFINE_integer(
-    'down_bits', None, "Of cfd: bits of a class's probability in the server's labels.",
+    'down_bits', None,
+    "cfd: the bits of a class's probability in the server's labels.",
     lower_bound=1,
 )
 DIGEST_EPOCHS = flags.DEFINE_integer(
-    'digest_epochs', None, 'Of fed_md: passes over the consensus a round.',
+    'digest_epochs', None,
+    'fed_md: passes over the consensus per round.',
     lower_bound=1,
 )
 DIGEST_BATCH = flags.DEFINE_integer(
-    'digest_batch_size', None, 'Of fed_md: examples a step of that.', lower_bound=1
+    'digest_batch_size', None,
+    'fed_md: examples per step of learning the consensus.', lower_bound=1
 )
 PROTOTYPE_WEIGHT = flags.DEFINE_float(
     'prototype_weight', None, "Of fed_proto: lambda of the distance to the classes' "
     'prototypes.', lower_bound=0.0,
 )
 REGULARIZER_WEIGHT = flags.DEFINE_float(
-    'regularizer_weight', None, "Of fd: lambda of the term with the classes' logits.",
+    'regularizer_weight', None,
+    'fd: the weight lambda of the term with the mean logits of the classes.',
     lower_bound=0.0,
 )
 SPLIT_LAYER = flags.DEFINE_string(
-    'split_layer', None, 'Of fed_gen, moon and fed_proto: the name of the layer whose '
-    'outputs are the features; the one before the last with weights if unset.'
+    'split_layer', None,
+    'fed_gen: the name of the layer whose outputs are generated; if unset, the one '
+    'before the last layer with weights.',
 )
 GENERATOR_STEPS = flags.DEFINE_integer(
-    'generator_steps', None, 'Of fed_gen: steps a round, each an exchange with all '
-    'clients.', lower_bound=1,
+    'generator_steps', None,
+    'fed_gen: steps of the generator per round, each an exchange with all clients.',
+    lower_bound=1,
 )
 GENERATOR_RATE = flags.DEFINE_float(
-    'generator_learning_rate', None, "Of fed_gen: the generator's Adam.", lower_bound=0.0
+    'generator_learning_rate', None,
+    "fed_gen: the learning rate of the generator's Adam.", lower_bound=0.0
 )
 GENERATIVE_WEIGHT = flags.DEFINE_float(
-    'generative_weight', None, "Of fed_gen: of its terms in the clients' loss.",
+    'generative_weight', None,
+    "fed_gen: the weight of the generator's terms in the clients' loss.",
     lower_bound=0.0,
 )
 CONTRAST_WEIGHT = flags.DEFINE_float(
@@ -510,17 +597,20 @@ DYNAMIC_WEIGHT = flags.DEFINE_float(
     lower_bound=0.0,
 )
 ENERGY_ROUNDS = flags.DEFINE_integer(
-    'energy_rounds', None, 'Of fed_kd: from which round on the most of the energy of '
-    'updates is sent.', lower_bound=1,
+    'energy_rounds', None,
+    'fed_kd: the round from which on the largest share of the energy of updates is '
+    'sent.', lower_bound=1,
 )
 
 topics.topic('The run folder')
 CONFIG = flags.DEFINE_string(
-    'config', None, 'The config.json of a run, whose flags are taken where none are '
-    'given here: repeats it in a folder of its own.'
+    'config', None,
+    'The config.json of a run, whose flags are used unless they are given here; '
+    'repeats the run in a folder of its own.',
 )
 DRY_RUN = flags.DEFINE_bool(
-    'dry_run', False, 'Say what would be built, moved and held, and train nothing.'
+    'dry_run', False,
+    'Say what would be built, moved and stored, without training.',
 )
 OUTPUT_DIR = flags.DEFINE_string(
     'output_dir', None, 'The run folder; one under runs/ if unset.'
@@ -634,7 +724,7 @@ _AVERAGING = (
 )
 # Flags that some algorithm takes as they are.
 _OF_ALGORITHMS = frozenset(
-    flag for its in algorithms.REGISTRY.values() for flag in its.flags.values()
+    flag for info in algorithms.REGISTRY.values() for flag in info.flags.values()
 )
 
 

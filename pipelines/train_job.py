@@ -72,7 +72,7 @@ def load_task() -> tff_kd.data.Task:
         f'{type(task).__name__}.'
     )
   if info.path is not None:
-    _adopt(task)
+    _apply_task_defaults(task)
   if task.num_labelled is not None and args.TRANSFER_LABELS.value > task.num_labelled:
     if flags.FLAGS['transfer_labels'].present:
       raise UserError(
@@ -84,8 +84,8 @@ def load_task() -> tff_kd.data.Task:
   return task
 
 
-def _adopt(task: tff_kd.data.Task) -> None:
-  """Takes what a task of one's own says where a flag was not given."""
+def _apply_task_defaults(task: tff_kd.data.Task) -> None:
+  """Sets flags that were not given to the defaults of the user's task."""
   algorithm = args.algorithm()
   defaults: dict[str, Any] = {}
   train_checks.check_partition(task.client_rows is not None)
@@ -398,8 +398,8 @@ class _Evaluation:
         of_kind = _by_cohort(kind, self._students, self._students.unpack(weights))
         names = _by_cohort(name, self._students, list(of_kind))
         found.update(
-            (its, (self.evaluators[kind], of_kind[kind]))
-            for its, kind in names.items()
+            (column, (self.evaluators[kind], of_kind[kind]))
+            for column, kind in names.items()
         )
 
     add('student', 'student', state.global_model_weights)
@@ -533,15 +533,15 @@ class _ModelsTogether(tff.program.ReleaseManager):
 
   async def release(self, value: Mapping[str, Any], key: int) -> None:
     by_folder = {}
-    for name, its in value.items():
+    for name, scalars in value.items():
       folder, tag = self._names.get(name, ('round', name))
-      by_folder.setdefault(folder, collections.OrderedDict())[tag] = its
-    for folder, its in by_folder.items():
+      by_folder.setdefault(folder, collections.OrderedDict())[tag] = scalars
+    for folder, scalars in by_folder.items():
       if folder not in self._managers:
         self._managers[folder] = tff.program.TensorBoardReleaseManager(
             self._folder / folder
         )
-      await self._managers[folder].release(its, key)
+      await self._managers[folder].release(scalars, key)
 
 
 def _words(name: str) -> str:
@@ -766,8 +766,8 @@ def _begin(setup: Setup) -> tuple[
 
 def _draw_partition(setup: Setup, run_dir: pathlib.Path) -> None:
   task = setup.task
-  how = args.PARTITION.value if task.client_rows is None else 'its own clients'
-  title = f'{task.name}: {len(task.clients)} examples, {how}'
+  split = args.PARTITION.value if task.client_rows is None else 'its own clients'
+  title = f'{task.name}: {len(task.clients)} examples, {split}'
   path = run_dir / 'partition.png'
   classes = task.class_numbers(task.clients)
   if classes is None or len(setup.clients) > 100:
@@ -1057,7 +1057,7 @@ def _report(finished: _Finished, alone: Callable[[], dict[str, Any]]) -> None:
   _print_end(finished)
   print()
   for name, values in further.items():
-    print(f'{name}: ' + ', '.join(f'{key} {its:.4f}' for key, its in values.items()))
+    print(f'{name}: ' + ', '.join(f'{key} {score:.4f}' for key, score in values.items()))
   _print_ledger(finished.history)
   _print_privacy(finished.accountant)
   seconds = [row[tff_kd.simulation.ROUND_SECONDS] for row in finished.history]

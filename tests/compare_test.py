@@ -94,7 +94,7 @@ def test_another_problem_needs_another_folder(finished):
 
 
 def test_a_folder_has_one_user_at_a_time(tmp_path):
-  with parallel.only_user(tmp_path):
+  with parallel.exclusive_lock(tmp_path):
     done = _run(*_COMPARED, *_TINY, f'--output_dir={tmp_path}', timeout=60)
   assert done.returncode == 1 and 'in use by another' in done.stdout + done.stderr
 

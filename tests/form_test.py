@@ -2,7 +2,10 @@
 
 import ast
 import configparser
+import importlib.util
+import inspect
 import re
+import textwrap
 
 import pytest
 
@@ -51,6 +54,116 @@ def test_long_functions_are_listed_with_a_reason():
   assert not missing, f'Split these, or list them with a reason: {missing}'
   gone = set(listed) - set(found)
   assert not gone, f'These are short now, take them off the list: {gone}'
+
+
+# Modules whose docstrings are still to be brought up to the rules below.
+_STILL_TO_DO = (
+    'tff_kd.knowledge.', 'tff_kd.simulation.connections', 'tff_kd.simulation.transport',
+)
+_SECTION = re.compile(r'(?m)^(Args|Attributes|Returns|Yields|Raises):$')
+# Words that end in an s and are no verbs.
+_NOUNS = ('Bytes', 'Clients', 'Labels', 'Logits', 'Models', 'Terms', 'This', 'Weights')
+
+
+def _api():
+  """Yields the name of the module, the name, and each function or class of the page."""
+  spec = importlib.util.spec_from_file_location(
+      'build_api', helpers.ROOT / 'docs' / 'build_api.py'
+  )
+  build_api = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(build_api)
+  seen = set()
+  for _, module in build_api.modules():
+    for name in build_api.public_names(module):
+      value = getattr(module, name)
+      if not (inspect.isclass(value) or inspect.isfunction(value)) or value in seen:
+        continue
+      seen.add(value)
+      yield value.__module__, value.__qualname__, value
+      if inspect.isclass(value):
+        for member_name, member in build_api.members(value).items():
+          if not any(hasattr(base, member_name) for base in value.__mro__[1:]):
+            yield value.__module__, f'{value.__qualname__}.{member_name}', member
+
+
+class _Body(ast.NodeVisitor):
+  """What a function returns and raises, without the functions that it defines."""
+
+  def __init__(self, function):
+    self.returns, self.raised = False, set()
+    for statement in ast.parse(textwrap.dedent(inspect.getsource(function))).body[0].body:
+      self.visit(statement)
+
+  def visit_FunctionDef(self, node):
+    pass
+
+  visit_AsyncFunctionDef = visit_ClassDef = visit_Lambda = visit_FunctionDef
+
+  def visit_Return(self, node):
+    is_none = isinstance(node.value, ast.Constant) and node.value.value is None
+    self.returns |= node.value is not None and not is_none
+
+  def visit_Raise(self, node):
+    name = node.exc.func if isinstance(node.exc, ast.Call) else node.exc
+    if isinstance(name, ast.Name) and name.id in ('TypeError', 'ValueError'):
+      self.raised.add(name.id)
+
+
+def _faults_of_docstring(value):
+  """Yields what a docstring lacks."""
+  doc = value.__doc__
+  if not doc:
+    yield 'has no docstring'
+    return
+  if inspect.isclass(value) or isinstance(value, property):
+    return
+  head, *parts = _SECTION.split(inspect.cleandoc(doc))
+  sections = dict(zip(parts[::2], parts[1::2]))
+  first = head.split()[0]
+  if not re.fullmatch('[A-Z][a-z]+s', first) or first in _NOUNS:
+    yield f'begins with {first!r}, which is no verb'
+  for name in inspect.signature(value).parameters:
+    described = rf'(?m)^  (\*{{0,2}}\w+, )*\*{{0,2}}{name}(, \w+)*: '
+    if name not in ('self', 'cls') and not re.search(described, sections.get('Args', '')):
+      yield f'does not describe the argument {name!r}'
+  body = _Body(inspect.unwrap(value))
+  if body.returns and 'Returns' not in sections and first != 'Returns':
+    yield 'does not say what it returns'
+  for error in body.raised:
+    if error not in sections.get('Raises', ''):
+      yield f'does not say when it raises a {error}'
+
+
+def test_docstrings_of_the_api_are_whole():
+  faults = [
+      f'{module}: {name} {fault}'
+      for module, name, value in _api() if not f'{module}.'.startswith(_STILL_TO_DO)
+      for fault in _faults_of_docstring(value)
+  ]
+  assert not faults, '\n'.join(faults)
+
+
+# The runtime over several workers, until it is gone.
+_MAY_USE_INTERNALS = (
+    'tff_kd/internals.py', 'tff_kd/runtime/tff_internals.py',
+    'tff_kd/simulation/contexts.py', 'tff_kd/simulation/several_workers.py',
+    'tff_kd/simulation/transport.py',
+)
+_OF_LIBRARIES = re.compile(
+    r'\btf\.__internal__|\bkeras\.src|\btensorflow\.python\b'
+    r'|\btensorflow_federated\.(python|proto)\b'
+    # An attribute with an underscore of something that is not our own.
+    r'|getattr\([^()]*, [\'"]_(?!_|fields)'
+    r'|\b(tf|tff|keras|graph|layer|loop|metric|model|optimizer|tensor|variable)\._[a-z]'
+)
+
+
+def test_names_that_are_not_public_are_used_in_one_place():
+  for folder in ('tff_kd', 'pipelines'):
+    for path in (helpers.ROOT / folder).rglob('*.py'):
+      if str(path.relative_to(helpers.ROOT)) not in _MAY_USE_INTERNALS:
+        found = _OF_LIBRARIES.search(path.read_text())
+        assert not found, f'{path} uses {found[0]}; see tff_kd/internals.py.'
 
 
 def test_version_is_that_of_the_package_metadata():

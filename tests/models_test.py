@@ -512,9 +512,12 @@ def test_specs_that_do_not_fit_are_refused():
   )
 
 
-@pytest.mark.parametrize('name', sorted(zoo.STUDENTS))
-def test_ready_pairs(name, tmp_path):
-  for build in (zoo.STUDENTS[name], zoo.TEACHERS[name]):
+@pytest.mark.parametrize(
+    'student, teacher',
+    [('cnn', 'cnn'), ('mlp_small', 'mlp_large'), ('resnet', 'resnet')],
+)
+def test_ready_pairs(student, teacher, tmp_path):
+  for build in (zoo.STUDENTS[student], zoo.TEACHERS[teacher]):
     model = build(10, (28, 28, 1))
     x = np.random.default_rng(0).normal(size=(3, 28, 28, 1)).astype('f')
     outputs = model(x)
@@ -524,12 +527,12 @@ def test_ready_pairs(name, tmp_path):
     loaded = keras.models.load_model(tmp_path / 'model.keras')
     np.testing.assert_allclose(loaded(x), outputs, atol=1e-6)
   assert (
-      zoo.TEACHERS[name](10, (28, 28, 1))(x).shape
-      == zoo.STUDENTS[name](10, (28, 28, 1))(x).shape
+      zoo.TEACHERS[teacher](10, (28, 28, 1))(x).shape
+      == zoo.STUDENTS[student](10, (28, 28, 1))(x).shape
   )
 
 
-def test_the_documents_models():
+def test_mlp_sizes():
   student, teacher = zoo.SmallMlp(), zoo.LargeMlp()
   x = np.zeros([1, 784], 'f')
   student(x), teacher(x)

@@ -6,9 +6,7 @@ from typing import Any, NamedTuple, Optional
 
 import numpy as np
 from tff_kd.compat import tff
-# Not public, and the release that has them is the last.
-from tensorflow_federated.python.core.impl.compiler import building_blocks
-from tensorflow_federated.python.core.impl.compiler import tree_analysis
+from tff_kd.runtime import tff_internals
 
 # The name in `ledger` of what a client moved in the mean.
 CLIENT_BYTES = 'bytes/client'
@@ -18,11 +16,12 @@ _TRUNCATED = re.compile(r'(aggregator/model(?:_\d+)?)/numbers_sent')
 
 
 class CodedBytes(NamedTuple):
-  """The encoded sizes of messages whose types do not determine them; `None`: not encoded.
+  """The encoded sizes of messages whose types do not determine them.
 
   Attributes:
-    shared: Of what goes down beside the round's number, in bytes.
-    knowledge: Of what a client uploads, in bytes.
+    shared: The size of the consensus that is sent to a client, in bytes; `None` if it
+      is not encoded.
+    knowledge: The size of what a client uploads, in bytes, or `None`.
   """
 
   shared: Optional[int] = None
@@ -30,22 +29,22 @@ class CodedBytes(NamedTuple):
 
 
 class RoundBytes(NamedTuple):
-  """What moves in one round, by channel.
+  """Bytes that one client moves in one round, by channel.
 
   The transfer examples of a round follow from its number, and never move.
 
   Attributes:
-    down_student: The student's weights; of several cohorts a client moves its own, and
-      the mean of their sizes counts, here and in what goes up.
-    down_teacher: The teacher's, where clients learn from it.
-    down_student_history: The mean of past students, likewise.
-    down_shared: What clients that keep their models learn from: the consensus, or each
-      class's.
+    down_student: The student's weights. With several cohorts, a client moves the
+      weights of its own student; this is the mean of their sizes, and so is `up_model`.
+    down_teacher: The teacher's weights, where clients learn from them.
+    down_student_history: The mean of past students, where clients learn from it.
+    down_shared: Where clients keep their models, the consensus or the mean outputs of
+      each class, from which they learn.
     down_companion: What a companion's server part sends, and what it sends in its
       exchanges.
     down_round: Round numbers.
     up_model: Weight deltas and statistics.
-    up_knowledge: Predictions, or each class's.
+    up_knowledge: Predictions, or the mean outputs of each class.
     up_companion: What a companion exchanges after the local training.
   """
 
@@ -61,19 +60,26 @@ class RoundBytes(NamedTuple):
 
   @property
   def down(self) -> float:
+    """Bytes from the server to a client, over all channels."""
     return sum(v for k, v in self._asdict().items() if k.startswith('down'))
 
   @property
   def up(self) -> float:
+    """Bytes from a client to the server, over all channels."""
     return self.up_model + self.up_knowledge + self.up_companion
 
   @property
   def total(self) -> float:
+    """Bytes in both directions."""
     return self.down + self.up
 
 
 def type_bytes(type_spec: tff.Type) -> int:
-  """The size of a value of an unplaced type with fully defined shapes, in bytes."""
+  """Returns the size of a value of a type, in bytes.
+
+  Args:
+    type_spec: An unplaced type with fully defined shapes.
+  """
   if isinstance(type_spec, tff.TensorType):
     return int(np.prod(type_spec.shape, dtype=np.int64)) * np.dtype(
         type_spec.dtype
@@ -82,49 +88,42 @@ def type_bytes(type_spec: tff.Type) -> int:
 
 
 def aggregated_bytes(aggregator: tff.templates.AggregationProcess) -> int:
-  """Returns what one client hands over to be aggregated, as it is encoded for that.
+  """Returns how many bytes one client hands over to an aggregation, as it is encoded.
 
-  The arguments of all the aggregation's federated sums and the like. A secure sum counts
-  as the integers that go in, without what its protocol adds.
+  These are the arguments of all its federated sums and the like. A secure sum counts as
+  the integers that go in, without what its protocol adds.
 
   Args:
-    aggregator: As a factory has created it.
+    aggregator: A process that a factory has created.
   """
   total = 0
-
-  def add(block):
-    nonlocal total
-    if not isinstance(block, building_blocks.Call) or not isinstance(
-        block.function, building_blocks.Intrinsic
-    ):
-      return
-    uri = block.function.uri
+  for uri, argument in tff_internals.intrinsic_calls(aggregator.next):
     if uri.startswith('federated_') and ('sum' in uri or 'aggregate' in uri):
-      argument = block.argument.type_signature
       value = argument if isinstance(argument, tff.FederatedType) else argument[0]
       total += type_bytes(value.member)
-
-  tree_analysis.visit_preorder(aggregator.next.to_building_block(), add)
   return total
 
 
 def round_bytes(process: Any) -> RoundBytes:
-  """Returns what each participating client moves in a round.
+  """Computes how many bytes each participating client moves in a round, by channel.
 
-  Where there are cohorts, a client moves its own student's weights only: the mean over
-  the cohorts is given.
+  Where there are cohorts, a client moves only the weights of its own student, and the
+  mean over the cohorts is given.
 
-  Read off the types of what is broadcast and of what clients hand over: to a channel's
-  own aggregator, as this encodes it (`aggregated_bytes`); else to the common sum, of
-  which metrics and weights (one scalar a channel) are left out.
+  The sizes come from the types of what is broadcast and of what clients hand over: to a
+  channel's own aggregator, as it encodes them (`aggregated_bytes`); else to the common
+  sum, without metrics and weights (one scalar a channel).
 
   Quantised predictions (`knowledge.Quantized`) count as the code of a message of all
-  rows without a previous one, which depends on no values. Coded against the last one a
-  message is shorter where little changed, and else longer by two bytes or so at most.
-  What clients really send is measured in each round: see `ledger`.
+  rows without a previous one, whose length does not depend on the values. Coded against
+  the last message, a message is shorter where little changed, and otherwise longer by
+  about two bytes at most. `ledger` has the sizes that are measured in each round.
 
   Args:
     process: A `DistillationProcess` or a `StatefulClientsProcess`.
+
+  Returns:
+    The bytes of each channel.
   """
   count = len(process.students.specs)
   description = process.description
@@ -166,21 +165,22 @@ def ledger(
     metrics: Mapping[str, Any],
     expected_clients: Optional[int] = None,
 ) -> dict[str, float]:
-  """Returns what the clients of one round moved, by channel.
+  """Computes how many bytes the clients of one round moved, by channel.
 
-  A client that was gone before it began received nothing, and one whose report did not
-  arrive counts as having sent nothing. What clients code counts as long as it was:
-  predictions of a few bits, and truncated updates.
+  A client that left before it began received nothing, and one whose report did not
+  arrive counts as having sent nothing. Encoded messages, of predictions of a few bits
+  and of truncated updates, count with their measured size.
 
   Args:
     each: The process's `round_bytes`.
-    metrics: The round's, flat, as `tff_kd.simulation.train` has them.
-    expected_clients: How many there are in expectation, of a private process, which
-      does not tell how many there were; they count as if nothing was lost.
+    metrics: The round's metrics, flat, as `tff_kd.simulation.train` reports them.
+    expected_clients: For a private process, which does not reveal the number of
+      clients: their expected number; they count as if nothing was lost.
 
   Returns:
     `bytes/` and the name of each channel of `RoundBytes` that the process has: the sum
-    over the clients; `bytes/client`: what one that received and sent moved, in the mean.
+    over the clients; `bytes/client`: what a client that received and sent moved, on
+    average.
   """
   if expected_clients is not None:
     senders = receivers = expected_clients

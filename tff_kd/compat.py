@@ -64,7 +64,7 @@ def _import_privacy():
       del sys.skip_tf_privacy_import
   if hasattr(package, 'DPQuery'):
     return package  # It was there, and whole.
-  modules = {name: its for its, names in _DP_QUERIES.items() for name in names}
+  modules = {name: module for module, names in _DP_QUERIES.items() for name in names}
 
   def get(name: str):
     if name not in modules:

@@ -25,7 +25,7 @@ _NOBODY = 'No client has an example to evaluate on.'
 def expected_calibration_error(
     logits: np.ndarray, labels: np.ndarray, *, num_bins: int = 15
 ) -> float:
-  """Returns how far a classifier's confidence is from its accuracy.
+  """Returns the expected calibration error: how far confidence is from accuracy.
 
   Source: Guo et al., "On Calibration of Modern Neural Networks" (ICML 2017),
   equation 3: bins of equal width over the confidence of the predicted class.
@@ -33,7 +33,7 @@ def expected_calibration_error(
   Args:
     logits: float `[n, classes]`.
     labels: int `[n]`.
-    num_bins: How many bins.
+    num_bins: The number of bins.
 
   Returns:
     A number between 0 (calibrated) and 1; not a number if a logit is not finite.
@@ -50,7 +50,11 @@ def expected_calibration_error(
 
 
 def score_names(spec: models.ModelSpec) -> tuple[str, ...]:
-  """The names of what `score` returns: its own, and those of the user's metrics."""
+  """Returns the names of the scores that `score` computes, the user's metrics last.
+
+  Args:
+    spec: The model.
+  """
   return tuple(dict.fromkeys([*_own_names(spec), *spec.metrics.score_names]))
 
 
@@ -68,29 +72,30 @@ def score(
     names: Optional[Sequence[str]] = None,
     sample_weight: Optional[np.ndarray] = None,
 ) -> dict[str, float]:
-  """Returns how good a model's outputs are.
+  """Scores a model's outputs against labels.
 
   Args:
     outputs: Float `[n, ...]`, as the model returns them: logits or probabilities, or
       numbers of a regression.
-    labels: As the model is trained on: class numbers `[n, ...]`, those that the loss
-      ignores not counted; one-hot labels `[n, ..., classes]`; binary labels `[n, ...]`;
-      or numbers.
+    labels: As the model is trained on: class numbers `[n, ...]`, where labels that the
+      loss ignores do not count; one-hot labels `[n, ..., classes]`; binary labels
+      `[n, ...]`; or numbers.
     spec: The model.
-    names: Which scores; all of `score_names` if `None`.
-    sample_weight: Optional weights, float `[n]`, or of the positions of sequences. As in
-      Keras they are factors of the losses, and `weighted_metrics` count by them; all
+    names: The scores to compute; all of `score_names` if `None`.
+    sample_weight: Optional weights, float `[n]`, or of the positions of sequences. As
+      in Keras they are factors of the losses, and `weighted_metrics` count by them; all
       other scores count examples alike, but for those of weight 0, which count nowhere
       and whose labels may be anything. The loss is the weighted sum over the number of
       labels that count.
 
   Returns:
-    Accuracy, mean cross-entropy and expected calibration error, over all labels where an
-    example has several; of a regression root mean squared error and mean absolute error.
-    Then the user's metrics, as Keras has them over all examples; one of several numbers
-    as `f1_score_0` and so on. A metric of the user's that is called `accuracy` takes the
-    place of ours. Where predictions are not finite, they are wrong for our accuracy, and
-    all other scores are not a number.
+    By name: for classes, the accuracy, the mean cross-entropy (`loss`) and the expected
+    calibration error, over all labels where an example has several; for a regression,
+    the root mean squared error and the mean absolute error. Then the user's metrics, as
+    Keras computes them over all examples; a metric of several numbers as `f1_score_0`
+    and so on. A metric of the user's that is called `accuracy` takes the place of ours.
+    Predictions that are not finite count as wrong in our accuracy, and make all other
+    scores NaN.
 
   Raises:
     ValueError: If the user's metrics do not take such labels, or weights do not fit.
@@ -98,12 +103,12 @@ def score(
   sample_weight = _weights(sample_weight, outputs, spec)
   names = score_names(spec) if names is None else names
   found = {}
-  asks_users = any(its in spec.metrics.score_names for its in names)
+  asks_users = any(name in spec.metrics.score_names for name in names)
   if asks_users and np.all(np.isfinite(outputs)):
     found = _user_scores(outputs, labels, spec, sample_weight)
-  if any(its in _own_names(spec) and its not in found for its in names):
+  if any(name in _own_names(spec) and name not in found for name in names):
     found = _own_scores(outputs, labels, spec, sample_weight) | found
-  return {its: found.get(its, float('nan')) for its in names}
+  return {name: found.get(name, float('nan')) for name in names}
 
 
 def _weights(
@@ -118,7 +123,7 @@ def _weights(
     fits = weights.shape[-1] == 1
   if fits:
     weights = spec.sample_weight((None, None, weights)).numpy()
-    fits = all(size in (1, its) for size, its in zip(weights.shape, axes))
+    fits = all(size in (1, axis_size) for size, axis_size in zip(weights.shape, axes))
   if not fits or not np.all(np.isfinite(weights)) or np.any(weights < 0):
     raise ValueError(
         '`sample_weight` must be finite numbers of 0 or more, of the shape '
@@ -184,15 +189,18 @@ def counted_predictions(
     spec: models.ModelSpec,
     sample_weight: Optional[np.ndarray] = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Logits `[m, classes]` and class numbers `[m]` of all positions that count.
-
-  A single logit z, the log-odds of a binary label, becomes those of two classes, [0, z].
+  """Returns the predictions and labels of all positions that count.
 
   Args:
-    logits: `[n, ..., classes]`, as of `ModelSpec.class_logits`.
-    labels: As of `score`.
-    spec: The model.
+    logits: Float `[n, ..., classes]`, as `ModelSpec.class_logits` returns them. A
+      single logit z, the log-odds of a binary label, becomes the logits of two classes,
+      [0, z].
+    labels: As for `score`.
+    spec: The model, which may ignore a label.
     sample_weight: As of `score`; what has weight 0 does not count.
+
+  Returns:
+    Logits `[m, classes]` and int64 class numbers `[m]`.
   """
   outputs = logits[..., 0] if spec.is_multi_label else logits
   weights = _weights(sample_weight, outputs, spec)
@@ -254,7 +262,15 @@ class CentralEvaluator:
     return graphs.TracedFunction(call, [spec.weights_spec, inputs])
 
   def outputs(self, weights: Any, inputs: Any) -> np.ndarray:
-    """Returns what the model returns, as float32 `[n, ...]`, under `ModelWeights`."""
+    """Computes the model's outputs under some weights, in batches.
+
+    Args:
+      weights: `ModelWeights` of the model.
+      inputs: A structure of arrays `[n, ...]`, as the model takes them.
+
+    Returns:
+      float32 `[n, ...]`.
+    """
     weights = tf.nest.map_structure(tf.constant, _model_weights(weights))
     size = len(tf.nest.flatten(inputs)[0])
     return np.concatenate([
@@ -268,7 +284,15 @@ class CentralEvaluator:
     ])
 
   def logits(self, weights: Any, inputs: Any) -> np.ndarray:
-    """Returns the model's logits `[n, ..., classes]` under `ModelWeights`."""
+    """Computes the model's logits under some weights, in batches.
+
+    Args:
+      weights: `ModelWeights` of the model.
+      inputs: A structure of arrays `[n, ...]`, as the model takes them.
+
+    Returns:
+      float32 `[n, ..., classes]`.
+    """
     outputs = self.outputs(weights, inputs)
     return self.spec.class_logits(tf.constant(outputs)).numpy()
 
@@ -279,13 +303,16 @@ class CentralEvaluator:
       labels: np.ndarray,
       sample_weight: Optional[np.ndarray] = None,
   ) -> dict[str, float]:
-    """Returns the scores of `score`.
+    """Scores the model under some weights; see `score`.
 
     Args:
       weights: `ModelWeights` of the model.
-      inputs: Inputs as the model takes them, n of each.
+      inputs: A structure of arrays `[n, ...]`, as the model takes them.
       labels: `[n, ...]`: class numbers, or numbers of a regression.
       sample_weight: Optional weights of the examples, as of `score`.
+
+    Returns:
+      By name, the scores.
     """
     return score(
         self.outputs(weights, inputs), labels, spec=self.spec, sample_weight=sample_weight
@@ -319,8 +346,11 @@ def over_clients(
   """Summarises a metric over clients.
 
   Args:
-    values: float `[clients]`, of the clients that have examples; or a number by client.
+    values: float `[clients]`, one for each client that has examples; or by client.
     lower_is_better: Whether the metric is an error.
+
+  Returns:
+    The mean, the tenth percentile, the worst client and the number of clients.
 
   Raises:
     ValueError: If there is no client.
@@ -412,12 +442,15 @@ class ClientsEvaluator:
           Sequence[tf.data.Dataset], Mapping[client_names.Client, tf.data.Dataset]
       ],
   ) -> FederatedEvaluation:
-    """Returns the metric over the clients; those without examples are left out.
+    """Computes the metric of each client; clients without examples are left out.
 
     Args:
       weights: `ModelWeights` of the model.
       client_datasets: Batched datasets, one a client, or by client's name; all of one
         `element_spec`.
+
+    Returns:
+      The metric by client, and a summary.
 
     Raises:
       ValueError: If no client has an example.

@@ -17,20 +17,16 @@ import collections
 import inspect
 import re
 import traceback
-import types
 from typing import Any, Optional
 
 import tensorflow as tf
-from tensorflow.python.autograph.pyct import loader
 
+from tff_kd import internals
 from tff_kd import temporary
 from tff_kd.compat import tff
 
-# AutoGraph's status outside of any function. There is no public name.
-_AUTOGRAPH_DEFAULT = tf.__internal__.autograph.control_status_ctx()
-# AutoGraph writes the code that it generates into the temporary folder, where it stays if
-# the process is killed: here into this process's own. There is no public way.
-loader.tempfile = types.SimpleNamespace(NamedTemporaryFile=temporary.named_file)
+# Not into the temporary folder, where files stay if the process is killed.
+internals.write_autograph_files_with(temporary.named_file)
 # The graphs traced last, whose operations know where they were created.
 _GRAPHS = collections.deque(maxlen=200)
 _LIBRARIES = re.compile(r'/(tensorflow|keras|tensorflow_federated)/')
@@ -51,7 +47,7 @@ def user_function(fn: Callable[..., Any]) -> Callable[..., Any]:
   """
   if getattr(fn, '__module__', None) and fn.__module__.startswith(f'{__package__}.'):
     return fn
-  return tf.__internal__.autograph.tf_convert(fn, _AUTOGRAPH_DEFAULT)
+  return internals.convert_with_autograph(fn)
 
 
 def wide_dtype(dtype: tf.DType) -> tf.DType:
@@ -121,7 +117,7 @@ def _unpack(value: Any) -> list[Any]:
   if isinstance(value, (tuple, list)):
     return [leaf for element in value for leaf in _unpack(element)]
   if hasattr(type(value), '__attrs_attrs__'):
-    fields = [getattr(value, its.name) for its in type(value).__attrs_attrs__]
+    fields = [getattr(value, attribute.name) for attribute in type(value).__attrs_attrs__]
     return [leaf for element in fields for leaf in _unpack(element)]
   return [value]
 
@@ -154,7 +150,7 @@ class TracedFunction:
       return [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(result)]
 
     # Out of TFF's graph, where `tf.init_scope` would stay.
-    with tf.__internal__.eager_context.eager_mode():
+    with internals.eager_mode():
       self._traced = tf.function(flat_fn, autograph=False).get_concrete_function(
           *[leaf for flat, _ in unpacked for leaf in flat]
       )
@@ -197,9 +193,9 @@ class TracedFunction:
     What is imported into a graph is recorded on no tape.
     """
     leaves = [_as_tensor(leaf) for arg in args for leaf in _unpack(arg)]
-    with tf.__internal__.eager_context.eager_mode():
+    with internals.eager_mode():
       called = tf.compat.v1.wrap_function(
-          lambda *its: self._place(its),
+          lambda *tensors: self._place(tensors),
           [tf.TensorSpec(leaf.shape, leaf.dtype) for leaf in leaves],
       )
     return tf.nest.pack_sequence_as(self.output, called(*leaves))
@@ -392,6 +388,6 @@ def _operations(graph: tf.Graph, name: str) -> Iterator[tf.Operation]:
     yield graph.get_operation_by_name(name)
   except KeyError:
     pass
-  for inner in getattr(graph, '_functions', {}).values():  # There is no public way.
+  for inner in internals.functions_of(graph).values():
     if getattr(inner, 'graph', None) is not None:
       yield from _operations(inner.graph, name)

@@ -39,7 +39,15 @@ def logits_from_probabilities(probabilities: tf.Tensor) -> tf.Tensor:
 
 
 def two_classes(logits: tf.Tensor) -> tf.Tensor:
-  """Logits `[..., classes]`; of a single logit z, those of its two classes, [0, z]."""
+  """Returns logits of two or more classes, also where the model has a single one.
+
+  Args:
+    logits: A float tensor `[..., classes]`.
+
+  Returns:
+    The logits as they are; for a last axis of one, the log-odds z of a binary label,
+    `[..., 2]`: those of the two classes, [0, z].
+  """
   if logits.shape[-1] == 1:
     return tf.concat([tf.zeros_like(logits), logits], axis=-1)
   return logits
@@ -48,7 +56,7 @@ def two_classes(logits: tf.Tensor) -> tf.Tensor:
 def kl_divergence(
     target_logits: tf.Tensor, logits: tf.Tensor, temperature: float = 1.0
 ) -> tf.Tensor:
-  """T^2 KL(softmax(target / T) || softmax(logits / T)), summed over the classes.
+  """Computes T^2 KL(softmax(target / T) || softmax(logits / T)) over the classes.
 
   Args:
     target_logits: A float tensor `[..., classes]`; receives no gradient.
@@ -81,7 +89,7 @@ def not_true_kl_divergence(
     labels: tf.Tensor,
     temperature: float = 1.0,
 ) -> tf.Tensor:
-  """T^2 KL over all classes but the label's.
+  """Computes T^2 KL over all classes but the label's.
 
   Source: Lee et al., "Preservation of the Global Knowledge by Not-True
   Distillation in Federated Learning" (NeurIPS 2022), equation 4.
@@ -125,7 +133,7 @@ def not_true_kl_divergence(
 def soft_target_cross_entropy(
     target_probabilities: tf.Tensor, logits: tf.Tensor
 ) -> tf.Tensor:
-  """Cross-entropy against a distribution: -sum_c p_c log softmax(logits)_c.
+  """Computes the cross-entropy with a distribution: -sum_c p_c log softmax(logits)_c.
 
   Args:
     target_probabilities: A float tensor `[..., classes]` of probabilities (not
@@ -146,7 +154,7 @@ def soft_target_cross_entropy(
 def hard_label_cross_entropy(
     target_logits: tf.Tensor, logits: tf.Tensor
 ) -> tf.Tensor:
-  """Cross-entropy against the target's most likely class, as Fed-ET learns it.
+  """Computes the cross-entropy against the target's most likely class, as in Fed-ET.
 
   Source: Cho et al., "Heterogeneous Ensemble Knowledge Transfer for Training Large
   Models in Federated Learning" (Fed-ET, IJCAI 2022), section 3.2.
@@ -166,7 +174,7 @@ def hard_label_cross_entropy(
 
 
 def mean_absolute_error(target_logits: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-  """Mean over the classes of |logits - target|, as FedMD fits its consensus.
+  """Computes the mean over the classes of |logits - target|, FedMD's digest loss.
 
   Source: Li & Wang, "FedMD" (2019), section 3, "Digest".
 
@@ -183,7 +191,7 @@ def mean_absolute_error(target_logits: tf.Tensor, logits: tf.Tensor) -> tf.Tenso
 
 
 def mean_squared_error(target_logits: tf.Tensor, logits: tf.Tensor) -> tf.Tensor:
-  """Mean over the classes of (logits - target)^2.
+  """Computes the mean over the classes of (logits - target)^2.
 
   Source: Ba & Caruana, "Do Deep Nets Really Need to be Deep?" (2014), eq. 1.
 
@@ -206,18 +214,30 @@ def output_divergence(
     *,
     is_regression: bool,
 ) -> tf.Tensor:
-  """How far outputs are from a target's: by class `kl_divergence`, else their MSE."""
+  """Computes how far outputs are from target outputs.
+
+  Args:
+    target_outputs: A float tensor `[..., classes]` of logits, or of a regression
+      `[..., numbers]`; receives no gradient.
+    outputs: A float tensor of the same shape.
+    temperature: T of `kl_divergence`, above 0; not used in a regression.
+    is_regression: Whether the outputs are numbers and not logits.
+
+  Returns:
+    A float tensor `[...]`: the `kl_divergence`, or in a regression the
+    `mean_squared_error`.
+  """
   if is_regression:
     return mean_squared_error(target_outputs, outputs)
   return kl_divergence(target_outputs, outputs, temperature)
 
 
 def with_rank(weights: tf.Tensor, rank: int) -> tf.Tensor:
-  """Weights of the leading axes of something, with axes of one for the others.
+  """Adds axes of size one to weights of leading axes, so that they broadcast.
 
   Args:
-    weights: A tensor of at most `rank` axes, or of one more, of size one.
-    rank: How many axes that has.
+    weights: A tensor of at most `rank` axes, or of `rank + 1` whose last has size one.
+    rank: The number of axes of the tensor that is weighted.
 
   Returns:
     The weights as a tensor of `rank` axes.
@@ -237,15 +257,15 @@ def weighted_mean(
     weights: Optional[tf.Tensor] = None,
     sample_weight: Optional[tf.Tensor] = None,
 ) -> tf.Tensor:
-  """Returns the mean of per-example (or per-position) losses under weights or a mask.
+  """Returns the mean of losses (one an example or a position) under weights or a mask.
 
   Args:
     values: A float tensor `[batch, ...]`.
     weights: Non-negative weights or a 0/1 mask: a tensor of the same shape, or
       of its leading axes (then each weight covers the rest). An entry of weight
       zero is left out whatever its value, NaN included.
-    sample_weight: Non-negative factors of the values, likewise. As in Keras they do not
-      change by what the sum is divided.
+    sample_weight: Non-negative factors of the values, of the same shape or of its
+      leading axes. As in Keras, the divisor does not depend on them.
 
   Returns:
     A scalar: sum(s w v) / sum(w), and 0 if all weights are zero.

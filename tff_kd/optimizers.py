@@ -7,6 +7,7 @@ from typing import Any, Optional, Union
 import keras
 import tensorflow as tf
 from tff_kd.compat import tff
+from tff_kd import internals
 from tff_kd import models
 from tff_kd.models import stateless
 
@@ -21,13 +22,16 @@ _LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
 def check_optimizer(
     optimizer: Any, name: str, *, scheduled: bool = False
 ) -> Optimizer:
-  """Returns `optimizer`, or refuses what cannot be used as one.
+  """Checks that a value can be used as an optimizer, and returns it.
 
   Args:
     optimizer: A `tff.learning.optimizers.Optimizer`, or a no-argument function
       that returns a new `keras.optimizers.Optimizer`.
     name: The argument's name, for the error.
     scheduled: Whether its learning rate will be scaled from step to step.
+
+  Returns:
+    The value.
 
   Raises:
     TypeError: If it is neither.
@@ -57,9 +61,9 @@ def check_optimizer(
         f'for example, `{name}=tff.learning.optimizers.build_sgdm(0.1)` or '
         f'`{name}=lambda: keras.optimizers.Adam(1e-3)`.'
     )
-  # A schedule's rate cannot be assigned; Keras offers no public way to ask.
+  # A schedule's rate cannot be assigned.
   if scheduled and isinstance(
-      getattr(made, '_learning_rate', None),
+      internals.learning_rate_of(made),
       keras.optimizers.schedules.LearningRateSchedule,
   ):
     raise ValueError(
@@ -70,7 +74,14 @@ def check_optimizer(
 
 
 def initial_hparams(optimizer: Optimizer) -> collections.OrderedDict[str, Any]:
-  """Returns the hyperparameters a TFF optimizer lets one set; none for a Keras one."""
+  """Returns the hyperparameters of a TFF optimizer that can be set.
+
+  Args:
+    optimizer: A TFF optimizer or a function that returns a Keras one.
+
+  Returns:
+    By name, such as `learning_rate`, float32 values; empty for a Keras optimizer.
+  """
   if isinstance(optimizer, tff.learning.optimizers.Optimizer):
     state = optimizer.initialize(tf.TensorSpec([], tf.float32))
     return optimizer.get_hparams(state)
@@ -80,7 +91,11 @@ def initial_hparams(optimizer: Optimizer) -> collections.OrderedDict[str, Any]:
 def check_learning_rate_fn(
     learning_rate_fn: Optional[Callable[[Any], Any]], optimizer: Optimizer
 ) -> None:
-  """Refuses a schedule over rounds for an optimizer whose rate cannot be set.
+  """Raises an error if an optimizer's rate cannot follow a schedule over rounds.
+
+  Args:
+    learning_rate_fn: Maps a round's number to a learning rate; `None` for no schedule.
+    optimizer: The optimizer that the schedule is for.
 
   Raises:
     ValueError: If there is a schedule, and the optimizer has no rate to set.
@@ -95,7 +110,12 @@ def check_learning_rate_fn(
 def with_learning_rate(
     hparams: collections.OrderedDict[str, Any], learning_rate: Any
 ) -> collections.OrderedDict[str, Any]:
-  """Returns the hyperparameters of a TFF optimizer with another learning rate."""
+  """Returns the hyperparameters of a TFF optimizer with another learning rate.
+
+  Args:
+    hparams: Its hyperparameters, by name.
+    learning_rate: A number or a float scalar.
+  """
   changed = collections.OrderedDict(hparams)
   changed[_LEARNING_RATE] = tf.cast(learning_rate, tf.float32)
   return changed
@@ -127,7 +147,7 @@ def check_plain_sgd(optimizer: Optimizer, name: str, why: str) -> None:
 def build_stepper(
     optimizer: Optimizer, variables: Sequence[keras.Variable]
 ) -> Union['_TffStepper', '_KerasStepper']:
-  """Returns an optimizer as a function of the values of some variables.
+  """Builds an optimizer as a function of the values of some variables.
 
   The result has `initialize(hparams=None) -> state`, tensors to carry from step to step
   (and between rounds), and `apply(state, values, gradients, rate_scale=None) -> (state,
@@ -135,7 +155,13 @@ def build_stepper(
 
   Args:
     optimizer: A TFF optimizer or a function that returns a Keras one.
-    variables: Tell names, shapes and constraints; they are not changed.
+    variables: Give names, shapes and constraints; they are not changed.
+
+  Returns:
+    An object with `initialize(hparams=None) -> state`, which gives the tensors to carry
+    from step to step (and between rounds), and `apply(state, values, gradients,
+    rate_scale=None) -> (state, values)`, which steps under the variables' constraints.
+    A gradient of `None` leaves its value as it is.
   """
   if isinstance(optimizer, tff.learning.optimizers.Optimizer):
     return _TffStepper(optimizer, variables)
@@ -176,7 +202,7 @@ class _KerasStepper:
     self._initial = [v.numpy() for v in self._optimizer.variables]
     self._rate = [
         i for i, v in enumerate(self._optimizer.variables)
-        if v is getattr(self._optimizer, '_learning_rate', None)
+        if v is internals.learning_rate_of(self._optimizer)
     ]
 
   def initialize(self, hparams=None):

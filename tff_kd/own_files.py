@@ -7,12 +7,19 @@ from typing import Any
 
 
 def is_own(name: str) -> bool:
-  """Returns whether a name is the path of a file of the user's."""
+  """Returns whether a name is the path of a user's file.
+
+  Args:
+    name: A value of a flag, such as `--task`.
+  """
   return name.endswith('.py')
 
 
 def load(path: str) -> Any:
-  """Returns the module of a file, loaded once.
+  """Returns the module of a file; it is loaded once.
+
+  Args:
+    path: The file's path.
 
   Raises:
     ValueError: If there is no such file.

@@ -202,15 +202,18 @@ def build_adaptive_mean(
     clipping: bool,
     inner_factory: tff.aggregators.WeightedAggregationFactory,
 ) -> tff.aggregators.WeightedAggregationFactory:
-  """TFF's adaptive zeroing and clipping around a mean of another kind.
+  """Builds TFF's adaptive zeroing and clipping around a mean of another kind.
 
   Around an encoded sum it is `tff.learning.compression_aggregator`, whose bits and
   smallest array cannot be set.
 
   Args:
-    zeroing: Whether values far beyond those seen so far are taken as zeros.
-    clipping: Whether values are scaled down to a norm that most have.
-    inner_factory: What aggregates then.
+    zeroing: Whether values far beyond those seen so far are replaced by zeros.
+    clipping: Whether values are scaled down to a norm that most values have.
+    inner_factory: Aggregates the values after that.
+
+  Returns:
+    The factory.
   """
   estimate = tff.aggregators.PrivateQuantileEstimationProcess.no_noise
   factory = inner_factory

@@ -73,5 +73,5 @@ class Info:
   @property
   def needs(self) -> tuple[str, ...]:
     """What must be there, beside clients and a student."""
-    found = [what for name, what in _NEEDS.items() if name in self.parameters]
+    found = [need for name, need in _NEEDS.items() if name in self.parameters]
     return (*found, *(['client state'] if self.client_state else []))

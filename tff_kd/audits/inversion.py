@@ -75,7 +75,8 @@ class Inverter:
     features = _features(pairs)
     self._mean, self._scale = features.mean(0), features.std(0) + 1e-3
     generator = tf.random.Generator.from_seed(seed)
-    weight_seeds = [int(its) for its in generator.uniform([2], 0, 2**31 - 1, tf.int32)]
+    drawn = generator.uniform([2], 0, 2**31 - 1, tf.int32)
+    weight_seeds = [int(number) for number in drawn]
     self._network = keras.Sequential([
         keras.layers.InputLayer(features.shape[1:]),
         keras.layers.Dense(
@@ -95,33 +96,47 @@ class Inverter:
     self._network.fit(examples, epochs=num_epochs, verbose=0)
 
   def invert(self, pairs: Pairs) -> np.ndarray:
-    """Returns what examples with these predictions would look like, `[k, ...]`."""
+    """Reconstructs examples from their predictions.
+
+    Args:
+      pairs: The predictions of k examples.
+
+    Returns:
+      float32 `[k, ...]`, in the shape of the public examples.
+    """
     flat = self._network.predict(self._scaled(_features(pairs)), verbose=0)
     return (self._low + self._range * flat).reshape(-1, *self._shape)
 
   def pair_of(self, label: int) -> Pairs:
-    """The pair that is expected on a private example of a class, `[1, classes]` each."""
+    """Returns the predictions that are expected on a private example of a class.
+
+    Args:
+      label: The class.
+
+    Returns:
+      A pair of arrays `[1, classes]`.
+    """
     sure = scipy.special.log_softmax(self._pairs.client, axis=-1)[:, label]
     rows = np.argsort(-sure, kind='stable')[:_NUM_SUREST]
-    return Pairs(*(its[rows].mean(0, keepdims=True) for its in self._pairs))
+    return Pairs(*(logits[rows].mean(0, keepdims=True) for logits in self._pairs))
 
   def _scaled(self, features: np.ndarray) -> np.ndarray:
     return ((features - self._mean) / self._scale).astype(np.float32)
 
 
 def similarity(images: np.ndarray, others: np.ndarray, value_range: float):
-  """How alike examples are: peak signal-to-noise ratio, and structural similarity.
+  """Computes peak signal-to-noise ratios and structural similarities of examples.
 
   Args:
     images: float32 `[k, height, width]` or `[k, height, width, channels]`; of another
       rank there is no structural similarity.
-    others: Likewise.
+    others: Examples of the same shape, to compare with.
     value_range: Largest minus smallest possible value.
 
   Returns:
     float32 `[k]` decibels; float32 `[k]` from -1 to 1, not a number without images.
   """
-  images, others = (np.asarray(its, np.float32) for its in (images, others))
+  images, others = (np.asarray(array, np.float32) for array in (images, others))
   axes = tuple(range(1, images.ndim))
   errors = np.mean(np.square(images - others), axis=axes)
   psnr = 10 * np.log10(value_range**2 / np.maximum(errors, 1e-12))
@@ -135,5 +150,5 @@ def similarity(images: np.ndarray, others: np.ndarray, value_range: float):
 
 def _features(pairs: Pairs) -> np.ndarray:
   return np.concatenate(
-      [scipy.special.log_softmax(its, axis=-1) for its in pairs], axis=-1
+      [scipy.special.log_softmax(logits, axis=-1) for logits in pairs], axis=-1
   )

@@ -412,27 +412,28 @@ def lira_scores(
     online: bool = True,
     fixed_variance: bool = True,
 ) -> np.ndarray:
-  """The scores of the likelihood-ratio attack; members tend to have larger ones.
+  """Computes the scores of the likelihood-ratio attack; members tend to score higher.
 
-  For each example, normals are fitted to the confidences of the shadow models with it and
-  without it. Online, the score is the logarithm of the ratio of the two densities at the
-  target's confidence (0: both are equally likely). Offline, it is the target's distance
-  from the mean without, in standard deviations: in the same order as the source's
-  1 - P[Z > phi], which rounds to 1 for the surest members.
+  For each example, normals are fitted to the confidences of the shadow models with it
+  and without it. Online, the score is the logarithm of the ratio of the two densities
+  at the target's confidence (0: both are equally likely). Offline, it is the target's
+  distance from the mean without, in standard deviations: in the same order as the
+  source's 1 - P[Z > phi], which rounds to 1 for the surest members.
 
-  Source: Carlini et al., "Membership Inference Attacks From First Principles" (S&P 2022),
-  algorithm 1 and its offline variant. The fixed variance is that of the deviations from
-  each example's own mean; the spread of the means, which it would otherwise hold, too, is
-  what the attack takes out.
+  Source: Carlini et al., "Membership Inference Attacks From First Principles" (S&P
+  2022), algorithm 1 and its offline variant. The fixed variance is that of the
+  deviations from each example's own mean; the spread of the means, which it would
+  otherwise hold, too, is what the attack takes out.
 
   Args:
-    target_confidences: float `[n]`, of the attacked model, about normal over models, such
-      as `logit_scaled_confidences`.
+    target_confidences: float `[n]`, of the attacked model, about normal over models,
+      such as `logit_scaled_confidences`.
     shadow_confidences: float `[models, n]`, likewise of the shadow models.
-    shadow_membership: bool `[models, n]`, whether the model was trained with the example.
+    shadow_membership: bool `[models, n]`, whether the model was trained with the
+      example.
     online: Whether to compare with the models with the example, too.
-    fixed_variance: Whether all examples have one variance with, and one without, for few
-      shadow models; otherwise, each its own.
+    fixed_variance: Whether all examples have one variance with, and one without, for
+      few shadow models; otherwise, each its own.
 
   Returns:
     float64 `[n]`.
@@ -574,14 +575,14 @@ def auc_with_interval(positives: np.ndarray, negatives: np.ndarray) -> Estimate:
 
 
 def best_threshold(positives: np.ndarray, negatives: np.ndarray) -> float:
-  """From which score on to say "member", for the largest advantage.
+  """Returns the score from which on to say "member", for the largest advantage.
 
   Args:
-    positives: Scores, float `[n]`, one or more.
-    negatives: Likewise, `[m]`.
+    positives: Scores of members, float `[n]`, one or more.
+    negatives: Scores of non-members, float `[m]`, one or more.
 
   Returns:
-    A score, or infinity where saying it of nobody is best.
+    A score; infinity where it is best to say "member" of nobody.
   """
   false, true, thresholds = _roc(positives, negatives)
   return float(thresholds[np.argmax(true - false)])
@@ -615,10 +616,10 @@ def difference_with_interval(
   from the intervals of Wilson.
 
   Args:
-    count: Successes.
-    total: Trials, one or more.
-    other_count: Of what is taken off.
-    other_total: Likewise.
+    count: Successes of the first.
+    total: Trials of the first, one or more.
+    other_count: Successes of the second, which is subtracted.
+    other_total: Trials of the second, one or more.
 
   Returns:
     `count / total - other_count / other_total`.

@@ -81,7 +81,14 @@ class Reporting:
       )
 
   def weight(self, delay: tf.Tensor) -> tf.Tensor:
-    """Returns the factor of a client's weight, float32."""
+    """Returns the factor of a client's weight.
+
+    Args:
+      delay: int32 scalar, by how many rounds the report is late.
+
+    Returns:
+      A float32 scalar.
+    """
     return (1.0 + tf.cast(delay, tf.float32)) ** -self.staleness_power
 
 
@@ -120,22 +127,35 @@ class BroadcastHistory:
       @tff.tensorflow.computation(self.initial.type_signature.result, broadcast_type)
       def push(kept, current):
         sent = tf.nest.map_structure(
-            lambda its, new: tf.concat([new[tf.newaxis], its], axis=0), kept, current
+            lambda earlier, new: tf.concat([new[tf.newaxis], earlier], axis=0),
+            kept, current,
         )
-        return tf.nest.map_structure(lambda its: its[:-1], sent), sent
+        return tf.nest.map_structure(lambda stacked: stacked[:-1], sent), sent
 
       self.push = push
 
   def received(self, sent: Any, delay: tf.Tensor) -> Any:
-    """What a client received that began `delay` rounds ago; in its computation."""
+    """Returns what a client received that began `delay` rounds ago.
+
+    Args:
+      sent: The last broadcasts, stacked, newest first, as clients receive them.
+      delay: int32 scalar.
+
+    Returns:
+      The broadcast of that round.
+    """
     if not self.max_delay:
       return sent
     # `check_conditions` tells; a slice out of range would, too, and less clearly.
     delay = tf.clip_by_value(delay, 0, self.max_delay)
-    return tf.nest.map_structure(lambda its: its[delay], sent)
+    return tf.nest.map_structure(lambda stacked: stacked[delay], sent)
 
   def current(self, sent: Any) -> Any:
-    """Returns what is sent in this round."""
+    """Returns the broadcast of this round.
+
+    Args:
+      sent: The last broadcasts, stacked, newest first, as clients receive them.
+    """
     return self.received(sent, tf.constant(0))
 
 
@@ -145,7 +165,15 @@ def _nothing():
 
 
 def check_conditions(reporting: Reporting, conditions: ClientConditions) -> tf.Operation:
-  """Ends a client's computation if its conditions make no sense."""
+  """Builds an assertion that fails if a client's conditions are out of range.
+
+  Args:
+    reporting: The policy, which bounds the delay.
+    conditions: The client's conditions.
+
+  Returns:
+    The operation, as a control dependency.
+  """
   return tf.debugging.Assert(
       (conditions.delay >= 0)
       & (conditions.delay <= reporting.max_delay)
@@ -167,14 +195,14 @@ def covered_rows(
     began: tf.Tensor,
     round_num: tf.Tensor,
 ) -> tf.Tensor:
-  """On which of a round's transfer examples a client has predictions.
+  """Returns for which of a round's transfer examples a client has predictions.
 
-  A late client predicted in the round in which it began: what it says counts where that
-  round's examples are also this round's.
+  A late client predicted in the round in which it began. A prediction counts if the
+  example is also among those of the round in which the client reports.
 
   Args:
     transfer_set: The examples.
-    conditions: The client's.
+    conditions: The client's conditions.
     began: int32, the round in which it began.
     round_num: int32, the round in which it reports.
 
@@ -213,7 +241,15 @@ def condition_counts(
 
 
 def client_data_type(data_type: tff.Type, reporting: Optional[Reporting]) -> tff.Type:
-  """What a client is given: its data; with conditions <data=D, conditions=...>."""
+  """Returns the type of what a client is given.
+
+  Args:
+    data_type: D, the type of the client's data; with cohorts <cohort=int32, data=D>.
+    reporting: The policy; `None` without conditions.
+
+  Returns:
+    The type itself; with conditions <..., conditions=`CONDITIONS_TYPE`>.
+  """
   if reporting is None:
     return data_type
   elements = collections.OrderedDict(data=data_type)

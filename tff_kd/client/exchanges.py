@@ -80,10 +80,14 @@ class Exchange(abc.ABC):
 
   @abc.abstractmethod
   def payload(self, report: Report) -> knowledge.KnowledgePayload:
-    """Returns what a client sends after its training."""
+    """Returns what a client sends after its training.
+
+    Args:
+      report: What the client has at hand.
+    """
 
   def initial_shared(self) -> Any:
-    """Returns what goes down in the first round, a structure of tensors."""
+    """Returns what the server sends in the first round, a structure of tensors."""
     return ()
 
   def share(
@@ -93,7 +97,7 @@ class Exchange(abc.ABC):
       server_model: Optional[models.BoundModel],
       round_num: tf.Tensor,
   ) -> Any:
-    """Returns what goes down in the next round.
+    """Returns what the server sends to clients in the next round.
 
     Args:
       mean_payload: The clients' payloads as aggregated.
@@ -101,6 +105,9 @@ class Exchange(abc.ABC):
       server_model: The server's model after its distillation; `None` unless
         `needs_server_model`.
       round_num: int32 scalar, the round that ends.
+
+    Returns:
+      A structure of tensors, of the type of `initial_shared`.
     """
     del mean_payload, num_included, server_model, round_num
     return ()
@@ -108,14 +115,14 @@ class Exchange(abc.ABC):
   def build_learning(
       self, student: models.ModelSpec
   ) -> Optional[Callable[..., 'Learned']]:
-    """Returns how a client learns from what was shared; `None`: it does not.
+    """Builds the function by which a client learns from what was shared.
 
     Args:
       student: The client's model.
 
     Returns:
       (weights, broadcast, client_state) -> `Learned`, called before the training on the
-      client's own examples.
+      client's own examples; `None` if a client learns nothing.
     """
     del student
     return None
@@ -132,7 +139,15 @@ class Exchange(abc.ABC):
   def message_bits(
       self, payload: knowledge.KnowledgePayload, client_state: companions.ClientState
   ) -> Optional[tf.Tensor]:
-    """Returns the encoded length of a payload, an int64 scalar; `None`: not encoded."""
+    """Returns the encoded length of a payload.
+
+    Args:
+      payload: What the client sends.
+      client_state: The client's state, with what it sent last.
+
+    Returns:
+      An int64 scalar, in bits; `None` if payloads are not encoded.
+    """
     del payload, client_state
     return None
 
@@ -156,7 +171,7 @@ class Learned(NamedTuple):
 
 
 class TransferPredictions(Exchange):
-  """Predictions on the transfer set go up, for the server to distil from."""
+  """Uploads predictions on the transfer set, from which the server distils."""
 
   def __init__(
       self,
@@ -325,10 +340,18 @@ def check_stage(
     transfer_set: transfer.TransferSet,
     rule: Optional[knowledge.ConsensusRule],
 ) -> None:
-  """Checks a lesson of clients' models, which have no teacher beside them.
+  """Raises an error if clients cannot learn from a consensus in this way.
+
+  Clients' models have no teacher beside them.
+
+  Args:
+    stage: The lesson of a client.
+    transfer_set: The examples of the consensus.
+    rule: How the predictions become the consensus, or `None`.
 
   Raises:
-    TypeError, ValueError: If the stage lacks something it needs.
+    TypeError: If the stage's optimizer is not one.
+    ValueError: If the stage lacks something it needs.
   """
   if rule is not None and rule.needs_certainty:
     raise ValueError(

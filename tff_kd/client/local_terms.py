@@ -70,7 +70,7 @@ class LocalStep(NamedTuple):
     )
 
   def mean(self, values: tf.Tensor) -> tf.Tensor:
-    """The mean over the batch as the supervised loss takes it.
+    """Returns the mean over the batch, as the supervised loss takes it.
 
     Args:
       values: float32 `[batch, ...]`, one an example or a position.
@@ -128,7 +128,10 @@ class LocalTerm(abc.ABC):
 
 
 def check_history_size(value: Any) -> None:
-  """Refuses a number of past students that no mean can be taken of.
+  """Raises an error if the number of past students is not a positive integer.
+
+  Args:
+    value: The number.
 
   Raises:
     ValueError: If it is no positive integer.

@@ -95,13 +95,13 @@ class _Progress(NamedTuple):
 
 
 def client_seed(seed: int, round_num: Any, client: Optional[tf.Tensor]) -> tf.Tensor:
-  """Returns what decides the random draws of one client's training, int32 `[2]`.
+  """Returns the seed of one client's random draws, int32 `[2]`.
 
   Args:
     seed: The process's.
     round_num: int32 scalar, or () where the round is not known.
-    client: The client's number, int32; `None` where clients come as datasets. These have
-      no number, and those of one round draw alike.
+    client: The client's number, int32; `None` where clients come as datasets. These
+      have no number, and those of one round draw alike.
   """
   folded = tf.constant([seed, _TRAINING_STREAM])
   for number in (round_num, client):

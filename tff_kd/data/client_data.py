@@ -69,7 +69,16 @@ class FileClientData:
       rows: raw_files.RawArrays,
       starts: raw_files.RawArrays,
   ):
-    """Not to be called by hand: client k has the examples rows[starts[k]:starts[k+1]].
+    """Initializes the data from files; call one of the `from_` methods instead.
+
+    Client k has the examples rows[starts[k]:starts[k + 1]].
+
+    Args:
+      client_ids: The clients' names.
+      num_examples: int64 `[clients]`.
+      examples: All examples, of n rows.
+      rows: int64, the rows of the examples of all clients, one client after the other.
+      starts: int64 `[clients + 1]`, positions in `rows`.
     """
     self.names = client_names.ClientNames(client_ids)
     self.client_ids = list(self.names)
@@ -87,15 +96,15 @@ class FileClientData:
       *,
       directory: Optional[os.PathLike] = None,
   ) -> 'FileClientData':
-    """From one pool of examples and each client's rows of it.
+    """Builds client data from one pool of examples and the rows of each client.
 
     Args:
       examples: A pair `(x, y)`, a triple `(x, y, sample_weight)` or a mapping with
         these keys, of arrays of n examples; `x` may be a structure of arrays. Weights
         are finite and not negative.
       rows: Integers in [0, n), by client; a mapping gives the clients their names,
-        which otherwise are '0', '1', ... A partition of `tff_kd.data.partition` fits, and
-        so does `df.groupby('client').indices` of a pandas table.
+        which otherwise are '0', '1', ... A partition of `tff_kd.data.partition` fits,
+        and so does `df.groupby('client').indices` of a pandas table.
       directory: Where the files go; a temporary folder if `None`.
 
     Returns:
@@ -111,11 +120,11 @@ class FileClientData:
         name: np.asarray(numbers, np.int64).ravel()
         for name, numbers in _by_name(rows).items()
     }
-    for name, its in rows.items():
-      if len(its) and (its.min() < 0 or its.max() >= size):
+    for name, client_rows in rows.items():
+      if len(client_rows) and (client_rows.min() < 0 or client_rows.max() >= size):
         raise ValueError(
             f'The rows of client {name!r} must be from 0 to {size - 1}, found '
-            f'{its.min()} to {its.max()}.'
+            f'{client_rows.min()} to {client_rows.max()}.'
         )
     # A temporary folder holds nothing to be found again.
     key = ''
@@ -136,7 +145,7 @@ class FileClientData:
       *,
       directory: Optional[os.PathLike] = None,
   ) -> 'FileClientData':
-    """From each client's own arrays, or its `tf.data.Dataset`.
+    """Builds client data from the arrays, or the `tf.data.Dataset`, of each client.
 
     Args:
       clients: By client, its arrays, as the examples of `from_arrays`, or an unbatched
@@ -153,8 +162,8 @@ class FileClientData:
     if not clients:
       raise ValueError('There must be at least one client, found none.')
     arrays = [_arrays_of(client) for client in clients.values()]
-    for name, its in zip(clients, arrays):
-      raw_files.check_rows(its, f'client {name!r}')
+    for name, client_arrays in zip(clients, arrays):
+      raw_files.check_rows(client_arrays, f'client {name!r}')
     specs = [tf.nest.map_structure(raw_files.row_spec_of, a) for a in arrays]
     for name, spec in zip(clients, specs):
       if spec != specs[0]:
@@ -178,7 +187,7 @@ class FileClientData:
           Callable[[tf.data.Dataset], tf.data.Dataset]
       ] = None,
   ) -> 'FileClientData':
-    """From any TFF client data, read once, client by client.
+    """Builds client data from any TFF client data, read once, client by client.
 
     Args:
       client_data: A `tff.simulation.datasets.ClientData`.
@@ -233,7 +242,10 @@ class FileClientData:
     )
 
   def numbers(self, clients: Iterable[client_names.Client]) -> list[int]:
-    """Returns the numbers of clients, given their names, for `process.next`.
+    """Returns the numbers of clients, for `process.next`.
+
+    Args:
+      clients: Names, or numbers.
 
     Raises:
       KeyError: If there is no client of that name.
@@ -274,7 +286,14 @@ class FileClientData:
     )
 
   def span(self, client: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """Where a client's rows begin in `rows`, and how many they are; int64 scalars."""
+    """Returns where a client's rows begin in `rows`, and how many there are.
+
+    Args:
+      client: The client's number, an int32 scalar.
+
+    Returns:
+      Two int64 scalars.
+    """
     num_clients = len(self.client_ids)
     check = tf.debugging.Assert(
         (client >= 0) & (client < num_clients),
@@ -287,7 +306,14 @@ class FileClientData:
     return starts[0], starts[1] - starts[0]
 
   def rows(self, positions: tf.Tensor) -> tf.Tensor:
-    """The rows of examples at some positions in the list of all clients' rows."""
+    """Returns rows of examples, given positions in the list of all clients' rows.
+
+    Args:
+      positions: int64 `[n]`.
+
+    Returns:
+      int64 `[n]`.
+    """
     return raw_files.gather(self._rows.map(), positions)
 
   def open(self) -> Any:
@@ -306,20 +332,20 @@ def _as_element(element: Any) -> Any:
   """A pair, a triple or the mapping of these, as `input_spec` knows them."""
   found = models.as_batch(element)
   if found is None:
-    what = type(element).__name__
+    kind = type(element).__name__
     hint = (
         'Put single examples together: `x = np.stack([x for x, _ in examples])`, and `y` '
         'likewise.'
     )
     if isinstance(element, (tuple, list)):
-      what += f' of {len(element)}'
+      kind += f' of {len(element)}'
     elif isinstance(element, Mapping):
-      what += f' with the keys {", ".join(map(str, element))}'
+      kind += f' with the keys {", ".join(map(str, element))}'
       hint = 'Make such pairs first; of datasets with `map`, of TFF client data with '
       hint += '`preprocess_fn`.'
     raise ValueError(
         'Examples must be arrays (x, y), perhaps with sample weights, (x, y, '
-        f'sample_weight), or a mapping with these keys, found a {what}. {hint}'
+        f'sample_weight), or a mapping with these keys, found a {kind}. {hint}'
     )
   return dict(found) if isinstance(found, Mapping) else found
 
@@ -394,7 +420,7 @@ def _prepare(
     examples = raw_files.RawArrays.write(folder, counted(chunks), spec, _WHAT)
   if not rows:
     raise ValueError('There must be at least one client, found none.')
-  num_examples = np.array([len(its) for its in rows.values()], np.int64)
+  num_examples = np.array([len(client_rows) for client_rows in rows.values()], np.int64)
   columns = {
       'rows': np.concatenate(list(rows.values())),
       'starts': np.concatenate([[0], np.cumsum(num_examples)]),
@@ -408,7 +434,7 @@ def _prepare(
       'key': key,
       'client_ids': list(rows),
       'num_examples': num_examples.tolist(),
-      'arrays': {name: its.to_json() for name, its in arrays.items()},
+      'arrays': {name: array.to_json() for name, array in arrays.items()},
   }
   partial = path.with_suffix(f'.{os.getpid()}.partial')
   partial.write_text(json.dumps(saved))
@@ -435,12 +461,12 @@ def _find(path: pathlib.Path, key: str, spec: Any) -> Optional[FileClientData]:
     if saved['format'] != _FORMAT or saved['key'] != key:
       return None
     arrays = {
-        name: raw_files.RawArrays.from_json(saved['arrays'][name], its, path.parent)
-        for name, its in specs.items()
+        name: raw_files.RawArrays.from_json(saved['arrays'][name], spec, path.parent)
+        for name, spec in specs.items()
     }
     if None in arrays.values():
       return None
-    damaged = [file for its in arrays.values() for file in its.damaged()]
+    damaged = [file for array in arrays.values() for file in array.damaged()]
     client_ids = list(saved['client_ids'])
     num_examples = np.array(saved['num_examples'], np.int64)
   except (ValueError, KeyError, TypeError):
@@ -455,7 +481,15 @@ def _find(path: pathlib.Path, key: str, spec: Any) -> Optional[FileClientData]:
 
 
 def masked_inputs(batch: Any, mask: Any) -> Any:
-  """A batch whose inputs are 0 where a mask of `ClientBatches.input_mask` is."""
+  """Sets the inputs of a batch to 0 where a client does not observe them.
+
+  Args:
+    batch: A pair, a triple or a mapping.
+    mask: As `ClientBatches.input_mask` returns it.
+
+  Returns:
+    The batch with the inputs times the mask; the batch itself if the mask is `None`.
+  """
   if mask is None:
     return batch
   inputs, _ = models.split_batch(batch)
@@ -553,7 +587,16 @@ class ClientBatches:
   def rows_and_labelled(
       self, client: tf.Tensor, round_num: tf.Tensor
   ) -> tuple[tf.Tensor, Optional[tf.Tensor]]:
-    """As `rows`, and float32 `[n]`: 1 where the client knows the label; `None`: all."""
+    """Returns a client's examples in the order of use, and which labels it knows.
+
+    Args:
+      client: The client's number, an int32 scalar.
+      round_num: The round's number, an int32 scalar.
+
+    Returns:
+      int64 `[n]`, rows of `data.open()`, as `rows` returns them; and float32 `[n]`, 1
+      where the client knows the label, or `None` if it knows all.
+    """
     start, count = self.data.span(client)
     # Not more passes than the limits leave.
     needed = -(-self._limit // tf.maximum(count, 1))
@@ -586,11 +629,14 @@ class ClientBatches:
     return seed
 
   def num_elements(self, total: tf.Tensor, step_share: tf.Tensor) -> tf.Tensor:
-    """Of how many examples a part of the steps is; at least one step's.
+    """Returns how many examples a share of a client's steps uses; at least one step.
 
     Args:
-      total: int32, the examples of all steps.
-      step_share: float32, the part.
+      total: int32, the number of examples of all steps.
+      step_share: float32, the share of the steps, above 0 and at most 1.
+
+    Returns:
+      An int32 scalar.
     """
     steps = tf.cast(tf.math.ceil(total / self.batch_size), tf.float32)
     # What is a whole number but for rounding is that.
@@ -598,13 +644,14 @@ class ClientBatches:
     return tf.minimum(tf.cast(steps, tf.int32) * self.batch_size, total)
 
   def input_mask(self, client: tf.Tensor) -> Any:
-    """Which features a client observes, a structure like the inputs of one example.
+    """Returns which features a client observes.
 
     Args:
-      client: Its number, an int32 scalar.
+      client: The client's number, an int32 scalar.
 
     Returns:
-      0/1 of the inputs' dtype; of integers (indices) all 1; `None` if all are observed.
+      A structure like the inputs of one example: 0/1 of the inputs' dtype, all 1 for
+      integers (indices); `None` if all features are observed.
     """
     if self.input_share == 1.0:
       return None

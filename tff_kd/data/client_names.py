@@ -82,7 +82,11 @@ class ClientNames(Sequence[str]):
     return int(client)
 
   def numbers(self, clients: Iterable[Client]) -> list[int]:
-    """Returns the numbers of several clients; raises what `number` does."""
+    """Returns the numbers of several clients; raises the errors that `number` raises.
+
+    Args:
+      clients: Names or numbers.
+    """
     return [self.number(client) for client in clients]
 
 
@@ -122,6 +126,9 @@ def values_of(
 
 def check_cohort_fn(cohort_fn: Any) -> None:
   """Checks that `cohort_of` takes a function or a mapping.
+
+  Args:
+    cohort_fn: A function from a client to its cohort's number, a mapping, or `None`.
 
   Raises:
     TypeError: If it is neither.

@@ -48,7 +48,7 @@ def as_arrays(value: Any) -> Any:
     ) from error
 
 
-def check_rows(arrays: Any, what: str) -> int:
+def check_rows(arrays: Any, owner: str) -> int:
   """How many rows all arrays of a structure have.
 
   Args:
@@ -61,7 +61,7 @@ def check_rows(arrays: Any, what: str) -> int:
   sizes = {len(a) if a.ndim else 0 for a in tf.nest.flatten(arrays)}
   if len(sizes) != 1 or not all(a.ndim for a in tf.nest.flatten(arrays)):
     raise ValueError(
-        f'Every array of {what} must have one row an example, found arrays of '
+        f'Every array of {owner} must have one row an example, found arrays of '
         f'{sorted(sizes)} rows.'
     )
   return sizes.pop()
@@ -102,7 +102,7 @@ _ENCODINGS = {
 }
 
 
-def check_dtypes(example_spec: Sequence[Any], what: str) -> None:
+def check_dtypes(example_spec: Sequence[Any], owner: str) -> None:
   """Refuses what cannot be mapped.
 
   Args:
@@ -122,12 +122,12 @@ def check_dtypes(example_spec: Sequence[Any], what: str) -> None:
         )
       if leaf.dtype.kind not in 'fiub' and leaf.dtype != _BFLOAT16:
         raise ValueError(
-            f'{what} holds numbers and booleans, found {part} of the dtype '
+            f'{owner} holds numbers and booleans, found {part} of the dtype '
             f'{leaf.dtype}. {hint}'
         )
 
 
-def check_finite(values: np.ndarray, seen: int, what: str) -> None:
+def check_finite(values: np.ndarray, seen: int, owner: str) -> None:
   """Refuses numbers that would spoil every model that meets them.
 
   Raises:
@@ -137,7 +137,7 @@ def check_finite(values: np.ndarray, seen: int, what: str) -> None:
     values = values.astype(np.float32)
   if values.dtype.kind == 'f' and not np.isfinite(values).all():
     raise ValueError(
-        f'{what} must be finite everywhere, found NaN or infinity among its first '
+        f'{owner} must be finite everywhere, found NaN or infinity among its first '
         f'{seen} examples. Mend or drop them.'
     )
 
@@ -181,7 +181,7 @@ class RawArrays:
       directory: pathlib.Path,
       chunks: Iterable[Any],
       spec: Any,
-      what: str,
+      owner: str,
   ) -> 'RawArrays':
     """Writes the files: all of them, or none.
 
@@ -211,7 +211,7 @@ class RawArrays:
         for file, digest, leaf, values in zip(
             partial, digests, leaves, rows, strict=True
         ):
-          check_finite(np.asarray(values), size, what)
+          check_finite(np.asarray(values), size, owner)
           raw = np.ascontiguousarray(values, leaf.dtype).tobytes()
           file.write(raw)
           digest.update(raw)
@@ -255,7 +255,7 @@ class RawArrays:
 
     return tf.nest.pack_sequence_as(
         map_spec(lambda _: 0, self.spec),
-        [map_leaf(*its) for its in zip(self._leaves, self.files)],
+        [map_leaf(*leaf_and_file) for leaf_and_file in zip(self._leaves, self.files)],
     )
 
   def arrays(self) -> Any:

@@ -52,14 +52,17 @@ class Examples(tuple):
 
   @property
   def inputs(self) -> Any:
+    """The inputs, an array `[n, ...]` or a dict of arrays."""
     return self[0]
 
   @property
   def labels(self) -> np.ndarray:
+    """The labels, `[n, ...]`."""
     return self[1]
 
   @property
   def sample_weight(self) -> Optional[np.ndarray]:
+    """The weights of the examples, or `None` without any."""
     return models.sample_weight_of(tuple(self))
 
   @property
@@ -71,7 +74,11 @@ class Examples(tuple):
     return np.any(weights > 0, axis=1)
 
   def take(self, rows: Any) -> 'Examples':
-    """Returns the examples of these rows."""
+    """Returns the examples of some rows.
+
+    Args:
+      rows: Integers `[k]`, or a slice.
+    """
     return Examples(*tf.nest.map_structure(lambda a: a[rows], tuple(self)))
 
 
@@ -171,11 +178,11 @@ class Task:
       object.__setattr__(self, 'metrics_fn', metrics_fn)
     count = len(self.client_rows) if self.client_rows is not None else 0
     for name in ('client_names', 'test_rows'):
-      its = getattr(self, name)
-      if its is not None and len(its) != count:
+      values = getattr(self, name)
+      if values is not None and len(values) != count:
         raise ValueError(
-            f'A task must have as many `{name}` as `client_rows`, found {len(its)} and '
-            f'{count}.'
+            f'A task must have as many `{name}` as `client_rows`, found {len(values)} '
+            f'and {count}.'
         )
     if self.client_names is not None:
       client_names_lib.ClientNames(self.client_names)  # Refuses one name for two.
@@ -219,6 +226,7 @@ class Task:
 
   @property
   def is_regression(self) -> bool:
+    """Whether labels are numbers and not classes."""
     return self.num_classes is None
 
   def class_numbers(self, examples: Examples) -> Optional[np.ndarray]:
@@ -264,14 +272,14 @@ class Task:
     return next(iter(self._metrics), own)
 
   def is_lower_better(self, name: Optional[str] = None) -> bool:
-    """Whether a score, or a column that ends in its name, is better the lower it is.
+    """Returns whether lower values of a score are better.
 
     Args:
-      name: Of the score; `metric` if `None`.
+      name: The score's name, or that of a column that ends in it; `metric` if `None`.
     """
     name = self.metric if name is None else name
-    if any(re.search(rf'(^|[_/]){re.escape(its)}(_\d+)?$', name)
-           for its in self.lower_is_better):
+    if any(re.search(rf'(^|[_/]){re.escape(error_name)}(_\d+)?$', name)
+           for error_name in self.lower_is_better):
       return True
     return models.lower_is_better(name, self._metrics)
 
@@ -406,7 +414,7 @@ def split_examples(
 
 
 def choose(
-    examples: Examples, size: int, *, seed: int, what: str
+    examples: Examples, size: int, *, seed: int, setting: str
 ) -> Examples:
   """So many random examples.
 
@@ -421,7 +429,7 @@ def choose(
   """
   if size > len(examples):
     raise ValueError(
-        f'{what} is {size}, but the task has only {len(examples)} such examples. '
+        f'{setting} is {size}, but the task has only {len(examples)} such examples. '
         'Lower it.'
     )
   return examples.take(np.random.default_rng(seed).permutation(len(examples))[:size])

@@ -79,6 +79,13 @@ class TransferSet:
         an element, with fully defined shapes.
       labelled: Whether the elements are pairs with a label.
       **kwargs: As in the constructor; without `label_mask`.
+
+    Returns:
+      The transfer set.
+
+    Raises:
+      ValueError: If the elements are not pairs although `labelled`, or have no fully
+        defined shapes.
     """
     spec = dataset.element_spec
     if labelled and not (isinstance(spec, (tuple, list)) and len(spec) == 2):
@@ -119,6 +126,9 @@ class TransferSet:
       inputs: A path, or a tuple or dict of paths for several inputs.
       labels: An optional path.
       **kwargs: As in the constructor.
+
+    Returns:
+      The transfer set.
 
     Raises:
       ValueError: If a file is damaged or not in NumPy's format; names the file.
@@ -213,9 +223,15 @@ class TransferSet:
     return shuffled[: self.subset_size]
 
   def prediction_ids(self, round_num: tf.Tensor) -> tf.Tensor:
-    """Returns the rows that clients predict: the round's, then those for validation.
+    """Returns the rows that clients predict: those of the round, then for validation.
 
     With all labels, validation needs no predictions, and none are made or sent.
+
+    Args:
+      round_num: The round's number, an int32 scalar.
+
+    Returns:
+      int32 `[m]`.
     """
     ids = self.round_ids(round_num)
     if self.fully_labelled:
@@ -244,7 +260,7 @@ class TransferSet:
   def map_inputs(
       self, fn: Callable[[Any], tf.Tensor], ids: tf.Tensor
   ) -> tf.Tensor:
-    """What a function makes of the inputs of some rows, a few hundred at a time.
+    """Applies a function to the inputs of some rows, a few hundred rows at a time.
 
     Args:
       fn: A batch of inputs -> a tensor `[batch, ...]`.
@@ -279,15 +295,36 @@ class TransferSet:
     return tf.ensure_shape(result, [num_rows, *parts[0].shape[1:]])
 
   def gather_inputs(self, ids: tf.Tensor) -> Any:
-    """As `OpenTransferSet.gather_inputs`, for a single use."""
+    """Gathers inputs once; see `OpenTransferSet.gather_inputs`.
+
+    Args:
+      ids: int32 `[k]`, the rows.
+
+    Returns:
+      A structure of tensors `[k, ...]`.
+    """
     return self.open().gather_inputs(ids)
 
   def gather_labels(self, ids: tf.Tensor) -> tf.Tensor:
-    """As `OpenTransferSet.gather_labels`, for a single use."""
+    """Gathers labels once; see `OpenTransferSet.gather_labels`.
+
+    Args:
+      ids: int32 `[k]`, the rows.
+
+    Returns:
+      The labels, `[k, ...]`.
+    """
     return self.open().gather_labels(ids)
 
   def gather_label_weights(self, ids: tf.Tensor) -> tf.Tensor:
-    """As `OpenTransferSet.gather_label_weights`, for a single use."""
+    """Gathers the weights of labels once; see `OpenTransferSet.gather_label_weights`.
+
+    Args:
+      ids: int32 `[k]`, the rows.
+
+    Returns:
+      float32 `[k]`.
+    """
     return self.open().gather_label_weights(ids)
 
 

@@ -319,7 +319,7 @@ def check_prior_fits(prior: tuple[Any, ...], logits_shape: tf.TensorShape) -> No
   Raises:
     ValueError: If it does not.
   """
-  expected = [(max(logits_shape[-1], 2),)]
+  expected: list[tuple[int, ...]] = [(max(logits_shape[-1], 2),)]
   if logits_shape[-1] == 1 and len(logits_shape) > 1:
     expected.append((logits_shape[-2], 2))
   if np.shape(prior) not in expected:

@@ -3,7 +3,7 @@
 import abc
 from collections.abc import Callable
 import dataclasses
-from typing import Optional, Union
+from typing import Any, Optional, Union
 
 import tensorflow as tf
 
@@ -105,7 +105,7 @@ class WrappedRule(ConsensusRule):
     rule: The inner rule.
   """
 
-  rule: ConsensusRule
+  rule: Any
 
   @property
   def has_diversity(self):

@@ -30,6 +30,9 @@ class Students:
   def __init__(self, specs: Sequence[models.ModelSpec]):
     """Initializes the students.
 
+    Args:
+      specs: The student of each cohort, one or more.
+
     Raises:
       ValueError: If there is none, or if their outputs differ in shape.
     """
@@ -41,14 +44,17 @@ class Students:
 
   @property
   def first(self) -> models.ModelSpec:
+    """The student of the first cohort."""
     return self.specs[0]
 
   @property
   def has_cohorts(self) -> bool:
+    """Whether there are several students."""
     return len(self.specs) > 1
 
   @property
   def weights_type(self) -> tff.Type:
+    """The type of the packed weights of all cohorts."""
     return tff.to_type(self.pack([spec.weights_type for spec in self.specs]))
 
   @property
@@ -62,20 +68,40 @@ class Students:
 
   @property
   def initial_weights(self) -> Any:
+    """The packed initial weights of all cohorts."""
     return self.pack([spec.initial_weights for spec in self.specs])
 
   def pack(self, values: Sequence[Any]) -> Any:
-    """Returns the values of all cohorts as one structure."""
+    """Packs one value for each cohort into one structure.
+
+    Args:
+      values: By cohort.
+
+    Returns:
+      A tuple; with one cohort, the value itself.
+    """
     return tuple(values) if self.has_cohorts else values[0]
 
   def unpack(self, packed: Any) -> list[Any]:
-    """Returns the values by cohort."""
+    """Returns the values that `pack` has packed, by cohort.
+
+    Args:
+      packed: As `pack` returns it.
+    """
     if not self.has_cohorts:
       return [packed]
     return [packed[i] for i in range(len(self.specs))]
 
   def only(self, cohort: int, weights: Any) -> Any:
-    """Returns a cohort's weights at its place, empty arrays for the others."""
+    """Packs the weights of one cohort, with empty arrays for the others.
+
+    Args:
+      cohort: The cohort's number.
+      weights: Its weights.
+
+    Returns:
+      As `pack` returns it.
+    """
     return self.pack([
         weights
         if i == cohort
@@ -86,7 +112,13 @@ class Students:
     ])
 
   def select(self, cohort: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
-    """Returns the result of the cohort's branch; all have results of one structure."""
+    """Returns the result of a cohort's branch.
+
+    Args:
+      cohort: The cohort's number, an int32 scalar.
+      branches: A function without arguments for each cohort; all have results of one
+        structure.
+    """
     last = len(self.specs) - 1
 
     tf.debugging.Assert(
@@ -104,16 +136,19 @@ class Students:
       *,
       has_conditions: bool,
   ) -> Any:
-    """One client's round, by the update of its cohort.
+    """Runs one client's round with the update of its cohort.
 
     Args:
-      client: What the computation is given for it: its data, and beside that its cohort
-        and conditions where there are such.
+      client: What the computation is given for the client: data, and where there are
+        such, the cohort and the conditions.
       updates: By cohort, (*received, data, client_state, conditions) -> the result; all
         of one structure.
-      received: What came down.
+      received: What the server sent.
       client_state: What the client kept.
-      has_conditions: Whether it comes with conditions.
+      has_conditions: Whether the client comes with conditions.
+
+    Returns:
+      The result of the update.
     """
     conditions = client['conditions'] if has_conditions else None
     data = client['data'] if has_conditions or self.has_cohorts else client
@@ -127,7 +162,14 @@ class Students:
 
 
 def as_students(student: Union[models.ModelSpec, Students]) -> Students:
-  """One architecture, or those given."""
+  """Wraps a single model in `Students`.
+
+  Args:
+    student: A model, or `Students`, which are returned as they are.
+
+  Returns:
+    The students.
+  """
   return student if isinstance(student, Students) else Students([student])
 
 
@@ -186,7 +228,15 @@ def build_students(
 
 
 def client_data_type(students: Students, data_type: tff.Type) -> tff.Type:
-  """Returns what a client is given: its data; with cohorts <cohort=int32, data=D>."""
+  """Returns the type of what a client is given.
+
+  Args:
+    students: The students.
+    data_type: D, the type of the client's data.
+
+  Returns:
+    D; with cohorts <cohort=int32, data=D>.
+  """
   if not students.has_cohorts:
     return data_type
   return tff.to_type(

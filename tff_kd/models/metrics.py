@@ -12,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 
 from tff_kd import graphs
+from tff_kd import internals
 from tff_kd import losses
 
 MetricsFn = Callable[
@@ -137,8 +138,8 @@ def lower_is_better(
   """
   for known in sorted(metrics, key=len, reverse=True):
     if re.search(rf'(^|[_/]){re.escape(known)}(_|$)', name):
-      # There is no public way. Keras's own callbacks, which choose 'auto' by it, read it.
-      direction = getattr(metrics[known], '_direction', None)
+      # Keras's own callbacks choose 'auto' by it.
+      direction = internals.direction_of(metrics[known])
       if direction is not None:
         return direction == 'down'
   return not _ERRORS.isdisjoint(name.rpartition('/')[2].split('_'))
@@ -216,10 +217,15 @@ class Metrics:
 
   @property
   def names(self) -> list[str]:
+    """The names of all metrics, with the totals."""
     return list(self._initial)
 
   def lower_is_better(self, name: str) -> bool:
-    """Returns whether a score is better the lower it is; see `lower_is_better`."""
+    """Returns whether lower values of a score are better; see `lower_is_better`.
+
+    Args:
+      name: The score's name.
+    """
     return lower_is_better(name, self._metrics)
 
   def initial_state(self) -> Any:
@@ -234,7 +240,7 @@ class Metrics:
       mask: Optional[tf.Tensor],
       sample_weight: Optional[tf.Tensor] = None,
   ) -> Any:
-    """The state of the user's metrics after a batch; that of the totals as it was.
+    """Returns the state after a batch; the totals are left as they are.
 
     Args:
       state: The state before.
@@ -275,7 +281,8 @@ class Metrics:
     """The values of a metric's variables in a state."""
     if name not in self._offsets:
       return list(state)
-    return [value + tf.constant(its) for value, its in zip(state, self._offsets[name])]
+    offsets = self._offsets[name]
+    return [value + tf.constant(offset) for value, offset in zip(state, offsets)]
 
   def add_totals(
       self,
@@ -306,7 +313,11 @@ class Metrics:
     return updated
 
   def finalizers(self) -> collections.OrderedDict[str, Callable[[Any], Any]]:
-    """By name, what makes a state that is summed over clients into the metric."""
+    """Returns the functions from states summed over clients to values of metrics.
+
+    Returns:
+      By the metric's name, a function from the state to the value.
+    """
     finalizers = collections.OrderedDict(
         (name, graphs.placed(functools.partial(self._result, name)))
         for name in self._metrics
@@ -324,11 +335,19 @@ class Metrics:
         return tf.nest.map_structure(tf.convert_to_tensor, metric.result())
 
   def result(self, state: Any) -> dict[str, Any]:
-    """Returns the values of all metrics of a state."""
+    """Returns the values of all metrics of a state.
+
+    Args:
+      state: As `initial_state` returns it, or summed over clients.
+    """
     return {name: finalize(state[name]) for name, finalize in self.finalizers().items()}
 
   def scores(self, state: Any) -> dict[str, tf.Tensor]:
-    """The values of the user's metrics of a state, each one number; see `flat_scores`."""
+    """Returns the values of the user's metrics, each a single number (`flat_scores`).
+
+    Args:
+      state: As `initial_state` returns it, or summed over clients.
+    """
     scores = {}
     for name in self._metrics:
       scores |= flat_scores(name, self._result(name, state[name]))
@@ -336,13 +355,13 @@ class Metrics:
 
 
 @contextlib.contextmanager
-def _errors_of(name: str, metric: keras.metrics.Metric, what: str) -> Iterator[None]:
+def _errors_of(name: str, metric: keras.metrics.Metric, problem: str) -> Iterator[None]:
   """Errors of a metric's own code name it."""
   try:
     yield
   except Exception as error:
     raise ValueError(
-        f'The metric {name!r} ({type(metric).__name__}) {what}: compute with '
+        f'The metric {name!r} ({type(metric).__name__}) {problem}: compute with '
         '`keras.ops`, and take `sample_weight`. Keras or the metric says: '
         f'{str(error).strip() or type(error).__name__}'
     ) from error
@@ -421,8 +440,8 @@ def _check_sums(
           values, with_axis_of_outputs(labels, outputs), outputs
       )
     return [
-        np.asarray(tf.convert_to_tensor(value), np.float64) - its
-        for value, its in zip(values, initial)
+        np.asarray(tf.convert_to_tensor(value), np.float64) - initial_value
+        for value, initial_value in zip(values, initial)
     ]
 
   reversed_outputs = tf.reverse(outputs, [0])
@@ -443,9 +462,9 @@ def _check_sums(
       )
 
 
-def _not_sums(name: str, metric: keras.metrics.Metric, what: str) -> ValueError:
+def _not_sums(name: str, metric: keras.metrics.Metric, problem: str) -> ValueError:
   return ValueError(
-      f'The metric {name!r} ({type(metric).__name__}) {what}. Metrics are summed over '
+      f'The metric {name!r} ({type(metric).__name__}) {problem}. Metrics are summed over '
       'clients: keep sums and counts, in variables that `self.add_weight` makes, and '
       'compute the value from them in `result`. What must see all predictions at once '
       'belongs into the `scores_fn` of a task.'

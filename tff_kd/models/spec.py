@@ -29,6 +29,7 @@ import numpy as np
 import tensorflow as tf
 
 from tff_kd import graphs
+from tff_kd import internals
 from tff_kd import losses
 from tff_kd.compat import tff
 from tff_kd.models import embeddings
@@ -46,25 +47,39 @@ _SEED_STATE = 'seed_generator_state'
 
 
 def split_batch(batch: Any) -> tuple[Any, Any]:
-  """Returns the (inputs, labels) of a batch or of an `input_spec`."""
+  """Returns the (inputs, labels) of a batch or of an `input_spec`.
+
+  Args:
+    batch: A pair, a triple or a mapping.
+  """
   if isinstance(batch, Mapping):
     return batch['x'], batch['y']
   return batch[0], batch[1]
 
 
 def sample_weight_of(batch: Any) -> Any:
-  """Returns the sample weights of a batch or of an `input_spec`; `None` without any."""
+  """Returns the sample weights of a batch or of an `input_spec`.
+
+  Args:
+    batch: A pair, a triple or a mapping.
+
+  Returns:
+    The weights, or `None` without any.
+  """
   if isinstance(batch, Mapping):
     return batch.get(_SAMPLE_WEIGHT)
   return batch[2] if len(batch) == 3 else None
 
 
 def num_examples(outputs: tf.Tensor, sample_weight: Optional[tf.Tensor]) -> tf.Tensor:
-  """Returns how many examples a batch has, an int32 scalar; one of weight 0 is none.
+  """Counts the examples of a batch; those of weight 0 do not count.
 
   Args:
     outputs: The model's outputs for it.
     sample_weight: What `ModelSpec.sample_weight` returns for it.
+
+  Returns:
+    An int32 scalar.
   """
   if sample_weight is None:
     return tf.shape(outputs)[0]
@@ -351,11 +366,19 @@ class ModelSpec:
     return tf.as_dtype(self._model.compute_dtype)
 
   def logits(self, weights: Any, inputs: Any) -> tf.Tensor:
-    """Predictions in inference mode, as float32 logits `[batch, ..., classes]`."""
+    """Computes predictions in inference mode.
+
+    Args:
+      weights: The `ModelWeights` to predict with.
+      inputs: A batch of inputs, a structure of tensors `[batch, ...]`.
+
+    Returns:
+      Logits, float32 `[batch, ..., classes]`.
+    """
     return BoundModel(self, self.values(weights)).logits(inputs)
 
   def logits_shape_for(self, inputs_spec: Any) -> tf.TensorShape:
-    """`logits_shape` of inputs whose length is known where the model takes any.
+    """Returns `logits_shape` for inputs of known length where the model takes any.
 
     Args:
       inputs_spec: The structure of `tf.TensorSpec`s of a batch of inputs.
@@ -367,7 +390,7 @@ class ModelSpec:
       return self.logits_shape
     key = tuple(tuple(leaf.shape[1:]) for leaf in tf.nest.flatten(inputs_spec))
     if key not in self._logits_shapes:
-      with tf.__internal__.eager_context.eager_mode():  # Also where something is traced.
+      with internals.eager_mode():  # Also where something is traced.
         example = _example(inputs_spec, self.batch_size or 1)
         self._logits_shapes[key] = self.logits(self.initial_weights, example).shape[1:]
     return self._logits_shapes[key]
@@ -378,7 +401,14 @@ class ModelSpec:
     return {}
 
   def class_logits(self, outputs: tf.Tensor) -> tf.Tensor:
-    """Returns the outputs as float32 logits; a softmax model's as log-probabilities."""
+    """Returns outputs as logits; those of a softmax model as log-probabilities.
+
+    Args:
+      outputs: The model's outputs, `[batch, ...]`.
+
+    Returns:
+      float32 `[batch, ..., classes]`.
+    """
     outputs = tf.cast(outputs, tf.float32)
     if self.is_multi_label:
       outputs = outputs[..., tf.newaxis]
@@ -398,7 +428,14 @@ class ModelSpec:
     return tf.squeeze(logits, axis=-1) if self.is_multi_label else logits
 
   def constrained(self, trainable: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """Trainable weights after a step, under the constraints of their layers."""
+    """Applies the constraints of the model's variables to values after a step.
+
+    Args:
+      trainable: The values of the trainable weights.
+
+    Returns:
+      The values under the constraints.
+    """
     return apply_constraints(self.trainable_variables, trainable)
 
   def sample_weight(self, batch: Any) -> Optional[tf.Tensor]:
@@ -457,9 +494,15 @@ class ModelSpec:
     return tf.math.divide_no_nan(loss * size, tf.cast(tf.reduce_sum(mask), loss.dtype))
 
   def counted_labels(self, labels: Any) -> Optional[tf.Tensor]:
-    """0/1 float32 in the labels' shape: 0 at the loss's `ignore_class` (padding).
+    """Returns which labels count, where the loss has an `ignore_class` (padding).
 
     `None` where the loss ignores no class: all labels count.
+
+    Args:
+      labels: A tensor of labels.
+
+    Returns:
+      0/1, float32 in the labels' shape; `None` if the loss ignores no class.
     """
     if self.ignored_label is None:
       return None
@@ -524,13 +567,13 @@ class ModelSpec:
     masks = [self.counted_labels(labels), mask]
     if sample_weight is not None:
       masks.append(tf.cast(sample_weight > 0.0, tf.float32))
-    if all(its is None for its in masks):
+    if all(each is None for each in masks):
       return None
     positions = outputs.shape[:-1]
     counted = tf.ones(tf.shape(outputs)[:-1])
-    for its in masks:
-      if its is not None:
-        counted *= losses.with_rank(its, positions.rank)
+    for each in masks:
+      if each is not None:
+        counted *= losses.with_rank(each, positions.rank)
     return tf.ensure_shape(counted, positions)
 
   @functools.cached_property
@@ -593,6 +636,10 @@ class ModelSpec:
   def assign(self, model: keras.Model, weights: Any) -> None:
     """Assigns weights to a model of the same builder.
 
+    Args:
+      model: The Keras model; it is changed.
+      weights: `ModelWeights`.
+
     Raises:
       ValueError: If the weights, or the model, are not of this builder.
     """
@@ -600,11 +647,11 @@ class ModelSpec:
     inputs_spec = _with_lengths_of(model, split_batch(self.input_spec)[0])
     model(_example(inputs_spec, self.batch_size or 1), training=False)
     expected = [tuple(w.shape) for w in tf.nest.flatten(self.initial_weights)]
-    for what, values in (('weights', weights), ('model', self.weights_of(model))):
+    for kind, values in (('weights', weights), ('model', self.weights_of(model))):
       found = [np.shape(w) for w in [*values.trainable, *values.non_trainable]]
       if found != expected:
         raise ValueError(
-            f'The {what} to assign {"are" if what == "weights" else "is"} not of the '
+            f'The {kind} to assign {"are" if kind == "weights" else "is"} not of the '
             f'{self.name}: expected arrays of shapes {expected}, found {found}.'
         )
     for variable, value in zip(model.trainable_variables, weights.trainable, strict=True):
@@ -617,7 +664,14 @@ class ModelSpec:
       _non_trainable_variables(model)[place].assign(value)
 
   def weights_of(self, model: keras.Model) -> tff.learning.models.ModelWeights:
-    """Returns the `ModelWeights` of a built model of the same builder, as arrays."""
+    """Returns the weights of a model of the same builder.
+
+    Args:
+      model: A built Keras model.
+
+    Returns:
+      `ModelWeights` of NumPy arrays.
+    """
     variables = dict(enumerate(_non_trainable_variables(model)))
     return tff.learning.models.ModelWeights(
         trainable=[v.numpy() for v in model.trainable_variables],
@@ -656,11 +710,21 @@ class BoundModel(NamedTuple):
   values: ModelValues
 
   def logits(self, inputs: Any) -> tf.Tensor:
-    """Predictions in inference mode, as float32 logits `[batch, ..., classes]`."""
+    """Computes predictions in inference mode.
+
+    Args:
+      inputs: A batch of inputs, a structure of tensors `[batch, ...]`.
+
+    Returns:
+      Logits, float32 `[batch, ..., classes]`.
+    """
     return self.spec.class_logits(self.spec.call(self.values, inputs).outputs)
 
   def scope(self) -> contextlib.AbstractContextManager:
-    """Within it the layers of the model have these values, and keep them."""
+    """Returns a context in which the model's layers have these values.
+
+    What the layers assign within it is dropped at its end.
+    """
     # pylint: disable=protected-access
     model = self.spec._model
     return keras.StatelessScope([
@@ -672,7 +736,15 @@ class BoundModel(NamedTuple):
 def apply_constraints(
     variables: Sequence[keras.Variable], values: Sequence[tf.Tensor]
 ) -> list[tf.Tensor]:
-  """Values of variables after a step, under the variables' constraints."""
+  """Applies the constraints of variables to values after a step.
+
+  Args:
+    variables: The variables; they are not changed.
+    values: A tensor for each variable.
+
+  Returns:
+    The values under the constraints.
+  """
   return [
       value if v.constraint is None else tf.convert_to_tensor(v.constraint(value))
       for v, value in zip(variables, values, strict=True)
@@ -783,7 +855,11 @@ _LOSS_EXAMPLE = 'lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=
 def is_builder(value: Any) -> bool:
   """Returns whether a value is a function without arguments, and no Keras object.
 
-  Losses, metrics, layers and models are callable; what is wanted is what makes them.
+  Losses, metrics, layers and models are callable as well, but what is needed is a
+  function that makes them.
+
+  Args:
+    value: Any value.
   """
   if not callable(value) or isinstance(
       value, (keras.losses.Loss, keras.metrics.Metric, keras.layers.Layer)
@@ -799,10 +875,17 @@ def is_builder(value: Any) -> bool:
 
 
 def check_loss_fn(loss_fn: Any, name: str = 'loss_fn') -> LossFn:
-  """Returns what makes losses, or refuses what does not.
+  """Checks that a value makes losses, and returns it.
+
+  Args:
+    loss_fn: The value.
+    name: The argument's name, for the error.
+
+  Returns:
+    The value.
 
   Raises:
-    TypeError: If it is no function without arguments.
+    TypeError: If it is not a function without arguments.
   """
   return _check_builder(loss_fn, name, _LOSS_EXAMPLE)
 
@@ -810,10 +893,17 @@ def check_loss_fn(loss_fn: Any, name: str = 'loss_fn') -> LossFn:
 def check_metrics_fn(
     metrics_fn: Any, name: str = 'metrics_fn'
 ) -> metrics_lib.MetricsFn:
-  """Returns what makes metrics, or refuses what does not.
+  """Checks that a value makes metrics, and returns it.
+
+  Args:
+    metrics_fn: The value.
+    name: The argument's name, for the error.
+
+  Returns:
+    The value.
 
   Raises:
-    TypeError: If it is no function without arguments.
+    TypeError: If it is not a function without arguments.
   """
   return _check_builder(metrics_fn, name, 'lambda: [keras.metrics.AUC(), ...]')
 
@@ -828,10 +918,14 @@ def _check_builder(fn: Any, name: str, example: str) -> Any:
 
 
 def check_model_fn(keras_model_fn: Any, name: str) -> None:
-  """Refuses what cannot make models.
+  """Raises an error if a value cannot make models.
+
+  Args:
+    keras_model_fn: The value.
+    name: The model's name, for the error, such as 'student'.
 
   Raises:
-    TypeError: If it is no function without arguments.
+    TypeError: If it is not a function without arguments.
   """
   if not is_builder(keras_model_fn):
     raise TypeError(
@@ -911,12 +1005,15 @@ def wrong_labels(
 def wrong_labels_message(
     labels: np.ndarray, loss: keras.losses.Loss, outputs_shape: Sequence[Optional[int]]
 ) -> str:
-  """Says which labels a loss takes, which there are, and what to do.
+  """Says which labels a loss takes, which labels there are, and what to do.
 
   Args:
     labels: An array of labels, some of which are wrong.
     loss: The loss.
     outputs_shape: The shape of the model's outputs.
+
+  Returns:
+    The end of a sentence that begins with the labels.
   """
   highest, ignored = highest_label(loss, outputs_shape), _config_of(loss, 'ignore_class')
   used = labels[labels != ignored] if ignored is not None else labels
@@ -960,15 +1057,19 @@ def _config_of(loss: keras.losses.Loss, key: str) -> Any:
   return value
 
 
-def check_has_classes(spec: ModelSpec, what: str) -> None:
-  """Refuses a regression model where something is about classes.
+def check_has_classes(spec: ModelSpec, subject: str) -> None:
+  """Raises an error if a model has no classes, where something is about classes.
+
+  Args:
+    spec: The model.
+    what: What is about classes, as the subject of the error's sentence.
 
   Raises:
     ValueError: If the model's outputs are numbers.
   """
   if spec.is_regression:
     raise ValueError(
-        f'{what} is about classes, and the {spec.name} is a regression model (by its '
+        f'{subject} is about classes, and the {spec.name} is a regression model (by its '
         'loss). Use an algorithm and a consensus that compare outputs as they are: '
         'fed_avg, fed_prox, scaffold, fed_dyn, fed_gkd, moon, fed_kd, fml, fed_df, '
         'fed_distillation or fed_md, with mean_logits.'
@@ -976,11 +1077,11 @@ def check_has_classes(spec: ModelSpec, what: str) -> None:
 
 
 def is_compatible(expected: Any, found: Any) -> bool:
-  """Whether batches of one spec, of any size, can stand for batches of the other.
+  """Returns whether batches of one spec, of any size, can stand for those of another.
 
   Args:
     expected: A structure of `tf.TensorSpec`s.
-    found: Another one. What it leaves open fits.
+    found: Another one; dimensions that it leaves open fit.
   """
   try:
     tf.nest.assert_same_structure(expected, found)
@@ -1000,7 +1101,11 @@ def is_compatible(expected: Any, found: Any) -> bool:
 
 
 def check_same_outputs(first: ModelSpec, second: ModelSpec) -> None:
-  """Refuses a pair whose predictions cannot be compared.
+  """Raises an error if the predictions of two models cannot be compared.
+
+  Args:
+    first: A model.
+    second: Another one.
 
   Raises:
     ValueError: If the output shapes differ.
@@ -1014,10 +1119,17 @@ def check_same_outputs(first: ModelSpec, second: ModelSpec) -> None:
 
 
 def check_input_spec(input_spec: Any) -> Any:
-  """Returns the batch of `tf.TensorSpec`s, or a clear error.
+  """Checks an `input_spec`, and returns it as a batch.
+
+  Args:
+    input_spec: A structure of `tf.TensorSpec`s, such as a dataset's `element_spec`.
+
+  Returns:
+    A pair, a triple or a mapping; see `as_batch`.
 
   Raises:
-    TypeError, ValueError: If it is none.
+    TypeError: If it does not only hold `tf.TensorSpec`s.
+    ValueError: If it does not describe batches of inputs and labels.
   """
   batch_spec = as_batch(input_spec)
   if batch_spec is None:
@@ -1098,10 +1210,10 @@ def _with_lengths_of(model: keras.Model, inputs_spec: Any) -> Any:
   if len(declared) != len(specs):
     return inputs_spec
   if isinstance(inputs_spec, Mapping):
-    named = {its.name: its.shape for its in declared}
+    named = {tensor.name: tensor.shape for tensor in declared}
     shapes = [named.get(name, ()) for name in sorted(inputs_spec)]
   else:
-    shapes = [its.shape for its in declared]
+    shapes = [tensor.shape for tensor in declared]
   return tf.nest.pack_sequence_as(
       inputs_spec,
       [

@@ -12,11 +12,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
+from tff_kd import internals
+
 # `keras.optimizers.Optimizer` puts the backend's layer upon the base of all backends.
-_BACKEND_LAYER = keras.optimizers.Optimizer.__mro__[1]
-(_BASE,) = (
-    c for c in keras.optimizers.Optimizer.__mro__ if c.__name__ == 'BaseOptimizer'
-)
+_BASE, _BACKEND_LAYER = internals.optimizer_bases()
 
 
 class _Stateless(keras.optimizers.Optimizer):

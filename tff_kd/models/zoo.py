@@ -1,7 +1,7 @@
 """Student and teacher models ready to use. All return logits.
 
 Each builder has the signature (num_classes, input_shape) -> `keras.Model`;
-`STUDENTS` and `TEACHERS` list them by name. A name in both is a pair.
+`STUDENTS` and `TEACHERS` list them by name.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -16,10 +16,10 @@ _register = keras.saving.register_keras_serializable(package='tff_kd')
 
 @_register
 class MeanOfTokens(keras.layers.Layer):
-  """The mean of the vectors of a text's tokens; token 0 is padding and not in it.
+  """Averages the vectors of a text's tokens; token 0 is padding and does not count.
 
   Takes [tokens, int `[batch, length]`, vectors, `[batch, length, width]`], returns
-  `[batch, width]`; of a text without tokens, zeros.
+  `[batch, width]`; zeros for a text without tokens.
   """
 
   def call(self, inputs):
@@ -31,11 +31,15 @@ class MeanOfTokens(keras.layers.Layer):
 
 @_register
 class AttendedTokens(keras.layers.Layer):
-  """A mean of the vectors of a text's tokens in which each token has its own weight.
+  """Averages the vectors of a text's tokens with a weight for each token.
 
-  The weights are the softmax over the text of a number that each token of the vocabulary
+  The weights are the softmax over the text of a score that each token of the vocabulary
   has, 0 at first. Takes [tokens, int `[batch, length]`, vectors, `[batch, length,
-  width]`], returns `[batch, width]`; token 0 is padding and not in it.
+  width]`], returns `[batch, width]`; token 0 is padding and does not count.
+
+  Args:
+    vocabulary_size: The number of tokens.
+    **kwargs: Arguments of `keras.layers.Layer`, such as `name`.
   """
 
   def __init__(self, vocabulary_size: int, **kwargs):
@@ -65,7 +69,13 @@ class AttendedTokens(keras.layers.Layer):
 
 @_register
 class DenseModel(keras.Model):
-  """Flattens, then dense layers with relu, then logits."""
+  """Flattens the inputs, then applies dense layers with relu and one for the logits.
+
+  Args:
+    hidden_units: The widths of the hidden layers.
+    num_classes: The number of outputs.
+    **kwargs: Arguments of `keras.Model`, such as `name`.
+  """
 
   def __init__(
       self, hidden_units: Sequence[int] = (32,), num_classes: int = 10, **kwargs
@@ -140,14 +150,17 @@ def build_cnn(
     units: int,
     dropout: float = 0.0,
 ) -> keras.Model:
-  """3 x 3 convolutions, each followed by 2 x 2 pooling, and one dense layer.
+  """Builds 3 x 3 convolutions, each followed by 2 x 2 pooling, and one dense layer.
 
   Args:
-    num_classes: How many logits.
+    num_classes: The number of logits.
     input_shape: [height, width, channels].
-    filters: Of each convolution.
-    units: Of the dense layer.
-    dropout: The rate before the logits; no dropout layer if 0.
+    filters: The number of filters of each convolution.
+    units: The width of the dense layer.
+    dropout: The dropout rate before the logits; no dropout layer if 0.
+
+  Returns:
+    The model.
   """
   layers = keras.layers
   model = keras.Sequential([keras.Input(tuple(input_shape))])
@@ -169,17 +182,20 @@ def build_group_norm_resnet(
     blocks: int,
     width: int,
 ) -> keras.Model:
-  """Returns a CIFAR ResNet of depth 6 * blocks + 2 with group norm.
+  """Builds a CIFAR ResNet of depth 6 * blocks + 2 with group norm.
 
   Source: He et al., "Deep Residual Learning" (2016), section 4.2, and Hsieh et
   al., "The Non-IID Data Quagmire" (2020), section 5.1, for group norm in place of
   batch norm.
 
   Args:
-    num_classes: How many logits.
+    num_classes: The number of logits.
     input_shape: [height, width, channels].
     blocks: Residual blocks in each of the three stages.
     width: Channels of the first stage, a multiple of 8; doubled twice.
+
+  Returns:
+    The model.
   """
   layers = keras.layers
 
@@ -232,7 +248,16 @@ TEACHERS: dict[str, ModelBuilder] = {
 def of_shape(
     builders: Mapping[str, ModelBuilder], num_classes: int, input_shape: Sequence[int]
 ) -> dict[str, Callable[[], keras.Model]]:
-  """Builders without arguments, for images of a shape and so many classes."""
+  """Returns builders without arguments, for inputs of a shape and a number of classes.
+
+  Args:
+    builders: By name, (num_classes, input_shape) -> `keras.Model`.
+    num_classes: The number of logits.
+    input_shape: Without the batch dimension.
+
+  Returns:
+    By name, () -> `keras.Model`.
+  """
   return {
       name: functools.partial(build, num_classes, tuple(input_shape))
       for name, build in builders.items()

@@ -70,15 +70,18 @@ class ClientSampling:
     )
 
   def event(self, noise_multipliers: Sequence[float]) -> dp_accounting.DpEvent:
-    """What one round, or with 'cyclic' one participation, releases about a client.
+    """Returns the privacy event of one round; with 'cyclic', of one participation.
 
     dp-accounting takes a Gaussian's noise multiplier as the ratio of its standard
-    deviation to the sensitivity. That is the clip where a client is added or removed, and
-    twice the clip where it is replaced.
+    deviation to the sensitivity. That is the clip where a client is added or removed,
+    and twice the clip where it is replaced.
 
     Args:
-      noise_multipliers: Of each channel's sum: the noise's standard deviation by the
-        clip.
+      noise_multipliers: For the sum of each channel, the noise's standard deviation
+        divided by the clip.
+
+    Returns:
+      The event, of dp-accounting.
     """
     if not all(z > 0 for z in noise_multipliers):
       return dp_accounting.NonPrivateDpEvent()
@@ -98,17 +101,29 @@ class ClientSampling:
     return noised
 
   def num_events(self, num_rounds: int) -> int:
-    """Returns how many such events a client may be in, in so many rounds."""
+    """Returns how many such events may concern a single client.
+
+    Args:
+      num_rounds: The number of rounds.
+    """
     if self.sampling != 'cyclic':
       return num_rounds
     return math.ceil(num_rounds * self.clients_per_round / self.num_clients)
 
 
 def composed_noise(noise_multipliers: Sequence[float]) -> float:
-  """The noise multiplier of one Gaussian that is worth several on the same clients.
+  """Returns the noise multiplier of the one Gaussian that several are equivalent to.
 
-  Source: McMahan et al., "A General Approach to Adding Differential Privacy to Iterative
-  Training Procedures" (2018), section 3: (sum_i z_i^-2)^-1/2.
+  All are about the same clients.
+
+  Source: McMahan et al., "A General Approach to Adding Differential Privacy to
+  Iterative Training Procedures" (2018), section 3: (sum_i z_i^-2)^-1/2.
+
+  Args:
+    noise_multipliers: Each one's standard deviation divided by its sensitivity.
+
+  Returns:
+    The multiplier; 0 if one of them is 0.
   """
   if not all(z > 0 for z in noise_multipliers):
     return 0.0
@@ -220,7 +235,11 @@ class PrivacyAccountant:
     return accountant.orders, accountant.rdp
 
   def epsilon(self, num_rounds: Optional[int] = None) -> float:
-    """Returns what so many rounds cost; those that have begun, if `None`."""
+    """Returns the epsilon that rounds cost, at the accountant's delta.
+
+    Args:
+      num_rounds: The number of rounds; those that have begun if `None`.
+    """
     count = self.sampling.num_events(
         self._rounds if num_rounds is None else num_rounds
     )
@@ -236,7 +255,11 @@ class PrivacyAccountant:
     return self.epsilon(self._rounds + 1) <= self.max_epsilon
 
   def restore(self, rounds: int) -> None:
-    """Takes over the count of a checkpoint; never a lower one than is known."""
+    """Takes over the number of rounds of a checkpoint, unless more are known.
+
+    Args:
+      rounds: The number of rounds that have begun.
+    """
     self._rounds = max(self._rounds, int(rounds))
 
   def begin_round(self) -> None:

@@ -103,14 +103,14 @@ class DifferentialPrivacy:
         )
 
   def noise_multipliers(self, sent: Sequence[str]) -> dict[str, float]:
-    """z of each channel's own sum.
+    """Returns the noise multiplier z of each channel's own sum.
 
     Args:
       sent: The channels that the algorithm sends.
 
     Returns:
-      By channel. 0 for one that is left out of `channels`. Composed, those of the others
-      are worth `noise_multiplier`.
+      By channel; 0 for a channel that is left out of `channels`. Composed, those of the
+      others are equivalent to `noise_multiplier`.
     """
     private = [c for c in sent if self.channels is None or c in self.channels]
     shares = {'model': 1.0 - self.knowledge_share, 'knowledge': self.knowledge_share}
@@ -129,18 +129,22 @@ class DifferentialPrivacy:
       num_predictions: int = 1,
       secure: Optional[secure_lib.SecureAggregation] = None,
   ) -> Optional[tff.aggregators.UnweightedAggregationFactory]:
-    """Returns a factory of a channel's private mean.
+    """Builds a factory of a channel's private mean.
 
     Args:
       channel: 'model' or 'knowledge'.
       sent: The channels that the algorithm sends.
-      has_unit_weights: Of knowledge: whether its weights tell nothing of a client.
-      num_predictions: Of knowledge: how many examples it is about. An adaptive clip
-        begins with a norm of 1 for each.
-      secure: A `SecureAggregation`, by which the clipped values are summed.
+      has_unit_weights: For 'knowledge', whether the weights reveal nothing about a
+        client.
+      num_predictions: For 'knowledge', the number of examples that are predicted. An
+        adaptive clip begins with a norm of 1 for each.
+      secure: A `SecureAggregation` that sums the clipped values.
 
     Returns:
       The factory; `None` for a channel that is not private.
+
+    Raises:
+      ValueError: If a secure sum has a clip that is not a number, or `bits`.
     """
     if self.channels is not None and channel not in self.channels:
       return None
@@ -266,8 +270,8 @@ def check_private(
     )
 
 
-def _refuse(what: str, why: str, remedy: str) -> None:
-  raise ValueError(f'With differential privacy {what}: {why} {remedy}')
+def _refuse(use: str, why: str, remedy: str) -> None:
+  raise ValueError(f'With differential privacy {use}: {why} {remedy}')
 
 
 def _check_private_weights(

@@ -75,7 +75,14 @@ class SecureAggregation:
     return math.ceil(math.log2(2 * self.modulus - 1))
 
   def check_channels(self, channels: Sequence[str]) -> None:
-    """Refuses bits without the bounds of these channels."""
+    """Raises an error if `bits` are set without the bounds of these channels.
+
+    Args:
+      channels: 'model', 'knowledge', or both.
+
+    Raises:
+      ValueError: If a bound is missing.
+    """
     for name in channels:
       if self.bits is not None and getattr(self, f'{name}_bound') is None:
         raise ValueError(
@@ -85,7 +92,14 @@ class SecureAggregation:
   def build_sum(
       self, bound: Optional[float]
   ) -> tff.aggregators.UnweightedAggregationFactory:
-    """Returns a factory of the sum of numbers within a bound."""
+    """Builds a factory of the sum of numbers within a bound.
+
+    Args:
+      bound: The largest absolute value; estimated from past rounds if `None`.
+
+    Returns:
+      The factory.
+    """
     _ignore_unused_assertions()
     if bound is None:
       # As TFF's `secure_aggregator` has it.
@@ -110,7 +124,14 @@ class SecureAggregation:
     )
 
   def build_mean(self, channel: str) -> tff.aggregators.WeightedAggregationFactory:
-    """Returns a factory of the weighted mean of a channel, 'model' or 'knowledge'."""
+    """Builds a factory of the weighted mean of a channel.
+
+    Args:
+      channel: 'model' or 'knowledge'.
+
+    Returns:
+      The factory.
+    """
     return tff.aggregators.MeanFactory(
         value_sum_factory=self.build_sum(getattr(self, f'{channel}_bound')),
         weight_sum_factory=tff.aggregators.SecureSumFactory(

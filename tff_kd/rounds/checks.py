@@ -280,10 +280,10 @@ def check_transfer_set(
   pairs = [('inputs', inputs_spec, transfer_set.inputs_spec)]
   if transfer_set.labelled:
     pairs.append(('labels', labels_spec, transfer_set.labels_spec))
-  for what, expected, found in pairs:
+  for part, expected, found in pairs:
     if not models.is_compatible(expected, found):
       raise ValueError(
-          f"The transfer set's {what} must be like the clients' {what}: expected "
+          f"The transfer set's {part} must be like the clients' {part}: expected "
           f'{expected}, found {found}. Convert them to that shape and dtype.'
       )
   if transfer_set.labelled:

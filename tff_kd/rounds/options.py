@@ -7,6 +7,7 @@ import dataclasses
 import difflib
 import functools
 import inspect
+import re
 from typing import Any, Optional
 
 import tff_kd
@@ -98,7 +99,11 @@ class Options:
     return found if num_clients is None else num_clients
 
   def with_defaults(self, **defaults: Any) -> 'Options':
-    """Returns these options with an algorithm's values for those that are `None`."""
+    """Returns these options with an algorithm's values for those that are `None`.
+
+    Args:
+      **defaults: By option.
+    """
     return dataclasses.replace(
         self,
         **{
@@ -128,7 +133,7 @@ def takes_options(build: Callable[..., Any]) -> Callable[..., Any]:
 
   Returns:
     The builder with the fields of `Options` in place of `options`; `inspect.signature`
-    and `help` show them.
+    and `help` show them, with the text of `Options`.
   """
   signature = inspect.signature(build)
   own = {
@@ -156,4 +161,14 @@ def takes_options(build: Callable[..., Any]) -> Callable[..., Any]:
     return build(**tff_kd.rounds.arguments.check(kwargs, own), options=options)
 
   setattr(with_options, '__signature__', full)  # noqa: B010 (no attribute for mypy)
+  with_options.__doc__ = _with_option_docs(build.__doc__)
   return with_options
+
+
+def _with_option_docs(doc: Optional[str]) -> Optional[str]:
+  """Replaces the item `options` of a docstring by the attributes of `Options`."""
+  if doc is None or Options.__doc__ is None:  # Python was started with -OO.
+    return doc
+  attributes = inspect.cleandoc(Options.__doc__).partition('Attributes:\n')[2]
+  items = f'{attributes.rstrip()}\n'
+  return re.sub(r'(?m)^  options: .*\n', lambda _: items, inspect.cleandoc(doc))

@@ -56,63 +56,63 @@ class ClientArguments(NamedTuple):
           "A round's clients must be a list with one element a client, found "
           f'{_shown(selected)}. Pass `[{"0, 3" if self.client_data else "dataset"}]`.'
       )
-    return [self._client(place, its) for place, its in enumerate(selected)]
+    return [self._client(place, client) for place, client in enumerate(selected)]
 
-  def _client(self, place: int, its: Any) -> Any:
+  def _client(self, place: int, value: Any) -> Any:
     check = self._dataset if self.client_data is None else self._number
     keys = ['cohort'] * (self.num_cohorts > 1) + ['data']
     keys += ['conditions'] * self.has_conditions
     if len(keys) == 1:
-      return check(place, its)
-    if not isinstance(its, Mapping) or set(its) != set(keys):
+      return check(place, value)
+    if not isinstance(value, Mapping) or set(value) != set(keys):
       raise ValueError(
           f'Client {place} of the round must be a dict with the keys {keys}, as this '
           f'process has {"cohorts" if self.num_cohorts > 1 else "a `reporting`"}, found '
-          f'{_shown(its)}.'
+          f'{_shown(value)}.'
       )
-    checked = {key: its[key] for key in keys}
-    checked['data'] = check(place, its['data'])
+    checked = {key: value[key] for key in keys}
+    checked['data'] = check(place, value['data'])
     if 'cohort' in checked:
       checked['cohort'] = _integer(
-          its['cohort'], self.num_cohorts, f'The cohort of client {place} of the round'
+          value['cohort'], self.num_cohorts, f'The cohort of client {place} of the round'
       )
     return checked
 
-  def _number(self, place: int, its: Any) -> int:
+  def _number(self, place: int, value: Any) -> int:
     size = len(self.client_data.data.client_ids)
-    what = f'Client {place} of the round'
-    if isinstance(its, str):
-      return self.client_data.data.names.number(its)
-    if isinstance(its, tf.data.Dataset):
+    name = f'Client {place} of the round'
+    if isinstance(value, str):
+      return self.client_data.data.names.number(value)
+    if isinstance(value, tf.data.Dataset):
       raise TypeError(
-          f'{what} is a dataset, and this process takes numbers from 0 to {size - 1}: it '
+          f'{name} is a dataset, and this process takes numbers from 0 to {size - 1}: it '
           'was built with `client_data=`, from which clients read their examples. Build '
           'it without to pass datasets.'
       )
-    return _integer(its, size, what)
+    return _integer(value, size, name)
 
-  def _dataset(self, place: int, its: Any) -> Any:
-    what = f'Client {place} of the round'
-    if isinstance(its, tf.data.Dataset):
-      self._check_batch(what, its.element_spec)
-      return _ordered(its)
-    if isinstance(its, list):
-      for batch in its[:1]:
-        self._check_batch(f'{what}, a list of batches,', _spec_of(batch))
-      return its
-    if not isinstance(its, _PYTHON_VALUES):
-      return its  # TFF's serialized form.
-    if isinstance(its, (numbers.Integral, np.integer)):
+  def _dataset(self, place: int, value: Any) -> Any:
+    name = f'Client {place} of the round'
+    if isinstance(value, tf.data.Dataset):
+      self._check_batch(name, value.element_spec)
+      return _ordered(value)
+    if isinstance(value, list):
+      for batch in value[:1]:
+        self._check_batch(f'{name}, a list of batches,', _spec_of(batch))
+      return value
+    if not isinstance(value, _PYTHON_VALUES):
+      return value  # TFF's serialized form.
+    if isinstance(value, (numbers.Integral, np.integer)):
       raise TypeError(
-          f'{what} is the number {its}, and this process takes datasets. Build it with '
+          f'{name} is the number {value}, and this process takes datasets. Build it with '
           '`client_data=` to pass numbers.'
       )
     raise TypeError(
-        f'{what} must be a batched `tf.data.Dataset`, found {_shown(its)}. Make one: '
+        f'{name} must be a batched `tf.data.Dataset`, found {_shown(value)}. Make one: '
         f'{_HOW_TO_BATCH}.'
     )
 
-  def _check_batch(self, what: str, found: Any) -> None:
+  def _check_batch(self, name: str, found: Any) -> None:
     """Refuses batches that the model does not take."""
     batch = models.as_batch(found)
     if batch is not None and models.is_compatible(self.input_spec, batch):
@@ -121,12 +121,12 @@ class ClientArguments(NamedTuple):
     if models.is_compatible(self.input_spec, _batch_of(batch)):
       hint = f'These are single examples: batch them, {_HOW_TO_BATCH}.'
     raise TypeError(
-        f'{what} must have batches like {self.input_spec}, the `input_spec`, found '
+        f'{name} must have batches like {self.input_spec}, the `input_spec`, found '
         f'{found}. {hint}'
     )
 
 
-def _integer(value: Any, size: int, what: str) -> int:
+def _integer(value: Any, size: int, name: str) -> int:
   """A number from 0 to one below the size, as Python's."""
   is_array = isinstance(value, (np.ndarray, tf.Tensor)) and not value.ndim
   number = np.asarray(value).item() if is_array else value
@@ -135,7 +135,7 @@ def _integer(value: Any, size: int, what: str) -> int:
   )
   if not is_integer or not 0 <= number < size:
     raise (ValueError if is_integer else TypeError)(
-        f'{what} must be an integer from 0 to {size - 1}, found {_shown(value)}: there '
+        f'{name} must be an integer from 0 to {size - 1}, found {_shown(value)}: there '
         f'are {size}, numbered from 0.'
     )
   return int(number)
@@ -150,10 +150,10 @@ def as_list(selected: Any) -> list[Any]:
     return int(value) if isinstance(value, np.integer) else value
 
   return [
-      {**its, 'data': number(its['data'])}
-      if isinstance(its, dict) and 'data' in its
-      else number(its)
-      for its in selected
+      {**client, 'data': number(client['data'])}
+      if isinstance(client, dict) and 'data' in client
+      else number(client)
+      for client in selected
   ]
 
 

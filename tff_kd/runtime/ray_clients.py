@@ -325,7 +325,7 @@ class _Pass:
       self._take_back()
 
   def _take_task_error(
-      self, group: int, worker: ray_workers.WorkerRecord, error: Exception
+      self, group: int, worker: ray_workers.WorkerRecord, error: Any
   ) -> None:
     """Handles an error that `Worker.run_group` raised."""
     lost = self._run.cluster.ray.exceptions.RayError
@@ -387,7 +387,7 @@ class _Pass:
       self._merged += 1
 
   def _merge(self, sent: Sequence[ray_worker.Sent]) -> None:
-    tensors = [
+    tensors: Sequence[Any] = [
         ray_worker.from_sent(each, leaf.tensor_spec().dtype)
         for each, leaf in zip(sent, self._sums.total, strict=True)
     ]

@@ -4,7 +4,7 @@ import abc
 import collections
 from collections.abc import Callable, Mapping, Sequence
 import threading
-from typing import Any, Optional
+from typing import Any, Optional, cast
 
 import tensorflow as tf
 
@@ -249,7 +249,8 @@ class _Run:
     kept = self._clients.kept(leaf)
     if kept is not None:
       return kept
-    argument = leaf.node  # The result holds a part of the argument.
+    # The result holds a part of the argument.
+    argument = cast(evaluation.Argument, leaf.node)
     number = argument.leaves.index(leaf)
     return [
         values.to_tensors(value, argument.type_spec)[number]

@@ -1,4 +1,4 @@
-"""Every use of names that TensorFlow Federated 0.87 does not make public.
+"""Every use of names that TensorFlow Federated 0.87 does not make public, and why.
 
 TFF 0.87 is the last release on PyPI. Its successor (TFF's main branch, unreleased, with
 `federated_language`) has most of these under public names; each function says which. The
@@ -190,6 +190,34 @@ def _binding(type_spec: tff.Type, names: Iterator[str]) -> Any:
         sequence=pb.TensorFlow.SequenceBinding(variant_tensor_name=next(names))
     )
   return binding(tensor=pb.TensorFlow.TensorBinding(tensor_name=next(names)))
+
+
+def intrinsic_calls(computation: tff.Computation) -> list[tuple[str, tff.Type]]:
+  """Returns the calls of intrinsics in a computation.
+
+  Why: the sizes of what clients hand over are the types of these arguments. Replacement:
+  `federated_language.framework`, which has the building blocks and their visitors.
+
+  Args:
+    computation: Any computation.
+
+  Returns:
+    The intrinsic's URI, such as 'federated_sum', and the type of its argument, of each
+    call.
+  """
+  from tensorflow_federated.python.core.impl.compiler import building_blocks
+  from tensorflow_federated.python.core.impl.compiler import tree_analysis
+
+  found = []
+
+  def visit(block):
+    if isinstance(block, building_blocks.Call) and isinstance(
+        block.function, building_blocks.Intrinsic
+    ):
+      found.append((block.function.uri, block.argument.type_signature))
+
+  tree_analysis.visit_preorder(computation.to_building_block(), visit)
+  return found
 
 
 def set_default_context(context: Any) -> None:

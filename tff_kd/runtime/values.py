@@ -156,7 +156,7 @@ def _of_type(
 
 def _with_shapes(spec: Any, expected: Any) -> Any:
   """The specs of an element with the expected shapes, where theirs leave them open."""
-  shapes = [its.shape for its in tf.nest.flatten(expected)]
+  shapes = [spec.shape for spec in tf.nest.flatten(expected)]
   leaves = tf.nest.flatten(spec)
   if len(shapes) != len(leaves):
     return spec

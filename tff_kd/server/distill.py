@@ -254,9 +254,7 @@ def build_server_distillation(
   )
   def next_fn(state, server_models, mean_knowledge, round_num):
     return tff.templates.MeasuredProcessOutput(
-        *tff.federated_map(
-            next_tf, (state, server_models, mean_knowledge, round_num)
-        )
+        *tff.federated_map(next_tf, (state, server_models, mean_knowledge, round_num))
     )
 
   return tff.templates.MeasuredProcess(init_fn, next_fn, next_is_multi_arg=True)

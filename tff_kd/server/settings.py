@@ -16,6 +16,9 @@ def cosine_schedule(progress: Any) -> Any:
 
   Args:
     progress: float32 scalar, the share of the stage's steps that are done.
+
+  Returns:
+    A float32 scalar.
   """
   import tensorflow as tf  # Here: seconds that settings alone do not need.
 

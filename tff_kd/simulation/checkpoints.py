@@ -82,11 +82,11 @@ class Checkpoints(tff.program.ProgramStateManager):
     return not self._versions()
 
   async def get_versions(self) -> Optional[list[int]]:
-    """See `tff.program.ProgramStateManager`."""
+    """Returns the versions that are there; see `tff.program.ProgramStateManager`."""
     return self._versions() or None
 
   async def load(self, version: int, structure: Any) -> Any:
-    """The checkpoint of a version.
+    """Loads the checkpoint of a version.
 
     Args:
       version: Its number.
@@ -113,10 +113,16 @@ class Checkpoints(tff.program.ProgramStateManager):
     return tree.unflatten_as(structure, leaves)
 
   async def load_latest(self, structure: Any) -> tuple[Optional[Any], int]:
-    """The newest checkpoint that can be read, and its version; `(None, 0)` if none is.
+    """Loads the newest checkpoint that can be read.
+
+    Damaged checkpoints are renamed, with a warning.
 
     Args:
       structure: A value of the same structure.
+
+    Returns:
+      The state, with NumPy's arrays and scalars, and its version; `(None, 0)` without
+      any checkpoint.
 
     Raises:
       CheckpointError: If there are checkpoints, and none can be read.
@@ -140,7 +146,7 @@ class Checkpoints(tff.program.ProgramStateManager):
     return None, 0
 
   async def save(self, program_state: Any, version: int) -> None:
-    """See `tff.program.ProgramStateManager`.
+    """Saves a checkpoint; see `tff.program.ProgramStateManager`.
 
     Args:
       program_state: Numbers, strings and arrays in any structure.

@@ -66,7 +66,7 @@ class ClientStates:
     for rounds in self._rounds.values():
       rounds.sort()
     # The last round of an earlier program, which this one has to go on after.
-    self._earlier = max((its[-1] for its in self._rounds.values()), default=-1)
+    self._earlier = max((rounds[-1] for rounds in self._rounds.values()), default=-1)
 
   def clients(self) -> list[int]:
     """Returns the numbers of the clients that have a state of their own."""
@@ -81,7 +81,7 @@ class ClientStates:
   def load(
       self, clients: Iterable[client_names.Client], round_num: Optional[int] = None
   ) -> list[Any]:
-    """Returns the states of some clients, for a process's `next`.
+    """Loads the states of some clients, for a process's `next`.
 
     Args:
       clients: Their numbers, or names.
@@ -101,8 +101,8 @@ class ClientStates:
       cohort = client_names.cohort_of(self._cohort_fn, client, self._names)
       initial = initial[cohort]
     rounds = [
-        its for its in self._rounds.get(client, ())
-        if round_num is None or its <= round_num
+        number for number in self._rounds.get(client, ())
+        if round_num is None or number <= round_num
     ]
     if not rounds:
       return initial
@@ -117,11 +117,12 @@ class ClientStates:
           f'damaged: {path} ({error}). Resume from an earlier checkpoint, or delete the '
           'file to take what the client had before.'
       ) from error
-    for leaf, its in zip(leaves, found):
-      if leaf.shape != its.shape or leaf.dtype != its.dtype:
+    for leaf, array in zip(leaves, found):
+      if leaf.shape != array.shape or leaf.dtype != array.dtype:
         raise ClientStatesError(
-            f'{path} holds an array of {its.dtype} {its.shape} where this process has '
-            f'{leaf.dtype} {leaf.shape}. It is of another model; choose another folder.'
+            f'{path} holds an array of {array.dtype} {array.shape} where this process '
+            f'has {leaf.dtype} {leaf.shape}. It is of another model; choose another '
+            'folder.'
         )
     return tf.nest.pack_sequence_as(initial, found)
 
@@ -165,23 +166,31 @@ class ClientStates:
         rounds.sort()
 
   def rewind(self, round_num: int) -> None:
-    """Forgets what came after a round, to go on from there."""
+    """Forgets what came after a round, to go on from there.
+
+    Args:
+      round_num: The last round that is kept; 0 for none.
+    """
     for client, rounds in list(self._rounds.items()):
-      self._drop(client, [its for its in rounds if its > round_num])
+      self._drop(client, [number for number in rounds if number > round_num])
     self._earlier = min(self._earlier, round_num)
 
   def restart(self) -> None:
     """Makes what clients have now what they have before the first round."""
     for client, rounds in list(self._rounds.items()):
       os.replace(self._path(client, rounds[-1]), self._path(client, 0))
-      self._rounds[client] = [0, *(its for its in rounds[:-1] if its)]
+      self._rounds[client] = [0, *(number for number in rounds[:-1] if number)]
       self._drop(client, self._rounds[client][1:])
     self._earlier = -1
 
   def prune(self, round_num: int) -> None:
-    """Forgets what is needed only to go back to before a round."""
+    """Forgets what is needed only to go back to before a round.
+
+    Args:
+      round_num: The earliest round to which `rewind` must still be able to go back.
+    """
     for client, rounds in list(self._rounds.items()):
-      before = [its for its in rounds if its <= round_num]
+      before = [number for number in rounds if number <= round_num]
       self._drop(client, before[:-1])
 
   def _drop(self, client: int, rounds: Sequence[int]) -> None:

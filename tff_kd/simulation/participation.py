@@ -4,7 +4,7 @@ from collections.abc import Callable, Mapping, Sequence
 import csv
 import dataclasses
 import os
-from typing import Any, NamedTuple, Optional, Union
+from typing import Any, NamedTuple, Optional, Union, cast
 
 import numpy as np
 from tff_kd.compat import tff
@@ -61,8 +61,8 @@ class Availability:
           f'clients\' data, found client {named[0]!r}.'
       )
     self._intervals = {
-        client if names is None else names.number(client): its
-        for client, its in intervals.items()
+        client if names is None else names.number(client): rounds
+        for client, rounds in intervals.items()
     }
 
   @classmethod
@@ -78,6 +78,9 @@ class Availability:
       path: The file.
       num_clients: Clients are numbered from 0 to one below this.
       names: The clients' names, where the file may have these in place of numbers.
+
+    Returns:
+      The availability.
 
     Raises:
       ValueError: If a line is no such one; names it.
@@ -188,10 +191,11 @@ class Participation:
     self._resolve_names()
     if (self.weights is not None) != (self.sampling == 'weighted'):
       raise ValueError("`weights` go with sampling='weighted', and it with them.")
-    if self.weights is not None and (
-        len(self.weights) != self.num_clients
-        or not np.all(np.isfinite(self.weights))
-        or np.min(self.weights) <= 0
+    weights = cast(np.ndarray, self.weights)  # `_resolve_names` has made it an array.
+    if weights is not None and (
+        len(weights) != self.num_clients
+        or not np.all(np.isfinite(weights))
+        or np.min(weights) <= 0
     ):
       raise ValueError(
           f'`weights` must be {self.num_clients} finite numbers above 0, found '
@@ -240,13 +244,13 @@ class Participation:
     """What the round's clients are, for `next`: those that report in it."""
     found = []
     for began in range(max(1, round_num - self.max_delay), round_num + 1):
-      for its in self._begin(began)[0]:
-        if its.reports_in == round_num:
-          found.append(self._client(its, round_num - began))
+      for beginning in self._begin(began)[0]:
+        if beginning.reports_in == round_num:
+          found.append(self._client(beginning, round_num - began))
     return found
 
   def counts(self, round_num: int) -> dict[str, int]:
-    """Returns what hindered clients before they began, or before the process saw them.
+    """Returns how many clients could not begin in a round, by cause.
 
     Args:
       round_num: From 1.
@@ -316,7 +320,7 @@ class Participation:
             else self.clients_per_round - len(chosen)
         ),
         'num_dropped_before_training': len(chosen) - len(begun),
-        'num_begun_late': sum(its.reports_in > round_num for its in begun),
+        'num_begun_late': sum(beginning.reports_in > round_num for beginning in begun),
     }
 
   def _choose(self, round_num: int, busy: set[int]) -> list[int]:
@@ -332,15 +336,15 @@ class Participation:
     size = min(self.clients_per_round, len(free))
     if self.sampling == 'cyclic':
       first = (round_num - 1) * self.clients_per_round % self.num_clients
-      return sorted(free, key=lambda its: (its - first) % self.num_clients)[:size]
+      return sorted(free, key=lambda client: (client - first) % self.num_clients)[:size]
     # TFF's takes 32 bits, which are too few for a secret.
     is_for_tff = self.seed < 2**32 and len(free) == self.num_clients
     if self.sampling == 'uniform' and is_for_tff:
       sample = tff.simulation.build_uniform_sampling_fn(free, random_seed=self.seed)
-      return [int(its) for its in sample(round_num, size)]
+      return [int(client) for client in sample(round_num, size)]
     rng = np.random.default_rng([self.seed, _SAMPLE_STREAM, round_num])
     odds = None
     if self.weights is not None and size:
       odds = np.asarray(self.weights, np.float64)[free]
       odds /= odds.sum()
-    return [int(its) for its in rng.choice(free, size, replace=False, p=odds)]
+    return [int(client) for client in rng.choice(free, size, replace=False, p=odds)]

@@ -74,7 +74,14 @@ class _Progress(NamedTuple):
 def flatten_metrics(metrics: Any, prefix: str = '') -> dict[str, Any]:
   """Flattens nested metrics to one level: 'client_work/train/loss'.
 
-  Of one with several numbers each has a name: 'client_work/train/f1_score_0'.
+  Each number of a metric of several has a name: 'client_work/train/f1_score_0'.
+
+  Args:
+    metrics: Nested mappings of numbers and arrays.
+    prefix: What each name begins with.
+
+  Returns:
+    By name, the numbers.
   """
   if isinstance(metrics, Mapping):
     flat = {}
@@ -505,8 +512,10 @@ def _client_numbers(
     selected: Sequence[Any], names: Optional[client_names.ClientNames]
 ) -> list[int]:
   """The numbers of the clients, also where they stand beside cohorts."""
-  clients = [its['data'] if isinstance(its, Mapping) else its for its in selected]
-  if names is None or not all(isinstance(its, (int, str)) for its in clients):
+  clients = [
+      client['data'] if isinstance(client, Mapping) else client for client in selected
+  ]
+  if names is None or not all(isinstance(client, (int, str)) for client in clients):
     raise TypeError(
         "With `client_states`, `select_clients` must return clients' numbers or names "
         '(and the process read its data by reference, `client_data=`), found '
@@ -524,12 +533,20 @@ def _client_numbers(
 def process_metric_names(
     process: tff.learning.templates.LearningProcess,
 ) -> list[str]:
-  """The flat names of the metrics that the process itself reports each round."""
+  """Returns the flat names of the metrics that the process reports each round.
+
+  Args:
+    process: Any learning process.
+  """
   return _leaf_names(process.next.type_signature.result.metrics.member)
 
 
 def check_monitor(monitor: str, names: Iterable[str]) -> None:
-  """Refuses the name of a metric that no round will have.
+  """Raises an error if no round reports the metric to monitor.
+
+  Args:
+    monitor: The metric's name.
+    names: The names of the metrics of each round.
 
   Raises:
     ValueError: If `monitor` is not among `names`.

@@ -60,7 +60,14 @@ class ScorerState(NamedTuple):
 
 
 def flat_inputs(inputs: Any) -> tf.Tensor:
-  """Returns the inputs as they are, float32 `[n, d]`: the default features."""
+  """Flattens the inputs: the default features.
+
+  Args:
+    inputs: A structure of tensors `[n, ...]`.
+
+  Returns:
+    float32 `[n, d]`.
+  """
   flat = [tf.cast(t, tf.float32) for t in tf.nest.flatten(inputs)]
   return tf.concat(
       [tf.reshape(t, [tf.shape(t)[0], math.prod(t.shape[1:])]) for t in flat], axis=1
@@ -68,20 +75,24 @@ def flat_inputs(inputs: Any) -> tf.Tensor:
 
 
 def bounded_features(features: tf.Tensor) -> tf.Tensor:
-  """h: rows of norm at most 1 with a constant for the bias among their entries.
+  """Returns features of norm at most 1, with a constant entry for the bias.
 
   Args:
     features: float `[n, d]`. Rows of a norm above 1 are scaled down to 1.
 
   Returns:
-    float32 `[n, d + 1]`.
+    float32 `[n, d + 1]`, h in the paper.
   """
   clipped = tf.clip_by_norm(tf.cast(features, tf.float32), 1.0, axes=[1])
   return tf.concat([clipped, tf.ones_like(clipped[:, :1])], axis=1) / math.sqrt(2.0)
 
 
 def num_steps(regularization: float) -> int:
-  """Steps after which `fit` is within `FIT_TOLERANCE` of the minimiser."""
+  """Returns after how many steps `fit` is within `FIT_TOLERANCE` of the minimiser.
+
+  Args:
+    regularization: The weight of the squared norm, above 0.
+  """
   # The objective's excess is at most log 2 (1 - 1 / root)^steps, as it is log 2 at 0, and
   # at least regularization / 2 times the squared distance.
   excess = regularization / 2 * FIT_TOLERANCE**2
@@ -148,9 +159,16 @@ def sensitivity(regularization: float, n: Any) -> Any:
 
 
 def noise_multiplier(epsilon: float, delta: float) -> float:
-  """Returns the least standard deviation a sensitivity that gives (epsilon, delta).
+  """Returns the smallest noise of a single Gaussian mechanism for (epsilon, delta).
 
-  As dp-accounting calibrates a single Gaussian mechanism.
+  dp-accounting calibrates it.
+
+  Args:
+    epsilon: Above 0.
+    delta: Above 0 and below 1.
+
+  Returns:
+    The standard deviation of the noise divided by the sensitivity.
 
   Raises:
     ValueError: If `epsilon` is not above 0 or `delta` not between 0 and 1.
@@ -170,7 +188,7 @@ def noise_multiplier(epsilon: float, delta: float) -> float:
 
 
 def score(weights: tf.Tensor, features: tf.Tensor) -> tf.Tensor:
-  """s(x), above 0 and at most 1.
+  """Returns the certainty score s(x), above 0 and at most 1.
 
   Args:
     weights: float32 `[d]`.

@@ -167,21 +167,31 @@ class Companion(abc.ABC):
     return self.client_spec is not None
 
   def initial_client_state(self) -> Any:
-    """Returns what a new client has: a structure of tensors, a `ClientState`, or ()."""
+    """Returns the state of a new client: a structure of tensors, a `ClientState`, or ().
+    """
     return ()
 
   def initial_server_state(self) -> Any:
-    """The companion's part of the process state: a structure of tensors, or ()."""
+    """Returns the companion's part of the process state: a structure of tensors, or ().
+    """
     return ()
 
   def broadcast(self, server_state: Any) -> Any:
-    """Returns what of the server's part goes down to each client."""
+    """Returns the part of the companion's server state that is sent to each client.
+
+    Args:
+      server_state: As `initial_server_state` returns it, or after a later round.
+    """
     del server_state
     return ()
 
   @abc.abstractmethod
   def attach(self, student: models.ModelSpec) -> Attachment:
-    """Returns the companion's part of the computation of a client with this student."""
+    """Returns the companion's part of a client's computation.
+
+    Args:
+      student: The client's model.
+    """
 
   def exchange(
       self, server_state: tff.Value, exchanged: tff.Value, round_num: tff.Value
@@ -220,5 +230,5 @@ class Companion(abc.ABC):
     return server_state, after
 
   def exchange_bytes(self) -> tuple[int, int]:
-    """Returns what one client moves down and up in `exchange`, in bytes."""
+    """Returns how many bytes one client receives and sends in `exchange`."""
     return 0, 0

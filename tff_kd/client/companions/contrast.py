@@ -66,7 +66,7 @@ class _ContrastTerm(local_terms.LocalTerm):
         for model in (step.model, self._received, self._previous)
     )
     return loss + self._weight * step.mean(
-        contrastive_loss(own, received, previous, self._temperature)
+        contrastive_loss(own, received, previous, temperature=self._temperature)
     )
 
 

@@ -90,14 +90,17 @@ class _Answer(NamedTuple):
 
 
 def diversity_loss(noise: tf.Tensor, features: tf.Tensor) -> tf.Tensor:
-  """exp(-mean over pairs of the noise's distance times the features').
+  """Computes exp(-mean over pairs of the noise's distance times the features').
 
-  Distances are the mean square and the mean absolute difference of the entries, as in the
-  authors' implementation.
+  Distances are the mean square and the mean absolute difference of the entries, as in
+  the authors' implementation.
 
   Args:
     noise: float32 `[batch, noise_dim]`.
     features: float32 `[batch, features]`.
+
+  Returns:
+    A float32 scalar.
   """
   noise_distance = tf.reduce_mean(
       tf.math.squared_difference(noise[:, tf.newaxis], noise[tf.newaxis]), axis=-1

@@ -69,8 +69,8 @@ def _pool(data, names) -> tuple[task_lib.Examples, list[np.ndarray]]:
     )
     parts.append(
         task_lib.Examples(
-            np.concatenate([its['pixels'] for its in batches])[..., np.newaxis],
-            np.concatenate([its['label'] for its in batches]).astype(np.int32),
+            np.concatenate([batch['pixels'] for batch in batches])[..., np.newaxis],
+            np.concatenate([batch['label'] for batch in batches]).astype(np.int32),
         )
     )
   return task_lib.pool(parts)

@@ -74,12 +74,12 @@ def build_examples(
   films = np.zeros((len(targets), HISTORY), np.int32)
   stars = np.zeros((len(targets), HISTORY), np.float32)
   for row, (person, film, _) in enumerate(targets):
-    its = histories[person]
-    its = its[its[:, 1] != film]
-    if len(its) > HISTORY:
-      its = its[rng.choice(len(its), HISTORY, replace=False)]
-    films[row, : len(its)] = its[:, 1]
-    stars[row, : len(its)] = its[:, 2]
+    history = histories[person]
+    history = history[history[:, 1] != film]
+    if len(history) > HISTORY:
+      history = history[rng.choice(len(history), HISTORY, replace=False)]
+    films[row, : len(history)] = history[:, 1]
+    stars[row, : len(history)] = history[:, 2]
   inputs = {
       'film': targets[:, 1].astype(np.int32), 'films': films, 'stars': stars,
   }
@@ -318,8 +318,8 @@ def _candidates(
 ) -> np.ndarray:
   """Of each person who liked a film of the test part: it, and 99 not rated."""
   rows = []
-  for its in tests:
-    liked = its[its[:, 2] >= _LIKED]
+  for ratings in tests:
+    liked = ratings[ratings[:, 2] >= _LIKED]
     if not len(liked):
       continue
     person = liked[0, 0]

@@ -124,7 +124,7 @@ def load(
   train, test = (
       task_lib.Examples(
           encode(texts, vocabulary),
-          np.array([groups.index(its) for its in labels], np.int32),
+          np.array([groups.index(label) for label in labels], np.int32),
       )
       for labels, texts in parts.values()
   )

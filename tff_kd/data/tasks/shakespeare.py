@@ -72,7 +72,7 @@ def parse(markdown: str) -> dict[str, list[str]]:
 
 def encode(speech: str) -> list[int]:
   """Begin, the characters' numbers, end; what is not in the vocabulary is unknown."""
-  return [BEGIN, *(_NUMBERS.get(its, UNKNOWN) for its in speech), END]
+  return [BEGIN, *(_NUMBERS.get(character, UNKNOWN) for character in speech), END]
 
 
 def windows(speeches: list[str]) -> task_lib.Examples:
@@ -152,7 +152,7 @@ def load(
   )
   chosen = task_lib.choose(
       public, transfer_size + validation_size, seed=seed,
-      what='--transfer_size with --validation_size',
+      setting='--transfer_size with --validation_size',
   )
   (clients, client_rows), (tests, test_rows) = task_lib.pool(train), task_lib.pool(test)
   return task_lib.Task(

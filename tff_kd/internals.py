@@ -1,0 +1,110 @@
+"""Every use of names that TensorFlow and Keras do not make public, and why.
+
+Those of TensorFlow Federated are in `tff_kd/runtime/tff_internals.py`.
+"""
+
+from collections.abc import Callable, Mapping
+import contextlib
+import types
+from typing import Any, Optional
+
+import tensorflow as tf
+from tensorflow.python.autograph.pyct import loader
+
+# AutoGraph's status outside of any function; see `convert_with_autograph`.
+_AUTOGRAPH_DEFAULT = tf.__internal__.autograph.control_status_ctx()
+
+
+def eager_mode() -> contextlib.AbstractContextManager[None]:
+  """Returns a context in which TensorFlow runs eagerly, also where TFF traces.
+
+  Why: `tf.init_scope` stays in TFF's graph. Replacement: none is public.
+  """
+  return tf.__internal__.eager_context.eager_mode()
+
+
+def convert_with_autograph(fn: Callable[..., Any]) -> Callable[..., Any]:
+  """Returns a function as AutoGraph converts it, whatever the caller's status is.
+
+  Why: `tf.autograph.to_graph` converts no callable objects and warns where it cannot
+  convert. Replacement: none is public.
+
+  Args:
+    fn: A function, or a bound method.
+  """
+  return tf.__internal__.autograph.tf_convert(fn, _AUTOGRAPH_DEFAULT)
+
+
+def write_autograph_files_with(named_file: Callable[..., Any]) -> None:
+  """Makes AutoGraph write the code that it generates to files of ours.
+
+  Why: it writes into the temporary folder, where the files stay if the process is
+  killed. Replacement: none; there is no option for the folder.
+
+  Args:
+    named_file: Takes the arguments of `tempfile.NamedTemporaryFile`.
+  """
+  loader.tempfile = types.SimpleNamespace(NamedTemporaryFile=named_file)
+
+
+def functions_of(graph: tf.Graph) -> Mapping[str, Any]:
+  """Returns the functions that a graph calls, by name.
+
+  Why: an error may name an operation of one of them. Replacement: none is public.
+
+  Args:
+    graph: The graph.
+  """
+  return getattr(graph, '_functions', {})
+
+
+def learning_rate_of(optimizer: Any) -> Optional[Any]:
+  """Returns an optimizer's learning rate, a variable or a schedule.
+
+  Why: `Optimizer.learning_rate` gives the schedule's value of this step. Replacement:
+  none is public.
+
+  Args:
+    optimizer: A Keras optimizer.
+
+  Returns:
+    The variable or the schedule; `None` if it has neither.
+  """
+  return getattr(optimizer, '_learning_rate', None)
+
+
+def optimizer_bases() -> tuple[type, type]:
+  """Returns the base of optimizers of all backends, and the layer of the backend.
+
+  Why: Keras's optimizers have no `stateless_apply` with TensorFlow, because of that
+  layer. Replacement: `keras.optimizers.Optimizer.stateless_apply`, once it takes
+  TensorFlow.
+  """
+  import keras  # Here, as `tff_kd.compat` has to check its backend first.
+
+  bases = keras.optimizers.Optimizer.__mro__
+  (base,) = (c for c in bases if c.__name__ == 'BaseOptimizer')
+  return base, bases[1]
+
+
+def direction_of(metric: Any) -> Optional[str]:
+  """Returns whether a metric is better 'up' or 'down', if it says so.
+
+  Why: Keras's own metrics say it there only. Replacement: none is public.
+
+  Args:
+    metric: A Keras metric.
+  """
+  return getattr(metric, '_direction', None)
+
+
+def all_layers(model: Any) -> list[Any]:
+  """Returns the layers of a model, also those within other layers.
+
+  Why: `Model.layers` has the outer ones only. Replacement: none is public.
+
+  Args:
+    model: A `keras.Model`.
+  """
+  # pylint: disable-next=protected-access
+  return list(model._flatten_layers(include_self=False))
