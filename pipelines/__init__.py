@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import functools
 import gc
-import os
 import sys
 from typing import Optional
 import warnings
@@ -12,8 +11,8 @@ from absl import app
 from absl import flags
 from absl import logging
 
-# Before TensorFlow is imported: keeps its start-up notes off the screen.
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+import tff_kd  # noqa: F401  Before TensorFlow is imported: makes its log quiet.
+
 warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
 
 
