@@ -2,8 +2,9 @@
 
 TensorFlow takes the level from TF_CPP_MIN_LOG_LEVEL (0 shows information, 1 warnings, 2
 errors, 3 what is fatal), but writes some lines, of GPU libraries that are not there,
-before it reads that. Errors of a computation are Python's exceptions at any level. Imports
-no TensorFlow.
+before it reads that. Errors of a computation are Python's exceptions at any level.
+
+Imports no TensorFlow.
 """
 
 from collections.abc import Iterator
@@ -89,7 +90,8 @@ def filtered_stderr(min_level: int) -> Iterator[None]:
   try:
     yield
   finally:
-    with contextlib.suppress(AttributeError, ValueError):  # Of no stream, or a closed one.
+    # There may be no stream, or a closed one.
+    with contextlib.suppress(AttributeError, ValueError):
       sys.stderr.flush()
     os.dup2(stderr, 2)
     os.close(stderr)

@@ -7,8 +7,15 @@ __getattr__, __dir__ = _lazy.attach(
     {
         name: name
         for name in (
-            'checkpoints', 'client_states', 'connections', 'participation',
+            'callbacks', 'checkpoints', 'client_states', 'connections', 'participation',
             'several_workers', 'tls', 'training',
+        )
+    }
+    | {
+        name: 'callbacks'
+        for name in (
+            'Callback', 'EarlyStopping', 'LearningRateSchedule', 'ProgressBar',
+            'round_schedule',
         )
     }
     | {name: 'checkpoints' for name in ('CheckpointError', 'Checkpoints')}
