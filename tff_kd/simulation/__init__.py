@@ -8,7 +8,7 @@ __getattr__, __dir__ = _lazy.attach(
         name: name
         for name in (
             'callbacks', 'checkpoints', 'client_states', 'connections', 'participation',
-            'several_workers', 'tls', 'training',
+            'several_workers', 'tls', 'trackers', 'training',
         )
     }
     | {
@@ -22,6 +22,7 @@ __getattr__, __dir__ = _lazy.attach(
     | {name: 'client_states' for name in ('ClientStates', 'ClientStatesError')}
     | {'RemoteWorker': 'connections'}
     | {name: 'participation' for name in ('Availability', 'Participation')}
+    | {name: 'trackers' for name in ('MLflowTracker', 'WandbTracker')}
     | {'WorkerLostError': 'transport'}
     | {name: 'several_workers' for name in ('NoWorkerError', 'remote_runtime')}
     | {

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
+import json
 import math
 import sys
 from typing import Any, Optional
@@ -31,6 +32,8 @@ class Training:
     history: The flat metrics of the rounds that this call of `train` has run.
     monitor: The metric that `train` monitors, or `None`.
     stop_reason: Why a callback has stopped the training; `None` if none has.
+    ending: In `on_train_end`: 'finished' (also where it was stopped), 'interrupted', or
+      'failed'.
   """
 
   process: Any
@@ -40,6 +43,7 @@ class Training:
   history: list[Mapping[str, Any]]
   monitor: Optional[str] = None
   stop_reason: Optional[str] = None
+  ending: str = 'failed'
 
   def stop(self, reason: str) -> None:
     """Ends the training after this round, as if it was the last one.
@@ -64,7 +68,8 @@ class Callback:
   ```
 
   A callback that remembers something from round to round returns it from `get_state`, so
-  that a resumed training goes on with it.
+  that a resumed training goes on with it. Each callback gets back what the one of the
+  same class had (of several, in their order); others may be added or left out.
   """
 
   def on_train_begin(self, training: Training) -> None:
@@ -82,11 +87,11 @@ class Callback:
     """Called at the end, also where training is interrupted or ends in an error."""
 
   def get_state(self) -> Any:
-    """Returns what a checkpoint keeps of this callback: a structure of NumPy values."""
-    return ()
+    """Returns what a checkpoint keeps of this callback: what `json` can write."""
+    return None
 
   def set_state(self, state: Any) -> None:
-    """Takes back what `get_state` returned, when training is resumed."""
+    """Takes back what `get_state` returned, before `on_train_begin` of a resumed run."""
 
 
 class ProgressBar(Callback):
@@ -186,10 +191,10 @@ class EarlyStopping(Callback):
       training.stop(f'{self.monitor} was not better for {self._patience} rounds')
 
   def get_state(self) -> Any:
-    return {'best': np.float64(self._best), 'best_round': np.int32(self._best_round)}
+    return {'best': self._best, 'best_round': self._best_round}
 
   def set_state(self, state: Any) -> None:
-    self._best, self._best_round = float(state['best']), int(state['best_round'])
+    self._best, self._best_round = state['best'], state['best_round']
 
 
 class LearningRateSchedule(Callback):
@@ -320,3 +325,26 @@ def check_callbacks(callbacks: Any) -> Sequence[Callback]:
           'metrics)`.'
       )
   return tuple(callbacks)
+
+
+def saved_states(callbacks: Sequence[Callback]) -> bytes:
+  """Returns what callbacks remember, as a checkpoint keeps it."""
+  return json.dumps(
+      [[type(callback).__qualname__, callback.get_state()] for callback in callbacks]
+  ).encode()
+
+
+def restore_states(callbacks: Sequence[Callback], saved: bytes) -> None:
+  """Gives each callback what the one of its class has remembered.
+
+  Args:
+    callbacks: The callbacks.
+    saved: From `saved_states`.
+  """
+  states = json.loads(saved)
+  for callback in callbacks:
+    name = type(callback).__qualname__
+    found = next((its for its in states if its[0] == name), None)
+    if found is not None:
+      states.remove(found)
+      callback.set_state(found[1])

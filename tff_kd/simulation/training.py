@@ -30,7 +30,10 @@ ROUND_SECONDS = 'round_seconds'
 _COUNTS = 'client_work/participation/num_'
 # What TFF's optimizers call in their state what is chosen and not learned.
 _HYPERPARAMETERS = frozenset(
-    ['learning_rate', 'momentum', 'beta_1', 'beta_2', 'epsilon']
+    [
+        'learning_rate', 'momentum', 'beta_1', 'beta_2', 'epsilon', 'weight_decay',
+        'clip_norm',
+    ]
 )
 # So many rounds with clients that are left out are warned of.
 _MAX_WARNINGS = 3
@@ -74,8 +77,8 @@ class _Progress(NamedTuple):
   private_rounds: Any
   # What the process is, as JSON: one of another model or rate cannot go on from here.
   made_by: Any
-  # What each callback remembers.
-  callbacks: Any = ()
+  # What callbacks remember, as JSON.
+  callbacks: Any
 
 
 class _Completed(NamedTuple):
@@ -282,7 +285,7 @@ class _Training:
         state, state, np.int32(0), np.float64(-math.inf),
         () if self.accountant is None else np.int32(self.accountant.rounds),
         _made_by(self.process, state),
-        tuple(callback.get_state() for callback in self.callbacks),
+        callbacks_lib.saved_states(self.callbacks),
     )
     round_num = 0
     if self.program_state_manager is not None:
@@ -294,8 +297,7 @@ class _Training:
         progress, round_num = saved, version
         if self.accountant is not None:
           self.accountant.restore(progress.private_rounds)
-        for callback, remembered in zip(self.callbacks, progress.callbacks):
-          callback.set_state(remembered)
+        callbacks_lib.restore_states(self.callbacks, progress.callbacks)
     self.completed = _Completed(progress, round_num, ())
     self.saved_round = round_num
     if self.client_states is not None:
@@ -342,6 +344,7 @@ class _Training:
           self.saved_round != self.completed.round_num
       ):
         self._save(self.completed)
+      self.seen.ending = 'interrupted' if interrupted else 'finished'
     progress = self.completed.progress
     return TrainingResult(
         state=progress.state,
@@ -404,12 +407,11 @@ class _Training:
 
   def _with_callbacks(self, progress: _Progress) -> _Progress:
     """Returns the progress with the state as callbacks have left it."""
-    remembered = tuple(callback.get_state() for callback in self.callbacks)
     if self.seen.state is not progress.state:
       if progress.best_state is progress.state:
         progress = progress._replace(best_state=self.seen.state)
       progress = progress._replace(state=self.seen.state)
-    return progress._replace(callbacks=remembered)
+    return progress._replace(callbacks=callbacks_lib.saved_states(self.callbacks))
 
   def _leave_the_round(self) -> None:
     """Forgets what an interrupted round has left beside the progress."""
