@@ -3,7 +3,7 @@
 from collections.abc import Callable
 import functools
 import gc
-import os
+import re
 import sys
 from typing import Optional
 import warnings
@@ -12,8 +12,9 @@ from absl import app
 from absl import flags
 from absl import logging
 
-# Before TensorFlow is imported: keeps its start-up notes off the screen.
-os.environ.setdefault('TF_CPP_MIN_LOG_LEVEL', '3')
+# Before TensorFlow is imported: `tff_kd` makes its log quiet.
+from tff_kd import checks
+
 warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
 
 
@@ -22,13 +23,13 @@ class UserError(Exception):
 
 
 def for_users(
-    main: Callable[[list[str]], Optional[int]], stopped: str = ''
+    main: Callable[[list[str]], Optional[int]]
 ) -> Callable[[list[str]], int]:
   """A script's main whose refusals are a sentence on stderr, without a traceback.
 
   Args:
-    main: Takes the arguments that are no flags; returns the exit status.
-    stopped: What to say on Ctrl-C.
+    main: Takes the arguments that are no flags; returns the exit status. The message of a
+      `KeyboardInterrupt` is shown.
   """
 
   @functools.wraps(main)
@@ -42,9 +43,8 @@ def for_users(
     except UserError as error:
       print(f'error: {error}', file=sys.stderr)
       return 1
-    except KeyboardInterrupt:
-      if stopped:
-        print(stopped, file=sys.stderr)
+    except KeyboardInterrupt as stopped:
+      print(str(stopped) or 'Stopped.', file=sys.stderr)
       return 130
 
   return guarded
@@ -64,10 +64,35 @@ def run(main: Callable[[list[str]], Optional[int]]) -> None:
   from pipelines import topics
 
   topics.define_help_flags()
-  argv = app.parse_flags_with_usage(sys.argv)
   try:
+    argv = _parse(sys.argv)
     status = main(argv)
   except app.UsageError as error:
     print(f'error: {error}\nTry --help.', file=sys.stderr)
     status = error.exitcode
   sys.exit(status)
+
+
+def _parse(argv: list[str]) -> list[str]:
+  """Parses the flags; returns the arguments that are none.
+
+  Raises:
+    app.UsageError: If a flag is wrong; names what is near.
+  """
+  try:
+    return flags.FLAGS(argv)
+  except flags.UnrecognizedFlagError as error:
+    near = checks.did_you_mean(error.flagname, sorted(flags.FLAGS)).replace("'", '')
+    raise app.UsageError(
+        f'There is no flag --{error.flagname}.{near.replace("mean ", "mean --")}'
+    ) from error
+  except flags.Error as error:
+    text = str(error).rstrip('.')
+    of_enum = re.search(r'--(\w+)=(.*): value should be one of <(.*)>$', text)
+    if of_enum is None:
+      raise app.UsageError(f'{text}.') from error
+    name, value, names = of_enum[1], of_enum[2], of_enum[3].split('|')
+    raise app.UsageError(
+        f'--{name} must be one of {", ".join(names)}, found {value!r}.'
+        + checks.did_you_mean(value, names)
+    ) from error

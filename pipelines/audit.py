@@ -13,11 +13,11 @@ import pathlib
 from absl import flags
 
 import pipelines
+from pipelines import run_folders
 
 _RUN = flags.DEFINE_string(
     'run', None, 'The folder of a finished run of pipelines.train.'
 )
-flags.mark_flag_as_required('run')
 _REPORT_DIR = flags.DEFINE_string(
     'report_dir', None, 'Where the report goes; the folder audit of the run if unset.'
 )
@@ -52,10 +52,10 @@ _SHADOW_EPOCHS = flags.DEFINE_integer(
 
 @pipelines.for_users
 def main(argv: list[str]) -> None:
+  run_dir = run_folders.chosen(_RUN.value, 'audit')
   # Here and not above: --help and a wrong flag need not wait for TensorFlow.
   from pipelines import audit_job
 
-  run_dir = pathlib.Path(_RUN.value)
   audit_job.run(
       run_dir,
       pathlib.Path(_REPORT_DIR.value or run_dir / 'audit'),

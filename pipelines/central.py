@@ -1,7 +1,6 @@
 """Training in one place, by one compiled loop."""
 
 from collections.abc import Callable
-import sys
 from typing import Any, Optional
 
 import keras
@@ -101,7 +100,7 @@ def fit(
     higher_is_better: bool = True,
     epochs_per_look: int = 1,
     patience: int = 3,
-    name: Optional[str] = None,
+    on_look: Optional[Callable[[int, float], None]] = None,
 ) -> tuple[tff.learning.models.ModelWeights, int]:
   """Trains a model until its validation score is not better any more.
 
@@ -112,7 +111,7 @@ def fit(
     higher_is_better: Whether the score is none of an error.
     epochs_per_look: Passes between looks at the validation score.
     patience: So many looks without a better score end it.
-    name: Makes each look a line on stderr, which begins with this.
+    on_look: Called with the epoch and the score at each look.
 
   Returns:
     The best weights and the best epoch; the initial weights and 0 if the first score is
@@ -124,8 +123,8 @@ def fit(
     training.run(epochs_per_look)
     weights = training.weights
     score = evaluate(weights)
-    if name is not None:
-      print(f'{name}, epoch {epoch}: {score:.4f}', file=sys.stderr, flush=True)
+    if on_look is not None:
+      on_look(epoch, score)
     if not np.isfinite(score):
       break
     if sign * score > best_score:

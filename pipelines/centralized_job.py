@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import sys
 from typing import Any
 
 import keras
@@ -83,7 +84,10 @@ def _fit(
       training,
       lambda weights: evaluator.evaluate(weights, *task.validation)[task.metric],
       higher_is_better=not task.is_lower_better(), max_epochs=epochs,
-      name=f'{name}, validation {task.metric}',
+      on_look=lambda epoch, score: print(
+          f'{name}, validation {task.metric}, epoch {epoch}: {score:.4f}',
+          file=sys.stderr, flush=True,
+      ),
   )
   if not best:
     raise UserError(

@@ -14,12 +14,13 @@ import pathlib
 from absl import flags
 
 import pipelines
+from pipelines import run_folders
 from pipelines import train_flags
 
 flags.adopt_module_key_flags(train_flags)
 
 _RUN = flags.DEFINE_string(
-    'run', None, 'The folder of a run of pipelines.train.', required=True
+    'run', None, 'The folder of a run of pipelines.train.'
 )
 _PART = flags.DEFINE_enum(
     'part', 'test', ['test', 'validation', 'clients'], 'On which examples: the test '
@@ -36,7 +37,7 @@ _REPORT_DIR = flags.DEFINE_string(
 
 @pipelines.for_users
 def main(argv: list[str]) -> None:
-  run_dir = pathlib.Path(_RUN.value)
+  run_dir = run_folders.chosen(_RUN.value, 'evaluate')
   flags.FLAGS['config'].value = str(run_dir / 'config.json')
   train_flags.take_defaults()
   # Here and not above: --help and a wrong flag need not wait for TensorFlow.

@@ -15,12 +15,13 @@ import pathlib
 from absl import flags
 
 import pipelines
+from pipelines import run_folders
 from pipelines import train_flags
 
 _FORMATS = ['keras', 'saved_model', 'tflite', 'int8', 'int8_weights']
 
 _RUN = flags.DEFINE_string(
-    'run', None, 'The folder of a run of pipelines.train.', required=True
+    'run', None, 'The folder of a run of pipelines.train.'
 )
 _MODELS = flags.DEFINE_list(
     'models', [], 'Which of its models, such as student; all if unset.'
@@ -40,7 +41,7 @@ _EXPORT_DIR = flags.DEFINE_string(
 
 @pipelines.for_users
 def main(argv: list[str]) -> None:
-  run_dir = pathlib.Path(_RUN.value)
+  run_dir = run_folders.chosen(_RUN.value, 'export')
   flags.FLAGS['config'].value = str(run_dir / 'config.json')
   train_flags.take_defaults()
   # Here and not above: --help and a wrong flag need not wait for TensorFlow.

@@ -297,7 +297,10 @@ def run(
         release_managers=[
             tff.program.CSVFileReleaseManager(metrics_path, key_fieldname='round')
         ],
+        progress_bar=False,  # It would fill the log.
     )
+    if result.interrupted:
+      raise KeyboardInterrupt
     last = evaluate(result.state)
     tested = [*last]
     if store is None:

@@ -75,12 +75,12 @@ def _of_flags(of_topic: list[flags.Flag], width: int) -> list[str]:
       head = re.sub('^<[^>]*>: ', '', head)
     lines += textwrap.wrap(
         head, width, initial_indent=' ' * 6, subsequent_indent=' ' * 6,
-        break_on_hyphens=False,
+        break_on_hyphens=False, break_long_words=False,
     )
     for item in items:
       lines += textwrap.wrap(
           item, width, initial_indent=' ' * 6, subsequent_indent=' ' * 10,
-          break_on_hyphens=False,
+          break_on_hyphens=False, break_long_words=False,
       )
   return lines
 

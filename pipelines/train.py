@@ -11,8 +11,6 @@ r"""Trains one algorithm on one task and compares it with FedAvg.
   python -m pipelines.train --algorithm=fed_df --num_clients=500 --alpha=1 --dry_run
 """
 
-import functools
-
 from absl import flags
 
 import pipelines
@@ -23,10 +21,7 @@ from tff_kd import own_files
 flags.adopt_module_key_flags(train_flags)
 
 
-@functools.partial(
-    pipelines.for_users,
-    stopped='Stopped. The run goes on if --output_dir names its folder.',
-)
+@pipelines.for_users
 def main(argv: list[str]) -> None:
   train_flags.take_defaults()
   if not own_files.is_own(train_flags.TASK.value):

@@ -48,6 +48,12 @@ def is_private() -> bool:
   return args.EPSILON.value is not None or args.NOISE_MULTIPLIER.value is not None
 
 
+def has_falling_rate() -> bool:
+  """Returns whether a learning rate falls until the last round."""
+  schedules = (args.CLIENT_RATE_SCHEDULE, args.SERVER_RATE_SCHEDULE)
+  return any(flag.value != 'constant' for flag in schedules)
+
+
 def check_models(flag: str, known: Sequence[str]) -> None:
   """Refuses names of models that the task does not have.
 
@@ -211,6 +217,10 @@ def _register_unused() -> None:
   _no_effect(
       'runtime', 'ray_address', lambda: not args.RAY_ADDRESS.value, 'with --ray_address'
   )
+  _no_effect(
+      'client_momentum', 'client_optimizer',
+      lambda: args.CLIENT_OPTIMIZER.value == 'sgd', 'with --client_optimizer={}',
+  )
 
 
 _register_unused()
@@ -259,6 +269,18 @@ def _():
 def _():
   # Of a task of one's own it is known when that is loaded.
   check_partition(_task().has_clients)
+
+
+for _side in ('client', 'server'):
+
+  @_together(f'{_side}_warmup_rounds', 'rounds')
+  def _(side: str = _side):
+    warmup = flags.FLAGS[f'{side}_warmup_rounds'].value
+    if warmup >= args.ROUNDS.value:
+      raise flags.ValidationError(
+          f'--{side}_warmup_rounds is {warmup}, and must be below --rounds, '
+          f'{args.ROUNDS.value}.'
+      )
 
 
 @_together('clients_per_round', 'num_clients')

@@ -1,6 +1,7 @@
 """The flags of `pipelines.train`; imports no TensorFlow, so that `--help` is quick."""
 
 from collections.abc import Callable
+import importlib.util
 import json
 import pathlib
 from typing import Any, Optional, Union
@@ -11,6 +12,7 @@ from absl import flags
 from pipelines import task_defaults
 from pipelines import topics
 from tff_kd import algorithms
+from tff_kd import checks
 from tff_kd import data
 from tff_kd.knowledge import rules
 from tff_kd import own_files
@@ -18,6 +20,8 @@ from tff_kd import own_files
 # The keys of the job's tables.
 OPTIMIZERS = ['adam', 'sgd']
 SCHEDULES = ['constant', 'cosine']
+# Of rates over rounds.
+RATE_SCHEDULES = ['constant', 'cosine', 'linear']
 
 
 topics.topic('What to run')
@@ -91,11 +95,18 @@ TASK = flags.DEFINE_string(
         for name, info in data.TASKS.items()
     ),
 )
-flags.register_validator(
-    TASK, lambda name: name in data.TASKS or own_files.is_own(name),
-    f'--task must be one of {", ".join(data.TASKS)}, or the path of a file of your own '
-    'that ends in .py.'
-)
+
+
+def _check_task(name: str) -> bool:
+  if name not in data.TASKS and not own_files.is_own(name):
+    raise flags.ValidationError(
+        f'--task must be one of {", ".join(data.TASKS)}, or the path of a file of your '
+        f'own that ends in .py, found {name!r}.{checks.did_you_mean(name, data.TASKS)}'
+    )
+  return True
+
+
+flags.register_validator(TASK, _check_task)
 DATA_DIR = flags.DEFINE_string(
     'data_dir', None, 'A folder with data, for --task=idx and for tasks of your own.'
 )
@@ -328,6 +339,31 @@ CLIENT_RATE = flags.DEFINE_float(
     'client_learning_rate', 0.1,
     "The learning rate of the clients' optimizer.", lower_bound=0.0
 )
+CLIENT_MOMENTUM = flags.DEFINE_float(
+    'client_momentum', None, 'Momentum of the clients\' SGD, which begins at 0 in each '
+    'round; none if unset.', lower_bound=0.0, upper_bound=1.0,
+)
+CLIENT_WEIGHT_DECAY = flags.DEFINE_float(
+    'client_weight_decay', 0.0, 'Decoupled weight decay of the clients: each step also '
+    'takes this share, times the learning rate, off each weight.', lower_bound=0.0,
+)
+CLIENT_CLIP_NORM = flags.DEFINE_float(
+    'client_clip_norm', None, 'Scale the gradient of each local step down to this norm, '
+    'over all weights together; no clipping if unset.',
+)
+flags.register_validator(
+    CLIENT_CLIP_NORM, lambda its: its is None or 0.0 < its < float('inf'),
+    '--client_clip_norm must be a finite number above 0.'
+)
+CLIENT_RATE_SCHEDULE = flags.DEFINE_enum(
+    'client_rate_schedule', 'constant', RATE_SCHEDULES,
+    "How the clients' learning rate follows the rounds: constant; or falling to 0 after "
+    'the last of --rounds, as half a cosine or linearly.'
+)
+CLIENT_WARMUP_ROUNDS = flags.DEFINE_integer(
+    'client_warmup_rounds', 0, 'In so many of the first rounds the clients\' learning '
+    'rate rises in equal steps.', lower_bound=0,
+)
 CLIENT_EPOCHS = flags.DEFINE_integer(
     'client_epochs', 5,
     'Local epochs per round.', lower_bound=1
@@ -343,6 +379,14 @@ SERVER_OPTIMIZER = flags.DEFINE_enum(
 SERVER_RATE = flags.DEFINE_float(
     'server_learning_rate', 1.0,
     'The learning rate of --server_optimizer.', lower_bound=0.0
+)
+SERVER_RATE_SCHEDULE = flags.DEFINE_enum(
+    'server_rate_schedule', 'constant', RATE_SCHEDULES,
+    'How the learning rate of --server_optimizer follows the rounds.',
+)
+SERVER_WARMUP_ROUNDS = flags.DEFINE_integer(
+    'server_warmup_rounds', 0, 'In so many of the first rounds that rate rises in equal '
+    'steps.', lower_bound=0,
 )
 WEIGHTING = flags.DEFINE_enum(
     'client_weighting', None, ['num_examples', 'uniform'],
@@ -623,6 +667,32 @@ RESUME = flags.DEFINE_bool(
     'resume', True, 'Go on with the run in --output_dir, if it holds one, where it was '
     'stopped; --noresume refuses such a folder.'
 )
+TRACKERS = ['tensorboard', 'mlflow', 'wandb']
+TRACKER = flags.DEFINE_list(
+    'tracker', ['tensorboard'], 'Where metrics go after each round, beside metrics.csv: '
+    'tensorboard (the folder tensorboard of the run), mlflow (where MLFLOW_TRACKING_URI '
+    "says, or else the folder mlruns of the run), wandb (Weights & Biases, as it is set "
+    'up; WANDB_MODE=offline for the folder wandb of the run); several, separated by '
+    'commas, or none with --tracker=. mlflow and wandb must be installed.'
+)
+
+
+def _check_trackers(names: list[str]) -> bool:
+  for name in names:
+    if name not in TRACKERS:
+      raise flags.ValidationError(
+          f'--tracker must be of {", ".join(TRACKERS)}, found {name!r}.'
+          + checks.did_you_mean(name, TRACKERS)
+      )
+    if name != 'tensorboard' and importlib.util.find_spec(name) is None:
+      raise flags.ValidationError(
+          f'--tracker={name} needs the package {name}, which is not installed. Install '
+          f'it: `pip install {name}`.'
+      )
+  return True
+
+
+flags.register_validator(TRACKER, _check_trackers)
 ROUNDS_PER_CHECKPOINT = flags.DEFINE_integer(
     'rounds_per_checkpoint', 5, 'Rounds between checkpoints.', lower_bound=1
 )
@@ -716,7 +786,8 @@ _FLAGS_OF_PARAMETER = {
 }
 # Flags of the averaging of weights, whether an algorithm has such parameters or not.
 _AVERAGING = (
-    'server_optimizer', 'server_learning_rate', 'client_weighting', 'local_target',
+    'server_optimizer', 'server_learning_rate', 'server_rate_schedule',
+    'server_warmup_rounds', 'client_weighting', 'local_target',
     'local_weight', 'local_temperature', 'history_size', 'proximal_weight',
     'not_true_weight', 'not_true_temperature', 'vacant_weight', 'robust_model',
     'model_norm_bound', 'model_bits', 'model_clip', 'secure_model_bound',
@@ -762,7 +833,7 @@ def is_taken(algorithm: algorithms.Info, name: str) -> bool:
 # A resumed run may change these: they do not change what a round does.
 FREE_ON_RESUME = {
     'config', 'dry_run',
-    'rounds', 'patience', 'output_dir', 'resume', 'rounds_per_checkpoint',
+    'rounds', 'patience', 'output_dir', 'resume', 'rounds_per_checkpoint', 'tracker',
     'compare_with_fed_avg', 'cache_dir', 'device', 'runtime', 'ray_address',
     'ray_workers', 'ray_resources',
 }

@@ -10,8 +10,10 @@ import datetime
 import functools
 import json
 import math
+import os
 import pathlib
 import re
+import shlex
 import sys
 from typing import Any, NamedTuple, Optional
 
@@ -295,9 +297,20 @@ def _train_alone(
     evaluator: tff_kd.evaluation.CentralEvaluator,
     task: tff_kd.data.Task,
     most_steps: int,
+    bar: tqdm.tqdm,
 ) -> dict[str, float]:
   """The test scores of what the server's labels give without any client."""
   steps = -(-args.TRANSFER_LABELS.value // _CENTRAL_BATCH)  # An epoch's.
+  done = 0
+
+  def show(epoch: int, score: float) -> None:
+    nonlocal done
+    bar.update((epoch - done) * steps)
+    bar.set_postfix_str(
+        f'{evaluator.spec.name}: validation {_words(task.metric)} {score:.4g}'
+    )
+    done = epoch
+
   weights, _ = central.fit(
       _on_server_labels(evaluator.spec, task),
       lambda weights: evaluator.evaluate(weights, *task.validation)[task.metric],
@@ -305,6 +318,7 @@ def _train_alone(
       max_epochs=min(_ALONE_EPOCHS, -(-most_steps // steps)),
       epochs_per_look=-(-_ALONE_LOOK // steps),
       patience=_ALONE_PATIENCE,
+      on_look=show,
   )
   return evaluator.evaluate(weights, *task.test)
 
@@ -327,14 +341,30 @@ def _all_alone(
       if found:
         taken[found[1]] += int(value)
   most = max(taken.values(), default=0) or _ALONE_STEPS
-  print("Training on the server's labels alone, to compare with.", file=sys.stderr)
+  steps = {
+      name: min(max(taken[name] or most, _ALONE_LEAST_STEPS), _ALONE_STEPS)
+      for name in names
+  }
+  _say(
+      f"Training {', '.join(steps)} on the server's labels alone, to compare with: at "
+      f'most {sum(steps.values()):,} steps.'
+  )
+  with (
+      tqdm.tqdm(
+          total=sum(steps.values()), desc='labels alone', unit='step', file=sys.stderr,
+          dynamic_ncols=True,
+      ) as bar,
+      concurrent.futures.ThreadPoolExecutor() as pool,
+  ):
+    def train(name: str) -> dict[str, float]:
+      return _train_alone(evaluators[name], task, steps[name], bar)
 
-  def train(name: str) -> dict[str, float]:
-    steps = max(taken[name] or most, _ALONE_LEAST_STEPS)
-    return _train_alone(evaluators[name], task, min(steps, _ALONE_STEPS))
+    return dict(zip(steps, pool.map(train, steps)))
 
-  with concurrent.futures.ThreadPoolExecutor() as pool:
-    return dict(zip(names, pool.map(train, names)))
+
+def _say(text: str) -> None:
+  """Says on standard error what begins and may take long."""
+  print(text, file=sys.stderr, flush=True)
 
 
 class _Evaluation:
@@ -462,61 +492,101 @@ def _train(
     process, initial_state, evaluation, task, select_clients, run_dir, prefix, num_rounds,
     patience, monitor, accountant=None,
 ) -> tuple[tff_kd.simulation.TrainingResult, list[dict[str, float]]]:
-  """Trains with a progress bar; metrics, events and checkpoints in `run_dir`."""
-  bar = tqdm.tqdm(
-      total=num_rounds, desc=prefix.rstrip('_') or args.algorithm().name, unit='round',
-      file=sys.stderr, dynamic_ncols=True,
-  )
+  """Trains with a progress bar; metrics, events and checkpoints in `run_dir`.
 
-  moved = 0.0
-
-  def on_round(round_num: int, metrics: Mapping[str, float]) -> None:
-    nonlocal moved
-    moved = (
-        moved + metrics[_CLIENT_BYTES]
-        if moved
-        # At first: with those of the rounds before a resumed run.
-        else sum(row[_CLIENT_BYTES] for row in read_history(metrics_path))
-    )
-    models = ' '.join(
-        f"{name}={metrics[f'test/{name}_{task.metric}']:.3f}"
-        for name in ('student', 'teacher') if f'test/{name}_{task.metric}' in metrics
-    )
-    shown = [f'test {_words(task.metric)}: {models}', f'MB/client={moved / 1e6:.3g}']
-    if accountant is not None:
-      shown.append(f'epsilon={accountant.epsilon():.3g}')
-    bar.n = round_num
-    bar.set_postfix_str(', '.join(shown))
-
+  Raises:
+    KeyboardInterrupt: If the user ends it; what is whole is saved.
+  """
   metrics_path = run_dir / f'{prefix}metrics.csv'
   checkpoints = tff_kd.simulation.Checkpoints(run_dir / f'{prefix}checkpoints')
   if evaluation.client_states is not None and checkpoints.is_empty():
     evaluation.client_states.rewind(0)  # Of a run that was killed before its first one.
-  try:
-    result = tff_kd.simulation.train(
-        process,
-        initial_state=initial_state,
-        select_clients=select_clients,
-        num_rounds=num_rounds,
-        evaluate=evaluation,
-        client_states=evaluation.client_states,
-        monitor=monitor,
-        monitor_mode='min' if task.is_lower_better(monitor) else 'max',
-        patience=patience,
-        program_state_manager=checkpoints,
-        rounds_per_saving=args.ROUNDS_PER_CHECKPOINT.value,
-        accountant=accountant,
-        release_managers=[
-            tff.program.CSVFileReleaseManager(metrics_path, key_fieldname='round'),
-            _ModelsTogether(
-                run_dir / 'tensorboard' / prefix.rstrip('_'), evaluation.metric_names
-            ),
-        ],
-        on_round=on_round,
+  release_managers = [
+      tff.program.CSVFileReleaseManager(metrics_path, key_fieldname='round')
+  ]
+  if 'tensorboard' in args.TRACKER.value:
+    release_managers.append(
+        _ModelsTogether(
+            run_dir / 'tensorboard' / prefix.rstrip('_'), evaluation.metric_names
+        )
     )
-  finally:
-    bar.close()
+  result = tff_kd.simulation.train(
+      process,
+      initial_state=initial_state,
+      select_clients=select_clients,
+      num_rounds=num_rounds,
+      evaluate=evaluation,
+      client_states=evaluation.client_states,
+      monitor=monitor,
+      monitor_mode='min' if task.is_lower_better(monitor) else 'max',
+      patience=patience,
+      program_state_manager=checkpoints,
+      rounds_per_saving=args.ROUNDS_PER_CHECKPOINT.value,
+      accountant=accountant,
+      release_managers=release_managers,
+      callbacks=[
+          *train_process.schedules(num_rounds), *_trackers(run_dir, prefix)
+      ],
+      progress_bar=tff_kd.simulation.ProgressBar(
+          prefix.rstrip('_') or args.algorithm().name,
+          _Summary(task, metrics_path, accountant),
+      ),
+  )
+  if result.interrupted:
+    raise KeyboardInterrupt
   return result, read_history(metrics_path)
+
+
+class _Summary:
+  """What stands behind the progress bar: scores, bytes, and the privacy spent."""
+
+  def __init__(
+      self, task: tff_kd.data.Task, metrics_path: pathlib.Path,
+      accountant: Optional[tff_kd.privacy.PrivacyAccountant],
+  ):
+    self._task, self._path, self._accountant = task, metrics_path, accountant
+    self._moved: Optional[float] = None
+
+  def __call__(self, training: Any, metrics: Mapping[str, float]) -> str:
+    del training
+    if self._moved is None:  # With the rounds before a resumed run.
+      self._moved = sum(row[_CLIENT_BYTES] for row in read_history(self._path))
+    else:
+      self._moved += metrics[_CLIENT_BYTES]
+    metric = self._task.metric
+    models = ' '.join(
+        f"{name}={metrics[f'test/{name}_{metric}']:.3f}"
+        for name in ('student', 'teacher') if f'test/{name}_{metric}' in metrics
+    )
+    shown = [f'test {_words(metric)}: {models}', f'MB/client={self._moved / 1e6:.3g}']
+    if self._accountant is not None:
+      shown.append(f'epsilon={self._accountant.epsilon():.3g}')
+    return ', '.join(shown)
+
+
+def _trackers(run_dir: pathlib.Path, prefix: str) -> list[tff_kd.simulation.Callback]:
+  """The trackers that --tracker names, beside TensorBoard."""
+  project, name = f'tff_kd {args.TASK.value}', f'{run_dir.name}{prefix and " FedAvg"}'
+  settings = {key: flag.value for key, flag in sorted(args.own_flags().items())}
+  found = []
+  if 'mlflow' in args.TRACKER.value:
+    # As MLflow is set up, or else in the run's folder.
+    folder = run_dir.absolute() / 'mlruns'
+    is_set_up = 'MLFLOW_TRACKING_URI' in os.environ
+    found.append(
+        tff_kd.simulation.MLflowTracker(
+            experiment=project, run_name=name, params=settings,
+            tracking_uri=None if is_set_up else folder.as_uri(),
+        )
+    )
+  if 'wandb' in args.TRACKER.value:
+    found.append(
+        tff_kd.simulation.WandbTracker(
+            project=re.sub(r'[/\\#?%: ]', '-', project), name=name, config=settings,
+            directory=run_dir,
+        )
+    )
+  return found
 
 
 class _ModelsTogether(tff.program.ReleaseManager):
@@ -586,7 +656,9 @@ def _open_run_dir() -> pathlib.Path:
     if args.NOISE_MULTIPLIER.value is not None:
       free.add('epsilon')  # The budget only.
     elif args.EPSILON.value is not None:
-      free.remove('rounds')  # The noise was found for them.
+      free.discard('rounds')  # The noise was found for them.
+    if train_checks.has_falling_rate():
+      free.discard('rounds')  # Rates fall to 0 after the last of them.
     changed = sorted(
         name for name in config if name not in free and config[name] != before.get(name)
     )
@@ -637,6 +709,10 @@ def run() -> None:
       _train_and_report(setup, accountant, run_dir)
       if accountant is None:
         drawn.result()
+  except KeyboardInterrupt as error:
+    raise KeyboardInterrupt(
+        f'Stopped. To go on: {_resume_command(run_dir)}'
+    ) from error
   except (
       tff_kd.simulation.CheckpointError,
       tff_kd.runtime.NoWorkerError,
@@ -647,8 +723,18 @@ def run() -> None:
     reason = str(error).splitlines()[0]
     raise UserError(
         f'The run cannot go on: {reason}. Its last checkpoint in {run_dir} is whole: '
-        'make room, or mend what is said here, and start it again.'
+        'make room, or mend what is said here, and start it again: '
+        f'{_resume_command(run_dir)}'
     ) from error
+
+
+def _resume_command(run_dir: pathlib.Path) -> str:
+  """The command that goes on with a run, all of whose flags are in the folder."""
+  words = [
+      'python', '-m', 'pipelines.train', f'--config={run_dir / "config.json"}',
+      f'--output_dir={run_dir}',
+  ]
+  return shlex.join(words)
 
 
 def runtime() -> contextlib.AbstractContextManager:
@@ -709,6 +795,7 @@ class Setup(NamedTuple):
 def prepare() -> Setup:
   """All that can be refused, before anything runs."""
   algorithm = args.algorithm()
+  _say(f'Loading the data of {args.TASK.value}.')
   task = load_task()
   if tff_kd.own_files.is_own(args.TASK.value):
     train_checks.run()  # It has set some.
@@ -721,6 +808,7 @@ def prepare() -> Setup:
   participation = build_participation(batches)
   common = train_process.common_arguments(task, batches)
   common['reporting'] = _reporting(participation)
+  _say(f'Building {algorithm.name}.')
   process = train_process.build_process(algorithm, task, common)
   _check_metric(task, process)
   tff_kd.simulation.check_monitor(
@@ -872,6 +960,7 @@ def _train_and_report(
   baseline = None
   if args.FEDAVG.value and args.algorithm().name != 'fed_avg' and accountant is None:
     keras.utils.set_random_seed(args.SEED.value)
+    _say('Building fed_avg, to compare with.')
     fed_avg = algorithms.build_fed_avg(**common)
     fed_avg_bytes = tff_kd.communication.round_bytes(fed_avg)
     moved = int(_megabytes(history)[-1] * 1e6)
@@ -1174,6 +1263,8 @@ def _print_end(finished: _Finished) -> None:
   ending = 'converged' if result.converged else 'reached the number of rounds'
   if result.budget_spent:
     ending = 'another round would pass the privacy budget'
+  if result.stop_reason is not None:
+    ending = result.stop_reason
   print(
       f'Ended after round {result.round_num} ({ending}); the round with the '
       f'{_best(task, _monitor(task))} {_monitor(task)} is kept. On {len(task.test)} test '

@@ -18,6 +18,7 @@ from tff_kd.aggregators import robust
 from tff_kd import algorithms
 from tff_kd import knowledge
 from tff_kd.knowledge import rules
+from tff_kd import optimizers
 
 _OPTIMIZERS = {
     'sgd': tff.learning.optimizers.build_sgdm,
@@ -28,6 +29,48 @@ _SCHEDULES = {'constant': None, 'cosine': tff_kd.cosine_schedule}
 _ROUNDED_FROM = 1000
 # What a maker returns where the builder's own default is to stay.
 _UNSET = object()
+
+
+def _client_optimizer() -> tff.learning.optimizers.Optimizer:
+  """Returns the clients' optimizer, of all flags about it."""
+  kwargs = {}
+  if args.CLIENT_MOMENTUM.value:
+    kwargs['momentum'] = args.CLIENT_MOMENTUM.value
+  optimizer = _OPTIMIZERS[args.CLIENT_OPTIMIZER.value](args.CLIENT_RATE.value, **kwargs)
+  if args.CLIENT_WEIGHT_DECAY.value:
+    optimizer = optimizers.with_weight_decay(optimizer, args.CLIENT_WEIGHT_DECAY.value)
+  if args.CLIENT_CLIP_NORM.value is not None:
+    optimizer = optimizers.with_clipped_gradients(optimizer, args.CLIENT_CLIP_NORM.value)
+  return optimizer
+
+
+def schedules(num_rounds: int) -> list[tff_kd.simulation.LearningRateSchedule]:
+  """Returns the learning-rate schedules over rounds that flags ask for.
+
+  Args:
+    num_rounds: The last round.
+  """
+  flags_of = {
+      'client': (
+          args.CLIENT_RATE_SCHEDULE, args.CLIENT_RATE, args.CLIENT_WARMUP_ROUNDS
+      ),
+      'server': (
+          args.SERVER_RATE_SCHEDULE, args.SERVER_RATE, args.SERVER_WARMUP_ROUNDS
+      ),
+  }
+  found = []
+  for optimizer, (kind, rate, warmup) in flags_of.items():
+    if kind.value != 'constant' or warmup.value:
+      found.append(
+          tff_kd.simulation.LearningRateSchedule(
+              tff_kd.simulation.round_schedule(
+                  kind.value, rate.value, num_rounds=num_rounds,
+                  warmup_rounds=warmup.value,
+              ),
+              optimizer=optimizer,
+          )
+      )
+  return found
 
 
 def _aggregator(
@@ -73,7 +116,7 @@ def common_arguments(
       client_data=batches,
       loss_fn=task.loss_fn,
       metrics_fn=task.metrics_fn,
-      client_optimizer=_OPTIMIZERS[args.CLIENT_OPTIMIZER.value](args.CLIENT_RATE.value),
+      client_optimizer=_client_optimizer(),
       server_optimizer=_OPTIMIZERS[args.SERVER_OPTIMIZER.value](args.SERVER_RATE.value),
       client_weighting=tff.learning.ClientWeighting[_weighting().upper()],
       model_aggregator=_aggregator(

@@ -8,12 +8,14 @@ import pytest
 from tff_kd.compat import tff
 
 from tests import helpers
+from tff_kd import quiet
 
 
 def _python(code, **environment):
+  environ = {k: v for k, v in os.environ.items() if k != quiet.LEVEL}
   return subprocess.run(
       [sys.executable, '-c', code], cwd=helpers.ROOT, capture_output=True, text=True,
-      timeout=240, check=False, env={**os.environ, **environment},
+      timeout=240, check=False, env={**environ, **environment},
   )
 
 
@@ -37,6 +39,7 @@ def test_whatever_comes_first_computes_in_this_process(first):
       'print(total([1, 2, 3]), psutil.Process().children())\n'
   )
   assert done.stdout.strip() == '6 []', done.stderr
+  assert not done.stderr  # None of TensorFlow's lines.
 
 
 def test_what_tff_takes_of_tensorflow_privacy_is_there():

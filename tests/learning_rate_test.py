@@ -8,6 +8,7 @@ from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
+from tff_kd import optimizers
 
 RATES = (0.3, 0.02, 0.1)
 # Of different sizes: fewer than a batch, and several.
@@ -116,3 +117,88 @@ def test_small_and_large_clients_do_equally_many_steps():
     assert len(rows) == 640
     for pass_ in np.split(rows, np.arange(size, 640, size)):
       assert len(set(pass_)) == len(pass_) and pass_.max() < size
+
+
+def _trajectory(optimizer, steps=4):
+  """The weights of a model of two after some steps of fixed gradients."""
+  values = [np.float32([1.0, -2.0]), np.float32(3.0)]
+  variables = [keras.Variable(its) for its in values]
+  stepper = optimizers.build_stepper(optimizer, variables)
+  state = stepper.initialize()
+  for step in range(steps):
+    gradients = [tf.constant([0.5 * step, 3.0]), tf.constant(-1.0)]
+    state, values = stepper.apply(state, values, gradients)
+  return [np.asarray(value) for value in values]
+
+
+@pytest.mark.parametrize(
+    'ours, kerass',
+    [
+        (
+            lambda: optimizers.with_weight_decay(helpers.sgd(0.1, 0.9), 0.3),
+            lambda: keras.optimizers.SGD(0.1, momentum=0.9, weight_decay=0.3),
+        ),
+        (
+            lambda: optimizers.with_clipped_gradients(helpers.sgd(0.1), 1.5),
+            lambda: keras.optimizers.SGD(0.1, global_clipnorm=1.5),
+        ),
+        (
+            lambda: optimizers.with_clipped_gradients(
+                optimizers.with_weight_decay(
+                    tff.learning.optimizers.build_adam(0.05), 0.2
+                ), 0.7
+            ),
+            lambda: keras.optimizers.Adam(0.05, weight_decay=0.2, global_clipnorm=0.7),
+        ),
+    ],
+)
+def test_decay_and_clipping_are_those_of_keras(ours, kerass):
+  helpers.assert_weights_close(_trajectory(ours()), _trajectory(kerass), rtol=1e-5)
+
+
+def test_decay_follows_the_rate():
+  """A rate of 0 leaves the weights as they are, and the rate can be set."""
+  optimizer = optimizers.with_weight_decay(helpers.sgd(0.5), 0.4)
+  spec, weight = tf.TensorSpec([2]), tf.constant([1.0, 2.0])
+  state = optimizer.initialize(spec)
+  for rate, expected in ((0.5, 0.8), (0.0, 1.0), (0.25, 0.9)):
+    hparams = optimizer.get_hparams(state)
+    hparams['learning_rate'] = rate
+    state = optimizer.set_hparams(state, hparams)
+    _, found = optimizer.next(state, weight, tf.zeros([2]))
+    np.testing.assert_allclose(found, expected * weight, rtol=1e-6)
+  clipped = optimizers.with_clipped_gradients(optimizer, 2.0)
+  hparams = clipped.get_hparams(clipped.initialize(spec))
+  assert dict(hparams) == {'learning_rate': 0.5, 'weight_decay': 0.4, 'clip_norm': 2.0}
+  with pytest.raises(ValueError, match='must be plain SGD'):
+    optimizers.check_plain_sgd(clipped, 'client_optimizer', 'It must.')
+
+
+@pytest.mark.parametrize(
+    'make, error, message',
+    [
+        (
+            lambda: optimizers.with_weight_decay(lambda: keras.optimizers.SGD(), 0.1),
+            TypeError, 'Keras optimizers take `weight_decay` and `global_clipnorm`',
+        ),
+        (
+            lambda: optimizers.with_weight_decay(helpers.sgd(), -0.1), ValueError,
+            'finite, 0 or more, found -0.1',
+        ),
+        (
+            lambda: optimizers.with_clipped_gradients(helpers.sgd(), 0.0), ValueError,
+            '`norm` must be a finite number above 0, found 0.0',
+        ),
+        (
+            lambda: optimizers.with_weight_decay(
+                tff.learning.optimizers.schedule_learning_rate(
+                    helpers.sgd(), lambda step: 0.1 / (1.0 + tf.cast(step, tf.float32))
+                ), 0.1,
+            ),
+            ValueError, 'needs an optimizer with a learning rate to read',
+        ),
+    ],
+)
+def test_what_cannot_be_decayed_or_clipped_is_refused(make, error, message):
+  with pytest.raises(error, match=message):
+    make()

@@ -558,14 +558,15 @@ def test_a_resumed_run_repeats_an_unbroken_one(batches, tmp_path):
   class Killed(Exception):
     pass
 
-  def killed_in_round_5(round_num, metrics):
-    del metrics
-    if round_num == 5:
-      raise Killed
+  class KilledInRound5(tff_kd.simulation.Callback):
+
+    def on_round_end(self, training, metrics):
+      if training.round_num == 5:
+        raise Killed
 
   # The checkpoint is of round 4; clients have been further.
   with pytest.raises(Killed):
-    _train(built, tmp_path / 'parts', 7, on_round=killed_in_round_5)
+    _train(built, tmp_path / 'parts', 7, callbacks=[KilledInRound5()])
   resumed = _train(_ds_fl.anew(**arguments), tmp_path / 'parts', 7)
   assert len(resumed.history) == 3
   for found, expected in zip(

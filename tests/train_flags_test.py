@@ -1,6 +1,10 @@
 """The flags of `pipelines.train`: help, refusals, dry runs, configurations."""
 
+import copy
 import json
+import os
+import pathlib
+import re
 import subprocess
 import sys
 
@@ -8,9 +12,13 @@ from absl import app
 from absl import flags
 import pytest
 
+import pipelines
+from pipelines import run_folders
 from pipelines import topics
 from pipelines import task_defaults
+from pipelines import train_checks
 from pipelines import train_flags
+from pipelines import train_process
 from tests import helpers
 import tff_kd
 from tff_kd.models import zoo
@@ -142,6 +150,12 @@ def test_help_lists_the_algorithms():
             'One round costs an epsilon of',
         ),
         (['--secure_bits=8'], '--secure_bits has no effect without'),
+        (
+            ['--client_optimizer=adam', '--client_momentum=0.9'],
+            '--client_momentum has no effect with --client_optimizer=adam',
+        ),
+        (['--client_warmup_rounds=30'], 'is 30, and must be below --rounds'),
+        (['--algorithm=fd', '--server_rate_schedule=cosine'], 'no effect with --algor'),
         (
             ['--secure_aggregation', '--secure_knowledge_bound=1', '--algorithm=fed_avg'],
             '--secure_knowledge_bound has no effect with',
@@ -309,3 +323,116 @@ def test_an_algorithms_defaults_of_flags_are_below_a_tasks():
   of_task = task_defaults.DEFAULTS['emnist']
   assert task_defaults.defaults_of('emnist', 'fd') == own | of_task
   assert 'knowledge_clip' not in task_defaults.defaults_of('emnist', 'fed_md')
+
+
+def test_help_breaks_no_words():
+  words = set()
+  for flag in train_flags.own_flags().values():
+    words.update(re.sub('^<[^>]*>: ', '', flag.help).split())
+  found = set(topics.help_text('pipelines.train', 40).split())
+  assert not words - found
+
+
+@pytest.mark.parametrize(
+    'flag, said',
+    [
+        ('--ronds=3', 'There is no flag --ronds. Did you mean --rounds?'),
+        ('--xyzzy', 'There is no flag --xyzzy.'),
+        (
+            '--sampling=unifrom',
+            '--sampling must be one of cyclic, poisson, uniform, weighted, found '
+            "'unifrom'. Did you mean 'uniform'?",
+        ),
+        ('--algorithm=fed_avrg', "Did you mean 'fed_avg'?"),
+        ('--task=movie_lens', "Did you mean 'movielens'?"),
+        ('--consensus=mean_logit', "Did you mean 'mean_logits'?"),
+        ('--tracker=tensorbord', "Did you mean 'tensorboard'?"),
+        ('--rounds=many', '--rounds=many'),
+        ('--client_clip_norm=0', '--client_clip_norm must be a finite number above 0'),
+    ],
+)
+def test_a_wrong_flag_names_what_is_near(flag, said, capsys, monkeypatch):
+  monkeypatch.setattr(sys, 'argv', ['train', flag])
+  # Parsed in copies: what is wrong must not stay.
+  monkeypatch.setattr(pipelines.flags, 'FLAGS', copy.deepcopy(flags.FLAGS))
+  with pytest.raises(app.UsageError) as error:
+    pipelines._parse(['train', flag])
+  assert said in str(error.value)
+
+
+def test_a_wrong_flag_ends_with_how_to_get_help():
+  done = helpers.script('pipelines.train', '--ronds=3')
+  assert done.returncode == 1 and done.stdout == ''
+  assert done.stderr == (
+      'error: There is no flag --ronds. Did you mean --rounds?\nTry --help.\n'
+  )
+
+
+def test_without_run_the_runs_are_listed(tmp_path, monkeypatch):
+  monkeypatch.chdir(tmp_path)
+
+  def said(path):
+    with pytest.raises(pipelines.UserError) as error:
+      run_folders.chosen(path, 'audit')
+    return str(error.value)
+
+  assert said(None).startswith(
+      f'--run must name the folder of a run. There is none in {tmp_path / "runs"}: '
+      '`python -m pipelines.train` makes one'
+  )
+  for age, name in enumerate(('new', 'old')):
+    folder = tmp_path / 'runs' / name
+    folder.mkdir(parents=True)
+    (folder / 'config.json').write_text('{}')
+    os.utime(folder / 'config.json', (1000 - age, 1000 - age))
+  (tmp_path / 'runs' / 'cache').mkdir()
+  assert 'For example: python -m pipelines.audit --run=runs/new\n' in said(None)
+  assert said(None).endswith('newest first:\n  runs/new\n  runs/old')
+  assert said('runs/cache').startswith('--run=runs/cache holds no run')
+  assert run_folders.chosen('runs/old', 'audit') == pathlib.Path('runs/old')
+
+
+@pytest.mark.parametrize('script', ['evaluate', 'audit', 'export'])
+def test_scripts_ask_for_a_run(script):
+  done = helpers.script(f'pipelines.{script}')
+  assert done.returncode == 1
+  assert done.stderr.startswith('error: --run must name the folder of a run.')
+
+
+def test_trackers_must_be_installed(monkeypatch):
+  monkeypatch.setattr(train_flags.importlib.util, 'find_spec', lambda name: None)
+  with pytest.raises(flags.IllegalFlagValueError, match='--tracker=wandb needs the pack'):
+    with helpers.flags_of('--tracker=tensorboard,wandb'):
+      pass
+
+
+def test_rates_follow_the_rounds_as_flags_say():
+  given = ('--client_rate_schedule=cosine', '--client_warmup_rounds=2', '--rounds=6')
+  with helpers.flags_of(*given, '--client_learning_rate=0.4'):
+    (schedule,) = train_process.schedules(6)
+    expected = tff_kd.simulation.round_schedule(
+        'cosine', 0.4, num_rounds=6, warmup_rounds=2
+    )
+    rounds = range(1, 7)
+    assert list(map(schedule._schedule, rounds)) == list(map(expected, rounds))
+    assert train_checks.has_falling_rate()
+  with helpers.flags_of('--server_warmup_rounds=1'):
+    assert len(train_process.schedules(6)) == 1 and not train_checks.has_falling_rate()
+  with helpers.flags_of():
+    assert train_process.schedules(6) == []
+
+
+def test_a_run_takes_every_flag_of_the_clients_optimizer(tmp_path):
+  helpers.train_here(
+      *helpers.TINY_RUN, '--rounds=2', f'--output_dir={tmp_path / "run"}',
+      '--client_momentum=0.9', '--client_weight_decay=0.01', '--client_clip_norm=1',
+      '--client_rate_schedule=linear', '--server_rate_schedule=cosine',
+      '--server_warmup_rounds=1',
+  )
+  rows = helpers.rows(tmp_path / 'run' / 'metrics.csv')
+  assert len(rows) == 2 and float(rows[-1]['client_work/train/loss']) > 0
+  said = helpers.refused_here(
+      f'--config={tmp_path / "run" / "config.json"}',
+      f'--output_dir={tmp_path / "run"}', '--rounds=3',
+  )
+  assert 'other values of --rounds' in said  # The rates would be others.

@@ -200,3 +200,242 @@ def test_clients_may_be_chosen_by_numpy():
         process, select_clients=lambda _, its=selected: its, num_rounds=1
     )
     assert result.history[0]['client_work/train/num_examples'] == 12
+
+
+class _Recorder(simulation.Callback):
+  """Writes down what is called, and may act after a round."""
+
+  def __init__(self, after_round=None):
+    self.calls, self.after_round = [], after_round or (lambda training: None)
+
+  def on_train_begin(self, training):
+    self.calls.append(('begin', training.round_num, training.num_rounds))
+
+  def on_round_end(self, training, metrics):
+    assert training.state.round_num == training.round_num
+    assert training.history[-1] is metrics
+    self.calls.append(('round', training.round_num))
+    self.after_round(training)
+
+  def on_train_end(self, training):
+    self.calls.append(('end', training.round_num))
+
+
+def test_callbacks_are_called_around_rounds_and_may_stop_them(process):
+  recorder = _Recorder()
+  simulation.train(process, select_clients=_data, num_rounds=2, callbacks=[recorder])
+  assert recorder.calls == [('begin', 0, 2), ('round', 1), ('round', 2), ('end', 2)]
+  recorder = _Recorder(lambda training: training.stop('enough'))
+  result = simulation.train(
+      process, select_clients=_data, num_rounds=9, callbacks=[recorder]
+  )
+  assert result.round_num == 1 and result.stop_reason == 'enough'
+  assert not (result.converged or result.interrupted) and len(result.history) == 1
+  assert recorder.calls[-1] == ('end', 1)
+
+
+def test_a_callback_ends_where_training_fails(process):
+  def fail(training):
+    raise RuntimeError('broken')
+
+  recorder = _Recorder(fail)
+  with pytest.raises(RuntimeError, match='broken'):
+    simulation.train(process, select_clients=_data, num_rounds=2, callbacks=[recorder])
+  assert [its[0] for its in recorder.calls] == ['begin', 'round', 'end']
+
+
+def _interrupt(training):
+  if training.round_num == 3:
+    raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize('rounds_per_saving', [1, 5])
+def test_an_interrupted_training_keeps_what_is_whole(
+    process, tmp_path, rounds_per_saving
+):
+  kwargs = dict(
+      select_clients=_data, num_rounds=4, rounds_per_saving=rounds_per_saving,
+      program_state_manager=simulation.Checkpoints(tmp_path),
+      release_managers=[
+          tff.program.CSVFileReleaseManager(
+              tmp_path / 'metrics.csv', key_fieldname='round'
+          )
+      ],
+  )
+  recorder = _Recorder(_interrupt)
+  result = simulation.train(process, callbacks=[recorder], **kwargs)
+  assert result.interrupted and result.round_num == result.best_round == 2
+  assert result.state.round_num == 2 and len(result.history) == 2
+  assert recorder.calls[-1] == ('end', 2)
+  # Saved, whenever the last checkpoint was; and it goes on from there, to the bit.
+  resumed = simulation.train(process, **kwargs)
+  assert len(resumed.history) == 2 and not resumed.interrupted
+  whole = simulation.train(process, select_clients=_data, num_rounds=4)
+  helpers.assert_weights_close(resumed.state, whole.state, rtol=0)
+  assert len((tmp_path / 'metrics.csv').read_text().splitlines()) == 1 + 4
+
+
+def test_an_interrupted_first_round_leaves_the_initial_state(process):
+  def interrupted(round_num):
+    raise KeyboardInterrupt
+
+  result = simulation.train(process, select_clients=interrupted, num_rounds=2)
+  assert result.interrupted and result.round_num == 0 and result.history == []
+  helpers.assert_weights_close(
+      result.state.global_model_weights, process.initialize().global_model_weights
+  )
+
+
+def test_early_stopping(process, tmp_path):
+  scores = [0.1, 0.5, 0.55, math.nan, 0.52, 0.9]
+  kwargs = dict(select_clients=_data, num_rounds=6, evaluate=_scripted(scores))
+
+  def stopping(**changes):
+    arguments = dict(monitor='score', patience=3, min_delta=0.1) | changes
+    return simulation.EarlyStopping(**arguments)
+
+  callback = stopping()
+  result = simulation.train(process, callbacks=[callback], **kwargs)
+  assert result.round_num == 5 and result.stop_reason == (
+      'score was not better for 3 rounds'
+  )
+  again = simulation.train(process, callbacks=[callback], **kwargs)
+  assert again.round_num == 5  # It begins anew with each training.
+  # A resumed one remembers, and one that has stopped does not go on.
+  files = dict(program_state_manager=simulation.Checkpoints(tmp_path))
+  simulation.train(process, callbacks=[stopping()], **files, **kwargs | {'num_rounds': 4})
+  resumed = simulation.train(process, callbacks=[stopping()], **files, **kwargs)
+  assert resumed.round_num == 5 and len(resumed.history) == 1
+  ended = simulation.train(process, callbacks=[stopping()], **files, **kwargs)
+  assert ended.history == [] and ended.stop_reason is not None
+  lowest = simulation.train(
+      process, callbacks=[stopping(mode='min', patience=1, min_delta=0.0)], **kwargs
+  )
+  assert lowest.round_num == 2
+  with pytest.raises(ValueError, match="one of .*'score'.*, found 'scores'"):
+    simulation.train(process, callbacks=[stopping(monitor='scores')], **kwargs)
+
+
+class _Rates(simulation.Callback):
+
+  def __init__(self, part):
+    self.part, self.rates = part, []
+
+  def on_train_begin(self, training):
+    hparams = training.process.get_hparams(training.state)
+    self.rates.append(float(hparams[self.part]['learning_rate']))
+
+  def on_round_end(self, training, metrics):
+    self.on_train_begin(training)
+
+
+@pytest.mark.parametrize('optimizer, part', [
+    ('client', 'client_work'), ('server', 'finalizer'),
+])
+def test_learning_rates_follow_the_rounds(process, tmp_path, optimizer, part):
+  schedule = lambda round_num: [0.5, 0.2, 0.0][round_num - 1]
+  callback = simulation.LearningRateSchedule(schedule, optimizer=optimizer)
+  rates = _Rates(part)
+  kwargs = dict(select_clients=_data, callbacks=[callback, rates])
+  result = simulation.train(process, num_rounds=3, **kwargs)
+  np.testing.assert_allclose(rates.rates, [0.5, 0.2, 0.0, 0.0])
+  assert result.best_state is result.state
+  # The rate of the last round is 0: nothing moves.
+  two = simulation.train(process, num_rounds=2, **kwargs)
+  helpers.assert_weights_close(
+      result.state.global_model_weights, two.state.global_model_weights, rtol=0
+  )
+  by_hand = process.initialize()
+  for round_num in (1, 2):
+    hparams = process.get_hparams(by_hand)
+    hparams[part]['learning_rate'] = np.float32(schedule(round_num))
+    by_hand = process.next(process.set_hparams(by_hand, hparams), _data(round_num)).state
+  helpers.assert_weights_close(
+      two.state.global_model_weights, by_hand.global_model_weights, rtol=0
+  )
+  files = dict(program_state_manager=simulation.Checkpoints(tmp_path))
+  simulation.train(process, num_rounds=1, **files, **kwargs)
+  resumed = simulation.train(process, num_rounds=3, **files, **kwargs)
+  helpers.assert_weights_close(
+      resumed.state.global_model_weights, result.state.global_model_weights, rtol=0
+  )
+
+
+def test_a_schedule_needs_a_rate_to_set():
+  process = tff_kd.algorithms.build_fed_avg(
+      **helpers.common(client_optimizer=lambda: keras.optimizers.SGD(0.1))
+  )
+  for schedule, message in (
+      (lambda r: 0.1, 'no learning rate of a client optimizer'),
+      (lambda r: math.nan, 'finite rates of 0 or more, found nan for round 1'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      simulation.train(
+          process, select_clients=_data, num_rounds=1,
+          callbacks=[simulation.LearningRateSchedule(schedule)],
+      )
+
+
+def test_schedules_in_closed_form():
+  cosine = simulation.round_schedule('cosine', 0.4, num_rounds=6, warmup_rounds=2)
+  np.testing.assert_allclose(
+      [cosine(r) for r in range(1, 7)],
+      [0.2, 0.4, 0.4, *(0.2 * (1 + np.cos(np.pi * its / 4)) for its in (1, 2, 3))],
+  )
+  linear = simulation.round_schedule('linear', 1.0, num_rounds=4)
+  assert [linear(r) for r in range(1, 5)] == [1.0, 0.75, 0.5, 0.25]
+  constant = simulation.round_schedule('constant', 0.3, num_rounds=4, warmup_rounds=3)
+  np.testing.assert_allclose([constant(r) for r in (1, 2, 3, 4)], [0.1, 0.2, 0.3, 0.3])
+  for arguments in (dict(warmup_rounds=4), dict(warmup_rounds=-1)):
+    with pytest.raises(ValueError, match='below the 4 rounds'):
+      simulation.round_schedule('linear', 1.0, num_rounds=4, **arguments)
+  with pytest.raises(ValueError, match="one of .*'cosine'.*, found 'step'"):
+    simulation.round_schedule('step', 1.0, num_rounds=4)
+
+
+@pytest.mark.parametrize(
+    'make, error, message',
+    [
+        (lambda: simulation.EarlyStopping('x', patience=0), ValueError, '1 or more'),
+        (
+            lambda: simulation.EarlyStopping('x', patience=1, mode='up'), ValueError,
+            "'max' or 'min'",
+        ),
+        (
+            lambda: simulation.EarlyStopping('x', patience=1, min_delta=-1.0),
+            ValueError, '`min_delta` must be finite, 0 or more',
+        ),
+        (lambda: simulation.LearningRateSchedule(0.1), TypeError, 'must be a function'),
+        (
+            lambda: simulation.LearningRateSchedule(min, optimizer='teacher'), ValueError,
+            "one of .'client', 'server'., found 'teacher'",
+        ),
+    ],
+)
+def test_bad_arguments_of_callbacks_are_refused(make, error, message):
+  with pytest.raises(error, match=message):
+    make()
+
+
+@pytest.mark.parametrize('callbacks', [[print], print])
+def test_what_is_no_callback_is_refused(process, callbacks):
+  with pytest.raises(TypeError, match='callback'):
+    simulation.train(
+        process, select_clients=_data, num_rounds=1, callbacks=callbacks
+    )
+
+
+def test_the_progress_is_shown(process, capsys):
+  kwargs = dict(select_clients=_data, num_rounds=2)
+  simulation.train(process, **kwargs)
+  shown = capsys.readouterr().err
+  assert 'training:' in shown and '0/2' in shown and 'the first round' in shown
+  assert '2/2' in shown and 'loss=' in shown and 'accuracy=' in shown
+  simulation.train(process, evaluate=_scripted([0.25, 0.5]), monitor='score', **kwargs)
+  assert 'score=0.5' in capsys.readouterr().err
+  bar = simulation.ProgressBar('mine', lambda training, metrics: f'<{len(metrics)}>')
+  result = simulation.train(process, progress_bar=bar, **kwargs)
+  shown = capsys.readouterr().err
+  assert 'mine:' in shown and f'<{len(result.history[0])}>' in shown
+  simulation.train(process, progress_bar=False, **kwargs)
+  assert not capsys.readouterr().err

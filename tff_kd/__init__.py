@@ -1,6 +1,10 @@
 """Federated knowledge distillation for Keras models, on TensorFlow Federated."""
 
 from tff_kd import _lazy
+from tff_kd import quiet
+
+# Before anything here imports TensorFlow.
+quiet.quiet_tensorflow()
 
 # setup.cfg reads it from here.
 __version__ = '0.2.0'
@@ -8,7 +12,7 @@ __version__ = '0.2.0'
 _MODULES = (
     'aggregators', 'algorithms', 'audits', 'client', 'communication', 'data',
     'evaluation', 'knowledge', 'losses', 'models', 'optimizers', 'own_files', 'privacy',
-    'rounds', 'runtime', 'server', 'simulation',
+    'quiet', 'rounds', 'runtime', 'server', 'simulation',
 )
 
 __getattr__, __dir__ = _lazy.attach(

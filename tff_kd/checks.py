@@ -1,5 +1,8 @@
 """Checks of single values; imports no TensorFlow."""
 
+from collections.abc import Iterable
+import difflib
+
 # Above it, all that is left of a divergence is its limit, a squared difference.
 _MAX_TEMPERATURE = 1e4
 
@@ -18,3 +21,9 @@ def check_temperature(temperature: float, name: str = 'temperature') -> float:
         "and from about 100 on it is the squared difference: `loss='mse'`."
     )
   return value
+
+
+def did_you_mean(name: str, names: Iterable[str]) -> str:
+  """Returns ' Did you mean ...?' with the name that is near; nothing if none is."""
+  near = difflib.get_close_matches(name, list(names), 1)
+  return f' Did you mean {near[0]!r}?' if near else ''

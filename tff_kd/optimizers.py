@@ -17,6 +17,8 @@ Optimizer = Union[
 ]
 
 _LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
+# Of an optimizer around another one, the state of that.
+_INNER = 'optimizer'
 
 
 def check_optimizer(
@@ -141,6 +143,128 @@ def check_plain_sgd(optimizer: Optimizer, name: str, why: str) -> None:
     raise ValueError(
         f'`{name}` must be plain SGD, `tff.learning.optimizers.build_sgdm(rate)`, found '
         f'{optimizer!r}. {why}'
+    )
+
+
+class _Wrapped(tff.learning.optimizers.Optimizer):
+  """A TFF optimizer before whose steps something else is done.
+
+  What decides that is a hyperparameter beside the optimizer's own, so that a checkpoint
+  tells by which it was made.
+  """
+
+  name: str
+
+  def __init__(self, optimizer: tff.learning.optimizers.Optimizer, value: float):
+    self._optimizer, self._value = optimizer, value
+
+  def initialize(self, specs):
+    return self._with_value(self._value, self._optimizer.initialize(specs))
+
+  def next(self, state, weights, gradients):
+    value, inner = state[self.name], state[_INNER]
+    inner, weights = self._next(value, inner, weights, gradients)
+    return self._with_value(value, inner), weights
+
+  def get_hparams(self, state):
+    hparams = collections.OrderedDict(self._optimizer.get_hparams(state[_INNER]))
+    hparams[self.name] = state[self.name]
+    return hparams
+
+  def set_hparams(self, state, hparams):
+    own = collections.OrderedDict(hparams)
+    value = own.pop(self.name)
+    return self._with_value(value, self._optimizer.set_hparams(state[_INNER], own))
+
+  def _with_value(self, value, inner):
+    return collections.OrderedDict([(self.name, value), (_INNER, inner)])
+
+
+class _WithWeightDecay(_Wrapped):
+  name = 'weight_decay'
+
+  def _next(self, value, inner, weights, gradients):
+    share = value * self._optimizer.get_hparams(inner)[_LEARNING_RATE]
+    weights = tf.nest.map_structure(
+        lambda w: w * tf.cast(1.0 - share, w.dtype), weights
+    )
+    return self._optimizer.next(inner, weights, gradients)
+
+
+class _WithClippedGradients(_Wrapped):
+  name = 'clip_norm'
+
+  def _next(self, value, inner, weights, gradients):
+    clipped, _ = tf.clip_by_global_norm(tf.nest.flatten(gradients), value)
+    gradients = tf.nest.pack_sequence_as(gradients, clipped)
+    return self._optimizer.next(inner, weights, gradients)
+
+
+def with_weight_decay(
+    optimizer: tff.learning.optimizers.Optimizer, weight_decay: float
+) -> tff.learning.optimizers.Optimizer:
+  """Adds decoupled weight decay to a TFF optimizer, as Keras's `weight_decay`.
+
+  Before each step, each weight loses the share `learning_rate * weight_decay`.
+
+  Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (ICLR 2019),
+  algorithms 1 and 2.
+
+  Args:
+    optimizer: A TFF optimizer with a learning rate.
+    weight_decay: Finite, 0 or more.
+
+  Returns:
+    An optimizer with the further hyperparameter `weight_decay`.
+
+  Raises:
+    TypeError: If it is no TFF optimizer.
+    ValueError: If the decay is out of range, or the optimizer has no rate to read.
+  """
+  _check_tff_optimizer(optimizer)
+  if not 0.0 <= weight_decay < float('inf'):
+    raise ValueError(
+        f'`weight_decay` must be finite, 0 or more, found {weight_decay!r}.'
+    )
+  if _LEARNING_RATE not in initial_hparams(optimizer):
+    raise ValueError(
+        'Weight decay needs an optimizer with a learning rate to read, such as '
+        f'`tff.learning.optimizers.build_sgdm(0.1)`, found {optimizer!r}.'
+    )
+  return _WithWeightDecay(optimizer, weight_decay)
+
+
+def with_clipped_gradients(
+    optimizer: tff.learning.optimizers.Optimizer, norm: float
+) -> tff.learning.optimizers.Optimizer:
+  """Clips the gradients of a TFF optimizer's steps, as Keras's `global_clipnorm`.
+
+  Source: Pascanu et al., "On the difficulty of training Recurrent Neural Networks" (ICML
+  2013), algorithm 1.
+
+  Args:
+    optimizer: A TFF optimizer.
+    norm: The L2 norm of all gradients together is scaled down to this; finite, above 0.
+
+  Returns:
+    An optimizer with the further hyperparameter `clip_norm`.
+
+  Raises:
+    TypeError: If it is no TFF optimizer.
+    ValueError: If the norm is out of range.
+  """
+  _check_tff_optimizer(optimizer)
+  if not 0.0 < norm < float('inf'):
+    raise ValueError(f'`norm` must be a finite number above 0, found {norm!r}.')
+  return _WithClippedGradients(optimizer, norm)
+
+
+def _check_tff_optimizer(optimizer: Any) -> None:
+  if not isinstance(optimizer, tff.learning.optimizers.Optimizer):
+    raise TypeError(
+        '`optimizer` must be a `tff.learning.optimizers.Optimizer`, found '
+        f'{optimizer!r}. Keras optimizers take `weight_decay` and `global_clipnorm` '
+        'themselves.'
     )
 
 

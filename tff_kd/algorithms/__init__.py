@@ -4,6 +4,7 @@ A new algorithm is one file here, an import and a name below; `get` takes one fr
 elsewhere, too. None of this imports TensorFlow.
 """
 
+from tff_kd import checks
 from tff_kd import own_files
 
 from tff_kd.algorithms import cfd
@@ -69,7 +70,7 @@ def get(name: str) -> Info:
     if name not in REGISTRY:
       raise ValueError(
           f'There is no algorithm {name!r} among {", ".join(REGISTRY)}; the path of a '
-          'file of your own ends in .py.'
+          f'file of your own ends in .py.{checks.did_you_mean(name, REGISTRY)}'
       )
     return REGISTRY[name]
   found = getattr(own_files.load(name), 'INFO', None)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import tff_kd
+from tff_kd import checks
 from tff_kd import own_files
 
 # By name, what returns the rule.
@@ -47,7 +48,7 @@ def check(name: str) -> None:
   elif name not in RULES:
     raise ValueError(
         f'There is no consensus rule {name!r} among {", ".join(RULES)}; the path of a '
-        'file of your own ends in .py.'
+        f'file of your own ends in .py.{checks.did_you_mean(name, RULES)}'
     )
 
 

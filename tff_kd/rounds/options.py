@@ -4,13 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 import dataclasses
-import difflib
 import functools
 import inspect
 import re
 from typing import Any, Optional
 
 import tff_kd
+from tff_kd import checks
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -147,8 +147,7 @@ def takes_options(build: Callable[..., Any]) -> Callable[..., Any]:
   def with_options(**kwargs):
     for name in kwargs:
       if name not in names:
-        near = difflib.get_close_matches(name, names, 1)
-        hint = f' Did you mean {near[0]!r}?' if near else ''
+        hint = checks.did_you_mean(name, names)
         raise TypeError(
             f'{build.__name__}() has no argument {name!r}.{hint} Its arguments are '
             f'{", ".join(names)}.'

@@ -7,12 +7,21 @@ __getattr__, __dir__ = _lazy.attach(
     {
         name: name
         for name in (
-            'checkpoints', 'client_states', 'participation', 'training',
+            'callbacks', 'checkpoints', 'client_states', 'participation', 'trackers',
+            'training',
+        )
+    }
+    | {
+        name: 'callbacks'
+        for name in (
+            'Callback', 'EarlyStopping', 'LearningRateSchedule', 'ProgressBar',
+            'round_schedule',
         )
     }
     | {name: 'checkpoints' for name in ('CheckpointError', 'Checkpoints')}
     | {name: 'client_states' for name in ('ClientStates', 'ClientStatesError')}
     | {name: 'participation' for name in ('Availability', 'Participation')}
+    | {name: 'trackers' for name in ('MLflowTracker', 'WandbTracker')}
     | {
         name: 'training'
         for name in (

@@ -9,7 +9,7 @@ import functools
 import json
 import math
 import time
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple, Optional, Union
 
 from absl import logging
 import numpy as np
@@ -21,6 +21,7 @@ from tff_kd.data import client_names
 from tff_kd.privacy import accounting
 from tff_kd import rounds
 from tff_kd.rounds import round_arguments
+from tff_kd.simulation import callbacks as callbacks_lib
 from tff_kd.simulation import checkpoints
 from tff_kd.simulation import client_states as client_states_lib
 from tff_kd.simulation import participation
@@ -29,7 +30,10 @@ ROUND_SECONDS = 'round_seconds'
 _COUNTS = 'client_work/participation/num_'
 # What TFF's optimizers call in their state what is chosen and not learned.
 _HYPERPARAMETERS = frozenset(
-    ['learning_rate', 'momentum', 'beta_1', 'beta_2', 'epsilon']
+    [
+        'learning_rate', 'momentum', 'beta_1', 'beta_2', 'epsilon', 'weight_decay',
+        'clip_norm',
+    ]
 )
 # So many rounds with clients that are left out are warned of.
 _MAX_WARNINGS = 3
@@ -47,6 +51,8 @@ class TrainingResult(NamedTuple):
     history: One flat dict of metrics for each round run by this call.
     converged: Whether patience ended the training, not the number of rounds.
     budget_spent: Whether the privacy budget did.
+    stop_reason: Why a callback stopped it; `None` if none did.
+    interrupted: Whether Ctrl-C, or a notebook's stop button, ended it.
   """
 
   state: Any
@@ -56,6 +62,8 @@ class TrainingResult(NamedTuple):
   history: list[dict[str, float]]
   converged: bool
   budget_spent: bool = False
+  stop_reason: Optional[str] = None
+  interrupted: bool = False
 
 
 class _Progress(NamedTuple):
@@ -69,6 +77,22 @@ class _Progress(NamedTuple):
   private_rounds: Any
   # What the process is, as JSON: one of another model or rate cannot go on from here.
   made_by: Any
+  # What callbacks remember, as JSON.
+  callbacks: Any
+
+
+class _Completed(NamedTuple):
+  """What is whole, whenever the training is interrupted.
+
+  Attributes:
+    progress: After the last round that is over.
+    round_num: The number of that round.
+    history: The metrics of each round of this training.
+  """
+
+  progress: _Progress
+  round_num: int
+  history: tuple[dict[str, Any], ...]
 
 
 def flatten_metrics(metrics: Any, prefix: str = '') -> dict[str, Any]:
@@ -113,8 +137,9 @@ def train(
     rounds_per_saving: int = 1,
     release_managers: Sequence[tff.program.ReleaseManager] = (),
     client_states: Optional[client_states_lib.ClientStates] = None,
-    on_round: Optional[Callable[[int, Mapping[str, float]], None]] = None,
     accountant: Optional[accounting.PrivacyAccountant] = None,
+    callbacks: Sequence[callbacks_lib.Callback] = (),
+    progress_bar: Union[bool, callbacks_lib.ProgressBar] = True,
 ) -> TrainingResult:
   """Runs rounds until a number of them, or until a metric stops getting better.
 
@@ -123,6 +148,10 @@ def train(
   holds a saved state, training goes on from it. A round depends on its number
   only through `select_clients` and the process, so a resumed run repeats what an
   unbroken one does wherever those do.
+
+  Ctrl-C, or a notebook's stop button, ends the training after the last whole round, which
+  is saved and returned with the history so far; the round that was under way leaves
+  nothing behind. A second one is raised as `KeyboardInterrupt`.
 
   Args:
     process: Any `LearningProcess`.
@@ -147,16 +176,20 @@ def train(
       `select_clients` then returns numbers or names. It is part of what is saved: a
       resumed run goes on with what clients had at its checkpoint. With an
       `initial_state`, training begins with what they have.
-    on_round: Called with round number and flat metrics, after they are released.
     accountant: Of a process with `privacy`: adds `privacy/epsilon` and
       `privacy/rounds`, what all rounds so far have cost, to the metrics and the
       checkpoints, and ends the training before its budget would be passed.
+    callbacks: Called around rounds, in their order; may stop the training: see
+      `tff_kd.simulation.Callback`, `EarlyStopping`, `LearningRateSchedule`.
+    progress_bar: Whether to show the progress on standard error (as a widget in
+      notebooks), or the `ProgressBar` that does.
 
   Returns:
     A `TrainingResult`.
 
   Raises:
     CheckpointError: If what was saved is of another model, or another learning rate.
+    TypeError: If a callback is none.
     ValueError: If the arguments contradict each other, or `monitor` is not among
       the metrics.
   """
@@ -172,6 +205,10 @@ def train(
     )
   if monitor_mode not in ('max', 'min'):
     raise ValueError(f"`monitor_mode` must be 'max' or 'min', found {monitor_mode!r}.")
+  callbacks = callbacks_lib.check_callbacks(callbacks)
+  if progress_bar:
+    is_bar = isinstance(progress_bar, callbacks_lib.ProgressBar)
+    callbacks += (progress_bar if is_bar else callbacks_lib.ProgressBar(),)
   training = _Training(
       process=process,
       select_clients=select_clients,
@@ -183,7 +220,7 @@ def train(
       rounds_per_saving=rounds_per_saving,
       release_managers=release_managers,
       client_states=client_states,
-      on_round=on_round,
+      callbacks=callbacks,
       accountant=accountant,
   )
   _check_accountant(accountant, training.privacy, select_clients)
@@ -201,10 +238,9 @@ class _Training:
 
   Attributes:
     loop: Where the managers' coroutines run.
-    progress: What a checkpoint holds.
-    round_num: The last round that is over.
+    completed: What the rounds that are over have left.
     saved_round: The last round that is saved.
-    history: The metrics of each round of this training.
+    seen: The training as callbacks see it.
   """
 
   process: tff.learning.templates.LearningProcess
@@ -217,13 +253,12 @@ class _Training:
   rounds_per_saving: int
   release_managers: Sequence[tff.program.ReleaseManager]
   client_states: Optional[client_states_lib.ClientStates]
-  on_round: Optional[Callable[[int, Mapping[str, float]], None]]
+  callbacks: Sequence[callbacks_lib.Callback]
   accountant: Optional[accounting.PrivacyAccountant]
   loop: Optional[asyncio.AbstractEventLoop] = None
-  progress: Optional[_Progress] = None
-  round_num: int = 0
+  completed: Optional[_Completed] = None
   saved_round: int = 0
-  history: list[dict[str, float]] = dataclasses.field(default_factory=list)
+  seen: Optional[callbacks_lib.Training] = None
 
   @property
   def is_ours(self) -> bool:
@@ -253,126 +288,188 @@ class _Training:
     """Begins, or goes on from what is saved."""
     self.loop = loop
     state = self.process.initialize() if initial_state is None else initial_state
-    self.progress = _Progress(
+    progress = _Progress(
         state, state, np.int32(0), np.float64(-math.inf),
         () if self.accountant is None else np.int32(self.accountant.rounds),
         _made_by(self.process, state),
+        callbacks_lib.saved_states(self.callbacks),
     )
+    round_num = 0
     if self.program_state_manager is not None:
       saved, version = loop.run_until_complete(
-          self.program_state_manager.load_latest(self.progress)
+          self.program_state_manager.load_latest(progress)
       )
       if saved is not None:
-        _check_made_by(saved.made_by, self.progress.made_by)
-        self.progress, self.round_num = saved, version
+        _check_made_by(saved.made_by, progress.made_by)
+        progress, round_num = saved, version
         if self.accountant is not None:
-          self.accountant.restore(self.progress.private_rounds)
-    self.saved_round = self.round_num
+          self.accountant.restore(progress.private_rounds)
+        callbacks_lib.restore_states(self.callbacks, progress.callbacks)
+    self.completed = _Completed(progress, round_num, ())
+    self.saved_round = round_num
     if self.client_states is not None:
-      _begin_clients(self.client_states, self.round_num, initial_state)
-    if self.monitor is not None:
-      evaluated = getattr(self.evaluate, 'metric_names', None)
-      if evaluated is None:
-        evaluated = self.evaluate(state) if self.evaluate is not None else ()
-      check_monitor(self.monitor, [*process_metric_names(self.process), *evaluated])
+      _begin_clients(self.client_states, round_num, initial_state)
+    self._check_monitors(state)
+
+  def _check_monitors(self, state: Any) -> None:
+    """Refuses what is monitored and will not be there."""
+    monitors = [self.monitor, *(getattr(c, 'monitor', None) for c in self.callbacks)]
+    monitors = [monitor for monitor in monitors if monitor is not None]
+    if not monitors:
+      return
+    evaluated = getattr(self.evaluate, 'metric_names', None)
+    if evaluated is None:
+      evaluated = self.evaluate(state) if self.evaluate is not None else ()
+    for monitor in monitors:
+      check_monitor(monitor, [*process_metric_names(self.process), *evaluated])
 
   def run(self, num_rounds: int) -> TrainingResult:
     """Runs the rounds that are left."""
-    budget_spent = False
-    while self.round_num < num_rounds and not self._has_converged():
-      if self.accountant is not None:
-        if not self.accountant.allows_another_round():
-          budget_spent = True
-          break
-        self.accountant.begin_round()
-      self.round_num += 1
-      self._run_round()
-    if self.program_state_manager is not None and self.saved_round != self.round_num:
-      self._save()
+    budget_spent = interrupted = False
+    self.seen = callbacks_lib.Training(
+        process=self.process, num_rounds=num_rounds, round_num=self.completed.round_num,
+        state=self.completed.progress.state, history=[], monitor=self.monitor,
+    )
+    with contextlib.ExitStack() as stack:
+      try:
+        for callback in self.callbacks:
+          callback.on_train_begin(self.seen)
+          stack.callback(callback.on_train_end, self.seen)
+        progress = self._with_callbacks(self.completed.progress)
+        self.completed = self.completed._replace(progress=progress)
+        while self._goes_on(num_rounds):
+          if self.accountant is not None:
+            if not self.accountant.allows_another_round():
+              budget_spent = True
+              break
+            self.accountant.begin_round()
+          self._run_round()
+      except KeyboardInterrupt:
+        interrupted = True
+        self._leave_the_round()
+      if self.program_state_manager is not None and (
+          self.saved_round != self.completed.round_num
+      ):
+        self._save(self.completed)
+      self.seen.ending = 'interrupted' if interrupted else 'finished'
+    progress = self.completed.progress
     return TrainingResult(
-        state=self.progress.state,
-        round_num=self.round_num,
-        best_state=self.progress.best_state,
-        best_round=int(self.progress.best_round),
-        history=self.history,
+        state=progress.state,
+        round_num=self.completed.round_num,
+        best_state=progress.best_state,
+        best_round=int(progress.best_round),
+        history=list(self.completed.history),
         converged=self._has_converged(),
         budget_spent=budget_spent,
+        stop_reason=self.seen.stop_reason,
+        interrupted=interrupted,
+    )
+
+  def _goes_on(self, num_rounds: int) -> bool:
+    return (
+        self.completed.round_num < num_rounds
+        and not self._has_converged()
+        and self.seen.stop_reason is None
     )
 
   def _has_converged(self) -> bool:
-    waited = self.round_num - int(self.progress.best_round)
+    waited = self.completed.round_num - int(self.completed.progress.best_round)
     return self.patience is not None and waited >= self.patience
 
   def _run_round(self) -> None:
     """Runs a round, evaluates, releases and saves it."""
+    round_num = self.completed.round_num + 1
     start = time.perf_counter()
-    output = self._next()
+    output = self._next(round_num)
     seconds = time.perf_counter() - start
-    metrics = self._metrics(output)
+    metrics = self._metrics(round_num, output)
     if self.evaluate is not None:
       metrics.update(self.evaluate(output.state))
     metrics[ROUND_SECONDS] = seconds
-    self.progress = _advance(
-        self.progress, output.state, self.round_num, metrics, self.monitor,
+    progress = _advance(
+        self.completed.progress, output.state, round_num, metrics, self.monitor,
         self.monitor_mode,
     )
-    self.history.append(metrics)
+    if self.accountant is not None:
+      progress = progress._replace(private_rounds=np.int32(self.accountant.rounds))
     released = collections.OrderedDict(metrics)
     for manager in self.release_managers:
-      self.loop.run_until_complete(manager.release(released, self.round_num))
-    if self.program_state_manager is not None and (
-        self.round_num % self.rounds_per_saving == 0
-    ):
-      self._save()
+      self.loop.run_until_complete(manager.release(released, round_num))
+    self.seen.round_num, self.seen.state = round_num, progress.state
+    self.seen.history.append(metrics)
+    for callback in self.callbacks:
+      callback.on_round_end(self.seen, metrics)
+    # At once: whatever interrupts, a round is over with all that it leaves or not begun.
+    self.completed = _Completed(
+        self._with_callbacks(progress), round_num, (*self.completed.history, metrics)
+    )
+    if self.program_state_manager is not None and not round_num % self.rounds_per_saving:
+      self._save(self.completed)
       if self.client_states is not None:
         # No checkpoint goes back further.
         versions = self.loop.run_until_complete(
             self.program_state_manager.get_versions()
         )
         self.client_states.prune(min(versions))
-    if self.on_round is not None:
-      self.on_round(self.round_num, metrics)
 
-  def _next(self) -> Any:
+  def _with_callbacks(self, progress: _Progress) -> _Progress:
+    """Returns the progress with the state as callbacks have left it."""
+    if self.seen.state is not progress.state:
+      if progress.best_state is progress.state:
+        progress = progress._replace(best_state=self.seen.state)
+      progress = progress._replace(state=self.seen.state)
+    return progress._replace(callbacks=callbacks_lib.saved_states(self.callbacks))
+
+  def _leave_the_round(self) -> None:
+    """Forgets what an interrupted round has left beside the progress."""
+    tasks = asyncio.all_tasks(self.loop)
+    if tasks:  # Such as a checkpoint that is being written.
+      self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+    round_num = self.completed.round_num
+    if self.program_state_manager is not None:
+      versions = self.loop.run_until_complete(self.program_state_manager.get_versions())
+      self.saved_round = max(versions or [0])
+    if self.client_states is not None:
+      self.client_states.rewind(round_num)
+    self.seen.round_num, self.seen.state = round_num, self.completed.progress.state
+    self.seen.history[:] = self.completed.history
+
+  def _next(self, round_num: int) -> Any:
     """Returns what the process makes of the round's clients."""
-    selected = round_arguments.as_list(self.select_clients(self.round_num))
+    selected = round_arguments.as_list(self.select_clients(round_num))
+    state = self.completed.progress.state
     if self.client_states is None:
-      return self.process.next(self.progress.state, selected)
+      return self.process.next(state, selected)
     numbers = _client_numbers(selected, self.names)
-    output = self.process.next(
-        self.progress.state, selected, self.client_states.load(numbers)
-    )
+    output = self.process.next(state, selected, self.client_states.load(numbers))
     # What clients did in a round that was skipped is lost, too.
     if not output.metrics.get('round_skipped'):
-      self.client_states.save(numbers, output.client_states, self.round_num)
+      self.client_states.save(numbers, output.client_states, round_num)
     return output
 
-  def _metrics(self, output: Any) -> dict[str, Any]:
+  def _metrics(self, round_num: int, output: Any) -> dict[str, Any]:
     """Returns a round's flat metrics, and what else is known of it."""
     metrics = flatten_metrics(output.metrics)
-    _warn_of_left_out(self.round_num, metrics, self.history)
+    _warn_of_left_out(round_num, metrics, self.completed.history)
     select = self.select_clients
     if isinstance(select, participation.Participation) and (
         # How many came is not in the account.
         self.privacy is None or select.sampling != 'poisson'
     ):
-      metrics |= flatten_metrics(select.counts(self.round_num), 'participation/')
+      metrics |= flatten_metrics(select.counts(round_num), 'participation/')
     if self.round_bytes is not None:
       expected = None if self.privacy is None else self.privacy.clients_per_round
       metrics |= communication.ledger(self.round_bytes, metrics, expected)
     if self.accountant is not None:
       metrics['privacy/epsilon'] = self.accountant.epsilon()
       metrics['privacy/rounds'] = self.accountant.rounds
-      self.progress = self.progress._replace(
-          private_rounds=np.int32(self.accountant.rounds)
-      )
     return metrics
 
-  def _save(self) -> None:
+  def _save(self, completed: _Completed) -> None:
     self.loop.run_until_complete(
-        self.program_state_manager.save(self.progress, self.round_num)
+        self.program_state_manager.save(completed.progress, completed.round_num)
     )
-    self.saved_round = self.round_num
+    self.saved_round = completed.round_num
 
 
 def _made_by(process: tff.learning.templates.LearningProcess, state: Any) -> bytes:

@@ -9,6 +9,7 @@ import inspect
 import pathlib
 from typing import Any, Callable, NamedTuple, Optional
 
+from tff_kd import checks
 from tff_kd import own_files
 
 _IMAGE_STUDENTS = ('cnn', 'mlp_small', 'resnet')
@@ -91,7 +92,7 @@ def task_info(name: str) -> TaskInfo:
     if name not in TASKS:
       raise ValueError(
           f'There is no task {name!r} among {", ".join(TASKS)}; the path of a file of '
-          'your own ends in .py.'
+          f'your own ends in .py.{checks.did_you_mean(name, TASKS)}'
       )
     return TASKS[name]
   module = own_files.load(name)

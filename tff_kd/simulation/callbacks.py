@@ -1,0 +1,350 @@
+"""Callbacks of the training loop: what happens around rounds, and when it stops."""
+
+from collections.abc import Callable, Mapping, Sequence
+import dataclasses
+import json
+import math
+import sys
+from typing import Any, Optional
+
+import numpy as np
+import tqdm.auto
+import tree
+
+OPTIMIZERS = ('client', 'server')
+SCHEDULES = ('constant', 'cosine', 'linear')
+_LEARNING_RATE = 'learning_rate'
+# The parts of a process's hyperparameters.
+_PARTS = {'client': 'client_work', 'server': 'finalizer'}
+_TRAIN_METRICS = 'client_work/train/'
+
+
+@dataclasses.dataclass(kw_only=True)
+class Training:
+  """A training under way, as callbacks see it.
+
+  Attributes:
+    process: The process.
+    num_rounds: The last round.
+    round_num: The last round that is over; 0 before the first one.
+    state: The process's state after that round. A callback may assign another one, of
+      the same type, with which the next round begins.
+    history: The flat metrics of the rounds that this call of `train` has run.
+    monitor: The metric that `train` monitors, or `None`.
+    stop_reason: Why a callback has stopped the training; `None` if none has.
+    ending: In `on_train_end`: 'finished' (also where it was stopped), 'interrupted', or
+      'failed'.
+  """
+
+  process: Any
+  num_rounds: int
+  round_num: int
+  state: Any
+  history: list[Mapping[str, Any]]
+  monitor: Optional[str] = None
+  stop_reason: Optional[str] = None
+  ending: str = 'failed'
+
+  def stop(self, reason: str) -> None:
+    """Ends the training after this round, as if it was the last one.
+
+    Args:
+      reason: Why, for `TrainingResult.stop_reason`.
+    """
+    self.stop_reason = reason
+
+
+class Callback:
+  """What happens around rounds: override what is needed.
+
+  Example, which stops at a goal:
+
+  ```
+  class Goal(tff_kd.simulation.Callback):
+
+    def on_round_end(self, training, metrics):
+      if metrics['client_work/train/accuracy'] > 0.9:
+        training.stop('The clients are good enough.')
+  ```
+
+  A callback that remembers something from round to round returns it from `get_state`, so
+  that a resumed training goes on with it. Each callback gets back what the one of the
+  same class had (of several, in their order); others may be added or left out.
+  """
+
+  def on_train_begin(self, training: Training) -> None:
+    """Called before the first round of this call of `train`, resumed or not."""
+
+  def on_round_end(self, training: Training, metrics: Mapping[str, Any]) -> None:
+    """Called after each round, when its metrics are released, before it is saved.
+
+    Args:
+      training: The training; `training.state` is the state after the round.
+      metrics: The round's flat metrics.
+    """
+
+  def on_train_end(self, training: Training) -> None:
+    """Called at the end, also where training is interrupted or ends in an error."""
+
+  def get_state(self) -> Any:
+    """Returns what a checkpoint keeps of this callback: what `json` can write."""
+    return None
+
+  def set_state(self, state: Any) -> None:
+    """Takes back what `get_state` returned, before `on_train_begin` of a resumed run."""
+
+
+class ProgressBar(Callback):
+  """Shows the progress on standard error; as a widget in notebooks."""
+
+  def __init__(
+      self,
+      description: str = 'training',
+      summary_fn: Optional[Callable[[Training, Mapping[str, Any]], str]] = None,
+  ):
+    """Initializes the bar.
+
+    Args:
+      description: What stands before it.
+      summary_fn: Maps the training and a round's flat metrics to what stands behind it;
+        if `None`, the monitored metric, or else the clients' training metrics.
+    """
+    self._description = description
+    self._summary_fn = summary_fn or _summary
+    self._bar = None
+
+  def on_train_begin(self, training: Training) -> None:
+    self._bar = tqdm.auto.tqdm(
+        total=training.num_rounds, initial=training.round_num, unit='round',
+        desc=self._description, file=sys.stderr, dynamic_ncols=True,
+    )
+    if training.round_num < training.num_rounds:
+      self._bar.set_postfix_str('the first round takes longer: it prepares the graphs')
+
+  def on_round_end(self, training: Training, metrics: Mapping[str, Any]) -> None:
+    self._bar.n = training.round_num
+    self._bar.set_postfix_str(self._summary_fn(training, metrics))
+
+  def on_train_end(self, training: Training) -> None:
+    if not training.history:
+      self._bar.set_postfix_str('')
+    self._bar.close()
+
+
+def _summary(training: Training, metrics: Mapping[str, Any]) -> str:
+  if training.monitor is not None:
+    shown = {training.monitor: metrics[training.monitor]}
+  else:
+    shown = {
+        name.removeprefix(_TRAIN_METRICS): value
+        for name, value in metrics.items()
+        if name.startswith(_TRAIN_METRICS) and isinstance(value, (float, np.floating))
+    }
+  return ', '.join(f'{name}={value:.4g}' for name, value in shown.items())
+
+
+class EarlyStopping(Callback):
+  """Stops when a metric has not become better for some rounds.
+
+  As `keras.callbacks.EarlyStopping`. What it has seen is part of checkpoints.
+  """
+
+  def __init__(
+      self, monitor: str, *, patience: int, mode: str = 'max', min_delta: float = 0.0
+  ):
+    """Initializes the callback.
+
+    Args:
+      monitor: The metric, of `evaluate` or of the process.
+      patience: Stop after so many rounds without a better value; 1 or more.
+      mode: 'max' if higher is better, 'min' if lower is.
+      min_delta: By how much a value must be better to count, 0 or more.
+
+    Raises:
+      ValueError: If an argument is out of range.
+    """
+    if not isinstance(patience, int) or patience < 1:
+      raise ValueError(f'`patience` must be an integer of 1 or more, found {patience!r}.')
+    if mode not in ('max', 'min'):
+      raise ValueError(f"`mode` must be 'max' or 'min', found {mode!r}.")
+    if not 0.0 <= min_delta < math.inf:
+      raise ValueError(f'`min_delta` must be finite, 0 or more, found {min_delta!r}.')
+    self.monitor = monitor
+    self._patience, self._min_delta = patience, min_delta
+    self._sign = 1.0 if mode == 'max' else -1.0
+    self._best, self._best_round = -math.inf, 0
+
+  def on_train_begin(self, training: Training) -> None:
+    if training.round_num:
+      self._check(training)
+    else:  # A training of its own, whatever this callback has seen before.
+      self._best, self._best_round = -math.inf, 0
+
+  def on_round_end(self, training: Training, metrics: Mapping[str, Any]) -> None:
+    value = self._sign * float(metrics[self.monitor])
+    if value > self._best + self._min_delta:
+      self._best, self._best_round = value, training.round_num
+    self._check(training)
+
+  def _check(self, training: Training) -> None:
+    if training.round_num - self._best_round >= self._patience:
+      training.stop(f'{self.monitor} was not better for {self._patience} rounds')
+
+  def get_state(self) -> Any:
+    return {'best': self._best, 'best_round': self._best_round}
+
+  def set_state(self, state: Any) -> None:
+    self._best, self._best_round = state['best'], state['best_round']
+
+
+class LearningRateSchedule(Callback):
+  """Sets the learning rate of each round.
+
+  The rate is set in the process's state, so it needs a TFF optimizer. It follows from the
+  round's number alone, so a resumed training has the same rates. In place of it,
+  `learning_rate_fn` of a builder makes the clients' rate part of the process; use one of
+  them.
+  """
+
+  def __init__(self, schedule: Callable[[int], float], *, optimizer: str = 'client'):
+    """Initializes the callback.
+
+    Args:
+      schedule: Maps a round's number, from 1, to the learning rate, 0 or more; see
+        `round_schedule`.
+      optimizer: 'client', or 'server' for the one that applies the mean delta.
+
+    Raises:
+      TypeError: If `schedule` is not a function.
+      ValueError: If there is no such optimizer.
+    """
+    if not callable(schedule):
+      raise TypeError(
+          '`schedule` must be a function of the round\'s number, such as '
+          f'`lambda r: 0.1 / r`, found {schedule!r}.'
+      )
+    if optimizer not in OPTIMIZERS:
+      raise ValueError(f'`optimizer` must be one of {OPTIMIZERS}, found {optimizer!r}.')
+    self._schedule, self._optimizer = schedule, optimizer
+
+  def on_train_begin(self, training: Training) -> None:
+    self._set_rate(training)
+
+  def on_round_end(self, training: Training, metrics: Mapping[str, Any]) -> None:
+    del metrics
+    if training.round_num < training.num_rounds:
+      self._set_rate(training)
+
+  def _set_rate(self, training: Training) -> None:
+    """Sets the rate of the round that comes next."""
+    round_num = training.round_num + 1
+    rate = float(self._schedule(round_num))
+    if not 0.0 <= rate < math.inf:
+      raise ValueError(
+          f'`schedule` must return finite rates of 0 or more, found {rate} for round '
+          f'{round_num}.'
+      )
+    hparams = training.process.get_hparams(training.state)
+    part, found = _PARTS[self._optimizer], []
+
+    def with_rate(path: tuple[Any, ...], value: Any) -> Any:
+      if path[0] != part or path[-1] != _LEARNING_RATE:
+        return value
+      found.append(path)
+      return np.float32(rate)
+
+    hparams = tree.map_structure_with_path(with_rate, hparams)
+    if not found:
+      raise ValueError(
+          f'The process has no learning rate of a {self._optimizer} optimizer to set: '
+          'use a TFF optimizer, such as `tff.learning.optimizers.build_sgdm(0.1)`, and '
+          'for the server an algorithm that averages weights.'
+      )
+    training.state = training.process.set_hparams(training.state, hparams)
+
+
+def round_schedule(
+    kind: str, learning_rate: float, *, num_rounds: int, warmup_rounds: int = 0
+) -> Callable[[int], float]:
+  """Makes a learning-rate schedule over rounds, with a warm-up.
+
+  The rate rises in equal steps to `learning_rate` in round `warmup_rounds`, and then
+  follows the schedule towards 0 after the last round.
+
+  Source: Loshchilov and Hutter, "SGDR: Stochastic Gradient Descent with Warm Restarts"
+  (ICLR 2017), equation 5, without restarts, for 'cosine'; Goyal et al., "Accurate, Large
+  Minibatch SGD" (2017), section 2.2, the gradual warm-up.
+
+  Args:
+    kind: 'constant', 'cosine' (half a cosine), or 'linear'.
+    learning_rate: The highest rate.
+    num_rounds: How many rounds there are.
+    warmup_rounds: How many of the first of these warm up.
+
+  Returns:
+    A function from a round's number, from 1, to the rate.
+
+  Raises:
+    ValueError: If an argument is out of range.
+  """
+  if kind not in SCHEDULES:
+    raise ValueError(f'`kind` must be one of {SCHEDULES}, found {kind!r}.')
+  if not 0 <= warmup_rounds < num_rounds:
+    raise ValueError(
+        f'`warmup_rounds` must be 0 or more, and below the {num_rounds} rounds, found '
+        f'{warmup_rounds}.'
+    )
+
+  def rate(round_num: int) -> float:
+    if round_num <= warmup_rounds:
+      return learning_rate * round_num / warmup_rounds
+    # The share of the rounds after the warm-up that are over.
+    done = min((round_num - 1 - warmup_rounds) / (num_rounds - warmup_rounds), 1.0)
+    factors = {
+        'constant': 1.0, 'cosine': 0.5 * (1.0 + math.cos(math.pi * done)),
+        'linear': 1.0 - done,
+    }
+    return learning_rate * factors[kind]
+
+  return rate
+
+
+def check_callbacks(callbacks: Any) -> Sequence[Callback]:
+  """Returns callbacks as a tuple.
+
+  Raises:
+    TypeError: If they are not a sequence of `Callback`s.
+  """
+  if not isinstance(callbacks, Sequence):
+    raise TypeError(f'`callbacks` must be a list of callbacks, found {callbacks!r}.')
+  for callback in callbacks:
+    if not isinstance(callback, Callback):
+      raise TypeError(
+          'Each of `callbacks` must be a `tff_kd.simulation.Callback`, found '
+          f'{callback!r}. Derive a class from it, with `on_round_end(self, training, '
+          'metrics)`.'
+      )
+  return tuple(callbacks)
+
+
+def saved_states(callbacks: Sequence[Callback]) -> bytes:
+  """Returns what callbacks remember, as a checkpoint keeps it."""
+  return json.dumps(
+      [[type(callback).__qualname__, callback.get_state()] for callback in callbacks]
+  ).encode()
+
+
+def restore_states(callbacks: Sequence[Callback], saved: bytes) -> None:
+  """Gives each callback what the one of its class has remembered.
+
+  Args:
+    callbacks: The callbacks.
+    saved: From `saved_states`.
+  """
+  states = json.loads(saved)
+  for callback in callbacks:
+    name = type(callback).__qualname__
+    found = next((its for its in states if its[0] == name), None)
+    if found is not None:
+      states.remove(found)
+      callback.set_state(found[1])
