@@ -519,7 +519,7 @@ def test_secure_sums_and_private_ones_are_of_aligned_predictions():
       _aligned_fed_df(
           client_weighting=uniform,
           secure_aggregation=tff_kd.privacy.SecureAggregation(
-              bits=24, model_bound=10.0, knowledge_bound=50.0
+              bits=24, max_clients=3, model_bound=10.0, knowledge_bound=50.0
           ),
       ),
       # No noise, and a clip that nothing reaches.

@@ -109,6 +109,8 @@ def test_regression_and_priors_of_other_classes_are_refused():
       [_DENSE(1)], keras.losses.MeanSquaredError(), tf.TensorSpec([None, 1])
   )
   with pytest.raises(ValueError, match='Calibration.*classes'):
-    calibration.CalibrationStage().check_learner(numbers)
+    calibration.CalibrationStage().build_lesson(numbers, _TRANSFER)
   with pytest.raises(ValueError, match='a probability for each class'):
-    calibration.CalibrationStage(prior=(0.5, 0.5)).check_learner(_KINDS['logits']())
+    calibration.CalibrationStage(prior=(0.5, 0.5)).build_lesson(
+        _KINDS['logits'](), _TRANSFER
+    )

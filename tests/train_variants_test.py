@@ -94,7 +94,7 @@ def test_the_average_goes_on_and_what_is_released_is_aligned(tmp_path):
     ]
     assert distances[1] < 1e-3 < distances[0]
     # Nothing more is sent.
-    assert float(row['bytes/up_knowledge']) == 0.0
+    assert 'bytes/up_knowledge' not in row
 
 
 @pytest.mark.parametrize(

@@ -58,20 +58,18 @@ class CalibrationStage(NamedTuple):
     if self.learner == 'teacher' and not has_teacher:
       raise ValueError('This calibration needs a teacher; pass `teacher_fn`.')
 
-  def check_learner(self, learner: models.ModelSpec) -> None:
-    """Refuses a model without classes, or with others than the prior's.
+  def build_lesson(
+      self, learner: models.ModelSpec, transfer_set: transfer.TransferSet
+  ) -> 'Calibration':
+    """Builds the stage for one learner.
 
     Raises:
-      ValueError: If it is one.
+      ValueError: If the learner has no classes, or others than the prior, or no bias that
+        is added to its logits (`output_bias`).
     """
     models.check_has_classes(learner, 'Calibration')
     if self.prior is not None:
       alignment.check_prior_fits(self.prior, learner.logits_shape)
-
-  def build_lesson(
-      self, learner: models.ModelSpec, transfer_set: transfer.TransferSet
-  ) -> 'Calibration':
-    """Builds the stage for one learner; see `output_bias`."""
     return Calibration(self.prior, learner, transfer_set)
 
 

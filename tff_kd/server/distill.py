@@ -130,14 +130,11 @@ class DistillationStage(NamedTuple):
           'transfer set with `validation_size` above 0.'
       )
 
-  def check_learner(self, learner: models.ModelSpec) -> None:
-    """Refuses what compares classes where there are none; see `check_outputs`."""
-    check_outputs(self.distillation, learner)
-
   def build_lesson(
       self, learner: models.ModelSpec, transfer_set: transfer.TransferSet
   ) -> 'Lesson':
-    """Builds the stage for one learner."""
+    """Builds the stage for one learner, which it checks (`check_outputs`)."""
+    check_outputs(self.distillation, learner)
     return Lesson(self, learner, transfer_set)
 
 
@@ -210,10 +207,6 @@ def build_server_distillation(
     to learn from a teacher that had nothing to learn from in this round.
   """
   uses_ensemble = any(stage.uses_ensemble for stage in stages)
-  for stage in stages:
-    learner = teacher if stage.learner == 'teacher' else students.first
-    if learner is not None:  # `check_stages` refuses a teacher that is missing.
-      stage.check_learner(learner)
   if uses_ensemble:
     knowledge.check_rule(consensus_rule, students.first)
   models_type = tff.to_type(
