@@ -172,9 +172,14 @@ def _register_unused() -> None:
       'prior_smoothing', 'prior_tau', lambda: bool(args.PRIOR_TAU.value),
       'without --prior_tau',
   )
+  for name in ('back_steps', 'student_start'):
+    _no_effect(
+        name, 'back_distillation', lambda: args.BACK.value, 'with --noback_distillation'
+    )
   _no_effect(
-      'back_steps', 'back_distillation', lambda: args.BACK.value,
-      'with --noback_distillation',
+      'student_start', 'clients_start_from',
+      lambda: args.CLIENTS_START_FROM.value == 'average',
+      'without --clients_start_from=average',
   )
   _no_effect(
       'clients_start_from', 'back_distillation',

@@ -543,6 +543,11 @@ SERVER_PATIENCE = flags.DEFINE_integer(
     'Stop the distillation of a round after this many validations without improvement.',
     lower_bound=1,
 )
+AUGMENT = flags.DEFINE_bool(
+    'augment', False,
+    "Change the transfer inputs at random in each step of the server's distillation, as "
+    'the task knows how to (images: shifts by up to 2 pixels).',
+)
 TEACHER_RATE = flags.DEFINE_float(
     'teacher_learning_rate', None,
     "The learning rate of the teacher's Adam.", lower_bound=0.0
@@ -554,6 +559,12 @@ BACK = flags.DEFINE_bool(
 BACK_STEPS = flags.DEFINE_integer(
     'back_steps', None,
     'Steps of --back_distillation per round.', lower_bound=1
+)
+STUDENT_START = flags.DEFINE_enum(
+    'student_start', None, ['average', 'released'],
+    "Where the student's distillation begins if clients start from the average: at the "
+    'average of the round, or at the student that was last released, moved by what the '
+    'average moved. Unset: average.',
 )
 STUDENT_RATE = flags.DEFINE_float(
     'student_learning_rate', None,
@@ -776,10 +787,11 @@ _FLAGS_OF_PARAMETER = {
     'distillation': [
         'target', 'temperature', 'distillation_weight', 'server_steps',
         'server_batch_size', 'server_schedule', 'validate_every', 'server_patience',
+        'augment',
     ],
     'teacher_fn': ['teacher'],
     'teacher_optimizer': ['teacher_learning_rate'],
-    'back_distillation': ['back_distillation', 'back_steps'],
+    'back_distillation': ['back_distillation', 'back_steps', 'student_start'],
     'student_optimizer': ['student_learning_rate'],
     'mentor_fn': ['mentor'],
     'generator_optimizer': ['generator_learning_rate'],

@@ -318,8 +318,15 @@ def _epsilon(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
   return None if np.isposinf(epsilon) else epsilon
 
 
-def _distillation(algorithm: algorithms.Info, parameter: str, **own: Any) -> Any:
+def _distillation(
+    algorithm: algorithms.Info, task: tff_kd.data.Task, parameter: str, **own: Any
+) -> Any:
   """The builder's default settings with the flags that were set."""
+  if args.AUGMENT.value and task.augment is None:
+    raise UserError(
+        f'--augment: the task {task.name} has no random change of its inputs '
+        '(`Task.augment`). Leave the flag out.'
+    )
   changes = dict(
       own,
       temperature=args.TEMPERATURE.value,
@@ -327,6 +334,7 @@ def _distillation(algorithm: algorithms.Info, parameter: str, **own: Any) -> Any
       batch_size=args.SERVER_BATCH.value,
       validate_every=args.VALIDATE_EVERY.value,
       patience=args.SERVER_PATIENCE.value,
+      augment=task.augment if args.AUGMENT.value else None,
   )
   return dataclasses.replace(
       algorithm.parameters[parameter].default,
@@ -335,9 +343,9 @@ def _distillation(algorithm: algorithms.Info, parameter: str, **own: Any) -> Any
 
 
 def _forward(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  del task
   found = _distillation(
-      algorithm, 'distillation', target=args.target(), num_steps=args.SERVER_STEPS.value
+      algorithm, task, 'distillation', target=args.target(),
+      num_steps=args.SERVER_STEPS.value,
   )
   if args.SCHEDULE.value is None:
     return found
@@ -345,11 +353,11 @@ def _forward(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
 
 
 def _back(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  del task
   if not args.BACK.value:
     return None
   return _distillation(
-      algorithm, 'back_distillation', num_steps=args.BACK_STEPS.value
+      algorithm, task, 'back_distillation', num_steps=args.BACK_STEPS.value,
+      start=args.STUDENT_START.value,
   )
 
 

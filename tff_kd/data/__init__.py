@@ -9,6 +9,8 @@ from tff_kd.data.tasks import TASKS
 __getattr__, __dir__ = _lazy.attach(
     __name__,
     {
+        'augmentation': 'augmentation',
+        'RandomShift': 'augmentation',
         **{
             name: name
             for name in ('client_data', 'client_names', 'raw_files', 'transfer')

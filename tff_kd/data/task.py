@@ -12,6 +12,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tff_kd.data import augmentation
 from tff_kd.data import client_names as client_names_lib
 from tff_kd import models
 from tff_kd.models import zoo
@@ -144,6 +145,8 @@ class Task:
     scores_fn: Further scores of a model on the test part, if there are any.
     class_names: For pictures; the numbers if `None`.
     num_labelled: So many of the first transfer examples have labels; all if `None`.
+    augment: Changes a batch of inputs at random where their labels stay the same, as
+      `tff_kd.Distillation.augment`; `None` if there is no such change.
 
   Raises:
     ValueError: If the parts do not fit, a label is out of the loss's range, or sample
@@ -167,6 +170,7 @@ class Task:
   scores_fn: Optional[ScoresFn] = None
   class_names: Optional[Sequence[str]] = None
   num_labelled: Optional[int] = None
+  augment: Optional[Callable[[Any, Any], Any]] = None
 
   def __post_init__(self):
     if self.metrics_fn is None:
@@ -293,6 +297,7 @@ def image_task(*, num_classes: int, clients: Examples, **kwargs) -> Task:
     **kwargs: Further arguments of `Task`.
   """
   shape = clients.inputs.shape[1:]
+  kwargs.setdefault('augment', augmentation.RandomShift())
   return Task(
       students=zoo.of_shape(zoo.STUDENTS, num_classes, shape),
       teachers=zoo.of_shape(zoo.TEACHERS, num_classes, shape),

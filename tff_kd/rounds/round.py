@@ -357,6 +357,7 @@ class Round:
                 released=(
                     state.global_model_weights if self.sends_average else _nothing()
                 ),
+                sent=sent if self.sends_average else _nothing(),
             )
         ),
         mean.knowledge if self.parts.uses_ensemble else _nothing(),

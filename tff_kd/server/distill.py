@@ -89,6 +89,11 @@ class DistillationStage(NamedTuple):
     """Whether the teacher is the target."""
     return self.distillation.target == 'teacher'
 
+  @property
+  def starts_from_released(self) -> bool:
+    """Whether a student goes on from the released one (`Distillation.start`)."""
+    return self.distillation.start == 'released'
+
   def check(
       self,
       *,
@@ -146,11 +151,13 @@ class ServerModels(NamedTuple):
     teacher: The teacher's `ModelWeights`, or ().
     released: The student that the last round released, where that is not what this round
       began with; it is released again if the student has nothing to learn from. Else ().
+    sent: Where there is a released one, the average that this round began with.
   """
 
   student: Any
   teacher: Any
   released: Any = ()
+  sent: Any = ()
 
 
 def check_stages(stages: Sequence[Any], **available: bool) -> None:
@@ -214,6 +221,7 @@ def build_server_distillation(
           student=students.weights_type,
           teacher=teacher.weights_type if teacher is not None else (),
           released=students.weights_type if has_released else (),
+          sent=students.weights_type if has_released else (),
       )
   )
   knowledge_type = tff.to_type(())
@@ -306,10 +314,15 @@ class _Lessons:
     """Returns the next state, the `ServerModels` and the measurements."""
     students = self._students.unpack(weights.student)
     have_learned = [tf.constant(False)] * len(students)
+    starts = self._moved(weights) if weights.released else {}
     teacher, is_taught = weights.teacher, None
     new_state, measurements = [], collections.OrderedDict()
     for index, (stage, cohort) in enumerate(self._order):
       is_teacher = stage.learner == 'teacher'
+      if not is_teacher:
+        # Later stages go on from what the first one leaves.
+        start = starts.pop(cohort, students[cohort])
+        students[cohort] = start if stage.starts_from_released else students[cohort]
       learned = self._lessons[index](
           teacher if is_teacher else students[cohort],
           state[index],
@@ -338,6 +351,26 @@ class _Lessons:
       ]
     result = ServerModels(student=self._students.pack(students), teacher=teacher)
     return tuple(new_state), result, measurements
+
+  def _moved(self, weights: ServerModels) -> dict[int, Any]:
+    """Returns each cohort's released student, moved by what its average moved.
+
+    What is not trained (statistics of batch norm, say) stays the released student's.
+    """
+    moved = {}
+    of_cohorts = zip(*(
+        self._students.unpack(students)
+        for students in (weights.released, weights.sent, weights.student)
+    ))
+    for cohort, (released, sent, average) in enumerate(of_cohorts):
+      trainable = tf.nest.map_structure(
+          lambda released, sent, average: released + (average - sent),
+          released.trainable, sent.trainable, average.trainable,
+      )
+      moved[cohort] = tff.learning.models.ModelWeights(
+          trainable, released.non_trainable
+      )
+    return moved
 
   def _models(
       self, students: Sequence[Any], teacher: Any, cohort: Optional[int]
@@ -382,6 +415,21 @@ class _Examples(NamedTuple):
   mask: Any = ()
   diversity_logits: Any = ()
   diversity_mask: Any = ()
+
+
+class _Round(NamedTuple):
+  """What all steps of a round's lesson share.
+
+  Attributes:
+    opened: The transfer set.
+    seed: int32 `[2]`, decides how inputs are changed.
+    asked: The model whose predictions on changed inputs are the targets; `None` where the
+      targets are those of the inputs as they were.
+  """
+
+  opened: transfer.OpenTransferSet
+  seed: tf.Tensor
+  asked: Optional[Any]
 
 
 class _Steps(NamedTuple):
@@ -448,6 +496,8 @@ class Lesson:
       self._distillation_weight = 0.5 if transfer_set.labelled else 1.0
     self._batch_size = min(d.batch_size, transfer_set.subset_size)
     self._has_validation = transfer_set.validation_size > 0
+    if d.augment is not None:
+      _check_augment(d.augment, transfer_set)
 
   def initial_state(self) -> Any:
     """The optimizer's state before the first round."""
@@ -491,8 +541,12 @@ class Lesson:
         round_num,
         seed,
     )
+    asked = None
+    if self._distillation.augment is not None:
+      asked = models_by_name.get(self._distillation.target)
     done, best = self._run(
-        begin, best, learn, validation, order, self._num_steps(num_targets, may_learn)
+        begin, best, learn, validation, order, self._num_steps(num_targets, may_learn),
+        _Round(self._transfer_set.open(), draws, asked),
     )
     measurements = collections.OrderedDict(
         num_steps=done.step,
@@ -525,15 +579,16 @@ class Lesson:
       validation: Optional[_Examples],
       order: tf.Tensor,
       num_steps: tf.Tensor,
+      shared: _Round,
   ) -> tuple[_Steps, _Best]:
     """Takes the steps, looking at the validation part between them."""
-    d, opened = self._distillation, self._transfer_set.open()
+    d = self._distillation
 
     def take_step(now: _Steps) -> tuple[_Steps]:
       rows = order[now.step * self._batch_size : (now.step + 1) * self._batch_size]
       rows = tf.ensure_shape(rows, [self._batch_size])
       batch = tf.nest.map_structure(lambda a: tf.gather(a, rows), learn)
-      return (self._step(now, opened, batch),)
+      return (self._step(now, shared, batch),)
 
     check_every = min(d.validate_every or d.num_steps, d.num_steps)
 
@@ -585,18 +640,22 @@ class Lesson:
       return learn, _Examples(transfer_set.validation_ids())
     return learn, _Examples(all_ids[m:], targets[m:], mask[m:])
 
-  def _step(
-      self, now: _Steps, opened: transfer.OpenTransferSet, batch: _Examples
-  ) -> _Steps:
+  def _step(self, now: _Steps, shared: _Round, batch: _Examples) -> _Steps:
     """One gradient step."""
     d = self._distillation
     trainable = now.values.trainable
+    inputs = shared.opened.gather_inputs(batch.ids)
+    if d.augment is not None:
+      seed = tf.random.experimental.stateless_fold_in(shared.seed, now.step)
+      inputs = graphs.user_function(d.augment)(inputs, seed)
+      if shared.asked is not None:
+        batch = batch._replace(target_logits=shared.asked.logits(inputs))
     with tf.GradientTape(watch_accessed_variables=False) as tape:
       tape.watch(trainable)
       outputs, values, regularization, _ = self._learner.call(
-          now.values, opened.gather_inputs(batch.ids), training=True
+          now.values, inputs, training=True
       )
-      loss = self._batch_loss(outputs, opened, batch) + regularization
+      loss = self._batch_loss(outputs, shared.opened, batch) + regularization
     rate_scale = None
     if d.schedule is not None:
       rate_scale = graphs.user_function(d.schedule)(
@@ -680,6 +739,36 @@ class Lesson:
         loss,
         tf.where(improved, now.step, best.step),
         tf.where(improved, 0, best.looks_waited + 1),
+    )
+
+
+def _check_augment(
+    augment: Callable[[Any, tf.Tensor], Any], transfer_set: transfer.TransferSet
+) -> None:
+  """Checks that a change of inputs keeps their form.
+
+  Raises:
+    ValueError: If it returns inputs of another structure, shape or dtype.
+  """
+  batch = tf.nest.map_structure(
+      lambda spec: tf.TensorSpec([None, *spec.shape[1:]], spec.dtype),
+      transfer_set.inputs_spec,
+  )
+  found = graphs.TracedFunction(
+      graphs.user_function(augment), [batch, tf.TensorSpec([2], tf.int32)]
+  ).output
+  try:
+    tf.nest.assert_same_structure(batch, found)
+    is_same = all(
+        given.dtype == changed.dtype and given.shape.is_compatible_with(changed.shape)
+        for given, changed in zip(tf.nest.flatten(batch), tf.nest.flatten(found))
+    )
+  except (TypeError, ValueError):
+    is_same = False
+  if not is_same:
+    raise ValueError(
+        '`augment` must return a batch of inputs of the form of what it is given, '
+        f'{batch}, found {found}.'
     )
 
 

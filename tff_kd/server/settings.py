@@ -55,6 +55,16 @@ class Distillation:
       the stage included.
     patience: Stop after so many looks without improvement; never if `None`.
     reset_optimizer: Start every round with a fresh optimizer state.
+    augment: Optional; changes a batch of transfer inputs at random before a step, such
+      as `tff_kd.data.RandomShift()`: a function of the inputs and a seed,
+      int32 `[2]`, to inputs of the same shapes and dtypes. A target that is a model
+      ('teacher', 'student') is asked about the changed inputs, so that both see the same;
+      the ensemble's consensus, and labels, are those of the inputs as they were (Beyer et
+      al., "Knowledge Distillation: A Good Teacher Is Patient and Consistent", CVPR 2022).
+    start: Where a student begins whose average clients go on from
+      (`clients_start_from='average'`): at each round's 'average'; or at the student that
+      was last 'released', moved by what the average moved, so that it goes on learning
+      from round to round. Without effect on others, for which both are the same.
   """
 
   target: Union[str, float] = 'ensemble'
@@ -68,6 +78,8 @@ class Distillation:
   validate_every: Optional[int] = None
   patience: Optional[int] = None
   reset_optimizer: bool = False
+  augment: Optional[Callable[[Any, Any], Any]] = None
+  start: str = 'average'
 
   def __post_init__(self):
     checks.check_temperature(self.temperature)
@@ -101,6 +113,15 @@ class Distillation:
       raise ValueError(
           "A `diversity_weight` needs target='ensemble', found "
           f'{self.target!r}.'
+      )
+    if self.augment is not None and not callable(self.augment):
+      raise ValueError(
+          '`augment` must be a function of a batch of inputs and a seed, such as '
+          f'`tff_kd.data.RandomShift()`, found {self.augment!r}.'
+      )
+    if self.start not in ('average', 'released'):
+      raise ValueError(
+          f"`start` must be 'average' or 'released', found {self.start!r}."
       )
     for name in ('num_steps', 'batch_size', 'validate_every', 'patience'):
       value = getattr(self, name)
