@@ -65,6 +65,11 @@ _WRONG = {
         ('mean', knowledge.MeanLogits, None),
         r'`consensus_rule` must be a.*MeanLogits\(\)`, found',
     ),
+    'prior': (('even', [0.5, 0.6], 3.0), r'`prior` must be .*uniform|probabilities'),
+    'calibrate_on': (('mnist', 1), r'`calibrate_on` must be a `tff_kd.TransferSet`'),
+    'clients_start_from': (
+        ('teacher', 1, True), r"`clients_start_from` must be 'distilled', 'average'"
+    ),
     'local_terms': (
         (tff_kd.ProximalTerm(), 'proximal', [tff_kd.ProximalTerm]),
         r'`local_terms` must be a list of.*`local_terms=\[tff_kd.ProximalTerm',

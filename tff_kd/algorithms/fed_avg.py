@@ -52,6 +52,10 @@ def build_fed_avg(
 
   Returns:
     A `DistillationProcess` without a teacher.
+
+  Raises:
+    ValueError: If there is a `prior` without `calibrate_on`, or the model has no bias to
+      calibrate.
   """
   students = tff_kd.models.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn

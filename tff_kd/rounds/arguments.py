@@ -111,6 +111,14 @@ def _local_terms(value: Any, name: str) -> Any:
   return value
 
 
+def _start(value: Any, name: str) -> Any:
+  if value not in ('average', 'distilled'):
+    raise ValueError(
+        f"`{name}` must be 'distilled', 'average' or None, found {value!r}."
+    )
+  return value
+
+
 _distillation = _instance(
     settings.Distillation,
     'a `tff_kd.Distillation`, such as `tff_kd.Distillation(num_steps=60)`',
@@ -158,6 +166,7 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
         knowledge.ConsensusRule,
         'a `tff_kd.knowledge.ConsensusRule`, such as `tff_kd.knowledge.MeanLogits()`',
     ),
+    'clients_start_from': _start,
     'prior': lambda value, name: alignment.checked_prior(value),
     'local_terms': _local_terms,
     'companion': _instance(

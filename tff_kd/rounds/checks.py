@@ -146,11 +146,6 @@ def _check_without_averaging(
 def _check_start(parts: parts_lib.Parts, options: options_lib.Options) -> None:
   """Checks that 'average' and 'distilled' are two students."""
   start = options.clients_start_from
-  if start not in (None, 'average', 'distilled'):
-    raise ValueError(
-        "`clients_start_from` must be 'distilled', 'average' or None, found "
-        f'{start!r}.'
-    )
   if start is not None and not parts.refines_student:
     why = 'this algorithm averages no weights'
     if parts.averages:

@@ -42,14 +42,20 @@ class CalibrationStage(NamedTuple):
 
   @property
   def uses_ensemble(self) -> bool:
+    """Whether clients must send predictions for this stage: they need not."""
     return False
 
   @property
   def learns_from_teacher(self) -> bool:
+    """Whether the teacher is the target: there is none."""
     return False
 
   def check(self, *, has_teacher: bool, **unused: bool) -> None:
     """Checks that there is such a model.
+
+    Args:
+      has_teacher: Whether there is a teacher.
+      **unused: What other stages need to know.
 
     Raises:
       ValueError: If there is none.
@@ -62,6 +68,13 @@ class CalibrationStage(NamedTuple):
       self, learner: models.ModelSpec, transfer_set: transfer.TransferSet
   ) -> 'Calibration':
     """Builds the stage for one learner.
+
+    Args:
+      learner: The model that is calibrated.
+      transfer_set: On whose rows the marginal is taken.
+
+    Returns:
+      The `Calibration`.
 
     Raises:
       ValueError: If the learner has no classes, or others than the prior, or no bias that

@@ -53,6 +53,10 @@ def check_outputs(
 ) -> None:
   """Refuses what compares classes where there are none.
 
+  Args:
+    distillation: The settings.
+    learner: The model that learns.
+
   Raises:
     ValueError: If the learner is a regression model and this is not for one.
   """
@@ -102,7 +106,18 @@ class DistillationStage(NamedTuple):
       has_validation: bool,
       has_diversity: bool,
   ) -> None:
-    """Checks that what the stage needs is there; see `check_stages`."""
+    """Checks that what the stage needs is there.
+
+    Args:
+      has_teacher: Whether there is a teacher.
+      labelled: Whether transfer examples have labels.
+      has_validation: Whether the transfer set has a validation part.
+      has_diversity: Whether the consensus rule tells the diversity.
+
+    Raises:
+      ValueError: If something is missing, or a model would learn from itself.
+      TypeError: If the optimizer is not one.
+    """
     d = self.distillation
     optimizers.check_optimizer(
         self.optimizer,
@@ -138,7 +153,15 @@ class DistillationStage(NamedTuple):
   def build_lesson(
       self, learner: models.ModelSpec, transfer_set: transfer.TransferSet
   ) -> 'Lesson':
-    """Builds the stage for one learner, which it checks (`check_outputs`)."""
+    """Builds the stage for one learner, which it checks (`check_outputs`).
+
+    Args:
+      learner: The model that learns.
+      transfer_set: Where the examples are read.
+
+    Returns:
+      The `Lesson`.
+    """
     check_outputs(self.distillation, learner)
     return Lesson(self, learner, transfer_set)
 
@@ -500,7 +523,7 @@ class Lesson:
       _check_augment(d.augment, transfer_set)
 
   def initial_state(self) -> Any:
-    """The optimizer's state before the first round."""
+    """Returns the optimizer's state before the first round."""
     return self._stepper.initialize()
 
   def __call__(
