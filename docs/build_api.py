@@ -27,11 +27,14 @@ _PACKAGES = (
 # Modules of packages that callers use by name.
 _INNER = (
     'aggregators.robust', 'aggregators.svd', 'audits.inversion', 'audits.membership',
-    'client.companions', 'client.companions.certainty', 'client.companions.generator',
+    'client.class_counts', 'client.companions', 'client.companions.certainty',
+    'client.companions.contrast', 'client.companions.control_variates',
+    'client.companions.dynamic_regularizer', 'client.companions.generator',
     'client.companions.mutual', 'client.conditions', 'client.exchanges',
-    'client.local_terms', 'client.local_training', 'data.client_data',
-    'data.client_names', 'knowledge.alignment', 'knowledge.codecs', 'knowledge.rules',
-    'models.cohorts', 'models.zoo', 'server.calibration', 'server.distill',
+    'client.label_skew', 'client.local_terms', 'client.local_training',
+    'client.prototypes', 'data.client_data', 'data.client_names',
+    'knowledge.alignment', 'knowledge.codecs', 'knowledge.rules', 'models.cohorts',
+    'models.split', 'models.zoo', 'server.calibration', 'server.distill',
     'server.settings',
 )
 

@@ -195,3 +195,18 @@ def test_hindered_clients_are_counted_and_a_damaged_run_repeats(tmp_path):
   differing = {'round_seconds'}
   for row, again in zip(rows, helpers.rows(resumed / 'metrics.csv'), strict=True):
     assert {k for k in row if row[k] != again[k]} <= differing
+
+
+@pytest.mark.parametrize('name', ['scaffold', *map(helpers.slow, ('fed_dyn', 'moon'))])
+def test_stateful_clients_with_terms_for_label_skew(name, tmp_path):
+  helpers.train_here(
+      *(flag for flag in helpers.TINY_RUN if not flag.startswith('--algorithm')),
+      f'--algorithm={name}', '--prior_tau=1', '--prior_smoothing=0.1',
+      '--vacant_weight=0.1', '--absent_scale=0.9', '--rounds=2',
+      f'--output_dir={tmp_path}', '--nocompare_with_fed_avg',
+  )
+  rows = helpers.rows(tmp_path / 'metrics.csv')
+  assert len(rows) == 2 and (tmp_path / 'student.keras').exists()
+  assert list((tmp_path / 'clients').glob('client-*-round-*.npz'))
+  # Control variates go up beside the weights.
+  assert (float(rows[0]['bytes/up_companion']) > 0) == (name == 'scaffold')

@@ -124,7 +124,11 @@ def with_learning_rate(
 
 
 def learning_rate(hparams: collections.OrderedDict[str, Any]) -> Optional[tf.Tensor]:
-  """Returns the rate among a TFF optimizer's hyperparameters; `None` without one."""
+  """Returns the rate among a TFF optimizer's hyperparameters; `None` without one.
+
+  Args:
+    hparams: As `initial_hparams` has them.
+  """
   return hparams[_LEARNING_RATE] if _LEARNING_RATE in hparams else None
 
 

@@ -44,7 +44,11 @@ def check(spec: models.ModelSpec, what: str) -> None:
 
 
 def num_classes(spec: models.ModelSpec) -> int:
-  """Returns how many classes a model tells apart; a single logit tells two."""
+  """Returns how many classes a model tells apart; a single logit tells two.
+
+  Args:
+    spec: The model.
+  """
   return max(spec.logits_shape[-1], 2)
 
 

@@ -61,9 +61,10 @@ class LocalStep(NamedTuple):
   class_counts: Optional[tf.Tensor] = None
 
   def one_hot_labels(self) -> tf.Tensor:
-    """float32 `[predictions, classes]`; zeros where a label does not count.
+    """Returns the labels as rows, float32 `[predictions, classes]`.
 
-    Of models of one class a prediction, see `client.class_counts`.
+    They are zeros where a label does not count. For models of one class a prediction,
+    see `client.class_counts`.
     """
     return class_counts.one_hot(
         self.model.spec, self.labels, self.labelled, self.sample_weight
@@ -142,6 +143,11 @@ def check_history_size(value: Any) -> None:
 
 def check_weight(name: str, value: float, at_most: float = float('inf')) -> None:
   """Refuses a weight of a term that is not above 0, or above its limit.
+
+  Args:
+    name: The argument's name, for the error.
+    value: The weight.
+    at_most: Its limit.
 
   Raises:
     ValueError: Naming the weight.

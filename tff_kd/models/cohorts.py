@@ -184,6 +184,9 @@ def build_one_student(
     why: Why it has one architecture, the rest of the sentence that names it.
     **kinds: Of `models.build_model_spec`.
 
+  Returns:
+    The student's `ModelSpec`.
+
   Raises:
     ValueError: If there are several builders.
   """

@@ -417,7 +417,7 @@ class ModelSpec:
     return losses.logits_from_probabilities(outputs)
 
   def outputs_of(self, logits: tf.Tensor) -> tf.Tensor:
-    """Outputs as the loss takes them, float32, whose `class_logits` are these.
+    """Returns outputs as the loss takes them, float32, whose `class_logits` are these.
 
     Args:
       logits: float32 `[batch, ..., classes]`.

@@ -25,7 +25,10 @@ def contrastive_loss(
     previous: tf.Tensor,
     temperature: float,
 ) -> tf.Tensor:
-  """-log(exp(s_r / T) / (exp(s_r / T) + exp(s_p / T))), s being cosine similarities.
+  """Computes -log(exp(s_r / T) / (exp(s_r / T) + exp(s_p / T))), s being cosines.
+
+  s_r is the cosine similarity of the features and the received model's, s_p that of the
+  features and the previous model's.
 
   Source: Li, He & Song (MOON, CVPR 2021), equation 3.
 

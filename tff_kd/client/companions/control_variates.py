@@ -48,7 +48,12 @@ class _Running(NamedTuple):
 
 
 def linear_term(weights: list[tf.Tensor], slope: list[tf.Tensor]) -> tf.Tensor:
-  """Returns a scalar of value 0 whose gradient by the weights is the slope."""
+  """Returns a scalar of value 0 whose gradient by the weights is the slope.
+
+  Args:
+    weights: Tensors that are watched.
+    slope: Tensors of the same shapes, of the dtypes in which to add up.
+  """
   products = [
       tf.reduce_sum(tf.cast(w, s.dtype) * tf.stop_gradient(s))
       for w, s in zip(weights, slope, strict=True)
@@ -58,7 +63,11 @@ def linear_term(weights: list[tf.Tensor], slope: list[tf.Tensor]) -> tf.Tensor:
 
 
 def zeros_like_trainable(student: models.ModelSpec) -> list[tf.Tensor]:
-  """Returns zeros like a model's trainable weights, in the dtype of their updates."""
+  """Returns zeros like a model's trainable weights, in the dtype of their updates.
+
+  Args:
+    student: The model.
+  """
   return [tf.zeros(s.shape, s.dtype) for s in student.update_spec.trainable]
 
 
