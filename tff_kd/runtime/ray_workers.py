@@ -17,8 +17,10 @@ DEPTH = 2
 HEALTH = 'health'
 _PING_INTERVAL_S = 1.0
 _CHECK_INTERVAL_S = 0.5
-# After so many failed starts in a row without a worker there is an error.
+# After so many failed starts in a row there is an error if there is no worker, and a pause
+# if there is one.
 _MAX_FAILED_STARTS = 3
+_PAUSE_S = 30.0
 # Settings of TensorFlow and Keras that the workers take over from this process.
 _SETTINGS = ('TF_', 'XLA_', 'KERAS_')
 
@@ -85,6 +87,7 @@ class Pool:
     self._number = 0
     self._failed_starts = 0
     self._last_failure = ''
+    self._last_failure_time = 0.0
     self._checked = 0.0
     self._fill()
 
@@ -185,7 +188,8 @@ class Pool:
     wanted = self._num_workers
     if wanted is None:
       wanted = max(1, self._num_fitting())
-    if self._failed_starts >= _MAX_FAILED_STARTS:
+    pause_ends = self._last_failure_time + _PAUSE_S
+    if self._failed_starts >= _MAX_FAILED_STARTS and time.monotonic() < pause_ends:
       wanted = 0
     while len(self._workers) < wanted:
       self._workers.append(WorkerRecord(self._number, self._start()))
@@ -240,6 +244,7 @@ class Pool:
       except (self._ray.exceptions.RayError, RuntimeError) as error:
         self._failed_starts += 1
         self._last_failure = str(error)
+        self._last_failure_time = time.monotonic()
         self.lose(worker, f'it could not start: {error}')
       else:
         worker.info = info
