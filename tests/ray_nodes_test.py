@@ -87,7 +87,8 @@ def test_a_killed_node_takes_kept_values_along_and_another_joins(
 
 
 @pytest.mark.parametrize(
-    ('token', 'expected'), [(None, 'turned away'), ('f' * 64, 'turned away'), ('', 'let in')]
+    ('token', 'expected'),
+    [(None, 'turned away'), ('f' * 64, 'turned away'), ('', 'let in')],
 )
 def test_only_who_has_the_token_is_let_in(token, expected, cluster, tmp_path):
   environment = {
