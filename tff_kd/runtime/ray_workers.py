@@ -17,8 +17,8 @@ DEPTH = 2
 HEALTH = 'health'
 _PING_INTERVAL_S = 1.0
 _CHECK_INTERVAL_S = 0.5
-# After so many failed starts in a row there is an error if there is no worker, and a pause
-# if there is one.
+# After so many failed starts in a row there is an error if there is no worker, else a
+# pause.
 _MAX_FAILED_STARTS = 3
 _PAUSE_S = 30.0
 # Settings of TensorFlow and Keras that the workers take over from this process.
@@ -211,6 +211,8 @@ class Pool:
         name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)
     }
     num_gpus = resources.pop('GPU', 0)
+    if not num_gpus:
+      settings['CUDA_VISIBLE_DEVICES'] = '-1'  # TensorFlow would take all GPUs' memory.
     num_cpus = resources.pop('CPU', 0)
     # Pings and stops have threads of their own.
     make = self._ray.remote(concurrency_groups={HEALTH: 2}, max_concurrency=DEPTH)
@@ -220,7 +222,7 @@ class Pool:
         memory=resources.pop('memory', None),
         resources=resources,
         scheduling_strategy='SPREAD',
-        runtime_env={'env_vars': settings} if settings else None,
+        runtime_env={'env_vars': settings},
     )
     return actor_class.remote(
         self._ray.get,
