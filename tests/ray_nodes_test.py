@@ -20,6 +20,7 @@ ray = pytest.importorskip('ray')
 pytestmark = pytest.mark.slow
 
 _MARK = 'RAY_NODES_TEST'
+_AGENTS = ('ray::DashboardAgent', 'ray::RuntimeEnvAgent')
 _STRANGER = '''
 import sys
 import ray
@@ -36,7 +37,7 @@ from tests import ray_faults_test
 import tff_kd
 
 if __name__ == '__main__':
-  run, _, _ = ray_faults_test.slow_run()
+  run, _ = ray_faults_test.slow_run()
   with tff_kd.runtime.ray(num_workers=2, start_timeout_s=300.0) as context:
     ray_faults_test.all_ready(context, 2)
     print('ready', flush=True)
@@ -62,8 +63,10 @@ def cluster():
     nodes.shutdown()
 
 
-def test_a_killed_node_takes_kept_values_along_and_another_joins(cluster, caplog):
-  run, expected, seconds = ray_faults_test.slow_run()
+def test_a_killed_node_takes_kept_values_along_and_another_joins(
+    cluster, caplog, monkeypatch
+):
+  run, expected = ray_faults_test.slow_run()
   second = cluster.add_node(num_cpus=1)
   with tff_kd.runtime.ray(
       address=cluster.address, start_timeout_s=ray_faults_test.START_S
@@ -71,10 +74,9 @@ def test_a_killed_node_takes_kept_values_along_and_another_joins(cluster, caplog
     before = ray_faults_test.all_ready(context, 2)
     np.testing.assert_array_equal(run(), expected)
     kill = lambda: cluster.remove_node(second, allow_graceful=False)
+    ray_faults_test.at_sum(6, kill, monkeypatch)  # In the second pass.
     with caplog.at_level(logging.WARNING):
-      # Two cores do it in as long as here; by then it is in the second pass.
-      with ray_faults_test.after(0.85 * seconds, kill):
-        np.testing.assert_array_equal(run(), expected)
+      np.testing.assert_array_equal(run(), expected)
     assert 'is lost' in caplog.text
     [left] = ray_faults_test.all_ready(context, 1)
     assert left in before
@@ -85,21 +87,24 @@ def test_a_killed_node_takes_kept_values_along_and_another_joins(cluster, caplog
   assert not ray.is_initialized()
 
 
-@pytest.mark.parametrize('token', [None, 'f' * 64])
-def test_a_stranger_without_the_token_is_turned_away(cluster, token, tmp_path):
+@pytest.mark.parametrize(
+    ('token', 'expected'),
+    [(None, 'turned away'), ('f' * 64, 'turned away'), ('', 'let in')],
+)
+def test_only_who_has_the_token_is_let_in(token, expected, cluster, tmp_path):
   environment = {
       name: value for name, value in os.environ.items()
       if not name.startswith('RAY_')
   }
   environment['HOME'] = str(tmp_path)
   if token is not None:
+    token = token or os.environ['RAY_AUTH_TOKEN']
     environment |= {'RAY_AUTH_MODE': 'token', 'RAY_AUTH_TOKEN': token}
   output = subprocess.run(
       [sys.executable, '-c', _STRANGER, cluster.address],
       env=environment, capture_output=True, text=True, timeout=120, check=True,
   ).stdout
-  assert output.startswith('turned away:'), output
-  assert 'uthenticat' in output
+  assert output.startswith(expected), output
 
 
 def test_a_script_that_is_killed_leaves_no_process(tmp_path, monkeypatch):
@@ -114,9 +119,11 @@ def test_a_script_that_is_killed_leaves_no_process(tmp_path, monkeypatch):
     assert len(_marked(mark)) > 4
     script.kill()
     script.wait()
-  deadline = time.monotonic() + 30.0
+  start = time.monotonic()
   while left := _marked(mark):
-    assert time.monotonic() < deadline, left
+    # Two agents of Ray try for a minute to tell the head node, which is gone, too.
+    limit = 120.0 if all(name in _AGENTS for _, name in left) else 30.0
+    assert time.monotonic() - start < limit, left
     time.sleep(0.5)
 
 

@@ -28,7 +28,9 @@ def many():
 @pytest.fixture(scope='module')
 def on_ray():
   """The one start of Ray in `make test`."""
-  with tff_kd.runtime.ray(num_workers=2, start_timeout_s=300.0) as context:
+  with tff_kd.runtime.ray(
+      num_workers=2, resources={'CPU': 0.5}, start_timeout_s=300.0
+  ) as context:
     yield context
 
 
@@ -160,6 +162,24 @@ def test_a_python_dataset_is_refused(on_ray):
   )
   with pytest.raises(TypeError, match='from_generator.*cannot be sent'):
     total([data])
+
+
+@pytest.mark.slow
+def test_the_script_has_the_same_rounds(on_ray, tmp_path):
+  tables = []
+  for name, flags in {
+      'here': (), 'ray': ('--ray_address=local', '--ray_resources=CPU=0.5')
+  }.items():
+    folder = tmp_path / name
+    helpers.train_here(
+        *helpers.TINY_RUN, '--rounds=2', f'--output_dir={folder}',
+        f'--cache_dir={tmp_path}/cache', *flags,
+    )
+    rows = helpers.rows(folder / 'metrics.csv')
+    for row in rows:
+      del row['round_seconds']
+    tables.append(rows)
+  assert tables[0] == tables[1]
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,17 @@ def test_help_lists_the_algorithms():
         ),
         (['--algorithm=fed_aux', '--certainty_epsilon=0'], '`epsilon` must be'),
         (['--delta=1e-6'], '--delta has no effect without --epsilon'),
+        (['--ray_workers=2'], '--ray_workers has no effect without --ray_address'),
+        (['--ray_resources=GPU=1'], '--ray_resources has no effect without'),
+        (
+            ['--ray_address=local', '--runtime=tff'],
+            '--runtime has no effect with --ray_address',
+        ),
+        (
+            ['--ray_address=local', '--ray_resources=CPU=0'],
+            "positive amounts, such as CPU=4,GPU=1, found 'CPU=0'",
+        ),
+        (['--ray_address=ray://head:10001'], "found 'ray://head:10001'"),
         (['--epsilon=0'], '`epsilon` must be above 0'),
         (['--epsilon=8', '--client_weighting=num_examples'], 'and a weight without a'),
         (['--epsilon=8', '--compare_with_fed_avg'], 'is void'),

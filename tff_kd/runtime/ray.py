@@ -174,7 +174,7 @@ def _connection(
   if package.is_initialized():
     yield package
     return
-  options = dict(log_to_driver=False, logging_level=logging.ERROR)
+  options: dict[str, Any] = dict(log_to_driver=False, logging_level=logging.ERROR)
   if address == 'local':
     os.environ.setdefault('RAY_USAGE_STATS_ENABLED', '0')
     _use_own_token()

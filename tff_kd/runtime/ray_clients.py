@@ -125,11 +125,12 @@ class ClientsOnRay(running.RunClients):
   def _get_kept(self, number: int, group: int, references: Sequence[Any]) -> Any:
     """Gets what a stage has kept of a group; a node that is lost has taken it along."""
     ray = self.cluster.ray
+    limit = self.cluster.pool.silence_s
     try:
-      return ray.get(references[group])
+      return ray.get(references[group], timeout=limit)
     except ray.exceptions.RayError:
       _Pass(self, number, None).run(threading.Event(), [group])
-      return ray.get(references[group])
+      return ray.get(references[group], timeout=limit)
 
   def submit(
       self, number: int, group: int, worker: ray_workers.WorkerRecord, again: bool

@@ -17,8 +17,10 @@ DEPTH = 2
 HEALTH = 'health'
 _PING_INTERVAL_S = 1.0
 _CHECK_INTERVAL_S = 0.5
-# After so many failed starts in a row without a worker there is an error.
+# After so many failed starts in a row there is an error if there is no worker, else a
+# pause.
 _MAX_FAILED_STARTS = 3
+_PAUSE_S = 30.0
 # Settings of TensorFlow and Keras that the workers take over from this process.
 _SETTINGS = ('TF_', 'XLA_', 'KERAS_')
 
@@ -85,6 +87,7 @@ class Pool:
     self._number = 0
     self._failed_starts = 0
     self._last_failure = ''
+    self._last_failure_time = 0.0
     self._checked = 0.0
     self._fill()
 
@@ -185,7 +188,8 @@ class Pool:
     wanted = self._num_workers
     if wanted is None:
       wanted = max(1, self._num_fitting())
-    if self._failed_starts >= _MAX_FAILED_STARTS:
+    pause_ends = self._last_failure_time + _PAUSE_S
+    if self._failed_starts >= _MAX_FAILED_STARTS and time.monotonic() < pause_ends:
       wanted = 0
     while len(self._workers) < wanted:
       self._workers.append(WorkerRecord(self._number, self._start()))
@@ -207,6 +211,8 @@ class Pool:
         name: value for name, value in os.environ.items() if name.startswith(_SETTINGS)
     }
     num_gpus = resources.pop('GPU', 0)
+    if not num_gpus:
+      settings['CUDA_VISIBLE_DEVICES'] = '-1'  # TensorFlow would take all GPUs' memory.
     num_cpus = resources.pop('CPU', 0)
     # Pings and stops have threads of their own.
     make = self._ray.remote(concurrency_groups={HEALTH: 2}, max_concurrency=DEPTH)
@@ -216,7 +222,7 @@ class Pool:
         memory=resources.pop('memory', None),
         resources=resources,
         scheduling_strategy='SPREAD',
-        runtime_env={'env_vars': settings} if settings else None,
+        runtime_env={'env_vars': settings},
     )
     return actor_class.remote(
         self._ray.get,
@@ -240,6 +246,7 @@ class Pool:
       except (self._ray.exceptions.RayError, RuntimeError) as error:
         self._failed_starts += 1
         self._last_failure = str(error)
+        self._last_failure_time = time.monotonic()
         self.lose(worker, f'it could not start: {error}')
       else:
         worker.info = info
