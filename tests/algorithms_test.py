@@ -32,19 +32,10 @@ def batches(task):
 
 def _build(name, task, batches):
   keras.utils.set_random_seed(0)
-  algorithm = algorithms.REGISTRY[name]
 
   def model_fn():
     return zoo.STUDENTS['mlp_small'](10, task.clients.inputs.shape[1:])
 
-  kwargs = dict(
-      student_fn=model_fn,
-      input_spec=batches.element_spec,
-      client_data=batches,
-      loss_fn=task.loss_fn,
-      metrics_fn=task.metrics_fn,
-      client_optimizer=helpers.sgd(0.1),
-  )
   parts = dict(
       transfer_set=lambda: tff_kd.TransferSet(task.transfer.inputs),
       negatives=lambda: task.validation.inputs,
@@ -52,8 +43,14 @@ def _build(name, task, batches):
       mentor_fn=lambda: model_fn,
       generator_steps=lambda: 5,
   )
-  kwargs |= {name: make() for name, make in parts.items() if name in algorithm.parameters}
-  return algorithm.build(**kwargs)
+  return helpers.of_registry(
+      name, parts,
+      student_fn=model_fn,
+      input_spec=batches.element_spec,
+      client_data=batches,
+      loss_fn=task.loss_fn,
+      metrics_fn=task.metrics_fn,
+  )
 
 
 def _train(process, task, folder, num_rounds, rounds_per_saving):
@@ -84,14 +81,10 @@ def _train(process, task, folder, num_rounds, rounds_per_saving):
   )
 
 
-# Each with something else in its state. The others' rounds are equal to NumPy's
-# in their own tests, and resumed as these are.
-_FAST = ('cfd', 'fed_distillation')
-
-
-@pytest.mark.parametrize(
-    'name', [*_FAST, *map(helpers.slow, sorted({*algorithms.REGISTRY} - {*_FAST}))]
-)
+# Rounds are equal to NumPy's in the tests of each algorithm, and resumed to the bit in
+# `contract_test`; a process that is built anew resumes in `private_process_test`.
+@pytest.mark.slow
+@pytest.mark.parametrize('name', sorted(algorithms.REGISTRY))
 def test_ten_rounds_unbroken_and_resumed(name, task, batches, tmp_path):
   process = _build(name, task, batches)
   whole = _train(process, task, tmp_path / 'whole', _ROUNDS, _ROUNDS)

@@ -21,7 +21,6 @@ from tff_kd.client.companions import certainty
 from tff_kd.knowledge import alignment
 from tff_kd.knowledge import rules
 
-_softmax = lambda z: scipy.special.softmax(np.asarray(z, np.float64), axis=-1)
 _CLOSE = dict(rtol=2e-4, atol=2e-5)
 
 
@@ -32,14 +31,14 @@ def _aligned(z, prior=None, steps=5):
   prior = np.full(classes, 1 / classes) if prior is None else np.asarray(prior)
   z = z - z.mean(-1, keepdims=True)
   for _ in range(steps):
-    marginal = _softmax(z).reshape(-1, classes).mean(0)
+    marginal = helpers.softmax(z).reshape(-1, classes).mean(0)
     z = z - np.log(classes * marginal) + np.log(classes * prior)
   return z
 
 
 def _em(z, steps=50):
   """Saerens et al., equation 2.9, with a uniform prior of the classifier."""
-  p = _softmax(z).reshape(-1, z.shape[-1])
+  p = helpers.softmax(z).reshape(-1, z.shape[-1])
   prior = np.full(p.shape[-1], 1 / p.shape[-1])
   for _ in range(steps):
     posterior = p * prior
@@ -104,7 +103,7 @@ def test_rows_that_do_not_count_change_nothing_and_stay():
   np.testing.assert_allclose(found[mask > 0], _aligned(z[mask > 0]), **_CLOSE)
   np.testing.assert_array_equal(found[mask == 0], z[mask == 0])
   np.testing.assert_allclose(
-      alignment.marginal(z, mask), _softmax(z[mask > 0]).mean(0), **_CLOSE
+      alignment.marginal(z, mask), helpers.softmax(z[mask > 0]).mean(0), **_CLOSE
   )
 
 
@@ -160,18 +159,18 @@ def test_em_finds_the_shares_of_the_classes():
   np.testing.assert_allclose(found, _em(z), **_CLOSE)
   np.testing.assert_allclose(found, truth, atol=0.03)
   # Below it the marginal of the predictions themselves is far off.
-  assert abs(_softmax(z).mean(0) - truth).max() > 0.05
+  assert abs(helpers.softmax(z).mean(0) - truth).max() > 0.05
 
 
 _INNER = {
     'mean_logits': lambda z, w: (w * z).sum(0) / w.sum(),
-    'mean_probabilities': lambda z, w: np.log((w * _softmax(z)).sum(0) / w.sum()),
+    'mean_probabilities': lambda z, w: np.log((w * helpers.softmax(z)).sum(0) / w.sum()),
     'soft_entropy': lambda z, w: _by_entropy(z, w),
 }
 
 
 def _by_entropy(z, w, temperature=4.0):
-  p = _softmax(z / temperature)
+  p = helpers.softmax(z / temperature)
   certainty = 1 + (p * np.log(p)).sum(-1, keepdims=True) / np.log(z.shape[-1])
   return (w * certainty * z).sum(0) / (w * certainty).sum(0)
 
@@ -190,7 +189,7 @@ def test_the_rule_is_alignment_before_and_after_the_inner_rule(inner, prior):
   consensus = _INNER[inner](clients, np.array(weights)[:, None, None])
   pi = prior
   if prior == 'average':
-    pi = _softmax(average).mean(0)
+    pi = helpers.softmax(average).mean(0)
   elif prior == 'em':
     pi = _em(consensus)
   np.testing.assert_allclose(found.logits, _aligned(2.0 * consensus, pi), rtol=5e-3,
@@ -222,10 +221,10 @@ def test_after_alignment_the_marginal_is_near_the_prior(seed, scale):
   rng = np.random.default_rng(seed)
   z = _logits(seed, rows=40, scale=scale)[0]
   prior = rng.dirichlet([5.0] * 4).astype(np.float32)
-  found = _softmax(_many_steps(60)(z, prior))
+  found = helpers.softmax(_many_steps(60)(z, prior))
   np.testing.assert_allclose(found.mean(0), prior, atol=0.02)
-  few = _softmax(_many_steps(5)(z, prior)).mean(0)
-  assert abs(few - prior).sum() <= abs(_softmax(z).mean(0) - prior).sum() + 1e-5
+  few = helpers.softmax(_many_steps(5)(z, prior)).mean(0)
+  assert abs(few - prior).sum() <= abs(helpers.softmax(z).mean(0) - prior).sum() + 1e-5
 
 
 @settings(max_examples=15, deadline=None)
@@ -234,7 +233,7 @@ def test_alignment_of_what_is_aligned_changes_nothing(seed):
   z = _logits(seed, rows=40, scale=1.0)[0]
   once = _many_steps(200)(z)
   twice = _many_steps(5)(once)
-  np.testing.assert_allclose(_softmax(twice), _softmax(once), atol=2e-3)
+  np.testing.assert_allclose(helpers.softmax(twice), helpers.softmax(once), atol=2e-3)
 
 
 @settings(max_examples=15, deadline=None)
@@ -245,7 +244,7 @@ def test_a_class_bias_of_a_client_changes_nothing(seed):
   biased = logits + rng.normal(size=(3, 1, 4)).astype(np.float32)
   rule = knowledge.Aligned(knowledge.MeanLogits(), num_steps=200)
   consensus = _whole_rule(rule)
-  found, expected = (_softmax(consensus(z)) for z in (biased, logits))
+  found, expected = (helpers.softmax(consensus(z)) for z in (biased, logits))
   np.testing.assert_allclose(found, expected, atol=5e-3)
 
 
@@ -368,13 +367,13 @@ def _logits_of(model, x=_X):
 def _fit(model, k):
   """A client's step of SGD with rate .1 on all of its examples."""
   x, y = _CLIENTS[k]
-  dz = _softmax(_logits_of(model, x)) - np.eye(helpers.CLASSES)[y]
+  dz = helpers.softmax(_logits_of(model, x)) - np.eye(helpers.CLASSES)[y]
   return _step(model, x.astype(np.float64), dz / len(x), 0.1)
 
 
 def _learn(model, target, rate):
   """A step of distillation on the public examples."""
-  dz = (_softmax(_logits_of(model)) - _softmax(target)) / len(_X)
+  dz = (helpers.softmax(_logits_of(model)) - helpers.softmax(target)) / len(_X)
   return _step(model, _X, dz, rate)
 
 
@@ -443,9 +442,11 @@ def test_rounds_of_fed_df_with_an_estimated_prior_in_numpy(prior):
     trained = [_fit(student, k) for k in range(3)]
     average = [_mean(w, _SIZES) for w in zip(*trained)]
     consensus = np.log(
-        _mean([_softmax(_aligned(_logits_of(t))) for t in trained], _SIZES)
+        _mean([helpers.softmax(_aligned(_logits_of(t))) for t in trained], _SIZES)
     )
-    pi = _softmax(_logits_of(average)).mean(0) if prior == 'average' else _em(consensus)
+    pi = _em(consensus)
+    if prior == 'average':
+      pi = helpers.softmax(_logits_of(average)).mean(0)
     student = _learn(average, _aligned(consensus, pi), 0.4)
     _check(state.global_model_weights, student)
 
@@ -472,7 +473,7 @@ def test_a_round_of_ds_fl_in_numpy():
   )
   state = process.initialize()
   trained = [_fit(_weights(state.global_model_weights), k) for k in range(3)]
-  mean = np.mean([_softmax(_aligned(_logits_of(t))) for t in trained], 0)
+  mean = np.mean([helpers.softmax(_aligned(_logits_of(t))) for t in trained], 0)
   state = _next(process, state, [process.initialize_client()] * 3).state
   rows = tff_kd.TransferSet(_PUBLIC).prediction_ids(0).numpy()
   np.testing.assert_allclose(
@@ -497,7 +498,7 @@ def test_a_round_of_fed_aux_in_numpy():
       certainty.score(tf.constant(kept.weights), features).numpy()
       for kept in output.client_states
   ])[..., np.newaxis]
-  p = np.stack([_softmax(_aligned(_logits_of(t))) for t in trained])
+  p = np.stack([helpers.softmax(_aligned(_logits_of(t))) for t in trained])
   consensus = np.log((s * p).sum(0) / s.sum(0))
   _check(
       output.state.global_model_weights, _learn(average, _aligned(consensus), 0.4)
@@ -551,7 +552,7 @@ def test_the_average_of_cohorts_is_the_mean_of_their_logits():
 
   state = one_round('average')
   logits = [_logits_of(_weights(w)) for w in state.aggregated_model_weights]
-  prior = _softmax(np.mean(logits, 0)).mean(0)
+  prior = helpers.softmax(np.mean(logits, 0)).mean(0)
   expected = one_round(tuple(prior))
   helpers.assert_weights_close(
       state.global_model_weights, expected.global_model_weights, atol=1e-5

@@ -44,6 +44,7 @@ def test_it_attacks_and_reports(run_dir):
     assert (run_dir / 'audit' / name).stat().st_size > 5000
 
 
+@pytest.mark.slow
 def test_shadow_models(run_dir, tmp_path):
   done = helpers.script(
       'pipelines.audit', f'--run={run_dir}', f'--report_dir={tmp_path}', '--victims=1',
@@ -80,6 +81,7 @@ def test_a_wrong_number_of_shadow_models_is_named():
   assert 'an even number of 4 or more' in done.stderr
 
 
+@pytest.mark.slow
 def test_clients_that_keep_their_models(tmp_path, capsys):
   helpers.train_here(
       *helpers.TINY_RUN, f'--output_dir={tmp_path / "run"}', '--algorithm=fd',
@@ -99,6 +101,7 @@ def test_clients_that_keep_their_models(tmp_path, capsys):
   assert '--shadow_models=16` runs them' in text
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     'labels, is_audited',
     [('one-hot, softmax', True), ('binary, float [n, 1]', True), ('several', False)],

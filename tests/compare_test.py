@@ -109,6 +109,7 @@ def test_a_run_that_fails_is_named(tmp_path):
   assert 'error: failed: fed_avg, seed 0.' in done.stderr
 
 
+@pytest.mark.slow
 def test_varied_flags_ceilings_and_a_run_without_any_client(tmp_path):
   done = _run(
       '--algorithms=fed_avg,fed_df', '--seeds=0', *_TINY[:5], '--rounds=2',

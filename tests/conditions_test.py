@@ -138,19 +138,11 @@ def test_a_straggler_does_the_first_of_its_steps(data, share, steps):
   assert _participation(output)['num_stragglers'] == (share < 1.0)
 
 
-@pytest.mark.parametrize('name', ['fed_df', 'ds_fl'])
-def test_a_round_with_too_few_reports_is_skipped(data, name):
-  if name == 'fed_df':
-    process, own = _fed_df(_batches(data), reporting=_TWO_REPORTS), ()
-  else:
-    process = _build(
-        name, _batches(data), transfer_set=tff_kd.TransferSet(_X),
-        reporting=_TWO_REPORTS,
-    )
-    own = [process.initialize_client()] * 2
+def test_what_was_sent_is_kept_of_a_skipped_round(data):
+  """Late clients may have begun in it; nothing else is, see `contract_test`."""
+  process = _fed_df(_batches(data), reporting=_TWO_REPORTS)
   state = process.initialize()
-  one = [_client(0), _client(1, reports=np.bool_(False))]
-  output = process.next(state, one, *([own] if own else []))
+  output = process.next(state, [_client(0), _client(1, reports=np.bool_(False))])
   assert output.metrics['round_skipped'] == 1
   assert output.state.round_num == 1
   changed = {
@@ -162,23 +154,6 @@ def test_a_round_with_too_few_reports_is_skipped(data, name):
       )
   }
   assert changed == {'round_num', 'broadcasts'}
-  both = [_client(0), _client(1)]
-  output = process.next(output.state, both, *([own] if own else []))
-  assert output.metrics['round_skipped'] == 0
-
-
-def test_a_skipped_round_leaves_the_history_of_students(data):
-  kwargs = dict(history_size=3, local_weight=0.9)
-  skipping = _build(
-      'fed_gkd', _batches(data), reporting=tff_kd.Reporting(min_reports=1), **kwargs
-  )
-  state = skipping.initialize()
-  after = skipping.next(state, [_client(0, reports=np.bool_(False))]).state
-  assert after.student_history.num_sent == 0
-  # As if the skipped round had not been, but for the round's number.
-  found = skipping.next(after, [_client(0)]).state
-  expected = skipping.next(state._replace(round_num=np.int32(1)), [_client(0)]).state
-  helpers.assert_weights_close(found, expected, rtol=0, atol=0)
 
 
 def test_a_student_does_not_learn_from_a_teacher_that_nobody_taught(data):
@@ -281,9 +256,8 @@ def test_only_known_labels_teach(data):
   x, y = _DATA[1]
   (kernel, bias), _ = state.global_model_weights
   logits = x @ kernel + bias
-  p = np.exp(logits - logits.max(-1, keepdims=True))
-  p /= p.sum(-1, keepdims=True)
-  error = (p - np.eye(helpers.CLASSES)[y]) * labelled[:, None] / labelled.sum()
+  error = helpers.softmax(logits) - np.eye(helpers.CLASSES)[y]
+  error *= labelled[:, None] / labelled.sum()
   output = process.next(state, [1])
   helpers.assert_weights_close(
       output.state.global_model_weights,

@@ -60,22 +60,6 @@ def _build(name, **kwargs):
   return _BUILDERS[name](**kwargs)
 
 
-def _run(process, rounds=2, clients=_CLIENTS):
-  """The last output, and what the clients keep, of a `StatefulClientsProcess`."""
-  state = process.initialize()
-  kept = None
-  if isinstance(process, tff_kd.StatefulClientsProcess):
-    kept = [process.initialize_client()] * len(clients)
-  for _ in range(rounds):
-    if kept is None:
-      output = process.next(state, clients)
-    else:
-      output = process.next(state, clients, kept)
-      kept = output.client_states
-    state = output.state
-  return output, kept
-
-
 def _draw(factory, value, rounds, clients=1):
   """The results of so many rounds in which all clients have one value."""
   value_type = tff.types.tensorflow_to_type(
@@ -210,8 +194,8 @@ def test_one_client_moves_a_sum_by_its_clip_at_most(channel, scale):
     ['fed_distillation', *map(helpers.slow, ('ds_fl', 'fed_avg', 'fed_df'))],
 )
 def test_without_noise_and_clip_a_run_is_the_plain_one(name):
-  plain, plain_kept = _run(_build(name))
-  private, kept = _run(_build(name, privacy=_OPEN))
+  plain, plain_kept = helpers.rounds(_build(name), _CLIENTS)
+  private, kept = helpers.rounds(_build(name, privacy=_OPEN), _CLIENTS)
   for field in ('global_model_weights', 'teacher_weights'):
     if tf.nest.flatten(getattr(plain.state, field, ())):
       helpers.assert_weights_close(
@@ -237,7 +221,7 @@ def test_what_clients_measure_is_not_released(name):
       else ('model', 'knowledge') if name in ('fed_df', 'fed_distillation')
       else ('knowledge',)
   )
-  output, _ = _run(process, rounds=1)
+  output, _ = helpers.rounds(process, _CLIENTS, 1)
   assert not [v for v in tf.nest.flatten(output.metrics.get('client_work', ()))]
   each = tff_kd.communication.round_bytes(process)
   moved = tff_kd.communication.ledger(each, {}, 4)
@@ -249,7 +233,7 @@ def test_what_clients_measure_is_not_released(name):
 def test_bad_clients_count_as_zeros_and_a_round_may_be_empty(name):
   process = _build(name, privacy=_dp())
   for clients in ([_NAN, _EMPTY, _CLIENTS[0], _CLIENTS[1]], []):
-    output, _ = _run(process, rounds=2, clients=clients)
+    output, _ = helpers.rounds(process, clients)
     for leaf in tf.nest.flatten(output.state):
       if np.issubdtype(np.asarray(leaf).dtype, np.floating):
         assert np.all(np.isfinite(leaf))
@@ -258,11 +242,11 @@ def test_bad_clients_count_as_zeros_and_a_round_may_be_empty(name):
 def test_fd_learns_from_what_stands_out():
   # Nearly no noise: the classes' means are known, their own part in them.
   process = _build('fd', privacy=_dp(1e-4, knowledge_clip=1e3))
-  output, kept = _run(process)
+  output, kept = helpers.rounds(process, _CLIENTS)
   assert np.all(output.state.shared.weights > 0)
   # Drowned: nothing is.
   process = _build('fd', privacy=_dp(1e4))
-  output, _ = _run(process)
+  output, _ = helpers.rounds(process, _CLIENTS)
   assert np.mean(output.state.shared.weights > 0) < 0.5
 
 

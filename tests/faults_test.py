@@ -43,6 +43,7 @@ def undisturbed(tmp_path_factory):
   return _metrics(folder)
 
 
+@pytest.mark.slow
 def test_a_script_killed_in_mid_run_goes_on_exactly(undisturbed, tmp_path):
   with helpers.running(*_train(tmp_path, '--rounds=12')) as script:
     _wait_for_rounds(tmp_path, 2, script)

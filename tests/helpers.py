@@ -15,8 +15,10 @@ from absl.testing import flagsaver
 import keras
 import numpy as np
 import pytest
+import scipy.special
 import tensorflow as tf
 from tests import warm_python
+import tff_kd
 from tff_kd.compat import tff
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -47,6 +49,11 @@ def dense_fn(units=(), classes=CLASSES, dim=DIM, **kwargs):
     return keras.Sequential(layers)
 
   return build
+
+
+def softmax(z):
+  """Of the last axis, in NumPy."""
+  return scipy.special.softmax(np.asarray(z, np.float64), axis=-1)
 
 
 def examples(n, seed, dim=DIM, classes=CLASSES):
@@ -101,12 +108,43 @@ def common(**kwargs):
   return {**defaults, **kwargs}
 
 
+def of_registry(name, parts, **kwargs):
+  """The process of an algorithm of the registry.
+
+  Args:
+    name: The algorithm's.
+    parts: Functions of what only some builders take, by parameter; called for those of
+      this one.
+    **kwargs: Further arguments, beside `common`.
+  """
+  algorithm = tff_kd.algorithms.REGISTRY[name]
+  return algorithm.build(
+      **common(**kwargs),
+      **{key: make() for key, make in parts.items() if key in algorithm.parameters},
+  )
+
+
+def rounds(process, clients, num_rounds=2):
+  """The last output of some rounds, and what the clients keep, if they do."""
+  state, kept = process.initialize(), None
+  if isinstance(process, tff_kd.StatefulClientsProcess):
+    kept = [process.initialize_client()] * len(clients)
+  for _ in range(num_rounds):
+    if kept is None:
+      output = process.next(state, clients)
+    else:
+      output = process.next(state, clients, kept)
+      kept = output.client_states
+    state = output.state
+  return output, kept
+
+
 def shared(build):
   """A builder that gives what it has built before for the same arguments.
 
   `build.anew` is the builder itself. What cannot be hashed is built anew, too.
   """
-  kept = functools.lru_cache(maxsize=16)(build)
+  kept = functools.lru_cache(maxsize=32)(build)
 
   @functools.wraps(build)
   def call(*args, **kwargs):

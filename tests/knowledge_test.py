@@ -23,11 +23,6 @@ _RULES = {
 _NAMES = sorted(_RULES)
 
 
-def _softmax(z):
-  e = np.exp(z - z.max(axis=-1, keepdims=True))
-  return e / e.sum(axis=-1, keepdims=True)
-
-
 def _logits(seed, clients=4, rows=3, classes=5, scale=2.0):
   rng = np.random.default_rng(seed)
   return (scale * rng.normal(size=(clients, rows, classes))).astype(np.float32)
@@ -53,22 +48,22 @@ def _expected(name, logits, client_weights):
   """Each rule's probabilities, from its formula."""
   z = logits.astype(np.float64)
   w = np.array(client_weights, np.float64)[:, None] * np.ones(z.shape[1])
-  p = _softmax(z)
+  p = helpers.softmax(z)
   mean_p = _weighted_mean(p, w)
   entropy = -(p * np.log(p)).sum(-1)
-  soft_p = _softmax(z / 4)
+  soft_p = helpers.softmax(z / 4)
   soft_entropy = -(soft_p * np.log(soft_p)).sum(-1)
   return {
-      'mean_logits': lambda: _softmax(_weighted_mean(z, w)),
+      'mean_logits': lambda: helpers.softmax(_weighted_mean(z, w)),
       'mean_probabilities': lambda: mean_p,
-      'era': lambda: _softmax(mean_p / 0.1),
+      'era': lambda: helpers.softmax(mean_p / 0.1),
       'enhanced_era': lambda: mean_p**2 / (mean_p**2).sum(-1, keepdims=True),
-      'variance': lambda: _softmax(_weighted_mean(z, w * z.var(-1))),
-      'confidence': lambda: _softmax(_weighted_mean(z, w * p.max(-1))),
-      'entropy': lambda: _softmax(
+      'variance': lambda: helpers.softmax(_weighted_mean(z, w * z.var(-1))),
+      'confidence': lambda: helpers.softmax(_weighted_mean(z, w * p.max(-1))),
+      'entropy': lambda: helpers.softmax(
           _weighted_mean(z, w * (1 - entropy / np.log(z.shape[-1])))
       ),
-      'soft_entropy': lambda: _softmax(
+      'soft_entropy': lambda: helpers.softmax(
           _weighted_mean(z, w * (1 - soft_entropy / np.log(z.shape[-1])))
       ),
   }[name]()
@@ -202,7 +197,7 @@ def test_a_certainty_of_ones_own():
 def test_probabilities_by_certainty_as_fed_aux_averages_them():
   logits, weights = _logits(4), [1.0, 2.0, 0.5, 3.0]
   rule = knowledge.CertaintyWeighted('confidence', average='probabilities')
-  p = _softmax(logits.astype(np.float64))
+  p = helpers.softmax(logits.astype(np.float64))
   expected = _weighted_mean(p, np.array(weights)[:, None] * p.max(-1))
   np.testing.assert_allclose(
       tf.nn.softmax(_consensus(rule, logits, weights).logits), expected, rtol=1e-4
@@ -264,7 +259,7 @@ def test_quantized_rules_say_a_point_of_the_simplex(rule):
         tf.TensorShape([5]), 6
     )
     payload = quantized.encode(tf.constant(logits))
-    units = codecs.quantize(_softmax(logits[rows]), bits).numpy()
+    units = codecs.quantize(helpers.softmax(logits[rows]), bits).numpy()
     heavier = tf.nest.map_structure(lambda its: 7.0 * its, payload)
     for its in (payload, heavier):
       found = quantized.units(its).numpy()
@@ -272,7 +267,7 @@ def test_quantized_rules_say_a_point_of_the_simplex(rule):
       assert not found[[2, 4]].any()
     consensus = quantized.decode(payload)
     np.testing.assert_allclose(
-        _softmax(consensus.logits.numpy()[rows]),
+        helpers.softmax(consensus.logits.numpy()[rows]),
         units / codecs.num_units(bits), atol=1e-5,
     )
     np.testing.assert_array_equal(consensus.mask, [1, 1, 0, 1, 0, 1])
@@ -308,7 +303,7 @@ def test_the_most_likely_classes_are_sent_and_the_rest_is_even(kept, more, seed)
   logits = np.random.default_rng(seed).normal(0, 2, (6, classes)).astype(np.float32)
   rule = knowledge.TopClasses(num_classes=kept)
   payload = rule.encode(tf.constant(logits))
-  p = _softmax(logits.astype(np.float64))
+  p = helpers.softmax(logits.astype(np.float64))
   for found, its in zip(payload.values.numpy(), p):
     order = np.argsort(-its)
     expected = its.copy()
@@ -352,12 +347,12 @@ def test_fed_df_with_quantized_predictions_in_numpy():
   students, target = [], 0
   for seed, n in enumerate(sizes):
     cx, cy = helpers.examples(n, seed)
-    dz = (_softmax(cx @ w + b) - np.eye(3)[cy]) / n
+    dz = (helpers.softmax(cx @ w + b) - np.eye(3)[cy]) / n
     its = (w - 0.5 * cx.T @ dz, b - 0.5 * dz.sum(0))
     students.append(its)
     target = target + n / 16 * np.eye(3)[(x @ its[0] + its[1]).argmax(-1)]
   w, b = (np.average(its, axis=0, weights=sizes) for its in zip(*students))
-  dz = (_softmax(x @ w + b) - target) / 20
+  dz = (helpers.softmax(x @ w + b) - target) / 20
   output = process.next(
       state,
       [
@@ -432,7 +427,7 @@ def test_fed_et_in_numpy():
   for seed, size in ((1, 4), (2, 12), (5, 8)):
     cx, cy = helpers.examples(size, seed)
     w, b = (np.array(v, np.float64) for v in state.global_model_weights.trainable)
-    dz = (_softmax(cx @ w + b) - np.eye(3)[cy]) / size
+    dz = (helpers.softmax(cx @ w + b) - np.eye(3)[cy]) / size
     students.append((w - cx.T @ dz, b - dz.sum(0)))
   output = process.next(
       state,
@@ -451,9 +446,9 @@ def test_fed_et_in_numpy():
   opinion = np.zeros_like(joint)
   opinion[rows] = _weighted_mean(logits[:, rows], differ[:, rows])
   w, b = (np.array(v, np.float64) for v in state.teacher_weights.trainable)
-  p = _softmax(x @ w + b)
+  p = helpers.softmax(x @ w + b)
   dz = (p - np.eye(3)[label]) / 20
-  dz[rows] += share * (p - _softmax(opinion))[rows] / rows.sum()
+  dz[rows] += share * (p - helpers.softmax(opinion))[rows] / rows.sum()
   helpers.assert_weights_close(
       output.state.teacher_weights.trainable,
       [w - rate * x.T @ dz, b - rate * dz.sum(0)],

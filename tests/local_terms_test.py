@@ -17,14 +17,9 @@ _RATE, _STEPS = 0.1, 3
 _X, _Y = helpers.examples(6, 4)
 
 
-def _softmax(z):
-  e = np.exp(z - z.max(axis=-1, keepdims=True))
-  return e / e.sum(axis=-1, keepdims=True)
-
-
 def _kl_gradient(target, z, t):
   """Of mean T^2 KL(softmax(target / T) || softmax(z / T)) by z."""
-  return t * (_softmax(z / t) - _softmax(target / t)) / len(z)
+  return t * (helpers.softmax(z / t) - helpers.softmax(target / t)) / len(z)
 
 
 def _not_true_kl_gradient(target, z, t):
@@ -36,7 +31,7 @@ def _not_true_kl_gradient(target, z, t):
 
 
 def _ce_gradient(z):
-  return (_softmax(z) - np.eye(helpers.CLASSES)[_Y]) / len(z)
+  return (helpers.softmax(z) - np.eye(helpers.CLASSES)[_Y]) / len(z)
 
 
 def _trained(received, logits_gradient, proximal=0.0):

@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-import scipy.special
 
 import tff_kd
 from tests import helpers
@@ -12,7 +11,6 @@ from tff_kd import models
 
 _RATE = 0.1
 _CLOSE = dict(rtol=1e-4, atol=1e-5)
-_softmax = lambda z: scipy.special.softmax(z, axis=-1)
 
 
 def _logits(w, x):
@@ -25,11 +23,11 @@ def _train(student, mentor, x, y, weights, t):
   for i in range(0, len(x), 4):
     xb, yb = x[i : i + 4].astype(np.float64), y[i : i + 4]
     z, m = _logits(student, xb), _logits(mentor, xb)
-    p, q = _softmax(z), _softmax(m)
+    p, q = helpers.softmax(z), helpers.softmax(m)
     rows = np.arange(len(yb))
     ce = [-np.mean(np.log(its[rows, yb])) for its in (p, q)]
     # Of T^2 KL(target || own): T (softmax(own / T) - softmax(target / T)).
-    pt, qt = _softmax(z / t), _softmax(m / t)
+    pt, qt = helpers.softmax(z / t), helpers.softmax(m / t)
     if weights is None:
       (a, b), (c, d) = [(1.0, 1.0 / sum(ce))] * 2
     else:

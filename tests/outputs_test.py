@@ -195,7 +195,6 @@ def test_what_compares_classes_is_refused_for_a_regression():
 
 
 def _build_for_numbers(name):
-  algorithm = tff_kd.algorithms.REGISTRY[name]
   x = np.zeros((4, 3), np.float32)
   parts = dict(
       transfer_set=lambda: tff_kd.TransferSet(x),
@@ -204,12 +203,12 @@ def _build_for_numbers(name):
       mentor_fn=lambda: _regression_model,
       generator_steps=lambda: 2,
   )
-  return algorithm.build(
+  return helpers.of_registry(
+      name, parts, metrics_fn=None,
       **_regression(client_data=tff_kd.ClientBatches(
           data=tff_kd.FileClientData.from_clients([(x, np.zeros(4, np.float32))]),
           batch_size=2, num_epochs=1,
       )),
-      **{key: make() for key, make in parts.items() if key in algorithm.parameters},
   )
 
 

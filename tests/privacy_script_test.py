@@ -73,6 +73,7 @@ def test_rounds_that_were_begun_are_spent_and_the_budget_ends_the_run(private_ru
   assert json.loads((folder / 'privacy.json').read_text())['rounds'] == 3
 
 
+@pytest.mark.slow
 def test_secure_aggregation_says_that_it_keeps_nothing_secret(tmp_path):
   done = helpers.train(
       *helpers.TINY_RUN, f'--output_dir={tmp_path / "run"}', '--rounds=1',

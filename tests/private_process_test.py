@@ -24,11 +24,6 @@ _SIZES = (6, 8, 4)
 _RATE, _DIGEST_RATE = 0.2, 0.3
 
 
-def _softmax(z):
-  e = np.exp(z - z.max(axis=-1, keepdims=True))
-  return e / e.sum(axis=-1, keepdims=True)
-
-
 def _client(k):
   return helpers.examples(_SIZES[k], k)
 
@@ -85,7 +80,7 @@ def _logits(model, x):
 
 
 def _fit(model, x, y, rate=_RATE):
-  dz = (_softmax(_logits(model, x)) - np.eye(helpers.CLASSES)[y]) / len(x)
+  dz = (helpers.softmax(_logits(model, x)) - np.eye(helpers.CLASSES)[y]) / len(x)
   return _step(model, x, dz, rate)
 
 
@@ -130,7 +125,7 @@ def test_ds_fl_in_numpy():
   target, states, rate = None, [first] * 2, _RATE
 
   def distilled(model):
-    dz = (_softmax(_logits(model, _X)) - target) / len(_X)
+    dz = (helpers.softmax(_logits(model, _X)) - target) / len(_X)
     return _step(model, _X, dz, _DIGEST_RATE)
 
   for round_num in range(4):
@@ -149,8 +144,8 @@ def test_ds_fl_in_numpy():
     if target is not None:
       models = [distilled(its) for its in models]
     models = [_fit(its, *_client(k), rate) for k, its in enumerate(models)]
-    mean = np.mean([_softmax(_logits(its, _X)) for its in models], axis=0)
-    target = _softmax(mean / 0.1)
+    mean = np.mean([helpers.softmax(_logits(its, _X)) for its in models], axis=0)
+    target = helpers.softmax(mean / 0.1)
     server = distilled(server)
     output = process.next(state, [_dataset(0), _dataset(1)], states)
     state, states = output.state, output.client_states
@@ -187,7 +182,7 @@ def test_cfd_in_numpy(up_bits, down_bits):
 
   def distilled(model, target):
     for _ in range(2):
-      dz = (_softmax(_logits(model, _X)) - target) / len(_X)
+      dz = (helpers.softmax(_logits(model, _X)) - target) / len(_X)
       model = _step(model, _X, dz, _DIGEST_RATE)
     return model
 
@@ -195,7 +190,7 @@ def test_cfd_in_numpy(up_bits, down_bits):
     said, bits = [], 0
     for k in taking_part:
       model = initial if labels is None else distilled(initial, labels)
-      p = _softmax(_logits(_fit(model, *_client(k)), _X))
+      p = helpers.softmax(_logits(_fit(model, *_client(k)), _X))
       if up_bits < 32:
         units = _units(p, up_bits)
         p = units / (2**up_bits - 1)
@@ -204,7 +199,7 @@ def test_cfd_in_numpy(up_bits, down_bits):
         sent[k] = units
       said.append(p)
     server = distilled(server, np.mean(said, axis=0))
-    labels = _softmax(_logits(server, _X))
+    labels = helpers.softmax(_logits(server, _X))
     if down_bits < 32:
       labels = _units(labels, down_bits) / (2**down_bits - 1)
     output = process.next(
@@ -215,7 +210,7 @@ def test_cfd_in_numpy(up_bits, down_bits):
       states[k] = its
     _check(process.get_model_weights(state).trainable, server)
     np.testing.assert_allclose(
-        _softmax(state.shared.logits), labels[rows], rtol=1e-4, atol=1e-5
+        helpers.softmax(state.shared.logits), labels[rows], rtol=1e-4, atol=1e-5
     )
     counts = output.metrics['client_work']['participation']
     if up_bits < 32:
@@ -312,7 +307,7 @@ def test_clients_that_keep_models_code_against_what_they_sent():
     state, states = output.state, output.client_states
     bits = 0
     for k, its in enumerate(states):
-      p = _softmax(_logits(_weights(its), _X))
+      p = helpers.softmax(_logits(_weights(its), _X))
       units = _units(p, 2)
       np.testing.assert_allclose(its.sent.values, units[rows] / 3, atol=1e-5)
       bits += 8 * len(codecs.encode(units, 2, sent[k]))
@@ -351,11 +346,11 @@ def test_fd_in_numpy(batch_size):
       for start in range(0, len(x), batch_size):
         bx, by = x[start : start + batch_size], y[start : start + batch_size]
         z = _logits(models[k], bx)
-        dz = _softmax(z) - eye[by]
+        dz = helpers.softmax(z) - eye[by]
         for i, label in enumerate(by):
           if counts[label]:
             dz[i] += share * (
-                _softmax(z[i]) - _softmax(values[label] / counts[label])
+                helpers.softmax(z[i]) - helpers.softmax(values[label] / counts[label])
             )
           own[0][label] += z[i]
           own[1][label] += 1

@@ -3,7 +3,6 @@
 import keras
 import numpy as np
 import pytest
-import scipy.special
 import tensorflow as tf
 import tf_keras
 from tff_kd.compat import tff
@@ -11,7 +10,6 @@ from tff_kd.compat import tff
 import tff_kd
 from tests import helpers
 
-_softmax = lambda z: scipy.special.softmax(z, axis=-1)
 
 
 class _Linear:
@@ -35,7 +33,7 @@ def _train_client(weights, x, y, batch_size, rate, momentum):
   model, loss, right = _Linear(weights), 0.0, 0
   for i in range(0, len(x), batch_size):
     xb, yb = x[i : i + batch_size], y[i : i + batch_size]
-    p = _softmax(model.logits(xb))
+    p = helpers.softmax(model.logits(xb))
     loss -= np.log(p[np.arange(len(yb)), yb]).sum()
     right += (p.argmax(-1) == yb).sum()
     p[np.arange(len(yb)), yb] -= 1
@@ -47,7 +45,7 @@ def _distil(model, x, target, t, steps, rate, momentum):
   """Full-batch steps on T^2 KL; returns the loss at each step."""
   trace = []
   for _ in range(steps):
-    p, q = _softmax(target / t), _softmax(model.logits(x) / t)
+    p, q = helpers.softmax(target / t), helpers.softmax(model.logits(x) / t)
     trace.append(t * t * np.mean(np.sum(p * np.log(p / q), -1)))
     model.step(x, t * (q - p) / len(x), rate, momentum)
   return trace

@@ -29,22 +29,6 @@ def _build(name, **kwargs):
   return getattr(algorithms, f'build_{name}')(**common)
 
 
-def _run(process):
-  """The state after two rounds, and its metrics."""
-  state = process.initialize()
-  kept = None
-  if isinstance(process, tff_kd.StatefulClientsProcess):
-    kept = [process.initialize_client()] * 4
-  for _ in range(2):
-    if kept is None:
-      output = process.next(state, _CLIENTS)
-    else:
-      output = process.next(state, _CLIENTS, kept)
-      kept = output.client_states
-    state = output.state
-  return state, output.metrics, kept
-
-
 def _sum(secure, values, bound):
   value_type = tff.TensorType(np.float32, values[0].shape)
   process = secure.build_sum(bound).create(value_type)
@@ -57,17 +41,17 @@ def _sum(secure, values, bound):
         ('fed_avg', _BITS), ('fd', {}), helpers.slow('ds_fl', _BITS),
         helpers.slow('fed_distillation', {}), helpers.slow('fed_df', _BITS),
         # No certainty is above 1.
-        ('fed_aux', dict(model_bound=40.0, knowledge_bound=1.0)),
+        helpers.slow('fed_aux', dict(model_bound=40.0, knowledge_bound=1.0)),
     ],
 )
-def test_nothing_is_summed_in_the_clear_and_little_changes(name, settings):
+def test_secure_sums_change_little(name, settings):
   secure = _build(
       name, secure_aggregation=privacy.SecureAggregation(**settings)
   )
+  # With the default bits, of every algorithm: `contract_test`.
   tff.test.assert_not_contains_unsecure_aggregation(secure.next)
-  tff.test.assert_contains_unsecure_aggregation(_build(name).next)
-  plain_state, plain_metrics, plain_kept = _run(_build(name))
-  state, metrics, kept = _run(secure)
+  plain, plain_kept = helpers.rounds(_build(name), _CLIENTS)
+  output, kept = helpers.rounds(secure, _CLIENTS)
   tolerance = 0.05 if 'bits' in settings else 1e-3
   if name == 'fed_aux':
     np.testing.assert_equal(kept, plain_kept)  # Scorers stay with their clients.
@@ -79,15 +63,14 @@ def test_nothing_is_summed_in_the_clear_and_little_changes(name, settings):
     )
   else:
     helpers.assert_weights_close(
-        state.global_model_weights, plain_state.global_model_weights, atol=tolerance
+        output.state.global_model_weights, plain.state.global_model_weights,
+        atol=tolerance,
     )
-  train = metrics['client_work']['train']
-  assert train['loss'] == pytest.approx(
-      plain_metrics['client_work']['train']['loss'], abs=tolerance
+  found, expected = output.metrics['client_work'], plain.metrics['client_work']
+  assert found['train']['loss'] == pytest.approx(
+      expected['train']['loss'], abs=tolerance
   )
-  assert metrics['client_work']['participation'] == (
-      plain_metrics['client_work']['participation']
-  )
+  assert found['participation'] == expected['participation']
 
 
 def test_sums_are_rounded_as_stated():
@@ -140,7 +123,7 @@ def test_the_ledger_counts_elements_of_the_group():
     assert numbers * needed / 8 <= sizes[bits] <= numbers * needed / 8 + 40
 
 
-@pytest.mark.parametrize('name', ['fed_df', 'fed_aux'])
+@pytest.mark.parametrize('name', ['fed_df', helpers.slow('fed_aux')])
 def test_private_and_secure(name):
   uniform = tff.learning.ClientWeighting.UNIFORM
   dp = privacy.DifferentialPrivacy(
@@ -151,10 +134,12 @@ def test_private_and_secure(name):
       secure_aggregation=privacy.SecureAggregation(),
   )
   tff.test.assert_not_contains_unsecure_aggregation(both.next)
-  state, _, _ = _run(both)
-  expected, _, _ = _run(_build(name, client_weighting=uniform, privacy=dp))
+  found, _ = helpers.rounds(both, _CLIENTS)
+  expected, _ = helpers.rounds(
+      _build(name, client_weighting=uniform, privacy=dp), _CLIENTS
+  )
   helpers.assert_weights_close(
-      state.global_model_weights, expected.global_model_weights, atol=1e-3
+      found.state.global_model_weights, expected.state.global_model_weights, atol=1e-3
   )
 
 

@@ -157,7 +157,7 @@ def test_export(own_run):
 
 
 # A GRU's loop is in the next test, too.
-@pytest.mark.parametrize('kind', [helpers.slow('GRU'), 'LSTM'])
+@pytest.mark.parametrize('kind', [helpers.slow('GRU'), helpers.slow('LSTM')])
 def test_recurrent_models(kind, tmp_path):
   """A call knows nothing of those before it; without its loop, a file is much larger."""
   inputs = keras.Input((20,), dtype=tf.int32)
@@ -186,6 +186,7 @@ def test_recurrent_models(kind, tmp_path):
   assert 2 * sizes['_write_tflite'] < sizes['_write_int8']
 
 
+@pytest.mark.slow
 def test_another_policy_and_a_loop_in_a_layer(tmp_path):
   """TFLite computes in float32, whatever the model does, and has no loop in 8 bits."""
   layers = keras.layers

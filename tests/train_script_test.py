@@ -112,6 +112,7 @@ def test_a_folder_in_use_is_not_overwritten(run_dir):
   assert (run_dir / 'metrics.csv').read_text() == before
 
 
+@pytest.mark.slow
 def test_ctrl_c_ends_it(tmp_path):
   args = [*helpers.TINY_FUSION, '--rounds=1000', f'--output_dir={tmp_path / "out"}']
   with helpers.running('-m', 'pipelines.train', *args) as script:

@@ -112,7 +112,7 @@ def test_what_is_no_algorithm_or_rule(flag, message):
     helpers.refused_here(flag)
 
 
-@pytest.mark.parametrize('name', ['ds_fl', 'fed_md'])
+@pytest.mark.parametrize('name', [helpers.slow('ds_fl'), 'fed_md'])
 def test_clients_with_models_of_their_own(name, tmp_path, monkeypatch):
   folder = tmp_path / 'out'
   tiny = _without('--server_', '--back_', '--teacher')
@@ -160,6 +160,7 @@ def test_clients_without_models_of_their_own(tmp_path):
   assert not any('client_accuracy' in name for name in rows[0])
 
 
+@pytest.mark.slow
 def test_hindered_clients_are_counted_and_a_damaged_run_repeats(tmp_path):
   tiny = _without('--back_', '--teacher', '--student')
   hindered = [

@@ -1,4 +1,4 @@
-"""Sample weights: in the loss as in Keras, in counts and metrics, in every algorithm."""
+"""Sample weights: in the loss as in Keras, in counts and in metrics."""
 
 import keras
 import numpy as np
@@ -178,75 +178,6 @@ def test_the_loss_is_that_of_keras(name, shape):
   np.testing.assert_allclose(
       found, loss_fn()(y, z, sample_weight=weights.astype(np.float32)), rtol=1e-5
   )
-
-
-@pytest.fixture(scope='module')
-def batches():
-  """Clients 2 and 3 differ from 0 and 1 in examples of weight 0 only."""
-  clients = []
-  for number in range(4):
-    x, y = helpers.examples(8, number % 2)
-    others = helpers.examples(4, 50 + number)
-    x, y = (np.concatenate([a[:4], b, a[4:]]) for a, b in zip((x, y), others))
-    clients.append((x, y, np.float32([1, 2, 0.5, 1, 0, 0, 0, 0, 3, 1, 1, 2])))
-  return tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_clients(clients), batch_size=5, num_epochs=2,
-      shuffle=False,
-  )
-
-
-def _build(name, batches):
-  algorithm = algorithms.REGISTRY[name]
-  parts = dict(
-      transfer_set=lambda: tff_kd.TransferSet(helpers.examples(12, 9)[0]),
-      teacher_fn=lambda: helpers.dense_fn((4,)),
-      mentor_fn=lambda: helpers.dense_fn((4,)),
-      negatives=lambda: helpers.examples(12, 10)[0],
-      epsilon=lambda: None,  # The noise is a client's own.
-      generator_steps=lambda: 2,
-      distillation=lambda: tff_kd.Distillation(num_steps=2, batch_size=6),
-      local_terms=lambda: [
-          tff_kd.LocalDistillation(weight=0.3), tff_kd.NotTrueDistillation(weight=0.5),
-      ],
-  )
-  return algorithm.build(
-      **helpers.common(
-          student_fn=helpers.dense_fn((4,)), input_spec=batches.element_spec,
-          client_data=batches,
-      ),
-      **{
-          key: make() for key, make in parts.items()
-          # Where clients receive no weights, these terms have nothing to compare with.
-          if key in algorithm.parameters and (key != 'local_terms' or algorithm.averages)
-      },
-  )
-
-
-# One that averages, two whose clients keep their models, one with a companion.
-_FAST = ('fed_distillation', 'fd', 'fed_md', 'fed_gen')
-
-
-@pytest.mark.parametrize(
-    'name', [*_FAST, *map(helpers.slow, sorted({*algorithms.REGISTRY} - {*_FAST}))]
-)
-def test_examples_of_weight_0_count_nowhere(name, batches):
-  process = _build(name, batches)
-  left = []
-  for clients in ([0, 1], [2, 3]):
-    state = process.initialize()
-    kept = []
-    if isinstance(process, tff_kd.StatefulClientsProcess):
-      kept = [[process.initialize_client()] * 2]
-    for _ in range(2):
-      output = process.next(state, clients, *kept)
-      state = output.state
-      kept = [output.client_states] if kept else []
-    train = output.metrics['client_work']['train']
-    assert train['num_examples'] == 2 * 2 * 8
-    assert output.metrics['client_work']['participation']['num_included'] == 2
-    left.append((state, train, kept))
-  for first, second in zip(*map(tf.nest.flatten, left), strict=True):
-    np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-7)
 
 
 def test_a_term_weighs_like_the_loss():
