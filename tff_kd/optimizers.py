@@ -124,7 +124,14 @@ def with_learning_rate(
 
 
 def learning_rate(hparams: collections.OrderedDict[str, Any]) -> Optional[tf.Tensor]:
-  """Returns the rate among a TFF optimizer's hyperparameters; `None` without one."""
+  """Returns the learning rate among a TFF optimizer's hyperparameters.
+
+  Args:
+    hparams: The hyperparameters, by name.
+
+  Returns:
+    The rate, or `None` if there is none.
+  """
   return hparams[_LEARNING_RATE] if _LEARNING_RATE in hparams else None
 
 

@@ -52,6 +52,9 @@ def build_fed_avg(
 
   Returns:
     A `DistillationProcess` without a teacher.
+
+  Raises:
+    ValueError: If `prior` is given without `calibrate_on`.
   """
   students = tff_kd.models.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn

@@ -61,9 +61,12 @@ class LocalStep(NamedTuple):
   class_counts: Optional[tf.Tensor] = None
 
   def one_hot_labels(self) -> tf.Tensor:
-    """float32 `[predictions, classes]`; zeros where a label does not count.
+    """Returns the labels as one-hot vectors, zeros where a label does not count.
 
-    Of models of one class a prediction, see `client.class_counts`.
+    For models with one class a prediction, see `client.class_counts`.
+
+    Returns:
+      float32 `[predictions, classes]`.
     """
     return class_counts.one_hot(
         self.model.spec, self.labels, self.labelled, self.sample_weight
@@ -141,7 +144,12 @@ def check_history_size(value: Any) -> None:
 
 
 def check_weight(name: str, value: float, at_most: float = float('inf')) -> None:
-  """Refuses a weight of a term that is not above 0, or above its limit.
+  """Raises an error if the weight of a term is not above 0, or above its limit.
+
+  Args:
+    name: The argument's name, for the error.
+    value: The weight.
+    at_most: The limit, inclusive.
 
   Raises:
     ValueError: Naming the weight.

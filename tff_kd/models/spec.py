@@ -417,10 +417,13 @@ class ModelSpec:
     return losses.logits_from_probabilities(outputs)
 
   def outputs_of(self, logits: tf.Tensor) -> tf.Tensor:
-    """Outputs as the loss takes them, float32, whose `class_logits` are these.
+    """Returns outputs as the loss takes them, given their logits.
 
     Args:
       logits: float32 `[batch, ..., classes]`.
+
+    Returns:
+      float32 outputs, whose `class_logits` are these.
     """
     if not self.from_logits:
       is_binary = logits.shape[-1] == 1
@@ -1062,6 +1065,7 @@ def check_has_classes(spec: ModelSpec, subject: str) -> None:
 
   Args:
     spec: The model.
+    subject: What is about classes, as the subject of the error's sentence.
     what: What is about classes, as the subject of the error's sentence.
 
   Raises:
