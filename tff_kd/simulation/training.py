@@ -208,7 +208,8 @@ def train(
   callbacks = callbacks_lib.check_callbacks(callbacks)
   if progress_bar:
     is_bar = isinstance(progress_bar, callbacks_lib.ProgressBar)
-    callbacks += (progress_bar if is_bar else callbacks_lib.ProgressBar(),)
+    bar = progress_bar if is_bar else callbacks_lib.ProgressBar()
+    callbacks = (*callbacks, bar)
   training = _Training(
       process=process,
       select_clients=select_clients,
