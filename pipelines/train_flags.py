@@ -352,7 +352,7 @@ CLIENT_CLIP_NORM = flags.DEFINE_float(
     'over all weights together; no clipping if unset.',
 )
 flags.register_validator(
-    CLIENT_CLIP_NORM, lambda its: its is None or 0.0 < its < float('inf'),
+    CLIENT_CLIP_NORM, lambda norm: norm is None or 0.0 < norm < float('inf'),
     '--client_clip_norm must be a finite number above 0.'
 )
 CLIENT_RATE_SCHEDULE = flags.DEFINE_enum(

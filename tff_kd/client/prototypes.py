@@ -57,7 +57,7 @@ class PrototypeExchange(exchanges.Exchange):
             f'{spec.outputs_shape}. Choose another algorithm.'
         )
     self._splits = {id(s): split.SplitModel(s, split_layer) for s in students.specs}
-    sizes = [its.num_features for its in self._splits.values()]
+    sizes = [split.num_features for split in self._splits.values()]
     if len(set(sizes)) > 1:
       raise ValueError(
           'Clients exchange features, of which all architectures must have as many, '

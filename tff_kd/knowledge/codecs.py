@@ -257,8 +257,8 @@ def _symbols(units: np.ndarray, bits: int, name: str) -> list[int]:
   bars = np.cumsum(rows, axis=-1)[:, :-1] + np.arange(num_classes - 1)
   missing = num_points(num_classes, bits)
   return [
-      _rank(its, total + num_classes - 1) if present else missing
-      for its, present in zip(bars.tolist(), sums)
+      _rank(row, total + num_classes - 1) if present else missing
+      for row, present in zip(bars.tolist(), sums)
   ]
 
 

@@ -356,7 +356,7 @@ def restore_states(callbacks: Sequence[Callback], saved: bytes) -> None:
   states = json.loads(saved)
   for callback in callbacks:
     name = type(callback).__qualname__
-    found = next((its for its in states if its[0] == name), None)
+    found = next((saved for saved in states if saved[0] == name), None)
     if found is not None:
       states.remove(found)
       callback.set_state(found[1])

@@ -207,8 +207,7 @@ def train(
     raise ValueError(f"`monitor_mode` must be 'max' or 'min', found {monitor_mode!r}.")
   callbacks = callbacks_lib.check_callbacks(callbacks)
   if progress_bar:
-    is_bar = isinstance(progress_bar, callbacks_lib.ProgressBar)
-    bar = progress_bar if is_bar else callbacks_lib.ProgressBar()
+    bar = callbacks_lib.ProgressBar() if progress_bar is True else progress_bar
     callbacks = (*callbacks, bar)
   training = _Training(
       process=process,
