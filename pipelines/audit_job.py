@@ -35,7 +35,7 @@ from tff_kd import privacy
 _MIN_VICTIM_EXAMPLES = 5
 # Classes that a picture shows.
 _MAX_SHOWN = 8
-# Of shadow models: Adam's rate, and examples a step.
+# Adam's learning rate and the batch size of shadow models.
 _SHADOW_RATE, _SHADOW_BATCH = 0.001, 32
 _NO_SHADOWS = """\
 - Attacks that train models of their own to compare with (shadow models, LiRA), which find
@@ -168,7 +168,7 @@ class _Shadows(NamedTuple):
 
   Attributes:
     reports: By released student.
-    num_models: Of each.
+    num_models: The number of shadow models of each released model.
     num_examples: What each was trained with.
     max_epochs: Passes over these, at most.
   """
@@ -186,7 +186,7 @@ class _Results(NamedTuple):
     found: By released model, what membership inference found.
     leaks: The AUC on single clients, by loss.
     clients: The names of these.
-    inversion: Of their predictions.
+    inversion: The reconstruction from their predictions.
     shadows: `None` if there were none.
     num_members: Examples of all clients that took part.
   """
@@ -212,11 +212,11 @@ def run(
   """The whole job.
 
   Args:
-    run_dir: Of the run that is attacked.
+    run_dir: The folder of the run that is attacked.
     report_dir: Where the report goes.
     num_victims: How many clients are attacked one by one.
     seed: Decides whom, the halves, and what attackers train with.
-    num_epochs: Of the inversion; 0 for none.
+    num_epochs: The epochs of the inversion's training; 0 for no inversion.
     num_shadow_models: For each released student; 0 for none.
     shadow_epochs: Passes of a shadow model over its examples, at most.
 
@@ -372,7 +372,7 @@ def _train_victims(finished: _Run, num_victims: int, seed: int) -> list[_Victim]
 
 
 def _kept_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
-  """Of clients that keep their models: those."""
+  """Returns the models of clients that keep their own."""
   common = train_process.common_arguments(finished.task, finished.batches)
   process = train_process.build_process(finished.algorithm, finished.task, common)
   specs = process.kept_models.specs
@@ -392,7 +392,7 @@ def _kept_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
 
 
 def _local_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
-  """Of the others: the student after their local training, as their delta gives it."""
+  """Returns each client's student after local training, as its delta gives it."""
   names = args.STUDENT.value
   found = {}
   for cohort in range(len(names)):
@@ -742,7 +742,7 @@ def _rows_of_clients(finished: _Run, results: _Results) -> list[tuple[str, ...]]
   ]
   named = {
       'class': 'classes, reconstructed, over the public mean',
-      'example': 'examples whose predictions leak, likewise',
+      'example': 'examples whose predictions leak, over the public mean',
   }
   for name, gain in (results.inversion.gains or {}).items():
     kind, score = name.split()

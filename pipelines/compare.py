@@ -152,7 +152,7 @@ def _train_flags() -> dict[str, flags.Flag]:
 
 
 def _flag_name(argument: str) -> str:
-  """Of --flag=value, --flag or --noflag."""
+  """Returns the flag's name in --flag=value, --flag or --noflag."""
   name = argument.removeprefix('--').partition('=')[0]
   return name if name in _train_flags() else name.removeprefix('no')
 
@@ -291,7 +291,7 @@ def _ceilings(
 
   Args:
     seeds: The seeds.
-    folder: Of the comparison.
+    folder: The folder of the comparison.
     metric: The score of student and teacher.
     further: Other scores, of the student.
   """
@@ -305,7 +305,7 @@ def _ceilings(
     if _CEILINGS.value and path.is_file():
       models = json.loads(path.read_text())['models']
       for cell, (kind, score) in cells.items():
-        # Of cohorts the mean.
+        # The mean over cohorts.
         found[cell].append(
             statistics.mean(
                 of_model[f'test_{score}']
@@ -479,7 +479,7 @@ def _floor(
     # Those of an earlier version have none.
     alone = results[run].get('alone', {}) if not run.setting.varied else {}
     for kind, by_seed in found.items():
-      # Of cohorts the mean.
+      # The mean over cohorts.
       values = [scores[metric] for name, scores in alone.items() if name.startswith(kind)]
       if values:
         by_seed.setdefault(run.seed, statistics.mean(values))

@@ -60,7 +60,7 @@ def run(
     rows = train_job.split_tests(task, clients)
   else:
     rows = []  # The server's examples are no client's.
-  # Before the models are loaded: building a process spoils those that are there.
+  # Before the models are loaded: building a process may invalidate existing models.
   own = _evaluate_own(run_dir, task, examples, rows)
   models = released.load(run_dir, task, must_exist=own is None)
   found = [_evaluate(model, task, examples, rows) for model in models]

@@ -230,7 +230,8 @@ def ray_resources() -> dict[str, float]:
   """Returns --ray_resources as amounts by name.
 
   Raises:
-    flags.ValidationError: If one is not of the form name=amount, with a positive amount.
+    flags.ValidationError: If one is not of the form name=amount, with a positive
+      amount.
   """
   resources = {}
   for text in args.RAY_RESOURCES.value:
@@ -267,7 +268,7 @@ def _():
 
 @_together('partition', 'alpha', 'task')
 def _():
-  # Of a task of one's own it is known when that is loaded.
+  # For a user's own task it is known only when the task is loaded.
   check_partition(_task().has_clients)
 
 

@@ -20,7 +20,7 @@ from tff_kd import own_files
 # The keys of the job's tables.
 OPTIMIZERS = ['adam', 'sgd']
 SCHEDULES = ['constant', 'cosine']
-# Of rates over rounds.
+# Schedules of learning rates over rounds.
 RATE_SCHEDULES = ['constant', 'cosine', 'linear']
 
 
@@ -630,14 +630,15 @@ GENERATIVE_WEIGHT = flags.DEFINE_float(
     lower_bound=0.0,
 )
 CONTRAST_WEIGHT = flags.DEFINE_float(
-    'contrast_weight', None, 'Of moon: mu of the model-contrastive term.',
+    'contrast_weight', None, 'moon: the weight mu of the model-contrastive term.',
     lower_bound=0.0,
 )
 CONTRAST_TEMPERATURE = flags.DEFINE_float(
-    'contrast_temperature', None, 'Of moon: tau of that.', lower_bound=0.0
+    'contrast_temperature', None, 'moon: the temperature tau of that term.',
+    lower_bound=0.0,
 )
 DYNAMIC_WEIGHT = flags.DEFINE_float(
-    'dynamic_weight', None, 'Of fed_dyn: alpha of the dynamic regularisation.',
+    'dynamic_weight', None, 'fed_dyn: the weight alpha of the dynamic regularisation.',
     lower_bound=0.0,
 )
 ENERGY_ROUNDS = flags.DEFINE_integer(
@@ -821,7 +822,7 @@ def is_taken(algorithm: algorithms.Info, name: str) -> bool:
   if name == 'prior':
     return algorithm.consensus is not None or 'calibrate_on' in algorithm.parameters
   if name == 'clients_start_from':
-    # Of those that average weights, these change the average.
+    # These change the average of the algorithms that average weights.
     changes = {'student_optimizer', 'calibrate_on'} & set(algorithm.parameters)
     return algorithm.averages and bool(changes)
   owners = [p for p, names in _FLAGS_OF_PARAMETER.items() if name in names]
@@ -839,7 +840,7 @@ FREE_ON_RESUME = {
 }
 
 
-# Of a config.json: what is about the run's folder, not about the run.
+# Flags in a config.json that are about the run's folder, not about the run.
 _NOT_REPEATED = {'config', 'dry_run', 'output_dir', 'resume'}
 
 

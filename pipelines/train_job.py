@@ -210,7 +210,7 @@ def build_batches(
 def build_participation(
     batches: tff_kd.ClientBatches,
 ) -> tff_kd.simulation.Participation:
-  """Who takes part, and what hinders them, from the flags."""
+  """Builds the participation and the client faults from the flags."""
   num_cohorts = len(args.STUDENT.value)
   trace = args.AVAILABILITY.value
   if trace is not None:
@@ -371,8 +371,8 @@ class _Evaluation:
   """Evaluates the models of a process on the validation and the test part.
 
   `student` is the server's; where only clients have models, the mean over theirs. Where
-  both have, `client` is that mean. Of cohorts, `student` is the mean over their students,
-  which are there too.
+  both have, `client` is that mean. Of cohorts, `student` is the mean over their
+  students, which are there too.
 
   Attributes:
     metric_names: What it returns the values of.
@@ -463,7 +463,7 @@ class _Evaluation:
     return metrics
 
   def _mean_over_clients(self, examples) -> dict[str, float]:
-    """Of clients' own models; one that never took part has the initial one."""
+    """Evaluates clients' own models; one that never took part has the initial model."""
     values = []
     numbers = np.random.default_rng(args.SEED.value).permutation(args.NUM_CLIENTS.value)
     for number in sorted(numbers[:args.EVALUATED_CLIENTS.value].tolist()):
@@ -500,7 +500,8 @@ def _train(
   metrics_path = run_dir / f'{prefix}metrics.csv'
   checkpoints = tff_kd.simulation.Checkpoints(run_dir / f'{prefix}checkpoints')
   if evaluation.client_states is not None and checkpoints.is_empty():
-    evaluation.client_states.rewind(0)  # Of a run that was killed before its first one.
+    # A run may have been killed before its first checkpoint.
+    evaluation.client_states.rewind(0)
   release_managers = [
       tff.program.CSVFileReleaseManager(metrics_path, key_fieldname='round')
   ]
@@ -1062,7 +1063,7 @@ class _Finished:
     result: What it ended with.
     history: The rows of metrics.csv.
     baseline: FedAvg's rows; `None` without that comparison.
-    accountant: Of a private run; else `None`.
+    accountant: The privacy accountant of a private run; else `None`.
     run_dir: The run's folder.
   """
 
@@ -1252,7 +1253,7 @@ def _write_results(
       'alone': alone,
   }
   if finished.accountant is not None:
-    # Of all rounds: which one is best, all of them tell.
+    # Of all rounds: the best round is chosen among all of them.
     results['epsilon'] = finished.accountant.epsilon()
   (finished.run_dir / RESULTS).write_text(json.dumps(results, indent=2) + '\n')
 

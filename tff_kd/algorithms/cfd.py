@@ -42,10 +42,11 @@ def build_cfd(
 ) -> rounds.StatefulClientsProcess:
   """Builds CFD.
 
-  What a client keeps is what it sent last, and only if the transfer set has the same rows
-  in every round: with a `subset_size` it keeps nothing, and each message is coded alone.
-  Coding each client's message against its last one means that the server sees each
-  client's labels; the process itself only adds them up, and counts the code's bits.
+  What a client keeps is what it sent last, and only if the transfer set has the same
+  rows in every round: with a `subset_size` it keeps nothing, and each message is coded
+  alone. Coding each client's message against its last one means that the server sees
+  each client's labels; the process itself only adds them up, and counts the code's
+  bits.
 
   Args:
     student_fn: Returns a new `keras.Model`; its first weights are those with which
@@ -59,9 +60,9 @@ def build_cfd(
       with rate 1e-3 if `None`.
     distillation: How both learn labels; a client all of them in each round. (KL's
       gradient is that of cross-entropy against the soft labels.)
-    up_bits: Bits of a class's probability in what clients send: 1 (the most likely class
-      only) to 8, or 32: not quantised.
-    down_bits: Likewise in what goes down.
+    up_bits: Bits of a class's probability in what clients send: 1 (the most likely
+      class only) to 8, or 32: not quantised.
+    down_bits: The bits of a class's probability in the server's labels.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 

@@ -390,7 +390,7 @@ class ClassExchange(Exchange):
 
     Args:
       student: The clients' model; one prediction an example or a position.
-      weight: Of the distillation term in the clients' loss.
+      weight: The weight of the distillation term in the clients' loss.
       leaves_own_out: Whether a client's own part is taken out of its target, as in the
         paper; that needs the exact sums.
 
@@ -418,7 +418,7 @@ class ClassExchange(Exchange):
       )
 
   def with_inexact_sums(self):
-    # Of such sums nobody can take out its own part.
+    # No client can take its own part out of such sums.
     return ClassExchange(self._student, self._weight, leaves_own_out=False)
 
   def payload_spec(self):

@@ -261,7 +261,7 @@ class ProximalTerm(LocalTerm):
     squares = [
         # In float32, as the loss: a sum in bfloat16 stops growing at 256.
         tf.reduce_sum(
-            tf.math.squared_difference(*(tf.cast(value, tf.float32) for value in (w, old)))
+            tf.math.squared_difference(tf.cast(w, tf.float32), tf.cast(old, tf.float32))
         )
         for w, old in zip(
             step.weights, map(tf.stop_gradient, step.received), strict=True

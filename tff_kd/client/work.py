@@ -60,7 +60,7 @@ class ClientUpdate(NamedTuple):
   Attributes:
     model: A `ModelWeights` of changes (received minus trained), of weights and of
       statistics; with cohorts a tuple, with zeros for the others. () where weights stay
-      at clients. As a weight: a float32 scalar, likewise.
+      at clients. As a weight: a float32 scalar, or () as above.
     knowledge: A `knowledge.KnowledgePayload`, or () without that channel. As a
       weight: a float32 scalar or ().
   """
@@ -108,8 +108,8 @@ class ClientPlan:
       client and round.
     receives_student: Whether a client begins with the server's student, and sends back
       its change.
-    keeps_model: Whether it begins with its own model of its last round. Of neither: with
-      the initial weights.
+    keeps_model: Whether it begins with its own model of its last round. Of neither:
+      with the initial weights.
     weightings: A client's weight in each channel, a `ClientUpdate` of
       `ClientWeighting`s.
     applies_weight: By channel, whether the client multiplies its update by its weight
@@ -609,7 +609,7 @@ def _client_examples(
   if client_data is None:
 
     def map_dataset(fn):
-      def map_batch(*batch):  # Of a tuple, `map` hands over the parts.
+      def map_batch(*batch):  # `map` hands over the parts of a tuple.
         return _map_inputs(fn, batch if len(batch) > 1 else batch[0])
 
       parts = data.map(map_batch)

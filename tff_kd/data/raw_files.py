@@ -53,7 +53,7 @@ def check_rows(arrays: Any, owner: str) -> int:
 
   Args:
     arrays: The arrays.
-    what: Of what they are, for the error.
+    owner: What the arrays belong to, for the error.
 
   Raises:
     ValueError: If they differ in that, or one has no axes.
@@ -128,7 +128,7 @@ def check_dtypes(example_spec: Sequence[Any], owner: str) -> None:
 
 
 def check_finite(values: np.ndarray, seen: int, owner: str) -> None:
-  """Refuses numbers that would spoil every model that meets them.
+  """Raises an error if numbers are not finite, which would ruin every model.
 
   Raises:
     ValueError: If there is one.

@@ -318,7 +318,7 @@ class CertaintyWeighted(ConsensusRule):
       certainty = (score if callable(score) else _CERTAINTIES[score])(
           logits / self.temperature
       )
-    # Of sequences: the mean over the positions.
+    # The mean over the positions of sequences.
     axes = list(range(1, certainty.shape.rank))
     values = logits if self.average == 'logits' else payload_lib.probabilities(logits)
     return payload_lib.payload_of(values, tf.reduce_mean(certainty, axis=axes))

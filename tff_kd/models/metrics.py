@@ -170,13 +170,13 @@ def flat_scores(name: str, value: Any) -> dict[str, Any]:
 class Metrics:
   """The user's metrics and the totals, by name, as functions of their states.
 
-  A state is an ordered dict of tuples of arrays, which are zeros before any example; the
-  states of clients are summed. Of a metric that begins with other numbers, it is the
-  difference to these.
+  A state is an ordered dict of tuples of arrays, which are zeros before any example;
+  the states of clients are summed. Of a metric that begins with other numbers, it is
+  the difference to these.
 
   Attributes:
     names: The names of all metrics.
-    score_names: Of the user's metrics, the names of what `scores` returns.
+    score_names: The names of the scores of the user's metrics, as in `scores`.
   """
 
   def __init__(
@@ -478,7 +478,7 @@ def _initial_total(name: str) -> tuple[np.generic, ...]:
 
 
 def _mean_loss(state: Sequence[tf.Tensor]) -> tf.Tensor:
-  return state[0] / state[1]  # Of no examples, not a number.
+  return state[0] / state[1]  # NaN without examples.
 
 
 def _only_value(state: Sequence[tf.Tensor]) -> tf.Tensor:

@@ -10,7 +10,7 @@ What a model holds is told apart by what a step of training does to it:
 - trainable weights take gradient steps;
 - *statistics* (batch norm's moving averages) are numbers that a training call changes;
   they are averaged over clients like weights;
-- *local* values (seeds of dropout, counters, states of recurrent layers) begin anew in
+- *local* values (seeds of dropout, counters, states of recurrent layers) are reset in
   every local training; seeds are drawn from (seed, round, client);
 - all else (frozen layers, adapted preprocessing) is constant: it never moves and never
   travels.
@@ -104,7 +104,7 @@ def as_batch(batch: Any) -> Any:
       return None
     return collections.OrderedDict((key, batch[key]) for key in sorted(batch))
   if isinstance(batch, (tuple, list)):
-    batch = tuple(batch)  # Of `tff_kd.data.Examples`, `len` is the number of examples.
+    batch = tuple(batch)  # `len` of `tff_kd.data.Examples` is the number of examples.
     return batch if len(batch) in (2, 3) else None
   return None
 
@@ -137,8 +137,8 @@ class Outputs(NamedTuple):
     regularization_loss: A scalar, the sum of the layers' own losses; in training it is
       not a number if `bad_inputs`.
     bad_inputs: A bool scalar: whether an embedding was asked for an id that it does not
-      have, whose outputs are then not numbers (in training, its loss); `None` if nothing
-      can be asked for.
+      have, whose outputs are then not numbers (in training, its loss); `None` if
+      nothing can be asked for.
   """
 
   outputs: tf.Tensor
@@ -162,7 +162,8 @@ class ModelSpec:
 
   Attributes:
     name: What error messages call the model ('student', 'teacher').
-    keras_model_fn: The builder. Its own random initialisation differs from call to call.
+    keras_model_fn: The builder. Its own random initialisation differs from call to
+      call.
     input_spec: The (inputs, labels) or (inputs, labels, sample_weight) structure of
       `tf.TensorSpec`, batched.
     initial_weights: The weights of the builder's model as NumPy arrays: a
@@ -487,7 +488,7 @@ class ModelSpec:
       if mask is not None:
         counted *= losses.with_rank(mask, each.shape.rank)
       return losses.weighted_mean(each, counted, sample_weight)
-    # Of sequences Keras would take weights `[batch]` for those of positions.
+    # For sequences, Keras would take weights `[batch]` for those of positions.
     weights = losses.with_rank(mask, self._loss_rank)
     if sample_weight is not None:
       weights = losses.with_rank(mask, sample_weight.shape.rank) * sample_weight
@@ -524,9 +525,9 @@ class ModelSpec:
     Returns:
       The labels, with those outside `[0, classes)` replaced by 0, and a boolean
       scalar that tells whether there were any; of a binary cross-entropy, those outside
-      [0, 1]. Labels of another loss pass as they are. The label of an example of weight 0
-      may be anything, and becomes 0; a weight that is negative or not finite counts as a
-      bad label.
+      [0, 1]. Labels of another loss pass as they are. The label of an example of weight
+      0 may be anything, and becomes 0; a weight that is negative or not finite counts
+      as a bad label.
     """
     bad = tf.constant(False)
     if sample_weight is not None:
@@ -562,7 +563,8 @@ class ModelSpec:
       labels: The labels of a batch.
       outputs: The model's outputs for it, `[batch, ..., classes]`.
       mask: Optional 0/1 float32 `[batch]`: which examples count.
-      sample_weight: What `sample_weight` returns for it; those of weight 0 do not count.
+      sample_weight: What `sample_weight` returns for it; those of weight 0 do not
+        count.
 
     Returns:
       0/1 float32 `[batch, ...]`, one for each position; `None` if all of them count.
@@ -585,8 +587,8 @@ class ModelSpec:
   ) -> tuple[graphs.TracedFunction, graphs.TracedFunction]:
     """The user's metrics for evaluation: two functions, traced once.
 
-    The first one maps (state, labels, float32 outputs) of a batch to the next state; the
-    second, a state to `Metrics.scores`.
+    The first one maps (state, labels, float32 outputs) of a batch to the next state;
+    the second, a state to `Metrics.scores`.
     """
     metrics = self.metrics
     _, labels = split_batch(self.input_spec)
@@ -624,7 +626,8 @@ class ModelSpec:
     """Returns a Keras model of the builder with these weights.
 
     Args:
-      weights: A `ModelWeights` of this model, such as `process.get_model_weights(state)`.
+      weights: A `ModelWeights` of this model, such as
+        `process.get_model_weights(state)`.
 
     Returns:
       A new model. Frozen and adapted values are those of the model that was checked.
@@ -775,8 +778,8 @@ def build_model_spec(
       or one a position where an example has several predictions.
     loss_fn: A no-argument function that returns a `keras.losses.Loss`.
     metrics_fn: An optional no-argument function that returns a list of new
-      `keras.metrics.Metric`s, or {'metrics': list, 'weighted_metrics': list}: the latter
-      weigh each example by its sample weight.
+      `keras.metrics.Metric`s, or {'metrics': list, 'weighted_metrics': list}: the
+      latter weigh each example by its sample weight.
     name: What error messages call the model.
 
   Returns:
@@ -1291,8 +1294,8 @@ def _call(
   Returns its outputs, non-trainable values, losses, and of each lookup in an embedding
   whether it was for ids that are not there.
 
-  Unlike `keras.Model.stateless_call` it goes through `__call__`, so that layers know the
-  mode of training, and inputs are cast, as in `fit`.
+  Unlike `keras.Model.stateless_call` it goes through `__call__`, so that layers know
+  the mode of training, and inputs are cast, as in `fit`.
   """
   scope = keras.StatelessScope(
       [

@@ -14,7 +14,7 @@ import numpy as np
 
 from tff_kd.simulation import callbacks
 
-# Of MLflow, what one call takes, and the longest value of a parameter.
+# What one call of MLflow takes, and the longest value of a parameter.
 _MAX_PARAMS, _MAX_METRICS, _MAX_LENGTH = 100, 1000, 500
 _STATUS = {'finished': 'FINISHED', 'interrupted': 'KILLED', 'failed': 'FAILED'}
 

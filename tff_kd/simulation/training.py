@@ -149,15 +149,15 @@ def train(
   only through `select_clients` and the process, so a resumed run repeats what an
   unbroken one does wherever those do.
 
-  Ctrl-C, or a notebook's stop button, ends the training after the last whole round, which
-  is saved and returned with the history so far; the round that was under way leaves
-  nothing behind. A second one is raised as `KeyboardInterrupt`.
+  Ctrl-C, or a notebook's stop button, ends the training after the last whole round,
+  which is saved and returned with the history so far; the round that was under way
+  leaves nothing behind. A second one is raised as `KeyboardInterrupt`.
 
   Args:
     process: Any `LearningProcess`.
     select_clients: Maps the round number, from 1, to the round's client data: datasets,
-      or a list or an array of clients' numbers or names. Of a `Participation`, its counts
-      are among the metrics.
+      or a list or an array of clients' numbers or names. Of a `Participation`, its
+      counts are among the metrics.
     num_rounds: The last round.
     evaluate: Maps the state after a round to metrics. If it tells their names
       (`metric_names`), it is not called before the first round to see them.
@@ -176,7 +176,7 @@ def train(
       `select_clients` then returns numbers or names. It is part of what is saved: a
       resumed run goes on with what clients had at its checkpoint. With an
       `initial_state`, training begins with what they have.
-    accountant: Of a process with `privacy`: adds `privacy/epsilon` and
+    accountant: For a process with `privacy`; adds `privacy/epsilon` and
       `privacy/rounds`, what all rounds so far have cost, to the metrics and the
       checkpoints, and ends the training before its budget would be passed.
     callbacks: Called around rounds, in their order; may stop the training: see
@@ -496,7 +496,7 @@ def _check_made_by(saved: bytes, now: bytes) -> None:
   if changed:
     raise checkpoints.CheckpointError(
         f'The checkpoint was made by another process ({"; ".join(changed)}). Go on with '
-        'the same settings, or begin anew in another folder.'
+        'the same settings, or start again in another folder.'
     )
 
 

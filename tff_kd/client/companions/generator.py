@@ -135,11 +135,12 @@ class FeatureGenerator(companions.Companion):
       student: The clients' model.
       optimizer: The generator's; its state lives in the process state.
       split_layer: As `models.split.split_layers` has it.
-      generator_fn: Returns a new Keras model from `[batch, noise_dim + classes]` (noise,
-        then the label as one-hot) to `[batch, features]`, the features flattened; one
-        hidden layer with relu if `None`. (The authors' has batch norm after it.)
+      generator_fn: Returns a new Keras model from `[batch, noise_dim + classes]`
+        (noise, then the label as one-hot) to `[batch, features]`, the features
+        flattened; one hidden layer with relu if `None`. (The authors' has batch norm
+        after it.)
       noise_dim: How many normally distributed numbers a generated example begins with.
-      hidden_units: Of the generator's hidden layer.
+      hidden_units: The width of the generator's hidden layer.
       num_steps: The generator's steps a round, each an exchange with all clients.
       batch_size: Generated examples a step.
       weight: alpha = beta of the clients' terms in the second round; they begin there.
@@ -147,8 +148,8 @@ class FeatureGenerator(companions.Companion):
       seed: With the round number, decides what is generated.
 
     Raises:
-      ValueError: If a number is out of range, labels are no class indices, or the student
-        cannot be split.
+      ValueError: If a number is out of range, labels are no class indices, or the
+        student cannot be split.
     """
     optimizers.check_optimizer(optimizer, 'generator_optimizer')
     for name, value in (
