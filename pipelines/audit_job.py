@@ -31,7 +31,7 @@ from tff_kd.audits import membership
 from tff_kd.data import task as data_task
 from tff_kd import privacy
 
-# A client with fewer is no victim: what it sends can be told from chance by luck only.
+# A client with fewer examples is not attacked: the result would be chance.
 _MIN_VICTIM_EXAMPLES = 5
 # Classes that a picture shows.
 _MAX_SHOWN = 8
@@ -51,8 +51,8 @@ _NOT_TESTED = """\
   together, and whoever watches a client over many rounds.
 - What models tell of a client beside membership: properties, labels, single features.
 - Gradients: the server's view here is a client's model and its predictions.
-- An AUC of about .5 says that these attacks found nothing. It is no guarantee; epsilon is
-  one, about every attack.
+- An AUC of about .5 says that these attacks found nothing. That is not a guarantee; epsilon
+  is one, against every attack.
 """
 
 
@@ -150,7 +150,7 @@ class _Inverted(NamedTuple):
 
 
 class _Inversion(NamedTuple):
-  """What was reconstructed from predictions.
+  """Examples reconstructed from predictions.
 
   Attributes:
     gains: By score, over what needs no client; `None` if nothing was tried.
@@ -164,7 +164,7 @@ class _Inversion(NamedTuple):
 
 
 class _Shadows(NamedTuple):
-  """What shadow models found.
+  """The results of the attacks with shadow models.
 
   Attributes:
     reports: By released student.
@@ -267,7 +267,7 @@ def _open_run(run_dir: pathlib.Path) -> _Run:
   if task.class_numbers(task.clients) is None:
     raise UserError(
         f'The attacks here are on classifiers with one prediction an example, and '
-        f'{task.name} is no such task.'
+        f'{task.name} is not such a task.'
     )
   rows = train_job.split_clients(task)
   batches = train_job.build_batches(task, rows)
@@ -698,7 +698,7 @@ def _setup(finished: _Run, results: _Results) -> str:
 
 
 def _guards(config: Mapping[str, Any]) -> list[str]:
-  """What the run does against these attacks, and what not."""
+  """Returns the run's protections against these attacks, and the missing ones."""
   guards = []
   if config.get('epsilon') is not None or config.get('noise_multiplier') is not None:
     guards.append(
@@ -769,7 +769,7 @@ def _rows_of_shadows(shadows: _Shadows) -> list[tuple[str, ...]]:
 
 
 def _about_shadows(shadows: _Shadows) -> str:
-  """What the attacks with shadow models are, and what they can show."""
+  """Explains the attacks with shadow models and what they can show."""
   first = next(iter(shadows.reports.values()))
   rates = ' '.join(
       f'At {100 * found.allowed_rate:g} %, '

@@ -91,7 +91,7 @@ _Round = Callable[[int], Any]
 
 
 class _Case(NamedTuple):
-  """What all sides of a case do."""
+  """The work that all sides of a case do."""
 
   model: str
   num_clients: int

@@ -126,7 +126,7 @@ def _row(exported: _Exported, after: float, before: float) -> tuple[str, ...]:
 
 
 def _warning(worse: Sequence[str], task: tff_kd.data.Task) -> str:
-  """What the user is told of files that are worse than the model."""
+  """Returns the warning about files that are worse than the model."""
   limit = f'one hundredth of its {task.metric}' if task.is_lower_better() else 'a point'
   return (
       f'Worse than the model by more than {limit}: {", ".join(worse)}. Take another '

@@ -13,7 +13,7 @@ import numpy as np
 def _subplots(
     num_rows: int = 1, num_columns: int = 1, *, figsize: tuple[float, float], **kwargs
 ) -> tuple[figure_lib.Figure, Any]:
-  """As `pyplot.subplots`, without its state: any thread may draw."""
+  """Returns `pyplot.subplots` without global state: any thread may draw."""
   figure = figure_lib.Figure(figsize, layout='constrained')
   return figure, figure.subplots(num_rows, num_columns, **kwargs)
 

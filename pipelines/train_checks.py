@@ -1,4 +1,4 @@
-"""What flags of `pipelines.train` do not go together; imports no TensorFlow.
+"""Checks for flags of `pipelines.train` that exclude each other, without TensorFlow.
 
 These are absl's validators, but for the time: absl would ask them before flags have the
 values of --config and of the task. `run` asks them, once all flags have theirs.

@@ -870,7 +870,7 @@ def _task_defaults(task: str, algorithm: str) -> dict[str, Any]:
     if name not in own_flags():
       raise app.UsageError(
           f'The defaults of --task={task} or --algorithm={algorithm} name --{name}, '
-          'which is no flag.'
+          'which is not a flag.'
       )
   return defaults
 
@@ -902,7 +902,7 @@ def take_defaults() -> None:
   for another --task or --algorithm.
 
   Raises:
-    app.UsageError: If the file is no such one, or of another version's flags; or if
+    app.UsageError: If it is not such a file, or of another version's flags; or if
       there is no such task.
   """
   path = CONFIG.value

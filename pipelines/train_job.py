@@ -539,7 +539,7 @@ def _train(
 
 
 class _Summary:
-  """What stands behind the progress bar: scores, bytes, and the privacy spent."""
+  """Returns the text after the progress bar: scores, bytes, and the privacy spent."""
 
   def __init__(
       self, task: tff_kd.data.Task, metrics_path: pathlib.Path,
@@ -739,7 +739,7 @@ def _resume_command(run_dir: pathlib.Path) -> str:
 
 
 def runtime() -> contextlib.AbstractContextManager:
-  """Where the run computes, by --runtime, --device and --ray_address."""
+  """Returns the runtime that --runtime, --device and --ray_address choose."""
   device = args.DEVICE.value or None
   if args.RAY_ADDRESS.value:
     return _on_ray(device)
@@ -759,7 +759,7 @@ def _check_ray() -> None:
 
 @contextlib.contextmanager
 def _on_ray(device: Optional[list[str]]) -> Iterator[None]:
-  """As `tff_kd.runtime.ray`, with errors of the start as the user's."""
+  """Starts `tff_kd.runtime.ray`; raises errors of the start as user errors."""
   with contextlib.ExitStack() as stack:
     try:
       stack.enter_context(tff_kd.runtime.ray(
@@ -776,7 +776,7 @@ def _on_ray(device: Optional[list[str]]) -> Iterator[None]:
 
 
 class Setup(NamedTuple):
-  """What a run is made of.
+  """The parts of a run.
 
   Attributes:
     task: The data.
@@ -887,7 +887,7 @@ def _print_setup(
 
 
 def _print_plan(setup: Setup) -> None:
-  """What would be built, moved and held."""
+  """Prints what would be built, moved and stored."""
   process = setup.process
   accountant = None
   if train_checks.is_private():
@@ -1023,7 +1023,7 @@ def metric_of(
 
 
 def _megabytes(history: list[dict[str, float]]) -> list[float]:
-  """What a client that takes part has moved up to each round, in the mean."""
+  """Returns the mean bytes that a participating client has moved up to each round."""
   return list(np.cumsum([row[_CLIENT_BYTES] for row in history]) / 1e6)
 
 
@@ -1040,7 +1040,7 @@ def _print_left_out(history: list[dict[str, float]]) -> None:
 
 
 def _print_ledger(history: list[dict[str, float]]) -> None:
-  """What moved, by channel."""
+  """Returns the bytes moved, by channel."""
   rows = [('moved, MB', 'all clients, all rounds', 'a round')]
   for name in history[0]:
     if name.startswith('bytes/') and name != _CLIENT_BYTES:
@@ -1099,7 +1099,7 @@ class _Finished:
 
   @functools.cached_property
   def names(self) -> dict[str, str]:
-    """What the table and the pictures call each model."""
+    """Returns the names of the models in the table and the plots."""
     process = self.setup.process
     has_student = process.get_model_weights is not None
     names = {
@@ -1225,7 +1225,7 @@ def _curves(finished: _Finished) -> dict[str, _Curve]:
 
 
 def _further_scores(finished: _Finished) -> dict[str, dict[str, float]]:
-  """What predictions are worth beyond the labels, of tasks that say so."""
+  """Returns the task's own scores of a model, if the task has any."""
   task, specs = finished.task, specs_of(finished.setup.process)
   if task.scores_fn is None:
     return {}

@@ -211,7 +211,7 @@ def _counted(
     logits: np.ndarray, labels: np.ndarray, spec: models.ModelSpec,
     weights: Optional[np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """As `counted_predictions`, with the weights of these, float32 `[m]`."""
+  """Returns `counted_predictions` and the weights of these, float32 `[m]`."""
   places = logits.shape[:-1]
   if weights is None:
     weights = np.ones(places, np.float32)

@@ -32,7 +32,7 @@ def new_directory(prefix: str) -> pathlib.Path:
 
 
 def named_file(*args, **kwargs) -> Any:
-  """As `tempfile.NamedTemporaryFile`, with this process's own folder as the default."""
+  """Opens a `tempfile.NamedTemporaryFile`, in this process's own folder by default."""
   if kwargs.get('dir') is None:
     kwargs['dir'] = _own_folder()
   return tempfile.NamedTemporaryFile(*args, **kwargs)

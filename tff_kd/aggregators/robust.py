@@ -58,7 +58,7 @@ class NormBoundFactory(tff.aggregators.WeightedAggregationFactory):
       norm = tf.linalg.global_norm(
           [tf.cast(leaf, tf.float32) for leaf in tf.nest.flatten(value)]
       )
-      within = norm <= self._norm_bound  # Not so if it is no number.
+      within = norm <= self._norm_bound  # False for NaN.
       is_left_out = tf.logical_and(weight > 0, tf.logical_not(within))
       return (
           tf.nest.map_structure(

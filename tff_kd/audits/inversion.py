@@ -14,7 +14,7 @@ _BATCH_SIZE = 32
 
 
 class Pairs(NamedTuple):
-  """What two models say about the same examples.
+  """Predictions of two models on the same examples.
 
   Attributes:
     client: float32 `[n, classes]`, logits of the client's model.

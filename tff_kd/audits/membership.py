@@ -45,7 +45,7 @@ _Scores = tuple[np.ndarray, np.ndarray]
 
 
 class Predictions(NamedTuple):
-  """What a model says about labelled examples.
+  """Predictions of a model on labelled examples.
 
   Attributes:
     logits: float32 `[n, classes]`.
@@ -88,7 +88,7 @@ class Estimate(NamedTuple):
 
 
 class Finding(NamedTuple):
-  """What an attack achieved on examples that had no part in choosing it.
+  """The success of an attack on examples that were not used to choose it.
 
   Attributes:
     attack: Its name.
@@ -113,7 +113,7 @@ class Finding(NamedTuple):
 
 
 class Report(NamedTuple):
-  """What membership inference found out of a model.
+  """The results of membership inference against a model.
 
   Attributes:
     overall: Over all examples.
@@ -147,7 +147,7 @@ class Detection(NamedTuple):
 
 
 class LiraFinding(NamedTuple):
-  """What an attack with a fixed rule, for which nothing was chosen, achieved.
+  """The success of an attack with a fixed rule, for which nothing was chosen.
 
   Attributes:
     attack: Its name.
@@ -169,7 +169,7 @@ class LiraFinding(NamedTuple):
 
 
 class LiraReport(NamedTuple):
-  """What the likelihood-ratio attacks found out of a model.
+  """The results of the likelihood-ratio attacks against a model.
 
   Attributes:
     online: By shadow models with and without each example.
@@ -668,7 +668,7 @@ def _choose(
 def _measure(
     candidate: _Candidate, scores: dict[str, _Scores], half: int
 ) -> Finding:
-  """What it achieves on the second half, by the threshold that the first half gives."""
+  """Measures an attack on the second half with the threshold of the first half."""
   threshold = best_threshold(*_scores_of(candidate, scores, slice(None, half)))
   inside, outside = _scores_of(candidate, scores, slice(half, None))
   false, true, _ = _roc(inside, outside)

@@ -1,8 +1,8 @@
-"""What hinders clients in a round, and how a process takes what they report.
+"""Simulated system conditions of clients, and the policy for their reports.
 
 Devices are late, stop early, vanish after their work, and answer in part. Here such
 conditions come to a process with each client, as a value beside its number; who draws
-them (`tff_kd.simulation.Participation`) is no concern of the process.
+them (`tff_kd.simulation.Participation`) does not concern the process.
 """
 
 import collections
@@ -93,7 +93,7 @@ class Reporting:
 
 
 class BroadcastHistory:
-  """What the server sent in the last rounds, for clients that began in one of them.
+  """The broadcasts of the last rounds, for clients that began in one of them.
 
   With `max_delay=0` nothing is kept and what is sent is as it is.
   """

@@ -1,4 +1,4 @@
-"""What clients exchange beside, or in place of, their weights.
+"""Exchanges of knowledge beside, or in place of, weights.
 
 An `Exchange` says what a client uploads after its training, what the server sends back,
 and how a client learns from that before its own examples. A round ends where a paper's
@@ -23,7 +23,7 @@ from tff_kd.server import distill as server_distillation_lib
 
 
 class Report(NamedTuple):
-  """What a client has at hand when it makes its payload.
+  """The inputs of a client's payload.
 
   Attributes:
     model: The trained student, a `BoundModel`.
@@ -157,7 +157,7 @@ class Exchange(abc.ABC):
 
 
 class Learned(NamedTuple):
-  """What a client has after it learned from what was shared.
+  """The result of a client's learning from what was shared.
 
   Attributes:
     weights: The `ModelWeights` with which its own training begins.
@@ -436,7 +436,7 @@ class ClassExchange(Exchange):
     if not self.keeps_sent:
       return mean_payload
     # Sums, so that a client can take its own part out again.
-    # Without any client the mean is no number.
+    # Without any client the mean is NaN.
     return tf.nest.map_structure(
         lambda t: tf.math.multiply_no_nan(t, num_included), mean_payload
     )

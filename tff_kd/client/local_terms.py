@@ -137,7 +137,7 @@ def check_history_size(value: Any) -> None:
     value: The number.
 
   Raises:
-    ValueError: If it is no positive integer.
+    ValueError: If it is not a positive integer.
   """
   if not isinstance(value, int) or value < 1:
     raise ValueError(f'`history_size` must be a positive integer, found {value!r}.')

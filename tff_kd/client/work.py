@@ -31,7 +31,7 @@ from tff_kd.server import distill
 
 
 class Broadcast(NamedTuple):
-  """What the server sends down to each client; what is not needed is ().
+  """The server's broadcast to each client; parts that are not needed are ().
 
   Attributes:
     student: The `ModelWeights` of the global student; with cohorts a tuple, of which a
@@ -55,7 +55,7 @@ class Broadcast(NamedTuple):
 
 
 class ClientUpdate(NamedTuple):
-  """What a client sends up, or the weights of the two channels.
+  """A client's upload, or the weights of the two channels.
 
   Attributes:
     model: A `ModelWeights` of changes (received minus trained), of weights and of
@@ -87,7 +87,7 @@ class ClientOutput(NamedTuple):
 
 
 class ClientLeft(NamedTuple):
-  """What is left at the client; nothing of it is summed.
+  """The part of a round's result that stays at the client and is not summed.
 
   Attributes:
     client_state: For the client's next round.
@@ -100,7 +100,7 @@ class ClientLeft(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClientPlan:
-  """What clients do in a round.
+  """The plan of the clients' part of a round.
 
   Attributes:
     students: The model to train, or those of the cohorts.
@@ -196,7 +196,7 @@ class ClientPlan:
 
   @functools.cached_property
   def broadcast_history(self) -> conditions_lib.BroadcastHistory:
-    """What makes a `Broadcast` into what a client with conditions is given."""
+    """Returns the function that gives a `Broadcast` to a client with conditions."""
     return conditions_lib.BroadcastHistory(
         self.broadcast_type, self.reporting.max_delay if self.reporting else 0
     )

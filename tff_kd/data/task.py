@@ -1,4 +1,4 @@
-"""What a task is: data in four disjoint parts, models, a loss, metrics."""
+"""Tasks: data in four disjoint parts, models, a loss, metrics."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -377,7 +377,7 @@ def task_from_clients(
 
 
 def package_file(task: str, package: str, file: str) -> pathlib.Path:
-  """Where a file of an installed package is, which need not be importable.
+  """Returns the path of a file of an installed package that need not be importable.
 
   Raises:
     FileNotFoundError: If the package is not installed.

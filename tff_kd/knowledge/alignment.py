@@ -278,7 +278,7 @@ def checked_prior(prior: Any, estimated: tuple[str, ...] = ()) -> Any:
     estimated: The names of priors that are estimated.
 
   Raises:
-    ValueError: If it is neither, or if the numbers are no probabilities.
+    ValueError: If it is neither, or if the numbers are not probabilities.
   """
   if prior is None or isinstance(prior, str):
     if prior not in (None, 'uniform', *estimated):

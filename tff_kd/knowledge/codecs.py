@@ -154,7 +154,7 @@ def encode(
     The code, in whole bytes.
 
   Raises:
-    ValueError: If a row is no point of the quantised simplex, or shapes differ.
+    ValueError: If a row is not a point of the quantised simplex, or shapes differ.
   """
   symbols = _symbols(units, bits, 'units')
   num_rows, num_classes = len(symbols), units.shape[-1]

@@ -1,4 +1,4 @@
-"""What clients send of their predictions on the transfer set, as sums.
+"""Uploaded predictions on the transfer set, as sums.
 
 A client's predictions travel as `values` and `weights`, a pair of which any TFF
 aggregation factory can take the weighted mean over clients, so that the server never sees
@@ -17,7 +17,7 @@ from tff_kd import models
 
 
 class KnowledgePayload(NamedTuple):
-  """What one client sends up, or the weighted mean of it over clients.
+  """One client's uploaded knowledge, or the weighted mean over clients.
 
   Attributes:
     values: float32 `[m, ..., classes]`, the predictions times `weights`.

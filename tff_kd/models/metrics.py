@@ -106,7 +106,7 @@ def _counted_name(base: str, taken: Mapping[str, Any]) -> str:
 
 
 def _by_kind(made: Any) -> Mapping[str, Sequence[keras.metrics.Metric]]:
-  """What a `metrics_fn` has returned, as a mapping; refuses what it must not."""
+  """Returns the metrics of a `metrics_fn` as a mapping; raises if they are invalid."""
   found = made if isinstance(made, Mapping) else {'metrics': made}
   if not set(found) <= set(_KINDS):
     raise ValueError(

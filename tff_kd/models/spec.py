@@ -124,12 +124,12 @@ class ModelValues(NamedTuple):
 
   @property
   def weights(self) -> tff.learning.models.ModelWeights:
-    """What belongs to the model beyond this training."""
+    """The part that belongs to the model beyond this training."""
     return tff.learning.models.ModelWeights(list(self.trainable), list(self.statistics))
 
 
 class Outputs(NamedTuple):
-  """What a call of a model leaves.
+  """The results of a call of a model.
 
   Attributes:
     outputs: The output tensor `[batch, ...]`.
@@ -148,7 +148,7 @@ class Outputs(NamedTuple):
 
 
 class _Layout(NamedTuple):
-  """Where the values of a model are among its `_non_trainable_variables`."""
+  """The places of a model's values among its `_non_trainable_variables`."""
 
   statistics: tuple[int, ...]
   local: Mapping[int, np.ndarray]
@@ -398,7 +398,7 @@ class ModelSpec:
 
   @functools.cached_property
   def _logits_shapes(self) -> dict[Any, tf.TensorShape]:
-    """What `logits_shape_for` has found."""
+    """The shapes that `logits_shape_for` has found."""
     return {}
 
   def class_logits(self, outputs: tf.Tensor) -> tf.Tensor:
@@ -535,7 +535,7 @@ class ModelSpec:
     highest = highest_label(self.loss, self.outputs_shape)
     if highest is None:
       return labels, bad
-    # In a wide type: 256 is no uint8. False for NaN, where labels are floats.
+    # In a wide type: 256 is not a uint8. False for NaN, where labels are floats.
     wide = labels if labels.dtype.is_floating else tf.cast(labels, tf.int64)
     in_range = (wide >= 0) & (wide <= tf.cast(highest, wide.dtype))
     if self.ignored_label is not None:
@@ -607,7 +607,7 @@ class ModelSpec:
 
   @functools.cached_property
   def weighted_metric_update(self) -> graphs.TracedFunction:
-    """As the first of `metric_functions`, with the weights as a fourth argument."""
+    """The first of `metric_functions`, with the weights as a fourth argument."""
     metrics = self.metrics
     _, labels = split_batch(self.input_spec)
     labels = tf.TensorSpec([None, *labels.shape[1:]], labels.dtype)
@@ -993,7 +993,7 @@ def wrong_labels(
     outputs_shape: The shape of the model's outputs.
 
   Raises:
-    ValueError: If they are no numbers.
+    ValueError: If they are not numbers.
   """
   if labels.dtype.kind not in 'fiub':
     raise ValueError(
@@ -1055,7 +1055,7 @@ _REGRESSION_LOSSES = (
 
 
 def _config_of(loss: keras.losses.Loss, key: str) -> Any:
-  """What a loss was built with; `None` where it does not tell."""
+  """Returns an argument that a loss was built with; `None` if it is not known."""
   value = getattr(loss, key, None)
   if value is None:
     with contextlib.suppress(Exception):  # A user's loss may have no config.
@@ -1313,7 +1313,7 @@ def _call(
 
 
 class _Traced(NamedTuple):
-  """What the graph of a model tells.
+  """Facts that the graph of a model shows.
 
   Attributes:
     layout: The `_Layout`.

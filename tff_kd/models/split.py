@@ -87,7 +87,7 @@ class SplitModel:
     return math.prod(self.feature_shape)
 
   def _checked_feature_shape(self) -> tuple[int, ...]:
-    """The shape of one example's features; refuses what is no chain of layers."""
+    """Returns the shape of an example's features; raises if layers form no chain."""
     body, head = split_layers(self.spec.layers, self._split_layer)
     inputs_spec = spec_lib.split_batch(self.spec.input_spec)[0]
     refusal = (

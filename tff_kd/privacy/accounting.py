@@ -1,4 +1,4 @@
-"""What rounds have cost in privacy, by dp-accounting, for the sampling that happens.
+"""The privacy cost of rounds, by dp-accounting, for the sampling that happens.
 
 The unit is a client: all of its examples together. What is released is the noised sums
 of each round, and whatever is computed from them.
@@ -55,7 +55,7 @@ class ClientSampling:
 
   @property
   def neighbors(self) -> str:
-    """What two neighbouring sets of clients differ in."""
+    """The relation of two neighbouring sets of clients."""
     return NEIGHBORS[self.sampling]
 
   @property
@@ -282,7 +282,7 @@ class PrivacyAccountant:
 
 
 def read_ledger(path: pathlib.Path) -> dict[str, int]:
-  """What a ledger file holds.
+  """Returns the content of a ledger file.
 
   Raises:
     ValueError: If it is none. What was spent is then not known.

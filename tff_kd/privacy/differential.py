@@ -26,7 +26,7 @@ ADAPTIVE = 'adaptive'
 _INITIAL_MODEL_CLIP, _QUANTILE, _CLIP_RATE = 0.1, 0.5, 0.2
 # Stands for no clip: an exact power of two, so that nothing is rounded.
 _NO_CLIP = 2.0**100
-# A noised weight below so many standard deviations is no weight.
+# A noised weight below this many standard deviations counts as missing.
 _MIN_WEIGHT_STDDEVS = 3.0
 
 

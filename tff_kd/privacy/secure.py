@@ -21,7 +21,7 @@ _MAX_WEIGHT = 2.0**20 - 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SecureAggregation:
-  """What clients send is summed securely: both channels, their weights, and counts.
+  """Secure sums of what clients send: both channels, their weights, and counts.
 
   Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine
   Learning" (CCS 2017), for the sums; `tff.learning.secure_aggregator` for the clipping.

@@ -1,4 +1,4 @@
-"""What clients send up, aggregated: two channels, metrics and counts.
+"""Aggregation of uploads: two channels, metrics and counts.
 
 Everything is a sum over clients. Unless a channel has an aggregation factory of its
 own, all of it is one `federated_sum` a round: a federated operation costs each client
@@ -25,7 +25,7 @@ AggregationFactory = Union[
 
 
 class Measurements(NamedTuple):
-  """What an aggregation measures.
+  """The measurements of an aggregation.
 
   Attributes:
     client_work: The clients' finalized metrics, `train`, and their counts,

@@ -43,7 +43,7 @@ class Sums:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
-  """What is done at the server at once, or with each client in one pass.
+  """Work that is done at the server at once, or with each client in one pass.
 
   Attributes:
     of_clients: Whether it is the clients'.

@@ -55,7 +55,7 @@ class Training:
 
 
 class Callback:
-  """What happens around rounds: override what is needed.
+  """Hooks around rounds: override the ones that are needed.
 
   Example, which stops at a goal:
 

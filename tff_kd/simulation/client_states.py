@@ -1,4 +1,4 @@
-"""What clients keep for themselves between rounds, in files, one a client and round."""
+"""The states that clients keep between rounds, in a file for each client and round."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import os

@@ -83,7 +83,7 @@ class Availability:
       The availability.
 
     Raises:
-      ValueError: If a line is no such one; names it.
+      ValueError: If a line has another form; names it.
     """
     intervals = {}
     with open(path, newline='') as file:
@@ -241,7 +241,7 @@ class Participation:
     )
 
   def __call__(self, round_num: int) -> list[Any]:
-    """What the round's clients are, for `next`: those that report in it."""
+    """Returns the clients that report in a round, as `next` takes them."""
     found = []
     for began in range(max(1, round_num - self.max_delay), round_num + 1):
       for beginning in self._begin(began)[0]:

@@ -40,7 +40,7 @@ _MAX_WARNINGS = 3
 
 
 class TrainingResult(NamedTuple):
-  """What training ended with.
+  """The result of a training.
 
   Attributes:
     state: The process state after the last round.
@@ -67,7 +67,7 @@ class TrainingResult(NamedTuple):
 
 
 class _Progress(NamedTuple):
-  """What a checkpoint holds; all that a resumed training needs."""
+  """The content of a checkpoint: all that a resumed training needs."""
 
   state: Any
   best_state: Any
@@ -82,7 +82,7 @@ class _Progress(NamedTuple):
 
 
 class _Completed(NamedTuple):
-  """What is whole, whenever the training is interrupted.
+  """The values that are whole whenever the training is interrupted.
 
   Attributes:
     progress: After the last round that is over.
@@ -281,7 +281,7 @@ class _Training:
 
   @functools.cached_property
   def round_bytes(self) -> Optional[communication.RoundBytes]:
-    """What each client of a round moves, if the process tells."""
+    """Returns the bytes that each client of a round moves, if the process tells."""
     return communication.round_bytes(self.process) if self.is_ours else None
 
   def begin(self, loop: asyncio.AbstractEventLoop, initial_state: Any) -> None:
@@ -473,7 +473,7 @@ class _Training:
 
 
 def _made_by(process: tff.learning.templates.LearningProcess, state: Any) -> bytes:
-  """What decides what a process does and does not show in the shapes of its state."""
+  """Returns the settings of a process that the shapes of its state do not show."""
   made_by = {}
   for path, leaf in tree.flatten_with_path(state):
     if path and path[-1] in _HYPERPARAMETERS:

@@ -48,7 +48,7 @@ _NOISE_STREAM = 2
 
 
 class ScorerState(NamedTuple):
-  """What a client keeps: its scorer, once it has one.
+  """A client's state: its scorer, once it has one.
 
   Attributes:
     weights: float32 `[d + 1]`, w_k with its noise.
@@ -243,7 +243,7 @@ class CertaintyScorer(companions.Companion):
       seed: Decides the noise, with a client's number.
 
     Raises:
-      ValueError: If a number is out of range, the negatives are no such inputs, or the
+      ValueError: If a number is out of range, the negatives are not such inputs, or the
         features no matrix.
     """
     if not 0.0 < regularization < math.inf:

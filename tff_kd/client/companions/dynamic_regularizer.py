@@ -20,7 +20,7 @@ from tff_kd import models
 
 
 class Gradient(NamedTuple):
-  """What a client, or the server, keeps.
+  """The state of a client, or of the server.
 
   Attributes:
     values: A list of tensors like the trainable weights, those of 16 bits in float32:
@@ -32,7 +32,7 @@ class Gradient(NamedTuple):
 
 
 class _Kept(NamedTuple):
-  """What a client's training carries along.
+  """The values that a client's training carries from step to step.
 
   Attributes:
     own: h_k.

@@ -35,7 +35,7 @@ GeneratorFn = Callable[[], keras.Model]
 
 
 class GeneratorState(NamedTuple):
-  """What the server keeps.
+  """The server's state.
 
   Attributes:
     weights: The generator's `ModelWeights`.
@@ -54,7 +54,7 @@ class _Broadcast(NamedTuple):
 
 
 class _Kept(NamedTuple):
-  """What a client holds for the exchange.
+  """The values that a client holds for the exchange.
 
   Attributes:
     head: The values of the variables of its trained head.
@@ -78,7 +78,7 @@ class _Generated(NamedTuple):
 
 
 class _Answer(NamedTuple):
-  """What clients say of a generated batch; a sum over clients.
+  """The clients' answer about a generated batch, a sum over clients.
 
   Attributes:
     gradients: float32 `[batch, features]`, of `losses` by the features.
@@ -148,7 +148,7 @@ class FeatureGenerator(companions.Companion):
       seed: With the round number, decides what is generated.
 
     Raises:
-      ValueError: If a number is out of range, labels are no class indices, or the
+      ValueError: If a number is out of range, labels are not class indices, or the
         student cannot be split.
     """
     optimizers.check_optimizer(optimizer, 'generator_optimizer')
@@ -219,7 +219,7 @@ class FeatureGenerator(companions.Companion):
     return self._generator.call(self._generator.values(weights), inputs).outputs
 
   def _head_logits(self, student: models.BoundModel, features: tf.Tensor) -> tf.Tensor:
-    """What a student makes of generated features."""
+    """Returns a student's logits of generated features."""
     with student.scope():
       return self._split.head_logits(features)
 

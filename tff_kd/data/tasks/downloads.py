@@ -10,7 +10,7 @@ from tff_kd.data import task as task_lib
 
 
 def fetch(name: str, load_fn: Callable[[], Any], cache: str) -> Any:
-  """What `load_fn` returns.
+  """Returns what `load_fn` returns.
 
   Args:
     name: The task's name.

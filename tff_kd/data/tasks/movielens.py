@@ -7,7 +7,7 @@ What is about a person stays with that person. The models have weights of films 
 the person is, they make of the ratings that the person's device holds, given as inputs:
 nothing is kept, trained or sent for a person, and one who was in no training is served as
 well. (`tff.learning`'s reconstruction trains such a part anew where it is needed; here it
-is a sum.) The transfer set asks the same of volunteers, who are no clients: what would
+is a sum.) The transfer set asks the same of volunteers, who are not clients: what would
 they give to films that they have not rated?
 
 Sources: Koren, "Factorization Meets the Neighborhood" (KDD 2008), section 3.2, asymmetric
@@ -30,7 +30,7 @@ _FILE = 'recbole/dataset_example/ml-100k/ml-100k.inter'
 NUM_RATINGS, NUM_USERS, NUM_FILMS = 100_000, 943, 1682
 # How many of a person's other ratings a model looks at.
 HISTORY = 40
-# People that are no clients; drawn once, the same for every seed.
+# People who are not clients; drawn once, the same for every seed.
 NUM_VOLUNTEERS = 100
 _SPLIT_SEED = 19980422
 _TEST_SHARE = 0.1
@@ -96,7 +96,7 @@ def _inputs() -> dict[str, Any]:
 
 @keras.saving.register_keras_serializable(package='tff_kd')
 class Tastes(keras.layers.Layer):
-  """What a person's ratings say: of the film that is asked about, and of the person.
+  """Represents a person's ratings, for the film that is asked about and the person.
 
   With m the mean of all ratings, b a film's bias, n the number of ratings held: the
   person's own bias is u = sum(r - m - b) / (n + 5); the vector of tastes is p = sum((r
