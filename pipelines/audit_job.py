@@ -51,8 +51,8 @@ _NOT_TESTED = """\
   together, and whoever watches a client over many rounds.
 - What models tell of a client beside membership: properties, labels, single features.
 - Gradients: the server's view here is a client's model and its predictions.
-- An AUC of about .5 says that these attacks found nothing. That is not a guarantee; epsilon
-  is one, against every attack.
+- An AUC of about .5 says that these attacks found nothing. It guarantees nothing; epsilon
+  is a guarantee against every attack.
 """
 
 

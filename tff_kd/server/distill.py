@@ -51,7 +51,11 @@ def _loss_of(
 def check_outputs(
     distillation: settings.Distillation, learner: models.ModelSpec
 ) -> None:
-  """Refuses what compares classes where there are none.
+  """Raises an error if a loss that compares classes is for a regression model.
+
+  Args:
+    distillation: The settings of the stage.
+    learner: The model that learns.
 
   Raises:
     ValueError: If the learner is a regression model and this is not for one.
@@ -97,7 +101,19 @@ class DistillationStage(NamedTuple):
       has_validation: bool,
       has_diversity: bool,
   ) -> None:
-    """Checks that what the stage needs is there; see `check_stages`."""
+    """Raises an error if the stage lacks something it needs, before anything is built.
+
+    Args:
+      has_teacher: Whether there is a teacher.
+      labelled: Whether the transfer set has labels.
+      has_validation: Whether examples are set aside for validation.
+      has_diversity: Whether the consensus has a `diversity`.
+
+    Raises:
+      ValueError: If the stage needs a teacher, labels or a validation part that is not
+        there, or if a model would learn from itself.
+      TypeError: If the stage's optimizer is not one.
+    """
     d = self.distillation
     optimizers.check_optimizer(
         self.optimizer,
@@ -133,7 +149,15 @@ class DistillationStage(NamedTuple):
   def build_lesson(
       self, learner: models.ModelSpec, transfer_set: transfer.TransferSet
   ) -> 'Lesson':
-    """Builds the stage for one learner, which it checks (`check_outputs`)."""
+    """Builds the stage for one learner.
+
+    Args:
+      learner: The model that learns.
+      transfer_set: The examples to learn from.
+
+    Returns:
+      The `Lesson`.
+    """
     check_outputs(self.distillation, learner)
     return Lesson(self, learner, transfer_set)
 
@@ -450,7 +474,7 @@ class Lesson:
     self._has_validation = transfer_set.validation_size > 0
 
   def initial_state(self) -> Any:
-    """The optimizer's state before the first round."""
+    """Returns the optimizer's state before the first round."""
     return self._stepper.initialize()
 
   def __call__(
