@@ -1,12 +1,12 @@
-"""CFD: labels of a few bits up and down; clients begin every round anew.
+"""CFD: labels of a few bits up and down; clients restart every round.
 
 Sattler, Marban, Rischke & Samek, "CFD: Communication-Efficient Federated Distillation
 via Soft-Label Quantization and Delta Coding" (2021), the algorithm with dual
 distillation: in each round a client begins with the initial weights, learns the labels
 that came down on the transfer examples, trains on its own examples, and sends its labels
 for the transfer examples, quantised and coded against those that it sent last. The
-server's model learns the mean of the clients' labels and labels the transfer examples
-anew; these labels, quantised, go down in the next round.
+server's model learns the mean of the clients' labels and relabels the transfer
+examples; these labels, quantised, go down in the next round.
 """
 
 from __future__ import annotations

@@ -538,7 +538,7 @@ def _begin_clients(
   elif client_states.clients():
     raise ValueError(
         '`client_states` holds what clients have after earlier rounds, and the training '
-        'begins anew. Call `client_states.rewind(0)` to forget it, or choose another '
+        'starts from round 1. Call `client_states.rewind(0)` to forget it, or choose another '
         'folder; to go on, pass the server\'s `initial_state`.'
     )
 
