@@ -28,7 +28,7 @@ def for_users(
   """A script's main whose refusals are a sentence on stderr, without a traceback.
 
   Args:
-    main: Takes the arguments that are no flags; returns the exit status. The message of a
+    main: Takes arguments that are not flags; returns the exit status. The message of a
       `KeyboardInterrupt` is shown.
   """
 
@@ -51,10 +51,10 @@ def for_users(
 
 
 def run(main: Callable[[list[str]], Optional[int]]) -> None:
-  """As `absl.app.run`, for a main that imports TensorFlow only when it runs.
+  """Runs a script like `absl.app.run`; main may import TensorFlow when it runs.
 
   Args:
-    main: Takes the arguments that are no flags; returns the exit status.
+    main: Takes the arguments that are not flags; returns the exit status.
   """
   # Graphs are many small objects that live on: Python's default looks through all of
   # them so often that a start takes an eighth longer.

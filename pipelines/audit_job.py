@@ -31,11 +31,11 @@ from tff_kd.audits import membership
 from tff_kd.data import task as data_task
 from tff_kd import privacy
 
-# A client with fewer is no victim: what it sends can be told from chance by luck only.
+# A client with fewer examples is not attacked: the result would be chance.
 _MIN_VICTIM_EXAMPLES = 5
 # Classes that a picture shows.
 _MAX_SHOWN = 8
-# Of shadow models: Adam's rate, and examples a step.
+# Adam's learning rate and the batch size of shadow models.
 _SHADOW_RATE, _SHADOW_BATCH = 0.001, 32
 _NO_SHADOWS = """\
 - Attacks that train models of their own to compare with (shadow models, LiRA), which find
@@ -51,8 +51,8 @@ _NOT_TESTED = """\
   together, and whoever watches a client over many rounds.
 - What models tell of a client beside membership: properties, labels, single features.
 - Gradients: the server's view here is a client's model and its predictions.
-- An AUC of about .5 says that these attacks found nothing. It is no guarantee; epsilon is
-  one, about every attack.
+- An AUC of about .5 says that these attacks found nothing. It guarantees nothing; epsilon
+  is a guarantee against every attack.
 """
 
 
@@ -150,7 +150,7 @@ class _Inverted(NamedTuple):
 
 
 class _Inversion(NamedTuple):
-  """What was reconstructed from predictions.
+  """Examples reconstructed from predictions.
 
   Attributes:
     gains: By score, over what needs no client; `None` if nothing was tried.
@@ -164,11 +164,11 @@ class _Inversion(NamedTuple):
 
 
 class _Shadows(NamedTuple):
-  """What shadow models found.
+  """The results of the attacks with shadow models.
 
   Attributes:
     reports: By released student.
-    num_models: Of each.
+    num_models: The number of shadow models of each released model.
     num_examples: What each was trained with.
     max_epochs: Passes over these, at most.
   """
@@ -186,7 +186,7 @@ class _Results(NamedTuple):
     found: By released model, what membership inference found.
     leaks: The AUC on single clients, by loss.
     clients: The names of these.
-    inversion: Of their predictions.
+    inversion: The reconstruction from their predictions.
     shadows: `None` if there were none.
     num_members: Examples of all clients that took part.
   """
@@ -212,11 +212,11 @@ def run(
   """The whole job.
 
   Args:
-    run_dir: Of the run that is attacked.
+    run_dir: The folder of the run that is attacked.
     report_dir: Where the report goes.
     num_victims: How many clients are attacked one by one.
     seed: Decides whom, the halves, and what attackers train with.
-    num_epochs: Of the inversion; 0 for none.
+    num_epochs: The epochs of the inversion's training; 0 for no inversion.
     num_shadow_models: For each released student; 0 for none.
     shadow_epochs: Passes of a shadow model over its examples, at most.
 
@@ -267,7 +267,7 @@ def _open_run(run_dir: pathlib.Path) -> _Run:
   if task.class_numbers(task.clients) is None:
     raise UserError(
         f'The attacks here are on classifiers with one prediction an example, and '
-        f'{task.name} is no such task.'
+        f'{task.name} is not such a task.'
     )
   rows = train_job.split_clients(task)
   batches = train_job.build_batches(task, rows)
@@ -372,7 +372,7 @@ def _train_victims(finished: _Run, num_victims: int, seed: int) -> list[_Victim]
 
 
 def _kept_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
-  """Of clients that keep their models: those."""
+  """Returns the models of clients that keep their own."""
   common = train_process.common_arguments(finished.task, finished.batches)
   process = train_process.build_process(finished.algorithm, finished.task, common)
   specs = process.kept_models.specs
@@ -392,7 +392,7 @@ def _kept_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
 
 
 def _local_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
-  """Of the others: the student after their local training, as their delta gives it."""
+  """Returns each client's student after local training, as its delta gives it."""
   names = args.STUDENT.value
   found = {}
   for cohort in range(len(names)):
@@ -698,7 +698,7 @@ def _setup(finished: _Run, results: _Results) -> str:
 
 
 def _guards(config: Mapping[str, Any]) -> list[str]:
-  """What the run does against these attacks, and what not."""
+  """Returns the run's protections against these attacks, and the missing ones."""
   guards = []
   if config.get('epsilon') is not None or config.get('noise_multiplier') is not None:
     guards.append(
@@ -742,7 +742,7 @@ def _rows_of_clients(finished: _Run, results: _Results) -> list[tuple[str, ...]]
   ]
   named = {
       'class': 'classes, reconstructed, over the public mean',
-      'example': 'examples whose predictions leak, likewise',
+      'example': 'examples whose predictions leak, over the public mean',
   }
   for name, gain in (results.inversion.gains or {}).items():
     kind, score = name.split()
@@ -769,7 +769,7 @@ def _rows_of_shadows(shadows: _Shadows) -> list[tuple[str, ...]]:
 
 
 def _about_shadows(shadows: _Shadows) -> str:
-  """What the attacks with shadow models are, and what they can show."""
+  """Explains the attacks with shadow models and what they can show."""
   first = next(iter(shadows.reports.values()))
   rates = ' '.join(
       f'At {100 * found.allowed_rate:g} %, '

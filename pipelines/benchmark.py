@@ -70,7 +70,7 @@ _LONG_CLIENTS = flags.DEFINE_list(
     'LOW,HIGH: how many clients a round of that run has, drawn anew for each.',
 )
 _SEED = flags.DEFINE_integer(
-    'seed', 0, 'Of the examples, the weights and the numbers of clients.'
+    'seed', 0, 'The seed of the examples, the weights and the numbers of clients.'
 )
 _OUTPUT_DIR = flags.DEFINE_string(
     'output_dir', 'runs/benchmark', 'Where results.json and speed.png go.'
@@ -91,7 +91,7 @@ _Round = Callable[[int], Any]
 
 
 class _Case(NamedTuple):
-  """What all sides of a case do."""
+  """The work that all sides of a case do."""
 
   model: str
   num_clients: int
@@ -507,8 +507,8 @@ class _Child:
   """A side in its own process.
 
   Attributes:
-    found: What it has told about itself: seconds to import, to build, of the first round;
-      its most memory once it has ended.
+    found: What it has told about itself: seconds to import, to build, of the first
+      round; its most memory once it has ended.
   """
 
   def __init__(self, name: str, case: _Case):

@@ -15,7 +15,7 @@ LEARNING_RATE = flags.DEFINE_float(
 BATCH_SIZE = flags.DEFINE_integer(
     'central_batch_size', 32, 'Examples a step.', lower_bound=1
 )
-# Of the flags of pipelines.train, those that say what is trained on what.
+# The flags of pipelines.train that define the models and the data.
 OF_TRAIN = frozenset({
     'task', 'data_dir', 'student', 'teacher', 'num_clients', 'seed', 'transfer_size',
     'validation_size', 'output_dir',

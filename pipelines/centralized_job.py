@@ -91,7 +91,7 @@ def _fit(
   )
   if not best:
     raise UserError(
-        f'{name}: the validation {task.metric} is no number after an epoch. Lower '
+        f'{name}: the validation {task.metric} is not a number after an epoch. Lower '
         '--central_learning_rate.'
     )
   return evaluator.spec.to_keras(weights), best

@@ -136,7 +136,7 @@ def _variations() -> list[list[tuple[str, ...]]]:
   for argument in sorted({flag for row in rows for varied in row for flag in varied}):
     name = _flag_name(argument)
     if not argument.startswith('--') or name not in known:
-      raise app.UsageError(f'--vary: {argument!r} is no flag of pipelines.train.')
+      raise app.UsageError(f'--vary: {argument!r} is not a flag of pipelines.train.')
     if name in _PER_RUN or known[name].present:
       raise app.UsageError(f'--vary: --{name} is set for all runs. Leave one out.')
     if not any(_takes(algorithm, argument) for algorithm in _ALGORITHMS.value):
@@ -152,7 +152,7 @@ def _train_flags() -> dict[str, flags.Flag]:
 
 
 def _flag_name(argument: str) -> str:
-  """Of --flag=value, --flag or --noflag."""
+  """Returns the flag's name in --flag=value, --flag or --noflag."""
   name = argument.removeprefix('--').partition('=')[0]
   return name if name in _train_flags() else name.removeprefix('no')
 
@@ -162,7 +162,7 @@ def _takes(algorithm: str, argument: str) -> bool:
 
 
 def _settings(rows: list[list[tuple[str, ...]]]) -> dict[_Setting, list[str]]:
-  """What is compared, each with all flags that its training is given."""
+  """Returns the settings to compare, each with all flags of its training."""
   known = _train_flags()
   for name in sorted(_PER_RUN - {'output_dir'}):
     if known[name].present:
@@ -275,7 +275,7 @@ def _central_flags() -> list[flags.Flag]:
 
 
 def _central_arguments() -> list[str]:
-  """What of this script's flags the training in one place is given."""
+  """Returns the flags of this script for the training in one place."""
   shared = [
       flag
       for name, flag in _train_flags().items()
@@ -291,7 +291,7 @@ def _ceilings(
 
   Args:
     seeds: The seeds.
-    folder: Of the comparison.
+    folder: The folder of the comparison.
     metric: The score of student and teacher.
     further: Other scores, of the student.
   """
@@ -305,7 +305,7 @@ def _ceilings(
     if _CEILINGS.value and path.is_file():
       models = json.loads(path.read_text())['models']
       for cell, (kind, score) in cells.items():
-        # Of cohorts the mean.
+        # The mean over cohorts.
         found[cell].append(
             statistics.mean(
                 of_model[f'test_{score}']
@@ -349,7 +349,7 @@ def _results(run: _Run) -> dict[str, Any]:
 
 
 def _megabytes(history: list[dict[str, float]]) -> list[float]:
-  """What a client that takes part has moved up to each round, in the mean."""
+  """Returns the mean bytes that a participating client has moved up to each round."""
   moved = (row['bytes/client'] / 1e6 for row in history)
   return list(itertools.accumulate(moved))
 
@@ -479,7 +479,7 @@ def _floor(
     # Those of an earlier version have none.
     alone = results[run].get('alone', {}) if not run.setting.varied else {}
     for kind, by_seed in found.items():
-      # Of cohorts the mean.
+      # The mean over cohorts.
       values = [scores[metric] for name, scores in alone.items() if name.startswith(kind)]
       if values:
         by_seed.setdefault(run.seed, statistics.mean(values))

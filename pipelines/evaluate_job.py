@@ -59,8 +59,8 @@ def run(
   elif part == 'test':
     rows = train_job.split_tests(task, clients)
   else:
-    rows = []  # The server's examples are no client's.
-  # Before the models are loaded: building a process spoils those that are there.
+    rows = []  # The server's examples belong to no client.
+  # Before the models are loaded: building a process may invalidate existing models.
   own = _evaluate_own(run_dir, task, examples, rows)
   models = released.load(run_dir, task, must_exist=own is None)
   found = [_evaluate(model, task, examples, rows) for model in models]
@@ -113,7 +113,7 @@ def _evaluate_own(
   with train_job.errors_for_users():
     process = train_job.prepare().process
   if getattr(process, 'kept_models', None) is None:
-    return None  # What they keep are no models.
+    return None  # They keep states that are not models.
   ran_with = json.loads((run_dir / 'config.json').read_text())['flags']
   changed = [flag for flag in _OF_THE_SPLIT if flags.FLAGS[flag].value != ran_with[flag]]
   if changed:

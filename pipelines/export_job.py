@@ -42,8 +42,8 @@ class _Exported(NamedTuple):
     path: Where it is.
     size: In bytes, of all that is below.
     scores: Its scores on the examples.
-    agreement: The share of examples (positions, of sequences) for which its class is the
-      model's; of a regression the root of the mean squared difference.
+    agreement: The share of examples (positions, of sequences) for which its class is
+      the model's; of a regression the root of the mean squared difference.
     largest: The largest difference in any output.
   """
 
@@ -126,7 +126,7 @@ def _row(exported: _Exported, after: float, before: float) -> tuple[str, ...]:
 
 
 def _warning(worse: Sequence[str], task: tff_kd.data.Task) -> str:
-  """What the user is told of files that are worse than the model."""
+  """Returns the warning about files that are worse than the model."""
   limit = f'one hundredth of its {task.metric}' if task.is_lower_better() else 'a point'
   return (
       f'Worse than the model by more than {limit}: {", ".join(worse)}. Take another '
@@ -168,7 +168,7 @@ def _predict(model: keras.Model, inputs: Any) -> np.ndarray:
       )
       for start in range(0, size, _BATCH)
   ]
-  # Of a mixed policy they are bfloat16.
+  # They are bfloat16 under a mixed policy.
   return np.concatenate([tf.cast(part, tf.float32).numpy() for part in outputs])
 
 
@@ -297,7 +297,7 @@ def _save(
     model: The model.
     path: The folder to write.
     task: What its inputs are like.
-    batch_size: Of the signature; any if `None`.
+    batch_size: The batch size of the signature; any if `None`.
   """
   has_names = isinstance(task.transfer.inputs, dict)
   signature = {
@@ -388,8 +388,8 @@ def _copy(
     in_float32: Whether all layers compute in float32, whatever their dtype policy.
 
   Returns:
-    A new model with the same weights and vocabularies; the model itself, if Keras cannot
-    write it down and there is nothing to change.
+    A new model with the same weights and vocabularies; the model itself, if Keras
+    cannot write it down and there is nothing to change.
 
   Raises:
     UserError: If there is something to change in such a model.

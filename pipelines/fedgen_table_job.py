@@ -135,7 +135,7 @@ class _Test:
   def __call__(
       self, evaluator: tff_kd.evaluation.CentralEvaluator, weights: list[Any]
   ) -> dict[str, float]:
-    """Of one model for all users, or of each user's."""
+    """Evaluates one model for all users, or each user's own model."""
     by_class = self._answers(evaluator, weights)
     return {
         'all': (by_class @ self._share).mean(),
@@ -152,8 +152,8 @@ class _Test:
   ) -> float:
     """On own classes, of one model with each user's batch-norm statistics.
 
-    As the paper's: there the statistics stay with the users. Training does not see them,
-    so it is the same; a round's batches bring them to the user's.
+    As the paper's: there the statistics stay with the users. Training does not see
+    them, so it is the same; a round's batches bring them to the user's.
     """
     model = spec.to_keras(weights)
     of_users = []
@@ -261,7 +261,7 @@ def run(
 
   Args:
     algorithm: Its name in the registry.
-    alpha: Of the Dirichlet split.
+    alpha: The concentration of the Dirichlet split.
     seed: Decides the images, the split, the initial weights and who takes part.
     data_dir: Holds the IDX files.
     folder: For checkpoints and each round's metrics; a run that was stopped goes on

@@ -13,7 +13,7 @@ import numpy as np
 def _subplots(
     num_rows: int = 1, num_columns: int = 1, *, figsize: tuple[float, float], **kwargs
 ) -> tuple[figure_lib.Figure, Any]:
-  """As `pyplot.subplots`, without its state: any thread may draw."""
+  """Returns `pyplot.subplots` without global state: any thread may draw."""
   figure = figure_lib.Figure(figsize, layout='constrained')
   return figure, figure.subplots(num_rows, num_columns, **kwargs)
 
@@ -152,9 +152,9 @@ def plot_variations(
   """Test accuracy against rounds as something varies; the teacher's is dashed.
 
   Args:
-    panels: (Row, name of the column) -> what it is with -> `student`, and `teacher` where
-      there is one -> a run of each seed, the accuracy after each round. The line is their
-      mean; the band, one standard deviation.
+    panels: (Row, name of the column) -> what it is with -> `student`, and `teacher`
+      where there is one -> a run of each seed, the accuracy after each round. The line
+      is their mean; the band, one standard deviation.
     num_rows: How many rows.
     columns: The names of the columns, in order.
     path: The PNG file to write.
@@ -268,8 +268,8 @@ def plot_images(
   """A grid of images.
 
   Args:
-    columns: Title -> by row's name, an image `[height, width, ...]`; the rows of all are
-      the same. Examples of another rank are drawn as one line of pixels.
+    columns: Title -> by row's name, an image `[height, width, ...]`; the rows of all
+      are the same. Examples of another rank are drawn as one line of pixels.
     path: The PNG file to write.
   """
   rows = list(next(iter(columns.values())))
@@ -337,7 +337,7 @@ def plot_confusion(
 
   Args:
     counts: `[classes, classes]`, true classes down, predicted ones across.
-    class_names: Of the classes; not written if there are more than 30.
+    class_names: The names of the classes; not written if there are more than 30.
     title: The picture's title.
     path: The PNG file to write.
   """
@@ -365,7 +365,7 @@ def plot_confusion(
 def plot_errors(
     models: Mapping[str, tuple[np.ndarray, np.ndarray]], path: os.PathLike
 ) -> None:
-  """Of a regression: the errors, and the predictions by the true value.
+  """Plots a regression's errors, and its predictions by the true value.
 
   Args:
     models: Name -> (predictions `[n]`, true values `[n]`).
@@ -374,7 +374,7 @@ def plot_errors(
   figure, panels = _subplots(1, 2, figsize=(11, 4.2))
   every_label = np.concatenate([labels for _, labels in models.values()])
   values = np.unique(every_label)
-  # Of many different values, ten ranges.
+  # Ten ranges if there are many different values.
   groups = np.quantile(every_label, np.linspace(0, 1, 11)) if len(values) > 20 else None
   errors = np.concatenate([predicted - labels for predicted, labels in models.values()])
   edges = np.linspace(errors.min(), errors.max(), 61)

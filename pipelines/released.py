@@ -33,7 +33,7 @@ class Released(NamedTuple):
   weights: Any
 
 
-# Of a whole model, and of the weights of one that Keras cannot write down.
+# The suffixes of a whole model, and of the weights of one that Keras cannot serialize.
 _WHOLE, _WEIGHTS = '.keras', '.weights.h5'
 
 
@@ -43,12 +43,12 @@ def save(model: keras.Model, folder: pathlib.Path, name: str) -> None:
   Args:
     model: The model.
     folder: Where to.
-    name: Of the file, without its suffix.
+    name: The file's name, without its suffix.
   """
   path = folder / f'{name}{_WHOLE}'
   try:
     model.save(path)
-  except NotImplementedError:  # Of Keras, where a class has no `get_config`.
+  except NotImplementedError:  # Keras raises it where a class has no `get_config`.
     path.unlink(missing_ok=True)
     model.save_weights(folder / f'{name}{_WEIGHTS}')
     print(

@@ -32,7 +32,7 @@ def by_topic() -> dict[str, list[flags.Flag]]:
 
 
 def help_text(module: str, width: int) -> str:
-  """What a script does, and its flags.
+  """Returns the help of a script: its purpose and its flags.
 
   Args:
     module: The script's name in `sys.modules`.
@@ -96,7 +96,7 @@ class _HelpFlag(app.HelpFlag):
 
 
 def define_help_flags() -> None:
-  """As absl's, with a `--help` by topic."""
+  """Defines absl's help flags, with a `--help` by topic."""
   app.define_help_flags()
   flag = _HelpFlag()
   flag.allow_override = True

@@ -1,4 +1,4 @@
-"""What flags of `pipelines.train` do not go together; imports no TensorFlow.
+"""Checks for flags of `pipelines.train` that exclude each other, without TensorFlow.
 
 These are absl's validators, but for the time: absl would ask them before flags have the
 values of --config and of the task. `run` asks them, once all flags have theirs.
@@ -235,7 +235,8 @@ def ray_resources() -> dict[str, float]:
   """Returns --ray_resources as amounts by name.
 
   Raises:
-    flags.ValidationError: If one is not of the form name=amount, with a positive amount.
+    flags.ValidationError: If one is not of the form name=amount, with a positive
+      amount.
   """
   resources = {}
   for text in args.RAY_RESOURCES.value:
@@ -272,7 +273,7 @@ def _():
 
 @_together('partition', 'alpha', 'task')
 def _():
-  # Of a task of one's own it is known when that is loaded.
+  # For a user's own task it is known only when the task is loaded.
   check_partition(_task().has_clients)
 
 

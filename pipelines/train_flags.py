@@ -20,7 +20,7 @@ from tff_kd import own_files
 # The keys of the job's tables.
 OPTIMIZERS = ['adam', 'sgd']
 SCHEDULES = ['constant', 'cosine']
-# Of rates over rounds.
+# Schedules of learning rates over rounds.
 RATE_SCHEDULES = ['constant', 'cosine', 'linear']
 
 
@@ -352,7 +352,7 @@ CLIENT_CLIP_NORM = flags.DEFINE_float(
     'over all weights together; no clipping if unset.',
 )
 flags.register_validator(
-    CLIENT_CLIP_NORM, lambda its: its is None or 0.0 < its < float('inf'),
+    CLIENT_CLIP_NORM, lambda norm: norm is None or 0.0 < norm < float('inf'),
     '--client_clip_norm must be a finite number above 0.'
 )
 CLIENT_RATE_SCHEDULE = flags.DEFINE_enum(
@@ -641,14 +641,15 @@ GENERATIVE_WEIGHT = flags.DEFINE_float(
     lower_bound=0.0,
 )
 CONTRAST_WEIGHT = flags.DEFINE_float(
-    'contrast_weight', None, 'Of moon: mu of the model-contrastive term.',
+    'contrast_weight', None, 'moon: the weight mu of the model-contrastive term.',
     lower_bound=0.0,
 )
 CONTRAST_TEMPERATURE = flags.DEFINE_float(
-    'contrast_temperature', None, 'Of moon: tau of that.', lower_bound=0.0
+    'contrast_temperature', None, 'moon: the temperature tau of that term.',
+    lower_bound=0.0,
 )
 DYNAMIC_WEIGHT = flags.DEFINE_float(
-    'dynamic_weight', None, 'Of fed_dyn: alpha of the dynamic regularisation.',
+    'dynamic_weight', None, 'fed_dyn: the weight alpha of the dynamic regularisation.',
     lower_bound=0.0,
 )
 ENERGY_ROUNDS = flags.DEFINE_integer(
@@ -833,7 +834,7 @@ def is_taken(algorithm: algorithms.Info, name: str) -> bool:
   if name == 'prior':
     return algorithm.consensus is not None or 'calibrate_on' in algorithm.parameters
   if name == 'clients_start_from':
-    # Of those that average weights, these change the average.
+    # These change the average of the algorithms that average weights.
     changes = {'student_optimizer', 'calibrate_on'} & set(algorithm.parameters)
     return algorithm.averages and bool(changes)
   owners = [p for p, names in _FLAGS_OF_PARAMETER.items() if name in names]
@@ -851,7 +852,7 @@ FREE_ON_RESUME = {
 }
 
 
-# Of a config.json: what is about the run's folder, not about the run.
+# Flags in a config.json that are about the run's folder, not about the run.
 _NOT_REPEATED = {'config', 'dry_run', 'output_dir', 'resume'}
 
 
@@ -881,7 +882,7 @@ def _task_defaults(task: str, algorithm: str) -> dict[str, Any]:
     if name not in own_flags():
       raise app.UsageError(
           f'The defaults of --task={task} or --algorithm={algorithm} name --{name}, '
-          'which is no flag.'
+          'which is not a flag.'
       )
   return defaults
 
@@ -913,7 +914,7 @@ def take_defaults() -> None:
   for another --task or --algorithm.
 
   Raises:
-    app.UsageError: If the file is no such one, or of another version's flags; or if
+    app.UsageError: If it is not such a file, or of another version's flags; or if
       there is no such task.
   """
   path = CONFIG.value

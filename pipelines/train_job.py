@@ -210,7 +210,7 @@ def build_batches(
 def build_participation(
     batches: tff_kd.ClientBatches,
 ) -> tff_kd.simulation.Participation:
-  """Who takes part, and what hinders them, from the flags."""
+  """Builds the participation and the client faults from the flags."""
   num_cohorts = len(args.STUDENT.value)
   trace = args.AVAILABILITY.value
   if trace is not None:
@@ -371,8 +371,8 @@ class _Evaluation:
   """Evaluates the models of a process on the validation and the test part.
 
   `student` is the server's; where only clients have models, the mean over theirs. Where
-  both have, `client` is that mean. Of cohorts, `student` is the mean over their students,
-  which are there too.
+  both have, `client` is that mean. Of cohorts, `student` is the mean over their
+  students, which are there too.
 
   Attributes:
     metric_names: What it returns the values of.
@@ -463,7 +463,7 @@ class _Evaluation:
     return metrics
 
   def _mean_over_clients(self, examples) -> dict[str, float]:
-    """Of clients' own models; one that never took part has the initial one."""
+    """Evaluates clients' own models; one that never took part has the initial model."""
     values = []
     numbers = np.random.default_rng(args.SEED.value).permutation(args.NUM_CLIENTS.value)
     for number in sorted(numbers[:args.EVALUATED_CLIENTS.value].tolist()):
@@ -500,7 +500,8 @@ def _train(
   metrics_path = run_dir / f'{prefix}metrics.csv'
   checkpoints = tff_kd.simulation.Checkpoints(run_dir / f'{prefix}checkpoints')
   if evaluation.client_states is not None and checkpoints.is_empty():
-    evaluation.client_states.rewind(0)  # Of a run that was killed before its first one.
+    # A run may have been killed before its first checkpoint.
+    evaluation.client_states.rewind(0)
   release_managers = [
       tff.program.CSVFileReleaseManager(metrics_path, key_fieldname='round')
   ]
@@ -538,7 +539,7 @@ def _train(
 
 
 class _Summary:
-  """What stands behind the progress bar: scores, bytes, and the privacy spent."""
+  """Returns the text after the progress bar: scores, bytes, and the privacy spent."""
 
   def __init__(
       self, task: tff_kd.data.Task, metrics_path: pathlib.Path,
@@ -738,7 +739,7 @@ def _resume_command(run_dir: pathlib.Path) -> str:
 
 
 def runtime() -> contextlib.AbstractContextManager:
-  """Where the run computes, by --runtime, --device and --ray_address."""
+  """Returns the runtime that --runtime, --device and --ray_address choose."""
   device = args.DEVICE.value or None
   if args.RAY_ADDRESS.value:
     return _on_ray(device)
@@ -758,7 +759,7 @@ def _check_ray() -> None:
 
 @contextlib.contextmanager
 def _on_ray(device: Optional[list[str]]) -> Iterator[None]:
-  """As `tff_kd.runtime.ray`, with errors of the start as the user's."""
+  """Starts `tff_kd.runtime.ray`; raises errors of the start as user errors."""
   with contextlib.ExitStack() as stack:
     try:
       stack.enter_context(tff_kd.runtime.ray(
@@ -775,7 +776,7 @@ def _on_ray(device: Optional[list[str]]) -> Iterator[None]:
 
 
 class Setup(NamedTuple):
-  """What a run is made of.
+  """The parts of a run.
 
   Attributes:
     task: The data.
@@ -886,7 +887,7 @@ def _print_setup(
 
 
 def _print_plan(setup: Setup) -> None:
-  """What would be built, moved and held."""
+  """Prints what would be built, moved and stored."""
   process = setup.process
   accountant = None
   if train_checks.is_private():
@@ -1022,7 +1023,7 @@ def metric_of(
 
 
 def _megabytes(history: list[dict[str, float]]) -> list[float]:
-  """What a client that takes part has moved up to each round, in the mean."""
+  """Returns the mean bytes that a participating client has moved up to each round."""
   return list(np.cumsum([row[_CLIENT_BYTES] for row in history]) / 1e6)
 
 
@@ -1039,7 +1040,7 @@ def _print_left_out(history: list[dict[str, float]]) -> None:
 
 
 def _print_ledger(history: list[dict[str, float]]) -> None:
-  """What moved, by channel."""
+  """Returns the bytes moved, by channel."""
   rows = [('moved, MB', 'all clients, all rounds', 'a round')]
   for name in history[0]:
     if name.startswith('bytes/') and name != _CLIENT_BYTES:
@@ -1062,7 +1063,7 @@ class _Finished:
     result: What it ended with.
     history: The rows of metrics.csv.
     baseline: FedAvg's rows; `None` without that comparison.
-    accountant: Of a private run; else `None`.
+    accountant: The privacy accountant of a private run; else `None`.
     run_dir: The run's folder.
   """
 
@@ -1098,7 +1099,7 @@ class _Finished:
 
   @functools.cached_property
   def names(self) -> dict[str, str]:
-    """What the table and the pictures call each model."""
+    """Returns the names of the models in the table and the plots."""
     process = self.setup.process
     has_student = process.get_model_weights is not None
     names = {
@@ -1224,7 +1225,7 @@ def _curves(finished: _Finished) -> dict[str, _Curve]:
 
 
 def _further_scores(finished: _Finished) -> dict[str, dict[str, float]]:
-  """What predictions are worth beyond the labels, of tasks that say so."""
+  """Returns the task's own scores of a model, if the task has any."""
   task, specs = finished.task, specs_of(finished.setup.process)
   if task.scores_fn is None:
     return {}
@@ -1252,7 +1253,7 @@ def _write_results(
       'alone': alone,
   }
   if finished.accountant is not None:
-    # Of all rounds: which one is best, all of them tell.
+    # Of all rounds: the best round is chosen among all of them.
     results['epsilon'] = finished.accountant.epsilon()
   (finished.run_dir / RESULTS).write_text(json.dumps(results, indent=2) + '\n')
 

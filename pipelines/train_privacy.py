@@ -1,4 +1,4 @@
-"""What the flags of `pipelines.train` say about privacy: checks, guards, the account."""
+"""The privacy flags of `pipelines.train`: checks, protections, the account."""
 
 import hashlib
 import pathlib
@@ -104,7 +104,7 @@ def build_accountant(
 
 
 def sampling_seed(run_dir: pathlib.Path) -> int:
-  """Who takes part is drawn from this, which nobody can guess, as the account wants."""
+  """Returns the secret seed of participation, which the privacy account requires."""
   path = run_dir / LEDGER
   if not path.exists():
     if (run_dir / 'metrics.csv').exists():

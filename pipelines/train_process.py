@@ -108,7 +108,7 @@ def _aggregator(
 def common_arguments(
     task: tff_kd.data.Task, batches: tff_kd.ClientBatches
 ) -> dict[str, Any]:
-  """What every algorithm takes, FedAvg in the comparison too."""
+  """Returns the arguments of every algorithm, also of FedAvg in the comparison."""
   builders = [task.students[name] for name in args.STUDENT.value]
   return dict(
       student_fn=builders if len(builders) > 1 else builders[0],

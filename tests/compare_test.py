@@ -141,7 +141,7 @@ def test_varied_flags_ceilings_and_a_run_without_any_client(tmp_path):
 @pytest.mark.parametrize(
     'flags, match',
     [
-        (['--vary=--magic=1'], "'--magic=1' is no flag"),
+        (['--vary=--magic=1'], "'--magic=1' is not a flag"),
         (['--vary=|--alpha=1', '--alpha=2'], '--alpha is set for all'),
         (['--vary=|'], 'the same flags twice'),
         (['--algorithms=fed_avg', '--vary=|--teacher=cnn'], 'has no effect with any'),

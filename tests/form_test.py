@@ -56,8 +56,6 @@ def test_long_functions_are_listed_with_a_reason():
   assert not gone, f'These are short now, take them off the list: {gone}'
 
 
-# Modules whose docstrings are still to be brought up to the rules below.
-_STILL_TO_DO = ('tff_kd.knowledge.',)
 _SECTION = re.compile(r'(?m)^(Args|Attributes|Returns|Yields|Raises):$')
 # Words that end in an s and are no verbs.
 _NOUNS = ('Bytes', 'Clients', 'Labels', 'Logits', 'Models', 'Terms', 'This', 'Weights')
@@ -135,13 +133,13 @@ def _faults_of_docstring(value):
 def test_docstrings_of_the_api_are_whole():
   faults = [
       f'{module}: {name} {fault}'
-      for module, name, value in _api() if not f'{module}.'.startswith(_STILL_TO_DO)
+      for module, name, value in _api()
       for fault in _faults_of_docstring(value)
   ]
   assert not faults, '\n'.join(faults)
 
 
-_MAY_USE_INTERNALS = ('tff_kd/internals.py', 'tff_kd/runtime/tff_internals.py')
+_INTERNALS = ('tff_kd/internals.py', 'tff_kd/runtime/tff_internals.py')
 _OF_LIBRARIES = re.compile(
     r'\btf\.__internal__|\bkeras\.src|\btensorflow\.python\b'
     r'|\btensorflow_federated\.(python|proto)\b'
@@ -154,7 +152,7 @@ _OF_LIBRARIES = re.compile(
 def test_names_that_are_not_public_are_used_in_one_place():
   for folder in ('tff_kd', 'pipelines'):
     for path in (helpers.ROOT / folder).rglob('*.py'):
-      if str(path.relative_to(helpers.ROOT)) not in _MAY_USE_INTERNALS:
+      if str(path.relative_to(helpers.ROOT)) not in _INTERNALS:
         found = _OF_LIBRARIES.search(path.read_text())
         assert not found, f'{path} uses {found[0]}; see tff_kd/internals.py.'
 

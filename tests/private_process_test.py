@@ -588,7 +588,7 @@ def test_training_begins_with_the_states_that_it_is_given(batches, tmp_path):
   )
   first = train(num_rounds=1)
   before = store.load([0, 1])
-  with pytest.raises(ValueError, match=r'begins anew.*rewind\(0\)'):
+  with pytest.raises(ValueError, match=r'starts from round 1.*rewind\(0\)'):
     train(num_rounds=1)
   loaded = []
   load = store.load

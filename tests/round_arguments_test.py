@@ -258,7 +258,7 @@ def test_cohorts_and_conditions(batches):
     ('examples', 'message'),
     [
         ((_X, np.array(['a'] * 6)), 'found labels of the dtype <U1. Encode them'),
-        ((_X, [[1, 2], [3]] * 3), 'A list of 6 is no array: its rows have different'),
+        ((_X, [[1, 2], [3]] * 3), 'A list of 6 is not an array: its rows have different'),
         ((_X, _Y[:4]), r"client '0' must have one row an example, .* \[4, 6\] rows"),
         ((_X, 1), 'one row an example'),
         (list(zip(_X, _Y)), 'found a list of 6. Put single examples together'),

@@ -211,7 +211,7 @@ def _counted(
     logits: np.ndarray, labels: np.ndarray, spec: models.ModelSpec,
     weights: Optional[np.ndarray],
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """As `counted_predictions`, with the weights of these, float32 `[m]`."""
+  """Returns `counted_predictions` and the weights of these, float32 `[m]`."""
   places = logits.shape[:-1]
   if weights is None:
     weights = np.ones(places, np.float32)
@@ -220,7 +220,7 @@ def _counted(
   labels = np.asarray(labels)
   if logits.shape[-1] == 1:
     logits = np.concatenate([np.zeros_like(logits), logits], axis=-1)
-    labels = (labels > 0.5).astype(np.int64)  # Of a hinge loss they may be -1 and 1.
+    labels = (labels > 0.5).astype(np.int64)  # For a hinge loss they may be -1 and 1.
   elif labels.shape == logits.shape:
     labels = labels.argmax(axis=-1)
   logits = logits.reshape(-1, logits.shape[-1])

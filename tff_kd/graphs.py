@@ -34,7 +34,7 @@ _NODE = re.compile(r'\{\{(?:function_node [^}]*?\}\} ?\{\{)?node ([^}]+?)\}\}')
 
 
 def function(fn: Callable[..., Any]) -> Any:
-  """As `tf.function`, without AutoGraph's reading of this package's own code."""
+  """Returns a `tf.function` without AutoGraph, which would read this package's code."""
 
   return tf.function(fn, autograph=False)
 
@@ -163,7 +163,7 @@ class TracedFunction:
     _GRAPHS.append(self._traced.graph)
 
   def _constants(self, fn) -> dict[str, Any]:
-    """What the function uses of what is around it, by placeholder."""
+    """Returns the values that the function captures, by placeholder."""
     constants = {}
     for value, placeholder in self._traced.graph.captures:
       if value.dtype in (tf.resource, tf.variant):
@@ -188,7 +188,7 @@ class TracedFunction:
     return tf.nest.pack_sequence_as(self.output, results)
 
   def call_op(self, *args: Any) -> Any:
-    """As a call, but by an op of its own, which a gradient tape of the caller records.
+    """Calls the function as one op, which a gradient tape of the caller records.
 
     What is imported into a graph is recorded on no tape.
     """
@@ -326,7 +326,7 @@ def placed(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def computation(*types: Any) -> Callable[[Callable[..., Any]], tff.Computation]:
-  """As `tff.tensorflow.computation`, but traced as TensorFlow 2, and once.
+  """Builds a `tff.tensorflow.computation` that is traced as TensorFlow 2, and once.
 
   Args:
     *types: The types of the function's arguments, or what `tff.to_type` takes.
@@ -352,7 +352,7 @@ def computation(*types: Any) -> Callable[[Callable[..., Any]], tff.Computation]:
 
 
 def user_traceback(message: str) -> Optional[str]:
-  """Where the code stands that made the node which an error of TensorFlow names.
+  """Returns the traceback of the code that made the node which a TensorFlow error names.
 
   Args:
     message: The error's message.

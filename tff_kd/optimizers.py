@@ -17,7 +17,7 @@ Optimizer = Union[
 ]
 
 _LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
-# Of an optimizer around another one, the state of that.
+# The name of the inner optimizer's state, in an optimizer around another one.
 _INNER = 'optimizer'
 
 
@@ -124,10 +124,13 @@ def with_learning_rate(
 
 
 def learning_rate(hparams: collections.OrderedDict[str, Any]) -> Optional[tf.Tensor]:
-  """Returns the rate among a TFF optimizer's hyperparameters; `None` without one.
+  """Returns the learning rate among a TFF optimizer's hyperparameters.
 
   Args:
-    hparams: As `initial_hparams` has them.
+    hparams: The hyperparameters, by name.
+
+  Returns:
+    The rate, or `None` if there is none.
   """
   return hparams[_LEARNING_RATE] if _LEARNING_RATE in hparams else None
 
@@ -243,8 +246,8 @@ def with_clipped_gradients(
 ) -> tff.learning.optimizers.Optimizer:
   """Clips the gradients of a TFF optimizer's steps, as Keras's `global_clipnorm`.
 
-  Source: Pascanu et al., "On the difficulty of training Recurrent Neural Networks" (ICML
-  2013), algorithm 1.
+  Source: Pascanu et al., "On the difficulty of training Recurrent Neural Networks"
+  (ICML 2013), algorithm 1.
 
   Args:
     optimizer: A TFF optimizer.

@@ -25,7 +25,7 @@ _FILTER_SECONDS = 5.0
 
 
 def level() -> int:
-  """Returns the level that the environment has; 0 if it has none or it is no number."""
+  """Returns the level that the environment sets; 0 without one, or without a number."""
   text = os.environ.get(LEVEL, '')
   return int(text) if text.isdecimal() else 0
 

@@ -32,7 +32,7 @@ def new_directory(prefix: str) -> pathlib.Path:
 
 
 def named_file(*args, **kwargs) -> Any:
-  """As `tempfile.NamedTemporaryFile`, with this process's own folder as the default."""
+  """Opens a `tempfile.NamedTemporaryFile`, in this process's own folder by default."""
   if kwargs.get('dir') is None:
     kwargs['dir'] = _own_folder()
   return tempfile.NamedTemporaryFile(*args, **kwargs)
@@ -87,7 +87,7 @@ def _sweep(parent: pathlib.Path) -> None:
 
 
 def _folders(parent: pathlib.Path) -> Iterator[str]:
-  # Of this machine only: where several share the folder, they need not see each other's
+  # Only this machine's: where several share the folder, they need not see each other's
   # locks.
   name = re.compile(rf'tff_kd_{re.escape(platform.node())}_\d+_\w{{8}}')
   with os.scandir(parent) as entries:

@@ -1,4 +1,4 @@
-"""Means that a few bad clients cannot spoil, of weights and of predictions.
+"""Byzantine-robust means of weights and of predictions.
 
 Aggregation factories for the `model_aggregator` and `knowledge_aggregator` of a
 process. TFF's own `tff.learning.robust_aggregator` (adaptive zeroing and clipping) goes
@@ -58,7 +58,7 @@ class NormBoundFactory(tff.aggregators.WeightedAggregationFactory):
       norm = tf.linalg.global_norm(
           [tf.cast(leaf, tf.float32) for leaf in tf.nest.flatten(value)]
       )
-      within = norm <= self._norm_bound  # Not so if it is no number.
+      within = norm <= self._norm_bound  # False for NaN.
       is_left_out = tf.logical_and(weight > 0, tf.logical_not(within))
       return (
           tf.nest.map_structure(
@@ -97,16 +97,16 @@ class TrimmedMeanFactory(tff.aggregators.WeightedAggregationFactory):
 
   Of each number the highest and the lowest share of clients is left out. Every client
   counts the same: of a weight only whether it is above 0 matters, because a weight is
-  what a client claims. Of predictions (a `knowledge.KnowledgePayload`), only the clients
-  that predicted an example count there; their certainties, where the consensus rule has
-  any, weigh those in the middle. Numbers that are not finite are missing.
+  what a client claims. Of predictions (a `knowledge.KnowledgePayload`), only the
+  clients that predicted an example count there; their certainties, where the consensus
+  rule has any, weigh those in the middle. Numbers that are not finite are missing.
 
   This is not a sum: the server gets the values of single clients, of all of them or of
   a uniform sample (TFF's reservoir). It can go with no secure aggregation, and hides no
   client from the server. `measurements` is `num_clients`, int32: of how many it is.
 
-  Source: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal Statistical
-  Rates" (ICML 2018), definitions 1 and 2.
+  Source: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal
+  Statistical Rates" (ICML 2018), definitions 1 and 2.
   """
 
   def __init__(self, sample_size: int, trimmed_share: float = 0.5):
@@ -243,8 +243,8 @@ def trimmed_mean(
   Args:
     values: float `[n, ...]`. What is not finite is missing.
     is_there: bool, the first dimensions of `values`: the others are missing.
-    trimmed_share: Of those there, the share left out at each end; .5 for the median, of
-      an even number the mean of both in the middle.
+    trimmed_share: The share of the values that is left out at each end; .5 for the
+      median, of an even number the mean of both in the middle.
     weights: Those of the mean, like `is_there`, above 0; equal if `None`.
 
   Returns:

@@ -39,8 +39,8 @@ def truncate(
 ) -> tuple[tf.Tensor, tf.Tensor]:
   """Returns a tensor as its truncated decomposition gives it back.
 
-  Tensors of rank 2 or more are matrices of their last dimension by all others. What would
-  not take fewer numbers decomposed, and every vector, travels whole.
+  Tensors of rank 2 or more are matrices of their last dimension by all others. What
+  would not take fewer numbers decomposed, and every vector, travels whole.
 
   Args:
     value: A float tensor of static shape.
@@ -78,9 +78,9 @@ def truncate(
 class TruncatedSvdFactory(tff.aggregators.WeightedAggregationFactory):
   """Wraps another factory: clients' values reach it as truncated decompositions.
 
-  The share of energy kept goes from `start_energy` in the first round to `end_energy` in
-  round `num_rounds` on. It is what goes up that is truncated; the server's weights go
-  down whole. In simulation the numbers are as they would be; no factors are sent.
+  The share of energy kept goes from `start_energy` in the first round to `end_energy`
+  in round `num_rounds` on. It is what goes up that is truncated; the server's weights
+  go down whole. In simulation the numbers are as they would be; no factors are sent.
 
   Its measurements have `numbers_sent`, how many numbers a client's update takes in the
   mean, and `num_senders`, how many clients have a weight above 0.
@@ -97,7 +97,7 @@ class TruncatedSvdFactory(tff.aggregators.WeightedAggregationFactory):
 
     Args:
       start_energy: Above 0 and at most 1.
-      end_energy: Likewise.
+      end_energy: The share in the last round.
       num_rounds: From when on the latter holds, 1 or more.
       inner_factory: What aggregates then; `tff.aggregators.MeanFactory()` if `None`.
 

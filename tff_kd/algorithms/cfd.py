@@ -1,12 +1,12 @@
-"""CFD: labels of a few bits up and down; clients begin every round anew.
+"""CFD: labels of a few bits up and down; clients restart every round.
 
 Sattler, Marban, Rischke & Samek, "CFD: Communication-Efficient Federated Distillation
 via Soft-Label Quantization and Delta Coding" (2021), the algorithm with dual
 distillation: in each round a client begins with the initial weights, learns the labels
 that came down on the transfer examples, trains on its own examples, and sends its labels
 for the transfer examples, quantised and coded against those that it sent last. The
-server's model learns the mean of the clients' labels and labels the transfer examples
-anew; these labels, quantised, go down in the next round.
+server's model learns the mean of the clients' labels and relabels the transfer
+examples; these labels, quantised, go down in the next round.
 """
 
 from __future__ import annotations
@@ -42,10 +42,11 @@ def build_cfd(
 ) -> rounds.StatefulClientsProcess:
   """Builds CFD.
 
-  What a client keeps is what it sent last, and only if the transfer set has the same rows
-  in every round: with a `subset_size` it keeps nothing, and each message is coded alone.
-  Coding each client's message against its last one means that the server sees each
-  client's labels; the process itself only adds them up, and counts the code's bits.
+  What a client keeps is what it sent last, and only if the transfer set has the same
+  rows in every round: with a `subset_size` it keeps nothing, and each message is coded
+  alone. Coding each client's message against its last one means that the server sees
+  each client's labels; the process itself only adds them up, and counts the code's
+  bits.
 
   Args:
     student_fn: Returns a new `keras.Model`; its first weights are those with which
@@ -59,9 +60,9 @@ def build_cfd(
       with rate 1e-3 if `None`.
     distillation: How both learn labels; a client all of them in each round. (KL's
       gradient is that of cross-entropy against the soft labels.)
-    up_bits: Bits of a class's probability in what clients send: 1 (the most likely class
-      only) to 8, or 32: not quantised.
-    down_bits: Likewise in what goes down.
+    up_bits: Bits of a class's probability in what clients send: 1 (the most likely
+      class only) to 8, or 32: not quantised.
+    down_bits: The bits of a class's probability in the server's labels.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 

@@ -68,8 +68,9 @@ def build_fed_aux(
     consensus_rule: A rule over given certainties; their mean probabilities if `None`.
     feature_fn: Inputs to features, float `[n, d]`, in plain TensorFlow; rows of a norm
       above 1 are scaled down to 1. The flattened inputs if not given.
-    epsilon: Of the scores; no noise, and no privacy, if `None`. Needs `client_data`.
-    delta: Of the scores.
+    epsilon: The privacy of the scores; no noise and no privacy if `None`. Needs
+      `client_data`.
+    delta: The delta of the scores' privacy.
     regularization: lambda of the logistic regression.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.

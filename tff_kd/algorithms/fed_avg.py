@@ -54,8 +54,7 @@ def build_fed_avg(
     A `DistillationProcess` without a teacher.
 
   Raises:
-    ValueError: If there is a `prior` without `calibrate_on`, or the model has no bias to
-      calibrate.
+    ValueError: If `prior` is given without `calibrate_on`.
   """
   students = tff_kd.models.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn

@@ -1,8 +1,7 @@
-"""The document's fusion: students up, a teacher on the server, knowledge down.
+"""Teacher-student federated distillation, with a teacher on the server.
 
-The source document's loop (its steps 1 to 6): clients train the student, the
-server averages it, the teacher learns by its own optimizer from the aggregated
-student or the clients' ensemble,
+Clients train the student, the server averages it, the teacher learns with its own
+optimizer from the averaged student or from the clients' ensemble,
 
   theta_T <- theta_T - a grad [(1 - w) CE(y, z_T) + w KL_T(z_target || z_T)],
 
@@ -44,7 +43,7 @@ def build_fed_distillation(
     metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
-  """Builds the fusion of federated averaging and distillation through a teacher.
+  """Builds teacher-student federated distillation: averaging, and a teacher.
 
   Args:
     student_fn: Returns a new, small `keras.Model`, which clients train; a list of

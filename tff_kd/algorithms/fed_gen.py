@@ -53,9 +53,10 @@ def build_fed_gen(
     split_layer: The name of the student's layer whose outputs are generated; the one
       before the last with weights if `None`.
     generator_fn: Returns a new Keras model from noise and one-hot label, `[batch,
-      noise_dim + classes]`, to features `[batch, features]`; one hidden layer if `None`.
-    noise_dim: Of the generator.
-    hidden_units: Of the generator.
+      noise_dim + classes]`, to features `[batch, features]`; one hidden layer if
+      `None`.
+    noise_dim: The number of noise dimensions of the generator.
+    hidden_units: The width of the generator's hidden layer.
     generator_optimizer: Adam with the paper's rate 3e-4 if `None`.
     generator_steps: A round.
     generator_batch_size: Generated examples a step.

@@ -1,4 +1,4 @@
-"""What the registry and the scripts know of an algorithm; imports no TensorFlow."""
+"""Descriptions of algorithms for the registry and the scripts, without TensorFlow."""
 
 from collections.abc import Callable, Mapping
 import dataclasses
@@ -72,6 +72,6 @@ class Info:
 
   @property
   def needs(self) -> tuple[str, ...]:
-    """What must be there, beside clients and a student."""
+    """The requirements of the algorithm besides clients and a student."""
     found = [need for name, need in _NEEDS.items() if name in self.parameters]
     return (*found, *(['client state'] if self.client_state else []))

@@ -1,4 +1,4 @@
-"""What an attacker learns from a model or a client's update, measured."""
+"""Attacks that measure what a model or a client's update reveals."""
 
 from tff_kd import _lazy
 

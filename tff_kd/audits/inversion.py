@@ -7,14 +7,14 @@ import numpy as np
 import scipy.special
 import tensorflow as tf
 
-# Of public examples, how many of those on which a client is surest stand for a class.
+# How many public examples, those on which a client is surest, represent a class.
 _NUM_SUREST = 5
 _HIDDEN_UNITS = 256
 _BATCH_SIZE = 32
 
 
 class Pairs(NamedTuple):
-  """What two models say about the same examples.
+  """Predictions of two models on the same examples.
 
   Attributes:
     client: float32 `[n, classes]`, logits of the client's model.

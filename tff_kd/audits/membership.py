@@ -23,7 +23,7 @@ from sklearn import metrics
 from sklearn import model_selection
 import threadpoolctl
 
-# Of members and of non-members each, for one half to choose and one to measure.
+# The least number of members, and of non-members: one half chooses, one measures.
 MIN_EXAMPLES = 20
 # For each example, two models with it and two without: a mean alone has no variance.
 MIN_SHADOW_MODELS = 4
@@ -45,7 +45,7 @@ _Scores = tuple[np.ndarray, np.ndarray]
 
 
 class Predictions(NamedTuple):
-  """What a model says about labelled examples.
+  """Predictions of a model on labelled examples.
 
   Attributes:
     logits: float32 `[n, classes]`.
@@ -88,7 +88,7 @@ class Estimate(NamedTuple):
 
 
 class Finding(NamedTuple):
-  """What an attack achieved on examples that had no part in choosing it.
+  """The success of an attack on examples that were not used to choose it.
 
   Attributes:
     attack: Its name.
@@ -96,9 +96,9 @@ class Finding(NamedTuple):
       chance.
     advantage: True minus false positive rate at the threshold that was chosen.
     num_members: On how many it was measured.
-    num_non_members: Likewise.
+    num_non_members: The number of non-members.
     false_positive_rates: The ROC curve, for drawing.
-    true_positive_rates: Likewise.
+    true_positive_rates: The true positive rate at each of them.
     label: The class that it is about; `None` for all.
   """
 
@@ -113,11 +113,11 @@ class Finding(NamedTuple):
 
 
 class Report(NamedTuple):
-  """What membership inference found out of a model.
+  """The results of membership inference against a model.
 
   Attributes:
     overall: Over all examples.
-    worst_class: Of the class that looked worst; `None` if none has enough examples.
+    worst_class: The class that looked worst; `None` if no class has enough examples.
     member_accuracy: The model's, on members.
     non_member_accuracy: And on non-members. The gap is what attacks live on.
   """
@@ -147,16 +147,16 @@ class Detection(NamedTuple):
 
 
 class LiraFinding(NamedTuple):
-  """What an attack with a fixed rule, for which nothing was chosen, achieved.
+  """The success of an attack with a fixed rule, for which nothing was chosen.
 
   Attributes:
     attack: Its name.
     auc: Area under the ROC curve; .5 is chance.
     detections: At the false positive rates `LOW_RATES`.
     num_members: On how many it was measured.
-    num_non_members: Likewise.
+    num_non_members: The number of non-members.
     false_positive_rates: The ROC curve, for drawing.
-    true_positive_rates: Likewise.
+    true_positive_rates: The true positive rate at each of them.
   """
 
   attack: str
@@ -169,7 +169,7 @@ class LiraFinding(NamedTuple):
 
 
 class LiraReport(NamedTuple):
-  """What the likelihood-ratio attacks found out of a model.
+  """The results of the likelihood-ratio attacks against a model.
 
   Attributes:
     online: By shadow models with and without each example.
@@ -210,15 +210,15 @@ def infer_membership(
 ) -> Report:
   """Attacks a model, given what it says about members and about others.
 
-  The threshold attacks score by loss and by modified entropy; the trained one by logistic
-  regression on the logits and the loss, each example by a model that was fitted without
-  it. Members and non-members are made equally many, at random.
+  The threshold attacks score by loss and by modified entropy; the trained one by
+  logistic regression on the logits and the loss, each example by a model that was
+  fitted without it. Members and non-members are made equally many, at random.
 
   Source: Yeom et al., "Privacy Risk in Machine Learning: Analyzing the Connection to
   Overfitting" (CSF 2018), for the loss and the advantage; Song and Mittal, "Systematic
-  Evaluation of Privacy Risks of Machine Learning Models" (USENIX Security 2021), equation
-  8, for the entropy; Shokri et al., "Membership Inference Attacks against Machine
-  Learning Models" (S&P 2017), for the trained attack.
+  Evaluation of Privacy Risks of Machine Learning Models" (USENIX Security 2021),
+  equation 8, for the entropy; Shokri et al., "Membership Inference Attacks against
+  Machine Learning Models" (S&P 2017), for the trained attack.
 
   Args:
     members: On examples that the model was trained with.
@@ -293,18 +293,19 @@ def infer_by_shadow_models(
 ) -> LiraReport:
   """Attacks a model by comparison with models whose training is known (LiRA).
 
-  Source: Carlini et al., "Membership Inference Attacks From First Principles" (S&P 2022),
-  algorithm 1 and its offline variant.
+  Source: Carlini et al., "Membership Inference Attacks From First Principles" (S&P
+  2022), algorithm 1 and its offline variant.
 
   Args:
     target_confidences: float `[n]`, of the attacked model, from
       `logit_scaled_confidences`.
     is_member: bool `[n]`, which examples it was trained with; both kinds must occur
       twice or more.
-    shadow_confidences: float `[models, n]`, likewise of the shadow models.
+    shadow_confidences: float `[models, n]`, the same for the shadow models.
     shadow_membership: bool `[models, n]`, from `draw_shadow_membership`: models 2k and
       2k + 1 are a pair, and each is trained with what the other is trained without.
-    fixed_variance: See `lira_scores`; if `None`, `True` for fewer than 64 shadow models.
+    fixed_variance: See `lira_scores`; if `None`, `True` for fewer than 64 shadow
+      models.
 
   Returns:
     A `LiraReport`.
@@ -347,11 +348,11 @@ def logit_scaled_confidences(predictions: Predictions) -> np.ndarray:
   About normal over models, where p and log p are not. From logits, not from p: p rounds
   to 1 long before a model's confidence stops to grow.
 
-  Source: Carlini et al., "Membership Inference Attacks From First Principles" (S&P 2022),
-  algorithm 1, phi.
+  Source: Carlini et al., "Membership Inference Attacks From First Principles" (S&P
+  2022), algorithm 1, phi.
 
   Args:
-    predictions: Of two classes or more; finite.
+    predictions: Finite predictions of two classes or more.
 
   Returns:
     float64 `[n]`.
@@ -428,7 +429,7 @@ def lira_scores(
   Args:
     target_confidences: float `[n]`, of the attacked model, about normal over models,
       such as `logit_scaled_confidences`.
-    shadow_confidences: float `[models, n]`, likewise of the shadow models.
+    shadow_confidences: float `[models, n]`, the same for the shadow models.
     shadow_membership: bool `[models, n]`, whether the model was trained with the
       example.
     online: Whether to compare with the models with the example, too.
@@ -468,9 +469,9 @@ def tpr_at_fpr(positives: np.ndarray, negatives: np.ndarray, rate: float) -> Det
   """Returns how many positives score above all but a small share of the negatives.
 
   The threshold is the smallest one that at most `rate` of the negatives exceed. Only
-  negatives decide it, so the positives above it are binomial. Of further negatives, what
-  the threshold's rate is follows a beta distribution, whose upper quantile is the one of
-  the exact binomial interval.
+  negatives decide it, so the positives above it are binomial. Of further negatives,
+  what the threshold's rate is follows a beta distribution, whose upper quantile is the
+  one of the exact binomial interval.
 
   Source: Clopper and Pearson, "The Use of Confidence or Fiducial Limits Illustrated in
   the Case of the Binomial" (Biometrika 1934), the intervals; David and Nagaraja, "Order
@@ -478,7 +479,7 @@ def tpr_at_fpr(positives: np.ndarray, negatives: np.ndarray, rate: float) -> Det
 
   Args:
     positives: Scores, float `[n]`, one or more.
-    negatives: Likewise, `[m]`.
+    negatives: Scores of non-members, float `[m]`, one or more.
     rate: Between 0 and 1, exclusively. Below 1 / m, no negative may be above.
 
   Returns:
@@ -536,7 +537,7 @@ def auc(positives: np.ndarray, negatives: np.ndarray) -> float:
 
   Args:
     positives: Scores, float `[n]`, one or more.
-    negatives: Likewise, `[m]`.
+    negatives: Scores of non-members, float `[m]`, one or more.
 
   Returns:
     Between 0 and 1.
@@ -556,7 +557,7 @@ def auc_with_interval(positives: np.ndarray, negatives: np.ndarray) -> Estimate:
 
   Args:
     positives: Scores, float `[n]`, two or more.
-    negatives: Likewise, `[m]`.
+    negatives: Scores of non-members, float `[m]`, one or more.
 
   Returns:
     The AUC with a normal interval, cut at 0 and 1.
@@ -667,7 +668,7 @@ def _choose(
 def _measure(
     candidate: _Candidate, scores: dict[str, _Scores], half: int
 ) -> Finding:
-  """What it achieves on the second half, by the threshold that the first half gives."""
+  """Measures an attack on the second half with the threshold of the first half."""
   threshold = best_threshold(*_scores_of(candidate, scores, slice(None, half)))
   inside, outside = _scores_of(candidate, scores, slice(half, None))
   false, true, _ = _roc(inside, outside)
@@ -689,7 +690,7 @@ def _measure(
 def _scores_of(
     candidate: _Candidate, scores: dict[str, _Scores], part: slice
 ) -> _Scores:
-  """Of the candidate's examples that are in a part of all."""
+  """Returns the candidate's scores of the examples that are in a part of all."""
 
   def of(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
     in_part = np.zeros(len(values), bool)
@@ -767,7 +768,7 @@ def _regress(members: Predictions, non_members: Predictions, seed: int) -> _Scor
     )
     # One thread: the arrays are small, and several wait for each other.
     with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
-      # Of features that separate perfectly, where any direction serves.
+      # Features that separate perfectly, where any direction serves.
       warnings.simplefilter('ignore', exceptions.ConvergenceWarning)
       search.fit(features[order[fitted]], is_member[order[fitted]])
     scores[order[held_out]] = search.predict_proba(features[order[held_out]])[:, 1]

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tff_kd import models
 
 
-def check(spec: models.ModelSpec, what: str) -> None:
+def check(spec: models.ModelSpec, subject: str) -> None:
   """Refuses a model whose labels have no classes to count.
 
   Args:
@@ -22,10 +22,10 @@ def check(spec: models.ModelSpec, what: str) -> None:
     ValueError: If the outputs are numbers, or labels of their own, or if the labels are
       neither class indices nor distributions over the classes.
   """
-  models.check_has_classes(spec, what)
+  models.check_has_classes(spec, subject)
   if spec.is_multi_label:
     raise ValueError(
-        f'{what} needs one class an example, and each output of the {spec.name} is a '
+        f'{subject} needs one class an example, and each output of the {spec.name} is a '
         f'label of its own (by its loss, {type(spec.loss).__name__}). Leave it out, or '
         'train one label at a time.'
     )
@@ -37,7 +37,7 @@ def check(spec: models.ModelSpec, what: str) -> None:
   ):
     return
   raise ValueError(
-      f'{what} counts the classes of labels, which must be class indices or '
+      f'{subject} counts the classes of labels, which must be class indices or '
       f'distributions over the classes, one a prediction; found labels of shape '
       f'{labels.shape} with outputs of shape {spec.outputs_shape} an example.'
   )
@@ -76,7 +76,7 @@ def count(
   labels, mask = _usable(spec, labels, labelled, sample_weight)
   if _are_distributions(spec, labels) or spec.logits_shape[-1] == 1:
     return tf.reduce_sum(_rows(spec, labels, mask), axis=0)
-  # Of all that a client has at once: rows of zeros and ones would be large.
+  # Not of all examples of a client at once: rows of zeros and ones would be large.
   indices, mask = _in_range(spec, labels, mask)
   # Whole numbers: their sum does not depend on the order.
   return tf.math.unsorted_segment_sum(mask, indices, num_classes(spec))

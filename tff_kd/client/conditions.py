@@ -1,8 +1,8 @@
-"""What hinders clients in a round, and how a process takes what they report.
+"""Simulated system conditions of clients, and the policy for their reports.
 
 Devices are late, stop early, vanish after their work, and answer in part. Here such
 conditions come to a process with each client, as a value beside its number; who draws
-them (`tff_kd.simulation.Participation`) is no concern of the process.
+them (`tff_kd.simulation.Participation`) does not concern the process.
 """
 
 import collections
@@ -22,8 +22,8 @@ class ClientConditions(NamedTuple):
   Attributes:
     delay: int32, how many rounds ago the client began: it has what was sent then, and
       reports in this round.
-    step_share: float32, the part of its local steps that it does, above 0 and at most 1;
-      at least one step.
+    step_share: float32, the part of its local steps that it does, above 0 and at most
+      1; at least one step.
     reports: Whether what it sends arrives.
     coverage: float32, the part of this round's transfer examples on which it predicts.
     seed: int32 `[2]`, decides which part.
@@ -56,13 +56,13 @@ class Reporting:
 
   Attributes:
     max_delay: The largest `ClientConditions.delay`. The server's state holds what was
-      sent in so many rounds, and a round sends it all to the runtime (which a real client
-      of course does not get).
-    staleness_power: a of the factor (1 + delay)^-a of a late client's weight, in weights
-      and in predictions; 0 for none. Source: Xie et al., "Asynchronous Federated
-      Optimization" (2019), the polynomial staleness function.
-    min_reports: With fewer clients whose reports count, the round is skipped: its server
-      state is the one before, with the next round number.
+      sent in so many rounds, and a round sends it all to the runtime (which a real
+      client of course does not get).
+    staleness_power: a of the factor (1 + delay)^-a of a late client's weight, in
+      weights and in predictions; 0 for none. Source: Xie et al., "Asynchronous
+      Federated Optimization" (2019), the polynomial staleness function.
+    min_reports: With fewer clients whose reports count, the round is skipped: its
+      server state is the one before, with the next round number.
   """
 
   max_delay: int = 0
@@ -93,7 +93,7 @@ class Reporting:
 
 
 class BroadcastHistory:
-  """What the server sent in the last rounds, for clients that began in one of them.
+  """The broadcasts of the last rounds, for clients that began in one of them.
 
   With `max_delay=0` nothing is kept and what is sent is as it is.
   """
@@ -102,7 +102,7 @@ class BroadcastHistory:
     """Initializes the history.
 
     Args:
-      broadcast_type: Of what is sent in one round; tensors of known shapes.
+      broadcast_type: The type of one round's broadcast; tensors of known shapes.
       max_delay: How many earlier rounds to keep.
     """
     self.max_delay = max_delay
@@ -254,7 +254,7 @@ def client_data_type(data_type: tff.Type, reporting: Optional[Reporting]) -> tff
     return data_type
   elements = collections.OrderedDict(data=data_type)
   if isinstance(data_type, tff.StructType):
-    # Of cohorts.
+    # With cohorts it is a structure already.
     elements = collections.OrderedDict(tff.structure.to_elements(data_type))
   return tff.to_type(
       collections.OrderedDict(elements, conditions=CONDITIONS_TYPE)

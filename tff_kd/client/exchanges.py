@@ -1,4 +1,4 @@
-"""What clients exchange beside, or in place of, their weights.
+"""Exchanges of knowledge beside, or in place of, weights.
 
 An `Exchange` says what a client uploads after its training, what the server sends back,
 and how a client learns from that before its own examples. A round ends where a paper's
@@ -23,7 +23,7 @@ from tff_kd.server import distill as server_distillation_lib
 
 
 class Report(NamedTuple):
-  """What a client has at hand when it makes its payload.
+  """The inputs of a client's payload.
 
   Attributes:
     model: The trained student, a `BoundModel`.
@@ -157,7 +157,7 @@ class Exchange(abc.ABC):
 
 
 class Learned(NamedTuple):
-  """What a client has after it learned from what was shared.
+  """The result of a client's learning from what was shared.
 
   Attributes:
     weights: The `ModelWeights` with which its own training begins.
@@ -390,7 +390,7 @@ class ClassExchange(Exchange):
 
     Args:
       student: The clients' model; one prediction an example or a position.
-      weight: Of the distillation term in the clients' loss.
+      weight: The weight of the distillation term in the clients' loss.
       leaves_own_out: Whether a client's own part is taken out of its target, as in the
         paper; that needs the exact sums.
 
@@ -418,7 +418,7 @@ class ClassExchange(Exchange):
       )
 
   def with_inexact_sums(self):
-    # Of such sums nobody can take out its own part.
+    # No client can take its own part out of such sums.
     return ClassExchange(self._student, self._weight, leaves_own_out=False)
 
   def payload_spec(self):
@@ -436,7 +436,7 @@ class ClassExchange(Exchange):
     if not self.keeps_sent:
       return mean_payload
     # Sums, so that a client can take its own part out again.
-    # Without any client the mean is no number.
+    # Without any client the mean is NaN.
     return tf.nest.map_structure(
         lambda t: tf.math.multiply_no_nan(t, num_included), mean_payload
     )

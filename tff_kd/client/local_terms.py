@@ -61,10 +61,12 @@ class LocalStep(NamedTuple):
   class_counts: Optional[tf.Tensor] = None
 
   def one_hot_labels(self) -> tf.Tensor:
-    """Returns the labels as rows, float32 `[predictions, classes]`.
+    """Returns the labels as one-hot vectors, zeros where a label does not count.
 
-    They are zeros where a label does not count. For models of one class a prediction,
-    see `client.class_counts`.
+    For models with one class a prediction, see `client.class_counts`.
+
+    Returns:
+      float32 `[predictions, classes]`.
     """
     return class_counts.one_hot(
         self.model.spec, self.labels, self.labelled, self.sample_weight
@@ -135,19 +137,19 @@ def check_history_size(value: Any) -> None:
     value: The number.
 
   Raises:
-    ValueError: If it is no positive integer.
+    ValueError: If it is not a positive integer.
   """
   if not isinstance(value, int) or value < 1:
     raise ValueError(f'`history_size` must be a positive integer, found {value!r}.')
 
 
 def check_weight(name: str, value: float, at_most: float = float('inf')) -> None:
-  """Refuses a weight of a term that is not above 0, or above its limit.
+  """Raises an error if the weight of a term is not above 0, or above its limit.
 
   Args:
     name: The argument's name, for the error.
     value: The weight.
-    at_most: Its limit.
+    at_most: The limit, inclusive.
 
   Raises:
     ValueError: Naming the weight.
@@ -259,7 +261,7 @@ class ProximalTerm(LocalTerm):
     squares = [
         # In float32, as the loss: a sum in bfloat16 stops growing at 256.
         tf.reduce_sum(
-            tf.math.squared_difference(*(tf.cast(its, tf.float32) for its in (w, old)))
+            tf.math.squared_difference(tf.cast(w, tf.float32), tf.cast(old, tf.float32))
         )
         for w, old in zip(
             step.weights, map(tf.stop_gradient, step.received), strict=True

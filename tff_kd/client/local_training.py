@@ -56,7 +56,7 @@ class Start(NamedTuple):
 
 
 class Trained(NamedTuple):
-  """What a client's training leaves.
+  """The result of a client's training.
 
   Attributes:
     values: The student's `ModelValues` after it.
@@ -80,7 +80,7 @@ class Trained(NamedTuple):
 
 
 class _Progress(NamedTuple):
-  """What the loop carries."""
+  """The loop's variables."""
 
   values: models.ModelValues
   companion: companions.CompanionValues

@@ -57,7 +57,7 @@ class PrototypeExchange(exchanges.Exchange):
             f'{spec.outputs_shape}. Choose another algorithm.'
         )
     self._splits = {id(s): split.SplitModel(s, split_layer) for s in students.specs}
-    sizes = [its.num_features for its in self._splits.values()]
+    sizes = [split.num_features for split in self._splits.values()]
     if len(set(sizes)) > 1:
       raise ValueError(
           'Clients exchange features, of which all architectures must have as many, '
@@ -77,7 +77,7 @@ class PrototypeExchange(exchanges.Exchange):
 
   def share(self, mean_payload, num_included, server_model, round_num):
     del server_model, round_num
-    # Without any client the mean is no number. The factor of a mean cancels.
+    # Without any client the mean is NaN. The factor of a mean cancels.
     return tf.nest.map_structure(
         lambda t: tf.where(num_included > 0.0, t, 0.0), mean_payload
     )

@@ -31,7 +31,7 @@ from tff_kd.server import distill
 
 
 class Broadcast(NamedTuple):
-  """What the server sends down to each client; what is not needed is ().
+  """The server's broadcast to each client; parts that are not needed are ().
 
   Attributes:
     student: The `ModelWeights` of the global student; with cohorts a tuple, of which a
@@ -55,12 +55,12 @@ class Broadcast(NamedTuple):
 
 
 class ClientUpdate(NamedTuple):
-  """What a client sends up, or the weights of the two channels.
+  """A client's upload, or the weights of the two channels.
 
   Attributes:
     model: A `ModelWeights` of changes (received minus trained), of weights and of
       statistics; with cohorts a tuple, with zeros for the others. () where weights stay
-      at clients. As a weight: a float32 scalar, likewise.
+      at clients. As a weight: a float32 scalar, or () as above.
     knowledge: A `knowledge.KnowledgePayload`, or () without that channel. As a
       weight: a float32 scalar or ().
   """
@@ -87,7 +87,7 @@ class ClientOutput(NamedTuple):
 
 
 class ClientLeft(NamedTuple):
-  """What is left at the client; nothing of it is summed.
+  """The part of a round's result that stays at the client and is not summed.
 
   Attributes:
     client_state: For the client's next round.
@@ -100,7 +100,7 @@ class ClientLeft(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class ClientPlan:
-  """What clients do in a round.
+  """The plan of the clients' part of a round.
 
   Attributes:
     students: The model to train, or those of the cohorts.
@@ -108,8 +108,8 @@ class ClientPlan:
       client and round.
     receives_student: Whether a client begins with the server's student, and sends back
       its change.
-    keeps_model: Whether it begins with its own model of its last round. Of neither: with
-      the initial weights.
+    keeps_model: Whether it begins with its own model of its last round. Of neither:
+      with the initial weights.
     weightings: A client's weight in each channel, a `ClientUpdate` of
       `ClientWeighting`s.
     applies_weight: By channel, whether the client multiplies its update by its weight
@@ -196,7 +196,7 @@ class ClientPlan:
 
   @functools.cached_property
   def broadcast_history(self) -> conditions_lib.BroadcastHistory:
-    """What makes a `Broadcast` into what a client with conditions is given."""
+    """Returns the function that gives a `Broadcast` to a client with conditions."""
     return conditions_lib.BroadcastHistory(
         self.broadcast_type, self.reporting.max_delay if self.reporting else 0
     )
@@ -609,7 +609,7 @@ def _client_examples(
   if client_data is None:
 
     def map_dataset(fn):
-      def map_batch(*batch):  # Of a tuple, `map` hands over the parts.
+      def map_batch(*batch):  # `map` hands over the parts of a tuple.
         return _map_inputs(fn, batch if len(batch) > 1 else batch[0])
 
       parts = data.map(map_batch)

@@ -35,7 +35,7 @@ _LABEL_STREAM, _INPUT_STREAM = 31, 32
 
 
 class ClientRound(NamedTuple):
-  """What decides a client's batches, as an argument of a dataset computation.
+  """The arguments of a dataset computation that decide a client's batches.
 
   Attributes:
     client: The client's number, int32.
@@ -322,7 +322,7 @@ class FileClientData:
 
 
 def _by_name(clients: Union[Mapping[Any, Any], Sequence[Any]]) -> dict[str, Any]:
-  """What clients have, by name: their numbers' digits where they have none."""
+  """Returns the clients' values by name; a client without a name has its number's."""
   if not isinstance(clients, Mapping):
     clients = dict(enumerate(clients))
   return dict(zip(client_names.ClientNames(clients), clients.values()))
@@ -452,7 +452,7 @@ def _check_weights(weights: Optional[np.ndarray]) -> None:
 
 
 def _find(path: pathlib.Path, key: str, spec: Any) -> Optional[FileClientData]:
-  """What `_prepare` wrote before; `None`, with a warning, if it is not whole."""
+  """Returns what `_prepare` wrote; `None`, with a warning, if it is not whole."""
   if not path.is_file():
     return None
   specs = {'examples': spec, 'rows': _INDEX_SPEC, 'starts': _INDEX_SPEC}

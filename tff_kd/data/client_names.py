@@ -28,7 +28,7 @@ class ClientNames(Sequence[str]):
     """Initializes the names.
 
     Args:
-      names: One a client; what is no string, such as a key of a table, as its `str`.
+      names: One for each client; a key that is not a string becomes its `str`.
 
     Raises:
       ValueError: If two clients have one name.

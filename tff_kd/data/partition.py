@@ -163,7 +163,7 @@ def by_client(clients: Sequence[Any]) -> dict[str, np.ndarray]:
   What `df.groupby('client').indices` is of a pandas table.
 
   Args:
-    clients: Each example's client, `[n]`; what is no string as its `str`.
+    clients: Each example's client, `[n]`; a value that is not a string becomes its `str`.
 
   Returns:
     The rows of each client by its name, in the order of the names.

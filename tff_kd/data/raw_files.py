@@ -43,8 +43,8 @@ def as_arrays(value: Any) -> Any:
     return np.asarray(value)
   except ValueError as error:
     raise ValueError(
-        f'A list of {len(value)} is no array: its rows have different lengths or shapes. '
-        'Pad them to one length.'
+        f'A list of {len(value)} is not an array: its rows have different lengths or '
+        'shapes. Pad them to one length.'
     ) from error
 
 
@@ -53,7 +53,7 @@ def check_rows(arrays: Any, owner: str) -> int:
 
   Args:
     arrays: The arrays.
-    what: Of what they are, for the error.
+    owner: What the arrays belong to, for the error.
 
   Raises:
     ValueError: If they differ in that, or one has no axes.
@@ -128,7 +128,7 @@ def check_dtypes(example_spec: Sequence[Any], owner: str) -> None:
 
 
 def check_finite(values: np.ndarray, seen: int, owner: str) -> None:
-  """Refuses numbers that would spoil every model that meets them.
+  """Raises an error if numbers are not finite, which would ruin every model.
 
   Raises:
     ValueError: If there is one.
@@ -269,7 +269,7 @@ class RawArrays:
     return tf.nest.pack_sequence_as(map_spec(lambda _: 0, self.spec), leaves)
 
   def to_json(self) -> dict[str, Any]:
-    """What `from_json` needs, but for the structure."""
+    """Returns the arguments of `from_json`, without the structure."""
     return {
         'size': self.size,
         'files': [path.name for path in self.files],

@@ -1,4 +1,4 @@
-"""What a task is: data in four disjoint parts, models, a loss, metrics."""
+"""Tasks: data in four disjoint parts, models, a loss, metrics."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -36,8 +36,8 @@ class Examples(tuple):
 
     Args:
       inputs: An array `[n, ...]`, or a dict of such, by name of the model's input.
-      labels: `[n, ...]`, as the loss takes them: class numbers, one-hot or binary labels,
-        or float32 numbers of a regression.
+      labels: `[n, ...]`, as the loss takes them: class numbers, one-hot or binary
+        labels, or float32 numbers of a regression.
       sample_weight: Factors of the losses, finite and 0 or more: float32 `[n]`, or like
         the labels of sequences. An example of weight 0 is padding; its label may be
         anything.
@@ -48,7 +48,7 @@ class Examples(tuple):
   def __getnewargs__(self) -> tuple[Any, ...]:
     return tuple(self)
 
-  def __len__(self) -> int:  # Of examples, not of parts.
+  def __len__(self) -> int:  # The number of examples, not of parts.
     return len(self.labels)
 
   @property
@@ -121,24 +121,24 @@ class Task:
   Attributes:
     name: As in the registry.
     clients: The pool of all clients' examples.
-    client_rows: The rows of each client, where the data have clients of their own; `None`
-      where the pool is to be split (`partition`).
+    client_rows: The rows of each client, where the data have clients of their own;
+      `None` where the pool is to be split (`partition`).
     transfer: The server's examples for the transfer set (and for central
       pre-training, which uses their labels).
     validation: For choosing the best round.
     test: For reporting only.
     client_names: The names of these clients, in their order; their numbers if `None`.
-    test_rows: Of the test part, the rows of each client; `None` where a split like the
+    test_rows: The rows of each client in the test part; `None` where a split like the
       clients' is to be drawn. With `client_rows` only.
     students: Name -> a function that returns a new, small model; the first one is the
       default.
-    teachers: Likewise, large ones.
+    teachers: The large models, by name.
     num_classes: How many classes; `None` of a regression.
-    loss_fn: Returns a new loss; decides whether the task is a regression, and which label
-      is padding (`ignore_class`).
-    metrics_fn: Returns new metrics, the most telling one first: by it scripts choose the
-      best round, and they report it for student and teacher, beside all others. As in
-      Keras, metrics see what the models return (logits or probabilities). Unset,
+    loss_fn: Returns a new loss; decides whether the task is a regression, and which
+      label is padding (`ignore_class`).
+    metrics_fn: Returns new metrics, the most telling one first: by it scripts choose
+      the best round, and they report it for student and teacher, beside all others. As
+      in Keras, metrics see what the models return (logits or probabilities). Unset,
       'accuracy', or 'rmse' of a regression.
     lower_is_better: The names of metrics that are better the lower they are, where
       neither Keras's own metric nor its name (an error, a loss) tells.
@@ -177,7 +177,7 @@ class Task:
       has_numbers = isinstance(
           self.loss_fn(), keras.losses.SparseCategoricalCrossentropy
       )
-      # Of other labels, what evaluation has of its own.
+      # With other labels, evaluation's own scores.
       metrics_fn = _accuracy if has_numbers else list
       object.__setattr__(self, 'metrics_fn', metrics_fn)
     count = len(self.client_rows) if self.client_rows is not None else 0
@@ -237,7 +237,7 @@ class Task:
     """Returns the class of each example, int64 `[n]`, whatever its label is like.
 
     Args:
-      examples: Of this task.
+      examples: Examples of this task.
 
     Returns:
       The classes: 0 and 1 of binary labels, 0 of an example of weight 0; `None` if
@@ -255,12 +255,12 @@ class Task:
     if labels.ndim > 1:
       return None
     if isinstance(loss, models.BINARY_LOSSES):
-      labels = labels > 0.5  # Of a hinge loss they may be -1 and 1.
+      labels = labels > 0.5  # For a hinge loss they may be -1 and 1.
     return labels.astype(np.int64)
 
   @property
   def input_spec(self) -> tuple[Any, tf.TensorSpec]:
-    """Of a batch: `TensorSpec`s of inputs and labels."""
+    """The `TensorSpec`s of a batch's inputs and labels."""
     return tf.nest.map_structure(
         lambda a: tf.TensorSpec([None, *a.shape[1:]], a.dtype), tuple(self.clients)
     )
@@ -344,11 +344,12 @@ def task_from_clients(
     name: What the task is called.
     clients: Each client's examples, with sample weights or without; a mapping gives the
       clients their names.
-    server: The server's, which no client holds: for the transfer set and for validation.
+    server: The server's, which no client holds: for the transfer set and for
+      validation.
     seed: Decides which of the server's examples are used for what.
-    transfer_size: Of these for the transfer set, at most.
-    validation_size: Of these for choosing the best round, at most a third.
-    test_share: Of each client's examples, which are set aside for the test part, the same
+    transfer_size: At most how many of these form the transfer set.
+    validation_size: How many of these choose the best round, at most a third.
+    test_share: The share of each client's examples that forms the test part, the same
       for every seed; at least one of a client that has two or more.
     **kwargs: Further arguments of `Task`, such as its models.
 
@@ -381,7 +382,7 @@ def task_from_clients(
 
 
 def package_file(task: str, package: str, file: str) -> pathlib.Path:
-  """Where a file of an installed package is, which need not be importable.
+  """Returns the path of a file of an installed package that need not be importable.
 
   Raises:
     FileNotFoundError: If the package is not installed.
@@ -403,7 +404,7 @@ def split_examples(
 
   Args:
     examples: All examples.
-    sizes: Of all parts but the last.
+    sizes: The sizes of all parts but the last.
     seed: Decides the order.
 
   Raises:

@@ -116,8 +116,8 @@ def marginal(logits: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
     mask: As in `align`.
 
   Returns:
-    float32 `[classes]`, `[2]` of a single logit, `[labels, 2]` of several; uniform where
-    no row counts.
+    float32 `[classes]`, `[2]` of a single logit, `[labels, 2]` of several; uniform
+    where no row counts.
   """
   logits = tf.convert_to_tensor(logits)
   z = losses.two_classes(logits)
@@ -186,9 +186,10 @@ class Aligned(consensus.WrappedRule):
 
   Each client takes out of its predictions what it predicts on average: over the rows
   that it answers it aligns them to the uniform prior (`align`), before the inner rule's
-  `encode`. So codes are of aligned predictions, and the clipping of differential privacy
-  comes after: neither the bytes nor the account change. On the server the inner rule's
-  consensus, times `sharpness`, is aligned to `prior` over the rows that have one.
+  `encode`. So codes are of aligned predictions, and the clipping of differential
+  privacy comes after: neither the bytes nor the account change. On the server the inner
+  rule's consensus, times `sharpness`, is aligned to `prior` over the rows that have
+  one.
 
   A prior that is wrong costs accuracy: if the transfer rows are not distributed as it
   says, the consensus is made to say so all the same.
@@ -203,12 +204,12 @@ class Aligned(consensus.WrappedRule):
     prior: 'uniform', or `None`, which is the same; probabilities, all above 0, that sum
       to 1: `[classes]`, `[2]` of a single logit (no and yes), `[labels, 2]` or `[2]` of
       labels that are present or not; 'average', the marginal of the averaged student on
-      the rows that have a consensus; or 'em', EM under label shift (`em_prior`) over the
-      inner rule's consensus of aligned predictions.
-    sharpness: s, by which the consensus's logits are multiplied before they are aligned;
-      above 1 for surer targets.
-    num_steps: Of the alignment, of each client and of the consensus. With 0 nothing is
-      aligned, and `Aligned(rule, num_steps=0)` is the inner rule itself.
+      the rows that have a consensus; or 'em', EM under label shift (`em_prior`) over
+      the inner rule's consensus of aligned predictions.
+    sharpness: s, by which the consensus's logits are multiplied before they are
+      aligned; above 1 for surer targets.
+    num_steps: The steps of the alignment, of each client and of the consensus. With 0
+      nothing is aligned, and `Aligned(rule, num_steps=0)` is the inner rule itself.
   """
 
   prior: Any = None
@@ -277,7 +278,7 @@ def checked_prior(prior: Any, estimated: tuple[str, ...] = ()) -> Any:
     estimated: The names of priors that are estimated.
 
   Raises:
-    ValueError: If it is neither, or if the numbers are no probabilities.
+    ValueError: If it is neither, or if the numbers are not probabilities.
   """
   if prior is None or isinstance(prior, str):
     if prior not in (None, 'uniform', *estimated):
@@ -314,7 +315,7 @@ def check_prior_fits(prior: tuple[Any, ...], logits_shape: tf.TensorShape) -> No
 
   Args:
     prior: As `checked_prior` returns it.
-    logits_shape: Of one example's logits, `[..., classes]`.
+    logits_shape: The shape of one example's logits, `[..., classes]`.
 
   Raises:
     ValueError: If it does not.

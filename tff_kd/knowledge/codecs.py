@@ -34,7 +34,10 @@ _TOLERANCE = 1e-6
 
 
 def num_units(bits: int) -> int:
-  """N = 2^bits - 1, the sum of a row's units.
+  """Returns N = 2^bits - 1, the sum of a row's units.
+
+  Args:
+    bits: A whole number from 1 to 8.
 
   Raises:
     ValueError: If `bits` is not a whole number from 1 to 8.
@@ -48,12 +51,17 @@ def num_units(bits: int) -> int:
 
 
 def num_points(num_classes: int, bits: int) -> int:
-  """How many points the quantised simplex has: binomial(N + C - 1, C - 1)."""
+  """Returns the number of points of the quantised simplex: binomial(N + C - 1, C - 1).
+
+  Args:
+    num_classes: C, two or more.
+    bits: A whole number from 1 to 8.
+  """
   return math.comb(num_units(bits) + num_classes - 1, num_classes - 1)
 
 
 def quantize(probabilities: tf.Tensor, bits: int) -> tf.Tensor:
-  """The nearest point of the quantised simplex, by largest remainders.
+  """Quantises probabilities to the nearest point of the simplex, by largest remainders.
 
   Every class gets the whole part of N p; what is missing to N goes, one each, to the
   classes with the largest remainders, the lowest class first among equals. No class is
@@ -82,7 +90,7 @@ def quantize(probabilities: tf.Tensor, bits: int) -> tf.Tensor:
 def message_bits(
     units: tf.Tensor, bits: int, previous: Optional[tf.Tensor] = None
 ) -> tf.Tensor:
-  """The length of the code of a message, without making it.
+  """Returns the encoded length of a message, without encoding it.
 
   Args:
     units: int32 `[..., C]` with static shape, of `quantize`; 0 in all of a missing row.
@@ -120,9 +128,14 @@ def message_bits(
 
 
 def first_message_bits(num_rows: int, num_classes: int, bits: int) -> int:
-  """The length of a message of all rows without a previous one.
+  """Returns the length of a message of all rows without a previous one, in bits.
 
   A message with one is at most ceil(log2(num_rows + 1)) bits longer.
+
+  Args:
+    num_rows: The number of rows.
+    num_classes: C, two or more.
+    bits: A whole number from 1 to 8.
   """
   return 1 + _width(num_points(num_classes, bits) ** num_rows)
 
@@ -141,7 +154,7 @@ def encode(
     The code, in whole bytes.
 
   Raises:
-    ValueError: If a row is no point of the quantised simplex, or shapes differ.
+    ValueError: If a row is not a point of the quantised simplex, or shapes differ.
   """
   symbols = _symbols(units, bits, 'units')
   num_rows, num_classes = len(symbols), units.shape[-1]
@@ -176,7 +189,7 @@ def decode(
     bits: int,
     previous: Optional[np.ndarray] = None,
 ) -> np.ndarray:
-  """What `encode` coded.
+  """Decodes a message that `encode` has coded.
 
   Args:
     message: The code.
@@ -244,8 +257,8 @@ def _symbols(units: np.ndarray, bits: int, name: str) -> list[int]:
   bars = np.cumsum(rows, axis=-1)[:, :-1] + np.arange(num_classes - 1)
   missing = num_points(num_classes, bits)
   return [
-      _rank(its, total + num_classes - 1) if present else missing
-      for its, present in zip(bars.tolist(), sums)
+      _rank(row, total + num_classes - 1) if present else missing
+      for row, present in zip(bars.tolist(), sums)
   ]
 
 

@@ -23,7 +23,7 @@ class CodedRule(consensus.WrappedRule):
   message on its way to the server; what adds up masked values (secure aggregation) cannot
   use it.
 
-  Rules over logits are refused: coarse probabilities may be 0, and the mean of logits
+  Rules over logits are refused: compressed probabilities may be 0, and the mean of logits
   would be that of arbitrary floors.
 
   Attributes:
@@ -54,8 +54,15 @@ class CodedRule(consensus.WrappedRule):
       )
 
   @abc.abstractmethod
-  def coarse(self, probabilities: tf.Tensor) -> tf.Tensor:
-    """The probabilities that are sent, of float32 `[..., classes]`, two or more."""
+  def compress_probabilities(self, probabilities: tf.Tensor) -> tf.Tensor:
+    """Compresses probabilities to those that are sent.
+
+    Args:
+      probabilities: float32 `[..., classes]`, two classes or more.
+
+    Returns:
+      float32 `[..., classes]`.
+    """
 
   @abc.abstractmethod
   def message_bits(
@@ -63,7 +70,7 @@ class CodedRule(consensus.WrappedRule):
       payload: payload_lib.KnowledgePayload,
       previous: Optional[payload_lib.KnowledgePayload] = None,
   ) -> tf.Tensor:
-    """The length of one client's message in its code.
+    """Returns the encoded length of one client's message, in bits.
 
     Args:
       payload: As `encode` makes it, also times a number above 0.
@@ -76,15 +83,15 @@ class CodedRule(consensus.WrappedRule):
 
   @abc.abstractmethod
   def first_message_bytes(self, logits_shape: tf.TensorShape, num_rows: int) -> int:
-    """Bytes of a message of all rows without a previous one.
+    """Returns the length of a message of all rows without a previous one, in bytes.
 
     Args:
-      logits_shape: Of one example's logits, `[..., classes]`.
-      num_rows: m.
+      logits_shape: The shape of one example's logits, `[..., classes]`.
+      num_rows: m, the number of rows.
     """
 
   def encode(self, logits, *certainty):
-    p = self.coarse(payload_lib.class_probabilities(logits))
+    p = self.compress_probabilities(payload_lib.class_probabilities(logits))
     if logits.shape[-1] == 1:
       p = p[..., 1:]
     # What is not finite has no probabilities: it stays so, and is missing.
@@ -117,12 +124,12 @@ class Quantized(CodedRule):
     codecs.num_units(self.bits)
     super().__post_init__()
 
-  def coarse(self, probabilities):
+  def compress_probabilities(self, probabilities):
     units = codecs.quantize(probabilities, self.bits)
     return tf.cast(units, tf.float32) / codecs.num_units(self.bits)
 
   def units(self, payload: payload_lib.KnowledgePayload) -> tf.Tensor:
-    """What one client's payload says, as `codecs` takes it.
+    """Returns the units of one client's payload, as `codecs` takes them.
 
     Args:
       payload: As `encode` makes it, also times a number above 0.
@@ -187,7 +194,7 @@ class TopClasses(CodedRule):
       )
     return super().payload_spec(logits_shape, num_rows)
 
-  def coarse(self, probabilities):
+  def compress_probabilities(self, probabilities):
     classes = probabilities.shape[-1]
     kept = tf.reduce_sum(
         tf.one_hot(tf.math.top_k(probabilities, self.num_classes).indices, classes),

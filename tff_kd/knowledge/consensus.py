@@ -40,11 +40,11 @@ class ConsensusRule(abc.ABC):
   def payload_spec(
       self, logits_shape: tf.TensorShape, num_rows: int
   ) -> payload_lib.KnowledgePayload:
-    """The `tf.TensorSpec`s of a payload.
+    """Returns the `tf.TensorSpec`s of a payload.
 
     Args:
-      logits_shape: Of one example's logits, `[..., classes]`.
-      num_rows: m.
+      logits_shape: The shape of one example's logits, `[..., classes]`.
+      num_rows: m, the number of rows.
     """
     return payload_lib.KnowledgePayload(
         values=tf.TensorSpec([num_rows, *logits_shape], tf.float32),
@@ -54,7 +54,12 @@ class ConsensusRule(abc.ABC):
   def zero_payload(
       self, logits_shape: tf.TensorShape, num_rows: int
   ) -> payload_lib.KnowledgePayload:
-    """The payload of a client that predicted nothing."""
+    """Returns the payload of a client that predicted nothing.
+
+    Args:
+      logits_shape: The shape of one example's logits, `[..., classes]`.
+      num_rows: m, the number of rows.
+    """
     return tf.nest.map_structure(
         lambda spec: tf.zeros(spec.shape, spec.dtype),
         self.payload_spec(logits_shape, num_rows),
@@ -62,15 +67,18 @@ class ConsensusRule(abc.ABC):
 
   @abc.abstractmethod
   def encode(self, logits: tf.Tensor) -> payload_lib.KnowledgePayload:
-    """A client's payload.
+    """Encodes one client's predictions as a payload.
 
     Args:
       logits: float32 `[m, ..., classes]`. A row that is not finite is missing.
+
+    Returns:
+      The payload, of the types of `payload_spec`.
     """
 
   @abc.abstractmethod
   def decode(self, mean_payload: payload_lib.KnowledgePayload) -> payload_lib.Consensus:
-    """The consensus.
+    """Decodes the clients' mean payload to the consensus.
 
     Args:
       mean_payload: The clients' payloads as aggregated (a mean or a sum: the
@@ -125,6 +133,7 @@ class WrappedRule(ConsensusRule):
 
   @property
   def codes_changes(self):
+    """Whether the inner rule codes a message against the client's last one."""
     return self.rule.codes_changes
 
   @property
@@ -149,16 +158,36 @@ class WrappedRule(ConsensusRule):
     return self.rule.decode(mean_payload, *average_logits)
 
   def message_bits(self, payload, previous=None):
-    """As of a `CodedRule`, where the inner rule is one."""
+    """Returns the encoded length of a message, if the inner rule is a `CodedRule`.
+
+    Args:
+      payload: As `encode` makes it.
+      previous: The client's last payload about the same rows, or `None`.
+
+    Returns:
+      int64 scalar, in bits.
+    """
     return self.rule.message_bits(payload, previous)
 
   def first_message_bytes(self, logits_shape, num_rows):
-    """As of a `CodedRule`, where the inner rule is one."""
+    """Returns the length of a first message, if the inner rule is a `CodedRule`.
+
+    Args:
+      logits_shape: The shape of one example's logits, `[..., classes]`.
+      num_rows: m, the number of rows.
+
+    Returns:
+      The length in bytes.
+    """
     return self.rule.first_message_bytes(logits_shape, num_rows)
 
 
 def check_rule(rule: ConsensusRule, student: models.ModelSpec) -> None:
-  """Refuses a rule over classes for a student that predicts numbers.
+  """Raises an error if a rule over classes is for a student that predicts numbers.
+
+  Args:
+    rule: The consensus rule.
+    student: The clients' model.
 
   Raises:
     ValueError: If they do not fit.
@@ -289,7 +318,7 @@ class CertaintyWeighted(ConsensusRule):
       certainty = (score if callable(score) else _CERTAINTIES[score])(
           logits / self.temperature
       )
-    # Of sequences: the mean over the positions.
+    # The mean over the positions of sequences.
     axes = list(range(1, certainty.shape.rank))
     values = logits if self.average == 'logits' else payload_lib.probabilities(logits)
     return payload_lib.payload_of(values, tf.reduce_mean(certainty, axis=axes))

@@ -1,4 +1,4 @@
-"""What clients send of their predictions on the transfer set, as sums.
+"""Uploaded predictions on the transfer set, as sums.
 
 A client's predictions travel as `values` and `weights`, a pair of which any TFF
 aggregation factory can take the weighted mean over clients, so that the server never sees
@@ -17,7 +17,7 @@ from tff_kd import models
 
 
 class KnowledgePayload(NamedTuple):
-  """What one client sends up, or the weighted mean of it over clients.
+  """One client's uploaded knowledge, or the weighted mean over clients.
 
   Attributes:
     values: float32 `[m, ..., classes]`, the predictions times `weights`.
@@ -50,7 +50,7 @@ def predict_logits(
     transfer_set: transfer.TransferSet,
     ids: tf.Tensor,
 ) -> tf.Tensor:
-  """A model's logits on rows of the transfer set, in inference mode.
+  """Computes a model's logits on rows of the transfer set, in inference mode.
 
   Args:
     model: Anything with `logits(inputs)`, such as a `models.BoundModel`.
@@ -70,12 +70,25 @@ def predict_logits(
 def logits_shape(
     model: models.ModelSpec, transfer_set: transfer.TransferSet
 ) -> tf.TensorShape:
-  """The static shape of a model's logits of one example of the transfer set."""
+  """Returns the static shape of a model's logits for one example of a transfer set.
+
+  Args:
+    model: The model.
+    transfer_set: The examples.
+  """
   return model.logits_shape_for(transfer_set.inputs_spec)
 
 
 def without_rows(logits: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
-  """Logits in which other rows than those of a bool mask `[m]` are missing."""
+  """Marks rows of logits as missing.
+
+  Args:
+    logits: Float `[m, ..., classes]`.
+    kept: bool `[m]`, the rows that are not missing.
+
+  Returns:
+    The logits, NaN in the missing rows.
+  """
   return tf.where(per_row(kept, logits), logits, float('nan'))
 
 
@@ -144,4 +157,12 @@ def probabilities(logits: tf.Tensor) -> tf.Tensor:
 
 
 def class_probabilities(logits: tf.Tensor) -> tf.Tensor:
+  """Returns the probabilities of logits.
+
+  Args:
+    logits: Float `[..., classes]`; a last axis of one is a binary label's log-odds.
+
+  Returns:
+    Float `[..., classes]`, two classes or more.
+  """
   return tf.nn.softmax(losses.two_classes(logits))

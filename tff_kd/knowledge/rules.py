@@ -53,7 +53,17 @@ def check(name: str) -> None:
 
 
 def get(name: str) -> Any:
-  """Returns a `tff_kd.knowledge.ConsensusRule`; raises as `check` does."""
+  """Returns the consensus rule of a name.
+
+  Args:
+    name: One of `RULES`, or the path of a Python file that defines `RULE`.
+
+  Returns:
+    A `tff_kd.knowledge.ConsensusRule`.
+
+  Raises:
+    ValueError: If there is no such rule, or the file defines none.
+  """
   if not own_files.is_own(name):
     check(name)
     return RULES[name]()

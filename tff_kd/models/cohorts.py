@@ -182,10 +182,10 @@ def build_one_student(
     student_fn: Returns a new `keras.Model`.
     algorithm: The algorithm's name, for the error.
     why: Why it has one architecture, the rest of the sentence that names it.
-    **kinds: Of `models.build_model_spec`.
+    **kinds: Arguments of `models.build_model_spec`.
 
   Returns:
-    The student's `ModelSpec`.
+    The student.
 
   Raises:
     ValueError: If there are several builders.

@@ -106,7 +106,7 @@ def _counted_name(base: str, taken: Mapping[str, Any]) -> str:
 
 
 def _by_kind(made: Any) -> Mapping[str, Sequence[keras.metrics.Metric]]:
-  """What a `metrics_fn` has returned, as a mapping; refuses what it must not."""
+  """Returns the metrics of a `metrics_fn` as a mapping; raises if they are invalid."""
   found = made if isinstance(made, Mapping) else {'metrics': made}
   if not set(found) <= set(_KINDS):
     raise ValueError(
@@ -170,13 +170,13 @@ def flat_scores(name: str, value: Any) -> dict[str, Any]:
 class Metrics:
   """The user's metrics and the totals, by name, as functions of their states.
 
-  A state is an ordered dict of tuples of arrays, which are zeros before any example; the
-  states of clients are summed. Of a metric that begins with other numbers, it is the
-  difference to these.
+  A state is an ordered dict of tuples of arrays, which are zeros before any example;
+  the states of clients are summed. Of a metric that begins with other numbers, it is
+  the difference to these.
 
   Attributes:
     names: The names of all metrics.
-    score_names: Of the user's metrics, the names of what `scores` returns.
+    score_names: The names of the scores of the user's metrics, as in `scores`.
   """
 
   def __init__(
@@ -478,7 +478,7 @@ def _initial_total(name: str) -> tuple[np.generic, ...]:
 
 
 def _mean_loss(state: Sequence[tf.Tensor]) -> tf.Tensor:
-  return state[0] / state[1]  # Of no examples, not a number.
+  return state[0] / state[1]  # NaN without examples.
 
 
 def _only_value(state: Sequence[tf.Tensor]) -> tf.Tensor:

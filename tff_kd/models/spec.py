@@ -10,7 +10,7 @@ What a model holds is told apart by what a step of training does to it:
 - trainable weights take gradient steps;
 - *statistics* (batch norm's moving averages) are numbers that a training call changes;
   they are averaged over clients like weights;
-- *local* values (seeds of dropout, counters, states of recurrent layers) begin anew in
+- *local* values (seeds of dropout, counters, states of recurrent layers) are reset in
   every local training; seeds are drawn from (seed, round, client);
 - all else (frozen layers, adapted preprocessing) is constant: it never moves and never
   travels.
@@ -104,7 +104,7 @@ def as_batch(batch: Any) -> Any:
       return None
     return collections.OrderedDict((key, batch[key]) for key in sorted(batch))
   if isinstance(batch, (tuple, list)):
-    batch = tuple(batch)  # Of `tff_kd.data.Examples`, `len` is the number of examples.
+    batch = tuple(batch)  # `len` of `tff_kd.data.Examples` is the number of examples.
     return batch if len(batch) in (2, 3) else None
   return None
 
@@ -124,12 +124,12 @@ class ModelValues(NamedTuple):
 
   @property
   def weights(self) -> tff.learning.models.ModelWeights:
-    """What belongs to the model beyond this training."""
+    """The part that belongs to the model beyond this training."""
     return tff.learning.models.ModelWeights(list(self.trainable), list(self.statistics))
 
 
 class Outputs(NamedTuple):
-  """What a call of a model leaves.
+  """The results of a call of a model.
 
   Attributes:
     outputs: The output tensor `[batch, ...]`.
@@ -137,8 +137,8 @@ class Outputs(NamedTuple):
     regularization_loss: A scalar, the sum of the layers' own losses; in training it is
       not a number if `bad_inputs`.
     bad_inputs: A bool scalar: whether an embedding was asked for an id that it does not
-      have, whose outputs are then not numbers (in training, its loss); `None` if nothing
-      can be asked for.
+      have, whose outputs are then not numbers (in training, its loss); `None` if
+      nothing can be asked for.
   """
 
   outputs: tf.Tensor
@@ -148,7 +148,7 @@ class Outputs(NamedTuple):
 
 
 class _Layout(NamedTuple):
-  """Where the values of a model are among its `_non_trainable_variables`."""
+  """The places of a model's values among its `_non_trainable_variables`."""
 
   statistics: tuple[int, ...]
   local: Mapping[int, np.ndarray]
@@ -162,7 +162,8 @@ class ModelSpec:
 
   Attributes:
     name: What error messages call the model ('student', 'teacher').
-    keras_model_fn: The builder. Its own random initialisation differs from call to call.
+    keras_model_fn: The builder. Its own random initialisation differs from call to
+      call.
     input_spec: The (inputs, labels) or (inputs, labels, sample_weight) structure of
       `tf.TensorSpec`, batched.
     initial_weights: The weights of the builder's model as NumPy arrays: a
@@ -397,7 +398,7 @@ class ModelSpec:
 
   @functools.cached_property
   def _logits_shapes(self) -> dict[Any, tf.TensorShape]:
-    """What `logits_shape_for` has found."""
+    """The shapes that `logits_shape_for` has found."""
     return {}
 
   def class_logits(self, outputs: tf.Tensor) -> tf.Tensor:
@@ -417,10 +418,13 @@ class ModelSpec:
     return losses.logits_from_probabilities(outputs)
 
   def outputs_of(self, logits: tf.Tensor) -> tf.Tensor:
-    """Returns outputs as the loss takes them, float32, whose `class_logits` are these.
+    """Returns outputs as the loss takes them, given their logits.
 
     Args:
       logits: float32 `[batch, ..., classes]`.
+
+    Returns:
+      float32 outputs, whose `class_logits` are these.
     """
     if not self.from_logits:
       is_binary = logits.shape[-1] == 1
@@ -484,7 +488,7 @@ class ModelSpec:
       if mask is not None:
         counted *= losses.with_rank(mask, each.shape.rank)
       return losses.weighted_mean(each, counted, sample_weight)
-    # Of sequences Keras would take weights `[batch]` for those of positions.
+    # For sequences, Keras would take weights `[batch]` for those of positions.
     weights = losses.with_rank(mask, self._loss_rank)
     if sample_weight is not None:
       weights = losses.with_rank(mask, sample_weight.shape.rank) * sample_weight
@@ -521,9 +525,9 @@ class ModelSpec:
     Returns:
       The labels, with those outside `[0, classes)` replaced by 0, and a boolean
       scalar that tells whether there were any; of a binary cross-entropy, those outside
-      [0, 1]. Labels of another loss pass as they are. The label of an example of weight 0
-      may be anything, and becomes 0; a weight that is negative or not finite counts as a
-      bad label.
+      [0, 1]. Labels of another loss pass as they are. The label of an example of weight
+      0 may be anything, and becomes 0; a weight that is negative or not finite counts
+      as a bad label.
     """
     bad = tf.constant(False)
     if sample_weight is not None:
@@ -531,7 +535,7 @@ class ModelSpec:
     highest = highest_label(self.loss, self.outputs_shape)
     if highest is None:
       return labels, bad
-    # In a wide type: 256 is no uint8. False for NaN, where labels are floats.
+    # In a wide type: 256 is not a uint8. False for NaN, where labels are floats.
     wide = labels if labels.dtype.is_floating else tf.cast(labels, tf.int64)
     in_range = (wide >= 0) & (wide <= tf.cast(highest, wide.dtype))
     if self.ignored_label is not None:
@@ -559,7 +563,8 @@ class ModelSpec:
       labels: The labels of a batch.
       outputs: The model's outputs for it, `[batch, ..., classes]`.
       mask: Optional 0/1 float32 `[batch]`: which examples count.
-      sample_weight: What `sample_weight` returns for it; those of weight 0 do not count.
+      sample_weight: What `sample_weight` returns for it; those of weight 0 do not
+        count.
 
     Returns:
       0/1 float32 `[batch, ...]`, one for each position; `None` if all of them count.
@@ -582,8 +587,8 @@ class ModelSpec:
   ) -> tuple[graphs.TracedFunction, graphs.TracedFunction]:
     """The user's metrics for evaluation: two functions, traced once.
 
-    The first one maps (state, labels, float32 outputs) of a batch to the next state; the
-    second, a state to `Metrics.scores`.
+    The first one maps (state, labels, float32 outputs) of a batch to the next state;
+    the second, a state to `Metrics.scores`.
     """
     metrics = self.metrics
     _, labels = split_batch(self.input_spec)
@@ -602,7 +607,7 @@ class ModelSpec:
 
   @functools.cached_property
   def weighted_metric_update(self) -> graphs.TracedFunction:
-    """As the first of `metric_functions`, with the weights as a fourth argument."""
+    """The first of `metric_functions`, with the weights as a fourth argument."""
     metrics = self.metrics
     _, labels = split_batch(self.input_spec)
     labels = tf.TensorSpec([None, *labels.shape[1:]], labels.dtype)
@@ -621,7 +626,8 @@ class ModelSpec:
     """Returns a Keras model of the builder with these weights.
 
     Args:
-      weights: A `ModelWeights` of this model, such as `process.get_model_weights(state)`.
+      weights: A `ModelWeights` of this model, such as
+        `process.get_model_weights(state)`.
 
     Returns:
       A new model. Frozen and adapted values are those of the model that was checked.
@@ -772,8 +778,8 @@ def build_model_spec(
       or one a position where an example has several predictions.
     loss_fn: A no-argument function that returns a `keras.losses.Loss`.
     metrics_fn: An optional no-argument function that returns a list of new
-      `keras.metrics.Metric`s, or {'metrics': list, 'weighted_metrics': list}: the latter
-      weigh each example by its sample weight.
+      `keras.metrics.Metric`s, or {'metrics': list, 'weighted_metrics': list}: the
+      latter weigh each example by its sample weight.
     name: What error messages call the model.
 
   Returns:
@@ -987,7 +993,7 @@ def wrong_labels(
     outputs_shape: The shape of the model's outputs.
 
   Raises:
-    ValueError: If they are no numbers.
+    ValueError: If they are not numbers.
   """
   if labels.dtype.kind not in 'fiub':
     raise ValueError(
@@ -1049,7 +1055,7 @@ _REGRESSION_LOSSES = (
 
 
 def _config_of(loss: keras.losses.Loss, key: str) -> Any:
-  """What a loss was built with; `None` where it does not tell."""
+  """Returns an argument that a loss was built with; `None` if it is not known."""
   value = getattr(loss, key, None)
   if value is None:
     with contextlib.suppress(Exception):  # A user's loss may have no config.
@@ -1062,6 +1068,7 @@ def check_has_classes(spec: ModelSpec, subject: str) -> None:
 
   Args:
     spec: The model.
+    subject: What is about classes, as the subject of the error's sentence.
     what: What is about classes, as the subject of the error's sentence.
 
   Raises:
@@ -1287,8 +1294,8 @@ def _call(
   Returns its outputs, non-trainable values, losses, and of each lookup in an embedding
   whether it was for ids that are not there.
 
-  Unlike `keras.Model.stateless_call` it goes through `__call__`, so that layers know the
-  mode of training, and inputs are cast, as in `fit`.
+  Unlike `keras.Model.stateless_call` it goes through `__call__`, so that layers know
+  the mode of training, and inputs are cast, as in `fit`.
   """
   scope = keras.StatelessScope(
       [
@@ -1306,7 +1313,7 @@ def _call(
 
 
 class _Traced(NamedTuple):
-  """What the graph of a model tells.
+  """Facts that the graph of a model shows.
 
   Attributes:
     layout: The `_Layout`.

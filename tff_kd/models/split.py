@@ -21,8 +21,8 @@ def split_layers(
 
   Args:
     model_layers: Those of a model that applies them one after the other.
-    split_layer: The name of the layer whose outputs are the features; if `None`, the one
-      before the last with weights.
+    split_layer: The name of the layer whose outputs are the features; if `None`, the
+      one before the last with weights.
 
   Raises:
     ValueError: If there is no such layer, or nothing before or in the head.
@@ -87,7 +87,7 @@ class SplitModel:
     return math.prod(self.feature_shape)
 
   def _checked_feature_shape(self) -> tuple[int, ...]:
-    """The shape of one example's features; refuses what is no chain of layers."""
+    """Returns the shape of an example's features; raises if layers form no chain."""
     body, head = split_layers(self.spec.layers, self._split_layer)
     inputs_spec = spec_lib.split_batch(self.spec.input_spec)[0]
     refusal = (
@@ -124,7 +124,7 @@ class SplitModel:
     """Returns what a model's body makes of inputs.
 
     Args:
-      model: Of the same builder, with values of its own.
+      model: A model of the same builder, with values of its own.
       inputs: A batch of inputs.
 
     Returns:

@@ -59,7 +59,7 @@ class AttendedTokens(keras.layers.Layer):
     # Half precision has no -1e9, and would round the shares of a long text.
     scores = ops.cast(self.scores(tokens)[..., 0], 'float32')
     shares = ops.softmax(ops.where(there, scores, -1e9), axis=1)
-    # Of a text without tokens nothing is left.
+    # Zeros for a text without tokens.
     shares = ops.cast(ops.where(there, shares, 0.0), vectors.dtype)
     return ops.sum(shares[..., None] * vectors, axis=1)
 

@@ -1,4 +1,4 @@
-"""What others can learn of a client: private and secure sums, and their accounts."""
+"""Differential privacy, its accounts, and secure sums."""
 
 from tff_kd import _lazy
 

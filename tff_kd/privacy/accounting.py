@@ -1,4 +1,4 @@
-"""What rounds have cost in privacy, by dp-accounting, for the sampling that happens.
+"""The privacy cost of rounds, by dp-accounting, for the sampling that happens.
 
 The unit is a client: all of its examples together. What is released is the noised sums
 of each round, and whatever is computed from them.
@@ -29,11 +29,12 @@ class ClientSampling:
   """How the clients of a round are chosen, as far as it matters for privacy.
 
   Attributes:
-    num_clients: Of how many, a public number.
+    num_clients: The number of all clients, which is public.
     clients_per_round: How many in a round; of 'poisson', in expectation.
     sampling: 'poisson': each client by itself, with the probability
-      `clients_per_round / num_clients`; 'uniform': so many of them, without replacement;
-      'cyclic': one after the other, so that everybody may know who is in a round.
+      `clients_per_round / num_clients`; 'uniform': so many of them, without
+      replacement; 'cyclic': one after the other, so that everybody may know who is in a
+      round.
   """
 
   num_clients: int
@@ -54,7 +55,7 @@ class ClientSampling:
 
   @property
   def neighbors(self) -> str:
-    """What two neighbouring sets of clients differ in."""
+    """The relation of two neighbouring sets of clients."""
     return NEIGHBORS[self.sampling]
 
   @property
@@ -191,7 +192,8 @@ class PrivacyAccountant:
   """Counts the rounds of a private process, and says what they have cost.
 
   A round counts when it begins: one that is run again, after a crash, has been released
-  twice, with other noise. With a `ledger_path` the count is on disk before the round is.
+  twice, with other noise. With a `ledger_path` the count is on disk before the round
+  is.
   """
 
   def __init__(
@@ -206,10 +208,10 @@ class PrivacyAccountant:
     """Initializes the accountant.
 
     Args:
-      noise_multipliers: Of each channel that is released: the standard deviation of its
-        sum's noise, by its clip. See `DifferentialPrivacy.noise_multipliers`.
+      noise_multipliers: For each channel that is released, the standard deviation of
+        its sum's noise, by its clip. See `DifferentialPrivacy.noise_multipliers`.
       sampling: How clients are chosen.
-      delta: Of the (epsilon, delta).
+      delta: The delta of (epsilon, delta).
       max_epsilon: The budget: there is no round with which it would be passed.
       ledger_path: A JSON file that holds the number of rounds.
 
@@ -280,7 +282,7 @@ class PrivacyAccountant:
 
 
 def read_ledger(path: pathlib.Path) -> dict[str, int]:
-  """What a ledger file holds.
+  """Returns the content of a ledger file.
 
   Raises:
     ValueError: If it is none. What was spent is then not known.

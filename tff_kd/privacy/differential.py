@@ -26,7 +26,7 @@ ADAPTIVE = 'adaptive'
 _INITIAL_MODEL_CLIP, _QUANTILE, _CLIP_RATE = 0.1, 0.5, 0.2
 # Stands for no clip: an exact power of two, so that nothing is rounded.
 _NO_CLIP = 2.0**100
-# A noised weight below so many standard deviations is no weight.
+# A noised weight below this many standard deviations counts as missing.
 _MIN_WEIGHT_STDDEVS = 3.0
 
 
@@ -34,10 +34,10 @@ _MIN_WEIGHT_STDDEVS = 3.0
 class DifferentialPrivacy:
   """How the sums of a round are made private. The unit is a client.
 
-  A client's part of a channel is scaled down to the L2 norm `*_clip`, all of its numbers
-  together (of predictions: over this round's payload). To their sum the server adds
-  Gaussian noise, and divides by `clients_per_round`, whoever came. Clients then all count
-  the same.
+  A client's part of a channel is scaled down to the L2 norm `*_clip`, all of its
+  numbers together (of predictions: over this round's payload). To their sum the server
+  adds Gaussian noise, and divides by `clients_per_round`, whoever came. Clients then
+  all count the same.
 
   What a round costs is worth one Gaussian of `noise_multiplier`, however many channels
   the algorithm sends: they share it (`noise_multipliers`).
@@ -49,13 +49,15 @@ class DifferentialPrivacy:
   Attributes:
     noise_multiplier: z, the noise's standard deviation by the clip; 0 for none.
     clients_per_round: How many are expected in a round.
-    model_clip: Of the weight delta; 'adaptive' for the running median of norms, itself
-      estimated with noise that is part of z (TFF's); math.inf for none, if z is 0.
-    knowledge_clip: Likewise, of what is sent of the predictions.
+    model_clip: The L2 norm to which the weight delta is clipped; 'adaptive' for the
+      running median of norms, itself estimated with noise that is part of z (TFF's);
+      math.inf for none, if z is 0.
+    knowledge_clip: The L2 norm to which the uploaded predictions are clipped, or
+      'adaptive'.
     knowledge_share: The share of the privacy that the predictions get where weights
       travel, too, between 0 and 1.
-    channels: Which channels are noised, of 'model' and 'knowledge'; all that there are if
-      `None`. With one of them left out there is no guarantee at all: its epsilon is
+    channels: Which channels are noised, of 'model' and 'knowledge'; all that there are
+      if `None`. With one of them left out there is no guarantee at all: its epsilon is
       infinite.
   """
 
@@ -317,9 +319,9 @@ class _FloatsOnlyFactory(tff.aggregators.UnweightedAggregationFactory):
 class _PrivateKnowledgeFactory(tff.aggregators.UnweightedAggregationFactory):
   """The private mean of `KnowledgePayload`s.
 
-  Weights that are 1 whoever the client is need no noise: the mean weight is 1. Others are
-  clipped and noised together with the values; where their mean does not stand out from
-  its noise, nothing counts as said.
+  Weights that are 1 whoever the client is need no noise: the mean weight is 1. Others
+  are clipped and noised together with the values; where their mean does not stand out
+  from its noise, nothing counts as said.
   """
 
   def __init__(

@@ -21,7 +21,7 @@ _MAX_WEIGHT = 2.0**20 - 1
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SecureAggregation:
-  """What clients send is summed securely: both channels, their weights, and counts.
+  """Secure sums of what clients send: both channels, their weights, and counts.
 
   Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine
   Learning" (CCS 2017), for the sums; `tff.learning.secure_aggregator` for the clipping.
@@ -30,10 +30,10 @@ class SecureAggregation:
     model_bound: The largest absolute value of a number in a client's weight delta,
       multiplied by the client's weight; what is beyond is clipped to it. `None`: TFF's
       running estimate, itself by secure sums.
-    knowledge_bound: Likewise, of what clients send of their predictions.
-    bits: Of each number, 2 to 24: it is rounded to a multiple of
-      bound / (2^(bits - 1) - 1), and summed under a modulus that no sum reaches. `None`:
-      TFF's 32 bits. Needs the bounds.
+    knowledge_bound: The same for the uploaded predictions.
+    bits: The bits of each number, 2 to 24: it is rounded to a multiple of
+      bound / (2^(bits - 1) - 1), and summed under a modulus that no sum reaches.
+      `None`: TFF's 32 bits. Needs the bounds.
     max_clients: The most that can be in one sum; needed with `bits`.
   """
 
@@ -64,7 +64,7 @@ class SecureAggregation:
 
   @property
   def modulus(self) -> Optional[int]:
-    """Of the sums where there are `bits`: above the largest possible; else `None`."""
+    """The modulus of the sums, above the largest possible sum; `None` without `bits`."""
     return self.bits and self.max_clients * (2 ** (self.bits - 1) - 1) + 1
 
   @property

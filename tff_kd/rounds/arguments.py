@@ -1,4 +1,4 @@
-"""What is passed to builders by name: refused in a sentence before anything is built.
+"""Checks of the arguments of builders, before anything is built.
 
 A model costs seconds to build and to trace, so a wrong argument is refused before that.
 What can be nothing else is taken as what it stands for: an array of inputs, or a dataset,

@@ -1,4 +1,4 @@
-"""What clients send up, aggregated: two channels, metrics and counts.
+"""Aggregation of uploads: two channels, metrics and counts.
 
 Everything is a sum over clients. Unless a channel has an aggregation factory of its
 own, all of it is one `federated_sum` a round: a federated operation costs each client
@@ -25,7 +25,7 @@ AggregationFactory = Union[
 
 
 class Measurements(NamedTuple):
-  """What an aggregation measures.
+  """The measurements of an aggregation.
 
   Attributes:
     client_work: The clients' finalized metrics, `train`, and their counts,
@@ -50,7 +50,7 @@ def build_aggregator(
   Args:
     output_type: The type of a `ClientOutput`. Without predictions in it there is no
       second channel.
-    metric_finalizers: Of the metrics in it, by name.
+    metric_finalizers: The finalizers of the metrics in it, by name.
     factories: By channel, 'model' and 'knowledge', what aggregates it. `None` for the
       weighted mean of what the clients have multiplied by their weights.
     metrics_aggregator: As in `tff.learning.algorithms`; sums, then finalizes, if
@@ -61,7 +61,8 @@ def build_aggregator(
   Returns:
     A `tff.templates.MeasuredProcess` with `next` of the type (<S@SERVER,
     {ClientOutput}@CLIENTS> -> <S@SERVER, ClientUpdate@SERVER, Measurements@SERVER>);
-    and the `communication.aggregated_bytes` of the channels with factories of their own.
+    and the `communication.aggregated_bytes` of the channels with factories of their
+    own.
   """
   channels = _channels(output_type)
   processes = {
@@ -169,7 +170,7 @@ class _CommonSum:
     Args:
       channels: Those that are summed here.
       output_type: The type of a `ClientOutput`.
-      metric_finalizers: Of the metrics, by name; `None` if they are not summed here.
+      metric_finalizers: By metric's name; `None` if metrics are not summed here.
       secure: How it is summed securely, or `None`.
     """
     self._channels, self._sums_metrics = channels, metric_finalizers is not None

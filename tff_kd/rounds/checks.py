@@ -1,4 +1,4 @@
-"""What must hold before a round is built: the parts fit, and no guarantee is false."""
+"""Checks before a round is built: the parts fit, and guarantees hold."""
 
 from collections.abc import Sequence
 from typing import Any, Optional

@@ -37,7 +37,7 @@ class Protection:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Description:
-  """What a process is made of, and what its messages hold.
+  """The parts of a process and the types of its messages.
 
   Attributes:
     students: The architectures of the server's student; of the clients' models, where
@@ -89,7 +89,7 @@ class Accessors(NamedTuple):
 
 
 class _Described:
-  """What both kinds of processes have beside `initialize` and `next`."""
+  """The methods of both kinds of processes besides `initialize` and `next`."""
 
   def _describe(self, description: Description, accessors: Accessors) -> None:
     self._description, self._accessors = description, accessors
@@ -214,7 +214,7 @@ class DistillationProcess(_Described, tff.learning.templates.LearningProcess):
 
 
 class StatefulClientsOutput(NamedTuple):
-  """What a round of stateful clients leaves.
+  """The output of a round with stateful clients.
 
   Attributes:
     state: The server's next state.

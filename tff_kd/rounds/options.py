@@ -1,4 +1,4 @@
-"""What a user may choose for any algorithm; imports no TensorFlow."""
+"""The options of every algorithm; imports no TensorFlow."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from tff_kd import checks
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Options:
-  """What a user may choose for any algorithm.
+  """The options of every algorithm.
 
   Attributes:
     client_data: Where and how clients read their examples, a `ClientBatches`. `next`

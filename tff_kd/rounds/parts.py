@@ -1,4 +1,4 @@
-"""What an algorithm chooses of a round."""
+"""The parts of a round that an algorithm chooses."""
 
 from collections.abc import Sequence
 import dataclasses
@@ -31,7 +31,7 @@ class ClientModel(enum.Enum):
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Parts:
-  """What an algorithm chooses.
+  """The parts of a round that an algorithm chooses.
 
   Attributes:
     students: The model that clients train, or those of the cohorts. Where clients do not

@@ -1,4 +1,4 @@
-"""What a round is given for its clients, checked before the round begins."""
+"""Checks of a round's clients before the round begins."""
 
 from collections.abc import Mapping, Sequence
 import numbers
@@ -21,7 +21,7 @@ _HOW_TO_BATCH = '`tf.data.Dataset.from_tensor_slices((x, y)).batch(20)`'
 
 
 class ClientArguments(NamedTuple):
-  """What `next` takes for the clients of a round.
+  """The clients of a round, as `next` takes them.
 
   Attributes:
     client_data: The `ClientBatches`, of a process that takes numbers; else `None`.
@@ -158,7 +158,7 @@ def as_list(selected: Any) -> list[Any]:
 
 
 def _spec_of(batch: Any) -> Any:
-  """What a batch of arrays is like."""
+  """Returns the specs of a batch of arrays."""
   batch = models.as_batch(batch)
   if batch is None:
     return None

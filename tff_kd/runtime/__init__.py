@@ -1,4 +1,4 @@
-"""Where TFF's computations run: in this process, on Ray, or on the worker TFF ships."""
+"""Runtimes of TFF's computations: this process, Ray, or the worker that TFF ships."""
 
 from tff_kd.runtime.in_process import AsyncInProcessContext
 from tff_kd.runtime.in_process import in_process

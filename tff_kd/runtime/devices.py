@@ -19,7 +19,7 @@ _ON_HOST = {tf.int32, tf.string, tf.variant, tf.resource}
 
 
 class Slot:
-  """Where one client at a time computes.
+  """A place where one client at a time computes.
 
   Attributes:
     name: The device; `None` if TensorFlow places each operation.

@@ -56,7 +56,7 @@ class InProcessContext(tff.framework.SyncContext):
 
 
 class AsyncInProcessContext(tff.framework.AsyncContext):
-  """As `InProcessContext`, for `tff.program` and `tff.learning.programs`.
+  """An `InProcessContext` for `tff.program` and `tff.learning.programs`.
 
   Computations run in threads; the event loop goes on meanwhile.
   """

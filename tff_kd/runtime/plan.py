@@ -43,7 +43,7 @@ class Sums:
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Stage:
-  """What is done at the server at once, or with each client in one pass.
+  """Work that is done at the server at once, or with each client in one pass.
 
   Attributes:
     of_clients: Whether it is the clients'.
@@ -51,7 +51,7 @@ class Stage:
     inputs: Leaves from elsewhere.
     outputs: Leaves that are needed elsewhere.
     sums: The sums that clients add to; `None` if there are none.
-    kept: Of the outputs at the clients, those that are needed after the pass.
+    kept: The outputs at the clients that are needed after the pass.
     dropped: Leaves kept by earlier passes that no later one needs.
   """
 
@@ -127,9 +127,10 @@ def compile_computation(proto: Any) -> Plan:
 class _Schedule:
   """Gives each node its time: the server's are even, the clients' odd.
 
-  Sums are made as early as possible, so that there are few passes over the clients. Other
-  work of clients is done in the pass that needs it first, so that little is kept between
-  passes; the server's as late as possible, so that what only the result needs comes last.
+  Sums are made as early as possible, so that there are few passes over the clients.
+  Other work of clients is done in the pass that needs it first, so that little is kept
+  between passes; the server's as late as possible, so that what only the result needs
+  comes last.
   """
 
   def __init__(self, results: Sequence[dataflow.Leaf]):

@@ -126,7 +126,7 @@ class Runner:
     Args:
       device: Where the server computes, and clients that compute here; as `in_process`
         takes it.
-      max_concurrent_clients: How many clients compute here at a time, likewise.
+      max_concurrent_clients: The number of clients that compute here at a time.
       make_clients: Makes the clients of a run.
     """
     tff_internals.check_version()

@@ -42,23 +42,23 @@ class CalibrationStage(NamedTuple):
 
   @property
   def uses_ensemble(self) -> bool:
-    """Whether clients must send predictions for this stage: they need not."""
+    """Whether clients must send predictions for this stage: never."""
     return False
 
   @property
   def learns_from_teacher(self) -> bool:
-    """Whether the teacher is the target: there is none."""
+    """Whether the teacher is the target: never."""
     return False
 
   def check(self, *, has_teacher: bool, **unused: bool) -> None:
-    """Checks that there is such a model.
+    """Raises an error if there is no model to calibrate.
 
     Args:
       has_teacher: Whether there is a teacher.
-      **unused: What other stages need to know.
+      **unused: What other stages check, see `DistillationStage.check`.
 
     Raises:
-      ValueError: If there is none.
+      ValueError: If the learner is a teacher that does not exist.
     """
     del unused
     if self.learner == 'teacher' and not has_teacher:
@@ -67,18 +67,18 @@ class CalibrationStage(NamedTuple):
   def build_lesson(
       self, learner: models.ModelSpec, transfer_set: transfer.TransferSet
   ) -> 'Calibration':
-    """Builds the stage for one learner.
+    """Builds the stage for one learner; see `output_bias`.
 
     Args:
       learner: The model that is calibrated.
-      transfer_set: On whose rows the marginal is taken.
+      transfer_set: The examples to calibrate on.
 
     Returns:
       The `Calibration`.
 
     Raises:
-      ValueError: If the learner has no classes, or others than the prior, or no bias that
-        is added to its logits (`output_bias`).
+      ValueError: If the learner has no classes, or others than the prior, or no bias
+        that is added to its logits (`output_bias`).
     """
     models.check_has_classes(learner, 'Calibration')
     if self.prior is not None:

@@ -51,10 +51,10 @@ def _loss_of(
 def check_outputs(
     distillation: settings.Distillation, learner: models.ModelSpec
 ) -> None:
-  """Refuses what compares classes where there are none.
+  """Raises an error if a loss that compares classes is for a regression model.
 
   Args:
-    distillation: The settings.
+    distillation: The settings of the stage.
     learner: The model that learns.
 
   Raises:
@@ -106,17 +106,18 @@ class DistillationStage(NamedTuple):
       has_validation: bool,
       has_diversity: bool,
   ) -> None:
-    """Checks that what the stage needs is there.
+    """Raises an error if the stage lacks something it needs, before anything is built.
 
     Args:
       has_teacher: Whether there is a teacher.
-      labelled: Whether transfer examples have labels.
-      has_validation: Whether the transfer set has a validation part.
-      has_diversity: Whether the consensus rule tells the diversity.
+      labelled: Whether the transfer set has labels.
+      has_validation: Whether examples are set aside for validation.
+      has_diversity: Whether the consensus has a `diversity`.
 
     Raises:
-      ValueError: If something is missing, or a model would learn from itself.
-      TypeError: If the optimizer is not one.
+      ValueError: If the stage needs a teacher, labels or a validation part that is not
+        there, or if a model would learn from itself.
+      TypeError: If the stage's optimizer is not one.
     """
     d = self.distillation
     optimizers.check_optimizer(
@@ -153,11 +154,11 @@ class DistillationStage(NamedTuple):
   def build_lesson(
       self, learner: models.ModelSpec, transfer_set: transfer.TransferSet
   ) -> 'Lesson':
-    """Builds the stage for one learner, which it checks (`check_outputs`).
+    """Builds the stage for one learner.
 
     Args:
       learner: The model that learns.
-      transfer_set: Where the examples are read.
+      transfer_set: The examples to learn from.
 
     Returns:
       The `Lesson`.

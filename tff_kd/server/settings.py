@@ -43,9 +43,9 @@ class Distillation:
       target's most likely class as label), or a function (target_logits, logits,
       temperature) -> one loss an example. If `None`: 'kl', and 'mse' between
       regression models.
-    diversity_weight: Of Fed-ET's diversity term, lambda KL_T(diversity || outputs) on
-      the examples on which clients disagree; part of the distillation term. Needs
-      target 'ensemble' and a consensus rule that tells the diversity.
+    diversity_weight: The weight of Fed-ET's diversity term, lambda KL_T(diversity ||
+      outputs) on the examples on which clients disagree; part of the distillation term.
+      Needs target 'ensemble' and a consensus rule that tells the diversity.
     num_steps: How many steps a round at most.
     batch_size: Examples a step; the whole subset if it is smaller.
     schedule: Optional; maps the share of steps done, a float32 scalar in [0, 1),

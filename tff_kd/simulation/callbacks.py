@@ -55,7 +55,7 @@ class Training:
 
 
 class Callback:
-  """What happens around rounds: override what is needed.
+  """Hooks around rounds: override the ones that are needed.
 
   Example, which stops at a goal:
 
@@ -73,10 +73,14 @@ class Callback:
   """
 
   def on_train_begin(self, training: Training) -> None:
-    """Called before the first round of this call of `train`, resumed or not."""
+    """Runs before the first round of this call of `train`, resumed or not.
+
+    Args:
+      training: The training, with the state that it begins with.
+    """
 
   def on_round_end(self, training: Training, metrics: Mapping[str, Any]) -> None:
-    """Called after each round, when its metrics are released, before it is saved.
+    """Runs after each round, when its metrics are released, before it is saved.
 
     Args:
       training: The training; `training.state` is the state after the round.
@@ -84,14 +88,22 @@ class Callback:
     """
 
   def on_train_end(self, training: Training) -> None:
-    """Called at the end, also where training is interrupted or ends in an error."""
+    """Runs at the end, also where training is interrupted or ends in an error.
+
+    Args:
+      training: The training, with the state that it ends with.
+    """
 
   def get_state(self) -> Any:
     """Returns what a checkpoint keeps of this callback: what `json` can write."""
     return None
 
   def set_state(self, state: Any) -> None:
-    """Takes back what `get_state` returned, before `on_train_begin` of a resumed run."""
+    """Restores what `get_state` returned, before `on_train_begin` of a resumed run.
+
+    Args:
+      state: As `get_state` returned it.
+    """
 
 
 class ProgressBar(Callback):
@@ -111,7 +123,7 @@ class ProgressBar(Callback):
     """
     self._description = description
     self._summary_fn = summary_fn or _summary
-    self._bar = None
+    self._bar: Any = None  # Made when training begins.
 
   def on_train_begin(self, training: Training) -> None:
     self._bar = tqdm.auto.tqdm(
@@ -344,7 +356,7 @@ def restore_states(callbacks: Sequence[Callback], saved: bytes) -> None:
   states = json.loads(saved)
   for callback in callbacks:
     name = type(callback).__qualname__
-    found = next((its for its in states if its[0] == name), None)
+    found = next((saved for saved in states if saved[0] == name), None)
     if found is not None:
       states.remove(found)
       callback.set_state(found[1])

@@ -26,10 +26,11 @@ class CheckpointError(RuntimeError):
 class Checkpoints(tff.program.ProgramStateManager):
   """Saves a program's state for runs that are killed and disks that are full.
 
-  A checkpoint is one file, a TFRecord of serialized tensors: a hundred times faster than
-  the SavedModel that `tff.program.FileProgramStateManager` traces for each. It is written
-  beside its place and then moved there. One that cannot be read (records have checksums)
-  is named in a warning, put aside as `damaged_...`, and the one before it is used.
+  A checkpoint is one file, a TFRecord of serialized tensors: a hundred times faster
+  than the SavedModel that `tff.program.FileProgramStateManager` traces for each. It is
+  written beside its place and then moved there. One that cannot be read (records have
+  checksums) is named in a warning, put aside as `damaged_...`, and the one before it is
+  used.
   """
 
   def __init__(self, root_dir: os.PathLike, *, keep_total: int = 2):
@@ -40,8 +41,8 @@ class Checkpoints(tff.program.ProgramStateManager):
       keep_total: How many checkpoints to keep, the newest ones.
 
     Raises:
-      CheckpointError: If the folder cannot be made or written, or holds checkpoints that
-        this version cannot read.
+      CheckpointError: If the folder cannot be made or written, or holds checkpoints
+        that this version cannot read.
       ValueError: If `keep_total` is below 1.
     """
     if keep_total < 1:
@@ -64,7 +65,7 @@ class Checkpoints(tff.program.ProgramStateManager):
       raise CheckpointError(
           f'{root_dir} holds checkpoints that are folders: of '
           '`tff.program.FileProgramStateManager`, or of tff_kd before 0.2. Go on with '
-          'what wrote them, or begin anew in another folder.'
+          'what wrote them, or start again in another folder.'
       )
 
   def _path(self, version: int) -> pathlib.Path:
@@ -108,7 +109,7 @@ class Checkpoints(tff.program.ProgramStateManager):
     if difference:
       raise CheckpointError(
           f'The checkpoint {path} was made by another model: {difference}. Go on with '
-          'the same model, or begin anew in another folder.'
+          'the same model, or start again in another folder.'
       )
     return tree.unflatten_as(structure, leaves)
 
@@ -141,7 +142,7 @@ class Checkpoints(tff.program.ProgramStateManager):
     if versions:
       raise CheckpointError(
           f'None of the checkpoints in {self._folder} can be read: rounds {versions}. '
-          'Start the run anew in another folder.'
+          'Start the run again in another folder.'
       )
     return None, 0
 

@@ -1,4 +1,4 @@
-"""What clients keep for themselves between rounds, in files, one a client and round."""
+"""The states that clients keep between rounds, in a file for each client and round."""
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
 import os
@@ -137,15 +137,15 @@ class ClientStates:
       round_num: The round that has just ended.
 
     Raises:
-      ClientStatesError: If the folder holds states of an earlier program after this round
-        or a later one, which `load` has returned in place of this program's.
+      ClientStatesError: If the folder holds states of an earlier program after this
+        round or a later one, which `load` has returned in place of this program's.
       ValueError: If there is not one state a client.
     """
     if round_num <= self._earlier:
       raise ClientStatesError(
           f'{self._directory} holds what clients had after round {self._earlier} of an '
           f'earlier run, and this is round {round_num}. Call `rewind(0)` before the '
-          'first round to begin anew, `restart()` to begin with what they had, or '
+          'first round to reset all clients, `restart()` to begin with what they had, or '
           'choose another folder.'
       )
     if len(clients) != len(states):

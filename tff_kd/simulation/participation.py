@@ -1,4 +1,4 @@
-"""Who takes part in each round, and what hinders them, from (seed, round, client)."""
+"""Participation, client faults and stragglers, drawn from (seed, round, client)."""
 
 from collections.abc import Callable, Mapping, Sequence
 import csv
@@ -23,9 +23,9 @@ class _Beginning(NamedTuple):
   Attributes:
     client: Its number.
     reports_in: The round in which what it sends arrives.
-    step_share: Of its conditions.
-    reports: Likewise.
-    seed: Likewise.
+    step_share: The `step_share` of its `ClientConditions`.
+    reports: The `reports` of its `ClientConditions`.
+    seed: The `seed` of its `ClientConditions`.
   """
 
   client: int
@@ -46,8 +46,8 @@ class Availability:
     """Initializes the trace.
 
     Args:
-      intervals: By client, its (first, last) rounds, both included; clients that are not
-        there can never be reached.
+      intervals: By client, its (first, last) rounds, both included; clients that are
+        not there can never be reached.
       names: The clients' names, of `FileClientData.names`, where clients are given by
         name.
 
@@ -83,7 +83,7 @@ class Availability:
       The availability.
 
     Raises:
-      ValueError: If a line is no such one; names it.
+      ValueError: If a line has another form; names it.
     """
     intervals = {}
     with open(path, newline='') as file:
@@ -118,22 +118,22 @@ class Availability:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Participation:
-  """Chooses the clients of each round and draws what hinders each of them.
+  """Chooses the clients of each round and draws the faults of each.
 
   Called with a round's number, from 1, it returns what a process's `next` takes: client
-  numbers; with `has_conditions`, {'data': number, 'conditions': `ClientConditions`} each,
-  for a process that is built with a `tff_kd.Reporting`. A client that is late works on
-  what was sent when it began, and is in the round in which it reports; until then it is
-  not chosen again.
+  numbers; with `has_conditions`, {'data': number, 'conditions': `ClientConditions`}
+  each, for a process that is built with a `tff_kd.Reporting`. A client that is late
+  works on what was sent when it began, and is in the round in which it reports; until
+  then it is not chosen again.
 
   Attributes:
     num_clients: Clients are numbered from 0.
-    clients_per_round: How many are chosen to begin in a round; fewer where fewer can be.
-      Of 'poisson', in expectation.
+    clients_per_round: How many are chosen to begin in a round; fewer where fewer can
+      be. Of 'poisson', in expectation.
     sampling: 'uniform'; 'weighted' by `weights`; 'cyclic', one after the other;
       'poisson', each by itself with the probability `clients_per_round / num_clients`.
-    weights: Numbers above 0, for 'weighted', such as numbers of examples: `[clients]`, or
-      a mapping from clients' names or numbers.
+    weights: Numbers above 0, for 'weighted', such as numbers of examples: `[clients]`,
+      or a mapping from clients' names or numbers.
     availability: Which clients can be reached when; all always if `None`.
     dropout_before: The probability that a chosen client is gone before it begins.
     dropout_after: That what it sends does not arrive, though it has done its work.
@@ -241,7 +241,7 @@ class Participation:
     )
 
   def __call__(self, round_num: int) -> list[Any]:
-    """What the round's clients are, for `next`: those that report in it."""
+    """Returns the clients that report in a round, as `next` takes them."""
     found = []
     for began in range(max(1, round_num - self.max_delay), round_num + 1):
       for beginning in self._begin(began)[0]:

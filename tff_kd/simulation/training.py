@@ -40,7 +40,7 @@ _MAX_WARNINGS = 3
 
 
 class TrainingResult(NamedTuple):
-  """What training ended with.
+  """The result of a training.
 
   Attributes:
     state: The process state after the last round.
@@ -67,7 +67,7 @@ class TrainingResult(NamedTuple):
 
 
 class _Progress(NamedTuple):
-  """What a checkpoint holds; all that a resumed training needs."""
+  """The content of a checkpoint: all that a resumed training needs."""
 
   state: Any
   best_state: Any
@@ -82,7 +82,7 @@ class _Progress(NamedTuple):
 
 
 class _Completed(NamedTuple):
-  """What is whole, whenever the training is interrupted.
+  """The values that are whole whenever the training is interrupted.
 
   Attributes:
     progress: After the last round that is over.
@@ -149,15 +149,15 @@ def train(
   only through `select_clients` and the process, so a resumed run repeats what an
   unbroken one does wherever those do.
 
-  Ctrl-C, or a notebook's stop button, ends the training after the last whole round, which
-  is saved and returned with the history so far; the round that was under way leaves
-  nothing behind. A second one is raised as `KeyboardInterrupt`.
+  Ctrl-C, or a notebook's stop button, ends the training after the last whole round,
+  which is saved and returned with the history so far; the round that was under way
+  leaves nothing behind. A second one is raised as `KeyboardInterrupt`.
 
   Args:
     process: Any `LearningProcess`.
     select_clients: Maps the round number, from 1, to the round's client data: datasets,
-      or a list or an array of clients' numbers or names. Of a `Participation`, its counts
-      are among the metrics.
+      or a list or an array of clients' numbers or names. Of a `Participation`, its
+      counts are among the metrics.
     num_rounds: The last round.
     evaluate: Maps the state after a round to metrics. If it tells their names
       (`metric_names`), it is not called before the first round to see them.
@@ -176,7 +176,7 @@ def train(
       `select_clients` then returns numbers or names. It is part of what is saved: a
       resumed run goes on with what clients had at its checkpoint. With an
       `initial_state`, training begins with what they have.
-    accountant: Of a process with `privacy`: adds `privacy/epsilon` and
+    accountant: For a process with `privacy`; adds `privacy/epsilon` and
       `privacy/rounds`, what all rounds so far have cost, to the metrics and the
       checkpoints, and ends the training before its budget would be passed.
     callbacks: Called around rounds, in their order; may stop the training: see
@@ -207,8 +207,8 @@ def train(
     raise ValueError(f"`monitor_mode` must be 'max' or 'min', found {monitor_mode!r}.")
   callbacks = callbacks_lib.check_callbacks(callbacks)
   if progress_bar:
-    is_bar = isinstance(progress_bar, callbacks_lib.ProgressBar)
-    callbacks += (progress_bar if is_bar else callbacks_lib.ProgressBar(),)
+    bar = callbacks_lib.ProgressBar() if progress_bar is True else progress_bar
+    callbacks = (*callbacks, bar)
   training = _Training(
       process=process,
       select_clients=select_clients,
@@ -281,7 +281,7 @@ class _Training:
 
   @functools.cached_property
   def round_bytes(self) -> Optional[communication.RoundBytes]:
-    """What each client of a round moves, if the process tells."""
+    """Returns the bytes that each client of a round moves, if the process tells."""
     return communication.round_bytes(self.process) if self.is_ours else None
 
   def begin(self, loop: asyncio.AbstractEventLoop, initial_state: Any) -> None:
@@ -473,7 +473,7 @@ class _Training:
 
 
 def _made_by(process: tff.learning.templates.LearningProcess, state: Any) -> bytes:
-  """What decides what a process does and does not show in the shapes of its state."""
+  """Returns the settings of a process that the shapes of its state do not show."""
   made_by = {}
   for path, leaf in tree.flatten_with_path(state):
     if path and path[-1] in _HYPERPARAMETERS:
@@ -496,7 +496,7 @@ def _check_made_by(saved: bytes, now: bytes) -> None:
   if changed:
     raise checkpoints.CheckpointError(
         f'The checkpoint was made by another process ({"; ".join(changed)}). Go on with '
-        'the same settings, or begin anew in another folder.'
+        'the same settings, or start again in another folder.'
     )
 
 
@@ -538,8 +538,8 @@ def _begin_clients(
   elif client_states.clients():
     raise ValueError(
         '`client_states` holds what clients have after earlier rounds, and the training '
-        'begins anew. Call `client_states.rewind(0)` to forget it, or choose another '
-        'folder; to go on, pass the server\'s `initial_state`.'
+        'starts from round 1. Call `client_states.rewind(0)` to forget it, or choose '
+        'another folder; to go on, pass the server\'s `initial_state`.'
     )
 
 

@@ -48,7 +48,7 @@ _NOISE_STREAM = 2
 
 
 class ScorerState(NamedTuple):
-  """What a client keeps: its scorer, once it has one.
+  """A client's state: its scorer, once it has one.
 
   Attributes:
     weights: float32 `[d + 1]`, w_k with its noise.
@@ -115,7 +115,7 @@ def fit(
 
   Args:
     positives: float32 `[p, d]`, rows of norm at most 1.
-    negatives: float32 `[q, d]`, likewise; p + q is 1 or more.
+    negatives: float32 `[q, d]`, of public examples; p + q is 1 or more.
     regularization: Above 0.
 
   Returns:
@@ -208,8 +208,8 @@ class CertaintyScorer(companions.Companion):
   in any algorithm that averages students and sends predictions.
 
   A client's noise follows from the seed and the client's number, so that a resumed or
-  repeated simulation releases the same scorer. Whoever knows the seed can take the noise
-  off: a deployment must draw it at the client, in secret.
+  repeated simulation releases the same scorer. Whoever knows the seed can take the
+  noise off: a deployment must draw it at the client, in secret.
   """
 
   has_client_state = True
@@ -237,13 +237,13 @@ class CertaintyScorer(companions.Companion):
         clients would become uncertain.
       feature_fn: Inputs to features, float `[n, d]`: what the scorer sees of an
         example. A trained extractor brings its weights as constants.
-      epsilon: Of the noise; none, and no privacy, if `None`.
-      delta: Of the noise.
+      epsilon: The privacy that the noise gives; no noise and no privacy if `None`.
+      delta: The delta of that privacy.
       regularization: lambda. The larger, the less noise and the flatter the scores.
       seed: Decides the noise, with a client's number.
 
     Raises:
-      ValueError: If a number is out of range, the negatives are no such inputs, or the
+      ValueError: If a number is out of range, the negatives are not such inputs, or the
         features no matrix.
     """
     if not 0.0 < regularization < math.inf:

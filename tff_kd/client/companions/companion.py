@@ -1,4 +1,4 @@
-"""What takes part in a client's round beside the student.
+"""Auxiliary client-side components beside the student.
 
 A companion may keep something at the client from round to round (a private model), have
 a state at the server that goes down (a generator), train beside the student, add terms
@@ -19,7 +19,7 @@ from tff_kd import models
 
 
 class Observer(NamedTuple):
-  """What is added up over a client's steps.
+  """Sums over a client's steps.
 
   Attributes:
     zero: () -> the structure of tensors to begin with.
@@ -32,7 +32,7 @@ class Observer(NamedTuple):
 
 
 class ClientState(NamedTuple):
-  """What a client keeps for itself.
+  """The state that a client keeps for itself.
 
   Attributes:
     weights: The `ModelWeights` of its own model.
@@ -60,7 +60,7 @@ class ClientExamples(NamedTuple):
 
 
 class CompanionValues(NamedTuple):
-  """What of a companion changes during a client's training, as tensors.
+  """The tensors of a companion that change during a client's training.
 
   Attributes:
     trainable: Weights that are trained beside the student's, by the clients' optimizer.
@@ -72,7 +72,7 @@ class CompanionValues(NamedTuple):
 
 
 class Beginning(NamedTuple):
-  """What a companion knows when a client's training begins.
+  """The inputs of a companion when a client's training begins.
 
   Attributes:
     received: What came down, of `Companion.broadcast`.
@@ -135,7 +135,7 @@ class Attachment(NamedTuple):
 
 
 class Companion(abc.ABC):
-  """What takes part beside the student; the parts that it lacks are ().
+  """Auxiliary client-side component; the parts that it lacks are ().
 
   Attributes:
     client_spec: The `ModelSpec` of the model in its `ClientState`; `None` if clients

@@ -42,8 +42,8 @@ def contrastive_loss(
     float32 `[batch]`.
   """
   own, near, far = (
-      tf.math.l2_normalize(its, axis=-1)
-      for its in (features, tf.stop_gradient(received), tf.stop_gradient(previous))
+      tf.math.l2_normalize(vectors, axis=-1)
+      for vectors in (features, tf.stop_gradient(received), tf.stop_gradient(previous))
   )
   difference = tf.reduce_sum(own * (far - near), axis=-1)
   return tf.nn.softplus(difference / temperature)

@@ -30,7 +30,7 @@ class ControlVariate(NamedTuple):
 
 
 class _Running(NamedTuple):
-  """What a client's training carries.
+  """The values that a client's training carries from step to step.
 
   Attributes:
     server: c, as received.

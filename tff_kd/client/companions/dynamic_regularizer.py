@@ -20,19 +20,19 @@ from tff_kd import models
 
 
 class Gradient(NamedTuple):
-  """What a client, or the server, keeps.
+  """The state of a client, or of the server.
 
   Attributes:
-    values: A list of tensors like the trainable weights, those of 16 bits in float32: at
-      a client h_k; at the server the sum over all clients of how far they moved, divided
-      by their number (the paper's h / alpha).
+    values: A list of tensors like the trainable weights, those of 16 bits in float32:
+      at a client h_k; at the server the sum over all clients of how far they moved,
+      divided by their number (the paper's h / alpha).
   """
 
   values: list[Any]
 
 
 class _Kept(NamedTuple):
-  """What a client's training carries along.
+  """The values that a client's training carries from step to step.
 
   Attributes:
     own: h_k.
@@ -112,7 +112,7 @@ class DynamicRegularizer(companions.Companion):
     share = tf.cast(num_reports, tf.float32) / self._num_clients
     offsets, trainable = [], []
     for u, old, new in zip(server_state.values, before.trainable, after.trainable):
-      # Of a round without reports the student stays as it was.
+      # After a round without reports the student stays as it was.
       wide_old, wide_new = tf.cast(old, u.dtype), tf.cast(new, u.dtype)
       offset = u + tf.cast(share, u.dtype) * (wide_old - wide_new)
       offsets.append(offset)

@@ -35,7 +35,7 @@ GeneratorFn = Callable[[], keras.Model]
 
 
 class GeneratorState(NamedTuple):
-  """What the server keeps.
+  """The server's state.
 
   Attributes:
     weights: The generator's `ModelWeights`.
@@ -54,7 +54,7 @@ class _Broadcast(NamedTuple):
 
 
 class _Kept(NamedTuple):
-  """What a client holds for the exchange.
+  """The values that a client holds for the exchange.
 
   Attributes:
     head: The values of the variables of its trained head.
@@ -78,7 +78,7 @@ class _Generated(NamedTuple):
 
 
 class _Answer(NamedTuple):
-  """What clients say of a generated batch; a sum over clients.
+  """The clients' answer about a generated batch, a sum over clients.
 
   Attributes:
     gradients: float32 `[batch, features]`, of `losses` by the features.
@@ -135,11 +135,12 @@ class FeatureGenerator(companions.Companion):
       student: The clients' model.
       optimizer: The generator's; its state lives in the process state.
       split_layer: As `models.split.split_layers` has it.
-      generator_fn: Returns a new Keras model from `[batch, noise_dim + classes]` (noise,
-        then the label as one-hot) to `[batch, features]`, the features flattened; one
-        hidden layer with relu if `None`. (The authors' has batch norm after it.)
+      generator_fn: Returns a new Keras model from `[batch, noise_dim + classes]`
+        (noise, then the label as one-hot) to `[batch, features]`, the features
+        flattened; one hidden layer with relu if `None`. (The authors' has batch norm
+        after it.)
       noise_dim: How many normally distributed numbers a generated example begins with.
-      hidden_units: Of the generator's hidden layer.
+      hidden_units: The width of the generator's hidden layer.
       num_steps: The generator's steps a round, each an exchange with all clients.
       batch_size: Generated examples a step.
       weight: alpha = beta of the clients' terms in the second round; they begin there.
@@ -147,8 +148,8 @@ class FeatureGenerator(companions.Companion):
       seed: With the round number, decides what is generated.
 
     Raises:
-      ValueError: If a number is out of range, labels are no class indices, or the student
-        cannot be split.
+      ValueError: If a number is out of range, labels are not class indices, or the
+        student cannot be split.
     """
     optimizers.check_optimizer(optimizer, 'generator_optimizer')
     for name, value in (
@@ -218,7 +219,7 @@ class FeatureGenerator(companions.Companion):
     return self._generator.call(self._generator.values(weights), inputs).outputs
 
   def _head_logits(self, student: models.BoundModel, features: tf.Tensor) -> tf.Tensor:
-    """What a student makes of generated features."""
+    """Returns a student's logits of generated features."""
     with student.scope():
       return self._split.head_logits(features)
 

@@ -29,8 +29,8 @@ class MutualLearning(companions.Companion):
 
   With weights w the losses are (1 - w) L + w KL_T(other || own), of student and mentor
   each with its own w; adaptive, L + KL_T(other || own) / (L_student + L_mentor), whose
-  divisor receives no gradient: the better both know the labels, the more they trust each
-  other. Both take the steps of the clients' optimizer, fresh in each round.
+  divisor receives no gradient: the better both know the labels, the more they trust
+  each other. Both take the steps of the clients' optimizer, fresh in each round.
   """
 
   exchanges = False
@@ -117,7 +117,7 @@ class MutualLearning(companions.Companion):
     to_student = divergence(logits, step.logits)
     to_mentor = divergence(step.logits, logits)
     if self._weights is None:
-      # Of the labels only, whatever other terms there are.
+      # The loss on the labels only, whatever other terms there are.
       doubt = tf.stop_gradient(step.supervised_loss + mentor_loss)
       both = loss + mentor_loss + tf.math.divide_no_nan(to_student + to_mentor, doubt)
     else:

@@ -20,12 +20,12 @@ class TaskInfo(NamedTuple):
   """A row of the registry.
 
   Attributes:
-    name: That of its module here.
+    name: The name of its module here.
     summary: One line for a list of tasks.
     students: The names of its student models.
-    teachers: Of its teachers.
-    has_clients: Whether its data have clients of their own, which are then not split by a
-      partition.
+    teachers: The names of its teacher models.
+    has_clients: Whether its data have clients of their own, which are then not split by
+      a partition.
     options: Arguments of its `load` beyond those all have.
   """
 

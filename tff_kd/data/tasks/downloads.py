@@ -10,10 +10,10 @@ from tff_kd.data import task as task_lib
 
 
 def fetch(name: str, load_fn: Callable[[], Any], cache: str) -> Any:
-  """What `load_fn` returns.
+  """Returns what `load_fn` returns.
 
   Args:
-    name: Of the task.
+    name: The task's name.
     load_fn: Reads the data, and downloads what is not in its cache.
     cache: Where it looks first, for the error.
 

@@ -7,7 +7,7 @@ What is about a person stays with that person. The models have weights of films 
 the person is, they make of the ratings that the person's device holds, given as inputs:
 nothing is kept, trained or sent for a person, and one who was in no training is served as
 well. (`tff.learning`'s reconstruction trains such a part anew where it is needed; here it
-is a sum.) The transfer set asks the same of volunteers, who are no clients: what would
+is a sum.) The transfer set asks the same of volunteers, who are not clients: what would
 they give to films that they have not rated?
 
 Sources: Koren, "Factorization Meets the Neighborhood" (KDD 2008), section 3.2, asymmetric
@@ -30,7 +30,7 @@ _FILE = 'recbole/dataset_example/ml-100k/ml-100k.inter'
 NUM_RATINGS, NUM_USERS, NUM_FILMS = 100_000, 943, 1682
 # How many of a person's other ratings a model looks at.
 HISTORY = 40
-# People that are no clients; drawn once, the same for every seed.
+# People who are not clients; drawn once, the same for every seed.
 NUM_VOLUNTEERS = 100
 _SPLIT_SEED = 19980422
 _TEST_SHARE = 0.1
@@ -68,8 +68,8 @@ def build_examples(
     rng: Draws 40 of them where there are more.
 
   Returns:
-    Inputs film int32 `[n]`, films int32 `[n, 40]` and stars float32 `[n, 40]`, filled up
-    with 0; labels float32 `[n]`.
+    Inputs film int32 `[n]`, films int32 `[n, 40]` and stars float32 `[n, 40]`, filled
+    up with 0; labels float32 `[n]`.
   """
   films = np.zeros((len(targets), HISTORY), np.int32)
   stars = np.zeros((len(targets), HISTORY), np.float32)
@@ -96,12 +96,12 @@ def _inputs() -> dict[str, Any]:
 
 @keras.saving.register_keras_serializable(package='tff_kd')
 class Tastes(keras.layers.Layer):
-  """What a person's ratings say: of the film that is asked about, and of the person.
+  """Represents a person's ratings, for the film that is asked about and the person.
 
   With m the mean of all ratings, b a film's bias, n the number of ratings held: the
-  person's own bias is u = sum(r - m - b) / (n + 5); the vector of tastes is p = sum((r -
-  m - b - u) x) / sqrt(n + 1), with x a film's vector as one that was rated. The film that
-  is asked about, with the vector q, gets m + b + u + p q.
+  person's own bias is u = sum(r - m - b) / (n + 5); the vector of tastes is p = sum((r
+  - m - b - u) x) / sqrt(n + 1), with x a film's vector as one that was rated. The film
+  that is asked about, with the vector q, gets m + b + u + p q.
 
   Takes the inputs of the task; returns (stars `[batch, 1]`, p and q, `[batch, width]`).
   """
@@ -160,8 +160,8 @@ def build_deep(
   """The same, wider, corrected by dense layers over both vectors and their product.
 
   Args:
-    width: Of a film's vectors.
-    units: Of the dense layers.
+    width: The size of a film's vectors.
+    units: The widths of the dense layers.
     decay: The L2 factor of their kernels.
   """
   small = keras.regularizers.L2(decay)
@@ -186,11 +186,11 @@ def ranking_scores(
     candidates: 100 in a row a person, the liked one first.
 
   Returns:
-    `hit_rate_10`, the share of lists of ten that have it, and `ndcg_10`, which counts it
-    by 1 / log2(1 + its place).
+    `hit_rate_10`, the share of lists of ten that have it, and `ndcg_10`, which counts
+    it by 1 / log2(1 + its place).
   """
   scores = predict_fn(candidates.inputs).reshape(-1, _NUM_OTHERS + 1)
-  # Of equal ones it stands in the middle.
+  # Among equal scores it ranks in the middle.
   place = (
       1.0 + (scores[:, 1:] > scores[:, :1]).sum(axis=1)
       + 0.5 * (scores[:, 1:] == scores[:, :1]).sum(axis=1)
@@ -316,7 +316,7 @@ def _unrated(
 def _candidates(
     rng: np.random.Generator, tests: list[np.ndarray], by_person: Sequence[np.ndarray]
 ) -> np.ndarray:
-  """Of each person who liked a film of the test part: it, and 99 not rated."""
+  """Returns a liked film of the test part and 99 unrated ones, for each person."""
   rows = []
   for ratings in tests:
     liked = ratings[ratings[:, 2] >= _LIKED]

@@ -70,7 +70,7 @@ def build_embedding(num_classes: int, width: int = 32) -> keras.Model:
 
   Args:
     num_classes: How many logits.
-    width: Of a word's vector.
+    width: The size of a word's vector.
   """
   layers = keras.layers
   words = keras.Input((LENGTH,), dtype='int32')
@@ -86,7 +86,7 @@ def build_attention(
 
   Args:
     num_classes: How many logits.
-    width: Of a word's vector.
+    width: The size of a word's vector.
     dropout: The rate before the logits.
   """
   layers = keras.layers
@@ -110,8 +110,8 @@ def load(
 
   Args:
     seed: Decides which of the earlier posts (11,293, less those sent twice) go to the
-      clients, the transfer set and the validation part. The 7,528 later ones are the test
-      part.
+      clients, the transfer set and the validation part. The 7,528 later ones are the
+      test part.
     transfer_size: Posts for the transfer set.
     validation_size: Posts for choosing the best round.
 

@@ -101,8 +101,8 @@ def build_model(*, width: int, units: tuple[int, ...]) -> keras.Model:
   """Embeds characters, then GRU layers, then the logits of the next character.
 
   Args:
-    width: Of a character's vector.
-    units: Of each GRU layer.
+    width: The size of a character's vector.
+    units: The width of each GRU layer.
   """
   layers = keras.layers
   characters = keras.Input((WINDOW,), dtype='int32')
@@ -117,9 +117,9 @@ def load(
 ) -> task_lib.Task:
   """Loads the task `shakespeare`.
 
-  Clients are the roles with ten speeches or more in 34 plays; the last tenth of a role's
-  speeches is its test part, three windows at most. The transfer set and the validation
-  part are windows of the other 4 plays, in no client's hands.
+  Clients are the roles with ten speeches or more in 34 plays; the last tenth of a
+  role's speeches is its test part, three windows at most. The transfer set and the
+  validation part are windows of the other 4 plays, in no client's hands.
 
   Args:
     seed: Decides which windows of those plays are used.
@@ -127,8 +127,8 @@ def load(
     validation_size: Windows for choosing the best round.
 
   Returns:
-    A `Task`: character numbers int32 `[80]`, and as many labels, of 90 classes; the label
-    0 is padding and counts nowhere.
+    A `Task`: character numbers int32 `[80]`, and as many labels, of 90 classes; the
+    label 0 is padding and counts nowhere.
   """
   plays = read_plays()
   names, train, test = [], [], []
