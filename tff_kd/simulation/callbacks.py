@@ -111,7 +111,7 @@ class ProgressBar(Callback):
     """
     self._description = description
     self._summary_fn = summary_fn or _summary
-    self._bar = None
+    self._bar: Any = None
 
   def on_train_begin(self, training: Training) -> None:
     self._bar = tqdm.auto.tqdm(
@@ -309,7 +309,7 @@ def round_schedule(
   return rate
 
 
-def check_callbacks(callbacks: Any) -> Sequence[Callback]:
+def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
   """Returns callbacks as a tuple.
 
   Raises:

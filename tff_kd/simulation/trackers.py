@@ -66,7 +66,8 @@ class MLflowTracker(callbacks.Callback):
     self._mlflow = import_library('mlflow')
     self._experiment, self._run_name = experiment, run_name
     self._params, self._tracking_uri = dict(params or {}), tracking_uri
-    self._client = self._run_id = None
+    self._client: Any = None
+    self._run_id: Optional[str] = None
 
   def on_train_begin(self, training: callbacks.Training) -> None:
     self._client = self._mlflow.MlflowClient(tracking_uri=self._tracking_uri)
@@ -142,7 +143,8 @@ class WandbTracker(callbacks.Callback):
         project=project, name=name, config=dict(config or {}), mode=mode,
         dir=None if directory is None else os.fspath(directory),
     )
-    self._run = self._run_id = None
+    self._run: Any = None
+    self._run_id: Optional[str] = None
 
   def on_train_begin(self, training: callbacks.Training) -> None:
     if training.round_num and self._run_id is not None:
