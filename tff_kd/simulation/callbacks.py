@@ -73,10 +73,14 @@ class Callback:
   """
 
   def on_train_begin(self, training: Training) -> None:
-    """Called before the first round of this call of `train`, resumed or not."""
+    """Acts before the first round of a call of `train`, resumed or not.
+
+    Args:
+      training: The training, with the state that the first round will begin with.
+    """
 
   def on_round_end(self, training: Training, metrics: Mapping[str, Any]) -> None:
-    """Called after each round, when its metrics are released, before it is saved.
+    """Acts after each round, when its metrics are released and before it is saved.
 
     Args:
       training: The training; `training.state` is the state after the round.
@@ -84,14 +88,22 @@ class Callback:
     """
 
   def on_train_end(self, training: Training) -> None:
-    """Called at the end, also where training is interrupted or ends in an error."""
+    """Acts at the end, also where the training is interrupted or ends in an error.
+
+    Args:
+      training: The training; `training.ending` says how it ended.
+    """
 
   def get_state(self) -> Any:
     """Returns what a checkpoint keeps of this callback: what `json` can write."""
     return None
 
   def set_state(self, state: Any) -> None:
-    """Takes back what `get_state` returned, before `on_train_begin` of a resumed run."""
+    """Takes back what `get_state` returned, before `on_train_begin` of a resumed run.
+
+    Args:
+      state: What a checkpoint has kept, as `json` reads it.
+    """
 
 
 class ProgressBar(Callback):
@@ -312,6 +324,9 @@ def round_schedule(
 def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
   """Returns callbacks as a tuple.
 
+  Args:
+    callbacks: A sequence of callbacks.
+
   Raises:
     TypeError: If they are not a sequence of `Callback`s.
   """
@@ -328,7 +343,11 @@ def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
 
 
 def saved_states(callbacks: Sequence[Callback]) -> bytes:
-  """Returns what callbacks remember, as a checkpoint keeps it."""
+  """Returns what callbacks remember, as a checkpoint keeps it.
+
+  Args:
+    callbacks: The callbacks.
+  """
   return json.dumps(
       [[type(callback).__qualname__, callback.get_state()] for callback in callbacks]
   ).encode()
