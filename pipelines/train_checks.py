@@ -12,6 +12,7 @@ from absl import flags
 from pipelines import train_flags as args
 from pipelines import UserError
 from tff_kd import algorithms
+from tff_kd import checks
 from tff_kd import data
 from tff_kd import own_files
 
@@ -65,7 +66,7 @@ def check_models(flag: str, known: Sequence[str]) -> None:
   if unknown:
     raise flags.ValidationError(
         f'--{flag}={",".join(unknown)} is no such model of --task={args.TASK.value}. '
-        f'Choose of {", ".join(known)}.'
+        f'Choose of {", ".join(known)}.{checks.did_you_mean(unknown[0], known)}'
     )
 
 

@@ -683,7 +683,7 @@ TRACKERS = ['tensorboard', 'mlflow', 'wandb']
 TRACKER = flags.DEFINE_list(
     'tracker', ['tensorboard'], 'Where metrics go after each round, beside metrics.csv: '
     'tensorboard (the folder tensorboard of the run), mlflow (where MLFLOW_TRACKING_URI '
-    "says, or else the folder mlruns of the run), wandb (Weights & Biases, as it is set "
+    "says, or else mlflow.db in the run's folder), wandb (Weights & Biases, as it is set "
     'up; WANDB_MODE=offline for the folder wandb of the run); several, separated by '
     'commas, or none with --tracker=. mlflow and wandb must be installed.'
 )

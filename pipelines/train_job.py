@@ -572,12 +572,12 @@ def _trackers(run_dir: pathlib.Path, prefix: str) -> list[tff_kd.simulation.Call
   found = []
   if 'mlflow' in args.TRACKER.value:
     # As MLflow is set up, or else in the run's folder.
-    folder = run_dir.absolute() / 'mlruns'
+    store = f'sqlite:///{run_dir.absolute() / "mlflow.db"}'
     is_set_up = 'MLFLOW_TRACKING_URI' in os.environ
     found.append(
         tff_kd.simulation.MLflowTracker(
             experiment=project, run_name=name, params=settings,
-            tracking_uri=None if is_set_up else folder.as_uri(),
+            tracking_uri=None if is_set_up else store,
         )
     )
   if 'wandb' in args.TRACKER.value:

@@ -121,8 +121,8 @@ def test_small_and_large_clients_do_equally_many_steps():
 
 def _trajectory(optimizer, steps=4):
   """The weights of a model of two after some steps of fixed gradients."""
-  values = [np.float32([1.0, -2.0]), np.float32(3.0)]
-  variables = [keras.Variable(its) for its in values]
+  values = [tf.constant([1.0, -2.0]), tf.constant(3.0)]
+  variables = [keras.Variable(its.numpy()) for its in values]
   stepper = optimizers.build_stepper(optimizer, variables)
   state = stepper.initialize()
   for step in range(steps):

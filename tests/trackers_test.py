@@ -169,9 +169,11 @@ def test_a_library_that_is_missing_is_named(make, monkeypatch):
     make()
 
 
-def test_mlflow_itself(process, tmp_path):
+def test_mlflow_itself(process, tmp_path, monkeypatch):
   mlflow = pytest.importorskip('mlflow')
-  uri = (tmp_path / 'mlruns').as_uri()
+  pytest.importorskip('sqlalchemy')  # Not of `mlflow-skinny`.
+  monkeypatch.chdir(tmp_path)
+  uri = f'sqlite:///{tmp_path}/mlflow.db'
   result = _train(process, callbacks=[_mlflow(params={'a': 1}, tracking_uri=uri)])
   client = mlflow.MlflowClient(tracking_uri=uri)
   experiment = client.get_experiment_by_name('tests')
@@ -185,9 +187,12 @@ def test_mlflow_itself(process, tmp_path):
 
 
 def test_wandb_itself(process, tmp_path):
-  pytest.importorskip('wandb')
+  wandb = pytest.importorskip('wandb')
   tracker = simulation.WandbTracker(project='tests', directory=tmp_path, mode='offline')
-  _train(process, callbacks=[tracker])
+  try:
+    _train(process, callbacks=[tracker])
+  finally:
+    wandb.teardown()  # Its service outlives a run.
   (folder,) = (tmp_path / 'wandb').glob('offline-run-*')
   assert any(path.stat().st_size for path in folder.glob('*.wandb'))
 
@@ -197,7 +202,8 @@ _FED_AVG = (*helpers.TINY_RUN, '--transfer_labels=0', '--rounds=3')
 
 def test_a_run_may_be_tracked_by_mlflow(mlflow_calls, tmp_path):
   helpers.train_here(*_FED_AVG, '--tracker=mlflow', f'--output_dir={tmp_path / "run"}')
-  assert mlflow_calls[0][0] == 'client' and mlflow_calls[0][1].endswith('/run/mlruns')
+  assert mlflow_calls[0][0] == 'client'
+  assert mlflow_calls[0][1] == f'sqlite:///{tmp_path}/run/mlflow.db'
   assert ('param', 'rounds', '3') in mlflow_calls
   assert (3, 'round_seconds') in [its[:2] for its in mlflow_calls]
   assert not (tmp_path / 'run' / 'tensorboard').exists()

@@ -161,6 +161,7 @@ def test_help_lists_the_algorithms():
             'One round costs an epsilon of',
         ),
         (['--secure_bits=8'], '--secure_bits has no effect without'),
+        (['--student=mlp_smal'], "Did you mean 'mlp_small'?"),
         (
             ['--client_optimizer=adam', '--client_momentum=0.9'],
             '--client_momentum has no effect with --client_optimizer=adam',
@@ -180,7 +181,9 @@ def test_help_lists_the_algorithms():
 def test_bad_flags_are_one_sentence(args, message, tmp_path, monkeypatch):
   monkeypatch.chdir(tmp_path)
   error = helpers.refused_here(*args)
-  assert error.startswith('error: ') and message in error
+  # After what it says that it does.
+  lines = [its for its in error.splitlines() if not its.startswith(('Loading', 'Build'))]
+  assert lines[0].startswith('error: ') and message in error
   # No run was begun; the clients' files serve the next one.
   assert set(tmp_path.glob('runs/*')) <= {tmp_path / 'runs' / 'cache'}
 

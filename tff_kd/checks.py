@@ -24,6 +24,11 @@ def check_temperature(temperature: float, name: str = 'temperature') -> float:
 
 
 def did_you_mean(name: str, names: Iterable[str]) -> str:
-  """Returns ' Did you mean ...?' with the name that is near; nothing if none is."""
+  """Returns ' Did you mean ...?' with the name that is near; nothing if none is.
+
+  Args:
+    name: What was given.
+    names: The names that there are.
+  """
   near = difflib.get_close_matches(name, list(names), 1)
   return f' Did you mean {near[0]!r}?' if near else ''

@@ -15,7 +15,7 @@ __getattr__, __dir__ = _lazy.attach(
         name: 'callbacks'
         for name in (
             'Callback', 'EarlyStopping', 'LearningRateSchedule', 'ProgressBar',
-            'round_schedule',
+            'round_schedule', 'Training',
         )
     }
     | {name: 'checkpoints' for name in ('CheckpointError', 'Checkpoints')}

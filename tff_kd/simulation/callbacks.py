@@ -73,14 +73,14 @@ class Callback:
   """
 
   def on_train_begin(self, training: Training) -> None:
-    """Runs before the first round of this call of `train`, resumed or not.
+    """Acts before the first round of a call of `train`, resumed or not.
 
     Args:
-      training: The training, with the state that it begins with.
+      training: The training, with the state that the first round will begin with.
     """
 
   def on_round_end(self, training: Training, metrics: Mapping[str, Any]) -> None:
-    """Runs after each round, when its metrics are released, before it is saved.
+    """Acts after each round, when its metrics are released and before it is saved.
 
     Args:
       training: The training; `training.state` is the state after the round.
@@ -88,10 +88,10 @@ class Callback:
     """
 
   def on_train_end(self, training: Training) -> None:
-    """Runs at the end, also where training is interrupted or ends in an error.
+    """Acts at the end, also where the training is interrupted or ends in an error.
 
     Args:
-      training: The training, with the state that it ends with.
+      training: The training; `training.ending` says how it ended.
     """
 
   def get_state(self) -> Any:
@@ -99,10 +99,10 @@ class Callback:
     return None
 
   def set_state(self, state: Any) -> None:
-    """Restores what `get_state` returned, before `on_train_begin` of a resumed run.
+    """Takes back what `get_state` returned, before `on_train_begin` of a resumed run.
 
     Args:
-      state: As `get_state` returned it.
+      state: What a checkpoint has kept, as `json` reads it.
     """
 
 
@@ -123,7 +123,7 @@ class ProgressBar(Callback):
     """
     self._description = description
     self._summary_fn = summary_fn or _summary
-    self._bar: Any = None  # Made when training begins.
+    self._bar: Any = None
 
   def on_train_begin(self, training: Training) -> None:
     self._bar = tqdm.auto.tqdm(
@@ -321,8 +321,11 @@ def round_schedule(
   return rate
 
 
-def check_callbacks(callbacks: Any) -> Sequence[Callback]:
+def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
   """Returns callbacks as a tuple.
+
+  Args:
+    callbacks: A sequence of callbacks.
 
   Raises:
     TypeError: If they are not a sequence of `Callback`s.
@@ -340,7 +343,11 @@ def check_callbacks(callbacks: Any) -> Sequence[Callback]:
 
 
 def saved_states(callbacks: Sequence[Callback]) -> bytes:
-  """Returns what callbacks remember, as a checkpoint keeps it."""
+  """Returns what callbacks remember, as a checkpoint keeps it.
+
+  Args:
+    callbacks: The callbacks.
+  """
   return json.dumps(
       [[type(callback).__qualname__, callback.get_state()] for callback in callbacks]
   ).encode()

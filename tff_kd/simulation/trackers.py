@@ -25,6 +25,9 @@ def import_library(package: str) -> Any:
   Args:
     package: The name of the package, 'mlflow' or 'wandb'.
 
+  Returns:
+    The module.
+
   Raises:
     ImportError: If it is not installed; says how to install it.
   """
@@ -171,7 +174,11 @@ class WandbTracker(callbacks.Callback):
 
 
 def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:
-  """Returns the metrics that are single numbers, as Python's floats."""
+  """Returns the metrics that are single numbers, as Python's floats.
+
+  Args:
+    metrics: The flat metrics of a round.
+  """
   return {
       name: float(value) for name, value in metrics.items()
       if np.ndim(value) == 0 and np.asarray(value).dtype.kind in 'fiub'

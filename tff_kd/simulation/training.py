@@ -205,10 +205,12 @@ def train(
     )
   if monitor_mode not in ('max', 'min'):
     raise ValueError(f"`monitor_mode` must be 'max' or 'min', found {monitor_mode!r}.")
-  callbacks = callbacks_lib.check_callbacks(callbacks)
+  called = callbacks_lib.check_callbacks(callbacks)
   if progress_bar:
-    bar = callbacks_lib.ProgressBar() if progress_bar is True else progress_bar
-    callbacks = (*callbacks, bar)
+    bar = progress_bar
+    if not isinstance(bar, callbacks_lib.ProgressBar):
+      bar = callbacks_lib.ProgressBar()
+    called += (bar,)
   training = _Training(
       process=process,
       select_clients=select_clients,
@@ -220,7 +222,7 @@ def train(
       rounds_per_saving=rounds_per_saving,
       release_managers=release_managers,
       client_states=client_states,
-      callbacks=callbacks,
+      callbacks=called,
       accountant=accountant,
   )
   _check_accountant(accountant, training.privacy, select_clients)
