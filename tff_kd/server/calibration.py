@@ -50,6 +50,11 @@ class CalibrationStage(NamedTuple):
     """Whether the teacher is the target: never."""
     return False
 
+  @property
+  def starts_from_released(self) -> bool:
+    """Whether a student goes on from the released one: never, the average is calibrated."""
+    return False
+
   def check(self, *, has_teacher: bool, **unused: bool) -> None:
     """Raises an error if there is no model to calibrate.
 
