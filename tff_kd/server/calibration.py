@@ -52,7 +52,7 @@ class CalibrationStage(NamedTuple):
 
   @property
   def starts_from_released(self) -> bool:
-    """Whether a student goes on from the released one: never, the average is calibrated."""
+    """Whether a student goes on from the released one: never."""
     return False
 
   def check(self, *, has_teacher: bool, **unused: bool) -> None:
