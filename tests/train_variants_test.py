@@ -210,4 +210,4 @@ def test_stateful_clients_with_terms_for_label_skew(name, tmp_path):
   assert len(rows) == 2 and (tmp_path / 'student.keras').exists()
   assert list((tmp_path / 'clients').glob('client-*-round-*.npz'))
   # Control variates go up beside the weights.
-  assert (float(rows[0]['bytes/up_companion']) > 0) == (name == 'scaffold')
+  assert ('bytes/up_companion' in rows[0]) == (name == 'scaffold')
