@@ -432,7 +432,8 @@ PRIOR_TAU = flags.DEFINE_float(
     'three.', lower_bound=0.0,
 )
 PRIOR_SMOOTHING = flags.DEFINE_float(
-    'prior_smoothing', 0.0, 'The share of the uniform distribution in pi of that.',
+    'prior_smoothing', 0.1, 'The share of the uniform distribution in pi of that; 0: '
+    'classes that a client does not have get no gradient.',
     lower_bound=0.0,
 )
 VACANT_WEIGHT = flags.DEFINE_float(

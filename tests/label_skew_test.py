@@ -79,7 +79,7 @@ def test_restricted_softmax_scales_the_logits_of_absent_classes():
 def test_vacant_classes_are_distilled_beside_a_corrected_loss(t):
   weight = 0.6
   terms = (
-      tff_kd.PriorCorrection(),
+      tff_kd.PriorCorrection(smoothing=0.0),
       tff_kd.VacantClassDistillation(weight=weight, temperature=t),
   )
   received, found = _one_round(_process(*terms), num_steps=2)
@@ -118,7 +118,8 @@ def test_vacant_classes_of_which_there_are_fewer_than_two_cost_nothing():
 
 def test_a_single_logit_is_two_classes():
   z = np.float32([[0.5], [-2.0]])
-  shifted = tff_kd.PriorCorrection(tau=2.0).adjusted_logits(z, _step(z, [3, 1]))
+  term = tff_kd.PriorCorrection(tau=2.0, smoothing=0.0)
+  shifted = term.adjusted_logits(z, _step(z, [3, 1]))
   np.testing.assert_allclose(shifted, z + 2 * np.log(1 / 3), rtol=1e-5)
   # From -z/2 and z/2 the softmax of -.6 z/2 and z/2.
   scaled = tff_kd.RestrictedSoftmax(scale=0.6).adjusted_logits(z, _step(z, [0, 1]))
@@ -128,8 +129,11 @@ def test_a_single_logit_is_two_classes():
 def test_a_client_without_any_label_loses_nothing():
   z = np.float32([[0.5, 1.0]])
   step = _step(z, [0, 0])
-  adjusted = tff_kd.PriorCorrection().adjusted_logits(tf.constant(z), step)
-  np.testing.assert_allclose(helpers.softmax(adjusted), helpers.softmax(z), rtol=1e-3)
+  expected = helpers.softmax(z)
+  for smoothing in (0.0, 0.1):
+    term = tff_kd.PriorCorrection(smoothing=smoothing)
+    adjusted = term.adjusted_logits(tf.constant(z), step)
+    np.testing.assert_allclose(helpers.softmax(adjusted), expected, rtol=1e-3)
 
 
 # How a single logit or several, in indices or as distributions, are counted.

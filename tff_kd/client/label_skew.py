@@ -23,7 +23,7 @@ class PriorCorrection(local_terms.LocalTerm):
 
   The model then need not learn how frequent a class is at this client, and its own
   logits z, which all else sees, are those of balanced classes. It changes what the
-  supervised loss sees, and adds no term. With tau 1 and no smoothing it is balanced
+  supervised loss sees, and adds no term. With tau 1 and smoothing 0 it is balanced
   softmax, log n_k and log pi_k differing by a constant.
 
   Sources: Menon et al., "Long-tail learning via logit adjustment" (ICLR 2021), equation
@@ -33,12 +33,13 @@ class PriorCorrection(local_terms.LocalTerm):
   Attributes:
     tau: Above 0.
     smoothing: The share of the uniform distribution in pi, at least 0 and below 1.
-      Without it, a class that the client does not have gets no gradient; a loss with
-      label smoothing needs it.
+      Without it (as in the papers), a class that the client does not have gets no
+      gradient, and a client of one class learns nothing at all; a loss with label
+      smoothing needs it.
   """
 
   tau: float = 1.0
-  smoothing: float = 0.0
+  smoothing: float = 0.1
 
   needs_class_counts = True
 
