@@ -75,7 +75,7 @@ def slow_run():
   def work(client):
     matrix = tf.random.stateless_normal([160, 160], tf.stack([client, 7])) / 160.0
     matrix = tf.while_loop(
-        lambda i, _: i < 500,
+        lambda i, _: i < 100,
         lambda i, m: (i + 1, tf.tanh(tf.matmul(m, m) + 0.1)),
         [0, matrix],
     )[1]
@@ -86,7 +86,7 @@ def slow_run():
   @tff.tensorflow.computation(vector, vector)
   def again(value, mean):
     return tf.while_loop(
-        lambda i, _: i < 1000,
+        lambda i, _: i < 200,
         lambda i, v: (i + 1, tf.sin(v + mean)),
         [0, value],
     )[1]
