@@ -93,8 +93,8 @@ def ray(
     num_workers: The number of workers; if `None`, as many as the cluster has
       resources for, also when nodes come or go.
     resources: The resources that each worker asks of Ray, such as
-      `{'CPU': 4, 'GPU': 1}`; `{'CPU': 1}` if `None`. As many clients compute at a time in a worker as it
-      has CPUs, or one on each of its GPUs.
+      `{'CPU': 4, 'GPU': 1}`; `{'CPU': 1}` if `None`. As many clients compute at a time
+      in a worker as it has CPUs, or one on each of its GPUs.
     device: Where the server computes, as `in_process` takes it.
     silence_s: A worker that does not answer for so many seconds is lost.
     start_timeout_s: The number of seconds to wait for a worker where there is none.

@@ -567,7 +567,7 @@ class Lesson:
     )
     asked = None
     if self._distillation.augment is not None:
-      asked = models_by_name.get(self._distillation.target)
+      asked = models_by_name.get(str(self._distillation.target))
     done, best = self._run(
         begin, best, learn, validation, order, self._num_steps(num_targets, may_learn),
         _Round(self._transfer_set.open(), draws, asked),
