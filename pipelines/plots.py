@@ -30,7 +30,7 @@ def plot_partition(
   Args:
     labels: Class numbers of all examples, `[n]`.
     clients: The rows of each client.
-    num_classes: How many classes.
+    num_classes: The number of classes.
     title: The picture's title.
     path: The PNG file to write.
   """
@@ -155,7 +155,7 @@ def plot_variations(
     panels: (Row, name of the column) -> what it is with -> `student`, and `teacher`
       where there is one -> a run of each seed, the accuracy after each round. The line
       is their mean; the band, one standard deviation.
-    num_rows: How many rows.
+    num_rows: The number of rows.
     columns: The names of the columns, in order.
     path: The PNG file to write.
     metric: What stands in place of accuracy, a name.

@@ -40,12 +40,12 @@ class RoundBytes(NamedTuple):
     down_student_history: The mean of past students, where clients learn from it.
     down_shared: Where clients keep their models, the consensus or the mean outputs of
       each class, from which they learn.
-    down_companion: What a companion's server part sends, and what it sends in its
+    down_companion: The broadcast of a companion's server part, and what it sends in its
       exchanges.
     down_round: Round numbers.
     up_model: Weight deltas and statistics.
     up_knowledge: Predictions, or the mean outputs of each class.
-    up_companion: What a companion exchanges after the local training.
+    up_companion: A companion's uploads after the local training.
   """
 
   down_student: float = 0

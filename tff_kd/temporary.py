@@ -26,7 +26,7 @@ def new_directory(prefix: str) -> pathlib.Path:
   """A new, empty folder that only its owner reads, inside this process's own.
 
   Args:
-    prefix: What its name begins with.
+    prefix: The beginning of its name.
   """
   return pathlib.Path(tempfile.mkdtemp(prefix=prefix, dir=_own_folder()))
 

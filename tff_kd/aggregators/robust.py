@@ -40,7 +40,8 @@ class NormBoundFactory(tff.aggregators.WeightedAggregationFactory):
 
     Args:
       norm_bound: The highest L2 norm that is taken, above 0.
-      inner_factory: What aggregates then; `tff.aggregators.MeanFactory()` if `None`.
+      inner_factory: The factory that aggregates then; `tff.aggregators.MeanFactory()`
+        if `None`.
 
     Raises:
       ValueError: If the bound is not above 0.
@@ -113,8 +114,8 @@ class TrimmedMeanFactory(tff.aggregators.WeightedAggregationFactory):
     """Initializes the factory.
 
     Args:
-      sample_size: How many clients' values the server holds at most, 1 or more. It is
-        exact, and equal in every repetition, for cohorts up to this size.
+      sample_size: The largest number of clients whose values the server holds, 1 or
+        more. It is exact, and equal in every repetition, for cohorts up to this size.
       trimmed_share: The share left out at each end, rounded down to whole clients, from
         0 (the plain mean) to .5 (the median).
 

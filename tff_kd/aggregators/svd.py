@@ -99,7 +99,8 @@ class TruncatedSvdFactory(tff.aggregators.WeightedAggregationFactory):
       start_energy: Above 0 and at most 1.
       end_energy: The share in the last round.
       num_rounds: From when on the latter holds, 1 or more.
-      inner_factory: What aggregates then; `tff.aggregators.MeanFactory()` if `None`.
+      inner_factory: The factory that aggregates then; `tff.aggregators.MeanFactory()`
+        if `None`.
 
     Raises:
       ValueError: If a number is out of range.

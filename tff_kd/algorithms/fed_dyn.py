@@ -42,7 +42,7 @@ def build_fed_dyn(
     client_optimizer: The clients' optimizer.
     dynamic_weight: alpha, above 0; the paper chooses of .001, .01 and .1. The smaller,
       the further the server goes.
-    num_clients: How many clients there are in all; that of `client_data` if `None`.
+    num_clients: The total number of clients; that of `client_data` if `None`.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 

@@ -32,14 +32,15 @@ class Info:
   Attributes:
     build: Its `build_*` function, decorated with `tff_kd.rounds.takes_options`.
     summary: One line for a list of algorithms.
-    uploads: What a client sends, in order; 'weights' if the student's weights are
-      averaged.
+    uploads: The parts of a client's upload, in order; 'weights' if the student's
+      weights are averaged.
     client_state: Whether clients keep something from round to round.
     flags: Flags of `pipelines.train` by the parameters that get their values as they
       are, where the user gives them.
     flag_defaults: Its own defaults of flags.
-    consensus: The name of the rule (`tff_kd.knowledge.rules.RULES`) by which it combines
-      predictions unless told otherwise; `None` if it has none, or none to choose.
+    consensus: The name of the rule (`tff_kd.knowledge.rules.RULES`) by which it
+      combines predictions unless told otherwise; `None` if it has none, or none to
+      choose.
   """
 
   build: Callable[..., Any]

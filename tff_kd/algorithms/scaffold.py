@@ -42,7 +42,7 @@ def build_scaffold(
     loss_fn: Returns a `keras.losses.Loss`.
     client_optimizer: The clients' optimizer, plain SGD of TFF:
       `tff.learning.optimizers.build_sgdm(rate)`.
-    num_clients: How many clients there are in all; that of `client_data` if `None`.
+    num_clients: The total number of clients; that of `client_data` if `None`.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 

@@ -51,7 +51,7 @@ class Inverter:
 
     Args:
       inputs: float32 `[n, ...]`, the public examples.
-      pairs: What both models say about them.
+      pairs: The predictions of both models on them.
       num_epochs: Passes over them, by Adam.
       seed: Decides initial weights and order.
 

@@ -177,7 +177,7 @@ class LiraReport(NamedTuple):
     loss: By the model's own confidence: what one achieves without shadow models.
     of_shadow: The online attack on the first shadow model, by all but its pair: what it
       finds where training is known. `None` with fewer than `MIN_SHADOW_MODELS` others.
-    num_shadow_models: How many there were.
+    num_shadow_models: The number of shadow models.
     fixed_variance: Whether all examples had one variance.
   """
 
@@ -384,7 +384,7 @@ def draw_shadow_membership(
 
   Args:
     num_models: An even number.
-    num_examples: How many are shared out.
+    num_examples: The number of examples that are shared out.
     seed: Decides the halves.
 
   Returns:

@@ -68,7 +68,7 @@ def count(
     labels: Class indices `[batch, ...]` or `[batch, ..., 1]`, one a prediction; 0 or 1
       for a single logit; or distributions `[batch, ..., classes]`.
     labelled: float32 `[batch]`, 1 where the label is known; `None` if all are.
-    sample_weight: What `ModelSpec.sample_weight` returns; `None` without weights.
+    sample_weight: As `ModelSpec.sample_weight` returns it; `None` without weights.
 
   Returns:
     float32 `[classes]`.

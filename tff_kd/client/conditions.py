@@ -103,7 +103,7 @@ class BroadcastHistory:
 
     Args:
       broadcast_type: The type of one round's broadcast; tensors of known shapes.
-      max_delay: How many earlier rounds to keep.
+      max_delay: The number of earlier rounds to keep.
     """
     self.max_delay = max_delay
     specs = tff.types.type_to_tf_tensor_specs(broadcast_type)

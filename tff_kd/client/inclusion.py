@@ -61,7 +61,7 @@ def decide(
   """Decides whether a client is included.
 
   Args:
-    trained: What its training left.
+    trained: The result of its training.
     left: All else that must be finite: tensors in any structure.
     conditions: Its conditions, or `None`.
   """

@@ -38,11 +38,11 @@ class Broadcast(NamedTuple):
       client needs its own.
     teacher: The teacher's `ModelWeights`, where clients learn from it.
     student_history: The mean of the last global students, as `student`.
-    shared: What the exchange of the last round left.
+    shared: The result of the last round's exchange.
     shared_round: int32 scalar, that round; -1 before the first.
     round_num: int32 scalar; with the seeds, decides the round's transfer examples and
       the order of a client's own.
-    companion: What the companion's server part sends.
+    companion: The broadcast of the companion's server part.
   """
 
   student: Any
@@ -116,7 +116,7 @@ class ClientPlan:
       itself (a computation of its own for that would take longer than the product); a
       `ClientUpdate` of bools.
     client_data: Where clients read their examples, if not from datasets in memory.
-    exchange: What clients exchange beside, or in place of, weights.
+    exchange: The exchange beside, or in place of, weights.
     teacher: The teacher, if it is the target of a term.
     local_terms: Further terms of the local loss.
     companion: An auxiliary component of the training; its terms come after those.
@@ -306,7 +306,7 @@ def build_client_work(plan: ClientPlan) -> ClientWork:
   not have.
 
   Args:
-    plan: What clients do.
+    plan: The clients' part of a round.
 
   Returns:
     A `ClientWork`.

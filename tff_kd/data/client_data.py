@@ -394,7 +394,7 @@ def _prepare(
     spec: The structure of `RowSpec`s of the examples.
     read: Returns the chunks of examples, and each client's rows, which may be filled
       while the chunks are read.
-    total: How many examples, if known; for the progress bar.
+    total: The number of examples, if known; for the progress bar.
   """
   parts = [*models.split_batch(spec), models.sample_weight_of(spec)]
   raw_files.check_dtypes([part for part in parts if part is not None], _WHAT)

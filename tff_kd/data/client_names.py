@@ -100,7 +100,7 @@ def values_of(
 
   Args:
     by_client: A value for each client, by number or, with `names`, by name.
-    num_clients: How many clients there are.
+    num_clients: The number of clients.
     names: The clients' names; `None` where clients have none.
     argument: What errors call the mapping.
 

@@ -54,7 +54,7 @@ def dirichlet(
 
   Args:
     labels: Class numbers, `[n]`.
-    num_clients: How many clients.
+    num_clients: The number of clients.
     alpha: Concentration, above 0: the smaller, the fewer classes a client has.
     seed: Decides the draw.
     min_examples: The least that any client must get.
@@ -108,7 +108,7 @@ def shards(
 
   Args:
     labels: Class numbers, `[n]`.
-    num_clients: How many clients.
+    num_clients: The number of clients.
     shards_per_client: About how many classes a client sees.
     seed: Decides the order within classes and who gets what.
   """
@@ -141,7 +141,7 @@ def quantity_skew(
 
   Args:
     labels: Class numbers, `[n]`.
-    num_clients: How many clients.
+    num_clients: The number of clients.
     alpha: Concentration, above 0: the smaller, the more unequal.
     seed: Decides the draw.
     min_examples: Given to every client first; the rest is dealt by the shares.

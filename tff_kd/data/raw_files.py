@@ -108,7 +108,7 @@ def check_dtypes(example_spec: Sequence[Any], owner: str) -> None:
   Args:
     example_spec: The structures of `RowSpec`s of the inputs and, if they are there, of
       labels and sample weights.
-    what: What error messages call the whole.
+    owner: What error messages call the whole.
 
   Raises:
     ValueError: If an array holds neither numbers nor booleans.
@@ -165,7 +165,7 @@ class RawArrays:
 
   Attributes:
     spec: The structure of `RowSpec`s.
-    size: How many rows.
+    size: The number of rows.
     files: The files' paths, in tf.nest's order.
   """
 
@@ -189,7 +189,7 @@ class RawArrays:
       directory: Where.
       chunks: Structures of arrays with any number of rows each.
       spec: The structure of `RowSpec`s.
-      what: What error messages call the whole ('A transfer set').
+      owner: What error messages call the whole ('A transfer set').
 
     Returns:
       The `RawArrays`.

@@ -133,7 +133,7 @@ class Task:
     students: Name -> a function that returns a new, small model; the first one is the
       default.
     teachers: The large models, by name.
-    num_classes: How many classes; `None` of a regression.
+    num_classes: The number of classes; `None` of a regression.
     loss_fn: Returns a new loss; decides whether the task is a regression, and which
       label is padding (`ignore_class`).
     metrics_fn: Returns new metrics, the most telling one first: by it scripts choose
@@ -292,7 +292,7 @@ def image_task(*, num_classes: int, clients: Examples, **kwargs) -> Task:
   """Returns a task of classifying images, with the models of `keras_models`.
 
   Args:
-    num_classes: How many classes.
+    num_classes: The number of classes.
     clients: As of `Task`; inputs `[n, height, width, channels]`.
     **kwargs: Further arguments of `Task`.
   """
@@ -428,7 +428,7 @@ def choose(
     examples: All that there are.
     size: How many.
     seed: Decides which.
-    what: What the error calls them, a flag such as '--transfer_size'.
+    setting: What the error calls them, a flag such as '--transfer_size'.
 
   Raises:
     ValueError: If there are not so many.

@@ -57,7 +57,7 @@ def align(
       are returned as they are.
     prior: pi, float32 `[classes]`, `[2]` of a single logit, `[labels, 2]` (or `[2]` for
       all) of several; uniform if `None`.
-    num_steps: How many steps, 0 or more.
+    num_steps: The number of steps, 0 or more.
 
   Returns:
     float32 of the shape of `logits`.

@@ -95,7 +95,7 @@ def message_bits(
   Args:
     units: int32 `[..., C]` with static shape, of `quantize`; 0 in all of a missing row.
     bits: That it was quantised with.
-    previous: What the sender sent last, of the same shape, if both sides know it.
+    previous: The sender's last message, of the same shape, if both sides know it.
 
   Returns:
     int64 scalar, the bits of what `encode` makes, give or take one by rounding.
@@ -148,7 +148,7 @@ def encode(
   Args:
     units: Integers `[..., C]`; each row adds up to 2^bits - 1, or is all 0 (missing).
     bits: That it was quantised with.
-    previous: What the sender sent last, of the same shape.
+    previous: The sender's last message, of the same shape.
 
   Returns:
     The code, in whole bytes.

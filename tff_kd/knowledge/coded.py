@@ -27,7 +27,7 @@ class CodedRule(consensus.WrappedRule):
   would be that of arbitrary floors.
 
   Attributes:
-    rule: What is done with them, a rule over probabilities.
+    rule: The rule that combines them, a rule over probabilities.
     codes_changes: Whether its code takes the client's last message about the same rows.
   """
 
@@ -112,7 +112,7 @@ class Quantized(CodedRule):
   Soft-Label Quantization and Delta Coding" (2021).
 
   Attributes:
-    rule: What is done with them, a rule over probabilities.
+    rule: The rule that combines them, a rule over probabilities.
     bits: 1 (the most likely class only) to 8: multiples of 1 / (2^bits - 1).
   """
 
@@ -172,7 +172,7 @@ class TopClasses(CodedRule):
   of these classes (the fewest bits that can tell them) and their probabilities (float32).
 
   Attributes:
-    rule: What is done with them, a rule over probabilities.
+    rule: The rule that combines them, a rule over probabilities.
     num_classes: 1 or more, and fewer than there are.
   """
 

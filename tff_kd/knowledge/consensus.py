@@ -275,8 +275,9 @@ class CertaintyWeighted(ConsensusRule):
       the prediction's entropy is below the highest possible, as a share of that);
       'given' (what a companion says, such as `certainty.CertaintyScorer`); or a
       function from logits `[m, ..., classes]` to finite certainties `[m]`, 0 or more.
-    average: What is averaged, 'logits' or 'probabilities' (as FedAUX does: Sattler et
-      al., "FedAUX: Leveraging Unlabeled Auxiliary Data in Federated Learning", 2021).
+    average: The values that are averaged, 'logits' or 'probabilities' (as FedAUX does:
+      Sattler et al., "FedAUX: Leveraging Unlabeled Auxiliary Data in Federated
+      Learning", 2021).
     temperature: T of the probabilities softmax(z / T) of which 'confidence' and
       'entropy' are taken. Above 1, predictions that are all but certain still differ.
   """

@@ -143,8 +143,8 @@ class Students:
         such, the cohort and the conditions.
       updates: By cohort, (*received, data, client_state, conditions) -> the result; all
         of one structure.
-      received: What the server sent.
-      client_state: What the client kept.
+      received: The server's broadcast.
+      client_state: The client's state.
       has_conditions: Whether the client comes with conditions.
 
     Returns:

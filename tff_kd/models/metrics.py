@@ -296,7 +296,7 @@ class Metrics:
     Args:
       state: The state before.
       loss_sum: The sum over examples of the loss.
-      num_examples: How many examples.
+      num_examples: The number of examples.
       num_batches: In how many batches.
     """
     added = {
@@ -424,7 +424,7 @@ def _check_sums(
   """Refuses a metric whose state after two batches is not what each of them adds.
 
   Args:
-    name: What the metric is called.
+    name: The metric's name.
     metric: A metric that has been built.
     initial: The values of its variables before any example.
     labels: A batch of labels; others of the same kind are drawn.

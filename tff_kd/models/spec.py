@@ -76,7 +76,7 @@ def num_examples(outputs: tf.Tensor, sample_weight: Optional[tf.Tensor]) -> tf.T
 
   Args:
     outputs: The model's outputs for it.
-    sample_weight: What `ModelSpec.sample_weight` returns for it.
+    sample_weight: As `ModelSpec.sample_weight` returns it for it.
 
   Returns:
     An int32 scalar.
@@ -161,7 +161,7 @@ class ModelSpec:
   """A checked Keras model as a function of its weights.
 
   Attributes:
-    name: What error messages call the model ('student', 'teacher').
+    name: The model's name in error messages ('student', 'teacher').
     keras_model_fn: The builder. Its own random initialisation differs from call to
       call.
     input_spec: The (inputs, labels) or (inputs, labels, sample_weight) structure of
@@ -471,7 +471,7 @@ class ModelSpec:
       outputs: The model's outputs for it.
       mask: Optional 0/1 float32 `[batch]`; the mean is over the ones, and 0 where
         there are none.
-      sample_weight: What `sample_weight` returns: factors of the losses. As in Keras's
+      sample_weight: As `sample_weight` returns it: factors of the losses. As in Keras's
         `fit` the sum is divided by how many losses there are.
     """
     labels = metrics_lib.with_axis_of_outputs(labels, outputs)
@@ -520,7 +520,7 @@ class ModelSpec:
 
     Args:
       labels: The labels of a batch.
-      sample_weight: What `sample_weight` returns for it.
+      sample_weight: As `sample_weight` returns it for it.
 
     Returns:
       The labels, with those outside `[0, classes)` replaced by 0, and a boolean
@@ -563,7 +563,7 @@ class ModelSpec:
       labels: The labels of a batch.
       outputs: The model's outputs for it, `[batch, ..., classes]`.
       mask: Optional 0/1 float32 `[batch]`: which examples count.
-      sample_weight: What `sample_weight` returns for it; those of weight 0 do not
+      sample_weight: As `sample_weight` returns it for it; those of weight 0 do not
         count.
 
     Returns:
@@ -772,7 +772,7 @@ def build_model_spec(
       tensor `[batch, ..., classes]`. It is called once here; the weights of its model
       become the initial weights, so a builder may load or adapt; call
       `keras.utils.set_random_seed` before for reproducible ones.
-    input_spec: What the clients' datasets yield, e.g. `dataset.element_spec`: a
+    input_spec: The spec of the clients' batches, e.g. `dataset.element_spec`: a
       pair `(x, y)`, a triple `(x, y, sample_weight)` or a mapping with these keys,
       batched; `x` may be a structure of several inputs. Weights are numbers `[batch]`,
       or one a position where an example has several predictions.
@@ -780,7 +780,7 @@ def build_model_spec(
     metrics_fn: An optional no-argument function that returns a list of new
       `keras.metrics.Metric`s, or {'metrics': list, 'weighted_metrics': list}: the
       latter weigh each example by its sample weight.
-    name: What error messages call the model.
+    name: The model's name in error messages.
 
   Returns:
     A `ModelSpec`.
@@ -1069,7 +1069,6 @@ def check_has_classes(spec: ModelSpec, subject: str) -> None:
   Args:
     spec: The model.
     subject: What is about classes, as the subject of the error's sentence.
-    what: What is about classes, as the subject of the error's sentence.
 
   Raises:
     ValueError: If the model's outputs are numbers.

@@ -34,7 +34,7 @@ def optimizer(
 
   Args:
     optimizer: A new Keras optimizer; it is changed.
-    variables: What it will update; they are not changed.
+    variables: The variables that it will update; they are not changed.
 
   Raises:
     ValueError: If the optimizer scales the loss, or averages weights over steps.

@@ -30,7 +30,7 @@ class ClientSampling:
 
   Attributes:
     num_clients: The number of all clients, which is public.
-    clients_per_round: How many in a round; of 'poisson', in expectation.
+    clients_per_round: The number of clients in a round; in expectation for 'poisson'.
     sampling: 'poisson': each client by itself, with the probability
       `clients_per_round / num_clients`; 'uniform': so many of them, without
       replacement; 'cyclic': one after the other, so that everybody may know who is in a

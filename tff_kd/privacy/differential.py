@@ -48,7 +48,7 @@ class DifferentialPrivacy:
 
   Attributes:
     noise_multiplier: z, the noise's standard deviation by the clip; 0 for none.
-    clients_per_round: How many are expected in a round.
+    clients_per_round: The expected number of clients in a round.
     model_clip: The L2 norm to which the weight delta is clipped; 'adaptive' for the
       running median of norms, itself estimated with noise that is part of z (TFF's);
       math.inf for none, if z is 0.
@@ -426,7 +426,7 @@ def build_aggregators(
     privacy: How sums are made private, checked (`check_private`), or `None`.
     secure: How they are secure, or `None`.
     has_unit_weights: Whether the predictions' weights tell nothing of a client.
-    num_predictions: How many examples they are about.
+    num_predictions: The number of predicted examples.
     rule: How predictions are combined, or `None`.
     companion: A `companions.Companion`, or `None`.
 

@@ -25,7 +25,7 @@ class Protection:
   """How what clients send is protected.
 
   Attributes:
-    channels: What they send, of 'model' and 'knowledge'.
+    channels: The channels that they use, of 'model' and 'knowledge'.
     privacy: The `DifferentialPrivacy`, or `None`.
     secure_aggregation: The `SecureAggregation`, or `None`.
   """

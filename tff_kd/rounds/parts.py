@@ -34,14 +34,16 @@ class Parts:
   """The parts of a round that an algorithm chooses.
 
   Attributes:
-    students: The model that clients train, or those of the cohorts. Where clients do not
-      receive weights, the server's student, if there is one, is the first of them.
-    client_optimizer: The clients' TFF optimizer, or a function that returns a Keras one.
+    students: The model that clients train, or those of the cohorts. Where clients do
+      not receive weights, the server's student, if there is one, is the first of them.
+    client_optimizer: The clients' TFF optimizer, or a function that returns a Keras
+      one.
     client_model: With which weights clients begin.
     local_terms: Terms of the clients' loss beside the supervised one, in order.
     companion: An auxiliary component of the clients' training.
-    exchange: What clients exchange beside, or in place of, weights.
-    transfer_set: What the server distils on; that of the exchange if `None`.
+    exchange: The exchange beside, or in place of, weights.
+    transfer_set: The examples that the server distils on; those of the exchange if
+      `None`.
     teacher: The server's large model, if it has one.
     stages: The server's distillation, in order; none if empty.
     pretraining: How a new client's model, and the server's, learn from the transfer

@@ -28,8 +28,8 @@ def compose_process(
   """Composes the stages of one round into a learning process.
 
   Args:
-    parts: What the algorithm chooses.
-    options: What the user chooses.
+    parts: The algorithm's parts.
+    options: The user's options.
 
   Returns:
     A `DistillationProcess`; where clients keep something from round to round, a

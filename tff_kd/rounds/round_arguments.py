@@ -25,8 +25,8 @@ class ClientArguments(NamedTuple):
 
   Attributes:
     client_data: The `ClientBatches`, of a process that takes numbers; else `None`.
-    input_spec: What a batch of a client's dataset is like.
-    num_cohorts: How many cohorts there are.
+    input_spec: The spec of a batch of a client's dataset.
+    num_cohorts: The number of cohorts.
     has_conditions: Whether clients come with `ClientConditions`.
   """
 
@@ -39,7 +39,7 @@ class ClientArguments(NamedTuple):
     """A round's clients as TFF takes them.
 
     Args:
-      selected: What `next` is given: a list, or an array of numbers.
+      selected: The clients given to `next`: a list, or an array of numbers.
 
     Returns:
       A list, with Python's numbers; something that is none of Python's values as it is.

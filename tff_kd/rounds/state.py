@@ -36,7 +36,7 @@ class RoundState(NamedTuple):
       distillation; with 'average' what clients begin with.
     teacher_weights: The teacher's `ModelWeights`.
     student_history: A `StudentHistory`, where clients learn from it.
-    shared: What goes down to clients of the last round's exchange.
+    shared: The part of the last round's exchange that is sent to clients.
     shared_round: int32, the round that left it; -1 before the first.
     round_num: int32, the number of finished rounds.
     distributor: State of the distributor.
@@ -45,7 +45,7 @@ class RoundState(NamedTuple):
     finalizer: State of the optimizer that applies the mean update.
     server_distillation: The states of the distillation's optimizers.
     companion: The companion's server state.
-    broadcasts: What was sent in the last rounds, where clients may be late.
+    broadcasts: The broadcasts of the last rounds, where clients may be late.
   """
 
   global_model_weights: Any
@@ -82,7 +82,7 @@ def build_history(students: cohorts.Students, size: int):
 
   Args:
     students: The student, or those of the cohorts.
-    size: How many to keep; with 0 the history is () and never updated.
+    size: The number of students to keep; with 0 the history is () and never updated.
 
   Returns:
     ( -> H) and (<H, weights> -> <H, the mean of the history>); the second is `None` with
@@ -145,7 +145,7 @@ def build_skipping(state_type: tff.Type, min_reports: int) -> tff.Computation:
 
   Args:
     state_type: The type of the `RoundState`.
-    min_reports: How many are enough.
+    min_reports: The number of reports that suffices.
 
   Returns:
     A `tff.Computation` (<state before, state after, number of reports> -> <next state,

@@ -186,7 +186,7 @@ class ClientPass:
       arguments: The clients' arguments that it needs: a value for each client.
       scope: Tensors at the server.
       kept: What earlier passes kept of each client; this pass adds to it.
-      num_clients: How many clients there are.
+      num_clients: The number of clients.
     """
     self._stage = stage
     self._arguments = arguments

@@ -62,7 +62,7 @@ class Slots:
 
     Args:
       device: As `in_process` takes it.
-      max_concurrent_clients: How many slots there are; if `None`, one an accelerator and
+      max_concurrent_clients: The number of slots; if `None`, one an accelerator and
         one a core.
 
     Raises:

@@ -73,10 +73,11 @@ def ray(
 ) -> Iterator[RayContext]:
   """Runs TFF's computations with clients on Ray's workers while the block lasts.
 
-  Each worker computes clients as `in_process` does. The clients of a round are split into
-  the same groups of consecutive clients as there, and the groups' sums are added up in
-  their order: results equal those of `in_process` to the bit, whatever the number of
-  workers, on machines with processors of one kind. The server computes in this process.
+  Each worker computes clients as `in_process` does. The clients of a round are split
+  into the same groups of consecutive clients as there, and the groups' sums are added
+  up in their order: results equal those of `in_process` to the bit, whatever the number
+  of workers, on machines with processors of one kind. The server computes in this
+  process.
 
   A worker that is lost is named in a warning, its groups are computed by others, and
   another worker is started as soon as the cluster has room for it. Examples do not
@@ -89,14 +90,14 @@ def ray(
       process; 'auto' is the cluster that this machine is a node of; 'host:port' is the
       address of a head node. Where this process is connected to Ray already, that
       connection is used, and left open.
-    num_workers: How many workers there are; if `None`, as many as the cluster has
+    num_workers: The number of workers; if `None`, as many as the cluster has
       resources for, also when nodes come or go.
-    resources: What each worker asks of Ray, such as `{'CPU': 4, 'GPU': 1}`; `{'CPU': 1}`
-      if `None`. As many clients compute at a time in a worker as it has CPUs, or one on
-      each of its GPUs.
+    resources: The resources that each worker asks of Ray, such as
+      `{'CPU': 4, 'GPU': 1}`; `{'CPU': 1}` if `None`. As many clients compute at a time
+      in a worker as it has CPUs, or one on each of its GPUs.
     device: Where the server computes, as `in_process` takes it.
     silence_s: A worker that does not answer for so many seconds is lost.
-    start_timeout_s: How many seconds to wait for a worker where there is none.
+    start_timeout_s: The number of seconds to wait for a worker where there is none.
 
   Yields:
     The context.

@@ -67,7 +67,7 @@ class ClientsOnRay(running.RunClients):
       cluster: The cluster.
       plan: The compiled computation.
       arguments: The clients' arguments.
-      num_clients: How many clients there are.
+      num_clients: The number of clients.
       workers: Where this process adds up the groups.
     """
     self.cluster = cluster

@@ -32,7 +32,7 @@ class Info(NamedTuple):
   Attributes:
     host: The name of the machine.
     pid: The process.
-    versions: What must be the same everywhere, so that results are.
+    versions: The versions that must be equal everywhere, so that results are.
   """
 
   host: str

@@ -73,7 +73,8 @@ class Pool:
       ray: The package, connected to a cluster.
       num_workers: How many there shall be; if `None`, as many as the cluster has
         resources for, also when that changes.
-      resources: What each one asks of Ray, such as `{'CPU': 4, 'GPU': 1}`.
+      resources: The resources that each one asks of Ray, such as
+        `{'CPU': 4, 'GPU': 1}`.
       silence_s: A worker that does not answer for so long is given up.
       start_timeout_s: How long to wait for a worker where there is none.
     """
@@ -281,7 +282,7 @@ def group_clients(group: int, num_clients: int) -> range:
 
   Args:
     group: The number of the group.
-    num_clients: How many clients there are in all.
+    num_clients: The total number of clients.
   """
   start = group * clients.GROUP_SIZE
   return range(start, min(start + clients.GROUP_SIZE, num_clients))

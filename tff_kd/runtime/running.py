@@ -82,7 +82,7 @@ class ClientsHere(RunClients):
     Args:
       plan: The compiled computation.
       arguments: The clients' arguments.
-      num_clients: How many clients there are.
+      num_clients: The number of clients.
       workers: The threads that compute.
     """
     del plan

@@ -188,7 +188,7 @@ def check_stages(stages: Sequence[Any], **available: bool) -> None:
   """Refuses stages that lack something they need, before anything is built.
 
   Args:
-    stages: What learns from what, in order.
+    stages: The stages, in order.
     **available: Whether there is what `DistillationStage.check` names.
 
   Raises:
@@ -222,7 +222,7 @@ def build_server_distillation(
       the student does, and the mean of their logits is the student's target.
     teacher: The teacher, if a stage uses one.
     transfer_set: Where the examples are read; its `round_ids` are learned from.
-    stages: What learns from what, in order: `DistillationStage`s, and others that have
+    stages: The stages, in order: `DistillationStage`s, and others that have
       their methods.
     consensus_rule: How the aggregated payload becomes the ensemble's logits.
     seed: With the round number, decides the order of the examples.
@@ -504,7 +504,7 @@ class Lesson:
     """Initializes the lesson.
 
     Args:
-      stage: What learns from what.
+      stage: The stage.
       learner: The model that learns.
       transfer_set: Where the examples are read.
     """
@@ -567,7 +567,7 @@ class Lesson:
     )
     asked = None
     if self._distillation.augment is not None:
-      asked = models_by_name.get(self._distillation.target)
+      asked = models_by_name.get(str(self._distillation.target))
     done, best = self._run(
         begin, best, learn, validation, order, self._num_steps(num_targets, may_learn),
         _Round(self._transfer_set.open(), draws, asked),

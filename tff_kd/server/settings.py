@@ -46,7 +46,7 @@ class Distillation:
     diversity_weight: The weight of Fed-ET's diversity term, lambda KL_T(diversity ||
       outputs) on the examples on which clients disagree; part of the distillation term.
       Needs target 'ensemble' and a consensus rule that tells the diversity.
-    num_steps: How many steps a round at most.
+    num_steps: The number of steps a round at most.
     batch_size: Examples a step; the whole subset if it is smaller.
     schedule: Optional; maps the share of steps done, a float32 scalar in [0, 1),
       to a factor on the learning rate. `cosine_schedule`, say.

@@ -117,7 +117,7 @@ class ProgressBar(Callback):
     """Initializes the bar.
 
     Args:
-      description: What stands before it.
+      description: The text before it.
       summary_fn: Maps the training and a round's flat metrics to what stands behind it;
         if `None`, the monitored metric, or else the clients' training metrics.
     """
@@ -290,7 +290,7 @@ def round_schedule(
   Args:
     kind: 'constant', 'cosine' (half a cosine), or 'linear'.
     learning_rate: The highest rate.
-    num_rounds: How many rounds there are.
+    num_rounds: The number of rounds.
     warmup_rounds: How many of the first of these warm up.
 
   Returns:

@@ -38,7 +38,7 @@ class Checkpoints(tff.program.ProgramStateManager):
 
     Args:
       root_dir: The folder.
-      keep_total: How many checkpoints to keep, the newest ones.
+      keep_total: The number of checkpoints to keep, the newest ones.
 
     Raises:
       CheckpointError: If the folder cannot be made or written, or holds checkpoints

@@ -128,8 +128,8 @@ class Participation:
 
   Attributes:
     num_clients: Clients are numbered from 0.
-    clients_per_round: How many are chosen to begin in a round; fewer where fewer can
-      be. Of 'poisson', in expectation.
+    clients_per_round: The number of clients chosen to begin in a round; fewer where
+      fewer can be. Of 'poisson', in expectation.
     sampling: 'uniform'; 'weighted' by `weights`; 'cyclic', one after the other;
       'poisson', each by itself with the probability `clients_per_round / num_clients`.
     weights: Numbers above 0, for 'weighted', such as numbers of examples: `[clients]`,

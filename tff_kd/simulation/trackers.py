@@ -59,7 +59,7 @@ class MLflowTracker(callbacks.Callback):
     Args:
       experiment: The name of the experiment, which is made if there is none.
       run_name: The name of the run; MLflow makes one up if `None`.
-      params: What the run is logged with, such as the settings.
+      params: The run's parameters, such as the settings.
       tracking_uri: Where MLflow stores it; if `None`, as MLflow is set up (the
         environment's MLFLOW_TRACKING_URI).
 
@@ -133,7 +133,7 @@ class WandbTracker(callbacks.Callback):
     Args:
       project: The name of the project.
       name: The name of the run; Weights & Biases makes one up if `None`.
-      config: What the run is logged with, such as the settings.
+      config: The run's configuration, such as the settings.
       directory: Where its files go; as it is set up if `None`.
       mode: 'online', 'offline' or 'disabled'; if `None`, as it is set up (the
         environment's WANDB_MODE).

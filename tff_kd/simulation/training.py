@@ -44,7 +44,7 @@ class TrainingResult(NamedTuple):
 
   Attributes:
     state: The process state after the last round.
-    round_num: How many rounds it has seen.
+    round_num: The number of rounds that it has seen.
     best_state: The state with the best monitored metric; `state` itself where
       nothing is monitored.
     best_round: The round that left `best_state`.
@@ -102,7 +102,7 @@ def flatten_metrics(metrics: Any, prefix: str = '') -> dict[str, Any]:
 
   Args:
     metrics: Nested mappings of numbers and arrays.
-    prefix: What each name begins with.
+    prefix: The beginning of each name.
 
   Returns:
     By name, the numbers.

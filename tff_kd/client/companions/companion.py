@@ -36,7 +36,7 @@ class ClientState(NamedTuple):
 
   Attributes:
     weights: The `ModelWeights` of its own model.
-    sent: What it sent last, where it must know that; else ().
+    sent: Its last upload, if it must remember that; else ().
     sent_round: int32, the round in which it did, -1 before the first; or ().
   """
 
@@ -75,8 +75,8 @@ class Beginning(NamedTuple):
   """The inputs of a companion when a client's training begins.
 
   Attributes:
-    received: What came down, of `Companion.broadcast`.
-    client_state: What the client kept.
+    received: The result of `Companion.broadcast`.
+    client_state: The client's state.
     round_num: int32 scalar.
     examples: The `ClientExamples`.
     seed: int32 `[2]`, decides what this training draws.

@@ -91,7 +91,7 @@ class ControlVariates(companions.Companion):
 
     Args:
       student: The clients' model.
-      num_clients: How many clients there are in all.
+      num_clients: The total number of clients.
     """
     self._student, self._num_clients = student, num_clients
 

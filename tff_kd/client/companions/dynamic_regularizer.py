@@ -74,7 +74,7 @@ class DynamicRegularizer(companions.Companion):
 
     Args:
       student: The clients' model.
-      num_clients: How many clients there are in all.
+      num_clients: The total number of clients.
       alpha: Above 0.
 
     Raises:

@@ -139,7 +139,7 @@ class FeatureGenerator(companions.Companion):
         (noise, then the label as one-hot) to `[batch, features]`, the features
         flattened; one hidden layer with relu if `None`. (The authors' has batch norm
         after it.)
-      noise_dim: How many normally distributed numbers a generated example begins with.
+      noise_dim: The size of the normally distributed noise of a generated example.
       hidden_units: The width of the generator's hidden layer.
       num_steps: The generator's steps a round, each an exchange with all clients.
       batch_size: Generated examples a step.

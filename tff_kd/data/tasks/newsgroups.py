@@ -69,7 +69,7 @@ def build_embedding(num_classes: int, width: int = 32) -> keras.Model:
   """The mean of the words' vectors; logits.
 
   Args:
-    num_classes: How many logits.
+    num_classes: The number of logits.
     width: The size of a word's vector.
   """
   layers = keras.layers
@@ -85,7 +85,7 @@ def build_attention(
   """The mean of wider vectors beside one that attends to what words tell; logits.
 
   Args:
-    num_classes: How many logits.
+    num_classes: The number of logits.
     width: The size of a word's vector.
     dropout: The rate before the logits.
   """
