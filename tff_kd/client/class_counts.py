@@ -16,7 +16,7 @@ def check(spec: models.ModelSpec, subject: str) -> None:
 
   Args:
     spec: The model.
-    what: What needs the counts, for the error.
+    subject: What needs the counts, for the error.
 
   Raises:
     ValueError: If the outputs are numbers, or labels of their own, or if the labels are
