@@ -16,11 +16,7 @@ def check(spec: models.ModelSpec, subject: str) -> None:
 
   Args:
     spec: The model.
-<<<<<<< HEAD
     subject: Names what needs the counts, for the error.
-=======
-    subject: What needs the counts, for the error.
->>>>>>> hG
 
   Raises:
     ValueError: If the outputs are numbers, or labels of their own, or if the labels are
