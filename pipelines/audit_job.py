@@ -394,9 +394,12 @@ def _kept_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
 def _local_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
   """Returns each client's student after local training, as its delta gives it."""
   names = args.STUDENT.value
-  found = {}
+  found, sent = {}, finished.released
+  if (finished.folder / released_lib.SENT).is_dir():
+    models = released_lib.load(finished.folder / released_lib.SENT, finished.task)
+    sent = {model.name: model.keras_model for model in models}
   for cohort in range(len(names)):
-    student = finished.released.get('student') or finished.released[f'student_{cohort}']
+    student = sent.get('student') or sent[f'student_{cohort}']
     common = train_process.common_arguments(finished.task, finished.batches)
     functions = common['student_fn']
     process = algorithms.build_fed_avg(

@@ -33,6 +33,8 @@ class Released(NamedTuple):
   weights: Any
 
 
+# The folder of the students that clients were sent, in a run that released others.
+SENT = 'sent'
 # The suffixes of a whole model, and of the weights of one that Keras cannot serialize.
 _WHOLE, _WEIGHTS = '.keras', '.weights.h5'
 

@@ -269,6 +269,11 @@ def _by_cohort(
   return {f'{name}_{i}': value for i, value in enumerate(values)}
 
 
+def _clients_start_from_average() -> bool:
+  """Whether clients go on from another student than the one that is released."""
+  return args.CALIBRATE.value or args.CLIENTS_START_FROM.value == 'average'
+
+
 def _clients(process) -> Optional[cohorts.Students]:
   """The models that clients keep, if they do."""
   return getattr(process, 'kept_models', None)
@@ -957,6 +962,11 @@ def _train_and_report(
   for name, (_, weights) in evaluation.models(result.best_state).items():
     if name in specs:
       released.save(specs[name].to_keras(weights), run_dir, name)
+    sent = name.replace('student_before', 'student')
+    if name != sent and _clients_start_from_average():
+      # From which clients really begin, for what repeats their training.
+      (run_dir / released.SENT).mkdir(exist_ok=True)
+      released.save(specs[sent].to_keras(weights), run_dir / released.SENT, sent)
 
   baseline = None
   if args.FEDAVG.value and args.algorithm().name != 'fed_avg' and accountant is None:

@@ -14,6 +14,7 @@ from pipelines import train_flags
 from pipelines import train_job
 from tests import data_test
 from tests import helpers
+import tff_kd
 from tff_kd.models import zoo
 
 
@@ -78,10 +79,18 @@ def test_the_average_goes_on_and_what_is_released_is_aligned(tmp_path):
   helpers.train_here(
       *_without('--transfer_labels'), '--transfer_labels=0', '--consensus=aligned',
       '--prior=average', '--consensus_sharpness=1.5', '--clients_start_from=average',
-      '--rounds=2', '--nocompare_with_fed_avg', f'--output_dir={folder}',
+      '--student_start=released', '--augment', '--rounds=2', '--nocompare_with_fed_avg',
+      f'--output_dir={folder}',
   )
   rows = helpers.rows(folder / 'metrics.csv')
-  assert 'test/student_before_accuracy' in rows[0]
+  results = json.loads((folder / 'results.json').read_text())
+  best = rows[results['best_round'] - 1]
+  task = tff_kd.data.TASKS['mnist5k'].load(seed=0)
+  of_file = {'student.keras': 'student', 'sent/student.keras': 'student_before'}
+  for path, name in of_file.items():
+    logits = keras.models.load_model(folder / path).predict(task.test.inputs, verbose=0)
+    accuracy = np.mean(logits.argmax(-1) == task.test.labels)
+    assert float(best[f'test/{name}_accuracy']) == pytest.approx(accuracy, abs=1e-6)
   folder = tmp_path / 'calibrated'
   helpers.train_here(
       *helpers.TINY_RUN, '--calibrate', '--rounds=2', '--nocompare_with_fed_avg',
