@@ -39,8 +39,17 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         'student_learning_rate': 0.0003,
     },
 }
+# Measured on mnist5k (docs/results/unlabelled.md).
+_IMAGES = {
+    'consensus': 'aligned', 'clients_start_from': 'average',
+    'student_start': 'released', 'augment': True,
+}
 # By task and algorithm, what takes precedence over those.
 WITH_ALGORITHM: dict[tuple[str, str], dict[str, Any]] = {
+    **{
+        (task, 'fed_distillation'): _IMAGES
+        for task in ('mnist5k', 'fashion_mnist', 'cifar10', 'emnist', 'idx')
+    },
     ('shakespeare', 'fed_df'): {'server_steps': 30},
     # Not of FedDF: its student needs the rest of the predictions.
     ('shakespeare', 'fed_distillation'): {

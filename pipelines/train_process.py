@@ -296,7 +296,9 @@ def _prior(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
 
 
 def _clients_start_from(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  del algorithm, task
+  del task
+  if 'back_distillation' in algorithm.parameters and not args.BACK.value:
+    return None  # A task's default; what is given is refused.
   return args.CLIENTS_START_FROM.value
 
 
