@@ -74,6 +74,22 @@ def test_an_algorithm_and_a_rule_of_ones_own(tmp_path):
   assert helpers.rows(tmp_path / 'rule' / 'metrics.csv')
 
 
+def test_students_may_change_their_inputs_at_clients(tmp_path):
+  printed = helpers.train_here(
+      *helpers.TINY_RUN, '--task=examples/shifting_clients.py', '--rounds=1',
+      f'--output_dir={tmp_path / "out"}',
+  )
+  assert 'mnist5k, clients shift' in printed
+  (row,) = helpers.rows(tmp_path / 'out' / 'metrics.csv')
+  # Evaluation shifts nothing: the file's model, asked twice, has the score of the run.
+  model = keras.models.load_model(tmp_path / 'out' / 'student.keras')
+  task = tff_kd.data.TASKS['mnist5k'].load(seed=0, transfer_size=60)
+  found = [model.predict(task.test.inputs, verbose=0).argmax(-1) for _ in range(2)]
+  np.testing.assert_array_equal(*found)
+  accuracy = np.mean(found[0] == task.test.labels)
+  assert float(row['test/student_accuracy']) == pytest.approx(accuracy, abs=1e-6)
+
+
 def test_the_average_goes_on_and_what_is_released_is_aligned(tmp_path):
   folder = tmp_path / 'aligned'
   helpers.train_here(
