@@ -559,7 +559,7 @@ def _draw_variations(
         histories = [_history(run) for run in of_setting]
         if not histories:
           continue
-        label = ' '.join(flag.removeprefix('--') for flag in varied) or 'without'
+        label = ' '.join(flag.removeprefix('--') for flag in varied) or 'defaults'
         panels.setdefault((number, algorithm), {})[label] = {
             model: [
                 [row[f'test/{model}_{metric}'] for row in history]

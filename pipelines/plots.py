@@ -173,7 +173,10 @@ def plot_variations(
         accuracy = np.array([run[:length] for run in runs])
         mean, deviation = accuracy.mean(axis=0), accuracy.std(axis=0)
         rounds, color = np.arange(1, length + 1), colors(number % 10)
-        style, shown = ('-', label) if model == 'student' else ('--', None)
+        # A flag a line: long sets would cover the panel, or leave it.
+        style, shown = '--', None
+        if model == 'student':
+          style, shown = '-', label.replace(' ', '\n')
         panel.plot(rounds, mean, style, color=color, label=shown)
         panel.fill_between(
             rounds, mean - deviation, mean + deviation, color=color, alpha=0.12,
@@ -190,6 +193,10 @@ def plot_variations(
   for panel in axes[-1]:
     panel.set(xlabel='round')
     panel.xaxis.get_major_locator().set_params(integer=True)
+  figure.suptitle(
+      'Solid: student. Dashed: teacher. Bands: one standard deviation over the seeds.',
+      fontsize=9,
+  )
   figure.savefig(path, dpi=110)
 
 
