@@ -6,9 +6,11 @@ import runpy
 
 def _command(script: str) -> Callable[[], None]:
   """Returns what runs a script as `python -m` does, with the command's arguments."""
-  return lambda: runpy.run_module(
-      f'pipelines.{script}', run_name='__main__', alter_sys=True
-  )
+
+  def run() -> None:
+    runpy.run_module(f'pipelines.{script}', run_name='__main__', alter_sys=True)
+
+  return run
 
 
 audit = _command('audit')
