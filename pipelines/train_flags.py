@@ -950,5 +950,6 @@ def take_defaults() -> None:
     if name in _NOT_REPEATED or flag.present or value in (flag.value, before[name]):
       continue
     flag.value = value
-    # As if it was given: that it does not fit the other flags must be said.
-    flag.present = 1
+    # As if it was given: that it does not fit the other flags must be said. What the run
+    # left unset, where there is a default today, asks for nothing.
+    flag.present = int(value is not None)

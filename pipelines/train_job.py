@@ -269,6 +269,28 @@ def _by_cohort(
   return {f'{name}_{i}': value for i, value in enumerate(values)}
 
 
+def _save_models(
+    models: Mapping[str, tuple[Any, Any]],
+    specs: Mapping[str, tff_kd.models.ModelSpec],
+    run_dir: pathlib.Path,
+) -> None:
+  """Saves a run's models, and the students that clients were sent, if others.
+
+  Args:
+    models: As `_Evaluation.models` returns them.
+    specs: The models that are released, by name.
+    run_dir: The run's folder.
+  """
+  for name, (_, weights) in models.items():
+    if name in specs:
+      released.save(specs[name].to_keras(weights), run_dir, name)
+    sent = name.replace('student_before', 'student')
+    if name != sent and _clients_start_from_average():
+      # From these clients really begin, for what repeats their training.
+      (run_dir / released.SENT).mkdir(exist_ok=True)
+      released.save(specs[sent].to_keras(weights), run_dir / released.SENT, sent)
+
+
 def _clients_start_from_average() -> bool:
   """Whether clients go on from another student than the one that is released."""
   return args.CALIBRATE.value or args.CLIENTS_START_FROM.value == 'average'
@@ -959,14 +981,7 @@ def _train_and_report(
       process, state, evaluation, task, select_clients, run_dir, '', args.ROUNDS.value,
       args.PATIENCE.value or None, _monitor(task), accountant,
   )
-  for name, (_, weights) in evaluation.models(result.best_state).items():
-    if name in specs:
-      released.save(specs[name].to_keras(weights), run_dir, name)
-    sent = name.replace('student_before', 'student')
-    if name != sent and _clients_start_from_average():
-      # From which clients really begin, for what repeats their training.
-      (run_dir / released.SENT).mkdir(exist_ok=True)
-      released.save(specs[sent].to_keras(weights), run_dir / released.SENT, sent)
+  _save_models(evaluation.models(result.best_state), specs, run_dir)
 
   baseline = None
   if args.FEDAVG.value and args.algorithm().name != 'fed_avg' and accountant is None:
