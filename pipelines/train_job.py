@@ -273,6 +273,7 @@ def _save_models(
     models: Mapping[str, tuple[Any, Any]],
     specs: Mapping[str, tff_kd.models.ModelSpec],
     run_dir: pathlib.Path,
+    sends_average: bool,
 ) -> None:
   """Saves a run's models, and the students that clients were sent, if others.
 
@@ -280,20 +281,16 @@ def _save_models(
     models: As `_Evaluation.models` returns them.
     specs: The models that are released, by name.
     run_dir: The run's folder.
+    sends_average: Whether clients are sent others.
   """
   for name, (_, weights) in models.items():
     if name in specs:
       released.save(specs[name].to_keras(weights), run_dir, name)
     sent = name.replace('student_before', 'student')
-    if name != sent and _clients_start_from_average():
+    if name != sent and sends_average:
       # From these clients really begin, for what repeats their training.
       (run_dir / released.SENT).mkdir(exist_ok=True)
       released.save(specs[sent].to_keras(weights), run_dir / released.SENT, sent)
-
-
-def _clients_start_from_average() -> bool:
-  """Whether clients go on from another student than the one that is released."""
-  return args.CALIBRATE.value or args.CLIENTS_START_FROM.value == 'average'
 
 
 def _clients(process) -> Optional[cohorts.Students]:
@@ -981,7 +978,10 @@ def _train_and_report(
       process, state, evaluation, task, select_clients, run_dir, '', args.ROUNDS.value,
       args.PATIENCE.value or None, _monitor(task), accountant,
   )
-  _save_models(evaluation.models(result.best_state), specs, run_dir)
+  _save_models(
+      evaluation.models(result.best_state), specs, run_dir,
+      process.description.sends_average,
+  )
 
   baseline = None
   if args.FEDAVG.value and args.algorithm().name != 'fed_avg' and accountant is None:

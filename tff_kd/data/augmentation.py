@@ -3,6 +3,7 @@
 import dataclasses
 from typing import Any
 
+# Keras's `RandomTranslation` takes no seed tensor: a resumed run could not repeat it.
 # TensorFlow is imported where inputs are changed: settings alone do not need it.
 
 

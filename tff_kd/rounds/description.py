@@ -53,6 +53,8 @@ class Description:
     exchanged_bytes: Bytes that a client moves down and up in a companion's exchange.
     aggregated_bytes: Bytes that a client hands to a channel's own aggregator, by channel.
     client_data: The `ClientBatches` from which clients read, or `None`.
+    sends_average: Whether clients are sent the average as it was before the server's
+      distillation, and not the student that is released.
   """
 
   students: cohorts.Students
@@ -66,6 +68,7 @@ class Description:
   exchanged_bytes: tuple[int, int]
   aggregated_bytes: dict[str, int]
   client_data: Optional[client_data_lib.ClientBatches]
+  sends_average: bool
 
 
 class Accessors(NamedTuple):

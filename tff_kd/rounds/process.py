@@ -69,7 +69,7 @@ def compose_process(
       ),
   )
   described = (
-      _describe(parts, protection, client_work, aggregated_bytes),
+      _describe(parts, protection, client_work, aggregated_bytes, stages.sends_average),
       stages.build_accessors(state_type.member),
   )
   if client_work.plan.keeps_state:
@@ -125,6 +125,7 @@ def _describe(
     protection: description_lib.Protection,
     client_work: work_lib.ClientWork,
     aggregated_bytes: dict[str, int],
+    sends_average: bool,
 ) -> description_lib.Description:
   kept_models, exchanged_bytes = None, (0, 0)
   coded_bytes = communication.CodedBytes()
@@ -148,4 +149,5 @@ def _describe(
       exchanged_bytes=exchanged_bytes,
       aggregated_bytes=aggregated_bytes,
       client_data=client_work.plan.client_data,
+      sends_average=sends_average,
   )

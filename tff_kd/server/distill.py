@@ -552,7 +552,13 @@ class Lesson:
     """
     if self._distillation.reset_optimizer or state is None:
       state = self._stepper.initialize()
-    learn, validation = self._examples(models_by_name, consensus, round_num)
+    # A model that is asked about changed inputs gives its targets step by step.
+    asked = None
+    if self._distillation.augment is not None:
+      asked = models_by_name.get(str(self._distillation.target))
+    learn, validation = self._examples(
+        models_by_name, consensus, round_num, learns_from=asked
+    )
     num_targets = tf.reduce_sum(learn.mask)
     draws = tf.random.experimental.stateless_fold_in(seed, round_num)
     values = self._learner.values(weights, draws)
@@ -565,9 +571,6 @@ class Lesson:
         round_num,
         seed,
     )
-    asked = None
-    if self._distillation.augment is not None:
-      asked = models_by_name.get(str(self._distillation.target))
     done, best = self._run(
         begin, best, learn, validation, order, self._num_steps(num_targets, may_learn),
         _Round(self._transfer_set.open(), draws, asked),
@@ -631,14 +634,22 @@ class Lesson:
     )
 
   def _examples(
-      self, models_by_name, consensus, round_num
+      self, models_by_name, consensus, round_num, *, learns_from
   ) -> tuple[_Examples, Optional[_Examples]]:
-    """The rows to learn from and to validate on; targets are computed once."""
+    """The rows to learn from and to validate on.
+
+    Targets are computed once, unless the steps have them from a model (`learns_from`).
+    """
     d, transfer_set = self._distillation, self._transfer_set
     ids = transfer_set.round_ids(round_num)
     needs_targets = self._has_validation and not transfer_set.fully_labelled
     all_ids = transfer_set.prediction_ids(round_num) if needs_targets else ids
     count, m = all_ids.shape[0], transfer_set.subset_size
+    if learns_from is not None and not needs_targets:
+      validation = None
+      if self._has_validation:
+        validation = _Examples(transfer_set.validation_ids())
+      return _Examples(ids, mask=tf.ones([m])), validation
 
     def predictions(name):
       return knowledge.predict_logits(models_by_name[name], transfer_set, all_ids)
