@@ -73,6 +73,7 @@ def test_the_average_is_fed_avgs_whatever_is_released(name, batches):
   options = dict(local_terms=_TERMS, reporting=_REPORTING)
   process = _build(name, batches, **options)
   fed_avg = _build('fed_avg', batches, start=None, **options)
+  assert process.description.sends_average and not fed_avg.description.sends_average
   state, expected = process.initialize(), fed_avg.initialize()
   for clients in _ROUNDS:
     before, expected_before = state, expected
@@ -239,6 +240,7 @@ def test_calibrated_fed_avg_in_numpy(prior, batches):
 
 def test_clients_may_go_on_from_the_calibrated_average(batches):
   process = _build('fed_avg', batches, 'distilled', calibrate_on=_PUBLIC)
+  assert not process.description.sends_average
   state = process.next(process.initialize(), [0, 1]).state
   expected = _build('fed_avg', batches, start=None)
   before = expected.next(expected.initialize(), [0, 1]).state
