@@ -162,6 +162,95 @@ def test_em_finds_the_shares_of_the_classes():
   assert abs(helpers.softmax(z).mean(0) - truth).max() > 0.05
 
 
+def _prior_from(marginals):
+  """The prior after rounds whose averages had these marginals, by explicit sums."""
+  t = len(marginals)
+  if t < 2:
+    return np.full_like(marginals[0], 1 / marginals[0].shape[-1])
+  kept = 0.9 ** np.arange(t)[::-1]
+  kept = (kept / kept.sum()).reshape([t] + [1] * np.ndim(marginals[0]))
+
+  def centred_log(shares):
+    logs = np.log(shares)
+    return logs - logs.mean(-1, keepdims=True)
+
+  logs = centred_log(np.array(marginals))
+  mean = (kept * logs).sum(0)
+  # An unbiased variance of one round, and that of the weighted mean.
+  variance = (kept * (logs - mean) ** 2).sum(0) / (1 - (kept**2).sum())
+  noise = (variance * (kept**2).sum()).mean(-1, keepdims=True)
+  h = centred_log((kept * np.array(marginals)).sum(0))
+  kappa = np.maximum(0, 1 - 4 * noise / (h**2).mean(-1, keepdims=True))
+  return helpers.softmax(kappa * h)
+
+
+def _after(marginals, logits_shape):
+  """The prior that the rule would have after averages with these marginals."""
+  state = alignment.initial_marginals(tf.TensorShape(logits_shape))
+  for shares in marginals:
+    # Two rows that predict these shares.
+    z = np.log(np.stack([shares, shares]))
+    if logits_shape[-1] == 1:
+      z = z[..., 1:] - z[..., :1]
+    state = alignment.next_marginals(state, z.astype(np.float32), np.ones(2))
+  return alignment.prior_from(state).numpy()
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 9999), st.integers(1, 12), st.floats(0.5, 100.0))
+def test_the_prior_from_averages_is_the_formula(seed, rounds, concentration):
+  rng = np.random.default_rng(seed)
+  base = rng.dirichlet([3.0] * 4)
+  marginals = rng.dirichlet(concentration * base + 0.3, rounds)
+  np.testing.assert_allclose(
+      _after(marginals, [4]), _prior_from(marginals), rtol=2e-3, atol=2e-4
+  )
+
+
+def test_the_prior_from_averages_of_binary_labels_is_the_formula():
+  rng = np.random.default_rng(0)
+  several = rng.dirichlet([2.0, 5.0], [6, 3])
+  np.testing.assert_allclose(
+      _after(several, [3, 1]), _prior_from(several), rtol=2e-3, atol=2e-4
+  )
+  single = several[:, 0]
+  np.testing.assert_allclose(
+      _after(single, [1]), _prior_from(single), rtol=2e-3, atol=2e-4
+  )
+
+
+def test_the_prior_from_averages_tells_skew_from_noise():
+  rng = np.random.default_rng(1)
+  skewed = np.array([0.4, 0.4, 0.1, 0.1])
+  noise = rng.dirichlet([10.0] * 4, 30)
+  uniform = np.full(4, 0.25)
+  # Averages that jump around the uniform distribution say nothing of the rows.
+  np.testing.assert_allclose(_after(noise, [4]), uniform, atol=0.03)
+  jumping = skewed * noise / (skewed * noise).sum(-1, keepdims=True)
+  np.testing.assert_allclose(_after(jumping, [4]), skewed, atol=0.06)
+
+
+def test_rounds_without_a_consensus_leave_the_prior():
+  state = alignment.initial_marginals(tf.TensorShape([4]))
+  np.testing.assert_array_equal(alignment.prior_from(state), 0.25)
+  z = _logits(3)[0]
+  state = alignment.next_marginals(state, z, _ones(z))
+  for logits, mask in ((z, 0 * _ones(z)), (np.full_like(z, np.nan), _ones(z))):
+    after = alignment.next_marginals(state, logits, mask)
+    tf.nest.map_structure(np.testing.assert_array_equal, after, state)
+
+
+def test_a_rule_that_keeps_a_state_is_the_outermost():
+  student = models.build_model_spec(
+      helpers.dense_fn(), input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn,
+      name='student',
+  )
+  rule = knowledge.Aligned(knowledge.MeanLogits(), prior='average')
+  knowledge.check_rule(rule, student)
+  with pytest.raises(ValueError, match='the outermost consensus rule'):
+    knowledge.check_rule(knowledge.consensus.WrappedRule(rule), student)
+
+
 _INNER = {
     'mean_logits': lambda z, w: (w * z).sum(0) / w.sum(),
     'mean_probabilities': lambda z, w: np.log((w * helpers.softmax(z)).sum(0) / w.sum()),
@@ -189,7 +278,7 @@ def test_the_rule_is_alignment_before_and_after_the_inner_rule(inner, prior):
   consensus = _INNER[inner](clients, np.array(weights)[:, None, None])
   pi = prior
   if prior == 'average':
-    pi = helpers.softmax(average).mean(0)
+    pi = None  # The first round.
   elif prior == 'em':
     pi = _em(consensus)
   np.testing.assert_allclose(found.logits, _aligned(2.0 * consensus, pi), rtol=5e-3,
@@ -436,8 +525,8 @@ def test_rounds_of_fed_df_with_an_estimated_prior_in_numpy(prior):
       consensus_rule=knowledge.Aligned(knowledge.MeanProbabilities(), prior=prior),
   )
   state = process.initialize()
-  student = _weights(state.global_model_weights)
-  for _ in range(2):
+  student, marginals = _weights(state.global_model_weights), []
+  for _ in range(3):
     state = _next(process, state).state
     trained = [_fit(student, k) for k in range(3)]
     average = [_mean(w, _SIZES) for w in zip(*trained)]
@@ -446,7 +535,8 @@ def test_rounds_of_fed_df_with_an_estimated_prior_in_numpy(prior):
     )
     pi = _em(consensus)
     if prior == 'average':
-      pi = helpers.softmax(_logits_of(average)).mean(0)
+      marginals.append(helpers.softmax(_logits_of(average)).mean(0))
+      pi = _prior_from(marginals)
     student = _learn(average, _aligned(consensus, pi), 0.4)
     _check(state.global_model_weights, student)
 
@@ -553,10 +643,9 @@ def test_the_average_of_cohorts_is_the_mean_of_their_logits():
   state = one_round('average')
   logits = [_logits_of(_weights(w)) for w in state.aggregated_model_weights]
   prior = helpers.softmax(np.mean(logits, 0)).mean(0)
-  expected = one_round(tuple(prior))
-  helpers.assert_weights_close(
-      state.global_model_weights, expected.global_model_weights, atol=1e-5
-  )
+  remembered = state.server_distillation.rule
+  np.testing.assert_allclose(remembered.weight, 0.1, rtol=1e-5)
+  np.testing.assert_allclose(remembered.shares, 0.1 * prior, rtol=1e-4)
 
 
 def test_a_prior_of_the_average_needs_one():

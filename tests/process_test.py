@@ -300,7 +300,10 @@ def test_weights_that_sum_to_zero_leave_every_model_as_it_was(fusion):
       (output.state.aggregated_model_weights, state.global_model_weights),
       (output.state.teacher_weights, state.teacher_weights),
       (output.state.finalizer, state.finalizer),
-      (output.state.server_distillation[0], state.server_distillation[0]),
+      (
+          output.state.server_distillation.lessons[0],
+          state.server_distillation.lessons[0],
+      ),
   ):
     helpers.assert_weights_close(actual, before, rtol=0)
   assert np.isfinite(output.state.global_model_weights.trainable[0]).all()

@@ -16,7 +16,8 @@ examples; Asano et al., "Self-labelling via simultaneous clustering and represen
 learning" (ICLR 2020), section 3.1, and Cuturi, "Sinkhorn Distances" (NeurIPS 2013), for
 the iteration; Saerens, Latinne & Decaestecker, "Adjusting the Outputs of a Classifier to
 New a Priori Probabilities" (Neural Computation 2002), equations 2.4 and 2.9, for the
-prior that is estimated.
+prior that is estimated by EM; James & Stein, "Estimation with Quadratic Loss" (Berkeley
+Symposium 1961), equation 8, for the idea of shrinking by the noise.
 
 What is a class: logits `[m, ..., classes]` have one marginal over rows and positions. A
 single logit is the log-odds of the second of two classes. Several single logits an
@@ -25,7 +26,7 @@ each with a marginal `[2]` of its own.
 """
 
 import dataclasses
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -37,6 +38,9 @@ from tff_kd import losses
 # Steps of the EM algorithm; each is cheap, and they converge slowly.
 _EM_STEPS = 50
 _ESTIMATED = ('average', 'em')
+# Of the prior from averages: what a round keeps of the mean so far, and how many times the
+# variance of the noise the square of a deviation has to be to count (two standard errors).
+_KEPT, _NOISE_FACTOR = 0.9, 4.0
 
 
 def align(
@@ -161,6 +165,102 @@ def em_prior(logits: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
   return found if found.shape[0] > 1 else found[0]
 
 
+class Marginals(NamedTuple):
+  """Running sums over rounds of an average's marginal m; each round keeps .9 of them.
+
+  Attributes:
+    weight: float32, the sum of the rounds' weights: 1 - .9^t after t rounds.
+    shares: float32, of m, of the shape that `marginal` returns.
+    logs: Likewise, of log m less the mean of that over the classes.
+    squares: Likewise, of the squares of these.
+  """
+
+  weight: tf.Tensor
+  shares: tf.Tensor
+  logs: tf.Tensor
+  squares: tf.Tensor
+
+
+def initial_marginals(logits_shape: tf.TensorShape) -> Marginals:
+  """Returns the sums before the first round.
+
+  Args:
+    logits_shape: The shape of one example's logits, `[..., classes]`.
+  """
+  classes = max(logits_shape[-1], 2)
+  is_several = logits_shape[-1] == 1 and len(logits_shape) > 1
+  zeros = tf.zeros([logits_shape[-2], 2] if is_several else [classes])
+  return Marginals(tf.zeros([]), zeros, zeros, zeros)
+
+
+def next_marginals(
+    state: Marginals, logits: tf.Tensor, mask: tf.Tensor
+) -> Marginals:
+  """Adds a round's average to the sums; nothing where no row counts.
+
+  Args:
+    state: The sums.
+    logits: The average's logits, float32 `[m, ..., classes]`.
+    mask: As in `align`.
+
+  Returns:
+    The next sums.
+  """
+  found = marginal(logits, mask)
+  logs = _centred_log(found)
+  is_there = tf.reduce_any(tf.cast(mask, tf.bool)) & tf.reduce_all(
+      tf.math.is_finite(logs)
+  )
+  new = Marginals(tf.ones([]), found, logs, tf.square(logs))
+  return tf.nest.map_structure(
+      lambda old, new: tf.where(is_there, _KEPT * old + (1.0 - _KEPT) * new, old),
+      state,
+      new,
+  )
+
+
+def prior_from(state: Marginals) -> tf.Tensor:
+  """Estimates the classes' shares from the averages of all rounds so far.
+
+  One round's average predicts what its clients' classes are, which differ from round to
+  round; what stays is what the rows are. With M the running mean of the marginals, h the
+  logarithm of M less the mean of that over the classes, v the variance over rounds of
+  the logarithms and q the share of v that is left in a running mean,
+
+    q     = .1 / 1.9 (1 + .9^t) / (1 - .9^t)
+    v q   = (E[l^2] - E[l]^2) q / (1 - q)        (l: logs; E: the running mean)
+    kappa = max(0, 1 - 4 mean(v q) / mean(h^2))
+    prior = softmax(kappa h).
+
+  So the prior is uniform as long as the deviation of M from uniform is below two of its
+  standard errors (as in the first round), and M where it is far above them.
+
+  Args:
+    state: The sums.
+
+  Returns:
+    float32 of the shape of `marginal`.
+  """
+  weight = state.weight
+  q = (1.0 - _KEPT) / (1.0 + _KEPT) * tf.math.divide_no_nan(2.0 - weight, weight)
+  mean_logs = tf.math.divide_no_nan(state.logs, weight)
+  spread = tf.math.divide_no_nan(state.squares, weight) - tf.square(mean_logs)
+  # After one round q is 1, but for rounding: nothing is known of the spread.
+  is_known = (weight > 0.0) & (q < 0.999)
+  factor = tf.where(is_known, q / tf.where(is_known, 1.0 - q, 1.0), 0.0)
+  noise = tf.reduce_mean(tf.maximum(spread, 0.0) * factor, axis=-1, keepdims=True)
+  h = _centred_log(tf.where(weight > 0.0, state.shares, 1.0))
+  signal = tf.reduce_mean(tf.square(h), axis=-1, keepdims=True)
+  kappa = tf.maximum(1.0 - _NOISE_FACTOR * tf.math.divide_no_nan(noise, signal), 0.0)
+  return tf.nn.softmax(tf.where(is_known, kappa, 0.0) * h)
+
+
+def _centred_log(shares: tf.Tensor) -> tf.Tensor:
+  """Returns log shares less the mean of that over the classes."""
+  logs = tf.math.log(shares)
+  return logs - tf.reduce_mean(logs, axis=-1, keepdims=True)
+
+
 def _grouped(
     logits: tf.Tensor, mask: tf.Tensor, is_binary: bool
 ) -> tuple[tf.Tensor, tf.Tensor]:
@@ -203,9 +303,10 @@ class Aligned(consensus.WrappedRule):
       is of aligned predictions, and is not aligned again.
     prior: 'uniform', or `None`, which is the same; probabilities, all above 0, that sum
       to 1: `[classes]`, `[2]` of a single logit (no and yes), `[labels, 2]` or `[2]` of
-      labels that are present or not; 'average', the marginal of the averaged student on
-      the rows that have a consensus; or 'em', EM under label shift (`em_prior`) over
-      the inner rule's consensus of aligned predictions.
+      labels that are present or not; 'average', from what the averaged student
+      predicts on the rows that have a consensus, over all rounds so far (`prior_from`);
+      or 'em', EM under label shift (`em_prior`) over the inner rule's consensus of
+      aligned predictions.
     sharpness: s, by which the consensus's logits are multiplied before they are
       aligned; above 1 for surer targets.
     num_steps: The steps of the alignment, of each client and of the consensus. With 0
@@ -241,7 +342,11 @@ class Aligned(consensus.WrappedRule):
 
   @property
   def needs_average(self):
-    return self.prior == 'average' or self.rule.needs_average
+    return self.keeps_state or self.rule.needs_average
+
+  @property
+  def keeps_state(self):
+    return self.prior == 'average'
 
   def payload_spec(self, logits_shape, num_rows):
     if isinstance(self.prior, tuple):
@@ -256,18 +361,29 @@ class Aligned(consensus.WrappedRule):
     return self.rule.encode(logits, *certainty)
 
   def decode(self, mean_payload, *average_logits):
+    """Decodes as in the first round: a prior of averages is uniform then."""
+    state = ()
+    if self.keeps_state:
+      state = self.initial_state(average_logits[0].shape[1:])
+    return self.decode_next(state, mean_payload, *average_logits)[1]
+
+  def initial_state(self, logits_shape):
+    return initial_marginals(logits_shape) if self.keeps_state else ()
+
+  def decode_next(self, state, mean_payload, *average_logits):
     inner = average_logits if self.rule.needs_average else ()
     found = self.rule.decode(mean_payload, *inner)
     logits, mask = self.sharpness * found.logits, found.mask
     if self.num_steps:
       prior = self.prior
       if prior == 'average':
-        prior = marginal(average_logits[0], mask)
+        state = next_marginals(state, average_logits[0], mask)
+        prior = prior_from(state)
       elif prior == 'em':
         prior = em_prior(found.logits, mask)
       logits = align(logits, mask, prior, num_steps=self.num_steps)
     aligned = payload_lib.consensus_of(logits, mask)
-    return aligned._replace(diversity=found.diversity)
+    return state, aligned._replace(diversity=found.diversity)
 
 
 def checked_prior(prior: Any, estimated: tuple[str, ...] = ()) -> Any:

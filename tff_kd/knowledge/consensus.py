@@ -27,6 +27,8 @@ class ConsensusRule(abc.ABC):
       use it.
     needs_average: Whether its `decode` also takes the averaged student's logits on the
       same rows, float32 `[m, ..., classes]`; needs an algorithm that averages weights.
+    keeps_state: Whether it remembers something from round to round, by `initial_state`
+      and `decode_next`. Such a rule cannot be wrapped by another one.
   """
 
   has_diversity: bool = False
@@ -36,6 +38,7 @@ class ConsensusRule(abc.ABC):
   has_unit_weights: bool = False
   needs_classes: bool = True
   needs_average: bool = False
+  keeps_state: bool = False
 
   def payload_spec(
       self, logits_shape: tf.TensorShape, num_rows: int
@@ -89,13 +92,43 @@ class ConsensusRule(abc.ABC):
       logits 0 and mask 0.
     """
 
+  def initial_state(self, logits_shape: tf.TensorShape) -> Any:
+    """Returns what the server remembers before the first round: by default, nothing.
+
+    Args:
+      logits_shape: The shape of one example's logits, `[..., classes]`.
+
+    Returns:
+      A structure of tensors.
+    """
+    del logits_shape
+    return ()
+
+  def decode_next(
+      self,
+      state: Any,
+      mean_payload: payload_lib.KnowledgePayload,
+      *average_logits: tf.Tensor,
+  ) -> tuple[Any, payload_lib.Consensus]:
+    """Decodes as `decode`, with what the last round left.
+
+    Args:
+      state: As `initial_state` or the last round returned it.
+      mean_payload: As of `decode`.
+      *average_logits: As of `decode`.
+
+    Returns:
+      The next state, of the types of `state`, and the `Consensus`.
+    """
+    return state, self.decode(mean_payload, *average_logits)
+
 
 @dataclasses.dataclass(frozen=True)
 class WrappedRule(ConsensusRule):
   """A rule that changes what another rule is given, or what it returns.
 
   Whatever a subclass does not define is the inner rule's: `WrappedRule(rule)` itself is
-  the identity.
+  the identity. The inner rule must not be one that keeps a state.
 
   Example, of a rule whose clients clip their logits:
 
@@ -183,15 +216,24 @@ class WrappedRule(ConsensusRule):
 
 
 def check_rule(rule: ConsensusRule, student: models.ModelSpec) -> None:
-  """Raises an error if a rule over classes is for a student that predicts numbers.
+  """Raises an error if the server cannot use a rule.
 
   Args:
     rule: The consensus rule.
     student: The clients' model.
 
   Raises:
-    ValueError: If they do not fit.
+    ValueError: If the rule is over classes and the student predicts numbers, or if it
+      wraps a rule that keeps a state.
   """
+  inner = rule
+  while isinstance(inner, WrappedRule):
+    inner = inner.rule
+    if inner.keeps_state:
+      raise ValueError(
+          f'{inner!r} keeps a state from round to round, so it must be the outermost '
+          f'consensus rule, found {rule!r}. Let it wrap the others.'
+      )
   if rule.needs_classes:
     models.check_has_classes(student, f'The consensus {type(rule).__name__}')
 

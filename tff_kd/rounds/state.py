@@ -43,7 +43,7 @@ class RoundState(NamedTuple):
     client_work: State of the client work (the client optimizer's hyperparameters).
     aggregator: The states of the channels' aggregators.
     finalizer: State of the optimizer that applies the mean update.
-    server_distillation: The states of the distillation's optimizers.
+    server_distillation: The distillation's `DistillationState`.
     companion: The companion's server state.
     broadcasts: The broadcasts of the last rounds, where clients may be late.
   """

@@ -200,6 +200,18 @@ def check_stages(stages: Sequence[Any], **available: bool) -> None:
     stage.check(**{'has_diversity': False, **available})
 
 
+class DistillationState(NamedTuple):
+  """What the server's distillation remembers from round to round.
+
+  Attributes:
+    lessons: The optimizers' states, in the order of the stages.
+    rule: The consensus rule's (`ConsensusRule.initial_state`); () of most.
+  """
+
+  lessons: tuple[Any, ...]
+  rule: Any
+
+
 def build_server_distillation(
     students: cohorts.Students,
     teacher: Optional[models.ModelSpec],
@@ -215,7 +227,7 @@ def build_server_distillation(
   `next` has the type (<S@SERVER, ServerModels@SERVER, knowledge@SERVER,
   int32@SERVER> -> <S@SERVER, ServerModels@SERVER, measurements@SERVER>), where
   `knowledge` is the aggregated `KnowledgePayload`, or () if no stage uses the
-  ensemble. The state holds each stage's optimizer state.
+  ensemble. The state is a `DistillationState`.
 
   Args:
     students: The student, or those of the cohorts: each of them learns in turn where
@@ -256,16 +268,15 @@ def build_server_distillation(
             transfer_set.num_predictions,
         )
     )
-  lessons = _Lessons(students, teacher, transfer_set, stages, seed)
+  lessons = _Lessons(
+      students, teacher, transfer_set, stages, seed,
+      consensus_rule if uses_ensemble else None,
+  )
   init_tf = graphs.computation()(lessons.initial_state)
   state_type = init_tf.type_signature.result
-
-  @graphs.computation(state_type, models_type, knowledge_type, np.int32)
-  def next_tf(state, weights, mean_knowledge, round_num):
-    consensus = None
-    if uses_ensemble:
-      consensus = lessons.consensus(consensus_rule, weights, mean_knowledge, round_num)
-    return lessons(state, weights, consensus, round_num)
+  next_tf = graphs.computation(state_type, models_type, knowledge_type, np.int32)(
+      lessons.__call__
+  )
 
   @tff.federated_computation
   def init_fn():
@@ -295,9 +306,11 @@ class _Lessons:
       transfer_set: transfer.TransferSet,
       stages: Sequence[DistillationStage],
       seed: int,
+      rule: Optional[knowledge.ConsensusRule],
   ):
     """Initializes them; the arguments are those of `build_server_distillation`."""
     self._students, self._teacher, self._seed = students, teacher, seed
+    self._rule = rule
     self._transfer_set = transfer_set
     # Each stage once for its learner; the student's once a cohort.
     self._order = [
@@ -313,29 +326,39 @@ class _Lessons:
         for stage, cohort in self._order
     ]
 
-  def initial_state(self) -> tuple[Any, ...]:
-    """Returns the optimizers' states before the first round."""
-    return tuple(lesson.initial_state() for lesson in self._lessons)
+  def initial_state(self) -> DistillationState:
+    """Returns the state before the first round."""
+    rule = ()
+    if self._rule is not None:
+      shape = knowledge.logits_shape(self._students.first, self._transfer_set)
+      rule = self._rule.initial_state(shape)
+    lessons = tuple(lesson.initial_state() for lesson in self._lessons)
+    return DistillationState(lessons, rule)
 
-  def consensus(
+  def _consensus(
       self,
-      rule: knowledge.ConsensusRule,
+      state: Any,
       weights: ServerModels,
-      mean_knowledge: knowledge.KnowledgePayload,
+      mean_knowledge: Any,
       round_num: tf.Tensor,
-  ) -> knowledge.Consensus:
-    """Returns the ensemble's consensus on the round's rows."""
-    if not rule.needs_average:
-      return rule.decode(mean_knowledge)
+  ) -> tuple[Any, Optional[knowledge.Consensus]]:
+    """Returns the rule's next state and its consensus on the round's rows, if any."""
+    if self._rule is None:
+      return state, None
+    if not self._rule.needs_average:
+      return self._rule.decode_next(state, mean_knowledge)
     students = self._students.unpack(weights.student)
     average = self._models(students, weights.teacher, None)['student']
     ids = self._transfer_set.prediction_ids(round_num)
-    return rule.decode(
-        mean_knowledge, knowledge.predict_logits(average, self._transfer_set, ids)
+    return self._rule.decode_next(
+        state,
+        mean_knowledge,
+        knowledge.predict_logits(average, self._transfer_set, ids),
     )
 
-  def __call__(self, state, weights, consensus, round_num):
+  def __call__(self, state, weights, mean_knowledge, round_num):
     """Returns the next state, the `ServerModels` and the measurements."""
+    rule, consensus = self._consensus(state.rule, weights, mean_knowledge, round_num)
     students = self._students.unpack(weights.student)
     have_learned = [tf.constant(False)] * len(students)
     starts = self._moved(weights) if weights.released else {}
@@ -349,7 +372,7 @@ class _Lessons:
         students[cohort] = start if stage.starts_from_released else students[cohort]
       learned = self._lessons[index](
           teacher if is_teacher else students[cohort],
-          state[index],
+          state.lessons[index],
           self._models(students, teacher, None if is_teacher else cohort),
           consensus,
           round_num,
@@ -374,7 +397,7 @@ class _Lessons:
           for has_learned, new, old in zip(have_learned, students, released)
       ]
     result = ServerModels(student=self._students.pack(students), teacher=teacher)
-    return tuple(new_state), result, measurements
+    return DistillationState(tuple(new_state), rule), result, measurements
 
   def _moved(self, weights: ServerModels) -> dict[int, Any]:
     """Returns each cohort's released student, moved by what its average moved.
