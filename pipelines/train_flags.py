@@ -491,7 +491,7 @@ PRIOR = flags.DEFINE_string(
     'to these shares of the classes on the transfer examples: uniform; probabilities '
     'separated by commas; average, what the averaged students of all rounds predict on '
     'average, as far as that is more than noise; em, by EM under label shift. With '
-    '--calibrate: uniform or probabilities. Unset: uniform, where predictions are aligned.',
+    '--calibrate: uniform or probabilities. Unset: uniform, if predictions are aligned.',
 )
 SHARPNESS = flags.DEFINE_float(
     'consensus_sharpness', None,

@@ -38,8 +38,8 @@ from tff_kd import losses
 # Steps of the EM algorithm; each is cheap, and they converge slowly.
 _EM_STEPS = 50
 _ESTIMATED = ('average', 'em')
-# Of the prior from averages: what a round keeps of the mean so far, and how many times the
-# variance of the noise the square of a deviation has to be to count (two standard errors).
+# Of the prior from averages: what a round keeps of the mean so far; how many times the
+# variance of the noise the square of a deviation must be to count (two standard errors).
 _KEPT, _NOISE_FACTOR = 0.9, 4.0
 
 
