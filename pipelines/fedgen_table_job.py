@@ -83,12 +83,16 @@ def _build(
         **steps,
     )
   if 'teacher_fn' in algorithm.parameters:
+    # As the scripts' defaults on images (docs/results/unlabelled.md).
     kwargs['teacher_fn'] = _teacher
+    kwargs['consensus_rule'] = tff_kd.knowledge.Aligned(tff_kd.knowledge.MeanLogits())
+    kwargs['clients_start_from'] = 'average'
+    steps['augment'] = task.augment
     # The teacher goes on learning; the student is only refreshed.
     kwargs['distillation'] = tff_kd.Distillation(target='ensemble', **steps)
     kwargs['back_distillation'] = tff_kd.Distillation(
-        target='teacher', schedule=tff_kd.cosine_schedule, reset_optimizer=True,
-        **steps,
+        target='teacher', start='released', schedule=tff_kd.cosine_schedule,
+        reset_optimizer=True, **steps,
     )
   if 'split_layer' in algorithm.parameters:
     kwargs['split_layer'] = _SPLIT_LAYER

@@ -624,8 +624,9 @@ REGULARIZER_WEIGHT = flags.DEFINE_float(
 )
 SPLIT_LAYER = flags.DEFINE_string(
     'split_layer', None,
-    'fed_gen: the name of the layer whose outputs are generated; if unset, the one '
-    'before the last layer with weights.',
+    'fed_gen, fed_proto, moon, fed_per, lg_fed_avg: the name of the layer whose outputs '
+    'are the features, after which the head begins; if unset, the one before the last '
+    'layer with weights.',
 )
 GENERATOR_STEPS = flags.DEFINE_integer(
     'generator_steps', None,

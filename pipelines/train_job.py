@@ -425,6 +425,7 @@ class _Evaluation:
   def __init__(self, process, task, clients_dir: pathlib.Path):
     self._task = task
     self._students = process.students
+    self._has_student = process.get_model_weights is not None
     self._clients = _clients(process)
     self.metric_names = self.names(process)
     self.client_states = None
@@ -456,7 +457,8 @@ class _Evaluation:
             for column, kind in names.items()
         )
 
-    add('student', 'student', state.global_model_weights)
+    if self._has_student:
+      add('student', 'student', state.global_model_weights)
     if 'teacher' in self.evaluators:
       found['teacher'] = (self.evaluators['teacher'], state.teacher_weights)
     add('student_before', 'student', getattr(state, 'aggregated_model_weights', ()))

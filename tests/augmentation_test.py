@@ -138,6 +138,16 @@ def test_settings_are_checked(kwargs, message):
     tff_kd.Distillation(**kwargs)
 
 
+def test_a_teacher_does_not_start_from_the_released_student():
+  stage = distill.DistillationStage(
+      'teacher', helpers.sgd(0.1), tff_kd.Distillation(start='released')
+  )
+  with pytest.raises(ValueError, match="Leave `start` out of the teacher's"):
+    stage.check(
+        has_teacher=True, labelled=False, has_validation=False, has_diversity=False
+    )
+
+
 def test_images_are_shifted_by_whole_pixels():
   images = np.random.default_rng(0).uniform(1, 2, size=(40, 5, 6, 2)).astype('f')
   shift = tff_kd.data.RandomShift(2)

@@ -56,7 +56,9 @@ _IN_NUMPY = {
     'fed_ntd': 'local_terms_test.py::test_fed_ntd_in_numpy',
     'fed_prox': 'local_terms_test.py::test_fed_prox_in_numpy',
     'fed_proto': 'fed_proto_test.py::test_rounds_equal_numpy',
+    'fed_per': 'personal_test.py::test_rounds_equal_numpy',
     'fml': 'mutual_test.py::test_rounds_equal_numpy',
+    'lg_fed_avg': 'personal_test.py::test_rounds_equal_numpy',
     'moon': 'moon_test.py::test_rounds_equal_numpy',
     'scaffold': 'client_drift_test.py::test_rounds_equal_numpy',
 }
@@ -100,7 +102,7 @@ def _split_fn(**kwargs):
 
 # Where an algorithm works with a hidden layer's features.
 _SPLIT = (_split_fn(), _split_fn(use_bias=False))
-_HAS_FEATURES = ('fed_gen', 'fed_proto', 'moon')
+_HAS_FEATURES = ('fed_gen', 'fed_per', 'fed_proto', 'lg_fed_avg', 'moon')
 
 
 @helpers.shared
@@ -358,6 +360,18 @@ def _kept(weights, sent='<>', sent_round='<>'):
   return f'<weights={weights},sent={sent},sent_round={sent_round}>'
 
 
+_OWN_SPLIT = (
+    '<<trainable=<float32[?,?],float32[?],float32[?,?],float32[?]>,non_trainable=<>>,'
+    '<trainable=<float32[?,?],float32[?,?]>,non_trainable=<>>>'
+)
+_BODIES = (
+    '<<trainable=<float32[5,4],float32[4]>,non_trainable=<>>,'
+    '<trainable=<float32[5,4]>,non_trainable=<>>>'
+)
+_HEADS = (
+    '<<trainable=<float32[4,3],float32[3]>,non_trainable=<>>,'
+    '<trainable=<float32[4,3]>,non_trainable=<>>>'
+)
 _AVERAGING = (dict(student=_MODELS), _up(_MODELS), None)
 _AVERAGING_AND_PREDICTIONS = (dict(student=_MODELS), _up(_MODELS, _PREDICTIONS), None)
 _BY_CLASS = '<values=float32[3,3],weights=float32[3]>'
@@ -392,16 +406,14 @@ _TYPES = {
     'fed_kd': (*_AVERAGING[:2], _kept(_MODEL)),
     'fed_md': (_CONSENSUS, _up(knowledge=_PREDICTIONS), _kept(_OWN)),
     'fed_ntd': _AVERAGING,
+    'fed_per': (dict(student=_BODIES), _up(_BODIES), _kept(_OWN_SPLIT)),
     'fed_prox': _AVERAGING,
     'fed_proto': (
         dict(shared=_PROTOTYPES, shared_round='int32'), _up(knowledge=_PROTOTYPES),
-        _kept(
-            '<<trainable=<float32[?,?],float32[?],float32[?,?],float32[?]>,'
-            'non_trainable=<>>,'
-            '<trainable=<float32[?,?],float32[?,?]>,non_trainable=<>>>'
-        ),
+        _kept(_OWN_SPLIT),
     ),
     'fml': (*_AVERAGING[:2], _kept(_MODEL)),
+    'lg_fed_avg': (dict(student=_HEADS), _up(_HEADS), _kept(_OWN_SPLIT)),
     'moon': (dict(student=_SPLIT_MODEL), _up(_SPLIT_MODEL), _kept(_SPLIT_MODEL)),
     'scaffold': (
         dict(student=_MODEL, companion='<values=<float32[5,3],float32[3]>>'),

@@ -37,12 +37,16 @@ from tff_kd.algorithms import fed_ntd
 from tff_kd.algorithms.fed_ntd import build_fed_ntd
 from tff_kd.algorithms import fed_proto
 from tff_kd.algorithms.fed_proto import build_fed_proto
+from tff_kd.algorithms import fed_per
+from tff_kd.algorithms.fed_per import build_fed_per
 from tff_kd.algorithms import fed_prox
 from tff_kd.algorithms.fed_prox import build_fed_prox
 from tff_kd.algorithms import fml
 from tff_kd.algorithms.fml import build_fml
 from tff_kd.algorithms import info
 from tff_kd.algorithms.info import Info
+from tff_kd.algorithms import lg_fed_avg
+from tff_kd.algorithms.lg_fed_avg import build_lg_fed_avg
 from tff_kd.algorithms import moon
 from tff_kd.algorithms.moon import build_moon
 from tff_kd.algorithms import scaffold
@@ -52,7 +56,8 @@ REGISTRY: dict[str, Info] = {
     module.INFO.name: module.INFO
     for module in (
         fed_avg, fed_prox, scaffold, fed_dyn, fed_ntd, fed_gkd, fed_df, fed_et, fed_gen,
-        moon, fml, fed_kd, fed_aux, fd, fed_proto, fed_md, ds_fl, cfd, fed_distillation,
+        moon, fml, fed_kd, fed_per, lg_fed_avg, fed_aux, fd, fed_proto, fed_md, ds_fl,
+        cfd, fed_distillation,
     )
 }
 

@@ -26,6 +26,7 @@ from tff_kd.data import raw_files
 from tff_kd import graphs
 from tff_kd import models
 from tff_kd.models import cohorts
+from tff_kd.models import personal as personal_lib
 from tff_kd import optimizers
 from tff_kd.server import distill
 
@@ -109,7 +110,8 @@ class ClientPlan:
     receives_student: Whether a client begins with the server's student, and sends back
       its change.
     keeps_model: Whether it begins with its own model of its last round. Of neither:
-      with the initial weights.
+      with the initial weights. Of both: with its own in the `personal` layers.
+    personal: By cohort, the layers that are not received and not sent; none if empty.
     weightings: A client's weight in each channel, a `ClientUpdate` of
       `ClientWeighting`s.
     applies_weight: By channel, whether the client multiplies its update by its weight
@@ -133,6 +135,7 @@ class ClientPlan:
   optimizer: optimizers.Optimizer
   receives_student: bool
   keeps_model: bool
+  personal: Sequence[personal_lib.PersonalLayers] = ()
   weightings: ClientUpdate
   applies_weight: ClientUpdate
   client_data: Optional[client_data_lib.ClientBatches] = None
@@ -167,7 +170,26 @@ class ClientPlan:
   def keeps_state(self) -> bool:
     """Whether clients have a state from round to round."""
     of_companion = self.companion is not None and self.companion.has_client_state
-    return not self.receives_student or of_companion
+    return not self.receives_student or self.keeps_model or of_companion
+
+  def shared(self, packed: Any) -> Any:
+    """Returns the part of students' values that travels.
+
+    Args:
+      packed: Values of whole students, as `Students.pack` returns them.
+    """
+    if not self.personal:
+      return packed
+    return self.students.pack([
+        personal.shared(values)
+        for personal, values in zip(self.personal, self.students.unpack(packed))
+    ])
+
+  @property
+  def _students_type(self) -> tff.Type:
+    """The type of what travels of the students."""
+    specs = self.students.pack([spec.weights_spec for spec in self.students.specs])
+    return tff.types.tensorflow_to_type(self.shared(specs))
 
   @functools.cached_property
   def broadcast_type(self) -> tff.Type:
@@ -182,7 +204,7 @@ class ClientPlan:
     shares = self.exchange is not None and self.exchange.sends_down
     return tff.to_type(
         Broadcast(
-            student=self.students.weights_type if self.receives_student else (),
+            student=self._students_type if self.receives_student else (),
             teacher=self.teacher.weights_type if 'teacher' in self.targets else (),
             student_history=(
                 self.students.weights_type if 'student_history' in self.targets else ()
@@ -237,7 +259,7 @@ class ClientPlan:
 
   def initial_client_state(self) -> Any:
     """Returns what a new client has, in a trace; with cohorts of kept models, a tuple."""
-    if self.receives_student:
+    if self.receives_student and not self.keeps_model:
       return self.companion.initial_client_state() if self.companion else ()
     keeps_sent = self.exchange is not None and self.exchange.keeps_sent
     return self.students.pack([
@@ -259,7 +281,8 @@ class ClientPlan:
       initialize_client: The computation of `initial_client_state`.
     """
     initial = initialize_client.type_signature.result
-    if self.receives_student or not self.students.has_cohorts:
+    of_companion = self.receives_student and not self.keeps_model
+    if of_companion or not self.students.has_cohorts:
       return initial
     # One type for all cohorts: arrays of any size.
     weights = self.students.initial_weights if self.keeps_model else ()
@@ -416,14 +439,14 @@ class _ClientUpdate:
     )
     if plan.companion is None and not plan.keeps_state:
       return output
-    if plan.receives_student:
+    if plan.receives_student and not plan.keeps_model:
       follows = plan.companion is not None and plan.companion.state_follows_report
       new_state = _where(
           included if follows else decision.valid, companion_state, client_state
       )
     else:
       new_state = companions.ClientState(
-          self._kept_weights(change, before, decision.valid),
+          self._kept_weights(trained.values.weights, before, decision.valid),
           *self._last_sent(payload, sent, client_state, included),
       )
     zeros = tf.nest.map_structure(tf.zeros_like, exchanged)
@@ -431,15 +454,20 @@ class _ClientUpdate:
 
   def _before(self, broadcast: Broadcast, client_state: Any) -> Any:
     """Returns the `ModelWeights` with which the client's round begins."""
+    received, own = None, None
     if self.plan.receives_student:
-      return self.plan.students.unpack(broadcast.student)[self.cohort]
-    if not self.plan.keeps_model:
+      received = self.plan.students.unpack(broadcast.student)[self.cohort]
+    if self.plan.keeps_model:
+      own = tf.nest.map_structure(
+          lambda kept, w: tf.ensure_shape(kept, np.shape(w)),
+          self.plan.students.unpack(client_state.weights)[self.cohort],
+          self.student.initial_weights,
+      )
+    if received is not None and own is not None:
+      return self.plan.personal[self.cohort].merged(received, own)
+    if received is None and own is None:
       return tf.nest.map_structure(tf.constant, self.student.initial_weights)
-    return tf.nest.map_structure(
-        lambda kept, w: tf.ensure_shape(kept, np.shape(w)),
-        self.plan.students.unpack(client_state.weights)[self.cohort],
-        self.student.initial_weights,
-    )
+    return own if received is None else received
 
   def _start(
       self, hparams, broadcast, data, client_state, learned, step_share
@@ -527,12 +555,18 @@ class _ClientUpdate:
     update, weight = ClientUpdate((), ()), ClientUpdate((), ())
     if plan.receives_student:
       model_weight = weight_of(plan.weightings.model)
+      if plan.personal:
+        change = plan.personal[self.cohort].shared(change)
       model = tf.cond(
           included,
           lambda: _times(change, model_weight) if plan.applies_weight.model else change,
           lambda: tf.nest.map_structure(tf.zeros_like, change),
       )
-      specs = [spec.update_spec for spec in plan.students.specs]
+      specs = plan.students.unpack(
+          plan.shared(
+              plan.students.pack([spec.update_spec for spec in plan.students.specs])
+          )
+      )
       update = update._replace(model=self._in_cohort(model, specs))
       scalars = [tf.TensorSpec([])] * len(plan.students.specs)
       weight = weight._replace(model=self._in_cohort(model_weight, scalars))

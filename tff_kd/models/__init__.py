@@ -34,6 +34,6 @@ __getattr__, _ = _lazy.attach(
     __name__,
     {
         name: name
-        for name in ('cohorts', 'embeddings', 'split', 'stateless', 'zoo')
+        for name in ('cohorts', 'embeddings', 'personal', 'split', 'stateless', 'zoo')
     },
 )

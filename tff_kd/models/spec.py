@@ -244,6 +244,12 @@ class ModelSpec:
     return list(self._model.trainable_variables)
 
   @property
+  def statistics_variables(self) -> list[keras.Variable]:
+    """The Keras variables of the statistics."""
+    variables = _non_trainable_variables(self._model)
+    return [variables[place] for place in self._layout.statistics]
+
+  @property
   def layers(self) -> list[keras.layers.Layer]:
     """The layers of the model, to be called within `BoundModel.scope`."""
     return list(self._model.layers)

@@ -45,6 +45,8 @@ def check(parts: parts_lib.Parts, options: options_lib.Options) -> None:
   _check_start(parts, options)
   if not parts.averages:
     _check_without_averaging(parts, options)
+  if parts.personal:
+    _check_personal(parts)
 
 
 def _check_optimizers(parts: parts_lib.Parts, options: options_lib.Options) -> None:
@@ -140,6 +142,22 @@ def _check_without_averaging(
     raise ValueError(
         f'{type(parts.companion).__name__} keeps a state at clients, and so do the '
         'clients of this algorithm: it needs an algorithm that averages weights.'
+    )
+
+
+def _check_personal(parts: parts_lib.Parts) -> None:
+  """Checks that nothing needs a whole student of the server's."""
+  for term in parts.local_terms:
+    if term.target in ('student', 'student_history'):
+      raise ValueError(
+          f'{term!r} learns from the student that the server sends, which here lacks the '
+          'layers that clients keep. Leave the term out.'
+      )
+  if parts.companion is not None or parts.stages:
+    found = parts.companion or parts.stages
+    raise ValueError(
+        'Companions and distillation on the server need a whole student, and here '
+        f'clients keep some of its layers: leave out {found!r}.'
     )
 
 

@@ -167,8 +167,8 @@ class _Described:
     """
     if self._accessors.get_model_weights is None:
       raise ValueError(
-          'The server of this process has no student: each client keeps its own model, '
-          "in its `ClientState`'s `weights`."
+          'The server of this process has no whole student: each client keeps its own '
+          "model, in its `ClientState`'s `weights`."
       )
     weights = self.students.unpack(state.global_model_weights)
     keras_models = [

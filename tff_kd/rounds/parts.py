@@ -11,6 +11,7 @@ from tff_kd.client import local_terms as local_terms_lib
 from tff_kd.data import transfer
 from tff_kd import models
 from tff_kd.models import cohorts
+from tff_kd.models import personal as personal_lib
 from tff_kd import optimizers
 from tff_kd.server import distill
 
@@ -39,6 +40,8 @@ class Parts:
     client_optimizer: The clients' TFF optimizer, or a function that returns a Keras
       one.
     client_model: With which weights clients begin.
+    personal: By cohort, the layers that a client keeps for itself, where it receives
+      the others; none if empty.
     local_terms: Terms of the clients' loss beside the supervised one, in order.
     companion: An auxiliary component of the clients' training.
     exchange: The exchange beside, or in place of, weights.
@@ -53,6 +56,7 @@ class Parts:
   students: cohorts.Students
   client_optimizer: optimizers.Optimizer
   client_model: ClientModel = ClientModel.RECEIVED
+  personal: Sequence[personal_lib.PersonalLayers] = ()
   local_terms: Sequence[local_terms_lib.LocalTerm] = ()
   companion: Optional[companions.Companion] = None
   exchange: Optional[exchanges.Exchange] = None
@@ -65,6 +69,16 @@ class Parts:
   def averages(self) -> bool:
     """Whether clients receive the student's weights and send back their change."""
     return self.client_model is ClientModel.RECEIVED
+
+  @property
+  def keeps_model(self) -> bool:
+    """Whether clients keep a model, or layers of one, from round to round."""
+    return self.client_model is ClientModel.KEPT or bool(self.personal)
+
+  @property
+  def releases_student(self) -> bool:
+    """Whether the server has a student that is of use by itself."""
+    return self.server_students is not None and not self.personal
 
   @property
   def distils_on(self) -> Optional[transfer.TransferSet]:

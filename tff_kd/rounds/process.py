@@ -100,7 +100,8 @@ def _client_plan(
       students=parts.students,
       optimizer=parts.client_optimizer,
       receives_student=parts.averages,
-      keeps_model=parts.client_model is parts_lib.ClientModel.KEPT,
+      keeps_model=parts.keeps_model,
+      personal=parts.personal,
       weightings=work_lib.ClientUpdate(
           weightings.get('client_weighting'), weightings['knowledge_weighting']
       ),
@@ -129,7 +130,7 @@ def _describe(
 ) -> description_lib.Description:
   kept_models, exchanged_bytes = None, (0, 0)
   coded_bytes = communication.CodedBytes()
-  if parts.client_model is parts_lib.ClientModel.KEPT:
+  if parts.keeps_model:
     kept_models = parts.students
   if parts.companion is not None:
     exchanged_bytes = parts.companion.exchange_bytes()

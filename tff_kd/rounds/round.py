@@ -184,6 +184,7 @@ class Round:
   def _build_server_parts(self, member: tff.Type) -> None:
     """Builds the small computations between the stages."""
     parts, self.increment = self.parts, state_lib.build_increment()
+    self.shared_of, self.whole_of = state_lib.build_personal_parts(self.plan)
     self.share = self.keep_or_skip = None
     if self.min_reports:
       self.keep_or_skip = state_lib.build_skipping(member, self.min_reports)
@@ -292,11 +293,14 @@ class Round:
     companion = _nothing()
     if self.parts.companion is not None:
       companion = tff.federated_map(self.broadcast_companion, state.companion)
+    student = _nothing()
+    if self.parts.averages:
+      student = getattr(state, self.sent_field)
+      if self.shared_of is not None:
+        student = tff.federated_map(self.shared_of, student)
     sent = tff.federated_zip(
         work_lib.Broadcast(
-            student=(
-                getattr(state, self.sent_field) if self.parts.averages else _nothing()
-            ),
+            student=student,
             teacher=(
                 state.teacher_weights if 'teacher' in self.plan.targets else _nothing()
             ),
@@ -329,7 +333,10 @@ class Round:
     mean, sent = up.result, getattr(state, self.sent_field)
     student, finalizer, measured = sent, _nothing(), _nothing()
     if self.finalizer is not None:
-      finalized = self.finalizer.next(state.finalizer, student, mean.model)
+      change = mean.model
+      if self.whole_of is not None:
+        change = tff.federated_map(self.whole_of, change)
+      finalized = self.finalizer.next(state.finalizer, student, change)
       student, finalizer = finalized.result, finalized.state
       measured = finalized.measurements
     if self.correct is not None:
@@ -421,7 +428,7 @@ class Round:
         )
       return state_lib.replaced(state, **changed)
 
-    exist = (self.parts.server_students is not None, self.parts.teacher is not None)
+    exist = (self.parts.releases_student, self.parts.teacher is not None)
     # Clients go on from a student that is set, whichever they are sent.
     fields = (('global_model_weights', self.sent_field), ('teacher_weights',))
     pairs = [

@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from tff_kd.client import work as work_lib
 from tff_kd import graphs
 from tff_kd.models import cohorts
 
@@ -122,6 +123,35 @@ def build_history(students: cohorts.Students, size: int):
     return StudentHistory(sent, num_sent), mean_of_history
 
   return initial_history, remember
+
+
+def build_personal_parts(plan: work_lib.ClientPlan):
+  """Builds the computations between whole students and the part that travels.
+
+  Args:
+    plan: The clients' part of a round.
+
+  Returns:
+    (weights -> the shared part) and (the shared part of a change -> a change, zero in
+    the personal layers); `None` for both where nothing is personal.
+  """
+  if not plan.personal:
+    return None, None
+  students = plan.students
+  shared_of = graphs.computation(students.weights_type)(plan.shared)
+  specs = [spec.update_spec for spec in students.specs]
+  shared_type = tff.types.tensorflow_to_type(plan.shared(students.pack(specs)))
+
+  @graphs.computation(shared_type)
+  def whole_of(change):
+    return students.pack([
+        personal.padded(shared, spec)
+        for personal, shared, spec in zip(
+            plan.personal, students.unpack(change), specs
+        )
+    ])
+
+  return shared_of, whole_of
 
 
 # What a skipped round changes all the same.

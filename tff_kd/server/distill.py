@@ -116,7 +116,8 @@ class DistillationStage(NamedTuple):
 
     Raises:
       ValueError: If the stage needs a teacher, labels or a validation part that is not
-        there, or if a model would learn from itself.
+        there, if a model would learn from itself, or if a teacher is to start from the
+        released student.
       TypeError: If the stage's optimizer is not one.
     """
     d = self.distillation
@@ -132,6 +133,11 @@ class DistillationStage(NamedTuple):
       )
     if 'teacher' in (self.learner, d.target) and not has_teacher:
       raise ValueError('This distillation needs a teacher; pass `teacher_fn`.')
+    if self.learner == 'teacher' and self.starts_from_released:
+      raise ValueError(
+          "`start='released'` is of the student's distillation: a teacher goes on from "
+          'where it is. Leave `start` out of the teacher\'s.'
+      )
     if not labelled and d.distillation_weight not in (None, 1.0):
       raise ValueError(
           f'`distillation_weight` is {d.distillation_weight}, which leaves the '

@@ -1,0 +1,173 @@
+"""FedPer and LG-FedAvg: rounds against a reference, and what does not travel."""
+
+import keras
+import numpy as np
+import pytest
+import tensorflow as tf
+from tff_kd.compat import tff
+
+from tests import helpers
+import tff_kd
+from tff_kd import algorithms
+from tff_kd import models
+from tff_kd.models import personal
+
+_RATE, _FEATURES = 0.2, 4
+_CLIENTS = {k: helpers.examples(n, k) for k, n in enumerate([8, 4, 12])}
+# The places of the weights that travel.
+_SHARED = {'fed_per': (0, 1), 'lg_fed_avg': (2, 3)}
+
+
+def _student_fn():
+  return keras.Sequential([
+      keras.layers.InputLayer((helpers.DIM,)),
+      keras.layers.Dense(_FEATURES, activation='tanh', name='features'),
+      keras.layers.Dense(helpers.CLASSES),
+  ])
+
+
+@helpers.shared
+def _build(name, **kwargs):
+  keras.utils.set_random_seed(4)
+  defaults = dict(student_fn=_student_fn, client_optimizer=helpers.sgd(_RATE))
+  builder = algorithms.REGISTRY[name].build
+  return builder(**helpers.common(**{**defaults, **kwargs}))
+
+
+def _trained(w, x, y):
+  for i in range(0, len(x), 4):
+    inputs, labels = np.float64(x[i : i + 4]), y[i : i + 4]
+    z = np.tanh(inputs @ w[0] + w[1])
+    p = helpers.softmax(z @ w[2] + w[3])
+    d = (p - np.eye(helpers.CLASSES)[labels]) / len(labels)
+    back = (d @ w[2].T) * (1 - z**2)
+    gradient = [inputs.T @ back, back.sum(0), z.T @ d, d.sum(0)]
+    w = [v - _RATE * g for v, g in zip(w, gradient)]
+  return w
+
+
+@pytest.mark.parametrize('name', sorted(_SHARED))
+def test_rounds_equal_numpy(name):
+  process, places = _build(name), _SHARED[name]
+  state, initial = process.initialize(), process.initialize_client()
+  start = [np.float64(w) for w in initial.weights.trainable]
+  server, own = start, {k: start for k in _CLIENTS}
+  states = {k: initial for k in _CLIENTS}
+  # Client 2 comes late, and client 0 goes on with what it kept.
+  for present in ([0, 1], [1, 2], [0, 2]):
+    output = process.next(
+        state,
+        [helpers.dataset(*_CLIENTS[k]) for k in present],
+        [states[k] for k in present],
+    )
+    state = output.state
+    for k, kept in zip(present, output.client_states):
+      begin = [
+          theirs if i in places else mine
+          for i, (theirs, mine) in enumerate(zip(server, own[k]))
+      ]
+      states[k], own[k] = kept, _trained(begin, *_CLIENTS[k])
+      helpers.assert_weights_close(
+          kept.weights.trainable, own[k], rtol=1e-3, atol=1e-5
+      )
+    sizes = [len(_CLIENTS[k][1]) for k in present]
+    mean = [np.average(w, axis=0, weights=sizes) for w in zip(*(own[k] for k in present))]
+    server = [mean[i] if i in places else w for i, w in enumerate(server)]
+    helpers.assert_weights_close(
+        state.global_model_weights.trainable, server, rtol=1e-3, atol=1e-5
+    )
+
+
+@pytest.mark.parametrize('name', sorted(_SHARED))
+def test_only_the_shared_layers_travel(name):
+  process = _build(name)
+  initial = process.initialize_client().weights.trainable
+  expected = 4 * sum(initial[i].size for i in _SHARED[name])
+  found = tff_kd.communication.round_bytes(process)
+  assert found.up == found.down == expected
+  assert process.get_model_weights is None
+  with pytest.raises(ValueError, match='no whole student: each client keeps its own'):
+    process.to_keras(process.initialize())
+  assert process.kept_models.first is process.student_spec
+
+
+def test_a_client_that_is_left_out_keeps_its_model():
+  process = _build('fed_per')
+  x, y = _CLIENTS[1]
+  initial = process.initialize_client()
+  output = process.next(
+      process.initialize(),
+      [helpers.dataset(np.full_like(x, np.nan), y), helpers.dataset(x, y)],
+      [initial] * 2,
+  )
+  helpers.assert_weights_close(output.client_states[0], initial, rtol=0, atol=0)
+  assert output.metrics['client_work']['participation']['num_included'] == 1
+
+
+def _normalized_fn():
+  return keras.Sequential([
+      keras.layers.InputLayer((helpers.DIM,)),
+      keras.layers.Dense(_FEATURES, name='features'),
+      keras.layers.BatchNormalization(name='norm'),
+      keras.layers.Dense(helpers.CLASSES),
+  ])
+
+
+def test_statistics_belong_to_their_layer():
+  spec = models.build_model_spec(
+      _normalized_fn, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn,
+      name='student',
+  )
+  layers = {layer.name: layer for layer in spec.layers}
+  kept = personal.PersonalLayers(spec, [layers['norm']])
+  names = tff.learning.models.ModelWeights(list('abcdef'), ['mean', 'variance'])
+  shared = kept.shared(names)
+  assert shared == tff.learning.models.ModelWeights(list('abef'), [])
+  other = tff.learning.models.ModelWeights(list('ABCDEF'), ['MEAN', 'VARIANCE'])
+  merged = tff.learning.models.ModelWeights(list('abCDef'), ['MEAN', 'VARIANCE'])
+  assert kept.merged(shared, other) == merged
+  numbers = tff.learning.models.ModelWeights([1.0, 2.0, 5.0, 6.0], [])
+  like = tff.learning.models.ModelWeights(
+      *[[tf.TensorSpec([])] * n for n in (6, 2)]
+  )
+  padded = kept.padded(numbers, like)
+  assert padded.trainable == [1.0, 2.0, 0.0, 0.0, 5.0, 6.0]
+  assert padded.non_trainable == [0.0, 0.0]
+
+
+def test_what_needs_a_whole_student_is_refused():
+  spec = models.build_model_spec(
+      _student_fn, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn,
+      name='student',
+  )
+  mentor = tff_kd.client.companions.mutual.MutualLearning(spec, spec)
+  refused = [
+      (dict(split_layer='features_2'), "must be one of the student's layers"),
+      (dict(local_terms=[tff_kd.LocalDistillation(weight=0.5)]), 'lacks the layers'),
+      (dict(companion=mentor), 'some of its layers: leave out .*MutualLearning'),
+  ]
+  for kwargs, message in refused:
+    with pytest.raises(ValueError, match=message):
+      _build('fed_per', **kwargs)
+  frozen = lambda: keras.Sequential([
+      keras.layers.InputLayer((helpers.DIM,)),
+      keras.layers.Dense(_FEATURES, name='features', trainable=False),
+      keras.layers.Dense(helpers.CLASSES),
+  ])
+  with pytest.raises(ValueError, match='have all or none. Choose another'):
+    _build('lg_fed_avg', student_fn=frozen)
+
+
+def test_the_scripts_evaluate_clients_own_models(tmp_path):
+  helpers.train_here(
+      *helpers.TINY_RUN, '--algorithm=fed_per', '--rounds=2',
+      '--compare_with_fed_avg=false', f'--output_dir={tmp_path}',
+  )
+  rows = helpers.rows(tmp_path / 'metrics.csv')
+  assert len(rows) == 2
+  # A pool of clients' models on all classes; no model is released.
+  assert 0.1 < float(rows[1]['test/student_accuracy']) < 0.9
+  assert 'test/client_accuracy' not in rows[1]
+  assert not (tmp_path / 'student.keras').exists()
+  said = helpers.script('pipelines.evaluate', f'--run={tmp_path}')
+  assert said.returncode == 0, said.stderr
