@@ -173,20 +173,21 @@ def _register_unused() -> None:
       'prior_smoothing', 'prior_tau', lambda: bool(args.PRIOR_TAU.value),
       'without --prior_tau',
   )
-  for name in ('back_steps', 'student_start'):
-    _no_effect(
-        name, 'back_distillation', lambda: args.BACK.value, 'with --noback_distillation'
-    )
+  _no_effect(
+      'back_steps', 'back_distillation', lambda: args.BACK.value,
+      'with --noback_distillation',
+  )
   _no_effect(
       'student_start', 'clients_start_from',
       lambda: args.CLIENTS_START_FROM.value == 'average',
       'without --clients_start_from=average',
   )
-  _no_effect(
-      'clients_start_from', 'back_distillation',
-      lambda: args.BACK.value or not args.is_taken(_algorithm(), 'back_distillation'),
-      'with --noback_distillation',
-  )
+  for name in ('clients_start_from', 'student_start'):
+    _no_effect(
+        name, 'back_distillation',
+        lambda: args.BACK.value or not args.is_taken(_algorithm(), 'back_distillation'),
+        'with --noback_distillation',
+    )
   for name in ('prior', 'clients_start_from'):
     _no_effect(
         name, 'calibrate',

@@ -794,7 +794,7 @@ _FLAGS_OF_PARAMETER = {
     ],
     'teacher_fn': ['teacher'],
     'teacher_optimizer': ['teacher_learning_rate'],
-    'back_distillation': ['back_distillation', 'back_steps', 'student_start'],
+    'back_distillation': ['back_distillation', 'back_steps'],
     'student_optimizer': ['student_learning_rate'],
     'mentor_fn': ['mentor'],
     'generator_optimizer': ['generator_learning_rate'],
@@ -839,6 +839,8 @@ def is_taken(algorithm: algorithms.Info, name: str) -> bool:
     # These change the average of the algorithms that average weights.
     changes = {'student_optimizer', 'calibrate_on'} & set(algorithm.parameters)
     return algorithm.averages and bool(changes)
+  if name == 'student_start':
+    return algorithm.averages and 'student_optimizer' in algorithm.parameters
   owners = [p for p, names in _FLAGS_OF_PARAMETER.items() if name in names]
   if not owners:
     return name not in _OF_ALGORITHMS

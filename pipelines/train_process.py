@@ -345,9 +345,12 @@ def _distillation(
 
 
 def _forward(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
+  # A teacher goes on from where it is.
+  is_student = 'teacher_fn' not in algorithm.parameters
   found = _distillation(
       algorithm, task, 'distillation', target=args.target(),
       num_steps=args.SERVER_STEPS.value,
+      start=args.STUDENT_START.value if is_student else None,
   )
   if args.SCHEDULE.value is None:
     return found

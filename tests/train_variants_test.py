@@ -69,6 +69,7 @@ def test_an_algorithm_and_a_rule_of_ones_own(tmp_path):
   assert decayed[1] < 0.2 * decayed[0]
   helpers.train_here(
       '--algorithm=fed_df', '--consensus=examples/own_rule.py', '--server_steps=2',
+      '--clients_start_from=average', '--student_start=released', '--augment',
       f'--output_dir={tmp_path / "rule"}', *flags_of_run,
   )
   assert helpers.rows(tmp_path / 'rule' / 'metrics.csv')
