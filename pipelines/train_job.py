@@ -26,7 +26,6 @@ from tff_kd.compat import tff
 import tqdm
 
 from pipelines import central
-from pipelines import plots
 from pipelines import released
 from pipelines import tables
 from pipelines import task_defaults
@@ -883,14 +882,16 @@ def _draw_partition(setup: Setup, run_dir: pathlib.Path) -> None:
   task = setup.task
   split = args.PARTITION.value if task.client_rows is None else 'its own clients'
   title = f'{task.name}: {len(task.clients)} examples, {split}'
-  path = run_dir / 'partition.png'
-  classes = task.class_numbers(task.clients)
+  classes, names = task.class_numbers(task.clients), None
   if classes is None or len(setup.clients) > 100:
-    plots.plot_client_sizes(setup.clients, title, path)
+    counts = np.array([len(rows) for rows in setup.clients])
   else:
-    plots.plot_partition(
-        classes, setup.clients, task.num_classes, title, path
-    )
+    counts = np.array([
+        np.bincount(classes[rows], minlength=task.num_classes) for rows in setup.clients
+    ])
+    names = task.class_names
+  figure = tff_kd.plots.partition(counts, class_names=names, title=title)
+  figure.savefig(run_dir / 'partition.png')
 
 
 def _print_setup(
