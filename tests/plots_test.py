@@ -3,6 +3,7 @@
 import subprocess
 import sys
 
+import matplotlib.text
 import numpy as np
 import pytest
 
@@ -123,5 +124,135 @@ def test_curves_refuse_what_they_cannot_draw():
     plots.curves([])
   with pytest.raises(ValueError, match='ends in \'auc\'.*test/student_accuracy'):
     plots.curves(_rows([0.5]), metric='auc')
-  with pytest.raises(ValueError, match='found 11'):
-    plots.curves({str(i): _rows([0.5]) for i in range(11)})
+
+
+def test_lines_of_one_colour_differ_in_style():
+  lines = plots.curves({str(i): _rows([0.5]) for i in range(11)}).axes[0].get_lines()
+  looks = {(line.get_color(), line.get_linestyle()) for line in lines}
+  assert len(looks) == len(lines) == 11
+
+
+def test_small_multiples_show_each_run_before_the_others():
+  runs = {name: _rows([0.1 * i, 0.2 * i]) for i, name in enumerate('abcde', 1)}
+  figure = plots.small_multiples(runs, levels={'in one place': 0.9})
+  assert [panel.get_title() for panel in figure.axes] == list('abcde')
+  for panel, rows in zip(figure.axes, runs.values()):
+    lines = panel.get_lines()
+    assert [line.get_label() for line in lines[:4]] == ['the others'] * 4
+    own = [[i, row['test/student_accuracy']] for i, row in enumerate(rows, 1)]
+    assert lines[4].get_xydata().tolist() == own and lines[4].get_color() == 'C0'
+  assert _legend(figure) == ['the others', 'in one place']
+  # The last of each column has numbers, below whichever row it is.
+  assert [bool(panel.get_xlabel()) for panel in figure.axes] == [
+      False, False, True, True, True,
+  ]
+
+
+def test_small_multiples_explain_colours_and_styles():
+  both = _rows([0.5], **{'test/teacher_accuracy': 0.8})
+  figure = plots.small_multiples(
+      {'ours': {'defaults': [both, both], '--x': both}, 'FedAvg': {'--x': _rows([0.3])}},
+      columns={'test/student_accuracy': 'student', 'test/teacher_accuracy': 'teacher'},
+  )
+  assert _legend(figure) == [
+      'defaults', '--x', 'student', 'teacher', 'one standard deviation over the seeds',
+  ]
+  looks = [[(line.get_color(), line.get_linestyle()) for line in panel.get_lines()]
+           for panel in figure.axes]
+  assert looks == [
+      [('C0', '-'), ('C0', '--'), ('C1', '-'), ('C1', '--')], [('C1', '-')],
+  ]
+
+
+def test_comparison_names_every_point_without_overlaps():
+  points = {f'algorithm_{i}': (0.2, 0.85 + 0.003 * i, 0.01) for i in range(12)}
+  points |= {'tiny': (0.0008, 0.3), 'f' * 60: (5.0, 0.9)}
+  figure = plots.comparison(points, metric='accuracy', levels={'labels alone': 0.5})
+  panel, = figure.axes
+  names = {text.get_text().replace('\n', '') for text in panel.texts}
+  assert names == set(points)
+  assert {text.xy for text in panel.texts} == {point[:2] for point in points.values()}
+  assert panel.get_xscale() == 'log' and _legend(figure) == ['labels alone']
+  figure.draw_without_rendering()
+  # Without the lines to the points.
+  boxes = [matplotlib.text.Text.get_window_extent(text) for text in panel.texts]
+  inside = panel.get_window_extent()
+  for i, box in enumerate(boxes):
+    assert not any(box.overlaps(other) for other in boxes[:i])
+    assert inside.x0 <= box.x0 and box.x1 <= inside.x1
+
+
+def test_comparison_has_plain_numbers_where_sizes_are_alike():
+  panel, = plots.comparison({'a': (2.0, 0.5), 'b': (3.0, 0.6, 0.1)}).axes
+  assert panel.get_xscale() == 'linear'
+  with pytest.raises(ValueError, match="found \\(1,\\) of 'a'"):
+    plots.comparison({'a': (1,)})
+
+
+def test_calibration_shows_accuracy_by_confidence():
+  confidence = np.array([0.05, 0.15, 0.95, 0.95, 1.0, 0.91])
+  is_right = np.array([False, True, True, True, True, False])
+  figure = plots.calibration({'student': (confidence, is_right)}, num_bins=10)
+  accuracy, shares = figure.axes
+  line = accuracy.get_lines()[1]
+  expected = [[0.05, 0.0], [0.15, 1.0], [3.81 / 4, 0.75]]
+  np.testing.assert_allclose(line.get_xydata(), expected)
+  error = (0.05 + 0.85 + 4 * (3.81 / 4 - 0.75)) / 6
+  assert _legend(figure) == ['calibrated', f'student (calibration error {error:.3f})']
+  np.testing.assert_allclose(
+      shares.patches[0].get_data().values, np.array([1, 1, *7 * [0], 4]) / 6
+  )
+
+
+def test_confusion_has_shares_counts_and_names():
+  figure = plots.confusion(
+      np.array([[3, 1], [0, 0]]), class_names=['no', 'yes'], title='student'
+  )
+  panel = figure.axes[0]
+  np.testing.assert_allclose(panel.images[0].get_array(), [[0.75, 0.25], [0, 0]])
+  assert [text.get_text() for text in panel.texts] == ['3', '1']
+  assert [label.get_text() for label in panel.get_xticklabels()] == ['no', 'yes']
+  assert (panel.get_ylabel(), panel.get_title()) == ('true class', 'student')
+  with pytest.raises(ValueError, match=r'\[classes, classes\], found \(1, 2\)'):
+    plots.confusion(np.ones((1, 2), int))
+
+
+def test_clients_are_sorted():
+  figure = plots.clients({'student': np.array([0.9, 0.5])}, metric='top_2')
+  panel, = figure.axes
+  assert panel.get_lines()[0].get_xydata().tolist() == [[0.25, 0.5], [0.75, 0.9]]
+  assert _legend(figure) == ['student (mean 0.700)']
+  assert panel.get_ylabel() == "top 2 on a client's own examples"
+
+
+def test_errors_show_each_model_and_no_model_hides_another():
+  labels = np.array([1.0, 1.0, 3.0])
+  figure = plots.errors({
+      'student': (np.array([1.0, 2.0, 2.0]), labels),
+      'teacher': (np.array([1.0, 2.0, 2.0]), labels),
+  })
+  shares, means = figure.axes
+  first, second = shares.get_lines()
+  np.testing.assert_allclose(first.get_ydata().sum(), 1.0)
+  assert first.get_linewidth() > second.get_linewidth()
+  assert (first.get_linestyle(), second.get_linestyle()) == ('-', '--')
+  assert means.containers[0].lines[0].get_xydata().tolist() == [[1.0, 1.5], [3.0, 2.0]]
+  assert _legend(figure) == ['student', 'teacher', 'prediction equals true value']
+
+
+def test_roc_names_the_rates():
+  rates = np.array([0.0, 1.0])
+  figure = plots.roc({'student': (rates, rates, 0.5)})
+  assert [panel.get_xlabel() for panel in figure.axes] == ['false positive rate'] * 2
+  assert figure.axes[0].get_ylabel() == 'true positive rate'
+  assert figure.axes[1].get_xscale() == figure.axes[1].get_yscale() == 'log'
+  assert _legend(figure) == ['student (area 0.500)', 'chance']
+
+
+def test_images_of_any_rank():
+  column = {'gray': np.ones((4, 4, 1)), 'colour': np.ones((4, 4, 3)), 'row': np.ones(5)}
+  figure = plots.images({'one': column, 'two': column})
+  assert len(figure.axes) == 6
+  assert [panel.get_title() for panel in figure.axes[:3]] == ['one', 'two', '']
+  assert [panel.get_ylabel() for panel in figure.axes[::2]] == list(column)
+  assert figure.axes[4].images[0].get_array().shape == (1, 5)

@@ -24,8 +24,6 @@ _GRAY = '0.4'
 _PANELS = 3  # Of small multiples, in a row.
 # Up to so many classes have names on an axis.
 _MAX_NAMES = 40
-# Lines in one panel, as many as there are colours.
-_MAX_LINES = 10
 _BAND = {'alpha': 0.15, 'linewidth': 0}
 _STYLES = ('-', '--', ':', '-.')
 _MEGABYTES = 'MB moved per participating client (up and down)'
@@ -63,13 +61,19 @@ def _subplots(
 
 
 def _legend(figure: figure_lib.Figure, handles: Sequence[Any]) -> None:
-  """Puts a legend below the panels, off the data, in as many columns as fit."""
-  longest = max((len(handle.get_label()) for handle in handles), default=0)
-  if longest:
-    num_columns = max(1, min(len(handles), 110 // (longest + 7)))
-    figure.legend(
-        handles=handles, loc='outside lower center', ncols=num_columns, fontsize=9
-    )
+  """Adds a legend below the panels, off the data, in as many columns as fit."""
+  labels = [textwrap.fill(handle.get_label(), 100) for handle in handles]
+  longest = max((len(label) for label in labels), default=0)
+  if not longest:
+    return
+  num_columns = max(1, min(len(handles), 110 // (longest + 7)))
+  num_lines = sum(label.count('\n') + 1 for label in labels)
+  figure.set_figheight(
+      figure.get_figheight() + 0.1 + 0.21 * math.ceil(num_lines / num_columns)
+  )
+  figure.legend(
+      handles, labels, loc='outside lower center', ncols=num_columns, fontsize=9
+  )
 
 
 def partition(
@@ -154,7 +158,8 @@ def curves(
 
   A run is what `tff_kd.simulation.train` returns, or rows, one a round: the `history` of
   that, or the `metrics.csv` of a run folder as dicts of numbers. If rows have
-  `bytes/client`, there is a second panel, of MB.
+  `bytes/client`, there is a second panel, of MB. For more than some six runs, see
+  `small_multiples`.
 
   Args:
     history: A run; a list of runs that differ in the seed, drawn as their mean and a
@@ -173,36 +178,33 @@ def curves(
     The figure.
 
   Raises:
-    ValueError: If a run has no rows, no row has such a column, or there are more than
-      ten lines, for which `small_multiples` is.
+    ValueError: If a run has no rows, or no row has such a column.
   """
   runs = _named_runs(history, best_round)
   columns = _columns_of(metric, runs) if columns is None else columns
   lines = _lines(runs, columns)
-  if len(lines) > _MAX_LINES:
-    raise ValueError(
-        f'{_MAX_LINES} lines can be told apart in a panel, found {len(lines)}. Choose '
-        'fewer `columns`, or use `small_multiples`.'
-    )
   has_bytes = all('bytes/client' in run.rows[0] for of in runs.values() for run in of)
   figure, axes = _subplots(
-      1, 2 if has_bytes else 1, height=3.8, sharey=True, squeeze=False
+      1, 2 if has_bytes else 1, height=3.3, sharey=True, squeeze=False
   )
   panels = axes[0]
   for panel, against in zip(panels, (_rounds, _megabytes)):
     for number, (label, (of_name, column)) in enumerate(lines.items()):
-      _draw_line(panel, of_name, column, against, color=f'C{number}', label=label)
+      color, style = f'C{number % 10}', _STYLES[number // 10 % len(_STYLES)]
+      _draw_line(
+          panel, of_name, column, against, color=color, linestyle=style, label=label
+      )
       if len(of_name) == 1 and of_name[0].best_round:
-        _mark(panel, of_name[0], column, against, f'C{number}')
+        _mark(panel, of_name[0], column, against, color)
     _draw_levels(panel, levels)
     panel.grid(alpha=0.3)
   panels[0].xaxis.get_major_locator().set_params(integer=True)
   panels[0].set(xlabel='round', ylabel=metric.replace('_', ' '))
   if has_bytes:
     panels[1].set(xlabel=_MEGABYTES)
-    moved = [_megabytes(run)[-1] for of in runs.values() for run in of]
-    if max(moved) > 10 * min(moved):
-      _log_megabytes(panels[1])
+    _scale_megabytes(
+        panels[1], [_megabytes(run)[-1] for of in runs.values() for run in of]
+    )
   figure.suptitle(title)
   _legend(figure, _handles(panels[:1]))
   return figure
@@ -325,11 +327,12 @@ def _draw_levels(panel: Any, levels: Mapping[str, float]) -> None:
     panel.axhline(value, color=_GRAY, linewidth=1, linestyle=style, label=name)
 
 
-def _log_megabytes(panel: Any) -> None:
-  """Makes the axis of the bytes logarithmic, with plain numbers."""
-  panel.set_xscale('log')
-  panel.xaxis.set_major_formatter('{x:g}')
-  panel.xaxis.set_minor_formatter('')
+def _scale_megabytes(panel: Any, megabytes: Sequence[float]) -> None:
+  """Makes the axis logarithmic, with plain numbers, where sizes differ by magnitudes."""
+  if max(megabytes) > 10 * min(megabytes) > 0:
+    panel.set_xscale('log')
+    panel.xaxis.set_major_formatter('{x:g}')
+    panel.xaxis.set_minor_formatter('')
 
 
 def _handles(panels: Iterable[Any]) -> list[Any]:
@@ -369,7 +372,7 @@ def small_multiples(
   every = {(t, name): runs for t, of in named.items() for name, runs in of.items()}
   columns = _columns_of(metric, every) if columns is None else columns
   looks = {
-      (name, column): {'color': f'C{i % _MAX_LINES}', 'linestyle': style}
+      (name, column): {'color': f'C{i % 10}', 'linestyle': style}
       for i, name in enumerate(dict.fromkeys(name for _, name in every))
       for column, style in zip(columns, itertools.cycle(_STYLES))
   }
@@ -387,7 +390,8 @@ def small_multiples(
     panel.set_title(panel_title, fontsize=9)
     panel.grid(alpha=0.3)
   figure.suptitle(title)
-  figure.supylabel(metric.replace('_', ' '), fontsize=10)
+  for panel in shown[::_PANELS]:
+    panel.set(ylabel=metric.replace('_', ' '))
   _legend(figure, [*_explain(looks, columns), *_handles(shown)])
   return figure
 
@@ -396,7 +400,7 @@ def _grid(num_panels: int) -> tuple[figure_lib.Figure, list[Any]]:
   """Returns panels in rows of three, with numbers below the last of each column."""
   num_rows = math.ceil(num_panels / _PANELS)
   figure, axes = _subplots(
-      num_rows, min(_PANELS, num_panels), height=0.8 + 1.9 * num_rows, sharex=True,
+      num_rows, min(_PANELS, num_panels), height=0.4 + 1.9 * num_rows, sharex=True,
       sharey=True, squeeze=False,
   )
   shown = list(axes.flat)
@@ -457,13 +461,13 @@ def comparison(
           'A point must be (MB, score) or (MB, score, deviation), found '
           f'{tuple(point)} of {name!r}.'
       )
-  figure, panel = _subplots(height=4.8)
+  figure, panel = _subplots(height=4.6)
   for megabytes, score, *deviation in points.values():
     panel.errorbar(
         megabytes, score, deviation[0] if deviation else None, fmt='o', capsize=2,
         color='C0', ecolor='#9ec5e3', elinewidth=1, markersize=5,
     )
-  _log_megabytes(panel)
+  _scale_megabytes(panel, [megabytes for megabytes, *_ in points.values()])
   panel.margins(x=0.12, y=0.12)
   _draw_levels(panel, levels)
   panel.grid(alpha=0.3)
@@ -484,6 +488,7 @@ def _write_names(
     low, high = panel.transData.transform([(x, y - deviation), (x, y + deviation)])
     taken.append(transforms.Bbox([low - 5, high + 5]))
   for name, (x, y, *_) in sorted(points.items(), key=lambda point: -point[1][1]):
+    name = textwrap.fill(name, 40)
     text = figure.text(0, 0, name, fontsize=8)
     size = text.get_window_extent()
     text.remove()
@@ -544,7 +549,7 @@ def calibration(
   Returns:
     The figure.
   """
-  figure, (accuracy, shares) = _subplots(1, 2, height=3.8)
+  figure, (accuracy, shares) = _subplots(1, 2, height=3.3)
   accuracy.plot([0, 1], [0, 1], ':', color=_GRAY, label='calibrated')
   edges = np.linspace(0.0, 1.0, num_bins + 1)
   for name, (confidence, is_right) in models.items():
@@ -629,7 +634,7 @@ def clients(
   Returns:
     The figure.
   """
-  figure, panel = _subplots(height=3.8)
+  figure, panel = _subplots(height=3.3)
   for name, values in models.items():
     share = (np.arange(len(values)) + 0.5) / len(values)
     style = 'o-' if len(values) <= 50 else '-'
@@ -657,7 +662,7 @@ def errors(
   Returns:
     The figure.
   """
-  figure, (shares, means) = _subplots(1, 2, height=3.8)
+  figure, (shares, means) = _subplots(1, 2, height=3.3)
   every_label = np.concatenate([labels for _, labels in models.values()])
   every_error = np.concatenate([found - labels for found, labels in models.values()])
   edges = np.linspace(every_error.min(), every_error.max(), 41)
@@ -708,7 +713,7 @@ def roc(
   Returns:
     The figure.
   """
-  figure, panels = _subplots(1, 2, height=3.8)
+  figure, panels = _subplots(1, 2, height=3.3)
   ends = np.array([1e-3, 1.0])
   for panel in panels:
     for name, (false_positives, true_positives, area) in models.items():
@@ -734,8 +739,9 @@ def images(columns: Mapping[str, Mapping[str, np.ndarray]]) -> figure_lib.Figure
     The figure.
   """
   rows = list(next(iter(columns.values())))
+  size = min(1.3, (_WIDTH - 1.5) / len(columns))
   figure, grid = _subplots(
-      len(rows), len(columns), height=0.4 + 1.3 * len(rows), squeeze=False
+      len(rows), len(columns), height=0.5 + size * len(rows), squeeze=False
   )
   for (j, (title, column)), (i, name) in itertools.product(
       enumerate(columns.items()), enumerate(rows)
@@ -747,7 +753,7 @@ def images(columns: Mapping[str, Mapping[str, np.ndarray]]) -> figure_lib.Figure
     panel.imshow(image, cmap='gray', aspect='auto' if len(image) == 1 else 'equal')
     panel.set(xticks=[], yticks=[])
     if i == 0:
-      panel.set_title(textwrap.fill(title, 16), fontsize=9)
+      panel.set_title(title, fontsize=9)
     if j == 0:
       panel.set_ylabel(
           textwrap.fill(name, 22), fontsize=8, rotation=0, ha='right', va='center'
