@@ -1,5 +1,8 @@
 """What is in the figures: their lines, points, labels and legends."""
 
+import csv
+import importlib.util
+import json
 import subprocess
 import sys
 
@@ -256,3 +259,81 @@ def test_images_of_any_rank():
   assert [panel.get_title() for panel in figure.axes[:3]] == ['one', 'two', '']
   assert [panel.get_ylabel() for panel in figure.axes[::2]] == list(column)
   assert figure.axes[4].images[0].get_array().shape == (1, 5)
+
+
+def test_scores_have_a_row_each_and_a_marker_for_each_that_is_compared():
+  figure = plots.scores(
+      {'few labels': {'a': (0.5, 0.1), 'b': (0.7, 0.0)}, 'none': {'b': (0.6, 0.2)}},
+      metric='test accuracy',
+  )
+  panel, = figure.axes
+  assert [label.get_text() for label in panel.get_yticklabels()] == ['few labels', 'none']
+  first, second = (bars.lines[0] for bars in panel.containers)
+  assert first.get_xdata().tolist() == [0.5] and second.get_xdata().tolist() == [0.7, 0.6]
+  assert second.get_ydata().round().tolist() == [0, 1]
+  assert first.get_marker() != second.get_marker() and _legend(figure) == ['a', 'b']
+  assert panel.yaxis_inverted()
+
+
+@pytest.fixture(name='draw_results', scope='module')
+def _draw_results():
+  path = helpers.ROOT / 'docs' / 'draw_results.py'
+  spec = importlib.util.spec_from_file_location('draw_results', path)
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+def test_pictures_of_the_pages_show_their_tables(draw_results):
+  figures = {name: draw() for name, draw in draw_results.PICTURES.items()}
+  pages = ''.join(path.read_text() for path in draw_results.FOLDER.glob('*.md'))
+  for name in figures:
+    assert f']({name})' in pages and (draw_results.FOLDER / name).is_file()
+  panel = figures['algorithms-alpha-0.1.png'].axes[0]
+  table = draw_results.tables('algorithms.md')[0]
+  assert len(panel.texts) == len(table) - 1 == 15
+  for text in panel.texts:
+    cells, = (row for row in table if row[0].partition(' ')[0] == text.get_text())
+    assert cells[2].startswith(f'{text.xy[1]:.3f} ± '.lstrip('0'))
+    assert float(cells[4].partition(' ')[0]) == text.xy[0]
+  for name, rows, models in (('hindered.png', 8, 4), ('privacy.png', 6, 3)):
+    panel = figures[name].axes[0]
+    assert (len(panel.get_yticklabels()), len(panel.containers)) == (rows, models)
+  student, teacher = figures['movielens.png'].axes[0].containers
+  assert student.lines[0].get_xdata().tolist() == [0.939, 0.935, 0.935, 0.982, 0.925]
+  assert teacher.lines[0].get_xdata().tolist() == [0.937, 0.984, 0.925]
+
+
+def test_pictures_of_runs(draw_results, tmp_path, monkeypatch):
+  flags = 'consensus=mean_logits-clients_start_from=distilled-noaugment'
+  rows = _rows([0.5, 0.6], **{'test/teacher_accuracy': 0.7})
+  alone = {'student': {'accuracy': 0.4}, 'teacher': {'accuracy': 0.45}}
+  for run in (
+      'unlabelled-0.05/fed_avg', 'unlabelled-0.05/fed_avg-calibrate',
+      'unlabelled-0.05/fed_distillation', f'unlabelled-0.05/fed_distillation-{flags}',
+      'unlabelled-0.1/fed_avg', 'labelled/fed_distillation',
+  ):
+    for seed in (3, 4, 5):
+      folder = tmp_path / f'{run}-{seed}'
+      folder.mkdir(parents=True)
+      with open(folder / 'metrics.csv', 'w', newline='') as file:
+        writer = csv.DictWriter(file, rows[0])
+        writer.writeheader()
+        writer.writerows(
+            [{k: row[k] for k in row if 'distil' in run or 'teacher' not in k}
+             for row in rows]
+        )
+      (folder / 'results.json').write_text(json.dumps({'alone': alone}))
+  monkeypatch.setattr(draw_results, 'PICTURES', {})
+  monkeypatch.setattr(draw_results, 'FOLDER', tmp_path)
+  draw_results.main([str(tmp_path)])
+  for name in ('unlabelled.png', 'labelled.png'):
+    assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
+  figures = dict(draw_results._of_runs(tmp_path))
+  assert _legend(figures['unlabelled.png']) == [
+      'FedAvg', 'FedAvg, calibrated', 'fed_distillation as the first edition had it',
+      'fed_distillation: student', 'fed_distillation: teacher',
+      'one standard deviation over the seeds',
+  ]
+  levels = _lines(figures['labelled.png'].axes[0])
+  assert levels["teacher on the server's 200 labels alone"][0][1] == pytest.approx(0.45)

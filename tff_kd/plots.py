@@ -14,7 +14,6 @@ from typing import Any, NamedTuple, Optional, Union
 
 from matplotlib import figure as figure_lib
 from matplotlib import lines as lines_lib
-from matplotlib import transforms
 import numpy as np
 
 # Inches: about a page's, so that text is as large as the page's.
@@ -22,6 +21,7 @@ _WIDTH = 8.0
 _DPI = 100
 _GRAY = '0.4'
 _PANELS = 3  # Of small multiples, in a row.
+_MARKERS = ('o', 's', '^', 'D', 'v')
 # Up to so many classes have names on an axis.
 _MAX_NAMES = 40
 _BAND = {'alpha': 0.15, 'linewidth': 0}
@@ -478,6 +478,41 @@ def comparison(
   return figure
 
 
+def scores(
+    rows: Mapping[str, Mapping[str, Sequence[float]]],
+    *,
+    metric: str = 'accuracy',
+    title: str = '',
+) -> figure_lib.Figure:
+  """Draws final scores as points in rows, such as of several models in many settings.
+
+  Args:
+    rows: By name of the row, from the top, and by what is compared in each, the score
+      and its deviation: a point with an error bar.
+    metric: The scores' name, on the axis.
+    title: The figure's title.
+
+  Returns:
+    The figure.
+  """
+  series = list(dict.fromkeys(name for row in rows.values() for name in row))
+  figure, panel = _subplots(height=0.8 + 0.3 * len(rows))
+  for number, name in enumerate(series):
+    found = [(i, *row[name]) for i, row in enumerate(rows.values()) if name in row]
+    y, score, deviation = np.array(found, float).T
+    panel.errorbar(
+        score, y + 0.12 * (number - (len(series) - 1) / 2), xerr=deviation, label=name,
+        fmt=_MARKERS[number % len(_MARKERS)], markersize=5, capsize=2, elinewidth=1,
+    )
+  names = [textwrap.fill(name, 34) for name in rows]
+  panel.set_yticks(range(len(rows)), names, fontsize=8)
+  panel.set(ylim=(len(rows) - 0.5, -0.5), xlabel=metric.replace('_', ' '))
+  panel.grid(alpha=0.3)
+  figure.suptitle(title)
+  _legend(figure, panel.get_legend_handles_labels()[0])
+  return figure
+
+
 def _write_names(
     figure: figure_lib.Figure, panel: Any, points: Mapping[str, Sequence[float]]
 ) -> None:
@@ -486,14 +521,14 @@ def _write_names(
   taken = []
   for x, y, deviation in (tuple([*point, 0.0][:3]) for point in points.values()):
     low, high = panel.transData.transform([(x, y - deviation), (x, y + deviation)])
-    taken.append(transforms.Bbox([low - 5, high + 5]))
+    taken.append([*(low - 5), *(high + 5)])
   for name, (x, y, *_) in sorted(points.items(), key=lambda point: -point[1][1]):
     name = textwrap.fill(name, 40)
     text = figure.text(0, 0, name, fontsize=8)
-    size = text.get_window_extent()
+    size = text.get_window_extent().size
     text.remove()
     place = panel.transData.transform((x, y))
-    right, up = _free_offset(place, size, taken, panel.get_window_extent())
+    right, up = _free_offset(place, size, taken, panel.get_window_extent().extents)
     panel.annotate(
         name, (x, y), xytext=(right * 72 / figure.dpi, up * 72 / figure.dpi),
         textcoords='offset points', fontsize=8, va='center',
@@ -505,28 +540,38 @@ def _write_names(
 
 
 def _free_offset(
-    place: np.ndarray, size: transforms.Bbox, taken: list[transforms.Bbox],
-    inside: transforms.Bbox,
+    place: np.ndarray, size: np.ndarray, taken: list[Any], inside: np.ndarray
 ) -> tuple[int, int]:
-  """Returns the nearest offset where a name fits, which is then taken; in pixels."""
-  offsets = [(x, y) for x in range(-160, 161, 11) for y in range(-132, 133, 11) if x]
+  """Returns the nearest offset at which a name meets least, and takes that place.
+
+  Args:
+    place: The point, in pixels.
+    size: The name's width and height.
+    taken: Boxes that are taken, [left, bottom, right, top] each; is added to.
+    inside: The box in which names may be.
+
+  Returns:
+    To the right and up, to the middle of the name's nearer edge.
+  """
+  offsets = [(x, y) for x in range(-297, 298, 11) for y in range(-220, 221, 11) if x]
   offsets.sort(key=lambda offset: math.hypot(offset[0], 1.5 * offset[1]))
-  for right, up in offsets:
-    x, y = place + (right, up)
-    box = transforms.Bbox.from_bounds(
-        x - (size.width if right < 0 else 0), y - size.height / 2, size.width, size.height
-    )
-    # Of the line to the point, but for its beginning among the points.
-    line = [
-        transforms.Bbox.from_bounds(*(place + share * np.array([right, up])) - 1, 2, 2)
-        for share in np.linspace(0.4, 1.0, 8)
-    ]
-    is_inside = inside.containsx(box.x0) and inside.containsx(box.x1)
-    is_inside &= inside.containsy(box.y0) and inside.containsy(box.y1)
-    if is_inside and not any(b.overlaps(t) for b in (box, *line) for t in taken):
+  best, fewest = (offsets[0], np.empty((0, 4))), math.inf
+  for offset in offsets:
+    low = place + offset - size * (float(offset[0] < 0), 0.5)
+    if (low < inside[:2]).any() or (low + size > inside[2:]).any():
+      continue
+    # And of the line to the point, but for its beginning among the points.
+    on_line = place + np.linspace(0.4, 1.0, 8)[:, np.newaxis] * offset
+    boxes = np.vstack([[*low, *(low + size)], np.hstack([on_line - 1, on_line + 1])])
+    one, other = boxes[:, np.newaxis], np.array(taken)
+    meets = (one[..., :2] < other[:, 2:]) & (other[:, :2] < one[..., 2:])
+    count = meets.all(axis=-1).sum()
+    if count < fewest:
+      best, fewest = (offset, boxes), count
+    if not count:
       break
-  taken += [box, *line]
-  return right, up
+  taken += best[1].tolist()
+  return best[0]
 
 
 def calibration(
