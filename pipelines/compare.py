@@ -563,8 +563,12 @@ def _figures(
     curves = plots.curves(
         named, metric=f"student's {test}", columns=student, levels=levels
     )
-  scores = plots.comparison(points, metric=f"student's {test}", levels=levels)
-  figures = {'curves.png': curves, 'scores.png': scores}
+  figures = {
+      'curves.png': curves,
+      'scores.png': plots.comparison(
+          points, metric=f"student's {test}", levels=levels
+      ),
+  }
   panels = _panels(histories, rows)
   if panels:
     figures['varied.png'] = plots.small_multiples(

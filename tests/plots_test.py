@@ -252,6 +252,17 @@ def test_roc_names_the_rates():
   assert _legend(figure) == ['student (area 0.500)', 'chance']
 
 
+def test_diverged_models_are_drawn():
+  nan = np.array([np.nan, 0.5])
+  for figure in (
+      plots.calibration({'student': (nan, np.array([True, False]))}),
+      plots.errors({'student': (nan, np.array([1.0, 2.0]))}),
+      plots.comparison({'a': (1.0, np.nan), 'b': (2.0, 0.5)}),
+      plots.curves(_rows(nan)),
+  ):
+    assert figure._repr_png_().startswith(b'\x89PNG')
+
+
 def test_images_of_any_rank():
   column = {'gray': np.ones((4, 4, 1)), 'colour': np.ones((4, 4, 3)), 'row': np.ones(5)}
   figure = plots.images({'one': column, 'two': column})

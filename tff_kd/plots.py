@@ -181,7 +181,7 @@ def curves(
     ValueError: If a run has no rows, or no row has such a column.
   """
   runs = _named_runs(history, best_round)
-  columns = _columns_of(metric, runs) if columns is None else columns
+  columns = _columns_of(metric, runs.values()) if columns is None else columns
   lines = _lines(runs, columns)
   has_bytes = all('bytes/client' in run.rows[0] for of in runs.values() for run in of)
   figure, axes = _subplots(
@@ -238,9 +238,9 @@ def _runs(value: Any, best_round: int) -> list[_Run]:
   return [_Run(np.array(rounds, int), rows, best_round)]
 
 
-def _columns_of(metric: str, runs: Mapping[str, Sequence[_Run]]) -> dict[str, str]:
+def _columns_of(metric: str, runs: Iterable[Sequence[_Run]]) -> dict[str, str]:
   """Returns the columns of a metric, and what the legend calls each."""
-  known = {column: None for of in runs.values() for run in of for column in run.rows[0]}
+  known = {column: None for of in runs for run in of for column in run.rows[0]}
   found = {}
   for column in known:
     part, _, last = column.rpartition('/')
@@ -370,7 +370,7 @@ def small_multiples(
   """
   named = {panel_title: _named_runs(of, 0) for panel_title, of in panels.items()}
   every = {(t, name): runs for t, of in named.items() for name, runs in of.items()}
-  columns = _columns_of(metric, every) if columns is None else columns
+  columns = _columns_of(metric, every.values()) if columns is None else columns
   looks = {
       (name, column): {'color': f'C{i % 10}', 'linestyle': style}
       for i, name in enumerate(dict.fromkeys(name for _, name in every))
@@ -518,7 +518,7 @@ def _write_names(
 ) -> None:
   """Writes each name beside its point, where no other name, line or point is."""
   figure.draw_without_rendering()  # So that places in pixels are known.
-  taken = []
+  inside, taken = panel.get_window_extent().extents, []
   for x, y, deviation in (tuple([*point, 0.0][:3]) for point in points.values()):
     low, high = panel.transData.transform([(x, y - deviation), (x, y + deviation)])
     taken.append([*(low - 5), *(high + 5)])
@@ -527,8 +527,8 @@ def _write_names(
     text = figure.text(0, 0, name, fontsize=8)
     size = text.get_window_extent().size
     text.remove()
-    place = panel.transData.transform((x, y))
-    right, up = _free_offset(place, size, taken, panel.get_window_extent().extents)
+    place = np.array(panel.transData.transform((x, y)))
+    right, up = _free_offset(place, np.array(size), taken, inside)
     panel.annotate(
         name, (x, y), xytext=(right * 72 / figure.dpi, up * 72 / figure.dpi),
         textcoords='offset points', fontsize=8, va='center',
@@ -565,7 +565,7 @@ def _free_offset(
     boxes = np.vstack([[*low, *(low + size)], np.hstack([on_line - 1, on_line + 1])])
     one, other = boxes[:, np.newaxis], np.array(taken)
     meets = (one[..., :2] < other[:, 2:]) & (other[:, :2] < one[..., 2:])
-    count = meets.all(axis=-1).sum()
+    count = int(meets.all(axis=-1).sum())
     if count < fewest:
       best, fewest = (offset, boxes), count
     if not count:
@@ -598,7 +598,7 @@ def calibration(
   accuracy.plot([0, 1], [0, 1], ':', color=_GRAY, label='calibrated')
   edges = np.linspace(0.0, 1.0, num_bins + 1)
   for name, (confidence, is_right) in models.items():
-    bins = np.minimum((confidence * num_bins).astype(int), num_bins - 1)
+    bins = np.clip(np.digitize(confidence, edges) - 1, 0, num_bins - 1)
     counts = np.bincount(bins, minlength=num_bins)
     used = counts > 0
     x, y = (
@@ -716,7 +716,7 @@ def errors(
     values = np.unique(np.quantile(every_label, np.linspace(0.0, 1.0, 11))[:-1])
   for number, (name, (predictions, labels)) in enumerate(models.items()):
     # The later ones are thinner and dashed, so that those below are seen, too.
-    look = {
+    look: dict[str, Any] = {
         'linestyle': _STYLES[number % len(_STYLES)],
         'linewidth': max(3.0 - 1.5 * number, 1.0), 'label': name,
     }
