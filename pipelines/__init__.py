@@ -1,4 +1,4 @@
-"""Scripts: absl flags and plots, no mathematics."""
+"""Scripts: absl flags and reports, no mathematics."""
 
 from collections.abc import Callable
 import functools

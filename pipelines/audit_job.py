@@ -16,7 +16,6 @@ import tensorflow as tf
 from tff_kd.compat import tff
 
 from pipelines import central
-from pipelines import plots
 from pipelines import released as released_lib
 from pipelines import tables
 from pipelines import train_flags as args
@@ -29,6 +28,7 @@ from tff_kd import algorithms
 from tff_kd.audits import inversion
 from tff_kd.audits import membership
 from tff_kd.data import task as data_task
+from tff_kd import plots
 from tff_kd import privacy
 
 # A client with fewer examples is not attacked: the result would be chance.
@@ -855,24 +855,22 @@ def _draw(report_dir: pathlib.Path, results: _Results) -> None:
     )
 
   if results.found:
-    plots.plot_roc(
-        {name: curve(report.overall) for name, report in results.found.items()},
-        report_dir / 'membership.png',
+    figure = plots.roc(
+        {name: curve(report.overall) for name, report in results.found.items()}
     )
+    figure.savefig(report_dir / 'membership.png')
   if results.shadows is not None and results.shadows.reports:
-    plots.plot_roc(
-        {
-            f'{name}, {finding.attack}': curve(finding)
-            for name, report in results.shadows.reports.items()
-            for finding in (report.online, report.offline, report.loss)
-        },
-        report_dir / 'shadow_models.png',
-    )
+    figure = plots.roc({
+        f'{name}, {finding.attack}': curve(finding)
+        for name, report in results.shadows.reports.items()
+        for finding in (report.online, report.offline, report.loss)
+    })
+    figure.savefig(report_dir / 'shadow_models.png')
   if results.inversion.shown:
-    plots.plot_images(
-        {inverted.title: inverted.images for inverted in results.inversion.shown},
-        report_dir / 'inversion.png',
+    figure = plots.images(
+        {inverted.title: inverted.images for inverted in results.inversion.shown}
     )
+    figure.savefig(report_dir / 'inversion.png')
 
 
 def _results_as_json(results: _Results) -> dict[str, Any]:

@@ -10,8 +10,8 @@ r"""Runs several algorithms on the same problem, several times, and compares the
 Takes the flags of `pipelines.train`, too; an algorithm gets those that it knows. A seed
 decides the split, the initial weights and who takes part in which round, so all
 algorithms meet the same. One run a core at a time. Stopped and started again, it goes
-on where it was. Leaves table.md, table.csv and curves.png (with --vary, varied.png, too),
-and each run's own folder.
+on where it was. Leaves table.md, table.csv, curves.png, scores.png (with --vary,
+varied.png, too), and each run's own folder.
 """
 
 import csv
@@ -50,9 +50,9 @@ _TARGET_ACCURACY = flags.DEFINE_float(
 )
 _VARY = flags.DEFINE_multi_string(
     'vary', [], 'Flags of pipelines.train to run each algorithm with, one set after the '
-    'other, separated by |; an empty one is without. Each such list is a row of panels '
-    'in a second picture, accuracy against rounds. An algorithm is run with the sets of '
-    'which it knows every flag.'
+    'other, separated by |; an empty one is without. varied.png has a panel for each '
+    'algorithm and such list. An algorithm is run with the sets of which it knows every '
+    'flag.'
 )
 _AUDIT = flags.DEFINE_bool(
     'audit', False, 'Attack each run (pipelines.audit), and add what that found to the '
@@ -70,6 +70,8 @@ _JOBS = flags.DEFINE_integer(
 # What the table and messages call the ceilings, and the floor.
 _IN_ONE_PLACE = 'in one place'
 _ALONE = "the server's labels alone"
+# Algorithms whose curves are drawn in one panel; more have one each.
+_MOST_TOGETHER = 5
 # The columns of what stays in the end, beside those of the best round.
 _LAST_ROUNDS = 10
 _STUDENT_LAST, _TEACHER_LAST = (
@@ -507,7 +509,6 @@ def _report(
     runs: list[_Run], rows: list[list[tuple[str, ...]]], seeds: list[int],
     folder: pathlib.Path,
 ) -> None:
-  from pipelines import plots
   from pipelines import tables
 
   metric = _results(runs[0])['metric']
@@ -516,23 +517,16 @@ def _report(
   with open(folder / 'table.csv', 'w', newline='') as file:
     csv.writer(file).writerows(table)
   (folder / 'table.md').write_text(tables.markdown_table(table))
-  curves = {}
-  for run in runs:
-    history = _history(run)
-    curves.setdefault(run.setting.name, []).append((
-        [row['round'] for row in history],
-        _megabytes(history),
-        [row[f'test/student_{metric}'] for row in history],
-    ))
+  files = ['table.md', 'table.csv']
+  floor = _floor(runs, {run: _results(run) for run in runs}, metric)
   levels = {
-      f'{model} {_IN_ONE_PLACE}': statistics.mean(ceilings[model])
-      for model in ('student', 'teacher') if ceilings[model]
+      f'{model}, {where}': statistics.mean(of[model])
+      for where, of in ((_ALONE, floor), (_IN_ONE_PLACE, ceilings))
+      for model in ('student', 'teacher') if of[model]
   }
-  plots.plot_comparison(curves, folder / 'curves.png', metric, levels)
-  files = ['table.md', 'table.csv', 'curves.png']
-  if rows:
-    _draw_variations(runs, rows, metric, folder / 'varied.png')
-    files.append('varied.png')
+  for name, figure in _figures(runs, rows, metric, levels).items():
+    figure.savefig(folder / name)
+    files.append(name)
   print()
   tables.print_table(table)
   print(
@@ -544,31 +538,58 @@ def _report(
   )
 
 
-def _draw_variations(
-    runs: list[_Run], rows: list[list[tuple[str, ...]]], metric: str, path: pathlib.Path
-) -> None:
-  """A row of panels for each --vary, an algorithm a panel."""
-  from pipelines import plots
+def _figures(
+    runs: list[_Run], rows: list[list[tuple[str, ...]]], metric: str,
+    levels: dict[str, float],
+) -> dict[str, Any]:
+  """Returns the figures by the names of their files."""
+  from tff_kd import plots
 
-  by_setting = _by_setting(runs)
-  panels: dict[tuple[int, str], dict[str, Any]] = {}
-  for number, row in enumerate(rows):
+  test = f"test {metric.replace('_', ' ')}"
+  columns = {f'test/{model}_{metric}': model for model in ('student', 'teacher')}
+  student = dict(list(columns.items())[:1])
+  histories, points = {}, {}
+  for setting, of_setting in _by_setting(runs).items():
+    histories[setting] = [_history(run) for run in of_setting]
+    scores = [_results(run)['best'][f'test/student_{metric}'] for run in of_setting]
+    points[setting.name] = (
+        statistics.mean(_megabytes(history)[-1] for history in histories[setting]),
+        statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0,
+    )
+  named = {setting.name: seeds for setting, seeds in histories.items()}
+  if len(named) > _MOST_TOGETHER:
+    curves = plots.small_multiples(named, metric=test, columns=columns, levels=levels)
+  else:
+    curves = plots.curves(
+        named, metric=f"student's {test}", columns=student, levels=levels
+    )
+  figures = {
+      'curves.png': curves,
+      'scores.png': plots.comparison(
+          points, metric=f"student's {test}", levels=levels
+      ),
+  }
+  panels = _panels(histories, rows)
+  if panels:
+    figures['varied.png'] = plots.small_multiples(
+        panels, metric=test, columns=columns, levels=levels
+    )
+  return figures
+
+
+def _panels(
+    histories: dict[_Setting, Any], rows: list[list[tuple[str, ...]]]
+) -> dict[str, dict[str, Any]]:
+  """Returns by algorithm and --vary the histories of what varies."""
+  panels = {}
+  for number, row in enumerate(rows, 1):
     for algorithm in _ALGORITHMS.value:
+      title = f'{algorithm}, --vary {number}' if len(rows) > 1 else algorithm
       for varied in row:
-        of_setting = by_setting.get(_Setting(algorithm, varied), [])
-        histories = [_history(run) for run in of_setting]
-        if not histories:
-          continue
-        label = ' '.join(flag.removeprefix('--') for flag in varied) or 'defaults'
-        panels.setdefault((number, algorithm), {})[label] = {
-            model: [
-                [row[f'test/{model}_{metric}'] for row in history]
-                for history in histories
-            ]
-            for model in ('student', 'teacher')
-            if f'test/{model}_{metric}' in histories[0][0]
-        }
-  plots.plot_variations(panels, len(rows), _ALGORITHMS.value, path, metric)
+        seeds = histories.get(_Setting(algorithm, varied))
+        if seeds:
+          panels.setdefault(title, {})[' '.join(varied) or 'defaults'] = seeds
+  return panels
 
 
 def main(argv: list[str]) -> Optional[int]:

@@ -10,12 +10,12 @@ from absl import flags
 import numpy as np
 import tensorflow as tf
 
-from pipelines import plots
 from pipelines import released
 from pipelines import tables
 from pipelines import train_job
 import tff_kd
 from tff_kd import evaluation
+from tff_kd import plots
 
 # Beyond that a matrix of shares is a smear.
 _MAX_CLASSES = 100
@@ -69,7 +69,8 @@ def run(
   names = train_job.names_of_clients(task, clients)
   _print(task, part, examples, found, names, clients, rows, num_worst)
   _write(report_dir, task, part, examples, found, names, clients, rows)
-  files = _draw(report_dir, task, found, len(rows) > 0)
+  title = f'{task.name}: {len(examples)} examples ({part})'
+  files = _draw(report_dir, task, title, found, len(rows) > 0)
   files = ['report.json', *(['clients.csv'] if len(rows) else []), *files]
   print('\n' + ', '.join(str(report_dir / name) for name in files))
 
@@ -253,51 +254,53 @@ def _write(report_dir, task, part, examples, found, names, clients, rows) -> Non
       ])
 
 
-def _draw(report_dir, task, found, has_clients: bool) -> list[str]:
-  """The pictures; returns their names."""
-  names = []
-
-  def path(name: str) -> pathlib.Path:
-    names.append(name)
-    return report_dir / name
-
+def _draw(report_dir, task, title, found, has_clients: bool) -> list[str]:
+  """Draws the pictures; returns the names of their files."""
+  shown = {model.name: model.name.replace('_', ' ') for model in found}
+  if 'client' in shown:
+    shown['client'] = "clients' own models"
+  figures = {}
   if has_clients:
-    plots.plot_client_scores(
-        {model.name: model.by_client[_worst_first(model, task)] for model in found},
-        task.metric, path('clients.png'),
-    )
-  if task.is_regression:
-    plots.plot_errors(
+    figures['clients.png'] = plots.clients(
         {
-            model.name: (
-                model.outputs[model.examples.counted].reshape(-1),
-                model.examples.labels[model.examples.counted].reshape(-1),
-            )
+            shown[model.name]: model.by_client[_worst_first(model, task)]
             for model in found
         },
-        path('errors.png'),
+        metric=task.metric, title=title,
     )
-    return names
-  sure = {}
-  for model in found:
-    logits, labels = evaluation.counted_predictions(
-        model.spec.class_logits(tf.constant(model.outputs)).numpy(),
-        model.examples.labels, model.spec, model.examples.sample_weight,
-    )
-    predicted = logits.argmax(-1)
-    confidence = tf.nn.softmax(logits).numpy().max(-1)
-    sure[model.name] = confidence, predicted == labels
-    classes = logits.shape[-1]
-    if classes <= _MAX_CLASSES:
-      names_of = _class_names(task)
-      if len(names_of) != classes:  # Labels that are present or not.
-        names_of = ['no', 'yes']
-      counts = np.zeros((classes, classes), int)
-      np.add.at(counts, (labels, predicted), 1)
-      accuracy = model.scores['accuracy']
-      plots.plot_confusion(
-          counts, names_of, f'{model.name}: accuracy {accuracy:.3f}',
-          path(f'confusion_{model.name}.png'),
+  if task.is_regression:
+    errors = {}
+    for model in found:
+      counted = model.examples.counted
+      errors[shown[model.name]] = (
+          model.outputs[counted].reshape(-1), model.examples.labels[counted].reshape(-1)
       )
-  plots.plot_reliability(sure, path('calibration.png'))
-  return names
+    figures['errors.png'] = plots.errors(errors, title=title)
+  else:
+    sure = {}
+    for model in found:
+      logits, labels = evaluation.counted_predictions(
+          model.spec.class_logits(tf.constant(model.outputs)).numpy(),
+          model.examples.labels, model.spec, model.examples.sample_weight,
+      )
+      name = shown[model.name]
+      sure[name] = tf.nn.softmax(logits).numpy().max(-1), logits.argmax(-1) == labels
+      if logits.shape[-1] <= _MAX_CLASSES:
+        names = _class_names(task)
+        if len(names) != logits.shape[-1]:  # Labels that are present or not.
+          names = ['no', 'yes']
+        figures[f'confusion_{model.name}.png'] = plots.confusion(
+            _confusion(logits, labels), class_names=names,
+            title=f"{title}\n{name}, accuracy {model.scores['accuracy']:.3f}",
+        )
+    figures['calibration.png'] = plots.calibration(sure, title=title)
+  for name, figure in figures.items():
+    figure.savefig(report_dir / name)
+  return list(figures)
+
+
+def _confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+  """Returns the examples of each class (rows) by the predicted class (columns)."""
+  counts = np.zeros((logits.shape[-1],) * 2, int)
+  np.add.at(counts, (labels, logits.argmax(-1)), 1)
+  return counts

@@ -26,7 +26,6 @@ from tff_kd.compat import tff
 import tqdm
 
 from pipelines import central
-from pipelines import plots
 from pipelines import released
 from pipelines import tables
 from pipelines import task_defaults
@@ -883,14 +882,16 @@ def _draw_partition(setup: Setup, run_dir: pathlib.Path) -> None:
   task = setup.task
   split = args.PARTITION.value if task.client_rows is None else 'its own clients'
   title = f'{task.name}: {len(task.clients)} examples, {split}'
-  path = run_dir / 'partition.png'
-  classes = task.class_numbers(task.clients)
+  classes, names = task.class_numbers(task.clients), None
   if classes is None or len(setup.clients) > 100:
-    plots.plot_client_sizes(setup.clients, title, path)
+    counts = np.array([len(rows) for rows in setup.clients])
   else:
-    plots.plot_partition(
-        classes, setup.clients, task.num_classes, title, path
-    )
+    counts = np.array([
+        np.bincount(classes[rows], minlength=task.num_classes) for rows in setup.clients
+    ])
+    names = task.class_names
+  figure = tff_kd.plots.partition(counts, class_names=names, title=title)
+  figure.savefig(run_dir / 'partition.png')
 
 
 def _print_setup(
@@ -1152,20 +1153,20 @@ class _Finished:
 
 
 def _report(finished: _Finished, alone: Callable[[], dict[str, Any]]) -> None:
-  """Prints the table and draws the curves.
+  """Draws the curves and prints the table.
 
   Args:
     finished: The training.
     alone: Waits for `_all_alone`.
   """
   rows = [*_model_rows(finished), *_baseline_rows(finished)]
-  plots.plot_curves(
-      _curves(finished), finished.run_dir / 'curves.png', finished.task.metric
-  )
   of_labels = alone()
+  levels = {}
   for name, values in of_labels.items():
     label = f"{name} on the server's {args.TRANSFER_LABELS.value} labels alone"
     rows.append((label, '', *finished.scored(values), '', '', ''))
+    levels[label] = values[finished.task.metric]
+  _draw_curves(finished, levels)
   further = _further_scores(finished)
   _write_results(finished, of_labels, further)
   print()
@@ -1227,28 +1228,21 @@ def _baseline_rows(finished: _Finished) -> list[tuple[str, ...]]:
   return rows
 
 
-_Curve = tuple[list[float], list[float], list[float]]
-
-
-def _curves(finished: _Finished) -> dict[str, _Curve]:
-  """By name, the rounds, the bytes and the test metric of each model."""
-
-  def curve(history: list[dict[str, float]], column: str) -> _Curve:
-    return (
-        [row['round'] for row in history],
-        _megabytes(history),
-        [row[column] for row in history],
-    )
-
-  metric = finished.task.metric
-  curves = {
-      shown: curve(finished.history, f'test/{name}_{metric}')
-      for name, shown in finished.names.items()
-      if f'test/{name}_{metric}' in finished.history[0]
-  }
+def _draw_curves(finished: _Finished, levels: Mapping[str, float]) -> None:
+  """Draws the test metric of each model, and what the labels give alone."""
+  task = finished.task
+  runs = {'': finished.history}
   if finished.baseline is not None:
-    curves['FedAvg'] = curve(finished.baseline, f'test/student_{metric}')
-  return curves
+    runs['FedAvg'] = finished.baseline
+  figure = tff_kd.plots.curves(
+      runs, metric=f'test {task.metric}',
+      columns={
+          f'test/{name}_{task.metric}': shown for name, shown in finished.names.items()
+      },
+      best_round={'': finished.result.best_round}, levels=levels,
+      title=f'{args.algorithm().name} on {task.name}',
+  )
+  figure.savefig(finished.run_dir / 'curves.png')
 
 
 def _further_scores(finished: _Finished) -> dict[str, dict[str, float]]:

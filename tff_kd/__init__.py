@@ -11,8 +11,8 @@ __version__ = '0.2.0'
 
 _MODULES = (
     'aggregators', 'algorithms', 'audits', 'client', 'communication', 'data',
-    'evaluation', 'knowledge', 'losses', 'models', 'optimizers', 'own_files', 'privacy',
-    'quiet', 'rounds', 'runtime', 'server', 'simulation',
+    'evaluation', 'knowledge', 'losses', 'models', 'optimizers', 'own_files', 'plots',
+    'privacy', 'quiet', 'rounds', 'runtime', 'server', 'simulation',
 )
 
 __getattr__, __dir__ = _lazy.attach(
