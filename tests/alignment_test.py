@@ -483,7 +483,7 @@ def _next(process, state, *states):
   return process.next(state, data, *states)
 
 
-@pytest.mark.parametrize('start', ['distilled', 'average'])
+@pytest.mark.parametrize('start', [helpers.slow('distilled'), 'average'])
 def test_rounds_of_fed_distillation_in_numpy(start):
   process = _build(
       tff_kd.algorithms.build_fed_distillation,
@@ -517,7 +517,7 @@ def test_rounds_of_fed_distillation_in_numpy(start):
     _check(state.global_model_weights, released)
 
 
-@pytest.mark.parametrize('prior', ['average', 'em'])
+@pytest.mark.parametrize('prior', ['average', helpers.slow('em')])
 def test_rounds_of_fed_df_with_an_estimated_prior_in_numpy(prior):
   process = _build(
       tff_kd.algorithms.build_fed_df,
@@ -541,6 +541,7 @@ def test_rounds_of_fed_df_with_an_estimated_prior_in_numpy(prior):
     _check(state.global_model_weights, student)
 
 
+@pytest.mark.slow
 def test_a_round_of_fed_et_in_numpy():
   process = _build(
       tff_kd.algorithms.build_fed_et, teacher=True,
@@ -571,6 +572,7 @@ def test_a_round_of_ds_fl_in_numpy():
   )
 
 
+@pytest.mark.slow
 def test_a_round_of_fed_aux_in_numpy():
   process = _build(
       tff_kd.algorithms.build_fed_aux,
@@ -602,6 +604,7 @@ def _aligned_fed_df(**kwargs):
   )
 
 
+@pytest.mark.slow
 def test_secure_sums_and_private_ones_are_of_aligned_predictions():
   uniform = tff.learning.ClientWeighting.UNIFORM
   plain = _aligned_fed_df(client_weighting=uniform)

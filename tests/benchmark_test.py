@@ -44,6 +44,7 @@ def _check_memory(results, folder):
 _LONG = ('--scaling=', '--long_rounds=3', '--long_clients=1,3')
 
 
+@pytest.mark.slow
 def test_memory_over_rounds(tmp_path):
   done = _run('--cases=', *_LONG, f'--output_dir={tmp_path}')
   assert done.returncode == 0, done.stderr
@@ -75,7 +76,10 @@ def test_a_small_case(tmp_path):
   _check_memory(results, tmp_path)
 
 
-@pytest.mark.parametrize('case', ['mlp', 'mlp-10', 'rnn-10x20', 'mlp-10x30', 'mlp-0x20'])
+@pytest.mark.parametrize(
+    'case',
+    ['rnn-10x20', *map(helpers.slow, ('mlp', 'mlp-10', 'mlp-10x30', 'mlp-0x20'))],
+)
 def test_a_bad_case_is_a_sentence(case):
   done = _run(f'--cases={case}')
   assert done.returncode != 0
@@ -86,9 +90,9 @@ def test_a_bad_case_is_a_sentence(case):
     'flag, message',
     [
         ('--long_clients=9,3', "'9,3' is not LOW,HIGH"),
-        ('--long_clients=3', "'3' is not LOW,HIGH"),
+        helpers.slow('--long_clients=3', "'3' is not LOW,HIGH"),
         ('--scaling=10,few', "'few' is not a number of clients"),
-        ('--scaling=20001', "'20001' is not a number of clients"),
+        helpers.slow('--scaling=20001', "'20001' is not a number of clients"),
     ],
 )
 def test_numbers_of_clients_that_make_no_sense_are_a_sentence(flag, message):

@@ -149,7 +149,7 @@ def _client(number, **conditions):
   }
 
 
-@pytest.mark.parametrize('name', ['scaffold', 'fed_dyn'])
+@pytest.mark.parametrize('name', ['scaffold', helpers.slow('fed_dyn')])
 def test_states_move_with_reports_that_count_only(name, batches):
   """Lost, excluded and skipped: server and clients stay in agreement."""
   process = _build(
@@ -175,7 +175,7 @@ def test_states_move_with_reports_that_count_only(name, batches):
   )
 
 
-@pytest.mark.parametrize('name', ['scaffold', 'fed_dyn'])
+@pytest.mark.parametrize('name', ['scaffold', helpers.slow('fed_dyn')])
 def test_a_skipped_round_gives_those_their_state_back_who_reported(name, batches):
   process = _build(
       name, client_data=batches, reporting=tff_kd.Reporting(min_reports=2)

@@ -14,58 +14,68 @@ _TINY = [
     '--server_steps=2', '--rounds=2', '--transfer_size=60', '--transfer_labels=20',
     '--rounds_per_checkpoint=1',
 ]
-_COMPARED = ['--algorithms=fed_avg,fed_df', '--seeds=0,1']
+_COMPARED = ['--algorithms=fed_avg,fed_df', '--seeds=0']
 
 
 def _run(*args, timeout=400):
   return helpers.script('pipelines.compare', *args, timeout=timeout)
 
 
-@pytest.fixture(scope='module')
-def finished(tmp_path_factory):
-  """A comparison that was stopped once, then ended."""
-  folder = tmp_path_factory.mktemp('compare') / 'out'
-  command = [*_COMPARED, *_TINY, f'--output_dir={folder}']
+@pytest.fixture(scope='module', params=[(0,), helpers.slow((0, 1))], ids=str)
+def finished(request, tmp_path_factory):
+  """A comparison that was stopped once, then ended.
+
+  Its seeds, its folder, and what it printed.
+  """
+  seeds, folder = request.param, tmp_path_factory.mktemp('compare') / 'out'
+  command = [
+      _COMPARED[0], f'--seeds={",".join(map(str, seeds))}', *_TINY,
+      f'--output_dir={folder}',
+  ]
   with helpers.running(
-      '-m', 'pipelines.compare', *command, python=helpers.WARM
+      '-m', 'pipelines.compare', *command, '--jobs=1', python=helpers.WARM
   ) as script:
     for line in script.stdout:
-      if line.startswith('[1/4]'):
+      if line.startswith('[1/'):
         break
     script.terminate()
     assert script.wait(60) == 130
   first = sorted(folder.glob('*/results.json'))
-  assert 1 <= len(first) < 4
+  assert 1 <= len(first) < 2 * len(seeds)
   changed = [path.stat().st_mtime_ns for path in first]
   done = _run(*command)
   assert done.returncode == 0, done.stderr
   assert changed == [path.stat().st_mtime_ns for path in first]
-  return folder, done.stdout
+  return seeds, folder, done.stdout
 
 
 def test_it_goes_on_and_ends_with_a_table_and_a_picture(finished):
-  folder, printed = finished
-  assert 'of 4 runs are done already' in printed
+  seeds, folder, printed = finished
+  assert f'of {2 * len(seeds)} runs are done already' in printed
+  # The deviation, where there are several seeds.
+  has_deviation = len(seeds) > 1
+  of_mean = lambda values: f'{statistics.mean(values):.3f}' + has_deviation * ' ± '
   with open(folder / 'table.csv', newline='') as file:
     rows = {row['algorithm']: row for row in csv.DictReader(file)}
   floor = rows.pop("the server's labels alone")
-  assert floor['seeds'] == '2' and not floor['MB a round'] and not floor['teacher']
+  assert floor['seeds'] == str(len(seeds))
+  assert not floor['MB a round'] and not floor['teacher']
   alone = [
       json.loads((folder / f'fed_df-{seed}' / 'results.json').read_text())['alone']
-      for seed in (0, 1)
+      for seed in seeds
   ]
-  mean = statistics.mean(its['student']['accuracy'] for its in alone)
-  assert floor['student'].startswith(f'{mean:.3f} ± ')
+  assert floor['student'].startswith(of_mean(its['student']['accuracy'] for its in alone))
   assert set(rows) == {'fed_avg', 'fed_df'}
   for row in rows.values():
-    assert row['seeds'] == '2' and '±' in row['student'] and row['teacher'] == ''
+    assert row['seeds'] == str(len(seeds)) and row['teacher'] == ''
+    assert ('±' in row['student']) == has_deviation
     last = []
-    for seed in (0, 1):
+    for seed in seeds:
       path = folder / f'{row["algorithm"]}-{seed}' / 'metrics.csv'
       with open(path, newline='') as file:
         history = [float(its['test/student_accuracy']) for its in csv.DictReader(file)]
       last.append(statistics.mean(history[-10:]))
-    assert row['student, last 10'].startswith(f'{statistics.mean(last):.3f} ± ')
+    assert row['student, last 10'].startswith(of_mean(last))
     assert row['teacher, last 10'] == ''
   assert float(rows['fed_df']['MB a round']) > float(rows['fed_avg']['MB a round'])
   markdown = (folder / 'table.md').read_text().splitlines()
@@ -74,11 +84,11 @@ def test_it_goes_on_and_ends_with_a_table_and_a_picture(finished):
 
 
 def test_all_met_the_same_problem(finished):
-  folder, _ = finished
+  seeds, folder, _ = finished
   # After a round, the two differ by the server's distillation only.
   before = []
   for name in ('fed_avg', 'fed_df'):
-    with open(folder / f'{name}-1' / 'metrics.csv', newline='') as file:
+    with open(folder / f'{name}-{seeds[-1]}' / 'metrics.csv', newline='') as file:
       before.append(next(csv.DictReader(file)))
   clients = [k for k in before[0] if k.startswith('client_work')]
   assert clients
@@ -87,7 +97,7 @@ def test_all_met_the_same_problem(finished):
 
 
 def test_another_problem_needs_another_folder(finished):
-  folder, _ = finished
+  _, folder, _ = finished
   done = _run(*_COMPARED, *_TINY, '--batch_size=7', f'--output_dir={folder}')
   assert done.returncode != 0
   assert 'choose another --output_dir' in done.stdout + done.stderr

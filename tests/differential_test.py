@@ -208,8 +208,7 @@ def test_without_noise_and_clip_a_run_is_the_plain_one(name):
 @pytest.mark.parametrize(
     'name',
     [
-        'fed_avg', 'fed_distillation', 'fd', helpers.slow('fed_df'),
-        helpers.slow('ds_fl'),
+        'fed_avg', 'fd', *map(helpers.slow, ('fed_distillation', 'fed_df', 'ds_fl')),
     ],
 )
 def test_what_clients_measure_is_not_released(name):
@@ -229,7 +228,7 @@ def test_what_clients_measure_is_not_released(name):
   assert sum(v for k, v in moved.items() if k != 'bytes/client') == 4 * each.total
 
 
-@pytest.mark.parametrize('name', ['fed_distillation', 'fd'])
+@pytest.mark.parametrize('name', [helpers.slow('fed_distillation'), 'fd'])
 def test_bad_clients_count_as_zeros_and_a_round_may_be_empty(name):
   process = _build(name, privacy=_dp())
   for clients in ([_NAN, _EMPTY, _CLIENTS[0], _CLIENTS[1]], []):

@@ -1,5 +1,8 @@
 """What README and docs say is run as it stands there."""
 
+import ast
+import importlib
+import inspect
 import json
 import os
 import re
@@ -16,6 +19,7 @@ from pipelines import train_checks
 from pipelines import train_flags
 from tests import data_test
 from tests import helpers
+import tff_kd
 
 
 def _pages(folder):
@@ -59,10 +63,13 @@ _TRAIN = [its for its in _TRAIN if not any(set(its) < set(other) for other in _T
 _PANDAS = 'import pandas as pd\n'
 
 
-# A pass of the clients over their examples where there are five; of the tutorial, which
-# has most of these, a round where there are five or ten.
+# A pass of the clients over their examples where there are five, and a smaller teacher;
+# of the tutorial, which has most of these, a round where there are five or ten.
 _SHORTER = {
-    'README.md': [('num_epochs=5', 'num_epochs=1')],
+    'README.md': [
+        ('num_epochs=5', 'num_epochs=1'), ("['cnn']", "['mlp_large']"),
+        ('num_rounds=3', 'num_rounds=1'),
+    ],
     'docs/library.md': [('num_epochs=5', 'num_epochs=1')],
     'docs/tutorial.md': [
         ('epochs=5', 'epochs=1'), ('range(1, 6)', 'range(1, 2)'), ('=10,', '=1,'),
@@ -82,12 +89,17 @@ _RUN = (
     'README.md', 'docs/library.md', 'docs/bring_your_own.md', 'docs/extending.md',
     'docs/tutorial.md',
 )
+# What a user runs first, and what stands on no other page. The others run in `make slow`.
+_OFTEN = ('README.md', 'docs/extending.md')
 
 
 @pytest.mark.parametrize(
     'document, is_whole',
     [
-        *((document, document not in _SHORTER) for document in _RUN),
+        *(
+            (its if its[0] in _OFTEN else helpers.slow(*its))
+            for its in ((document, document not in _SHORTER) for document in _RUN)
+        ),
         *(helpers.slow(document, True) for document in _SHORTER),
     ],
 )
@@ -154,6 +166,62 @@ def test_no_other_page_has_python():
   tested = (*_RUN, 'docs/privacy.md')
   for document in {*_DOCS, *_RESULTS} - {*tested, 'docs/api.md'}:
     assert not _blocks(document, 'python'), document
+
+
+class _Names(ast.NodeVisitor):
+  """Looks up what a page imports from this package and TFF, and what it calls with."""
+
+  def __init__(self):
+    self.known, self.num_calls = {}, 0
+
+  def visit_Import(self, node):
+    for its in node.names:
+      if its.name.startswith('tff_kd') and its.asname is None:
+        importlib.import_module(its.name)
+        self.known['tff_kd'] = tff_kd
+
+  def visit_ImportFrom(self, node):
+    if node.module.startswith('tff_kd'):
+      for its in node.names:
+        found = getattr(importlib.import_module(node.module), its.name)
+        self.known[its.asname or its.name] = found
+
+  def _found(self, node):
+    """What a dotted name is; `None` if it does not begin with what is imported."""
+    if isinstance(node, ast.Name):
+      return self.known.get(node.id)
+    if isinstance(node, ast.Attribute):
+      owner = self._found(node.value)
+      is_known = inspect.ismodule(owner) or inspect.isclass(owner)
+      return getattr(owner, node.attr) if is_known else None
+    return None
+
+  def visit_Attribute(self, node):
+    self._found(node)
+    self.generic_visit(node)
+
+  def visit_Call(self, node):
+    called = self._found(node.func)
+    if callable(called):
+      named = {its.arg: None for its in node.keywords if its.arg}
+      signature = inspect.signature(called)
+      is_whole = len(named) == len(node.keywords) and not any(
+          isinstance(its, ast.Starred) for its in node.args
+      )
+      bind = signature.bind if is_whole else signature.bind_partial
+      bind(*(None for its in node.args if not isinstance(its, ast.Starred)), **named)
+      self.num_calls += 1
+    self.generic_visit(node)
+
+
+@pytest.mark.parametrize('document', (*_RUN, 'docs/privacy.md'))
+def test_the_names_and_arguments_of_the_python_are_there(document):
+  names = _Names()
+  if document == 'docs/privacy.md':  # It goes on where that page's first block ends.
+    names.visit(ast.parse(_blocks('docs/library.md', 'python')[0]))
+  for block in _blocks(document, 'python'):
+    names.visit(ast.parse(block))
+  assert names.num_calls > 4
 
 
 @pytest.fixture(scope='module')

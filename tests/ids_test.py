@@ -68,7 +68,10 @@ def _common(model_fn):
   )
 
 
-@pytest.mark.parametrize('name', _MODELS)
+@pytest.mark.parametrize(
+    'name',
+    ['an embedding', 'within a model', *map(helpers.slow, ('masked', 'within a layer'))],
+)
 def test_a_client_with_other_ids_is_left_out(name):
   process = tff_kd.algorithms.build_fed_avg(**_common(_MODELS[name]))
   state = process.initialize()

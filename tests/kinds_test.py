@@ -20,14 +20,11 @@ from tests import label_kinds
 from tff_kd import data
 
 _MODELS = list(label_kinds.MODELS)
-# Beside the class numbers of `tasks_script_test`, one of each kind; the others are long.
-_OFTEN = {
-    ('one-hot, softmax', 'subclassed'), ('binary, hinge, [n]', 'batch norm'),
-    ('several', 'per position'),
-}
+# Beside the class numbers of `tasks_script_test`; the others are long.
+_OFTEN = ('one-hot, softmax', 'subclassed')
 _ALL = [
     pytest.param(
-        labels, model, marks=[] if (labels, model) in _OFTEN else [pytest.mark.slow]
+        labels, model, marks=[] if (labels, model) == _OFTEN else [pytest.mark.slow]
     )
     for labels in label_kinds.LABELS for model in _MODELS
 ]

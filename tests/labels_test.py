@@ -15,15 +15,30 @@ from tff_kd import evaluation
 _RNG = np.random.default_rng(0)
 
 
+def _dense_fn(kind, units=()):
+  return helpers.dense_fn(units, kind.units, activation=kind.activation)
+
+
+def _common(kind):
+  return dict(
+      loss_fn=kind.loss_fn, metrics_fn=lambda: [],
+      input_spec=helpers.dataset(*kind.examples(4, 0)).element_spec,
+  )
+
+
+@helpers.shared
+def _spec(name):
+  keras.utils.set_random_seed(0)
+  kind = LABELS[name]
+  return tff_kd.models.build_model_spec(_dense_fn(kind), **_common(kind))
+
+
 def _process(kind, labelled):
   x, y = kind.examples(60, 100)
   optimizer = tff_kd.tff.learning.optimizers.build_adam(0.03)
-  dense = lambda units: helpers.dense_fn(units, kind.units, activation=kind.activation)
   keras.utils.set_random_seed(0)
   return tff_kd.algorithms.build_fed_distillation(
-      student_fn=dense(()), teacher_fn=dense((8,)), loss_fn=kind.loss_fn,
-      metrics_fn=lambda: [],
-      input_spec=helpers.dataset(*kind.examples(4, 0)).element_spec,
+      **_common(kind), student_fn=_dense_fn(kind), teacher_fn=_dense_fn(kind, (8,)),
       transfer_set=tff_kd.TransferSet(x, y if labelled else None),
       client_optimizer=helpers.sgd(0.3), teacher_optimizer=optimizer,
       student_optimizer=optimizer,
@@ -35,14 +50,14 @@ def _process(kind, labelled):
 
 
 # The others are another dtype, shape or activation of one of these, or as in most tests.
-_FAST = ('one-hot, softmax', 'binary, hinge', 'several')
+_FAST = ('one-hot, softmax', 'binary, hinge', 'several', 'binary, bool, sigmoid')
 
 
 @pytest.mark.parametrize(
     'name, labelled',
     [
         (name, labelled)
-        if labelled and name in _FAST or name == 'binary, bool, sigmoid'
+        if labelled == (name != 'binary, bool, sigmoid') and name in _FAST
         else helpers.slow(name, labelled)
         for labelled in (True, False)
         for name in LABELS
@@ -69,8 +84,7 @@ def test_both_models_learn_and_are_evaluated(name, labelled):
 
 @pytest.mark.parametrize('name', ['several', 'binary, [n]', 'one-hot'])
 def test_scores_in_numpy(name):
-  kind = LABELS[name]
-  spec = _process(kind, True).student_spec
+  kind, spec = LABELS[name], _spec(name)
   x, y = kind.examples(50, 3)
   z = x @ spec.initial_weights.trainable[0] + spec.initial_weights.trainable[1]
   scores = evaluation.CentralEvaluator(spec).evaluate(spec.initial_weights, x, y)
@@ -88,7 +102,7 @@ def test_scores_in_numpy(name):
 
 @pytest.mark.parametrize('t', [1.0, 3.0])
 def test_several_labels_are_distilled_each_by_itself(t):
-  spec = _process(LABELS['several'], True).student_spec
+  spec = _spec('several')
   assert spec.logits_shape.as_list() == [3, 1] and spec.is_multi_label
   z, target = _RNG.normal(size=(2, 4, 3)).astype(np.float32)
   p, q = (1 / (1 + np.exp(-a / t)) for a in (target, z))
@@ -102,7 +116,9 @@ def test_several_labels_are_distilled_each_by_itself(t):
 @pytest.mark.parametrize('name, wrong', [('several', 2), ('binary, [n]', -1)])
 def test_a_client_whose_labels_are_not_binary_is_left_out(name, wrong):
   kind = LABELS[name]
-  process = _process(kind, True)
+  process = tff_kd.algorithms.build_fed_avg(
+      **_common(kind), student_fn=_dense_fn(kind), client_optimizer=helpers.sgd()
+  )
   x, y = kind.examples(8, 0)
   bad = y.copy()
   bad.reshape(-1)[0] = wrong

@@ -33,7 +33,7 @@ def _build(build, batches, rate, **kwargs):
   ))
 
 
-@pytest.mark.parametrize('name', ['fed_avg', 'fd'])
+@pytest.mark.parametrize('name', ['fed_avg', helpers.slow('fd')])
 def test_each_round_has_its_rate(name, batches):
   build = tff_kd.algorithms.REGISTRY[name].build
   scheduled = _build(build, batches, 123.0, learning_rate_fn=_learning_rate)

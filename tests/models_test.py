@@ -91,7 +91,7 @@ def _all_kinds():
 @pytest.mark.parametrize(
     'student_fn, teacher_fn',
     [
-        (_all_kinds, _Subclassed), (_Subclassed, _all_kinds),
+        (_all_kinds, _Subclassed), helpers.slow(_Subclassed, _all_kinds),
         *(
             helpers.slow(its, its)
             for its in (

@@ -165,7 +165,7 @@ def _units(p, bits):
 
 
 @pytest.mark.parametrize(
-    'up_bits, down_bits', [helpers.slow(1, 1), (2, 32), (32, 3)]
+    'up_bits, down_bits', [(1, 3), *(helpers.slow(*its) for its in ((2, 32), (32, 3)))]
 )
 def test_cfd_in_numpy(up_bits, down_bits):
   """Who takes part changes; each codes against what it sent itself."""
@@ -386,7 +386,7 @@ def test_fd_leaves_a_clients_own_part_out():
   helpers.assert_weights_close(*found, rtol=1e-6)
 
 
-@pytest.mark.parametrize('ignored', [-1, 0])
+@pytest.mark.parametrize('ignored', [helpers.slow(-1), 0])
 def test_fd_shares_nothing_of_what_the_loss_ignores(ignored):
   x, y = helpers.examples(12, 0)
   y = np.where(np.arange(12) % 3, y, ignored).astype(np.int32)
@@ -441,7 +441,9 @@ def test_fd_needs_class_indices():
     fd.build_fd(**helpers.common(regularizer_weight=0.0))
 
 
-@pytest.mark.parametrize('build', [helpers.slow(_fed_md), _ds_fl, fd.build_fd])
+@pytest.mark.parametrize(
+    'build', [_ds_fl, *map(helpers.slow, (_fed_md, fd.build_fd))]
+)
 def test_keras_optimizers_and_any_keras_model(build):
   model_fn = lambda: keras.Sequential([  # pylint: disable=g-long-lambda
       keras.layers.InputLayer((helpers.DIM,)),

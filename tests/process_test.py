@@ -51,7 +51,7 @@ def _distil(model, x, target, t, steps, rate, momentum):
   return trace
 
 
-@pytest.mark.parametrize('uniform', [False, True])
+@pytest.mark.parametrize('uniform', [helpers.slow(False), True])
 def test_two_rounds_equal_numpy(uniform):
   sizes, t, m = [7, 4, 12], 3.0, 9
   clients = [helpers.examples(n, i) for i, n in enumerate(sizes)]
@@ -448,7 +448,7 @@ def test_local_distillation_equals_a_step_by_hand(target):
   assert tff_kd.communication.round_bytes(process).down == down
 
 
-@pytest.mark.parametrize('keras_optimizer', [False, True])
+@pytest.mark.parametrize('keras_optimizer', [False, helpers.slow(True)])
 def test_optimizer_state_lives_in_the_process_state(keras_optimizer, fusion):
   """Two rounds from one state equal one round, then one from the saved state."""
   process = fusion  # Its teacher has TFF's Adam.

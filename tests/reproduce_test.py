@@ -34,6 +34,7 @@ def data_dir(tmp_path_factory):
   return folder
 
 
+# What it runs for each cell of the table are flags of `pipelines.train`.
 @pytest.fixture(scope='module')
 def finished(data_dir, tmp_path_factory):
   """FedAvg for a round, then FedAvg from there and FD to the second."""
@@ -50,6 +51,7 @@ def finished(data_dir, tmp_path_factory):
   return folder, flags
 
 
+@pytest.mark.slow
 def test_the_table_has_ours_beside_the_papers(finished):
   folder, _ = finished
   with open(folder / 'table.csv', newline='') as file:
@@ -80,6 +82,7 @@ def test_the_table_has_ours_beside_the_papers(finished):
   assert len(markdown) == 2 + 11
 
 
+@pytest.mark.slow
 def test_a_run_that_goes_on_keeps_its_first_rounds(finished):
   folder, _ = finished
   results = json.loads((folder / 'fed_avg-1-0' / 'results-2.json').read_text())
@@ -92,6 +95,7 @@ def test_a_run_that_goes_on_keeps_its_first_rounds(finished):
   assert results['seconds_per_round'] > 0
 
 
+@pytest.mark.slow
 def test_users_of_their_own_models_are_better_at_their_own_classes(finished):
   folder, _ = finished
   results = json.loads((folder / 'fd-1-0' / 'results-2.json').read_text())
@@ -99,6 +103,7 @@ def test_users_of_their_own_models_are_better_at_their_own_classes(finished):
   assert last['student/own classes'] > last['student/all']
 
 
+@pytest.mark.slow
 def test_a_second_start_runs_nothing_again(finished):
   folder, flags = finished
   paths = sorted(folder.glob('*/results-2.json'))

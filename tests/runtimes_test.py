@@ -67,10 +67,10 @@ def _rounds(process):
 @pytest.mark.parametrize(
     'name',
     [
-        'fed_distillation', 'fd',
+        'fed_distillation',
         *map(
             helpers.slow,
-            ('fed_avg', 'fed_df', 'fed_gen', 'scaffold', 'fed_dyn', 'fml', 'ds_fl'),
+            ('fd', 'fed_avg', 'fed_df', 'fed_gen', 'scaffold', 'fed_dyn', 'fml', 'ds_fl'),
         ),
     ],
 )

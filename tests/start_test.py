@@ -165,6 +165,7 @@ def _train(process, folder, num_rounds):
   ).state
 
 
+@pytest.mark.slow
 def test_a_resumed_run_repeats_an_unbroken_one(batches, tmp_path):
   process = _build('fed_distillation', batches)
   whole = _train(process, tmp_path / 'whole', 4)
@@ -206,7 +207,7 @@ def _bias_for(logits, prior, steps=300):
   return bias
 
 
-@pytest.mark.parametrize('prior', [None, (0.6, 0.3, 0.1)])
+@pytest.mark.parametrize('prior', [helpers.slow(None), (0.6, 0.3, 0.1)])
 def test_calibrated_fed_avg_in_numpy(prior, batches):
   process = _calibrated(batches, prior=prior)
   fed_avg = _build('fed_avg', batches, start=None)

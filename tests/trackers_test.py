@@ -200,6 +200,7 @@ def test_wandb_itself(process, tmp_path):
 _FED_AVG = (*helpers.TINY_RUN, '--transfer_labels=0', '--rounds=3')
 
 
+@pytest.mark.slow
 def test_a_run_may_be_tracked_by_mlflow(mlflow_calls, tmp_path):
   helpers.train_here(*_FED_AVG, '--tracker=mlflow', f'--output_dir={tmp_path / "run"}')
   assert mlflow_calls[0][0] == 'client'

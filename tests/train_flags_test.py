@@ -436,6 +436,7 @@ def test_rates_follow_the_rounds_as_flags_say():
     assert train_process.schedules(6) == []
 
 
+@pytest.mark.slow
 def test_a_run_takes_every_flag_of_the_clients_optimizer(tmp_path):
   helpers.train_here(
       *helpers.TINY_RUN, '--rounds=2', f'--output_dir={tmp_path / "run"}',

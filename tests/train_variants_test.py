@@ -52,6 +52,19 @@ def test_idx_files_fed_df_cohorts_and_pretraining(tmp_path):
   assert isinstance(second, keras.Sequential)
 
 
+_OWN = '--algorithm=examples/own_algorithm.py'
+_OWN_RULE = '--consensus=examples/own_rule.py'
+
+
+@pytest.mark.parametrize(
+    'own', [(_OWN, '--proximal_weight=10'), ('--algorithm=fed_df', _OWN_RULE)]
+)
+def test_an_algorithm_and_a_rule_of_ones_own_are_built(own):
+  printed = helpers.train_here(*own, *helpers.TINY_RUN[1:], '--rounds=1', '--dry_run')
+  assert 'Nothing was trained' in printed
+
+
+@pytest.mark.slow
 def test_an_algorithm_and_a_rule_of_ones_own(tmp_path):
   flags_of_run = [
       *helpers.TINY_RUN[1:], '--rounds=1', '--compare_with_fed_avg=false',
@@ -60,7 +73,7 @@ def test_an_algorithm_and_a_rule_of_ones_own(tmp_path):
   for weight in (0.01, 10.0):
     folder = tmp_path / f'decay_{weight}'
     helpers.train_here(
-        '--algorithm=examples/own_algorithm.py', f'--proximal_weight={weight}',
+        _OWN, f'--proximal_weight={weight}',
         f'--output_dir={folder}', *flags_of_run,
     )
     model = keras.models.load_model(folder / 'student.keras')
@@ -68,13 +81,14 @@ def test_an_algorithm_and_a_rule_of_ones_own(tmp_path):
   # At a rate of .1, a weight of 10 takes all that a step begins with.
   assert decayed[1] < 0.2 * decayed[0]
   helpers.train_here(
-      '--algorithm=fed_df', '--consensus=examples/own_rule.py', '--server_steps=2',
+      '--algorithm=fed_df', _OWN_RULE, '--server_steps=2',
       '--clients_start_from=average', '--student_start=released', '--augment',
       f'--output_dir={tmp_path / "rule"}', *flags_of_run,
   )
   assert helpers.rows(tmp_path / 'rule' / 'metrics.csv')
 
 
+@pytest.mark.slow
 def test_students_may_change_their_inputs_at_clients(tmp_path):
   printed = helpers.train_here(
       *helpers.TINY_RUN, '--task=examples/shifting_clients.py', '--rounds=1',
@@ -108,6 +122,10 @@ def test_the_average_goes_on_and_what_is_released_is_aligned(tmp_path):
     logits = keras.models.load_model(folder / path).predict(task.test.inputs, verbose=0)
     accuracy = np.mean(logits.argmax(-1) == task.test.labels)
     assert float(best[f'test/{name}_accuracy']) == pytest.approx(accuracy, abs=1e-6)
+
+
+@pytest.mark.slow
+def test_the_average_is_calibrated(tmp_path):
   folder = tmp_path / 'calibrated'
   helpers.train_here(
       *helpers.TINY_RUN, '--calibrate', '--rounds=2', '--nocompare_with_fed_avg',
@@ -224,7 +242,8 @@ def test_hindered_clients_are_counted_and_a_damaged_run_repeats(tmp_path):
     assert {k for k in row if row[k] != again[k]} <= differing
 
 
-@pytest.mark.parametrize('name', ['scaffold', *map(helpers.slow, ('fed_dyn', 'moon'))])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['scaffold', 'fed_dyn', 'moon'])
 def test_stateful_clients_with_terms_for_label_skew(name, tmp_path):
   helpers.train_here(
       *(flag for flag in helpers.TINY_RUN if not flag.startswith('--algorithm')),

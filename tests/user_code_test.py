@@ -111,7 +111,7 @@ def test_a_round_is_a_step_of_keras(build, loss_fn):
 
 
 @pytest.mark.parametrize(
-    'name', ['Nadam', 'Adafactor', *map(helpers.slow, ('Adam', 'Ftrl', 'Lion'))]
+    'name', ['Nadam', *map(helpers.slow, ('Adafactor', 'Adam', 'Ftrl', 'Lion'))]
 )
 def test_keras_optimizers_are_those_of_keras(name):
   build = _with(lambda: layers.Dense(3))
@@ -124,7 +124,7 @@ def test_keras_optimizers_are_those_of_keras(name):
   helpers.assert_weights_close(weights, expected, rtol=1e-4, atol=1e-6)
 
 
-@pytest.mark.parametrize('policy', ['float64', 'mixed_bfloat16'])
+@pytest.mark.parametrize('policy', [helpers.slow('float64'), 'mixed_bfloat16'])
 def test_policies(policy):
   def build():
     keras.utils.set_random_seed(1)
