@@ -657,18 +657,23 @@ def _best_row(
   return max((row for row in history if row['round'] <= rounds), key=value)
 
 
-def _open_run_dir() -> pathlib.Path:
-  """The run folder, with `config.json` in it."""
-  config = {
-      name: flag.value for name, flag in sorted(args.own_flags().items())
-  }
+def _run_dir() -> pathlib.Path:
+  """The run folder, as flags name it."""
   if args.OUTPUT_DIR.value:
-    run_dir = pathlib.Path(args.OUTPUT_DIR.value)
-  else:
-    now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
-    name = tff_kd.data.task_info(args.TASK.value).name
-    run_dir = pathlib.Path('runs', f'{now}-{args.algorithm().name}-{name}')
-  path = run_dir / 'config.json'
+    return pathlib.Path(args.OUTPUT_DIR.value)
+  now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
+  name = tff_kd.data.task_info(args.TASK.value).name
+  return pathlib.Path('runs', f'{now}-{args.algorithm().name}-{name}')
+
+
+def _config() -> dict[str, Any]:
+  """The values of all flags of a run."""
+  return {name: flag.value for name, flag in sorted(args.own_flags().items())}
+
+
+def _check_run_dir(run_dir: pathlib.Path) -> None:
+  """Refuses a folder that holds another run than this one, or none to resume."""
+  config, path = _config(), run_dir / 'config.json'
   # One that ended before its first round left nothing to go on with.
   has_rounds = (run_dir / 'metrics.csv').exists()
   if path.exists() and has_rounds:
@@ -696,15 +701,19 @@ def _open_run_dir() -> pathlib.Path:
       )
   elif train_checks.must_resume():
     raise UserError(f'{run_dir} holds no run to resume (no rounds).')
+
+
+def _open_run_dir(run_dir: pathlib.Path) -> None:
+  """Makes the run folder, with `config.json` in it."""
   run_dir.mkdir(parents=True, exist_ok=True)
+  path = run_dir / 'config.json'
   versions = {m.__name__: m.__version__ for m in (tf, tff, np)}
   # Not in its place: a full disk would leave half of it.
   partial = path.with_suffix('.partial')
   partial.write_text(
-      json.dumps({'flags': config, 'versions': versions}, indent=2) + '\n'
+      json.dumps({'flags': _config(), 'versions': versions}, indent=2) + '\n'
   )
   partial.replace(path)
-  return run_dir
 
 
 @contextlib.contextmanager
@@ -723,11 +732,12 @@ def errors_for_users() -> Iterator[None]:
 def run() -> None:
   """The whole job."""
   with errors_for_users():
-    setup = prepare()
-    if args.DRY_RUN.value:
+    run_dir = None if args.DRY_RUN.value else _run_dir()
+    setup = prepare(run_dir)
+    if run_dir is None:
       _print_plan(setup)
       return
-    run_dir, setup, accountant = _begin(setup)
+    setup, accountant = _begin(setup, run_dir)
   try:
     with runtime(), concurrent.futures.ThreadPoolExecutor(1) as pool:
       if accountant is None:  # Beside the first round, which leaves a core free.
@@ -818,8 +828,13 @@ class Setup(NamedTuple):
   participation: tff_kd.simulation.Participation
 
 
-def prepare() -> Setup:
-  """All that can be refused, before anything runs."""
+def prepare(run_dir: Optional[pathlib.Path] = None) -> Setup:
+  """All that can be refused, before anything runs.
+
+  Args:
+    run_dir: The folder of the run that follows, which must go with the flags; `None` if
+      none follows.
+  """
   algorithm = args.algorithm()
   _say(f'Loading the data of {args.TASK.value}.')
   task = load_task()
@@ -827,6 +842,8 @@ def prepare() -> Setup:
     train_checks.run()  # It has set some.
   if args.RAY_ADDRESS.value:
     _check_ray()
+  if run_dir is not None:
+    _check_run_dir(run_dir)
   clients = split_clients(task)
   batches = build_batches(task, clients)
   if train_checks.is_private():
@@ -860,11 +877,11 @@ def _check_metric(task: tff_kd.data.Task, process: Any) -> None:
     )
 
 
-def _begin(setup: Setup) -> tuple[
-    pathlib.Path, Setup, Optional[tff_kd.privacy.PrivacyAccountant]
-]:
+def _begin(
+    setup: Setup, run_dir: pathlib.Path
+) -> tuple[Setup, Optional[tff_kd.privacy.PrivacyAccountant]]:
   """Opens the run folder, and says what is run."""
-  run_dir = _open_run_dir()
+  _open_run_dir(run_dir)
   accountant = None
   if train_checks.is_private():
     setup = setup._replace(
@@ -875,7 +892,7 @@ def _begin(setup: Setup) -> tuple[
     accountant = train_privacy.build_accountant(setup.process, run_dir)
   _print_setup(setup, accountant)
   print(f'Run folder: {run_dir}', flush=True)
-  return run_dir, setup, accountant
+  return setup, accountant
 
 
 def _draw_partition(setup: Setup, run_dir: pathlib.Path) -> None:
