@@ -78,7 +78,7 @@ def test_a_small_case(tmp_path):
 
 @pytest.mark.parametrize(
     'case',
-    ['rnn-10x20', *map(helpers.slow, ('mlp', 'mlp-10', 'mlp-10x30', 'mlp-0x20'))],
+    ['rnn-10x20', *helpers.slow_each('mlp', 'mlp-10', 'mlp-10x30', 'mlp-0x20')],
 )
 def test_a_bad_case_is_a_sentence(case):
   done = _run(f'--cases={case}')

@@ -122,7 +122,7 @@ def test_a_late_client_trained_from_what_was_sent_then(data):
 
 @pytest.mark.parametrize(
     'share, steps',
-    [(0.4, 2), helpers.slow(0.01, 1), helpers.slow(0.6, 3), (1.0, 5)],
+    [(0.4, 2), *helpers.slow_each((0.01, 1), (0.6, 3), (1.0, 5))],
 )
 def test_a_straggler_does_the_first_of_its_steps(data, share, steps):
   # Client 1: 18 examples in 5 steps.

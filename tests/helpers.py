@@ -163,6 +163,11 @@ def slow(*values, **kwargs):
   return pytest.param(*values, marks=pytest.mark.slow, **kwargs)
 
 
+def slow_each(*values):
+  """Each of several values, or tuples of values, as `slow` marks one."""
+  return [slow(*its) if isinstance(its, tuple) else slow(its) for its in values]
+
+
 def assert_weights_close(actual, expected, **kwargs):
   actual, expected = tf.nest.flatten(actual), tf.nest.flatten(expected)
   assert len(actual) == len(expected) > 0

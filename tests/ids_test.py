@@ -70,7 +70,7 @@ def _common(model_fn):
 
 @pytest.mark.parametrize(
     'name',
-    ['an embedding', 'within a model', *map(helpers.slow, ('masked', 'within a layer'))],
+    ['an embedding', 'within a model', *helpers.slow_each('masked', 'within a layer')],
 )
 def test_a_client_with_other_ids_is_left_out(name):
   process = tff_kd.algorithms.build_fed_avg(**_common(_MODELS[name]))

@@ -181,6 +181,7 @@ def test_tffs_fed_prox_has_the_other_sign(process):
   assert difference(tff_kd.ProximalTerm(weight=mu)) > 1e-3
 
 
+@pytest.mark.slow
 def test_spec_serves_tffs_own_fed_avg(process):
   """A spec is also a functional model of TFF."""
   theirs = tff.learning.algorithms.build_weighted_fed_avg(

@@ -54,7 +54,7 @@ def _prior_gradient(tau, smoothing, z):
   return helpers.softmax(z + tau * log_prior) - np.eye(_CLASSES)[_Y]
 
 
-@pytest.mark.parametrize('tau, smoothing', [(1.0, 0.0), (0.5, 0.3)])
+@pytest.mark.parametrize('tau, smoothing', [helpers.slow(1.0, 0.0), (0.5, 0.3)])
 def test_prior_correction_is_cross_entropy_on_shifted_logits(tau, smoothing):
   term = tff_kd.PriorCorrection(tau=tau, smoothing=smoothing)
   received, found = _one_round(_process(term), num_steps=2)
@@ -75,7 +75,7 @@ def test_restricted_softmax_scales_the_logits_of_absent_classes():
   helpers.assert_weights_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize('t', [1.0, 2.0])
+@pytest.mark.parametrize('t', [helpers.slow(1.0), 2.0])
 def test_vacant_classes_are_distilled_beside_a_corrected_loss(t):
   weight = 0.6
   terms = (
@@ -215,7 +215,8 @@ def test_counts_are_of_what_the_client_reads_and_knows_in_a_round(tmp_path):
 
 
 @pytest.mark.parametrize(
-    'term', [tff_kd.PriorCorrection(), tff_kd.RestrictedSoftmax(scale=0.5)]
+    'term',
+    [tff_kd.PriorCorrection(), helpers.slow(tff_kd.RestrictedSoftmax(scale=0.5))],
 )
 def test_a_model_of_probabilities_learns_as_one_of_logits(term):
   left = []

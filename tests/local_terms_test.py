@@ -91,7 +91,7 @@ def test_fed_ntd_in_numpy(beta, tau):
   )
 
 
-@pytest.mark.parametrize('size', [1, helpers.slow(2), 3])
+@pytest.mark.parametrize('size', [*helpers.slow_each(1, 2), 3])
 def test_fed_gkd_in_numpy(size):
   gamma, t = _GKD.values()
   process = _process('fed_gkd', **_GKD, history_size=size)
@@ -125,7 +125,9 @@ class _NearTheLastTwo(_NearThePast):
   history_size = 2
 
 
-@pytest.mark.parametrize('term, size', [(_NearThePast(), 5), (_NearTheLastTwo(), 2)])
+@pytest.mark.parametrize(
+    'term, size', [helpers.slow(_NearThePast(), 5), (_NearTheLastTwo(), 2)]
+)
 def test_a_term_of_ones_own_learns_from_past_students(term, size):
   process = _process('fed_avg', local_terms=[term])
   state = process.initialize()

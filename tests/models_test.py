@@ -249,8 +249,8 @@ def _two_inputs(kind):
 @pytest.mark.parametrize(
     'kind, mapping_batches',
     [
-        ('dict', True), ('tuple', False),
-        helpers.slow('dict', False), helpers.slow('tuple', True),
+        ('dict', True),
+        *helpers.slow_each(('tuple', False), ('dict', False), ('tuple', True)),
     ],
 )
 def test_several_inputs(kind, mapping_batches):

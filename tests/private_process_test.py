@@ -165,7 +165,7 @@ def _units(p, bits):
 
 
 @pytest.mark.parametrize(
-    'up_bits, down_bits', [(1, 3), *(helpers.slow(*its) for its in ((2, 32), (32, 3)))]
+    'up_bits, down_bits', [(1, 3), *helpers.slow_each((2, 32), (32, 3))]
 )
 def test_cfd_in_numpy(up_bits, down_bits):
   """Who takes part changes; each codes against what it sent itself."""
@@ -442,7 +442,7 @@ def test_fd_needs_class_indices():
 
 
 @pytest.mark.parametrize(
-    'build', [_ds_fl, *map(helpers.slow, (_fed_md, fd.build_fd))]
+    'build', [_ds_fl, *helpers.slow_each(_fed_md, fd.build_fd)]
 )
 def test_keras_optimizers_and_any_keras_model(build):
   model_fn = lambda: keras.Sequential([  # pylint: disable=g-long-lambda

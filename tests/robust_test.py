@@ -247,6 +247,7 @@ def test_medians_bear_one_huge_client():
   assert output.metrics['aggregator']['model']['num_clients'] == 5
 
 
+@pytest.mark.slow
 def test_nothing_trimmed_is_the_plain_mean():
   mean = robust.TrimmedMeanFactory(8, trimmed_share=0.0)
   weighting = tff.learning.ClientWeighting.UNIFORM

@@ -68,9 +68,8 @@ def _rounds(process):
     'name',
     [
         'fed_distillation',
-        *map(
-            helpers.slow,
-            ('fd', 'fed_avg', 'fed_df', 'fed_gen', 'scaffold', 'fed_dyn', 'fml', 'ds_fl'),
+        *helpers.slow_each(
+            'fd', 'fed_avg', 'fed_df', 'fed_gen', 'scaffold', 'fed_dyn', 'fml', 'ds_fl'
         ),
     ],
 )

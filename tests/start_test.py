@@ -67,7 +67,7 @@ _ROUNDS = (
 
 
 @pytest.mark.parametrize(
-    'name', ['fed_distillation', helpers.slow('fed_df')]
+    'name', ['fed_df', helpers.slow('fed_distillation')]
 )
 def test_the_average_is_fed_avgs_whatever_is_released(name, batches):
   options = dict(local_terms=_TERMS, reporting=_REPORTING)

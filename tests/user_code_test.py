@@ -111,7 +111,7 @@ def test_a_round_is_a_step_of_keras(build, loss_fn):
 
 
 @pytest.mark.parametrize(
-    'name', ['Nadam', *map(helpers.slow, ('Adafactor', 'Adam', 'Ftrl', 'Lion'))]
+    'name', ['Nadam', *helpers.slow_each('Adafactor', 'Adam', 'Ftrl', 'Lion')]
 )
 def test_keras_optimizers_are_those_of_keras(name):
   build = _with(lambda: layers.Dense(3))
