@@ -445,25 +445,21 @@ def _build(build, teacher=False, **kwargs):
   )
 
 
-def _step(model, x, dz, rate):
-  return [model[0] - rate * x.T @ dz, model[1] - rate * dz.sum(0)]
-
-
 def _logits_of(model, x=_X):
-  return x @ model[0] + model[1]
+  return helpers.linear_logits(model, x)
 
 
 def _fit(model, k):
   """A client's step of SGD with rate .1 on all of its examples."""
   x, y = _CLIENTS[k]
   dz = helpers.softmax(_logits_of(model, x)) - np.eye(helpers.CLASSES)[y]
-  return _step(model, x.astype(np.float64), dz / len(x), 0.1)
+  return helpers.linear_step(model, x.astype(np.float64), dz / len(x), 0.1)
 
 
 def _learn(model, target, rate):
   """A step of distillation on the public examples."""
   dz = (helpers.softmax(_logits_of(model)) - helpers.softmax(target)) / len(_X)
-  return _step(model, _X, dz, rate)
+  return helpers.linear_step(model, _X, dz, rate)
 
 
 def _mean(values, weights):

@@ -230,12 +230,7 @@ def private():
   return _fed_aux(epsilon=2.0)
 
 
-def _step(model, x, dz, rate):
-  return [model[0] - rate * x.T @ dz, model[1] - rate * dz.sum(0)]
-
-
-def _logits(model, x):
-  return x @ model[0] + model[1]
+_step, _logits = helpers.linear_step, helpers.linear_logits
 
 
 def _expected_round(student, scorers, clients, epochs=1):

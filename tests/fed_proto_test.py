@@ -16,15 +16,7 @@ _CLIENTS = {
     1: (helpers.examples(4, 1)[0], np.int32([0, 1, 1, 0])),
     2: (helpers.examples(12, 2)[0], np.int32([1, 2] * 6)),
 }
-
-
-def _student_fn(hidden=(), features=_FEATURES):
-  return keras.Sequential([
-      keras.layers.InputLayer((helpers.DIM,)),
-      *[keras.layers.Dense(units) for units in hidden],
-      keras.layers.Dense(features, activation='tanh', name='features'),
-      keras.layers.Dense(helpers.CLASSES),
-  ])
+_student_fn = helpers.features_fn(_FEATURES)
 
 
 @helpers.shared
@@ -138,7 +130,7 @@ def test_private_prototypes():
 
 
 def test_architectures_with_as_many_features_learn_from_each_other():
-  process = _build(student_fn=[_student_fn, lambda: _student_fn(hidden=(6,))])
+  process = _build(student_fn=[_student_fn, helpers.features_fn(_FEATURES, (6,))])
   state, kept = process.initialize(), list(process.initialize_client())
   for _ in range(2):
     output = process.next(
@@ -160,7 +152,7 @@ def test_architectures_with_as_many_features_learn_from_each_other():
         (dict(split_layer='nowhere'), "must be one of the student's layers"),
         (dict(student_fn=helpers.dense_fn()), 'must have layers before the split'),
         (
-            dict(student_fn=[_student_fn, lambda: _student_fn(features=5)]),
+            dict(student_fn=[_student_fn, helpers.features_fn(5)]),
             r'as many, found \[4, 5\]',
         ),
         (

@@ -51,9 +51,33 @@ def dense_fn(units=(), classes=CLASSES, dim=DIM, **kwargs):
   return build
 
 
+def features_fn(features, hidden=()):
+  """A builder of a classifier with a hidden layer 'features', after others."""
+
+  def build():
+    return keras.Sequential([
+        keras.layers.InputLayer((DIM,)),
+        *[keras.layers.Dense(units) for units in hidden],
+        keras.layers.Dense(features, activation='tanh', name='features'),
+        keras.layers.Dense(CLASSES),
+    ])
+
+  return build
+
+
 def softmax(z):
   """Of the last axis, in NumPy."""
   return scipy.special.softmax(np.asarray(z, np.float64), axis=-1)
+
+
+def linear_logits(model, x):
+  """Of a linear model `[kernel, bias]`, in NumPy."""
+  return x @ model[0] + model[1]
+
+
+def linear_step(model, x, dz, rate):
+  """A linear model after a step of SGD, of the loss's gradient by the logits."""
+  return [model[0] - rate * x.T @ dz, model[1] - rate * dz.sum(0)]
 
 
 def examples(n, seed, dim=DIM, classes=CLASSES):

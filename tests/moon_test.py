@@ -12,14 +12,7 @@ from tff_kd.client.companions import contrast
 
 _RATE, _MU, _TAU, _FEATURES = 0.2, 2.0, 0.4, 4
 _CLIENTS = {k: helpers.examples(n, k) for k, n in enumerate([8, 4, 12])}
-
-
-def _student_fn():
-  return keras.Sequential([
-      keras.layers.InputLayer((helpers.DIM,)),
-      keras.layers.Dense(_FEATURES, activation='tanh', name='features'),
-      keras.layers.Dense(helpers.CLASSES),
-  ])
+_student_fn = helpers.features_fn(_FEATURES)
 
 
 @helpers.shared

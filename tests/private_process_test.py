@@ -22,6 +22,7 @@ from tff_kd.simulation import client_states
 _X, _Y = helpers.examples(10, 77)
 _SIZES = (6, 8, 4)
 _RATE, _DIGEST_RATE = 0.2, 0.3
+_step, _logits = helpers.linear_step, helpers.linear_logits
 
 
 def _client(k):
@@ -43,40 +44,28 @@ def _fed_md(labelled=False, **kwargs):
   return fed_md.build_fed_md(**helpers.common(**(defaults | kwargs)))
 
 
-@helpers.shared
-def _ds_fl(**kwargs):
+def _with_student(build, num_steps, **kwargs):
+  """A process whose server has a student that is distilled."""
   keras.utils.set_random_seed(0)
   defaults = dict(
       client_optimizer=helpers.sgd(_RATE),
       transfer_set=tff_kd.TransferSet(_X),
       student_optimizer=helpers.sgd(_DIGEST_RATE),
       distillation=tff_kd.Distillation(
-          num_steps=1, batch_size=10, distillation_weight=1.0
+          num_steps=num_steps, batch_size=10, distillation_weight=1.0
       ),
   )
-  return ds_fl.build_ds_fl(**helpers.common(**(defaults | kwargs)))
+  return build(**helpers.common(**(defaults | kwargs)))
+
+
+@helpers.shared
+def _ds_fl(**kwargs):
+  return _with_student(ds_fl.build_ds_fl, 1, **kwargs)
 
 
 @helpers.shared
 def _cfd(**kwargs):
-  keras.utils.set_random_seed(0)
-  defaults = dict(
-      client_optimizer=helpers.sgd(_RATE),
-      transfer_set=tff_kd.TransferSet(_X),
-      student_optimizer=helpers.sgd(_DIGEST_RATE),
-      distillation=tff_kd.Distillation(
-          num_steps=2, batch_size=10, distillation_weight=1.0
-      ),
-  )
-  return cfd.build_cfd(**helpers.common(**(defaults | kwargs)))
-
-
-def _step(model, x, dz, rate):
-  return [model[0] - rate * x.T @ dz, model[1] - rate * dz.sum(0)]
-
-
-def _logits(model, x):
-  return x @ model[0] + model[1]
+  return _with_student(cfd.build_cfd, 2, **kwargs)
 
 
 def _fit(model, x, y, rate=_RATE):
