@@ -9,6 +9,8 @@ FLAGS ?=
 STAMP := $(VENV)/.installed
 SMOKE := .venv-smoke
 INPUTS := requirements.txt requirements-data.txt requirements-ray.txt setup.cfg pyproject.toml
+PARALLEL = -n $$(( $$(nproc) + 1 )) --dist loadfile --no-loadscope-reorder
+ALONE := tests/faults_test.py $(wildcard tests/ray_*test.py tests/benchmark*test.py)
 
 .PHONY: train test slow smoke lint lock clean install
 
@@ -17,11 +19,13 @@ train: $(STAMP)
 
 # One test process more than cores: they wait for scripts and TFF's worker now and then.
 test: $(STAMP)
-	$(BIN)/python -m pytest -q -n $$(( $$(nproc) + 1 )) --dist loadfile --no-loadscope-reorder
+	$(BIN)/python -m pytest -q $(PARALLEL)
 
-# The long reproductions, and further values of what the tests hold (about 40 minutes).
+# The long reproductions, whole runs of scripts, and further values of what the tests hold.
+# What kills, freezes and fills what runs, or starts clusters, comes by itself at the end.
 slow: $(STAMP)
-	$(BIN)/python -m pytest -q -m slow
+	$(BIN)/python -m pytest -q -m slow $(PARALLEL) $(ALONE:%=--ignore=%)
+	$(BIN)/python -m pytest -q -m slow $(ALONE)
 
 lint: $(STAMP)
 	$(BIN)/ruff check .

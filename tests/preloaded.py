@@ -1,4 +1,4 @@
-"""What scripts import, without what defines their flags; none of it starts TensorFlow."""
+"""What scripts and tests import, without what defines flags; none starts TensorFlow."""
 
 import importlib
 import pkgutil
@@ -8,5 +8,8 @@ import tff_kd
 
 for module in pkgutil.walk_packages(tff_kd.__path__, 'tff_kd.'):
   importlib.import_module(module.name)
-for name in ('matplotlib.figure', 'matplotlib.backends.backend_agg', 'tqdm', 'numpy'):
+for name in (
+    'matplotlib.figure', 'matplotlib.backends.backend_agg', 'tqdm', 'numpy',
+    'hypothesis.strategies', 'hypothesis.extra.numpy',
+):
   importlib.import_module(name)

@@ -22,7 +22,8 @@ def _without(*beginnings):
   return [flag for flag in helpers.TINY_FUSION if not flag.startswith(beginnings)]
 
 
-def test_idx_files_fed_df_cohorts_and_pretraining(tmp_path):
+@pytest.mark.parametrize('compares', [False, helpers.slow(True)])
+def test_idx_files_fed_df_cohorts_and_pretraining(compares, tmp_path):
   data_test._write_idx(tmp_path, n_train=120, n_test=30, zipped=True)
   printed = helpers.train_here(
       '--task=idx', f'--data_dir={tmp_path}', '--algorithm=fed_df',
@@ -32,8 +33,10 @@ def test_idx_files_fed_df_cohorts_and_pretraining(tmp_path):
       '--distillation_weight=0.5', '--local_target=student', '--rounds=2',
       '--student=mlp_small,cnn', f'--output_dir={tmp_path / "out"}',
       '--model_bits=8', '--consensus=mean_probabilities', '--prediction_top=2',
+      f'--compare_with_fed_avg={compares}',
   )
   assert "student before the server's distillation" in printed
+  assert ('FedAvg, same rounds' in printed) == compares
   assert 'teacher' not in printed
   assert not (tmp_path / 'out' / 'teacher.keras').exists()
   # Clients 0, 2, 4 have the one architecture, 1 and 3 the other.
