@@ -191,7 +191,7 @@ def test_one_client_moves_a_sum_by_its_clip_at_most(channel, scale):
 
 @pytest.mark.parametrize(
     'name',
-    ['fed_distillation', *helpers.slow_each('ds_fl', 'fed_avg', 'fed_df')],
+    ['fed_df', *helpers.slow_each('ds_fl', 'fed_avg', 'fed_distillation')],
 )
 def test_without_noise_and_clip_a_run_is_the_plain_one(name):
   plain, plain_kept = helpers.rounds(_build(name), _CLIENTS)

@@ -65,8 +65,8 @@ def in_float32():
 @pytest.mark.parametrize(
     'policy, tolerance',
     [
-        ('float16', 0.05), ('bfloat16', 0.2),
-        helpers.slow('float64', 1e-3), helpers.slow('mixed_float16', 0.05),
+        ('float16', 0.05),
+        *helpers.slow_each(('bfloat16', 0.2), ('float64', 1e-3), ('mixed_float16', 0.05)),
     ],
 )
 def test_both_models_learn_as_in_float32(policy, tolerance, in_float32):
