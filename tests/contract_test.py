@@ -23,12 +23,12 @@ from tff_kd import privacy
 from tff_kd.simulation import checkpoints
 
 _NAMES = sorted(algorithms.REGISTRY)
-# These are composed as others (after the colon), with other terms, weights
-# or models: their cells are in `make slow`.
+# These are composed as others (after the colon), with other terms, weights or models:
+# their cells are in `make slow`.
 _LIKE_ANOTHER = {
     'cfd': 'ds_fl', 'fed_df': 'fed_distillation', 'fed_dyn': 'scaffold',
     'fed_et': 'fed_distillation', 'fed_md': 'ds_fl', 'fed_ntd': 'fed_gkd',
-    'fed_prox': 'fed_gkd', 'fml': 'fed_kd', 'moon': 'scaffold',
+    'fed_prox': 'fed_gkd', 'fml': 'fed_kd', 'lg_fed_avg': 'fed_per', 'moon': 'scaffold',
 }
 # What is left out of an algorithm's process, and the reason that its builder gives.
 _REFUSED = {
