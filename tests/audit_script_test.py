@@ -19,6 +19,8 @@ def run_dir(tmp_path_factory):
   return folder
 
 
+# What it calls is in `membership_test` and `inversion_test`.
+@pytest.mark.slow
 def test_it_attacks_and_reports(run_dir):
   done = helpers.script(
       'pipelines.audit', f'--run={run_dir}', '--victims=2', '--inversion_epochs=2'

@@ -20,18 +20,10 @@ from tests import label_kinds
 from tff_kd import data
 
 _MODELS = list(label_kinds.MODELS)
-# Beside the class numbers of `tasks_script_test`; the others are long.
-_OFTEN = ('one-hot, softmax', 'subclassed')
-_ALL = [
-    pytest.param(
-        labels, model, marks=[] if (labels, model) == _OFTEN else [pytest.mark.slow]
-    )
-    for labels in label_kinds.LABELS for model in _MODELS
-]
-_EVERY = [
-    pytest.param(labels, model, marks=[pytest.mark.slow])
-    for labels in label_kinds.LABELS for model in _MODELS
-]
+# Beside the class numbers of `tasks_script_test`.
+_EVERY = helpers.slow_each(
+    *((labels, model) for labels in label_kinds.LABELS for model in _MODELS)
+)
 
 
 def _write_kind(folder, labels, model, **kwargs):
@@ -39,7 +31,7 @@ def _write_kind(folder, labels, model, **kwargs):
   (folder / 'kind.json').write_text(json.dumps(kind))
 
 
-@pytest.mark.parametrize('labels, model', _ALL)
+@pytest.mark.parametrize('labels, model', _EVERY)
 def test_a_run_is_reported_evaluated_and_exported(labels, model, tmp_path, capsys):
   _write_kind(tmp_path, labels, model)
   run_dir = tmp_path / 'run'

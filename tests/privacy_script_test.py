@@ -63,6 +63,7 @@ def test_a_lost_ledger_or_other_rounds_are_refused(private_run):
   assert 'what the rounds of this run have spent is not known' in error
 
 
+@pytest.mark.slow
 def test_rounds_that_were_begun_are_spent_and_the_budget_ends_the_run(private_run):
   folder, args, _ = private_run
   # As if three rounds had been begun after the last checkpoint, and lost.

@@ -67,9 +67,10 @@ def _rounds(process):
 @pytest.mark.parametrize(
     'name',
     [
-        'fed_distillation',
+        'fed_df',
         *helpers.slow_each(
-            'fd', 'fed_avg', 'fed_df', 'fed_gen', 'scaffold', 'fed_dyn', 'fml', 'ds_fl'
+            'fed_distillation', 'fd', 'fed_avg', 'fed_gen', 'scaffold', 'fed_dyn', 'fml',
+            'ds_fl',
         ),
     ],
 )

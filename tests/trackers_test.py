@@ -210,6 +210,7 @@ def test_a_run_may_be_tracked_by_mlflow(mlflow_calls, tmp_path):
   assert not (tmp_path / 'run' / 'tensorboard').exists()
 
 
+@pytest.mark.slow
 def test_an_interrupted_run_prints_how_to_go_on(tmp_path, monkeypatch):
   folder = tmp_path / 'a run'
   call = train_job._Evaluation.__call__
