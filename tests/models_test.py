@@ -277,6 +277,8 @@ def test_several_inputs(kind, mapping_batches):
   assert output.metrics['server_distillation']['teacher']['num_targets'] == 10
 
 
+# Sequences of any length are in `outputs_test`.
+@pytest.mark.slow
 def test_sequence_outputs():
   """[batch, time, classes]: the labels and the predictions are per position."""
   def build():

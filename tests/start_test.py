@@ -98,6 +98,7 @@ def test_the_average_is_fed_avgs_whatever_is_released(name, batches):
       assert state.round_num == before.round_num + 1 == expected_before.round_num + 1
 
 
+@pytest.mark.slow
 def test_cohorts_go_on_from_their_averages(batches):
   process = _build('fed_df', batches, cohorts=True)
   fed_avg = _build('fed_avg', batches, start=None, cohorts=True)
