@@ -182,6 +182,12 @@ def shared(build):
   return call
 
 
+@shared
+def fed_avg():
+  """FedAvg of a linear model on datasets, built once for all files of tests."""
+  return tff_kd.algorithms.build_fed_avg(**common())
+
+
 def slow(*values, **kwargs):
   """Values of a parametrized test that a shorter test covers in a run of minutes."""
   return pytest.param(*values, marks=pytest.mark.slow, **kwargs)

@@ -384,7 +384,7 @@ def test_own_loss_and_metric():
   output = process.next(state, [helpers.dataset(x, y) for x, y in clients])
   train = output.metrics['client_work']['train']
   assert train['count_of'] == sum((y == 1).sum() for _, y in clients)
-  full = tff_kd.algorithms.build_fed_avg(**helpers.common())
+  full = helpers.fed_avg()
   full_output = full.next(
       full.set_model_weights(full.initialize(), state.global_model_weights),
       [helpers.dataset(*clients[0], batch_size=8)],

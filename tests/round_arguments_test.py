@@ -29,7 +29,7 @@ def by_number(batches):
 @pytest.fixture(scope='module')
 def by_dataset():
   keras.utils.set_random_seed(0)
-  return tff_kd.algorithms.build_fed_avg(**helpers.common())
+  return helpers.fed_avg()
 
 
 def _datasets(numbers=(0, 1, 2)):

@@ -20,7 +20,7 @@ from tff_kd.simulation import trackers
 
 @pytest.fixture(scope='module')
 def process():
-  return tff_kd.algorithms.build_fed_avg(**helpers.common())
+  return helpers.fed_avg()
 
 
 def _train(process, num_rounds=2, **kwargs):

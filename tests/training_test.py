@@ -15,7 +15,7 @@ from tff_kd import simulation
 
 @pytest.fixture(scope='module')
 def process():
-  return tff_kd.algorithms.build_fed_avg(**helpers.common())
+  return helpers.fed_avg()
 
 
 def _data(round_num):
