@@ -13,7 +13,6 @@ import pytest
 
 from pipelines import train_job
 from tests import helpers
-import tff_kd
 from tff_kd import simulation
 from tff_kd.simulation import trackers
 
