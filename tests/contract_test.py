@@ -1,10 +1,10 @@
 """What every algorithm of the registry keeps to: one table, in which no cell is empty.
 
 Each algorithm is built once: two cohorts with architectures of their own, examples with
-weights, and reports that may be too few. All cells are rounds of that one process, but for
-secure sums, which take as long to build as the rest and are looked at in a process of their
-own. Where a builder refuses one of these, `_REFUSED` has its reason, and a test holds that
-it does refuse.
+weights, and reports that may be too few. All cells are rounds of that one process, but
+for secure sums: they take as long to build as the rest, and have a process of their own.
+Where a builder refuses one of these, `_REFUSED` has its reason, and a test holds that it
+does refuse.
 """
 
 import pathlib
