@@ -109,18 +109,15 @@ def test_thirty_two_bits_are_tffs():
   np.testing.assert_allclose(found, [1.25, -0.5, 3.0], atol=1e-6)
 
 
-def test_the_ledger_counts_elements_of_the_group():
-  sizes = {}
-  for bits in (8, 16):
-    process = _build(
-        'fed_avg', secure_aggregation=privacy.SecureAggregation(**{**_BITS, 'bits': bits})
-    )
-    sizes[bits] = tff_kd.communication.round_bytes(process).up
-  plain = tff_kd.communication.round_bytes(_build('fed_avg')).up
-  numbers = plain // 4
-  # Of 8 bits, four clients' sums need 11, of 16 bits 19; and a few for the weights.
-  for bits, needed in ((8, 11), (16, 19)):
-    assert numbers * needed / 8 <= sizes[bits] <= numbers * needed / 8 + 40
+@pytest.mark.parametrize('bits, needed', [helpers.slow(8, 11), (16, 19)])
+def test_the_ledger_counts_elements_of_the_group(bits, needed):
+  """Of 8 bits, four clients' sums need 11, of 16 bits 19; and a few for the weights."""
+  process = _build(
+      'fed_avg', secure_aggregation=privacy.SecureAggregation(**{**_BITS, 'bits': bits})
+  )
+  size = tff_kd.communication.round_bytes(process).up
+  numbers = tff_kd.communication.round_bytes(_build('fed_avg')).up // 4
+  assert numbers * needed / 8 <= size <= numbers * needed / 8 + 40
 
 
 @pytest.mark.parametrize('name', ['fed_df', helpers.slow('fed_aux')])
