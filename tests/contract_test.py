@@ -408,7 +408,7 @@ _TYPES = {
     'ds_fl': (_CONSENSUS, _up(knowledge=_PREDICTIONS), _kept(_OWN)),
     'fd': (
         dict(shared=_BY_CLASS, shared_round='int32'), _up(knowledge=_BY_CLASS),
-        _kept(_OWN),
+        _kept(_OWN, _BY_CLASS, 'int32'),
     ),
     'fed_aux': (*_AVERAGING_AND_PREDICTIONS[:2], '<weights=float32[6],is_fitted=bool>'),
     'fed_avg': _AVERAGING,
