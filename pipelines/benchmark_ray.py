@@ -6,8 +6,9 @@ r"""Measures rounds on Ray: the overhead, two nodes against one, many clients.
 Everything runs on this machine, with processes of Ray of its own. The figures:
 
   memory    `--clients` over `--examples` in rounds of `--clients_per_round`, two
-            workers: after each round the seconds that it took, the resident memory of
-            each process and the size of the object store
+            workers: after each round the seconds that it took, those that the script's
+            threads were at work, the resident memory of each process and the size of
+            the object store
   overhead  rounds with one worker and with two, beside rounds of the same computation in
             the script's process with as many clients at a time; in turns
   nodes     rounds on two nodes of Ray, each with all processes pinned to one core, beside
@@ -290,9 +291,13 @@ def _measure_memory() -> list[dict[str, float]]:
     state = process.initialize()
     for number in range(1, _WATCHED.value + 1):
       clients = sample(number)
-      start = time.perf_counter()
+      start, cpu_start = time.perf_counter(), time.process_time()
       state = process.next(state, clients).state
-      row = {'round': number, 'seconds': time.perf_counter() - start}
+      row = {
+          'round': number,
+          'seconds': time.perf_counter() - start,
+          'script CPU seconds': time.process_time() - cpu_start,
+      }
       row |= {f'{name} MiB': _resident_mib(pid) for name, pid in pids.items()}
       row['object store MiB'] = _object_store_mib(pids['raylet'])
       rows.append(row)
@@ -347,7 +352,7 @@ def _print_memory(rows: Sequence[Mapping[str, float]]) -> None:
   print(f'\nRounds of {_COHORT.value:,} of {_CLIENTS.value:,} clients:')
   lines = [('round', *(f"{rows[i]['round']}" for i in points))]
   for name in rows[0]:
-    digits = 2 if name == 'seconds' else 0
+    digits = 2 if name.endswith('seconds') else 0
     if name != 'round':
       lines.append((name, *(f'{rows[i][name]:.{digits}f}' for i in points)))
   tables.print_table(lines)
