@@ -348,7 +348,7 @@ def _print_results(results: Mapping[str, Any]) -> None:
 def _print_memory(rows: Sequence[Mapping[str, float]]) -> None:
   from pipelines import tables
 
-  points = sorted({0, len(rows) // 2, len(rows) - 1})
+  points = sorted({0, 1, len(rows) // 2, len(rows) - 1})
   print(f'\nRounds of {_COHORT.value:,} of {_CLIENTS.value:,} clients:')
   lines = [('round', *(f"{rows[i]['round']}" for i in points))]
   for name in rows[0]:
