@@ -318,6 +318,29 @@ def _write_csv(rows: Sequence[Mapping[str, float]], path: pathlib.Path) -> None:
       })
 
 
+def _draw(rows: Sequence[Mapping[str, float]], path: pathlib.Path) -> None:
+  """Draws the seconds and the memory of each round."""
+  from matplotlib import figure as figure_lib
+
+  figure = figure_lib.Figure((8, 6), layout='constrained')
+  upper, lower = figure.subplots(2, 1, sharex=True)
+  rounds = [row['round'] for row in rows]
+  for name, label in {'seconds': 'round', 'script CPU seconds': "script's CPU"}.items():
+    upper.plot(rounds, [row[name] for row in rows], label=label)
+  upper.set(ylabel='seconds', title='Time of each round')
+  for name in rows[0]:
+    if name.endswith(' MiB'):
+      memory = [row[name] for row in rows]
+      lower.plot(rounds, memory, label=name.removesuffix(' MiB'))
+  lower.set(xlabel='round', ylabel='resident MiB', title='Memory after each round')
+  for panel in (upper, lower):
+    panel.set_ylim(bottom=0)
+    panel.xaxis.get_major_locator().set_params(integer=True)
+    panel.grid(alpha=0.3)
+    panel.legend(loc='center left', bbox_to_anchor=(1.0, 0.5))
+  figure.savefig(path)
+
+
 def _print_results(results: Mapping[str, Any]) -> None:
   from pipelines import tables
 
@@ -371,8 +394,6 @@ def main(argv: list[str]) -> Optional[int]:
         '--clients_per_round must be at most --clients, and that at most --examples.'
     )
   _use_token()
-  from pipelines import plots
-
   folder = pathlib.Path(_OUTPUT_DIR.value)
   folder.mkdir(parents=True, exist_ok=True)
   # Memory first: what the other figures leave would count as the script's.
@@ -380,7 +401,7 @@ def main(argv: list[str]) -> Optional[int]:
   if 'memory' in _FIGURES.value:
     results['memory'] = _measure_memory()
     _write_csv(results['memory'], folder / 'machines.csv')
-    plots.plot_machines(results['memory'], folder / 'machines.png')
+    _draw(results['memory'], folder / 'machines.png')
   if 'overhead' in _FIGURES.value:
     results['overhead'] = _measure_overhead(cases)
   if 'nodes' in _FIGURES.value:

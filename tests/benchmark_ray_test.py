@@ -3,13 +3,11 @@
 import csv
 import json
 import math
-import os
-import pathlib
+import subprocess
 
 import pytest
 
 from pipelines import benchmark_work
-from pipelines import plots
 from tests import helpers
 
 pytest.importorskip('ray')
@@ -47,29 +45,44 @@ def test_all_figures(tmp_path):
   assert 'two nodes' in done.stdout and 'overhead ms' in done.stdout
 
 
-def test_memory_of_processes():
-  from pipelines import benchmark_ray
+# The script's flags are not for the process of the tests.
+_PARTS = """
+import os
+import pathlib
+import sys
+from pipelines import benchmark_ray
 
-  assert 50 < benchmark_ray._resident_mib(os.getpid()) < 50_000
-  before = benchmark_ray._object_store_mib(os.getpid())
-  path = pathlib.Path('/dev/shm') / f'tff_kd_test_{os.getpid()}'
-  with path.open('wb') as file:
-    path.unlink()
-    file.write(bytes(3 * 2**20))
-    file.flush()
-    assert benchmark_ray._object_store_mib(os.getpid()) - before == 3.0
+folder = pathlib.Path(sys.argv[1])
+assert 50 < benchmark_ray._resident_mib(os.getpid()) < 50_000
+before = benchmark_ray._object_store_mib(os.getpid())
+path = pathlib.Path('/dev/shm') / f'tff_kd_test_{os.getpid()}'
+with path.open('wb') as file:
+  path.unlink()
+  file.write(bytes(3 * 2**20))
+  file.flush()
+  assert benchmark_ray._object_store_mib(os.getpid()) - before == 3.0
+rows = [
+    {
+        'round': n, 'seconds': 1.0, 'script CPU seconds': 0.5, 'script MiB': 800.0 + n,
+        'raylet MiB': 30.0,
+    }
+    for n in (1, 2, 3)
+]
+benchmark_ray._draw(rows, folder / 'machines.png')
+benchmark_ray._write_csv(rows, folder / 'machines.csv')
+"""
 
 
-def test_the_picture(tmp_path):
-  rows = [
-      {
-          'round': n, 'seconds': 1.0, 'script CPU seconds': 0.5,
-          'script MiB': 800.0 + n, 'raylet MiB': 30.0,
-      }
-      for n in (1, 2, 3)
-  ]
-  plots.plot_machines(rows, tmp_path / 'machines.png')
+def test_memory_of_processes_and_the_picture(tmp_path):
+  done = subprocess.run(
+      [helpers.WARM, '-c', _PARTS, str(tmp_path)], cwd=helpers.ROOT,
+      capture_output=True, text=True, timeout=300,
+  )
+  assert done.returncode == 0, done.stderr
   assert (tmp_path / 'machines.png').stat().st_size > 10_000
+  head, first = (tmp_path / 'machines.csv').read_text().splitlines()[:2]
+  assert head == 'round,seconds,script CPU seconds,script MiB,raylet MiB'
+  assert first == '1,1.000,0.500,801.000,30.000'
 
 
 def test_a_case_has_the_examples_of_its_seed():
