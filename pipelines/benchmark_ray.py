@@ -181,7 +181,7 @@ def _pinned_nodes() -> Iterator[str]:
   cores = os.sched_getaffinity(0)
   if len(cores) < 2:
     raise pipelines.UserError('Two nodes need two cores, and here is one.')
-  size = dict(num_cpus=1, object_store_memory=_OBJECT_STORE_BYTES)
+  size: dict[str, Any] = dict(num_cpus=1, object_store_memory=_OBJECT_STORE_BYTES)
   # What a process starts is pinned to the same cores.
   first, second = sorted(cores)[:2]
   try:
