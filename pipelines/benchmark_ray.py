@@ -9,12 +9,12 @@ Everything runs on this machine, with processes of Ray of its own. The figures:
             workers: after each round the seconds that it took, those that the script's
             threads were at work, the resident memory of each process and the size of
             the object store
-  overhead  rounds with one worker and with two, beside rounds of the same computation in
-            the script's process with as many clients at a time; in turns
-  nodes     rounds on two nodes of Ray, each with all processes pinned to one core, beside
-            rounds on one of the two; in turns
+  overhead  rounds with one worker and with two, beside rounds of the same computation
+            in the script's process with as many clients at a time; in turns
+  nodes     rounds on two nodes of Ray, each with all processes pinned to one core,
+            beside rounds on one of the two; in turns
 
-Rounds in turns must have results that are equal to the bit; otherwise there is an error.
+Rounds in turns must have equal results, to the bit; otherwise there is an error.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
