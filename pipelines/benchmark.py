@@ -19,7 +19,7 @@ threads and a start of its own; they run a round in turns, and wait in between:
           clients go through their examples in order
 """
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import contextlib
 import gc
 import importlib
@@ -38,8 +38,8 @@ from absl import app
 from absl import flags
 
 import pipelines
+from pipelines import benchmark_work as work
 
-_MODELS = ['mlp', 'cnn', 'batch_norm', 'dropout', 'subclassed', 'fed_distillation']
 _CASES = flags.DEFINE_list(
     'cases',
     [
@@ -48,7 +48,7 @@ _CASES = flags.DEFINE_list(
         'cnn-10x2000', 'cnn-100x100', 'batch_norm-10x600', 'dropout-10x600',
         'subclassed-10x600', 'fed_distillation-10x2000',
     ],
-    f'MODEL-CLIENTSxEXAMPLES, of the models {", ".join(_MODELS)}.',
+    f'MODEL-CLIENTSxEXAMPLES, of the models {", ".join(work.MODELS)}.',
 )
 _SCALING = flags.DEFINE_list(
     'scaling', ['10', '100', '1000'],
@@ -77,59 +77,13 @@ _OUTPUT_DIR = flags.DEFINE_string(
 )
 _CHILD = flags.DEFINE_string('child', None, 'Used between processes.')
 
-_BATCH = 20
-_RATE = 0.1
 _SCALING_EXAMPLES = 20_000
 _LONG_EXAMPLES = 200
 _LONG_POINTS = 10
-_TRANSFER = 1000
-_SERVER_STEPS, _SERVER_BATCH, _SERVER_RATE = 50, 64, 1e-3
 _END_S = 30.0
 
 # Runs a round with so many clients.
 _Round = Callable[[int], Any]
-
-
-class _Case(NamedTuple):
-  """The work that all sides of a case do."""
-
-  model: str
-  num_clients: int
-  num_examples: int
-
-  @property
-  def shape(self) -> tuple[int, ...]:
-    """Returns the shape of an example."""
-    return (28, 28, 1) if self.model == 'cnn' else (784,)
-
-  def examples(self) -> Iterator[tuple[Any, Any]]:
-    """Draws each client's examples and labels."""
-    import numpy as np
-
-    for client in range(self.num_clients):
-      rng = np.random.default_rng((_SEED.value, client))
-      x = rng.random((self.num_examples, *self.shape), np.float32)
-      yield x, rng.integers(0, 10, self.num_examples).astype(np.int32)
-
-  def transfer_examples(self) -> Any:
-    """Draws the inputs of the server's transfer set."""
-    import numpy as np
-
-    return np.random.default_rng(_SEED.value).random((_TRANSFER, *self.shape), np.float32)
-
-
-def _parse(case: str) -> _Case:
-  try:
-    model, size = case.split('-')
-    clients, examples = map(int, size.split('x'))
-    if model not in _MODELS or clients < 1 or examples < 1 or examples % _BATCH:
-      raise ValueError
-  except ValueError:
-    raise app.UsageError(
-        f'--cases: {case!r} is not MODEL-CLIENTSxEXAMPLES, with a model of '
-        f'{_MODELS} and a multiple of {_BATCH} examples, such as mlp-10x200.'
-    ) from None
-  return _Case(model, clients, examples)
 
 
 def _parse_scaling(number: str) -> int:
@@ -154,50 +108,6 @@ def _parse_long_clients(limits: Sequence[str]) -> tuple[int, int]:
 # What each side does, in its own process. `keras` is Keras 3's or Keras 2's.
 
 
-def _model(keras: Any, name: str, shape: tuple[int, ...]) -> Any:
-  """Builds a model; `teacher` is that of `fed_distillation`."""
-  layers = keras.layers
-  relu = lambda units: layers.Dense(units, activation='relu')
-  if name == 'subclassed':
-    return _subclassed(keras)
-  if name == 'cnn':
-    hidden = [
-        layers.Conv2D(32, 3, activation='relu'), layers.MaxPool2D(),
-        layers.Conv2D(64, 3, activation='relu'), layers.MaxPool2D(),
-        layers.Flatten(),
-    ]
-  elif name == 'teacher':
-    hidden = [relu(400), relu(400)]
-  elif name == 'batch_norm':
-    hidden = [
-        relu(200), layers.BatchNormalization(), relu(200), layers.BatchNormalization(),
-    ]
-  elif name == 'dropout':
-    hidden = [relu(200), layers.Dropout(0.2), relu(200), layers.Dropout(0.2)]
-  else:
-    hidden = [relu(200), relu(200)]
-  return keras.Sequential([layers.InputLayer(shape), *hidden, layers.Dense(10)])
-
-
-def _subclassed(keras: Any) -> Any:
-  class Subclassed(keras.Model):
-
-    def __init__(self):
-      super().__init__()
-      relu = lambda: keras.layers.Dense(200, activation='relu')
-      self.first, self.second = relu(), relu()
-      self.head = keras.layers.Dense(10)
-
-    def call(self, inputs):
-      return self.head(self.second(self.first(inputs)))
-
-  return Subclassed()
-
-
-def _loss(keras: Any) -> Any:
-  return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
-
-
 def _local_training(model: Any, loss_fn: Callable[..., Any]) -> Callable[..., None]:
   """Returns a client's steps, on the model's variables in place."""
   import tensorflow as tf
@@ -207,13 +117,13 @@ def _local_training(model: Any, loss_fn: Callable[..., Any]) -> Callable[..., No
   def train(examples, all_labels):
     size = tf.shape(all_labels)[0]
     order = tf.random.shuffle(tf.range(size))
-    for step in tf.range(size // _BATCH):
-      rows = order[step * _BATCH : (step + 1) * _BATCH]
+    for step in tf.range(size // work.BATCH):
+      rows = order[step * work.BATCH : (step + 1) * work.BATCH]
       inputs, labels = tf.gather(examples, rows), tf.gather(all_labels, rows)
       with tf.GradientTape() as tape:
         loss = loss_fn(labels, model(inputs, training=True))
       for variable, gradient in zip(variables, tape.gradient(loss, variables)):
-        variable.assign(variable - _RATE * gradient)
+        variable.assign(variable - work.RATE * gradient)
 
   return train
 
@@ -224,13 +134,14 @@ def _distillation(learner: Any, inputs: Any) -> Callable[[Any], None]:
   import tensorflow as tf
 
   variables = [v.value for v in learner.trainable_variables]
-  optimizer = keras.optimizers.Adam(_SERVER_RATE)
+  optimizer = keras.optimizers.Adam(work.SERVER_RATE)
   optimizer.build(learner.trainable_variables)
 
   def distil(targets):
-    order = tf.random.shuffle(tf.range(_SERVER_STEPS * _SERVER_BATCH) % _TRANSFER)
-    for step in tf.range(_SERVER_STEPS):
-      rows = order[step * _SERVER_BATCH : (step + 1) * _SERVER_BATCH]
+    drawn = tf.range(work.SERVER_STEPS * work.SERVER_BATCH)
+    order = tf.random.shuffle(drawn % work.TRANSFER)
+    for step in tf.range(work.SERVER_STEPS):
+      rows = order[step * work.SERVER_BATCH : (step + 1) * work.SERVER_BATCH]
       target = tf.nn.softmax(tf.gather(targets, rows))
       with tf.GradientTape() as tape:
         logits = learner(tf.gather(inputs, rows), training=True)
@@ -242,7 +153,7 @@ def _distillation(learner: Any, inputs: Any) -> Callable[[Any], None]:
   return distil
 
 
-def _floor(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
+def _floor(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
   """The round's arithmetic and nothing else."""
   del stack
   import keras
@@ -253,20 +164,20 @@ def _floor(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
   public = tf.constant(case.transfer_examples())
 
   def build():
-    model = _model(keras, case.model, case.shape)
+    model = work.build_model(keras, case.model, case.shape)
     model(tf.zeros((1, *case.shape)))
     variables = [v.value for v in model.trainable_variables]
     weights = [tf.Variable(v) for v in variables]
-    train = _local_training(model, _loss(keras))
+    train = _local_training(model, work.build_loss(keras))
     distills = case.model == 'fed_distillation'
     if distills:
-      teacher = _model(keras, 'teacher', case.shape)
+      teacher = work.build_model(keras, 'teacher', case.shape)
       teach, refresh = _distillation(teacher, public), _distillation(model, public)
 
     @tf.function
     def run():
       totals = [tf.zeros_like(weight) for weight in weights]
-      logits = tf.zeros([_TRANSFER, 10])
+      logits = tf.zeros([work.TRANSFER, 10])
       for client in tf.range(case.num_clients):
         for variable, weight in zip(variables, weights):
           variable.assign(weight)
@@ -287,13 +198,13 @@ def _floor(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
   return build
 
 
-def _datasets(case: _Case) -> list[Any]:
+def _datasets(case: work.Case) -> list[Any]:
   import tensorflow as tf
 
-  return [
-      tf.data.Dataset.from_tensor_slices(part).shuffle(case.num_examples).batch(_BATCH)
-      for part in case.examples()
+  datasets = [
+      tf.data.Dataset.from_tensor_slices(part) for part in case.examples()
   ]
+  return [each.shuffle(case.num_examples).batch(work.BATCH) for each in datasets]
 
 
 def _rounds_of(process: Any, data: Sequence[Any]) -> _Round:
@@ -307,7 +218,7 @@ def _rounds_of(process: Any, data: Sequence[Any]) -> _Round:
   return one_round
 
 
-def _tff(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
+def _tff(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
   """TFF's own, on its own worker."""
   from tff_kd import tff
   from tff_kd import runtime
@@ -317,68 +228,42 @@ def _tff(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
 
   def model_fn():
     return tff.learning.models.from_keras_model(
-        _model(tf_keras, case.model, case.shape), loss=_loss(tf_keras),
-        input_spec=data[0].element_spec,
+        work.build_model(tf_keras, case.model, case.shape),
+        loss=work.build_loss(tf_keras), input_spec=data[0].element_spec,
     )
 
   def build():
     stack.enter_context(runtime.tff_worker())
     process = tff.learning.algorithms.build_weighted_fed_avg(
-        model_fn, client_optimizer_fn=tff.learning.optimizers.build_sgdm(_RATE)
+        model_fn, client_optimizer_fn=tff.learning.optimizers.build_sgdm(work.RATE)
     )
     return _rounds_of(process, data)
 
   return build
 
 
-def _memory(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
+def _memory(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
   """Ours, with datasets in memory."""
   del stack
   data = _datasets(case)
-  return lambda: _our_rounds(case, data, input_spec=data[0].element_spec)
+  return lambda: _rounds_of(
+      work.build_process(case, input_spec=data[0].element_spec), data
+  )
 
 
-def _ours(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
+def _ours(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
   """Ours, with clients' data by reference."""
   del stack
-  import tff_kd
-
-  batches = tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_clients(list(case.examples())),
-      batch_size=_BATCH, seed=_SEED.value,
-  )
-  return lambda: _our_rounds(
-      case, list(range(case.num_clients)), client_data=batches,
-      input_spec=batches.element_spec,
+  batches = case.batches()
+  return lambda: _rounds_of(
+      work.build_process(
+          case, client_data=batches, input_spec=batches.element_spec
+      ),
+      list(range(case.num_clients)),
   )
 
 
-def _our_rounds(case: _Case, data: Sequence[Any], **kwargs) -> _Round:
-  import keras
-  import tff_kd
-
-  kwargs |= dict(
-      student_fn=lambda: _model(keras, case.model, case.shape),
-      loss_fn=lambda: _loss(keras),
-      client_optimizer=tff_kd.tff.learning.optimizers.build_sgdm(_RATE),
-  )
-  if case.model != 'fed_distillation':
-    return _rounds_of(tff_kd.algorithms.build_fed_avg(**kwargs), data)
-  adam = tff_kd.tff.learning.optimizers.build_adam(_SERVER_RATE)
-  size = dict(num_steps=_SERVER_STEPS, batch_size=_SERVER_BATCH)
-  process = tff_kd.algorithms.build_fed_distillation(
-      **kwargs,
-      teacher_fn=lambda: _model(keras, 'teacher', case.shape),
-      transfer_set=tff_kd.TransferSet(case.transfer_examples()),
-      teacher_optimizer=adam,
-      student_optimizer=adam,
-      distillation=tff_kd.Distillation(**size),
-      back_distillation=tff_kd.Distillation(target='teacher', **size),
-  )
-  return _rounds_of(process, data)
-
-
-def _pfl(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
+def _pfl(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
   """Apple's pfl-research, with TensorFlow."""
   del stack
   from pfl.aggregate import simulate
@@ -399,14 +284,14 @@ def _pfl(case: _Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
   clients = federated_dataset.FederatedDataset(data.__getitem__, sampler)
 
   def build():
-    keras_model = _model(tf_keras, case.model, case.shape)
+    keras_model = work.build_model(tf_keras, case.model, case.shape)
     sgd = tf_keras.optimizers.SGD
-    keras_model.compile(optimizer=sgd(_RATE), loss=_loss(tf_keras))
+    keras_model.compile(optimizer=sgd(work.RATE), loss=work.build_loss(tf_keras))
     model = pfl_model.TFModel(keras_model, metrics={}, central_optimizer=sgd(1.0))
     backend = simulate.SimulatedBackend(clients, clients, [])
     algorithm = federated_averaging.FederatedAveraging()
     train = hyperparam.NNTrainHyperParams(
-        local_batch_size=_BATCH, local_num_epochs=1, local_learning_rate=_RATE
+        local_batch_size=work.BATCH, local_num_epochs=1, local_learning_rate=work.RATE
     )
     number = 0
 
@@ -436,17 +321,17 @@ class _Side(NamedTuple):
   """
 
   imports: Sequence[str]
-  prepare: Callable[[_Case, contextlib.ExitStack], Callable[[], _Round]]
+  prepare: Callable[[work.Case, contextlib.ExitStack], Callable[[], _Round]]
   models: Sequence[str]
   environment: dict[str, str]
 
 
 _OUR_IMPORTS = ['tff_kd.compat', 'tff_kd.algorithms', 'tff_kd.algorithms.fed_avg']
 _SIDES = {
-    'floor': _Side(['tensorflow', 'keras'], _floor, _MODELS, {}),
-    'tff': _Side(['tff_kd.compat', 'tf_keras'], _tff, _MODELS[:-1], {}),
-    'memory': _Side(_OUR_IMPORTS, _memory, _MODELS, {}),
-    'ours': _Side(_OUR_IMPORTS, _ours, _MODELS, {}),
+    'floor': _Side(['tensorflow', 'keras'], _floor, work.MODELS, {}),
+    'tff': _Side(['tff_kd.compat', 'tf_keras'], _tff, work.MODELS[:-1], {}),
+    'memory': _Side(_OUR_IMPORTS, _memory, work.MODELS, {}),
+    'ours': _Side(_OUR_IMPORTS, _ours, work.MODELS, {}),
     'pfl': _Side(
         ['tf_keras', 'pfl.model.tensorflow', 'pfl.algorithm.federated_averaging'], _pfl,
         ['mlp', 'cnn'], {'TF_USE_LEGACY_KERAS': '1'},
@@ -476,7 +361,7 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
   return result, time.perf_counter() - start
 
 
-def _serve(name: str, case: _Case, pipe: int) -> None:
+def _serve(name: str, case: work.Case, pipe: int) -> None:
   """Is one side: runs a round for each line on stdin, and answers on a pipe."""
   os.set_inheritable(pipe, False)
   with os.fdopen(pipe, 'w') as answers, contextlib.ExitStack() as stack:
@@ -484,7 +369,7 @@ def _serve(name: str, case: _Case, pipe: int) -> None:
     _, import_s = _timed(lambda: [*map(importlib.import_module, _SIDES[name].imports)])
     import tensorflow as tf
 
-    tf.random.set_seed(_SEED.value)
+    tf.random.set_seed(case.seed)
     build = _SIDES[name].prepare(case, stack)
     gc.collect()
     # What making the examples took is not this side's.
@@ -511,7 +396,7 @@ class _Child:
       round; its most memory once it has ended.
   """
 
-  def __init__(self, name: str, case: _Case):
+  def __init__(self, name: str, case: work.Case):
     """Starts it, and waits until it is ready for rounds."""
     self._name, self._case = name, case
     read, write = os.pipe()
@@ -520,7 +405,7 @@ class _Child:
     self._log = tempfile.TemporaryFile('w+', errors='replace')
     try:
       self._process = subprocess.Popen(
-          [*command, f'--seed={_SEED.value}'], pass_fds=[write], text=True,
+          command, pass_fds=[write], text=True,
           stdin=subprocess.PIPE, stdout=self._log, stderr=self._log,
           env={**os.environ, **_SIDES[name].environment},
       )
@@ -582,7 +467,7 @@ def _say(text: str) -> None:
   print(f'  {text} ...', file=sys.stderr, flush=True)
 
 
-def _measure_case(name: str, case: _Case, sides: Sequence[str]) -> dict[str, Any]:
+def _measure_case(name: str, case: work.Case, sides: Sequence[str]) -> dict[str, Any]:
   """Returns the medians of all sides of a case, round by round in turns."""
   _say(name)
   with contextlib.ExitStack() as stack:
@@ -613,7 +498,8 @@ def _measure_case(name: str, case: _Case, sides: Sequence[str]) -> dict[str, Any
 def _measure_scaling(num_clients: int) -> dict[str, Any]:
   """Ours alone, over the same examples whatever the number of clients."""
   _say(f'{num_clients} clients')
-  case = _Case('mlp', num_clients, _SCALING_EXAMPLES // num_clients)
+  size = _SCALING_EXAMPLES // num_clients
+  case = work.Case('mlp', num_clients, size, _SEED.value)
   with _Child('ours', case) as child:
     times = [
         child.run_round()['seconds'] for _ in range(_WARM_UP.value + _ROUNDS.value)
@@ -629,7 +515,8 @@ def _measure_long(num_rounds: int, low: int, high: int) -> dict[str, Any]:
   rng = random.Random(_SEED.value)
   points = {-(-i * num_rounds // _LONG_POINTS) for i in range(1, _LONG_POINTS + 1)}
   found: dict[str, list[Any]] = {'clients': [low, high], 'rounds': [], 'mib': []}
-  with _Child('ours', _Case('mlp', high, _LONG_EXAMPLES)) as child:
+  case = work.Case('mlp', high, _LONG_EXAMPLES, _SEED.value)
+  with _Child('ours', case) as child:
     for number in range(1, num_rounds + 1):
       answer = child.run_round(rng.randint(low, high))
       if number in points:
@@ -678,7 +565,7 @@ def _case_rows(cases: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 def _print_results(results: dict[str, Any]) -> None:
   from pipelines import tables
 
-  print(f"{results['cores']} cores; batch {_BATCH}; medians of rounds in turns.\n")
+  print(f"{results['cores']} cores; batch {work.BATCH}; medians of rounds in turns.\n")
   if results['cases']:
     tables.print_table(_case_rows(results['cases']))
   if results['scaling']:
@@ -749,9 +636,11 @@ def main(argv: list[str]) -> Optional[int]:
   del argv
   if _CHILD.value:
     name, case, pipe = json.loads(_CHILD.value)
-    _serve(name, _Case(*case), pipe)
+    _serve(name, work.Case(*case), pipe)
     return 0
-  cases = {case: _parse(case) for case in _CASES.value}
+  cases = {
+      case: work.parse_case(_CASES.name, case, _SEED.value) for case in _CASES.value
+  }
   scaling = [_parse_scaling(number) for number in _SCALING.value]
   low, high = _parse_long_clients(_LONG_CLIENTS.value)
   folder = pathlib.Path(_OUTPUT_DIR.value)

@@ -16,9 +16,10 @@ _SIDES = """
 import contextlib
 from absl import flags
 from pipelines import benchmark
+from pipelines import benchmark_work
 
 flags.FLAGS(['benchmark'])
-case = benchmark._Case('fed_distillation', 2, 20)
+case = benchmark_work.Case('fed_distillation', 2, 20)
 with contextlib.ExitStack() as stack:
   for name in ('floor', 'ours'):
     run_round = benchmark._SIDES[name].prepare(case, stack)()

@@ -87,7 +87,7 @@ def _shortened(document, code):
 # The Python of each of these pages is one script.
 _RUN = (
     'README.md', 'docs/library.md', 'docs/bring_your_own.md', 'docs/extending.md',
-    'docs/tutorial.md',
+    'docs/tff_users.md', 'docs/tutorial.md',
 )
 # What a user runs first, and what stands on no other page. The others run in `make slow`.
 _OFTEN = ('README.md', 'docs/extending.md')
@@ -133,6 +133,10 @@ def test_the_python_runs(document, is_whole, tmp_path):
     assert printed['Task'] == '160 examples of 4 clients'
     for part in ('Term', 'Rule', 'Companion'):
       assert float(printed[part]) > 0.7, printed
+  if document == 'docs/tff_users.md':
+    printed = dict(re.findall(r'^(.+): (.+)$', done.stdout, re.M))
+    assert printed['Saved'] == 'True'
+    assert float(printed['Accuracy']) > 0.8 and float(printed['Worst client']) > 0.6
   if document == 'docs/bring_your_own.md':
     _check_own(dict(line.split(': ', 1) for line in done.stdout.splitlines()))
 
@@ -290,6 +294,20 @@ def test_links_lead_somewhere():
     path = helpers.ROOT / document
     for target in re.findall(r'\]\(([^)#:]+)(?:#[^)]*)?\)', path.read_text()):
       assert (path.parent / target).exists(), (document, target)
+
+
+def _anchors(path):
+  """Those that GitHub makes of the headings of a page."""
+  headings = re.findall(r'(?m)^#+ (.+)$', path.read_text())
+  return {re.sub(r'[^\w -]', '', each.lower()).replace(' ', '-') for each in headings}
+
+
+def test_links_to_headings_lead_to_one():
+  for document in _DOCS + _RESULTS:
+    path = helpers.ROOT / document
+    for target, anchor in re.findall(r'\]\(([^)#:]*)#([^)]+)\)', path.read_text()):
+      page = path.parent / target if target else path
+      assert anchor in _anchors(page), (document, target, anchor)
 
 
 def test_the_api_page_is_the_docstrings():

@@ -45,6 +45,35 @@ if __name__ == '__main__':
       run()
 '''
 
+_WITH_TLS = '''
+import pathlib
+import sys
+import time
+import numpy as np
+from ray import cluster_utils
+from tests import ray_faults_test
+import tff_kd
+
+if __name__ == '__main__':
+  end = pathlib.Path(sys.argv[1])
+  run, expected = ray_faults_test.slow_run()
+  nodes = cluster_utils.Cluster(
+      initialize_head=True, head_node_args=dict(num_cpus=1, include_dashboard=False)
+  )
+  try:
+    nodes.add_node(num_cpus=1)
+    with tff_kd.runtime.ray(address=nodes.address, start_timeout_s=300.0) as context:
+      ray_faults_test.all_ready(context, 2)
+      np.testing.assert_array_equal(run(), expected)
+      print(nodes.address, flush=True)
+      while not end.exists():
+        time.sleep(0.2)
+  finally:
+    nodes.shutdown()
+'''
+# So long a stranger tries; who belongs to the cluster is in after five seconds.
+_STRANGER_S = 45.0
+
 
 @pytest.fixture(scope='module')
 def cluster():
@@ -105,6 +134,70 @@ def test_only_who_has_the_token_is_let_in(token, expected, cluster, tmp_path):
       env=environment, capture_output=True, text=True, timeout=120, check=True,
   ).stdout
   assert output.startswith(expected), output
+
+
+def _openssl(command, folder):
+  subprocess.run(
+      f'openssl {command}', shell=True, executable='bash', cwd=folder, check=True,
+      capture_output=True,
+  )
+
+
+def _certificates(folder):
+  """An authority and a certificate of it, as docs/machines.md makes them; variables."""
+  folder.mkdir()
+  new = 'req -newkey rsa:2048 -noenc -subj /CN=ray'
+  _openssl(f'{new} -x509 -keyout ca.key -out ca.crt', folder)
+  _openssl(f'{new} -keyout node.key -out node.csr', folder)
+  host = subprocess.run(['hostname', '-I'], capture_output=True, text=True).stdout
+  names = ','.join(f'IP:{each}' for each in ['127.0.0.1', *host.split()])
+  _openssl(
+      'x509 -req -in node.csr -CA ca.crt -CAkey ca.key -CAcreateserial -out node.crt '
+      f'-extfile <(echo subjectAltName={names},DNS:localhost)', folder,
+  )
+  return {
+      'RAY_USE_TLS': '1',
+      'RAY_TLS_SERVER_CERT': str(folder / 'node.crt'),
+      'RAY_TLS_SERVER_KEY': str(folder / 'node.key'),
+      'RAY_TLS_CA_CERT': str(folder / 'ca.crt'),
+  }
+
+
+@pytest.mark.skipif(
+    not helpers.is_allowed('openssl', 'version'), reason='makes certificates'
+)
+def test_with_tls_only_who_has_a_certificate_connects(tmp_path, monkeypatch):
+  ours, others = (_certificates(tmp_path / name) for name in ('ours', 'others'))
+  others['RAY_TLS_CA_CERT'] = ours['RAY_TLS_CA_CERT']
+  token = {'RAY_AUTH_MODE': 'token', 'RAY_AUTH_TOKEN': secrets.token_hex(32)}
+  path, end = tmp_path / 'script.py', tmp_path / 'end'
+  path.write_text(_WITH_TLS)
+  monkeypatch.setenv('PYTHONPATH', str(helpers.ROOT))
+  plain = {**os.environ, **token}
+  for name, value in {**token, **ours}.items():
+    monkeypatch.setenv(name, value)
+  with helpers.running(str(path), str(end)) as script:
+    address = script.stdout.readline().strip()
+    assert address, script.stderr.read()
+    # All have the token.
+    strangers = [
+        subprocess.Popen(
+            [sys.executable, '-c', _STRANGER, address], env={**plain, **variables},
+            stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True,
+        )
+        for variables in (ours, {}, others)
+    ]
+    try:
+      member, *outside = strangers
+      assert member.communicate(timeout=120)[0].startswith('let in')
+      time.sleep(_STRANGER_S)
+    finally:
+      for stranger in strangers:
+        stranger.kill()
+    for stranger in outside:
+      assert 'let in' not in stranger.communicate()[0]
+    end.touch()
+    script.wait(timeout=60)
 
 
 def test_a_script_that_is_killed_leaves_no_process(tmp_path, monkeypatch):

@@ -28,11 +28,12 @@ class Leaf:
     type_proto: Its type, serialized: a tensor or a sequence.
   """
 
-  __slots__ = ('node', 'type_proto')
+  __slots__ = ('node', 'type_proto', '_tensor_spec')
 
   def __init__(self, node: 'Node', type_proto: Any):
     self.node = node
     self.type_proto = type_proto
+    self._tensor_spec: Optional[tf.TensorSpec] = None
 
   def type_spec(self) -> tff.Type:
     """Returns the leaf's type, a `tff.TensorType` or `tff.SequenceType`."""
@@ -40,7 +41,9 @@ class Leaf:
 
   def tensor_spec(self) -> tf.TensorSpec:
     """Returns the spec of the tensor that holds the leaf."""
-    return tensor_spec(self.type_spec())
+    if self._tensor_spec is None:  # On Ray each group asks for it: it is kept.
+      self._tensor_spec = tensor_spec(self.type_spec())
+    return self._tensor_spec
 
 
 class Node:

@@ -3,7 +3,7 @@
 Moritz et al. (2018), "Ray: A Distributed Framework for Emerging AI Applications".
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 import contextlib
 import importlib.util
 import logging
@@ -16,6 +16,7 @@ from typing import Any, Optional
 from tff_kd.compat import tff
 from tff_kd.runtime import devices
 from tff_kd.runtime import ray_clients
+from tff_kd.runtime import ray_worker
 from tff_kd.runtime import ray_workers
 from tff_kd.runtime import running
 from tff_kd.runtime import tff_internals
@@ -39,6 +40,7 @@ class RayContext(tff.framework.SyncContext):
       pool: The workers.
       ray: The package, connected.
     """
+    self._pool = pool
     cluster = ray_clients.Cluster(ray, pool)
     self._runner = running.Runner(device, None, ray_clients.make_clients(cluster))
 
@@ -59,6 +61,15 @@ class RayContext(tff.framework.SyncContext):
       TypeError: If the argument does not fit the computation's type.
     """
     return self._runner.run(comp, arg)
+
+  def workers(self) -> Sequence[ray_worker.Info]:
+    """Returns the workers that are ready now; others may still be starting.
+
+    Returns:
+      For each one a tuple of the machine's name (`host`), the number of the process
+      (`pid`) and the `versions` that it has.
+    """
+    return [worker.info for worker in self._pool.ready()]
 
 
 @contextlib.contextmanager

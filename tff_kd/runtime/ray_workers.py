@@ -223,6 +223,8 @@ class Pool:
         memory=resources.pop('memory', None),
         resources=resources,
         scheduling_strategy='SPREAD',
+        # Ray's head process would keep a record of each group, up to 100,000 of them.
+        enable_task_events=False,
         runtime_env={'env_vars': settings},
     )
     return actor_class.remote(
