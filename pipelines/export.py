@@ -6,10 +6,13 @@ r"""Exports the models of a run for where they will run, and checks each file.
 The formats: `keras` (.keras), `saved_model`, `tflite` (floats), `int8` (TFLite, weights
 and activations in 8 bits, with the transfer set as representative data) and
 `int8_weights` (weights only: what recurrent models want, because TFLite does not quantise
-the activations of a loop, so that for `int8` their steps are unrolled). Each file is
-loaded again and compared with the model on test examples. Leaves export.json, too.
+the activations of a loop, so that for `int8` their steps are unrolled); and, where asked
+for, `onnx` (needs `pip install tf2onnx onnxruntime`). Each file is loaded again and
+compared with the model on test examples. Leaves export.json, too, and MODEL_CARD.md:
+the data, the algorithm, scores, privacy, bytes, limits, and how to load each file.
 """
 
+import importlib.util
 import pathlib
 
 from absl import flags
@@ -18,7 +21,10 @@ import pipelines
 from pipelines import run_folders
 from pipelines import train_flags
 
-_FORMATS = ['keras', 'saved_model', 'tflite', 'int8', 'int8_weights']
+_DEFAULT_FORMATS = ['keras', 'saved_model', 'tflite', 'int8', 'int8_weights']
+_FORMATS = [*_DEFAULT_FORMATS, 'onnx']
+# What `onnx` needs and the lock does not have: the converter, and what runs the file.
+_OF_ONNX = ('tf2onnx', 'onnxruntime')
 
 _RUN = flags.DEFINE_string(
     'run', None, 'The folder of a run of pipelines.train.'
@@ -26,11 +32,24 @@ _RUN = flags.DEFINE_string(
 _MODELS = flags.DEFINE_list(
     'models', [], 'Which of its models, such as student; all if unset.'
 )
-_FORMATS_FLAG = flags.DEFINE_list('formats', _FORMATS, 'In which formats.')
-flags.register_validator(
-    _FORMATS_FLAG, lambda names: bool(names) and set(names) <= set(_FORMATS),
-    f'--formats must be of {", ".join(_FORMATS)}.'
+_FORMATS_FLAG = flags.DEFINE_list(
+    'formats', _DEFAULT_FORMATS, f'In which formats: of {", ".join(_FORMATS)}.'
 )
+
+
+def _check_formats(names: list[str]) -> bool:
+  if not names or not set(names) <= set(_FORMATS):
+    raise flags.ValidationError(f'--formats must be of {", ".join(_FORMATS)}.')
+  missing = [name for name in _OF_ONNX if importlib.util.find_spec(name) is None]
+  if 'onnx' in names and missing:
+    raise flags.ValidationError(
+        f'--formats=onnx needs {" and ".join(missing)}, not installed here. Install '
+        f'with: `pip install {" ".join(missing)}`.'
+    )
+  return True
+
+
+flags.register_validator(_FORMATS_FLAG, _check_formats)
 _EXAMPLES = flags.DEFINE_integer(
     'examples', 1000, 'On how many test examples the files are compared.', lower_bound=1
 )
