@@ -298,8 +298,8 @@ def _scores(
       for name, scores in results.get('alone', {}).items()
       if name in of_models
   }
-  keys = dict.fromkeys(key for scores in of_models.values() for key in scores)
-  keys = sorted(keys, key=lambda key: key != task.metric)  # That one first.
+  known = dict.fromkeys(key for scores in of_models.values() for key in scores)
+  keys = sorted(known, key=lambda key: key != task.metric)  # That one first.
   rows = [('model', *map(_words, keys))]
   for name, scores in (of_models | alone).items():
     rows.append(
