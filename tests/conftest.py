@@ -36,10 +36,10 @@ def pytest_configure(config):
 
 # Files that take long, and go first, so that no process is left alone with one.
 _FIRST = (
-    'contract_test', 'documents_test', 'process_test', 'compare_test', 'in_process_test',
-    'private_process_test', 'train_script_test', 'reproduce_test', 'models_test',
-    'differential_test', 'train_variants_test', 'tasks_script_test', 'audit_script_test',
-    'kinds_test', 'train_flags_test', 'ray_test', 'cohorts_test',
+    'contract_test', 'notebooks_test', 'documents_test', 'process_test', 'compare_test',
+    'in_process_test', 'private_process_test', 'train_script_test', 'reproduce_test',
+    'models_test', 'differential_test', 'train_variants_test', 'tasks_script_test',
+    'audit_script_test', 'kinds_test', 'train_flags_test', 'ray_test', 'cohorts_test',
 )
 
 

@@ -1,9 +1,9 @@
 """The notebooks of the docs, run in real kernels."""
 
+import importlib.util
 import os
 import re
 import signal
-import sys
 import threading
 import time
 
@@ -13,9 +13,17 @@ import pytest
 
 from tests import helpers
 
-sys.path.insert(0, str(helpers.ROOT / 'docs'))
-import run_notebooks
 
+def _load_run_notebooks():
+  spec = importlib.util.spec_from_file_location(
+      'run_notebooks', helpers.ROOT / 'docs' / 'run_notebooks.py'
+  )
+  module = importlib.util.module_from_spec(spec)
+  spec.loader.exec_module(module)
+  return module
+
+
+run_notebooks = _load_run_notebooks()
 _NAMES = sorted(path.stem for path in run_notebooks.NOTEBOOKS.glob('*.ipynb'))
 # Fewer rounds, and one pass of the clients over their examples where there are five.
 _SHORTER = {
