@@ -29,7 +29,7 @@ _NAMES = sorted(path.stem for path in run_notebooks.NOTEBOOKS.glob('*.ipynb'))
 _SHORTER = {
     'quickstart': [('num_epochs=5', 'num_epochs=1'), ('num_rounds=15', 'num_rounds=2')],
     'tutorial': [
-        ('epochs=5', 'epochs=1'), ('num_rounds = 6', 'num_rounds = 1'),
+        ('epochs=5', 'epochs=1'), ('num_rounds = 10', 'num_rounds = 1'),
         ('num_rounds=10', 'num_rounds=1'),
     ],
 }
