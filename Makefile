@@ -8,7 +8,8 @@ BIN := $(VENV)/bin
 FLAGS ?=
 STAMP := $(VENV)/.installed
 SMOKE := .venv-smoke
-INPUTS := requirements.txt requirements-data.txt requirements-ray.txt setup.cfg pyproject.toml
+LOCKS := requirements.txt requirements-data.txt requirements-ray.txt requirements-notebooks.txt
+INPUTS := $(LOCKS) setup.cfg pyproject.toml
 PARALLEL = -n $$(( $$(nproc) + 1 )) --dist loadfile --no-loadscope-reorder
 ALONE := tests/faults_test.py $(wildcard tests/ray_*test.py tests/benchmark*test.py)
 
@@ -55,7 +56,7 @@ smoke-%: $(SMOKE)/%/.installed
 define install
 	@pythons="$$(.ci/pythons $(2))" || { echo 'tff_kd needs Python 3.13, 3.12 or 3.11 that runs and has the modules venv and ensurepip, but $(or $(2:%=% is none),none is on the PATH or in pyenv); name one with: make PYTHON=/path/to/python3.13' >&2; exit 1; }; \
 	set -- $$pythons; echo "$$1 -m venv --clear $(1)"; "$$1" -m venv --clear $(1)
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python --require-hashes -r requirements.txt -r requirements-data.txt -r requirements-ray.txt
+	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python --require-hashes $(addprefix -r ,$(LOCKS))
 	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
 	@touch $(1)/.installed
 endef
@@ -74,7 +75,7 @@ ifneq ($(shell { "$$(.ci/pythons $(PYTHON))" -V; } 2>/dev/null),$(shell { $(BIN)
 endif
 endif
 
-# The one command that makes the three lock files; needs uv. See BUILD_NOTES.md.
+# The one command that makes the four lock files; needs uv. See BUILD_NOTES.md.
 lock:
 	uv pip compile requirements.in --override overrides.txt --universal --python-version 3.11 \
 	  --only-binary :all: --generate-hashes --output-file requirements.txt
@@ -82,6 +83,8 @@ lock:
 	  --only-binary :all: --generate-hashes --output-file requirements-data.txt
 	uv pip compile requirements-ray.in --override overrides.txt --universal --python-version 3.11 \
 	  --only-binary :all: --generate-hashes --output-file requirements-ray.txt
+	uv pip compile requirements-notebooks.in --override overrides.txt --universal --python-version 3.11 \
+	  --only-binary :all: --generate-hashes --output-file requirements-notebooks.txt
 
 clean:
 	rm -rf $(VENV) $(SMOKE) build *.egg-info

@@ -6,10 +6,13 @@ r"""Exports the models of a run for where they will run, and checks each file.
 The formats: `keras` (.keras), `saved_model`, `tflite` (floats), `int8` (TFLite, weights
 and activations in 8 bits, with the transfer set as representative data) and
 `int8_weights` (weights only: what recurrent models want, because TFLite does not quantise
-the activations of a loop, so that for `int8` their steps are unrolled). Each file is
-loaded again and compared with the model on test examples. Leaves export.json, too.
+the activations of a loop, so that for `int8` their steps are unrolled); and, where asked
+for, `onnx` (needs `pip install tf2onnx onnxruntime`). Each file is loaded again and
+compared with the model on test examples. Leaves export.json, too, and MODEL_CARD.md:
+the data, the algorithm, scores, privacy, bytes, limits, and how to load each file.
 """
 
+import importlib.util
 import pathlib
 
 from absl import flags
@@ -18,7 +21,10 @@ import pipelines
 from pipelines import run_folders
 from pipelines import train_flags
 
-_FORMATS = ['keras', 'saved_model', 'tflite', 'int8', 'int8_weights']
+_DEFAULT_FORMATS = ['keras', 'saved_model', 'tflite', 'int8', 'int8_weights']
+_FORMATS = [*_DEFAULT_FORMATS, 'onnx']
+# What `onnx` needs and the lock does not have: the converter, and what runs the file.
+_OF_ONNX = ('tf2onnx', 'onnxruntime')
 
 _RUN = flags.DEFINE_string(
     'run', None, 'The folder of a run of pipelines.train.'
@@ -26,7 +32,9 @@ _RUN = flags.DEFINE_string(
 _MODELS = flags.DEFINE_list(
     'models', [], 'Which of its models, such as student; all if unset.'
 )
-_FORMATS_FLAG = flags.DEFINE_list('formats', _FORMATS, 'In which formats.')
+_FORMATS_FLAG = flags.DEFINE_list(
+    'formats', _DEFAULT_FORMATS, f'In which formats: of {", ".join(_FORMATS)}.'
+)
 flags.register_validator(
     _FORMATS_FLAG, lambda names: bool(names) and set(names) <= set(_FORMATS),
     f'--formats must be of {", ".join(_FORMATS)}.'
@@ -39,8 +47,26 @@ _EXPORT_DIR = flags.DEFINE_string(
 )
 
 
+def _check_installed() -> None:
+  """Refuses a format whose packages are not installed.
+
+  Raises:
+    UserError: If one is not.
+  """
+  if 'onnx' not in _FORMATS_FLAG.value:
+    return
+  missing = [name for name in _OF_ONNX if importlib.util.find_spec(name) is None]
+  if missing:
+    raise pipelines.UserError(
+        f'--formats=onnx needs what is not installed here: {", ".join(missing)}. Install '
+        f'it with `pip install {" ".join(missing)}`, which changes nothing in the lock, '
+        'or leave onnx out of --formats.'
+    )
+
+
 @pipelines.for_users
 def main(argv: list[str]) -> None:
+  _check_installed()
   run_dir = run_folders.chosen(_RUN.value, 'export')
   flags.FLAGS['config'].value = str(run_dir / 'config.json')
   train_flags.take_defaults()

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
 import json
+import logging
 import os
 import pathlib
 import re
@@ -16,6 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from pipelines import model_card
 from pipelines import released
 from pipelines import tables
 from pipelines import train_job
@@ -62,7 +64,7 @@ def run(
 
   Args:
     run_dir: The folder of the run.
-    export_dir: Where the files and export.json go.
+    export_dir: Where the files, export.json and the model card go.
     names: Which models; all if empty.
     formats: In which formats.
     num_examples: On how many test examples the files are compared.
@@ -108,10 +110,12 @@ def run(
   (export_dir / 'export.json').write_text(
       json.dumps({'examples': len(examples), 'files': report}, indent=2) + '\n'
   )
+  model_card.write(export_dir, run_dir, task, models, report, len(examples), worse)
   tables.print_table(rows)
   print(
       f'\nEach file was loaded again and compared on {len(examples)} test examples. '
-      f'Files in {export_dir}; the same numbers in export.json.'
+      f'Files in {export_dir}; the same numbers in export.json, and {model_card.NAME} '
+      'says how the models were made, what they score and how to load them.'
   )
   if worse:
     print(_warning(worse, task))
@@ -184,10 +188,11 @@ def _export(
   writers = {
       'keras': _write_keras, 'saved_model': _write_saved_model,
       'tflite': _write_tflite, 'int8': _write_int8, 'int8_weights': _write_int8_weights,
+      'onnx': _write_onnx,
   }
   suffix = {
       'keras': '.keras', 'saved_model': '', 'tflite': '.tflite', 'int8': '_int8.tflite',
-      'int8_weights': '_int8_weights.tflite',
+      'int8_weights': '_int8_weights.tflite', 'onnx': '.onnx',
   }[name]
   path = export_dir / f'{model.name}{suffix}'
   predict = writers[name](model.keras_model, path, task)
@@ -280,9 +285,84 @@ def _write_int8(
   return _tflite_predict(path)
 
 
+def _write_onnx(
+    model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task
+) -> Predict:
+  # Optional packages: `pipelines.export` asks for them where the format is chosen.
+  import onnxruntime
+  import tf2onnx
+
+  model = _copy(model, in_float32=True)
+  signature = _signature(task, batch_size=None)
+  serve = _serving(model, task)
+
+  @tf.function(autograph=False, input_signature=list(signature.values()))
+  def convertible(*inputs):
+    return serve(**dict(zip(signature, inputs)))
+
+  logging.getLogger('tf2onnx').setLevel(logging.CRITICAL)  # Errors are exceptions.
+  try:
+    with _quiet():
+      tf2onnx.convert.from_function(
+          convertible, input_signature=list(signature.values()), output_path=path
+      )
+      session = onnxruntime.InferenceSession(path)
+  # What ONNX does not have is a converter's error, or one of the runtime, which has no
+  # public type.
+  except Exception as error:
+    lines = str(error).strip().splitlines() or [type(error).__name__]
+    raise UserError(
+        f'ONNX does not take the model {model.name} ({lines[0]}). Leave onnx out of '
+        '--formats.'
+    ) from error
+
+  def predict(inputs: Any) -> np.ndarray:
+    named = _named(inputs)
+    size = len(next(iter(named.values())))
+    return np.concatenate([
+        session.run(
+            ['outputs'],
+            {name: a[start : start + _BATCH] for name, a in named.items()},
+        )[0]
+        for start in range(0, size, _BATCH)
+    ])
+
+  return predict
+
+
 def _named(inputs: Any) -> dict[str, np.ndarray]:
   """Inputs by name, as a signature takes them."""
   return dict(inputs) if isinstance(inputs, dict) else {'inputs': inputs}
+
+
+def _signature(
+    task: tff_kd.data.Task, batch_size: Optional[int]
+) -> dict[str, tf.TensorSpec]:
+  """Returns the specs of a model's inputs by name.
+
+  Args:
+    task: What the inputs are like.
+    batch_size: The batch size; any if `None`.
+  """
+  return {
+      name: tf.TensorSpec([batch_size, *a.shape[1:]], a.dtype, name=name)
+      for name, a in _named(task.transfer.inputs).items()
+  }
+
+
+def _serving(
+    model: keras.Model, task: tff_kd.data.Task
+) -> Callable[..., dict[str, tf.Tensor]]:
+  """Returns the function of a model's inputs by name that a file holds."""
+  has_names = isinstance(task.transfer.inputs, dict)
+
+  def serve(**inputs):
+    # Keras's names of layers (`__mine`) may be none of TensorFlow's at a graph's root.
+    with tf.name_scope('model'):
+      outputs = model(inputs if has_names else inputs['inputs'], training=False)
+    return {'outputs': tf.cast(outputs, tf.float32)}
+
+  return serve
 
 
 def _save(
@@ -299,19 +379,7 @@ def _save(
     task: What its inputs are like.
     batch_size: The batch size of the signature; any if `None`.
   """
-  has_names = isinstance(task.transfer.inputs, dict)
-  signature = {
-      name: tf.TensorSpec([batch_size, *a.shape[1:]], a.dtype, name=name)
-      for name, a in _named(task.transfer.inputs).items()
-  }
-
-  @tf.function(autograph=False)
-  def serve(**inputs):
-    # Keras's names of layers (`__mine`) may be none of TensorFlow's at a graph's root.
-    with tf.name_scope('model'):
-      outputs = model(inputs if has_names else inputs['inputs'], training=False)
-    return {'outputs': tf.cast(outputs, tf.float32)}
-
+  serve = tf.function(_serving(model, task), autograph=False)
   module = tf.Module()
   # TFLite does not find the variables in a Keras model. With the model itself in the
   # module they would be saved twice; layers without any can have tables.
@@ -319,7 +387,7 @@ def _save(
   module.other_layers = [
       layer for layer in internals.all_layers(model) if not layer.variables
   ]
-  concrete = serve.get_concrete_function(**signature)
+  concrete = serve.get_concrete_function(**_signature(task, batch_size))
   tf.saved_model.save(module, os.fspath(path), signatures={_SIGNATURE: concrete})
 
 
@@ -430,12 +498,9 @@ def _is_fit_for_devices(model: keras.Model, in_float32: bool) -> bool:
 
 def _load(path: pathlib.Path, model: keras.Model) -> keras.Model:
   """A saved model, whose classes need not be registered with Keras."""
-  own = {
-      type(layer).__name__: type(layer)
-      for layer in (model, *internals.all_layers(model))
-      if not type(layer).__module__.startswith('keras.')
-  }
-  return keras.models.load_model(path, compile=False, custom_objects=own)
+  return keras.models.load_model(
+      path, compile=False, custom_objects=released.own_classes(model)
+  )
 
 
 def _rewrite_in_float32(path: pathlib.Path) -> None:

@@ -13,6 +13,7 @@ import keras
 from pipelines import train_flags as args
 from pipelines import UserError
 import tff_kd
+from tff_kd import internals
 
 
 class Released(NamedTuple):
@@ -57,6 +58,15 @@ def save(model: keras.Model, folder: pathlib.Path, name: str) -> None:
         f'{name}{_WEIGHTS} has the weights only: {type(model).__name__} has no '
         f'`get_config()`, which Keras needs for {name}{_WHOLE}.'
     )
+
+
+def own_classes(model: keras.Model) -> dict[str, type]:
+  """Returns the classes of a model and of its layers that are not Keras's, by name."""
+  return {
+      type(layer).__name__: type(layer)
+      for layer in (model, *internals.all_layers(model))
+      if not type(layer).__module__.startswith('keras.')
+  }
 
 
 def load(

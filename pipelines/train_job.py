@@ -1281,7 +1281,9 @@ def _write_results(
     finished: _Finished, alone: dict[str, Any], further: dict[str, Any]
 ) -> None:
   """Writes results.json."""
+  now = datetime.datetime.now(datetime.timezone.utc)
   results = {
+      'finished': now.isoformat(timespec='seconds'),
       'rounds': finished.result.round_num,
       'best_round': finished.result.best_round,
       'best': finished.best,

@@ -17,7 +17,8 @@ from tff_kd import privacy
 LEDGER = 'privacy.json'
 
 
-def _sampling() -> privacy.ClientSampling:
+def sampling() -> privacy.ClientSampling:
+  """Returns how the clients of a round are chosen, as the privacy account sees it."""
   return privacy.ClientSampling(
       num_clients=args.NUM_CLIENTS.value,
       clients_per_round=args.CLIENTS_PER_ROUND.value,
@@ -32,7 +33,7 @@ def build_guards() -> dict[str, Any]:
     noise = args.NOISE_MULTIPLIER.value
     if noise is None:
       noise = privacy.find_noise_multiplier(
-          args.EPSILON.value, args.DELTA.value, args.ROUNDS.value, _sampling()
+          args.EPSILON.value, args.DELTA.value, args.ROUNDS.value, sampling()
       )
 
     def clip(text: str) -> Union[float, str]:
@@ -96,7 +97,7 @@ def build_accountant(
   """The accountant of a private run, whose ledger is in its folder, if it has one."""
   return privacy.build_accountant(
       process.protection,
-      sampling=_sampling(),
+      sampling=sampling(),
       delta=args.DELTA.value,
       max_epsilon=np.inf if args.EPSILON.value is None else args.EPSILON.value,
       ledger_path=run_dir / LEDGER if run_dir is not None else None,

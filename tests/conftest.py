@@ -36,7 +36,8 @@ def pytest_configure(config):
 
 # Files that take long, and go first, so that no process is left alone with one.
 _FIRST = (
-    'ray_test', 'documents_test', 'contract_test', 'compare_test', 'train_script_test',
+    'notebooks_test', 'ray_test', 'documents_test', 'contract_test', 'compare_test',
+    'train_script_test',
     'process_test', 'tasks_script_test', 'private_process_test', 'train_variants_test',
     'in_process_test', 'kinds_test', 'audit_script_test', 'differential_test',
     'models_test', 'cohorts_test', 'start_test', 'algorithms_test', 'reproduce_test',

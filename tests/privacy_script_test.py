@@ -7,6 +7,8 @@ import json
 import numpy as np
 import pytest
 
+from pipelines import export_job
+from pipelines import train_flags
 from pipelines import train_privacy
 from pipelines import UserError
 from tests import helpers
@@ -37,6 +39,23 @@ def test_it_says_what_is_private_and_what_that_cost(private_run):
   assert ledger['rounds'] == 3
   # A secret: nobody finds out by trying who took part.
   assert ledger['sampling_seed'] > 2**64
+
+
+def test_the_model_card_has_the_privacy_account(private_run):
+  folder, _, _ = private_run
+  with helpers.flags_of(f'--config={folder / "config.json"}'):
+    train_flags.take_defaults()
+    export_job.run(
+        folder, folder / 'export', names=[], formats=['keras'], num_examples=20
+    )
+  card = (folder / 'export' / 'MODEL_CARD.md').read_text()
+  epsilon = json.loads((folder / 'results.json').read_text())['epsilon']
+  assert f'Differential privacy with epsilon {epsilon:.4g} at delta 1e-05' in card
+  assert 'one client added or removed; poisson sampling' in card
+  assert 'for all that 3 rounds released' in card and 'No privacy guarantee' not in card
+  # The seed of the participation stays a secret.
+  seed = json.loads((folder / 'privacy.json').read_text())['sampling_seed']
+  assert str(seed) not in card
 
 
 def test_it_leaves_nothing_of_single_clients(private_run):

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from pipelines import export
 from pipelines import export_job
 from pipelines import UserError
 from tests import helpers
@@ -154,6 +155,118 @@ def test_export(own_run):
   interpreter = tf.lite.Interpreter(str(own_run / 'export' / 'student.tflite'))
   runner = interpreter.get_signature_runner('serving_default')
   assert runner(inputs=np.zeros((1, 2), np.float32))['outputs'].shape == (1, 3)
+
+
+@pytest.fixture
+def card(own_run):
+  """The model card that `test_export` has left."""
+  return (own_run / 'export' / 'MODEL_CARD.md').read_text()
+
+
+def test_the_model_card_says_what_the_run_knows(card, own_run):
+  results = json.loads((own_run / 'results.json').read_text())
+  files = json.loads((own_run / 'export' / 'export.json').read_text())['files']
+  assert card.startswith('# student and teacher: fed_distillation on own_task\n')
+  assert f"Training ended at {results['finished']}." in card
+  for name, file in files.items():
+    cells = (f'`{name}`', file['model'], file['format'], f"{file['bytes']:,}")
+    assert f'| {" | ".join(cells)} |' in card
+  assert 'own_task, read by the file `own_task.py`' in card and '3 classes.' in card
+  assert '| clients | 160 | local training |' in card
+  assert '| transfer | 60 | held by the server, 60 of them with labels |' in card
+  assert "5 of the data's own 5 clients. In each round 5 were chosen" in card
+  best, rounds = results['best_round'], results['rounds']
+  assert f'of round {best} of {rounds}, the best by `validation/student_accuracy`' in card
+  assert '| `--student` | `small` |' in card and '| `--client_epochs` | `5` |' in card
+  scores = dict(re.findall(r'\| (student|teacher) \| ([01]\.\d+) \|', card))
+  for name, score in scores.items():
+    assert score == f"{results['best'][f'test/{name}_accuracy']:.4f}"
+  assert len(scores) == 2 and '**No privacy guarantee.**' in card
+  moved = sum(
+      float(row['bytes/up_model']) for row in helpers.rows(own_run / 'metrics.csv')
+  )
+  assert f'| up model | {moved / 1e6:.4g} |' in card
+  # Nothing of this machine.
+  assert str(own_run.parent) not in card
+
+
+def test_the_model_card_says_how_to_load_the_files(card, own_run, monkeypatch):
+  monkeypatch.chdir(own_run / 'export')
+  inputs = np.random.default_rng(0).normal(size=(7, 2)).astype(np.float32)
+  model = keras.models.load_model(own_run / 'student.keras', compile=False)
+  expected = model.predict(inputs, verbose=0)
+  blocks = re.findall(r'(?ms)^```python\n(.*?)^```$', card)
+  assert len(blocks) == 3
+  for block in blocks:
+    names = {'inputs': inputs}
+    exec(block, names)
+    outputs = np.asarray(names['outputs'])
+    np.testing.assert_allclose(outputs, expected[: len(outputs)], atol=1e-5)
+
+
+def test_onnx_that_is_not_installed_is_said(monkeypatch, capsys):
+  monkeypatch.setattr(export.importlib.util, 'find_spec', lambda name: None)
+  with helpers.flags_of('--formats=keras,onnx'):
+    assert export.main(['export']) == 1
+  said = capsys.readouterr().err
+  assert '--formats=onnx needs what is not installed here: tf2onnx, onnxruntime.' in said
+  assert '`pip install tf2onnx onnxruntime`' in said
+
+
+def _onnx_models():
+  """One model a kind of inputs: arrays, sequences, several by name."""
+  layers = keras.layers
+  image = keras.Sequential([
+      keras.Input((6, 6, 1)), layers.Conv2D(3, 3, activation='relu'), layers.Flatten(),
+      layers.Dense(3),
+  ])
+  text = keras.Sequential([
+      keras.Input((9,), dtype='int32'), layers.Embedding(7, 4),
+      layers.GRU(5, return_sequences=True, dtype='mixed_float16'), layers.Dense(7),
+  ])
+  first, second = keras.Input((4,), name='first'), keras.Input((2,), name='second')
+  named = keras.Model(
+      {'first': first, 'second': second},
+      layers.Dense(1)(layers.Concatenate()([first, second])),
+  )
+  return {'image': image, 'text': text, 'named': named}
+
+
+@pytest.mark.parametrize('kind', ['image', 'text', 'named'])
+def test_onnx_gives_the_outputs_of_the_model(kind, tmp_path):
+  # Optional, and not in the lock.
+  pytest.importorskip('tf2onnx')
+  onnxruntime = pytest.importorskip('onnxruntime')
+  rng = np.random.default_rng(0)
+  floats = lambda *shape: rng.normal(size=shape).astype(np.float32)
+  inputs = {
+      'image': floats(20, 6, 6, 1), 'text': rng.integers(0, 7, (20, 9)).astype(np.int32),
+      'named': {'first': floats(20, 4), 'second': floats(20, 2)},
+  }[kind]
+  model = _onnx_models()[kind]
+  task = types.SimpleNamespace(transfer=data.Examples(inputs, np.zeros(20)))
+  path = tmp_path / 'model.onnx'
+  outputs = export_job._write_onnx(model, path, task)(inputs)
+  assert outputs.dtype == np.float32
+  expected = model.predict(inputs, verbose=0)
+  tolerance = 0.01 if kind == 'text' else 1e-5  # That one computes in 16 bits.
+  np.testing.assert_allclose(outputs, expected, atol=tolerance)
+  session = onnxruntime.InferenceSession(path)
+  names = ['first', 'second'] if kind == 'named' else ['inputs']
+  assert [each.name for each in session.get_inputs()] == names
+  assert [each.name for each in session.get_outputs()] == ['outputs']
+
+
+def test_what_onnx_does_not_take_is_said(tmp_path):
+  pytest.importorskip('tf2onnx')
+  pytest.importorskip('onnxruntime')
+  inputs = keras.Input((2, 2))
+  outputs = keras.layers.Flatten()(keras.ops.linalg.inv(inputs))
+  model = keras.Model(inputs, outputs, name='inverse')
+  examples = data.Examples(np.eye(2, dtype=np.float32)[None], np.zeros(1))
+  task = types.SimpleNamespace(transfer=examples)
+  with pytest.raises(UserError, match='ONNX does not take the model inverse.*--formats'):
+    export_job._write_onnx(model, tmp_path / 'file.onnx', task)
 
 
 # A GRU's loop is in the next test, too.

@@ -1,5 +1,6 @@
 """The training loop: convergence, the best state, resuming."""
 
+import asyncio
 import collections
 import math
 
@@ -273,6 +274,30 @@ def test_an_interrupted_training_keeps_what_is_whole(
   whole = simulation.train(process, select_clients=_data, num_rounds=4)
   helpers.assert_weights_close(resumed.state, whole.state, rtol=0)
   assert len((tmp_path / 'metrics.csv').read_text().splitlines()) == 1 + 4
+
+
+def test_a_running_loop_is_no_hindrance(process, tmp_path):
+  """A notebook's kernel calls its cells from one, with managers as without."""
+
+  async def cell(num_rounds):
+    before = asyncio.get_running_loop()
+    result = simulation.train(
+        process, select_clients=_data, num_rounds=num_rounds,
+        program_state_manager=simulation.Checkpoints(tmp_path),
+        release_managers=[
+            tff.program.CSVFileReleaseManager(
+                tmp_path / 'metrics.csv', key_fieldname='round'
+            )
+        ],
+    )
+    assert asyncio.get_running_loop() is before
+    await asyncio.sleep(0)  # The loop goes on.
+    return result
+
+  assert helpers.run(cell(2)).round_num == 2
+  resumed = helpers.run(cell(3))
+  assert resumed.round_num == 3 and len(resumed.history) == 1
+  assert len((tmp_path / 'metrics.csv').read_text().splitlines()) == 1 + 3
 
 
 def test_an_interrupted_first_round_leaves_the_initial_state(process):

@@ -234,6 +234,24 @@ def train(
     return training.run(num_rounds)
 
 
+def _wait_for(loop: asyncio.AbstractEventLoop, awaitable: Any) -> Any:
+  """Returns the result of an awaitable, also where another loop is running.
+
+  A notebook's kernel calls its cells from a running loop, and a thread has one at most.
+  That loop waits for the cell anyway, so it is put aside for the time.
+
+  Args:
+    loop: The loop that the awaitable is run in; it is not running.
+    awaitable: A coroutine, or a future of the loop.
+  """
+  outer = asyncio._get_running_loop()
+  asyncio._set_running_loop(None)
+  try:
+    return loop.run_until_complete(awaitable)
+  finally:
+    asyncio._set_running_loop(outer)
+
+
 @dataclasses.dataclass(kw_only=True)
 class _Training:
   """A training under way; the first attributes are arguments of `train`.
@@ -286,6 +304,10 @@ class _Training:
     """Returns the bytes that each client of a round moves, if the process tells."""
     return communication.round_bytes(self.process) if self.is_ours else None
 
+  def _wait(self, awaitable: Any) -> Any:
+    """Returns the result of a manager's coroutine."""
+    return _wait_for(self.loop, awaitable)
+
   def begin(self, loop: asyncio.AbstractEventLoop, initial_state: Any) -> None:
     """Begins, or goes on from what is saved."""
     self.loop = loop
@@ -298,7 +320,7 @@ class _Training:
     )
     round_num = 0
     if self.program_state_manager is not None:
-      saved, version = loop.run_until_complete(
+      saved, version = self._wait(
           self.program_state_manager.load_latest(progress)
       )
       if saved is not None:
@@ -396,7 +418,7 @@ class _Training:
       progress = progress._replace(private_rounds=np.int32(self.accountant.rounds))
     released = collections.OrderedDict(metrics)
     for manager in self.release_managers:
-      self.loop.run_until_complete(manager.release(released, round_num))
+      self._wait(manager.release(released, round_num))
     self.seen.round_num, self.seen.state = round_num, progress.state
     self.seen.history.append(metrics)
     for callback in self.callbacks:
@@ -409,7 +431,7 @@ class _Training:
       self._save(self.completed)
       if self.client_states is not None:
         # No checkpoint goes back further.
-        versions = self.loop.run_until_complete(
+        versions = self._wait(
             self.program_state_manager.get_versions()
         )
         self.client_states.prune(min(versions))
@@ -426,10 +448,10 @@ class _Training:
     """Forgets what an interrupted round has left beside the progress."""
     tasks = asyncio.all_tasks(self.loop)
     if tasks:  # Such as a checkpoint that is being written.
-      self.loop.run_until_complete(asyncio.gather(*tasks, return_exceptions=True))
+      self._wait(asyncio.gather(*tasks, return_exceptions=True))
     round_num = self.completed.round_num
     if self.program_state_manager is not None:
-      versions = self.loop.run_until_complete(self.program_state_manager.get_versions())
+      versions = self._wait(self.program_state_manager.get_versions())
       self.saved_round = max(versions or [0])
     if self.client_states is not None:
       self.client_states.rewind(round_num)
@@ -468,7 +490,7 @@ class _Training:
     return metrics
 
   def _save(self, completed: _Completed) -> None:
-    self.loop.run_until_complete(
+    self._wait(
         self.program_state_manager.save(completed.progress, completed.round_num)
     )
     self.saved_round = completed.round_num
