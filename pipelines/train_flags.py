@@ -868,7 +868,7 @@ def own_flags() -> dict[str, flags.Flag]:
 
 # How predictions are combined and coded: a task's defaults of these go together.
 _OF_PREDICTIONS = frozenset(
-    {'consensus', 'prediction_bits', 'prediction_top', 'knowledge_bits'}
+    {'consensus', 'prior', 'prediction_bits', 'prediction_top', 'knowledge_bits'}
 )
 
 
