@@ -5,6 +5,7 @@
 
 from collections.abc import Iterator
 import dataclasses
+import enum
 import inspect
 import operator
 import pathlib
@@ -47,7 +48,7 @@ def public_names(module: Any) -> list[str]:
   """
   package = module.__name__.removeprefix('tff_kd').removeprefix('.')
   if package == 'algorithms':
-    return [f'build_{algorithm}' for algorithm in module.REGISTRY]
+    return ['Info', *(f'build_{algorithm}' for algorithm in module.REGISTRY)]
   if package in ('', *_PACKAGES):
     return [name for name in dir(module) if not name.startswith('_')]
   return [
@@ -81,7 +82,10 @@ def _signature(value: Any) -> str:
       default = parameter.default
       is_plain = isinstance(default, (bool, int, float, str, tuple, type(None)))
       is_plain &= not hasattr(default, '_fields')  # It may hold functions.
-      text += f'={default!r}' if is_plain else '=...'
+      if isinstance(default, enum.Enum):
+        text += f'={default}'
+      else:
+        text += f'={default!r}' if is_plain else '=...'
     found.append(text)
   return f'({", ".join(found)})'
 
@@ -124,7 +128,8 @@ def members(value: type) -> dict[str, Any]:
   for name, member in vars(value).items():
     if isinstance(member, (classmethod, staticmethod)):
       member = member.__func__
-    if name.startswith('_') or name in fields:
+    is_private = name.startswith('_') and name != '__call__'
+    if is_private or name in fields:
       continue
     if inspect.isfunction(member) or isinstance(member, property):
       found[name] = member

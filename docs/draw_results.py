@@ -157,9 +157,10 @@ def _of_runs(runs: pathlib.Path) -> Iterator[tuple[str, Any]]:
   yield 'unlabelled.png', plots.curves(
       {
           'FedAvg': _histories(folder / 'fed_avg'),
+          # In this order the colours are those of labelled.png.
+          'fed_distillation': _histories(folder / 'fed_distillation'),
           'FedAvg, calibrated': _histories(folder / 'fed_avg-calibrate'),
           'fed_distillation as the first edition had it': first_edition,
-          'fed_distillation': _histories(folder / 'fed_distillation'),
       },
       metric='test accuracy', columns=_MODELS,
       title='MNIST-5k without labels on the server, alpha .05',

@@ -41,7 +41,7 @@ DEFAULTS: dict[str, dict[str, Any]] = {
 }
 # Measured on mnist5k (docs/results/unlabelled.md).
 _IMAGES = {
-    'consensus': 'aligned', 'clients_start_from': 'average',
+    'consensus': 'aligned', 'prior': 'average', 'clients_start_from': 'average',
     'student_start': 'released', 'augment': True,
 }
 # By task and algorithm, what takes precedence over those.

@@ -876,12 +876,21 @@ def _task_defaults(task: str, algorithm: str) -> dict[str, Any]:
   """The defaults of a task with an algorithm.
 
   Raises:
-    app.UsageError: If there is no such task, or it has defaults of what is no flag.
+    app.UsageError: If there is no such task or algorithm, or it names what is no flag.
   """
   try:
     defaults = task_defaults.defaults_of(task, algorithm)
+    parameters = algorithms.get(algorithm).flags
   except ValueError as error:
     raise app.UsageError(str(error)) from None
+  for parameter, name in parameters.items():
+    if name not in own_flags():
+      raise app.UsageError(
+          f'INFO.flags of --algorithm={algorithm} gives the parameter {parameter} the '
+          f'value of --{name}, which is not a flag. A file cannot define flags: take one '
+          'that there is (--help), such as --local_weight, which then means that '
+          'parameter.'
+      )
   for name in defaults:
     if name not in own_flags():
       raise app.UsageError(

@@ -342,8 +342,8 @@ def test_pictures_of_runs(draw_results, tmp_path, monkeypatch):
     assert (tmp_path / name).read_bytes().startswith(b'\x89PNG')
   figures = dict(draw_results._of_runs(tmp_path))
   assert _legend(figures['unlabelled.png']) == [
-      'FedAvg', 'FedAvg, calibrated', 'fed_distillation as the first edition had it',
-      'fed_distillation: student', 'fed_distillation: teacher',
+      'FedAvg', 'fed_distillation: student', 'fed_distillation: teacher',
+      'FedAvg, calibrated', 'fed_distillation as the first edition had it',
       'one standard deviation over the seeds',
   ]
   levels = _lines(figures['labelled.png'].axes[0])

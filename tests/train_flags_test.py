@@ -451,3 +451,14 @@ def test_a_run_takes_every_flag_of_the_clients_optimizer(tmp_path):
       f'--output_dir={tmp_path / "run"}', '--rounds=3',
   )
   assert 'other values of --rounds' in said  # The rates would be others.
+
+
+def test_an_own_algorithm_takes_flags_that_there_are(tmp_path):
+  source = (helpers.ROOT / 'examples' / 'own_algorithm.py').read_text()
+  path = tmp_path / 'mine.py'
+  path.write_text(source.replace("'proximal_weight'", "'my_weight'"))
+  assert 'my_weight' in path.read_text()
+  with pytest.raises(
+      app.UsageError, match='parameter decay the value of --my_weight, which is not a'
+  ):
+    helpers.train_here(f'--algorithm={path}', f'--output_dir={tmp_path / "out"}')

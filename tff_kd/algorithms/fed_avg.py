@@ -41,14 +41,13 @@ def build_fed_avg(
     client_optimizer: The clients' optimizer.
     calibrate_on: Unlabelled inputs, on which the averaged model is calibrated before it
       is released; not at all if `None`. The model needs a trainable bias that is added
-      to its logits.
-    prior: How often each class is to be predicted there: 'uniform', or `None`, which is
-      the same; or probabilities `[classes]` above 0 that sum to 1, `[2]` of a single
+      to its logits. Clients then go on from the average as it is, unless
+      `clients_start_from` says otherwise.
+    prior: How often each class is to be predicted on `calibrate_on`: 'uniform', also
+      if `None`; or probabilities `[classes]` above 0 that sum to 1, `[2]` of a single
       logit (no and yes), `[labels, 2]` of labels that are present or not.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
-    options: Each field of `tff_kd.rounds.Options` as an argument of its own. Where the
-      model is calibrated, clients go on from the average as it is, unless
-      `clients_start_from` says otherwise.
+    options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `DistillationProcess` without a teacher.
