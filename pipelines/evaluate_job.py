@@ -10,6 +10,7 @@ from absl import flags
 import numpy as np
 import tensorflow as tf
 
+from pipelines import kept
 from pipelines import released
 from pipelines import tables
 from pipelines import train_job
@@ -109,12 +110,9 @@ def _evaluate_own(
     rows: Sequence[np.ndarray],
 ) -> Optional[_Evaluated]:
   """The models that clients keep, as they were in the best round; `None` without."""
-  if not (run_dir / 'clients').is_dir() or not len(rows):
+  models = kept.load(run_dir) if len(rows) else None
+  if models is None:
     return None
-  with train_job.errors_for_users():
-    process = train_job.prepare().process
-  if getattr(process, 'kept_models', None) is None:
-    return None  # They keep states that are not models.
   ran_with = json.loads((run_dir / 'config.json').read_text())['flags']
   changed = [flag for flag in _OF_THE_SPLIT if flags.FLAGS[flag].value != ran_with[flag]]
   if changed:
@@ -123,27 +121,18 @@ def _evaluate_own(
         'the data.\n'
     )
     return None
-  best_round = json.loads((run_dir / train_job.RESULTS).read_text())['best_round']
-  # Here, whatever workers the run had.
-  with tff_kd.runtime.in_process():
-    initial = process.initialize_client()
-  specs = process.kept_models.specs
-  states = tff_kd.simulation.ClientStates(
-      initial, run_dir / 'clients',
-      cohort_fn=(lambda client: client % len(specs)) if len(specs) > 1 else None,
-  )
+  specs = models.specs
   evaluators = [evaluation.CentralEvaluator(spec) for spec in specs]
   outputs_of_clients, by_client = [], []
   for client, client_rows in enumerate(rows):
-    (state,) = states.load([client], best_round)
-    cohort = client % len(specs)
     own_examples = examples.take(client_rows)
     if not len(own_examples):
       by_client.append(float('nan'))
       continue
-    weights = process.kept_models.unpack(state.weights)[cohort]
     outputs_of_clients.append(
-        evaluators[cohort].outputs(weights, own_examples.inputs)
+        evaluators[client % len(specs)].outputs(
+            models.weights(client), own_examples.inputs
+        )
     )
     by_client.append(
         _metric(outputs_of_clients[-1], own_examples, specs[0], task)

@@ -2,6 +2,7 @@ r"""Exports the models of a run for where they will run, and checks each file.
 
   python -m pipelines.export --run=runs/mine
   python -m pipelines.export --run=runs/mine --models=student --formats=keras,int8
+  python -m pipelines.export --run=runs/mine --clients=0,3
 
 The formats: `keras` (.keras), `saved_model`, `tflite` (floats), `int8` (TFLite, weights
 and activations in 8 bits, with the transfer set as representative data) and
@@ -31,6 +32,10 @@ _RUN = flags.DEFINE_string(
 )
 _MODELS = flags.DEFINE_list(
     'models', [], 'Which of its models, such as student; all if unset.'
+)
+_CLIENTS = flags.DEFINE_list(
+    'clients', [], "The names of clients whose own models are exported beside the "
+    "server's, where clients keep models (fml, fed_md, fed_per and others)."
 )
 _FORMATS_FLAG = flags.DEFINE_list(
     'formats', _DEFAULT_FORMATS, f'In which formats: of {", ".join(_FORMATS)}.'
@@ -76,6 +81,7 @@ def main(argv: list[str]) -> None:
   export_job.run(
       run_dir, pathlib.Path(_EXPORT_DIR.value or run_dir / 'export'),
       names=_MODELS.value, formats=_FORMATS_FLAG.value, num_examples=_EXAMPLES.value,
+      clients=_CLIENTS.value,
   )
 
 

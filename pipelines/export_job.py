@@ -17,6 +17,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from pipelines import kept
 from pipelines import model_card
 from pipelines import released
 from pipelines import tables
@@ -58,23 +59,25 @@ class _Exported(NamedTuple):
 
 def run(
     run_dir: pathlib.Path, export_dir: pathlib.Path, *, names: Sequence[str],
-    formats: Sequence[str], num_examples: int,
+    formats: Sequence[str], num_examples: int, clients: Sequence[str] = (),
 ) -> None:
   """Exports the models of a run, checks each file and reports.
 
   Args:
     run_dir: The folder of the run.
     export_dir: Where the files, export.json and the model card go.
-    names: Which models; all if empty.
+    names: Which models of the server; all if empty.
     formats: In which formats.
     num_examples: On how many test examples the files are compared.
+    clients: The names of clients whose own models are exported, too.
 
   Raises:
     UserError: If the run has no such model, or a file is not usable.
   """
   with train_job.errors_for_users():
     task = train_job.load_task()
-  models = _chosen(released.load(run_dir, task), names, run_dir)
+  of_server = released.load(run_dir, task, must_exist=not clients)
+  models = [*_chosen(of_server, names, run_dir), *_of_clients(run_dir, clients)]
   export_dir.mkdir(parents=True, exist_ok=True)
   examples = task.test.take(
       np.random.default_rng(0).permutation(len(task.test))[:num_examples]
@@ -93,7 +96,7 @@ def run(
     )[task.metric]
     rows.append((
         f'{model.name}, as the run left it',
-        f'{os.path.getsize(model.path) / 1e3:.1f}',
+        '' if model.path is None else f'{os.path.getsize(model.path) / 1e3:.1f}',
         f'{before:.4f}', '', '', '',
     ))
     for name in formats:
@@ -150,6 +153,20 @@ def _chosen(
         f'{", ".join(known)}.'
     )
   return [model for model in models if not names or model.name in names]
+
+
+def _of_clients(
+    run_dir: pathlib.Path, clients: Sequence[str]
+) -> list[released.Released]:
+  """Returns the models that these clients keep."""
+  if not clients:
+    return []
+  models = kept.load(run_dir)
+  if models is None:
+    raise UserError(
+        f'--clients: the clients of {run_dir} keep no models of their own. Leave it out.'
+    )
+  return models.released(clients)
 
 
 def _is_worse(after: float, before: float, task: tff_kd.data.Task) -> bool:

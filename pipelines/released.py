@@ -5,7 +5,7 @@ of one's own need not be registered with Keras.
 """
 
 import pathlib
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 import zipfile
 
 import keras
@@ -20,15 +20,16 @@ class Released(NamedTuple):
   """A model of a run.
 
   Attributes:
-    name: 'student', 'teacher', or of cohorts 'student_0' and so on.
-    path: The file that it is from.
+    name: 'student', 'teacher', or of cohorts 'student_0' and so on; of a client's own
+      model 'client_NAME'.
+    path: The file that it is from; `None` of a client's own model.
     keras_model: It.
     spec: What it predicts.
     weights: Its `ModelWeights`.
   """
 
   name: str
-  path: pathlib.Path
+  path: Optional[pathlib.Path]
   keras_model: keras.Model
   spec: tff_kd.models.ModelSpec
   weights: Any

@@ -171,3 +171,29 @@ def test_the_scripts_evaluate_clients_own_models(tmp_path):
   assert not (tmp_path / 'student.keras').exists()
   said = helpers.script('pipelines.evaluate', f'--run={tmp_path}')
   assert said.returncode == 0, said.stderr
+
+
+def test_clients_own_models_are_exported(tmp_path):
+  helpers.train_here(
+      *helpers.TINY_RUN, '--algorithm=fed_per', '--rounds=1', '--clients_per_round=4',
+      '--compare_with_fed_avg=false', f'--output_dir={tmp_path}',
+  )
+  said = helpers.script(
+      'pipelines.export', f'--run={tmp_path}', '--clients=1,3', '--formats=keras',
+      '--examples=50',
+  )
+  assert said.returncode == 0, said.stderr
+  models = [
+      keras.models.load_model(tmp_path / 'export' / f'client_{name}.keras')
+      for name in (1, 3)
+  ]
+  heads = [model.get_weights()[-2] for model in models]
+  assert heads[0].shape == heads[1].shape and not np.array_equal(*heads)
+  card = (tmp_path / 'export' / 'MODEL_CARD.md').read_text()
+  assert card.startswith('# client_1 and client_3: fed_per on mnist5k')
+  for flag, message in (
+      ('--clients=9', "there is no client '9' among the 4 of the run"),
+      ('--models=student', 'student not among the models'),
+  ):
+    said = helpers.script('pipelines.export', f'--run={tmp_path}', '--clients=1', flag)
+    assert said.returncode == 1 and message in said.stderr

@@ -1,0 +1,89 @@
+"""The models that clients keep, as they were in the best round of a run."""
+
+from collections.abc import Sequence
+import json
+import pathlib
+from typing import Any, Optional
+
+from pipelines import released
+from pipelines import train_job
+from pipelines import UserError
+import tff_kd
+
+
+class KeptModels:
+  """Clients' own models in the folder of a run; the flags must have the run's values.
+
+  Attributes:
+    specs: Their architectures, one a cohort.
+  """
+
+  def __init__(self, run_dir: pathlib.Path, process: Any):
+    """Initializes it.
+
+    Args:
+      run_dir: The folder of the run.
+      process: The run's process, with `kept_models`.
+    """
+    results = json.loads((run_dir / train_job.RESULTS).read_text())
+    self._best_round = results['best_round']
+    self._students = process.kept_models
+    self.specs = self._students.specs
+    self._names = process.client_data.data.names
+    count = len(self.specs)
+    # Here, whatever workers the run had.
+    with tff_kd.runtime.in_process():
+      initial = process.initialize_client()
+    self._states = tff_kd.simulation.ClientStates(
+        initial, run_dir / 'clients',
+        cohort_fn=(lambda client: client % count) if count > 1 else None,
+    )
+
+  def spec(self, client: int) -> tff_kd.models.ModelSpec:
+    """Returns the architecture of a client's model."""
+    return self.specs[client % len(self.specs)]
+
+  def weights(self, client: int) -> Any:
+    """Returns the `ModelWeights` of a client's model."""
+    (state,) = self._states.load([client], self._best_round)
+    return self._students.unpack(state.weights)[client % len(self.specs)]
+
+  def released(self, clients: Sequence[str]) -> list[released.Released]:
+    """Returns the models of some clients.
+
+    Args:
+      clients: Their names, as tables show them.
+
+    Raises:
+      UserError: If there is no such client.
+    """
+    found = []
+    for name in clients:
+      if name not in self._names:
+        raise UserError(
+            f'--clients: there is no client {name!r} among the {len(self._names)} of the '
+            f'run; the first one is {self._names[0]!r}.'
+        )
+      number = self._names.number(name)
+      spec, weights = self.spec(number), self.weights(number)
+      found.append(
+          released.Released(
+              f'client_{name}', None, spec.to_keras(weights), spec, weights
+          )
+      )
+    return found
+
+
+def load(run_dir: pathlib.Path) -> Optional[KeptModels]:
+  """Returns the models that a run's clients keep; `None` if they keep none.
+
+  Args:
+    run_dir: The folder of the run.
+  """
+  if not (run_dir / 'clients').is_dir():
+    return None
+  with train_job.errors_for_users():
+    process = train_job.prepare().process
+  if getattr(process, 'kept_models', None) is None:
+    return None  # They keep states that are not models.
+  return KeptModels(run_dir, process)
