@@ -1083,8 +1083,8 @@ def check_has_classes(spec: ModelSpec, subject: str) -> None:
     raise ValueError(
         f'{subject} is about classes, and the {spec.name} is a regression model (by its '
         'loss). Use an algorithm and a consensus that compare outputs as they are: '
-        'fed_avg, fed_prox, scaffold, fed_dyn, fed_gkd, moon, fed_kd, fml, fed_df, '
-        'fed_distillation or fed_md, with mean_logits.'
+        'fed_avg, fed_prox, scaffold, fed_dyn, fed_gkd, moon, fed_per, lg_fed_avg, '
+        'fed_kd, fml, fed_df, fed_distillation or fed_md, with mean_logits.'
     )
 
 
