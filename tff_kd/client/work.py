@@ -170,7 +170,12 @@ class ClientPlan:
   def keeps_state(self) -> bool:
     """Whether clients have a state from round to round."""
     of_companion = self.companion is not None and self.companion.has_client_state
-    return not self.receives_student or self.keeps_model or of_companion
+    return not self.state_is_companions or of_companion
+
+  @property
+  def state_is_companions(self) -> bool:
+    """Whether what a client keeps is its companion's, if anything, and no model."""
+    return self.receives_student and not self.keeps_model
 
   def shared(self, packed: Any) -> Any:
     """Returns the part of students' values that travels.
@@ -259,7 +264,7 @@ class ClientPlan:
 
   def initial_client_state(self) -> Any:
     """Returns what a new client has, in a trace; with cohorts of kept models, a tuple."""
-    if self.receives_student and not self.keeps_model:
+    if self.state_is_companions:
       return self.companion.initial_client_state() if self.companion else ()
     keeps_sent = self.exchange is not None and self.exchange.keeps_sent
     return self.students.pack([
@@ -281,8 +286,7 @@ class ClientPlan:
       initialize_client: The computation of `initial_client_state`.
     """
     initial = initialize_client.type_signature.result
-    of_companion = self.receives_student and not self.keeps_model
-    if of_companion or not self.students.has_cohorts:
+    if self.state_is_companions or not self.students.has_cohorts:
       return initial
     # One type for all cohorts: arrays of any size.
     weights = self.students.initial_weights if self.keeps_model else ()
@@ -439,7 +443,7 @@ class _ClientUpdate:
     )
     if plan.companion is None and not plan.keeps_state:
       return output
-    if plan.receives_student and not plan.keeps_model:
+    if plan.state_is_companions:
       follows = plan.companion is not None and plan.companion.state_follows_report
       new_state = _where(
           included if follows else decision.valid, companion_state, client_state

@@ -63,7 +63,10 @@ class PersonalLayers:
     """
     parts = iter(shared.trainable), iter(shared.non_trainable)
     return tff.learning.models.ModelWeights(*(
-        [next(part) if is_shared else value for is_shared, value in zip(*pair)]
+        [
+            next(part) if is_shared else value
+            for is_shared, value in zip(*pair, strict=True)
+        ]
         for part, pair in zip(parts, self._pairs(own))
     ))
 
