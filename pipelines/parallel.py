@@ -8,6 +8,7 @@ import os
 import pathlib
 import queue
 import subprocess
+import threading
 import time
 from typing import NamedTuple, Optional
 
@@ -71,7 +72,7 @@ def run_all(
   """
   available = sorted(os.sched_getaffinity(0))
   count = min(num_at_once or len(available), max(1, len(jobs)))
-  free, running = queue.SimpleQueue(), set()
+  free, running, is_stopped = queue.SimpleQueue(), set(), threading.Event()
   for place in range(count):
     # A core for each; the usual freedom where there are fewer jobs, or more.
     free.put(available[place] if count == len(available) > 1 else None)
@@ -79,7 +80,7 @@ def run_all(
   def run(job: Job) -> float:
     core = free.get()
     try:
-      return _run(job, core, running)
+      return _run(job, core, running, is_stopped)
     finally:
       free.put(core)
 
@@ -96,6 +97,7 @@ def run_all(
           line = f'{job.name} failed: {error}'
         print(f'[{number}/{len(jobs)}] {line}', flush=True)
     except KeyboardInterrupt:
+      is_stopped.set()
       pool.shutdown(wait=False, cancel_futures=True)
       # Not Ctrl-C: what a shell starts in the background ignores it, and so do its runs.
       for process in list(running):
@@ -105,7 +107,8 @@ def run_all(
 
 
 def _run(
-    job: Job, core: Optional[int], running: set[subprocess.Popen]
+    job: Job, core: Optional[int], running: set[subprocess.Popen],
+    is_stopped: threading.Event,
 ) -> float:
   """Runs one job; returns its seconds.
 
@@ -120,6 +123,9 @@ def _run(
         preexec_fn=pin,
     )
     running.add(process)
+    # It may have started while the others were ended.
+    if is_stopped.is_set():
+      process.terminate()
     code = process.wait()
     running.discard(process)
   if code:

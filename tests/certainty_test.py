@@ -4,7 +4,6 @@ import dp_accounting
 from hypothesis import given
 from hypothesis import settings
 from hypothesis import strategies as st
-import keras
 import numpy as np
 import pytest
 import scipy.optimize
@@ -210,7 +209,6 @@ def _batches():
 
 @helpers.shared
 def _fed_aux(**kwargs):
-  keras.utils.set_random_seed(0)
   defaults = dict(
       client_optimizer=helpers.sgd(_RATE),
       transfer_set=tff_kd.TransferSet(_PUBLIC),

@@ -2,7 +2,11 @@
 
 import csv
 import json
+import signal
 import statistics
+import subprocess
+import threading
+import time
 
 import pytest
 
@@ -107,6 +111,34 @@ def test_a_folder_has_one_user_at_a_time(tmp_path):
   with parallel.exclusive_lock(tmp_path):
     done = _run(*_COMPARED, *_TINY, f'--output_dir={tmp_path}', timeout=60)
   assert done.returncode == 1 and 'in use by another' in done.stdout + done.stderr
+
+
+def test_ctrl_c_ends_a_run_that_is_just_starting(tmp_path, monkeypatch):
+  interrupted, started = threading.Event(), []
+  start = subprocess.Popen
+
+  def start_late(command, **kwargs):
+    process = start(command, **kwargs)
+    started.append(process)
+    if command[0] == 'sleep':
+      assert interrupted.wait(60)
+      time.sleep(0.2)  # The main thread has ended what it knows of.
+    return process
+
+  def interrupt(job, seconds):
+    while len(started) < 2:
+      time.sleep(0.01)
+    interrupted.set()
+    raise KeyboardInterrupt
+
+  monkeypatch.setattr(parallel.subprocess, 'Popen', start_late)
+  jobs = [
+      parallel.Job(name, command, tmp_path / name)
+      for name, command in (('first', ['true']), ('second', ['sleep', '100']))
+  ]
+  with pytest.raises(KeyboardInterrupt):
+    parallel.run_all(jobs, 1, interrupt)
+  assert started[1].wait(10) == -signal.SIGTERM
 
 
 def test_a_run_that_fails_is_named(tmp_path):

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -28,7 +27,6 @@ def data():
 
 @helpers.shared
 def _build(name, batches, **kwargs):
-  keras.utils.set_random_seed(0)
   return tff_kd.algorithms.REGISTRY[name].build(
       **helpers.common(client_data=batches, **kwargs)
   )

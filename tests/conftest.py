@@ -61,6 +61,23 @@ def quiet():
 
 
 @pytest.fixture(scope='module', autouse=True)
+def seeded_module():
+  _seed()
+
+
+@pytest.fixture(autouse=True)
+def seeded():
+  """What a test draws does not depend on the tests before it."""
+  _seed()
+
+
+def _seed():
+  import keras
+
+  keras.utils.set_random_seed(0)
+
+
+@pytest.fixture(scope='module', autouse=True)
 def nothing_is_left():
   """No process of ours is alive when a module's tests and fixtures have ended."""
   yield

@@ -115,7 +115,6 @@ _HAS_FEATURES = ('fed_gen', 'fed_per', 'fed_proto', 'lg_fed_avg', 'moon')
 
 @helpers.shared
 def _build(name, batches, cohorts, secure):
-  keras.utils.set_random_seed(0)
   students = _SPLIT if name in _HAS_FEATURES else _STUDENTS
   parts = dict(
       transfer_set=lambda: tff_kd.TransferSet(helpers.examples(12, 9)[0]),

@@ -56,7 +56,6 @@ _BUILDERS = {
 
 @helpers.shared
 def _build(name, **kwargs):
-  keras.utils.set_random_seed(0)
   return _BUILDERS[name](**kwargs)
 
 

@@ -166,19 +166,26 @@ def rounds(process, clients, num_rounds=2):
 def shared(build):
   """A builder that gives what it has built before for the same arguments.
 
-  `build.anew` is the builder itself. What cannot be hashed is built anew, too.
+  `build.anew` is the builder itself. What cannot be hashed is built anew, too. All are
+  built from the same seed, whichever test is the first to ask.
   """
-  kept = functools.lru_cache(maxsize=32)(build)
+
+  @functools.wraps(build)
+  def seeded(*args, **kwargs):
+    keras.utils.set_random_seed(0)
+    return build(*args, **kwargs)
+
+  kept = functools.lru_cache(maxsize=32)(seeded)
 
   @functools.wraps(build)
   def call(*args, **kwargs):
     try:
       hash((args, tuple(kwargs.values())))
     except TypeError:
-      return build(*args, **kwargs)
+      return seeded(*args, **kwargs)
     return kept(*args, **kwargs)
 
-  call.anew = build
+  call.anew = seeded
   return call
 
 

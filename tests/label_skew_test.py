@@ -21,7 +21,6 @@ _COUNTS = np.float64([6, 2, 0, 0])
 
 @helpers.shared
 def _process(*terms, **kwargs):
-  keras.utils.set_random_seed(0)
   defaults = dict(
       student_fn=helpers.dense_fn(classes=_CLASSES), client_optimizer=helpers.sgd(_RATE),
       local_terms=terms,

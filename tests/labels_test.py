@@ -28,7 +28,6 @@ def _common(kind):
 
 @helpers.shared
 def _spec(name):
-  keras.utils.set_random_seed(0)
   kind = LABELS[name]
   return tff_kd.models.build_model_spec(_dense_fn(kind), **_common(kind))
 

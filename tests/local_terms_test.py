@@ -50,7 +50,6 @@ def _trained(received, logits_gradient, proximal=0.0):
 
 @helpers.shared
 def _process(name, **kwargs):
-  keras.utils.set_random_seed(0)
   build = algorithms.REGISTRY[name].build
   return build(**helpers.common(client_optimizer=helpers.sgd(_RATE)), **kwargs)
 

@@ -35,7 +35,6 @@ def _dataset(k):
 
 @helpers.shared
 def _fed_md(labelled=False, **kwargs):
-  keras.utils.set_random_seed(0)
   defaults = dict(
       client_optimizer=helpers.sgd(_RATE),
       transfer_set=tff_kd.TransferSet(_X, _Y if labelled else None),
@@ -310,7 +309,6 @@ def test_clients_that_keep_models_code_against_what_they_sent():
 
 @helpers.shared
 def _fd(share):
-  keras.utils.set_random_seed(0)
   return fd.build_fd(
       **helpers.common(client_optimizer=helpers.sgd(_RATE), regularizer_weight=share)
   )

@@ -181,7 +181,6 @@ def test_what_cannot_be_is_refused(build, said):
 
 @helpers.shared
 def _fed_df(**kwargs):
-  keras.utils.set_random_seed(0)
   defaults = dict(
       transfer_set=tff_kd.TransferSet(helpers.examples(12, 99)[0]),
       student_optimizer=helpers.sgd(),

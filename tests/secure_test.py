@@ -1,6 +1,5 @@
 """Secure sums: what is clipped and rounded, and that nothing else leaves a client."""
 
-import keras
 import numpy as np
 import pytest
 from tff_kd.compat import tff
@@ -18,7 +17,6 @@ _BITS = dict(bits=16, model_bound=40.0, knowledge_bound=400.0, max_clients=4)
 
 @helpers.shared
 def _build(name, **kwargs):
-  keras.utils.set_random_seed(0)
   common = helpers.common(**kwargs)
   if name != 'fed_avg' and name != 'fd':
     common['transfer_set'] = _TRANSFER

@@ -2,7 +2,6 @@
 
 import dataclasses
 
-import keras
 import numpy as np
 import pytest
 import scipy.special
@@ -35,7 +34,6 @@ def batches():
 
 @helpers.shared
 def _build(name, batches, start='average', cohorts=False, **kwargs):
-  keras.utils.set_random_seed(0)
   algorithm = tff_kd.algorithms.REGISTRY[name]
   kwargs.setdefault('server_optimizer', helpers.sgd(0.7, 0.5))
   kwargs |= dict(client_data=batches, clients_start_from=start)
