@@ -22,6 +22,11 @@ class UserError(Exception):
   """Something that the user can mend; shown as one sentence."""
 
 
+def say(text: str) -> None:
+  """Says on standard error what begins and may take long."""
+  print(text, file=sys.stderr, flush=True)
+
+
 def for_users(
     main: Callable[[list[str]], Optional[int]]
 ) -> Callable[[list[str]], int]:

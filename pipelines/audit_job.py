@@ -20,7 +20,9 @@ from pipelines import released as released_lib
 from pipelines import tables
 from pipelines import train_flags as args
 from pipelines import train_process
-from pipelines import train_job
+from pipelines import train_data
+from pipelines import train_folder
+from pipelines import train_setup
 from pipelines import train_privacy
 from pipelines import UserError
 import tff_kd
@@ -235,7 +237,7 @@ def run(
       name: membership.infer_membership(*both, seed=seed)
       for name, both in answers.items()
   }
-  with train_job.runtime():
+  with train_setup.runtime():
     victims = _train_victims(finished, num_victims, seed)
   leaks = membership.mean_with_interval([
       membership.infer_by_loss(
@@ -263,14 +265,14 @@ def run(
 def _open_run(run_dir: pathlib.Path) -> _Run:
   """The run, if it can be attacked."""
   config = _restore_flags(run_dir)
-  task = train_job.load_task()
+  task = train_data.load_task()
   if task.class_numbers(task.clients) is None:
     raise UserError(
         f'The attacks here are on classifiers with one prediction an example, and '
         f'{task.name} is not such a task.'
     )
-  rows = train_job.split_clients(task)
-  batches = train_job.build_batches(task, rows)
+  rows = train_data.split_clients(task)
+  batches = train_data.build_batches(task, rows)
   took_part = _who_took_part(run_dir, batches)
   if not took_part:
     raise UserError(
@@ -303,7 +305,7 @@ def _restore_flags(run_dir: pathlib.Path) -> dict[str, Any]:
         f'{run_dir} holds no run: there is no config.json of pipelines.train in it. '
         'Name the folder that --output_dir named.'
     ) from None
-  if not (run_dir / train_job.RESULTS).exists():
+  if not (run_dir / train_folder.RESULTS).exists():
     raise UserError(
         f'The run in {run_dir} has not ended. Let pipelines.train go on with it first.'
     )
@@ -323,14 +325,14 @@ def _who_took_part(
     run_dir: pathlib.Path, batches: tff_kd.ClientBatches
 ) -> list[int]:
   """The numbers of the clients that were in any round."""
-  participation = train_job.build_participation(batches)
+  participation = train_data.build_participation(batches)
   ledger = run_dir / train_privacy.LEDGER
   if ledger.exists():
     participation = dataclasses.replace(
         participation,
         seed=privacy.accounting.read_ledger(ledger)['sampling_seed'],
     )
-  num_rounds = json.loads((run_dir / train_job.RESULTS).read_text())['rounds']
+  num_rounds = json.loads((run_dir / train_folder.RESULTS).read_text())['rounds']
   found = set()
   for round_num in range(1, num_rounds + 1):
     for client in participation(round_num):

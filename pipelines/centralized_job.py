@@ -12,7 +12,8 @@ from pipelines import central
 from pipelines import released
 from pipelines import tables
 from pipelines import train_flags as args
-from pipelines import train_job
+from pipelines import train_data
+from pipelines import train_setup
 from pipelines import UserError
 import tff_kd
 
@@ -28,9 +29,9 @@ def run(
     learning_rate: Adam's.
     batch_size: Examples a step.
   """
-  with train_job.errors_for_users():
-    task = train_job.load_task()
-    clients = train_job.split_clients(task)
+  with train_setup.errors_for_users():
+    task = train_data.load_task()
+    clients = train_data.split_clients(task)
     builders = _builders(task)
     folder.mkdir(parents=True, exist_ok=True)
   examples = task.clients.take(np.concatenate(clients))

@@ -13,7 +13,9 @@ import tensorflow as tf
 from pipelines import kept
 from pipelines import released
 from pipelines import tables
-from pipelines import train_job
+from pipelines import train_data
+from pipelines import train_evaluation
+from pipelines import train_setup
 import tff_kd
 from tff_kd import evaluation
 from tff_kd import plots
@@ -51,14 +53,14 @@ def run(
     run_dir: pathlib.Path, report_dir: pathlib.Path, *, part: str, num_worst: int
 ) -> None:
   """The whole job."""
-  with train_job.errors_for_users():
-    task = train_job.load_task()
-    clients = train_job.split_clients(task)
+  with train_setup.errors_for_users():
+    task = train_data.load_task()
+    clients = train_data.split_clients(task)
   examples = getattr(task, part)
   if part == 'clients':
     rows = clients
   elif part == 'test':
-    rows = train_job.split_tests(task, clients)
+    rows = train_data.split_tests(task, clients)
   else:
     rows = []  # The server's examples belong to no client.
   # Before the models are loaded: building a process may invalidate existing models.
@@ -67,7 +69,7 @@ def run(
   found = [_evaluate(model, task, examples, rows) for model in models]
   found += [own] if own is not None else []
   report_dir.mkdir(parents=True, exist_ok=True)
-  names = train_job.names_of_clients(task, clients)
+  names = train_data.names_of_clients(task, clients)
   _print(task, part, examples, found, names, clients, rows, num_worst)
   _write(report_dir, task, part, examples, found, names, clients, rows)
   title = f'{task.name}: {len(examples)} examples ({part})'
@@ -150,7 +152,7 @@ def _metric(
     task: tff_kd.data.Task,
 ) -> float:
   """The task's metric alone; NaN without examples."""
-  value = train_job.metric_of(outputs, examples, spec, task)
+  value = train_evaluation.metric_of(outputs, examples, spec, task)
   return float('nan') if value is None else value
 
 

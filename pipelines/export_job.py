@@ -21,7 +21,8 @@ from pipelines import kept
 from pipelines import model_card
 from pipelines import released
 from pipelines import tables
-from pipelines import train_job
+from pipelines import train_data
+from pipelines import train_setup
 from pipelines import UserError
 import tff_kd
 from tff_kd import evaluation
@@ -74,8 +75,8 @@ def run(
   Raises:
     UserError: If the run has no such model, or a file is not usable.
   """
-  with train_job.errors_for_users():
-    task = train_job.load_task()
+  with train_setup.errors_for_users():
+    task = train_data.load_task()
   of_server = released.load(run_dir, task, must_exist=not clients)
   models = [*_chosen(of_server, names, run_dir), *_of_clients(run_dir, clients)]
   export_dir.mkdir(parents=True, exist_ok=True)

@@ -6,7 +6,8 @@ import pathlib
 from typing import Any, Optional
 
 from pipelines import released
-from pipelines import train_job
+from pipelines import train_folder
+from pipelines import train_setup
 from pipelines import UserError
 import tff_kd
 
@@ -25,7 +26,7 @@ class KeptModels:
       run_dir: The folder of the run.
       process: The run's process, with `kept_models`.
     """
-    results = json.loads((run_dir / train_job.RESULTS).read_text())
+    results = json.loads((run_dir / train_folder.RESULTS).read_text())
     self._best_round = results['best_round']
     self._students = process.kept_models
     self.specs = self._students.specs
@@ -82,8 +83,8 @@ def load(run_dir: pathlib.Path) -> Optional[KeptModels]:
   """
   if not (run_dir / 'clients').is_dir():
     return None
-  with train_job.errors_for_users():
-    process = train_job.prepare().process
+  with train_setup.errors_for_users():
+    process = train_setup.prepare().process
   if getattr(process, 'kept_models', None) is None:
     return None  # They keep states that are not models.
   return KeptModels(run_dir, process)

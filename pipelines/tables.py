@@ -19,3 +19,8 @@ def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
   head, *body = rows
   lines = [head, ('---',) * len(head), *body]
   return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
+
+
+def words(name: str) -> str:
+  """A name of a metric as it is read."""
+  return name.replace('_', ' ')

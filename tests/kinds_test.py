@@ -13,7 +13,7 @@ from pipelines import evaluate_job
 from pipelines import export_job
 from pipelines import released
 from pipelines import train_flags
-from pipelines import train_job
+from pipelines import train_data
 from pipelines import UserError
 from tests import helpers
 from tests import label_kinds
@@ -119,7 +119,7 @@ def test_examples_have_a_class_or_none(labels, model, tmp_path):
   flag = ['--task=tests/label_kinds.py', f'--data_dir={tmp_path}', '--num_clients=4']
   with helpers.flags_of(*flag):
     train_flags.take_defaults()
-    task = train_job.load_task()
+    task = train_data.load_task()
     classes = task.class_numbers(task.clients)
     if model == 'per position' or 'several' in labels:
       assert classes is None
@@ -130,8 +130,8 @@ def test_examples_have_a_class_or_none(labels, model, tmp_path):
       is_binary = 'binary' in labels or 'bool' in labels
       np.testing.assert_array_equal(found, [1, 0, 0] if is_binary else [0, 1, 2])
       assert classes.dtype == np.int64 and classes.shape == (len(task.clients),)
-    clients = train_job.split_clients(task)
-    tests = train_job.split_tests(task, clients)
+    clients = train_data.split_clients(task)
+    tests = train_data.split_tests(task, clients)
   for rows, examples in ((clients, task.clients), (tests, task.test)):
     assert len(rows) == 4
     np.testing.assert_array_equal(
@@ -144,9 +144,9 @@ def test_a_split_by_class_needs_classes(tmp_path):
   flag = ['--task=tests/label_kinds.py', f'--data_dir={tmp_path}', '--partition=shards']
   with helpers.flags_of(*flag):
     train_flags.take_defaults()
-    task = train_job.load_task()
+    task = train_data.load_task()
     with pytest.raises(UserError, match='=shards splits by class.*of iid, quantity_sk'):
-      train_job.split_clients(task)
+      train_data.split_clients(task)
 
 
 class _Recurrent(keras.Model):

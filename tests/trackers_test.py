@@ -11,7 +11,7 @@ import types
 import numpy as np
 import pytest
 
-from pipelines import train_job
+from pipelines import train_evaluation
 from tests import helpers
 from tff_kd import simulation
 from tff_kd.simulation import trackers
@@ -212,7 +212,7 @@ def test_a_run_may_be_tracked_by_mlflow(mlflow_calls, tmp_path):
 @pytest.mark.slow
 def test_an_interrupted_run_prints_how_to_go_on(tmp_path, monkeypatch):
   folder = tmp_path / 'a run'
-  call = train_job._Evaluation.__call__
+  call = train_evaluation.Evaluation.__call__
 
   def interrupted_in_round_2(self, state):
     if state.round_num == 2:
@@ -221,7 +221,7 @@ def test_an_interrupted_run_prints_how_to_go_on(tmp_path, monkeypatch):
 
   arguments = [*_FED_AVG, '--rounds_per_checkpoint=3', f'--output_dir={folder}']
   with monkeypatch.context() as patch:
-    patch.setattr(train_job._Evaluation, '__call__', interrupted_in_round_2)
+    patch.setattr(train_evaluation.Evaluation, '__call__', interrupted_in_round_2)
     _, said = helpers._train_here(arguments, 130)
   command = said.rpartition('To go on: ')[2].strip()
   words = shlex.split(command)

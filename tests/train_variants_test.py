@@ -11,7 +11,7 @@ import pytest
 
 from pipelines import evaluate_job
 from pipelines import train_flags
-from pipelines import train_job
+from pipelines import train_alone
 from tests import data_test
 from tests import helpers
 import tff_kd
@@ -170,7 +170,7 @@ def test_clients_with_models_of_their_own(name, tmp_path, monkeypatch):
   if name == 'fed_md':
     # Clients do that themselves: no model is trained to be thrown away.
     flags_of_run.append('--pretrain_epochs=1')
-    monkeypatch.delattr(train_job, '_pretrain')
+    monkeypatch.delattr(train_alone, 'pretrain')
   printed = helpers.train_here(*flags_of_run, '--rounds=2')
   assert "clients' own models, mean" in printed
   rows = helpers.rows(folder / 'metrics.csv')

@@ -1,0 +1,191 @@
+"""Evaluates the models of a run in each round."""
+
+from collections.abc import Mapping, Sequence
+import pathlib
+from typing import Any, Optional
+
+import numpy as np
+
+from pipelines import train_flags as args
+import tff_kd
+from tff_kd.models import cohorts
+
+
+def specs_of(process) -> dict[str, tff_kd.models.ModelSpec]:
+  """The models by name; the students of cohorts are `student_0` and so on."""
+  specs = _by_cohort('student', process.students, process.students.specs)
+  if process.teacher_spec is not None:
+    specs['teacher'] = process.teacher_spec
+  return specs
+
+
+def _by_cohort(
+    name: str, students: cohorts.Students, values: Sequence[Any]
+) -> dict[str, Any]:
+  if not students.has_cohorts:
+    return {name: values[0]}
+  return {f'{name}_{i}': value for i, value in enumerate(values)}
+
+
+def _clients(process) -> Optional[cohorts.Students]:
+  """The models that clients keep, if they do."""
+  return getattr(process, 'kept_models', None)
+
+
+class Evaluation:
+  """Evaluates the models of a process on the validation and the test part.
+
+  `student` is the server's; where only clients have models, the mean over theirs. Where
+  both have, `client` is that mean. Of cohorts, `student` is the mean over their
+  students, which are there too.
+
+  Attributes:
+    metric_names: What it returns the values of.
+    client_states: What clients keep, in `clients_dir`; `None` if they keep nothing.
+    evaluators: Name -> the evaluator of a kind of model.
+  """
+
+  @staticmethod
+  def names(process) -> dict[str, tuple[str, str]]:
+    """The names of the metrics, each with the model and the name without it."""
+    found = {**specs_of(process), 'student': None}
+    if _clients(process) is not None and process.get_model_weights is not None:
+      found['client'] = None
+    state_type = process.initialize.type_signature.result.member
+    if len(getattr(state_type, 'aggregated_model_weights', ())):
+      before = process.students.specs
+      found |= _by_cohort('student_before', process.students, before)
+      found['student_before'] = None
+    return {
+        f'{part}/{name}_{key}': (name, f'{part}/{key}')
+        for part in ('validation', 'test')
+        for name in found
+        for key in tff_kd.evaluation.score_names(process.students.first)
+    }
+
+  def __init__(self, process, task, clients_dir: pathlib.Path):
+    self._task = task
+    self._students = process.students
+    self._has_student = process.get_model_weights is not None
+    self._clients = _clients(process)
+    self.metric_names = self.names(process)
+    self.client_states = None
+    if isinstance(process, tff_kd.StatefulClientsProcess):
+      count = len(self._clients.specs) if self._clients is not None else 1
+      self.client_states = tff_kd.simulation.ClientStates(
+          process.initialize_client(), clients_dir,
+          cohort_fn=(lambda client: client % count) if count > 1 else None,
+      )
+    if self._clients is not None:
+      self._client_evaluators = [
+          tff_kd.evaluation.CentralEvaluator(spec) for spec in self._clients.specs
+      ]
+    self.evaluators = {
+        name: tff_kd.evaluation.CentralEvaluator(spec)
+        for name, spec in specs_of(process).items()
+    }
+
+  def models(self, state) -> dict[str, tuple[Any, Any]]:
+    """Name -> (evaluator, weights) of the server's models in a state."""
+    found = {}
+
+    def add(name: str, kind: str, weights: Any) -> None:
+      if len(weights):
+        of_kind = _by_cohort(kind, self._students, self._students.unpack(weights))
+        names = _by_cohort(name, self._students, list(of_kind))
+        found.update(
+            (column, (self.evaluators[kind], of_kind[kind]))
+            for column, kind in names.items()
+        )
+
+    if self._has_student:
+      add('student', 'student', state.global_model_weights)
+    if 'teacher' in self.evaluators:
+      found['teacher'] = (self.evaluators['teacher'], state.teacher_weights)
+    add('student_before', 'student', getattr(state, 'aggregated_model_weights', ()))
+    return found
+
+  def __call__(self, state) -> dict[str, float]:
+    metrics = {}
+    models = self.models(state)
+    for part in ('validation', 'test'):
+      examples = getattr(self._task, part)
+      found = {
+          name: evaluator.evaluate(weights, *examples)
+          for name, (evaluator, weights) in models.items()
+      }
+      if self._clients is not None:
+        name = 'client' if 'student' in models else 'student'
+        found[name] = self._mean_over_clients(examples)
+      for name in ('student', 'student_before'):
+        of_cohorts = [
+            found[f'{name}_{i}']
+            for i in range(len(self._students.specs)) if f'{name}_{i}' in found
+        ]
+        if of_cohorts:
+          found[name] = _mean_of(of_cohorts)
+      for name, values in found.items():
+        for key, value in values.items():
+          metrics[f'{part}/{name}_{key}'] = value
+    return metrics
+
+  def _mean_over_clients(self, examples) -> dict[str, float]:
+    """Evaluates clients' own models; one that never took part has the initial model."""
+    values = []
+    numbers = np.random.default_rng(args.SEED.value).permutation(args.NUM_CLIENTS.value)
+    for number in sorted(numbers[:args.EVALUATED_CLIENTS.value].tolist()):
+      (state,) = self.client_states.load([number])
+      cohort = number % len(self._clients.specs)
+      weights = self._clients.unpack(state.weights)[cohort]
+      evaluator = self._client_evaluators[cohort]
+      values.append(evaluator.evaluate(weights, *examples))
+    return _mean_of(values)
+
+
+def _mean_of(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
+  return {key: float(np.mean([v[key] for v in values])) for key in values[0]}
+
+
+def monitored(task: tff_kd.data.Task) -> str:
+  """The name of the metric that decides which round is the best."""
+  return args.MONITOR.value or f'validation/student_{task.metric}'
+
+
+def best_in_words(task: tff_kd.data.Task) -> str:
+  """Which value of which metric the best round has."""
+  monitor = monitored(task)
+  return f"{'lowest' if task.is_lower_better(monitor) else 'highest'} {monitor}"
+
+
+def over_clients(
+    evaluator: tff_kd.evaluation.CentralEvaluator,
+    weights: Any,
+    task: tff_kd.data.Task,
+    test_split: Sequence[np.ndarray],
+) -> tff_kd.evaluation.FederatedEvaluation:
+  """The task's metric over clients, each on its share of the test part."""
+  outputs = evaluator.outputs(weights, task.test.inputs)
+  values = [
+      metric_of(outputs[rows], task.test.take(rows), evaluator.spec, task)
+      for rows in test_split
+  ]
+  values = [value for value in values if value is not None]
+  return tff_kd.evaluation.over_clients(
+      np.array(values), lower_is_better=task.is_lower_better()
+  )
+
+
+def metric_of(
+    outputs: np.ndarray,
+    examples: tff_kd.data.Examples,
+    spec: tff_kd.models.ModelSpec,
+    task: tff_kd.data.Task,
+) -> Optional[float]:
+  """Returns the task's metric alone; `None` where no example counts."""
+  if not examples.counted.any():
+    return None
+  name = task.metric
+  return tff_kd.evaluation.score(
+      outputs, examples.labels, spec=spec, names=[name],
+      sample_weight=examples.sample_weight,
+  )[name]

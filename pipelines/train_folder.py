@@ -1,0 +1,137 @@
+"""The folder of a run: what it must not hold, and what a run leaves in it."""
+
+from collections.abc import Mapping
+import csv
+import datetime
+import json
+import math
+import pathlib
+import shlex
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from pipelines import released
+from pipelines import train_checks
+from pipelines import train_flags as args
+from pipelines import UserError
+import tff_kd
+from tff_kd.compat import tff
+
+# Written when a run is over.
+RESULTS = 'results.json'
+
+
+def named() -> pathlib.Path:
+  """The run folder, as flags name it."""
+  if args.OUTPUT_DIR.value:
+    return pathlib.Path(args.OUTPUT_DIR.value)
+  now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
+  name = tff_kd.data.task_info(args.TASK.value).name
+  return pathlib.Path('runs', f'{now}-{args.algorithm().name}-{name}')
+
+
+def _config() -> dict[str, Any]:
+  """The values of all flags of a run."""
+  return {name: flag.value for name, flag in sorted(args.own_flags().items())}
+
+
+def check(run_dir: pathlib.Path) -> None:
+  """Refuses a folder that holds another run than this one, or none to resume."""
+  config, path = _config(), run_dir / 'config.json'
+  # One that ended before its first round left nothing to go on with.
+  has_rounds = (run_dir / 'metrics.csv').exists()
+  if path.exists() and has_rounds:
+    if not args.RESUME.value:
+      raise UserError(
+          f'{run_dir} already holds a run. Leave out --noresume to go on with it, or '
+          'name another --output_dir.'
+      )
+    before = json.loads(path.read_text())['flags']
+    free = set(args.FREE_ON_RESUME)
+    if args.NOISE_MULTIPLIER.value is not None:
+      free.add('epsilon')  # The budget only.
+    elif args.EPSILON.value is not None:
+      free.discard('rounds')  # The noise was found for them.
+    if train_checks.has_falling_rate():
+      free.discard('rounds')  # Rates fall to 0 after the last of them.
+    changed = sorted(
+        name for name in config if name not in free and config[name] != before.get(name)
+    )
+    if changed:
+      raise UserError(
+          f'The run in {run_dir} had other values of '
+          + ', '.join(f'--{n} ({before.get(n)!r})' for n in changed)
+          + '. Go on with the same, or name another --output_dir.'
+      )
+  elif train_checks.must_resume():
+    raise UserError(f'{run_dir} holds no run to resume (no rounds).')
+
+
+def open_folder(run_dir: pathlib.Path) -> None:
+  """Makes the run folder, with `config.json` in it."""
+  run_dir.mkdir(parents=True, exist_ok=True)
+  path = run_dir / 'config.json'
+  versions = {m.__name__: m.__version__ for m in (tf, tff, np)}
+  # Not in its place: a full disk would leave half of it.
+  partial = path.with_suffix('.partial')
+  partial.write_text(
+      json.dumps({'flags': _config(), 'versions': versions}, indent=2) + '\n'
+  )
+  partial.replace(path)
+
+
+def resume_command(run_dir: pathlib.Path) -> str:
+  """The command that goes on with a run, all of whose flags are in the folder."""
+  words = [
+      'python', '-m', 'pipelines.train', f'--config={run_dir / "config.json"}',
+      f'--output_dir={run_dir}',
+  ]
+  return shlex.join(words)
+
+
+def read_history(path: pathlib.Path) -> list[dict[str, float]]:
+  """The rows of metrics.csv, a resumed run's earlier rounds included."""
+  with open(path, newline='') as file:
+    return [
+        {key: float(value) for key, value in row.items() if value != ''}
+        for row in csv.DictReader(file)
+    ]
+
+
+def best_row(
+    history: list[dict[str, float]], rounds: int, monitor: str, task: tff_kd.data.Task
+) -> dict[str, float]:
+  """The row with the best monitored metric within the first rounds."""
+  sign = -1.0 if task.is_lower_better(monitor) else 1.0
+
+  def value(row: dict[str, float]) -> float:
+    # A round that has diverged, not a number, is the worst.
+    return -math.inf if math.isnan(row[monitor]) else sign * row[monitor]
+
+  return max((row for row in history if row['round'] <= rounds), key=value)
+
+
+def save_models(
+    models: Mapping[str, tuple[Any, Any]],
+    specs: Mapping[str, tff_kd.models.ModelSpec],
+    run_dir: pathlib.Path,
+    sends_average: bool,
+) -> None:
+  """Saves a run's models, and the students that clients were sent, if others.
+
+  Args:
+    models: As `train_evaluation.Evaluation.models` returns them.
+    specs: The models that are released, by name.
+    run_dir: The run's folder.
+    sends_average: Whether clients are sent others.
+  """
+  for name, (_, weights) in models.items():
+    if name in specs:
+      released.save(specs[name].to_keras(weights), run_dir, name)
+    sent = name.replace('student_before', 'student')
+    if name != sent and sends_average:
+      # From these clients really begin, for what repeats their training.
+      (run_dir / released.SENT).mkdir(exist_ok=True)
+      released.save(specs[sent].to_keras(weights), run_dir / released.SENT, sent)
