@@ -1,6 +1,6 @@
 """The job behind `pipelines.train`: trains, compares, reports."""
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 import collections
 import concurrent.futures
 import dataclasses
@@ -90,7 +90,7 @@ def _train_and_report(
     accountant: Optional[tff_kd.privacy.PrivacyAccountant],
     run_dir: pathlib.Path,
 ) -> None:
-  task, clients, process, common, select_clients = setup
+  task, process = setup.task, setup.process
   specs = train_evaluation.specs_of(process)
   # When a process begins with them, and once: those of clients pre-train themselves.
   pretrained = functools.cache(lambda name: train_alone.pretrain(specs[name], task))
@@ -109,8 +109,9 @@ def _train_and_report(
   state = initial_state(process)
   evaluation = train_evaluation.Evaluation(process, task, run_dir / 'clients')
   result, history = _train(
-      process, state, evaluation, task, select_clients, run_dir, '', args.ROUNDS.value,
-      args.PATIENCE.value or None, train_evaluation.monitored(task), accountant,
+      process, state, evaluation, task, setup.participation, run_dir, '',
+      args.ROUNDS.value, args.PATIENCE.value or None, train_evaluation.monitored(task),
+      accountant,
   )
   train_folder.save_models(
       evaluation.models(result.best_state), specs, run_dir,
@@ -119,21 +120,7 @@ def _train_and_report(
 
   baseline = None
   if args.FEDAVG.value and args.algorithm().name != 'fed_avg' and accountant is None:
-    keras.utils.set_random_seed(args.SEED.value)
-    pipelines.say('Building fed_avg, to compare with.')
-    fed_avg = algorithms.build_fed_avg(**common)
-    fed_avg_bytes = tff_kd.communication.round_bytes(fed_avg)
-    moved = int(train_report.megabytes(history)[-1] * 1e6)
-    more_rounds = max(
-        result.round_num,
-        min(moved // fed_avg_bytes.total, train_report.MOST_FED_AVG * result.round_num),
-    )
-    _, baseline = _train(
-        fed_avg, initial_state(fed_avg),
-        train_evaluation.Evaluation(fed_avg, task, run_dir), task, select_clients,
-        run_dir, 'fed_avg_', more_rounds, None,
-        f'validation/student_{task.metric}',
-    )
+    baseline = _train_fed_avg(setup, initial_state, result.round_num, history, run_dir)
   # What the server could do without any client: the honest lower bound.
   alone = lambda: {}
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
@@ -148,6 +135,41 @@ def _train_and_report(
         ),
         alone,
     )
+
+
+def _train_fed_avg(
+    setup: train_setup.Setup,
+    initial_state: Callable[[Any], Any],
+    num_rounds: int,
+    history: list[dict[str, float]],
+    run_dir: pathlib.Path,
+) -> list[dict[str, float]]:
+  """Trains FedAvg of the same student, for as many rounds and as many bytes.
+
+  Args:
+    setup: What the run began with.
+    initial_state: Maps a process to the state that it begins with.
+    num_rounds: The run's rounds.
+    history: The run's rows of metrics.csv.
+    run_dir: The run's folder.
+
+  Returns:
+    The rows of its own.
+  """
+  task = setup.task
+  keras.utils.set_random_seed(args.SEED.value)
+  pipelines.say('Building fed_avg, to compare with.')
+  process = algorithms.build_fed_avg(**setup.common)
+  moved = int(train_report.megabytes(history)[-1] * 1e6)
+  for_bytes = moved // tff_kd.communication.round_bytes(process).total
+  _, rows = _train(
+      process, initial_state(process),
+      train_evaluation.Evaluation(process, task, run_dir), task, setup.participation,
+      run_dir, 'fed_avg_',
+      max(num_rounds, min(for_bytes, train_report.MOST_FED_AVG * num_rounds)), None,
+      f'validation/student_{task.metric}',
+  )
+  return rows
 
 
 def _train(

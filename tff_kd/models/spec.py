@@ -1,9 +1,9 @@
 """Keras builders in, functions of weights inside, Keras models back out.
 
-`build_model_spec` calls a Keras builder once, eagerly, and checks the model against its
-data and its loss. From then on the model is a function: `ModelSpec.call` takes values and
-inputs and returns outputs and values, within a `keras.StatelessScope`. Inside of TFF's
-computations there are no variables.
+`building.build_model_spec` calls a Keras builder once, eagerly, and checks the model
+against its data and its loss. From then on it is a function: `ModelSpec.call` takes
+values and inputs and returns outputs and values, within a `keras.StatelessScope`. Inside
+of TFF's computations there are no variables.
 
 What a model holds is told apart by what a step of training does to it:
 
@@ -16,12 +16,10 @@ What a model holds is told apart by what a step of training does to it:
   travels.
 """
 
-from collections.abc import Callable, Mapping, Sequence
-import collections
+from collections.abc import Callable, Sequence
 import contextlib
 import dataclasses
 import functools
-import inspect
 from typing import Any, NamedTuple, Optional
 
 import keras
@@ -32,81 +30,13 @@ from tff_kd import graphs
 from tff_kd import internals
 from tff_kd import losses
 from tff_kd.compat import tff
-from tff_kd.models import embeddings
+from tff_kd.models import batches
+from tff_kd.models import functional
+from tff_kd.models import labels as labels_lib
 from tff_kd.models import metrics as metrics_lib
+from tff_kd.models import tracing
 
 KerasModelFn = Callable[[], keras.Model]
-LossFn = Callable[[], keras.losses.Loss]
-
-_PROBE_BATCH = 16
-_UNKNOWN_DIMENSION = 16
-# The key of the weights in a batch that is a mapping, as an argument of Keras's `fit`.
-_SAMPLE_WEIGHT = 'sample_weight'
-# Keras's name of the state of a `keras.random.SeedGenerator`.
-_SEED_STATE = 'seed_generator_state'
-
-
-def split_batch(batch: Any) -> tuple[Any, Any]:
-  """Returns the (inputs, labels) of a batch or of an `input_spec`.
-
-  Args:
-    batch: A pair, a triple or a mapping.
-  """
-  if isinstance(batch, Mapping):
-    return batch['x'], batch['y']
-  return batch[0], batch[1]
-
-
-def sample_weight_of(batch: Any) -> Any:
-  """Returns the sample weights of a batch or of an `input_spec`.
-
-  Args:
-    batch: A pair, a triple or a mapping.
-
-  Returns:
-    The weights, or `None` without any.
-  """
-  if isinstance(batch, Mapping):
-    return batch.get(_SAMPLE_WEIGHT)
-  return batch[2] if len(batch) == 3 else None
-
-
-def num_examples(outputs: tf.Tensor, sample_weight: Optional[tf.Tensor]) -> tf.Tensor:
-  """Counts the examples of a batch; those of weight 0 do not count.
-
-  Args:
-    outputs: The model's outputs for it.
-    sample_weight: As `ModelSpec.sample_weight` returns it for it.
-
-  Returns:
-    An int32 scalar.
-  """
-  if sample_weight is None:
-    return tf.shape(outputs)[0]
-  has_weight = tf.reduce_any(
-      sample_weight > 0.0, axis=list(range(1, sample_weight.shape.rank))
-  )
-  return tf.reduce_sum(tf.cast(has_weight, tf.int32))
-
-
-def as_batch(batch: Any) -> Any:
-  """Returns a batch, or its spec, in the one structure that its parts have here.
-
-  Args:
-    batch: (x, y), (x, y, sample_weight), or a mapping with these keys.
-
-  Returns:
-    A tuple, or an `OrderedDict` with the keys in order, as TFF wants them; `None` if it
-    is neither.
-  """
-  if isinstance(batch, Mapping):
-    if set(batch) - {_SAMPLE_WEIGHT} != {'x', 'y'}:
-      return None
-    return collections.OrderedDict((key, batch[key]) for key in sorted(batch))
-  if isinstance(batch, (tuple, list)):
-    batch = tuple(batch)  # `len` of `tff_kd.data.Examples` is the number of examples.
-    return batch if len(batch) in (2, 3) else None
-  return None
 
 
 class ModelValues(NamedTuple):
@@ -145,15 +75,6 @@ class Outputs(NamedTuple):
   values: ModelValues
   regularization_loss: tf.Tensor
   bad_inputs: Optional[tf.Tensor] = None
-
-
-class _Layout(NamedTuple):
-  """The places of a model's values among its `_non_trainable_variables`."""
-
-  statistics: tuple[int, ...]
-  local: Mapping[int, np.ndarray]
-  seeds: frozenset[int]
-  constants: Mapping[int, np.ndarray]
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -197,7 +118,7 @@ class ModelSpec:
   batch_size: Optional[int]
   has_ids: bool
   _model: keras.Model
-  _layout: _Layout
+  _layout: tracing.Layout
   _loss_rank: int
 
   @property
@@ -246,7 +167,7 @@ class ModelSpec:
   @property
   def statistics_variables(self) -> list[keras.Variable]:
     """The Keras variables of the statistics."""
-    variables = _non_trainable_variables(self._model)
+    variables = tracing.non_trainable_variables(self._model)
     return [variables[place] for place in self._layout.statistics]
 
   @property
@@ -317,7 +238,7 @@ class ModelSpec:
             'that size (`drop_remainder=True`), or build it without a fixed batch.'
         )
       return self._call_in_batches(values, inputs)
-    outputs, non_trainable, own_losses, bad = _call(
+    outputs, non_trainable, own_losses, bad = tracing.call_model(
         self._model,
         values.trainable,
         self._non_trainable(values),
@@ -398,7 +319,7 @@ class ModelSpec:
     key = tuple(tuple(leaf.shape[1:]) for leaf in tf.nest.flatten(inputs_spec))
     if key not in self._logits_shapes:
       with internals.eager_mode():  # Also where something is traced.
-        example = _example(inputs_spec, self.batch_size or 1)
+        example = batches.example_of(inputs_spec, self.batch_size or 1)
         self._logits_shapes[key] = self.logits(self.initial_weights, example).shape[1:]
     return self._logits_shapes[key]
 
@@ -458,7 +379,7 @@ class ModelSpec:
       float32 with the axes of the outputs but the last, each of its size or of one;
       `None` if the batch has no weights.
     """
-    weight = sample_weight_of(batch)
+    weight = batches.sample_weight_of(batch)
     if weight is None:
       return None
     return losses.with_rank(tf.cast(weight, tf.float32), len(self.outputs_shape))
@@ -538,7 +459,7 @@ class ModelSpec:
     bad = tf.constant(False)
     if sample_weight is not None:
       bad = ~tf.reduce_all((sample_weight >= 0.0) & tf.math.is_finite(sample_weight))
-    highest = highest_label(self.loss, self.outputs_shape)
+    highest = labels_lib.highest_label(self.loss, self.outputs_shape)
     if highest is None:
       return labels, bad
     # In a wide type: 256 is not a uint8. False for NaN, where labels are floats.
@@ -597,7 +518,7 @@ class ModelSpec:
     the second, a state to `Metrics.scores`.
     """
     metrics = self.metrics
-    _, labels = split_batch(self.input_spec)
+    _, labels = batches.split_batch(self.input_spec)
     labels = tf.TensorSpec([None, *labels.shape[1:]], labels.dtype)
     outputs = tf.TensorSpec([None, *self.outputs_shape], tf.float32)
     state = tf.nest.map_structure(tf.TensorSpec.from_tensor, metrics.initial_state())
@@ -615,7 +536,7 @@ class ModelSpec:
   def weighted_metric_update(self) -> graphs.TracedFunction:
     """The first of `metric_functions`, with the weights as a fourth argument."""
     metrics = self.metrics
-    _, labels = split_batch(self.input_spec)
+    _, labels = batches.split_batch(self.input_spec)
     labels = tf.TensorSpec([None, *labels.shape[1:]], labels.dtype)
     outputs = tf.TensorSpec([None, *self.outputs_shape], tf.float32)
     state = tf.nest.map_structure(tf.TensorSpec.from_tensor, metrics.initial_state())
@@ -656,8 +577,8 @@ class ModelSpec:
       ValueError: If the weights, or the model, are not of this builder.
     """
     # Subclassed models have no variables before their first call.
-    inputs_spec = _with_lengths_of(model, split_batch(self.input_spec)[0])
-    model(_example(inputs_spec, self.batch_size or 1), training=False)
+    inputs_spec = batches.with_lengths_of(model, batches.split_batch(self.input_spec)[0])
+    model(batches.example_of(inputs_spec, self.batch_size or 1), training=False)
     expected = [tuple(w.shape) for w in tf.nest.flatten(self.initial_weights)]
     for kind, values in (('weights', weights), ('model', self.weights_of(model))):
       found = [np.shape(w) for w in [*values.trainable, *values.non_trainable]]
@@ -673,7 +594,7 @@ class ModelSpec:
         **self._layout.constants,
     }
     for place, value in values.items():
-      _non_trainable_variables(model)[place].assign(value)
+      tracing.non_trainable_variables(model)[place].assign(value)
 
   def weights_of(self, model: keras.Model) -> tff.learning.models.ModelWeights:
     """Returns the weights of a model of the same builder.
@@ -684,7 +605,7 @@ class ModelSpec:
     Returns:
       `ModelWeights` of NumPy arrays.
     """
-    variables = dict(enumerate(_non_trainable_variables(model)))
+    variables = dict(enumerate(tracing.non_trainable_variables(model)))
     return tff.learning.models.ModelWeights(
         trainable=[v.numpy() for v in model.trainable_variables],
         non_trainable=[
@@ -701,13 +622,13 @@ class ModelSpec:
     Raises:
       ValueError: If there are sample weights, which TFF would leave out.
     """
-    if sample_weight_of(self.input_spec) is not None:
+    if batches.sample_weight_of(self.input_spec) is not None:
       raise ValueError(
           "TFF's own algorithms have no sample weights, and the `input_spec` has some: "
           f'{self.input_spec}. Take the algorithms of `tff_kd.algorithms`, or build the '
           'model with batches (x, y).'
       )
-    return _functional_model(self)
+    return functional.functional_model(self)
 
 
 class BoundModel(NamedTuple):
@@ -741,7 +662,10 @@ class BoundModel(NamedTuple):
     model = self.spec._model
     return keras.StatelessScope([
         *zip(model.trainable_variables, self.values.trainable),
-        *zip(_non_trainable_variables(model), self.spec._non_trainable(self.values)),
+        *zip(
+            tracing.non_trainable_variables(model),
+            self.spec._non_trainable(self.values),
+        ),
     ])
 
 
@@ -763,312 +687,6 @@ def apply_constraints(
   ]
 
 
-def build_model_spec(
-    keras_model_fn: KerasModelFn,
-    *,
-    input_spec: Any,
-    loss_fn: LossFn,
-    metrics_fn: Optional[metrics_lib.MetricsFn] = None,
-    name: str = 'model',
-) -> ModelSpec:
-  """Checks a Keras builder against its data and its loss.
-
-  Args:
-    keras_model_fn: A no-argument function that returns a `keras.Model` with one output
-      tensor `[batch, ..., classes]`. It is called once here; the weights of its model
-      become the initial weights, so a builder may load or adapt; call
-      `keras.utils.set_random_seed` before for reproducible ones.
-    input_spec: The spec of the clients' batches, e.g. `dataset.element_spec`: a
-      pair `(x, y)`, a triple `(x, y, sample_weight)` or a mapping with these keys,
-      batched; `x` may be a structure of several inputs. Weights are numbers `[batch]`,
-      or one a position where an example has several predictions.
-    loss_fn: A no-argument function that returns a `keras.losses.Loss`.
-    metrics_fn: An optional no-argument function that returns a list of new
-      `keras.metrics.Metric`s, or {'metrics': list, 'weighted_metrics': list}: the
-      latter weigh each example by its sample weight.
-    name: The model's name in error messages.
-
-  Returns:
-    A `ModelSpec`.
-
-  Raises:
-    TypeError: If an argument has the wrong type.
-    ValueError: If the model has a training step of its own, does not take inputs of
-      `input_spec`, has several outputs, or if its outputs contradict the loss:
-      probabilities under `from_logits=True`, or logits under a cross-entropy with
-      `from_logits=False`.
-  """
-  input_spec = check_input_spec(input_spec)
-  inputs_spec, labels_spec = split_batch(input_spec)
-  check_model_fn(keras_model_fn, name)
-  loss = check_loss_fn(loss_fn)()
-  if not isinstance(loss, keras.losses.Loss):
-    raise TypeError(
-        f'`loss_fn` must return a `keras.losses.Loss`, found {loss!r}. Pass, for '
-        f'example, `loss_fn={_LOSS_EXAMPLE}`.'
-    )
-  if metrics_fn is not None:
-    check_metrics_fn(metrics_fn)
-  metrics = metrics_lib.new_metrics(metrics_fn)
-  model = _build_keras_model(keras_model_fn, name)
-  batch_size = _fixed_batch(model, inputs_spec)
-  inputs_spec = _with_lengths_of(model, inputs_spec)
-  outputs = _probe(model, inputs_spec, batch_size or _PROBE_BATCH, name)
-  labels_spec = _with_lengths(labels_spec, outputs.shape)
-  labels = _example(labels_spec, batch_size or _PROBE_BATCH)
-  weight_spec = sample_weight_of(input_spec)
-  loss_rank = _check_loss(loss, labels, outputs, name)
-  if weight_spec is not None:
-    _check_sample_weight(
-        loss, labels, outputs,
-        _example(_with_lengths(weight_spec, outputs.shape), batch_size or _PROBE_BATCH),
-    )
-  traced = _trace(model, inputs_spec, batch_size, name)
-  if not model.trainable_variables:
-    raise ValueError(
-        f'The {name} has no trainable weights: there is nothing to train. Leave some of '
-        'its layers with `trainable=True`.'
-    )
-  is_regression = isinstance(loss, _REGRESSION_LOSSES)
-  outputs_shape = traced.output_shape[1:]
-  logits_shape = outputs_shape
-  if outputs_shape[-1] != 1 and isinstance(loss, BINARY_LOSSES):
-    logits_shape = outputs_shape.concatenate([1])
-  from_logits = is_regression or _check_from_logits(loss, traced.activation, name)
-  variables = _non_trainable_variables(model)
-  return ModelSpec(
-      name=name,
-      keras_model_fn=keras_model_fn,
-      input_spec=input_spec,
-      initial_weights=tff.learning.models.ModelWeights(
-          trainable=[v.numpy() for v in model.trainable_variables],
-          non_trainable=[variables[i].numpy() for i in traced.layout.statistics],
-      ),
-      outputs_shape=outputs_shape,
-      logits_shape=logits_shape,
-      from_logits=from_logits,
-      loss=loss,
-      metrics=metrics_lib.Metrics(
-          metrics, labels, outputs, from_logits=from_logits and not is_regression
-      ),
-      is_regression=is_regression,
-      ignored_label=_config_of(loss, 'ignore_class'),
-      batch_size=batch_size,
-      has_ids=traced.has_ids,
-      _model=model,
-      _layout=traced.layout,
-      _loss_rank=loss_rank,
-  )
-
-
-_LOSS_EXAMPLE = 'lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True)'
-
-
-def is_builder(value: Any) -> bool:
-  """Returns whether a value is a function without arguments, and no Keras object.
-
-  Losses, metrics, layers and models are callable as well, but what is needed is a
-  function that makes them.
-
-  Args:
-    value: Any value.
-  """
-  if not callable(value) or isinstance(
-      value, (keras.losses.Loss, keras.metrics.Metric, keras.layers.Layer)
-  ):
-    return False
-  try:
-    inspect.signature(value).bind()
-  except TypeError:  # It needs arguments, such as `keras.losses.mean_squared_error`.
-    return False
-  except ValueError:  # It does not tell.
-    return True
-  return True
-
-
-def check_loss_fn(loss_fn: Any, name: str = 'loss_fn') -> LossFn:
-  """Checks that a value makes losses, and returns it.
-
-  Args:
-    loss_fn: The value.
-    name: The argument's name, for the error.
-
-  Returns:
-    The value.
-
-  Raises:
-    TypeError: If it is not a function without arguments.
-  """
-  return _check_builder(loss_fn, name, _LOSS_EXAMPLE)
-
-
-def check_metrics_fn(
-    metrics_fn: Any, name: str = 'metrics_fn'
-) -> metrics_lib.MetricsFn:
-  """Checks that a value makes metrics, and returns it.
-
-  Args:
-    metrics_fn: The value.
-    name: The argument's name, for the error.
-
-  Returns:
-    The value.
-
-  Raises:
-    TypeError: If it is not a function without arguments.
-  """
-  return _check_builder(metrics_fn, name, 'lambda: [keras.metrics.AUC(), ...]')
-
-
-def _check_builder(fn: Any, name: str, example: str) -> Any:
-  if not is_builder(fn):
-    raise TypeError(
-        f'`{name}` must be a function without arguments that returns a new one, found '
-        f'{fn!r}. Pass, for example, `{name}={example}`.'
-    )
-  return fn
-
-
-def check_model_fn(keras_model_fn: Any, name: str) -> None:
-  """Raises an error if a value cannot make models.
-
-  Args:
-    keras_model_fn: The value.
-    name: The model's name, for the error, such as 'student'.
-
-  Raises:
-    TypeError: If it is not a function without arguments.
-  """
-  if not is_builder(keras_model_fn):
-    raise TypeError(
-        f'The {name} must be a function without arguments that returns a `keras.Model`, '
-        f'found {keras_model_fn!r}. Wrap the construction of the model: '
-        '`def build(): return keras.Sequential([...])`.'
-    )
-
-
-def _build_keras_model(keras_model_fn: KerasModelFn, name: str) -> keras.Model:
-  """Calls the builder; refuses what is no Keras 3 model, or trains by itself."""
-  model = keras_model_fn()
-  if not isinstance(model, keras.Model):
-    hint = ''
-    if type(model).__mro__[-2].__module__.startswith('tensorflow') or any(
-        'tf_keras' in c.__module__ for c in type(model).__mro__
-    ):
-      hint = (
-          ' Models of Keras 2 (`tf_keras`, or `tf.keras` under TF_USE_LEGACY_KERAS=1) '
-          'cannot be used: build the model with `import keras` (Keras 3).'
-      )
-    raise TypeError(
-        f'The {name} builder must return a `keras.Model`, found '
-        f'{type(model).__module__}.{type(model).__name__}.{hint}'
-    )
-  for method in ('train_step', 'compute_loss'):
-    if getattr(type(model), method) is not getattr(keras.Model, method):
-      raise ValueError(
-          f'The {name}, a {type(model).__name__}, has a `{method}` of its own, which '
-          'federated training would not use. Put the model into a plain `keras.Model`, '
-          'its loss into `loss_fn`, and further terms into `self.add_loss` or a '
-          '`tff_kd.client.local_terms.LocalTerm`.'
-      )
-  return model
-
-
-def highest_label(
-    loss: keras.losses.Loss, outputs_shape: Sequence[Optional[int]]
-) -> Optional[int]:
-  """The highest label under a loss, of which the lowest is 0; `None` if any will do.
-
-  Args:
-    loss: The loss.
-    outputs_shape: The shape of the model's outputs.
-  """
-  if isinstance(loss, keras.losses.SparseCategoricalCrossentropy):
-    return outputs_shape[-1] - 1
-  return 1 if isinstance(loss, _BINARY_CROSS_ENTROPIES) else None
-
-
-def wrong_labels(
-    labels: np.ndarray, loss: keras.losses.Loss, outputs_shape: Sequence[Optional[int]]
-) -> np.ndarray:
-  """Returns which labels are out of a loss's range, bool in their shape.
-
-  Args:
-    labels: An array of labels.
-    loss: The loss. Those that it ignores are in its range.
-    outputs_shape: The shape of the model's outputs.
-
-  Raises:
-    ValueError: If they are not numbers.
-  """
-  if labels.dtype.kind not in 'fiub':
-    raise ValueError(
-        f'Labels must be numbers, found an array of the dtype {labels.dtype}. Encode '
-        'them: `names, y = np.unique(labels, return_inverse=True)`.'
-    )
-  highest = highest_label(loss, outputs_shape)
-  if highest is None:
-    return np.zeros(labels.shape, bool)
-  ignored = _config_of(loss, 'ignore_class')
-  wrong = ~((labels >= 0) & (labels <= highest))  # Also what is not a number.
-  return wrong if ignored is None else wrong & (labels != ignored)
-
-
-def wrong_labels_message(
-    labels: np.ndarray, loss: keras.losses.Loss, outputs_shape: Sequence[Optional[int]]
-) -> str:
-  """Says which labels a loss takes, which labels there are, and what to do.
-
-  Args:
-    labels: An array of labels, some of which are wrong.
-    loss: The loss.
-    outputs_shape: The shape of the model's outputs.
-
-  Returns:
-    The end of a sentence that begins with the labels.
-  """
-  highest, ignored = highest_label(loss, outputs_shape), _config_of(loss, 'ignore_class')
-  used = labels[labels != ignored] if ignored is not None else labels
-  hint = 'Mend them, or give the model an output for each class.'
-  if (used.min(), used.max()) == (1, highest + 1):
-    hint = 'They seem to be counted from 1: subtract 1.'
-  elif isinstance(loss, _BINARY_CROSS_ENTROPIES):
-    hint = 'Mend them, or take another loss.'
-  return (
-      f'must be from 0 to {highest}, as {type(loss).__name__} takes them'
-      + (f' (or {ignored}, which it ignores)' if ignored is not None else '')
-      + f', found {used.min()} to {used.max()}. {hint}'
-  )
-
-
-_BINARY_CROSS_ENTROPIES = (
-    keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy
-)
-# Keras's losses of outputs that are labels of their own, present or not.
-BINARY_LOSSES = (
-    *_BINARY_CROSS_ENTROPIES, keras.losses.Hinge, keras.losses.SquaredHinge
-)
-# Keras's losses of numbers. Another loss of numbers is taken for one of logits.
-_REGRESSION_LOSSES = (
-    keras.losses.MeanSquaredError,
-    keras.losses.MeanAbsoluteError,
-    keras.losses.MeanAbsolutePercentageError,
-    keras.losses.MeanSquaredLogarithmicError,
-    keras.losses.Huber,
-    keras.losses.LogCosh,
-    keras.losses.Poisson,
-)
-
-
-def _config_of(loss: keras.losses.Loss, key: str) -> Any:
-  """Returns an argument that a loss was built with; `None` if it is not known."""
-  value = getattr(loss, key, None)
-  if value is None:
-    with contextlib.suppress(Exception):  # A user's loss may have no config.
-      value = loss.get_config().get(key)
-  return value
-
-
 def check_has_classes(spec: ModelSpec, subject: str) -> None:
   """Raises an error if a model has no classes, where something is about classes.
 
@@ -1088,30 +706,6 @@ def check_has_classes(spec: ModelSpec, subject: str) -> None:
     )
 
 
-def is_compatible(expected: Any, found: Any) -> bool:
-  """Returns whether batches of one spec, of any size, can stand for those of another.
-
-  Args:
-    expected: A structure of `tf.TensorSpec`s.
-    found: Another one; dimensions that it leaves open fit.
-  """
-  try:
-    tf.nest.assert_same_structure(expected, found)
-  except (TypeError, ValueError):
-    return False
-
-  def fits(e: tf.TensorSpec, f: Any) -> bool:
-    if not isinstance(f, tf.TensorSpec) or e.dtype != f.dtype:
-      return False
-    if f.shape.rank is None:
-      return True
-    return e.shape.rank == f.shape.rank and (
-        e.shape[1:].is_compatible_with(f.shape[1:])
-    )
-
-  return all(map(fits, tf.nest.flatten(expected), tf.nest.flatten(found)))
-
-
 def check_same_outputs(first: ModelSpec, second: ModelSpec) -> None:
   """Raises an error if the predictions of two models cannot be compared.
 
@@ -1128,421 +722,3 @@ def check_same_outputs(first: ModelSpec, second: ModelSpec) -> None:
         f'to learn from each other, found {first.logits_shape} and '
         f'{second.logits_shape} (an example, without batch).'
     )
-
-
-def check_input_spec(input_spec: Any) -> Any:
-  """Checks an `input_spec`, and returns it as a batch.
-
-  Args:
-    input_spec: A structure of `tf.TensorSpec`s, such as a dataset's `element_spec`.
-
-  Returns:
-    A pair, a triple or a mapping; see `as_batch`.
-
-  Raises:
-    TypeError: If it does not only hold `tf.TensorSpec`s.
-    ValueError: If it does not describe batches of inputs and labels.
-  """
-  batch_spec = as_batch(input_spec)
-  if batch_spec is None:
-    raise ValueError(
-        '`input_spec` must describe batches as a pair (x, y), a triple (x, y, '
-        "sample_weight) or a mapping with the keys 'x', 'y' and perhaps "
-        f"'sample_weight', found {input_spec!r}. Pass the clients' "
-        '`dataset.element_spec`.'
-    )
-  for spec in tf.nest.flatten(input_spec):
-    if not isinstance(spec, tf.TensorSpec):
-      raise TypeError(
-          f'`input_spec` must hold only `tf.TensorSpec`s, found {spec!r}.'
-      )
-    if spec.shape.rank is None:
-      raise ValueError(
-          f'`input_spec` must tell how many dimensions there are, found {spec!r}. Give '
-          '`tf.data.Dataset.from_generator` an `output_signature` with shapes.'
-      )
-    if spec.shape.rank < 1:
-      raise ValueError(
-          f'`input_spec` must have a batch dimension, found {spec!r}. Call '
-          '`.batch(...)` on the datasets.'
-      )
-  _, labels_spec = split_batch(batch_spec)
-  if not isinstance(labels_spec, tf.TensorSpec):
-    raise ValueError(
-        f'The labels must be one tensor, found {labels_spec!r}. Train on one output of '
-        'the model at a time, or put the labels side by side in one array.'
-    )
-  if labels_spec.dtype == tf.string:
-    raise ValueError(
-        'The labels must be numbers, found strings. Encode them: '
-        '`names, y = np.unique(labels, return_inverse=True)`.'
-    )
-  weight_spec = sample_weight_of(batch_spec)
-  if weight_spec is not None and (
-      not isinstance(weight_spec, tf.TensorSpec)
-      or weight_spec.dtype in (tf.string, tf.complex64, tf.complex128)
-  ):
-    raise ValueError(
-        'The sample weights must be one tensor of numbers `[batch]`, found '
-        f'{weight_spec!r}.'
-    )
-  return batch_spec
-
-
-def _example(spec: Any, batch_size: int, rng=None) -> Any:
-  """Zeros (or random values) of a batched spec."""
-
-  def make(leaf: tf.TensorSpec):
-    shape = [batch_size] + [
-        d if d is not None else _UNKNOWN_DIMENSION
-        for d in leaf.shape.as_list()[1:]
-    ]
-    if rng is None or leaf.dtype == tf.string:
-      return tf.zeros(shape, leaf.dtype) if leaf.dtype != tf.string else tf.fill(
-          shape, ''
-      )
-    if leaf.dtype.is_floating:
-      return tf.constant(rng.standard_normal(shape), leaf.dtype)
-    return tf.cast(tf.constant(rng.integers(0, 2, shape)), leaf.dtype)
-
-  return tf.nest.map_structure(make, spec)
-
-
-def _with_lengths(spec: tf.TensorSpec, shape: Sequence[Optional[int]]) -> tf.TensorSpec:
-  """A batched spec whose unknown dimensions are those of a shape that it fits."""
-  known = [*shape, *[None] * spec.shape.rank][: spec.shape.rank]
-  dims = [d if d is not None else k for d, k in zip(spec.shape.as_list(), known)]
-  return tf.TensorSpec([spec.shape[0], *dims[1:]], spec.dtype)
-
-
-def _with_lengths_of(model: keras.Model, inputs_spec: Any) -> Any:
-  """A spec of inputs whose unknown dimensions are those that the model declares."""
-  declared = getattr(model, 'inputs', None) or ()
-  specs = tf.nest.flatten(inputs_spec)
-  if len(declared) != len(specs):
-    return inputs_spec
-  if isinstance(inputs_spec, Mapping):
-    named = {tensor.name: tensor.shape for tensor in declared}
-    shapes = [named.get(name, ()) for name in sorted(inputs_spec)]
-  else:
-    shapes = [tensor.shape for tensor in declared]
-  return tf.nest.pack_sequence_as(
-      inputs_spec,
-      [
-          _with_lengths(leaf, shape) if len(shape) == leaf.shape.rank else leaf
-          for leaf, shape in zip(specs, shapes)
-      ],
-  )
-
-
-def _fixed_batch(model: keras.Model, inputs_spec: Any) -> Optional[int]:
-  """The only size of a batch that a model takes, or `None` if it takes any."""
-  declared = [t.shape[0] for t in getattr(model, 'inputs', None) or ()]
-  if declared and declared[0] is not None:
-    return declared[0]
-  if _recurrent_layers(model):
-    return tf.nest.flatten(inputs_spec)[0].shape[0]
-  return None
-
-
-def _probe(
-    keras_model: keras.Model, inputs_spec: Any, batch_size: int, name: str
-) -> tf.Tensor:
-  """The model's outputs on a random batch; builds the model."""
-  rng = np.random.default_rng(0)
-  try:
-    outputs = keras_model(
-        _example(inputs_spec, batch_size, rng), training=False
-    )
-  except Exception as error:
-    tried = ''
-    if any(not s.shape[1:].is_fully_defined() for s in tf.nest.flatten(inputs_spec)):
-      tried = (
-          f' It was tried with a length of {_UNKNOWN_DIMENSION}, as the spec has none: '
-          'if the model takes one length only, give it in `keras.Input` or in the spec.'
-      )
-    raise ValueError(
-        f'The {name} does not take inputs of the spec {inputs_spec}. Make the '
-        f"model's inputs and the datasets' `element_spec` agree.{tried} Keras says: "
-        f'{error}'
-    ) from error
-  if not tf.is_tensor(outputs):
-    raise ValueError(
-        f'The {name} must have one output tensor, found '
-        f'{tf.nest.map_structure(lambda t: getattr(t, "shape", t), outputs)}. Train one '
-        'output at a time, `keras.Model(model.inputs, model.outputs[0])`, or put outputs '
-        'of one loss side by side with `keras.layers.Concatenate`.'
-    )
-  if not outputs.dtype.is_floating:
-    raise ValueError(
-        f'The outputs of the {name} must be floating-point numbers, found '
-        f'{outputs.dtype.name}. Return logits or probabilities.'
-    )
-  if outputs.shape.rank < 2 or outputs.shape[0] != batch_size:
-    raise ValueError(
-        f'The {name} must return outputs of shape [batch, ..., classes], found '
-        f'{outputs.shape} for a batch of {batch_size}.'
-    )
-  return outputs
-
-
-def _call(
-    model: keras.Model,
-    trainable: Sequence[tf.Tensor],
-    non_trainable: Sequence[tf.Tensor],
-    inputs: Any,
-    *,
-    training: bool,
-) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
-  """Calls a built model with values.
-
-  Returns its outputs, non-trainable values, losses, and of each lookup in an embedding
-  whether it was for ids that are not there.
-
-  Unlike `keras.Model.stateless_call` it goes through `__call__`, so that layers know
-  the mode of training, and inputs are cast, as in `fit`.
-  """
-  scope = keras.StatelessScope(
-      [
-          *zip(model.trainable_variables, trainable, strict=True),
-          *zip(_non_trainable_variables(model), non_trainable, strict=True),
-      ],
-      collect_losses=True,
-  )
-  # Keras's names of layers (`__mine`) may be none of TensorFlow's at the root of a graph.
-  with tf.name_scope('model'), scope, embeddings.checked_ids(training=training) as bad:
-    outputs = model(inputs, training=training)
-    own_losses = list(model.losses)
-  after = [scope.get_current_value(v) for v in _non_trainable_variables(model)]
-  return outputs, after, own_losses, bad
-
-
-class _Traced(NamedTuple):
-  """Facts that the graph of a model shows.
-
-  Attributes:
-    layout: The `_Layout`.
-    activation: 'softmax' or 'sigmoid' if the model ends in one, else `None`.
-    output_shape: The static shape of its outputs, the batch included.
-    has_ids: Whether embeddings look something up.
-  """
-
-  layout: _Layout
-  activation: Optional[str]
-  output_shape: tf.TensorShape
-  has_ids: bool
-
-
-def _trace(
-    model: keras.Model, inputs_spec: Any, batch_size: Optional[int], name: str
-) -> _Traced:
-  """Traces an inference and a training call of a built model."""
-  variables = _non_trainable_variables(model)
-  moved, looked_up = [], []
-
-  def calls(trainable, non_trainable, inputs):
-    outputs, _, _, looked_up[:] = _call(
-        model, trainable, non_trainable, inputs, training=False
-    )
-    _, after, *_ = _call(model, trainable, non_trainable, inputs, training=True)
-    moved[:] = [
-        i for i, (old, new) in enumerate(zip(non_trainable, after)) if new is not old
-    ]
-    return outputs
-
-  def spec_of(variable: keras.Variable) -> tf.TensorSpec:
-    return tf.TensorSpec(variable.shape, variable.dtype)
-
-  batch_spec = tf.nest.map_structure(
-      lambda s: tf.TensorSpec([batch_size, *s.shape[1:]], s.dtype), inputs_spec
-  )
-  try:
-    traced = graphs.function(calls).get_concrete_function(
-        [spec_of(v) for v in model.trainable_variables],
-        [spec_of(v) for v in variables],
-        batch_spec,
-    )
-  except Exception as error:
-    raise ValueError(
-        f'The {name} cannot be called in training mode in a graph, as Keras\'s `fit` '
-        f'would: {error}'
-    ) from error
-  recurrent = {
-      id(state)
-      for layer in _recurrent_layers(model)
-      for state in tf.nest.flatten(layer.states)
-  }
-  seeds = frozenset(
-      i for i in moved if variables[i].name == _SEED_STATE
-  )
-  statistics = tuple(
-      i
-      for i in moved
-      if tf.as_dtype(variables[i].dtype).is_floating and id(variables[i]) not in recurrent
-  )
-  layout = _Layout(
-      statistics=statistics,
-      local={i: variables[i].numpy() for i in moved if i not in statistics},
-      seeds=seeds,
-      constants={
-          i: v.numpy() for i, v in enumerate(variables) if i not in moved
-      },
-  )
-  output = traced.outputs[0]
-  shape = output.shape
-  if shape.rank is None:
-    example = _example(inputs_spec, batch_size or _PROBE_BATCH)
-    shape = model(example, training=False).shape
-  return _Traced(layout, _last_activation(output), shape, bool(looked_up))
-
-
-def _non_trainable_variables(model: keras.Model) -> list[keras.Variable]:
-  """Those of Keras, and the states of recurrent layers, which Keras does not list."""
-  variables = list(model.non_trainable_variables)
-  listed = {id(v) for v in variables}
-  return variables + [
-      state
-      for layer in _recurrent_layers(model)
-      for state in tf.nest.flatten(layer.states)
-      if id(state) not in listed
-  ]
-
-
-def _recurrent_layers(model: keras.Model) -> list[keras.layers.RNN]:
-  """The recurrent layers with `stateful=True`."""
-  pending, found = [model], []
-  while pending:
-    layer = pending.pop()
-    if isinstance(layer, keras.layers.RNN) and layer.stateful:
-      found.append(layer)
-    pending += getattr(layer, 'layers', ())
-    wrapped = getattr(layer, 'layer', None)
-    pending += [] if wrapped is None else [wrapped]
-  return found
-
-
-# What leaves the values as they are.
-_PASSING = frozenset(['Identity', 'Reshape', 'Cast', 'Squeeze', 'ExpandDims'])
-
-
-def _last_activation(output: tf.Tensor) -> Optional[str]:
-  """The activation in which a traced model ends, as far as it decides the loss."""
-  op = output.op
-  while op.type in _PASSING:
-    op = op.inputs[0].op
-  return {'Softmax': 'softmax', 'Sigmoid': 'sigmoid'}.get(op.type)
-
-
-def _check_loss(loss, labels, outputs, name) -> int:
-  """Refuses a loss that does not fit; returns the rank of what it averages."""
-  try:
-    value = loss(labels, outputs)
-  except Exception as error:
-    shapes = tf.nest.map_structure(lambda t: (t.shape, t.dtype.name), labels)
-    raise ValueError(
-        f'The loss {type(loss).__name__} does not take labels of shape and dtype '
-        f'{shapes} with outputs of shape {outputs.shape} of the {name}. '
-        f'Keras says: {error}'
-    ) from error
-  if value.shape.rank != 0:
-    raise ValueError(
-        f'The loss {type(loss).__name__} must return a scalar, found the shape '
-        f'{value.shape}. Leave its `reduction` at the default.'
-    )
-  try:
-    labels = metrics_lib.with_axis_of_outputs(labels, outputs)
-    return max(tf.convert_to_tensor(loss.call(labels, outputs)).shape.rank, 1)
-  except NotImplementedError:  # It has a `__call__` of its own.
-    return 1
-
-
-def _check_sample_weight(loss, labels, outputs, weight) -> None:
-  try:
-    weight = losses.with_rank(tf.cast(weight, tf.float32), outputs.shape.rank - 1)
-    loss(labels, outputs, sample_weight=weight)
-  except Exception as error:
-    raise ValueError(
-        'The sample weights must be `[batch]`, or have the shape of the outputs without '
-        f'the last axis, found weights of shape {weight.shape} with outputs of shape '
-        f'{outputs.shape} and the loss {type(loss).__name__}. Keras says: {error}'
-    ) from error
-
-
-def _check_from_logits(loss, activation: Optional[str], name: str) -> bool:
-  """Whether the outputs are logits; refuses a loss that takes them otherwise."""
-  from_logits = _config_of(loss, 'from_logits')
-  if from_logits and activation is not None:
-    raise ValueError(
-        f'The {name} ends in {activation} (its outputs are probabilities), but '
-        f'{type(loss).__name__} has from_logits=True and would apply {activation}'
-        f' again. Remove the last activation of the {name}, or build the loss '
-        'with from_logits=False.'
-    )
-  if from_logits is False and activation is None:
-    raise ValueError(
-        f'{type(loss).__name__} has from_logits=False and expects probabilities, '
-        f'but the outputs of the {name} are not probabilities: it ends in no softmax or '
-        f'sigmoid. Build the loss with from_logits=True, or end the {name} in one.'
-    )
-  return activation is None if from_logits is None else bool(from_logits)
-
-
-def _functional_model(spec: ModelSpec) -> tff.learning.models.FunctionalModel:
-  """A `ModelSpec` as TFF's functional model."""
-
-  def predict(training: bool):
-    def fn(trainable, non_trainable, inputs, seed):
-      weights = tff.learning.models.ModelWeights(list(trainable), list(non_trainable))
-      called = spec.call(spec.values(weights, seed), inputs, training=training)
-      if called.bad_inputs is None:
-        return called.outputs
-      nan = tf.constant(float('nan'), called.outputs.dtype)
-      return tf.where(called.bad_inputs, nan, called.outputs)
-
-    return graphs.placed(fn)
-
-  predict_fns = {training: predict(training) for training in (False, True)}
-
-  @tf.function(autograph=False)
-  def predict_on_batch(model_weights, x, training):
-    seed = tf.random.uniform([2], maxval=tf.int32.max, dtype=tf.int32)
-    return predict_fns[bool(training)](*map(tuple, model_weights), x, seed)
-
-  def loss(output, label, sample_weight=None):
-    del sample_weight
-    return graphs.placed(spec.supervised_loss)(label, output)
-
-  def update(state, labels, batch_output, sample_weight=None):
-    del sample_weight
-
-    def fn(state, labels, predictions, num_examples, loss):
-      mask = spec.metric_mask(labels, predictions)
-      state = spec.metrics.update(state, labels, predictions, mask)
-      loss_sum = loss * tf.cast(num_examples, loss.dtype)
-      return spec.metrics.add_totals(state, loss_sum, num_examples, tf.constant(1))
-
-    return graphs.placed(fn)(
-        state, labels, batch_output.predictions, batch_output.num_examples,
-        batch_output.loss,
-    )
-
-  def finalize(state):
-    return collections.OrderedDict(
-        (name, finalizer(state[name]))
-        for name, finalizer in spec.metrics.finalizers().items()
-    )
-
-  return tff.learning.models.FunctionalModel(
-      initial_weights=(
-          tuple(spec.initial_weights.trainable),
-          tuple(spec.initial_weights.non_trainable),
-      ),
-      predict_on_batch_fn=predict_on_batch,
-      loss_fn=loss,
-      metrics_fns=(
-          tf.function(spec.metrics.initial_state, autograph=False),
-          tf.function(update, autograph=False),
-          tf.function(finalize, autograph=False),
-      ),
-      input_spec=spec.input_spec,
-  )

@@ -9,6 +9,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tff_kd.models import batches
 from tff_kd.models import spec as spec_lib
 
 _TOLERANCE = 1e-4
@@ -89,7 +90,7 @@ class SplitModel:
   def _checked_feature_shape(self) -> tuple[int, ...]:
     """Returns the shape of an example's features; raises if layers form no chain."""
     body, head = split_layers(self.spec.layers, self._split_layer)
-    inputs_spec = spec_lib.split_batch(self.spec.input_spec)[0]
+    inputs_spec = batches.split_batch(self.spec.input_spec)[0]
     refusal = (
         'To be split, the student must apply its layers one after the other; here '
         f'{[layer.name for layer in body + head]} in turn are not the model. Use a '

@@ -1,0 +1,222 @@
+"""What a Keras model does and holds, found by calling and tracing it."""
+
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple, Optional
+
+import keras
+import numpy as np
+import tensorflow as tf
+
+from tff_kd import graphs
+from tff_kd.models import batches
+from tff_kd.models import embeddings
+
+PROBE_BATCH = 16
+# Keras's name of the state of a `keras.random.SeedGenerator`.
+_SEED_STATE = 'seed_generator_state'
+# What leaves the values as they are.
+_PASSING = frozenset(['Identity', 'Reshape', 'Cast', 'Squeeze', 'ExpandDims'])
+
+
+class Layout(NamedTuple):
+  """The places of a model's values among its `non_trainable_variables`."""
+
+  statistics: tuple[int, ...]
+  local: Mapping[int, np.ndarray]
+  seeds: frozenset[int]
+  constants: Mapping[int, np.ndarray]
+
+
+def non_trainable_variables(model: keras.Model) -> list[keras.Variable]:
+  """Those of Keras, and the states of recurrent layers, which Keras does not list."""
+  variables = list(model.non_trainable_variables)
+  listed = {id(v) for v in variables}
+  return variables + [
+      state
+      for layer in _recurrent_layers(model)
+      for state in tf.nest.flatten(layer.states)
+      if id(state) not in listed
+  ]
+
+
+def _recurrent_layers(model: keras.Model) -> list[keras.layers.RNN]:
+  """The recurrent layers with `stateful=True`."""
+  pending, found = [model], []
+  while pending:
+    layer = pending.pop()
+    if isinstance(layer, keras.layers.RNN) and layer.stateful:
+      found.append(layer)
+    pending += getattr(layer, 'layers', ())
+    wrapped = getattr(layer, 'layer', None)
+    pending += [] if wrapped is None else [wrapped]
+  return found
+
+
+def call_model(
+    model: keras.Model,
+    trainable: Sequence[tf.Tensor],
+    non_trainable: Sequence[tf.Tensor],
+    inputs: Any,
+    *,
+    training: bool,
+) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
+  """Calls a built model with values.
+
+  Returns its outputs, non-trainable values, losses, and of each lookup in an embedding
+  whether it was for ids that are not there.
+
+  Unlike `keras.Model.stateless_call` it goes through `__call__`, so that layers know
+  the mode of training, and inputs are cast, as in `fit`.
+  """
+  scope = keras.StatelessScope(
+      [
+          *zip(model.trainable_variables, trainable, strict=True),
+          *zip(non_trainable_variables(model), non_trainable, strict=True),
+      ],
+      collect_losses=True,
+  )
+  # Keras's names of layers (`__mine`) may be none of TensorFlow's at the root of a graph.
+  with tf.name_scope('model'), scope, embeddings.checked_ids(training=training) as bad:
+    outputs = model(inputs, training=training)
+    own_losses = list(model.losses)
+  after = [scope.get_current_value(v) for v in non_trainable_variables(model)]
+  return outputs, after, own_losses, bad
+
+
+class _Traced(NamedTuple):
+  """Facts that the graph of a model shows.
+
+  Attributes:
+    layout: The `Layout`.
+    activation: 'softmax' or 'sigmoid' if the model ends in one, else `None`.
+    output_shape: The static shape of its outputs, the batch included.
+    has_ids: Whether embeddings look something up.
+  """
+
+  layout: Layout
+  activation: Optional[str]
+  output_shape: tf.TensorShape
+  has_ids: bool
+
+
+def trace(
+    model: keras.Model, inputs_spec: Any, batch_size: Optional[int], name: str
+) -> _Traced:
+  """Traces an inference and a training call of a built model."""
+  variables = non_trainable_variables(model)
+  moved, looked_up = [], []
+
+  def calls(trainable, non_trainable, inputs):
+    outputs, _, _, looked_up[:] = call_model(
+        model, trainable, non_trainable, inputs, training=False
+    )
+    _, after, *_ = call_model(model, trainable, non_trainable, inputs, training=True)
+    moved[:] = [
+        i for i, (old, new) in enumerate(zip(non_trainable, after)) if new is not old
+    ]
+    return outputs
+
+  def spec_of(variable: keras.Variable) -> tf.TensorSpec:
+    return tf.TensorSpec(variable.shape, variable.dtype)
+
+  batch_spec = tf.nest.map_structure(
+      lambda s: tf.TensorSpec([batch_size, *s.shape[1:]], s.dtype), inputs_spec
+  )
+  try:
+    traced = graphs.function(calls).get_concrete_function(
+        [spec_of(v) for v in model.trainable_variables],
+        [spec_of(v) for v in variables],
+        batch_spec,
+    )
+  except Exception as error:
+    raise ValueError(
+        f'The {name} cannot be called in training mode in a graph, as Keras\'s `fit` '
+        f'would: {error}'
+    ) from error
+  recurrent = {
+      id(state)
+      for layer in _recurrent_layers(model)
+      for state in tf.nest.flatten(layer.states)
+  }
+  seeds = frozenset(
+      i for i in moved if variables[i].name == _SEED_STATE
+  )
+  statistics = tuple(
+      i
+      for i in moved
+      if tf.as_dtype(variables[i].dtype).is_floating and id(variables[i]) not in recurrent
+  )
+  layout = Layout(
+      statistics=statistics,
+      local={i: variables[i].numpy() for i in moved if i not in statistics},
+      seeds=seeds,
+      constants={
+          i: v.numpy() for i, v in enumerate(variables) if i not in moved
+      },
+  )
+  output = traced.outputs[0]
+  shape = output.shape
+  if shape.rank is None:
+    example = batches.example_of(inputs_spec, batch_size or PROBE_BATCH)
+    shape = model(example, training=False).shape
+  return _Traced(layout, _last_activation(output), shape, bool(looked_up))
+
+
+def _last_activation(output: tf.Tensor) -> Optional[str]:
+  """The activation in which a traced model ends, as far as it decides the loss."""
+  op = output.op
+  while op.type in _PASSING:
+    op = op.inputs[0].op
+  return {'Softmax': 'softmax', 'Sigmoid': 'sigmoid'}.get(op.type)
+
+
+def probe(
+    keras_model: keras.Model, inputs_spec: Any, batch_size: int, name: str
+) -> tf.Tensor:
+  """The model's outputs on a random batch; builds the model."""
+  rng = np.random.default_rng(0)
+  try:
+    outputs = keras_model(
+        batches.example_of(inputs_spec, batch_size, rng), training=False
+    )
+  except Exception as error:
+    tried = ''
+    if any(not s.shape[1:].is_fully_defined() for s in tf.nest.flatten(inputs_spec)):
+      tried = (
+          f' It was tried with a length of {batches.UNKNOWN_DIMENSION}, as the spec has '
+          'none: if the model takes one length only, give it in `keras.Input` or in the '
+          'spec.'
+      )
+    raise ValueError(
+        f'The {name} does not take inputs of the spec {inputs_spec}. Make the '
+        f"model's inputs and the datasets' `element_spec` agree.{tried} Keras says: "
+        f'{error}'
+    ) from error
+  if not tf.is_tensor(outputs):
+    raise ValueError(
+        f'The {name} must have one output tensor, found '
+        f'{tf.nest.map_structure(lambda t: getattr(t, "shape", t), outputs)}. Train one '
+        'output at a time, `keras.Model(model.inputs, model.outputs[0])`, or put outputs '
+        'of one loss side by side with `keras.layers.Concatenate`.'
+    )
+  if not outputs.dtype.is_floating:
+    raise ValueError(
+        f'The outputs of the {name} must be floating-point numbers, found '
+        f'{outputs.dtype.name}. Return logits or probabilities.'
+    )
+  if outputs.shape.rank < 2 or outputs.shape[0] != batch_size:
+    raise ValueError(
+        f'The {name} must return outputs of shape [batch, ..., classes], found '
+        f'{outputs.shape} for a batch of {batch_size}.'
+    )
+  return outputs
+
+
+def fixed_batch(model: keras.Model, inputs_spec: Any) -> Optional[int]:
+  """The only size of a batch that a model takes, or `None` if it takes any."""
+  declared = [t.shape[0] for t in getattr(model, 'inputs', None) or ()]
+  if declared and declared[0] is not None:
+    return declared[0]
+  if _recurrent_layers(model):
+    return tf.nest.flatten(inputs_spec)[0].shape[0]
+  return None
