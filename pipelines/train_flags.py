@@ -285,7 +285,7 @@ MODEL_CLIP = flags.DEFINE_string(
 KNOWLEDGE_CLIP = flags.DEFINE_string(
     'knowledge_clip', None,
     "The L2 norm to which a client's uploaded predictions of a round are clipped; if "
-    'unset adaptive, and 50 for fd.',
+    'unset adaptive, and 50 for fd and fed_proto.',
 )
 for _clip in (MODEL_CLIP, KNOWLEDGE_CLIP):
   flags.register_validator(_clip, _is_clip, _IS_CLIP % _clip.name)
@@ -391,7 +391,7 @@ SERVER_WARMUP_ROUNDS = flags.DEFINE_integer(
 WEIGHTING = flags.DEFINE_enum(
     'client_weighting', None, ['num_examples', 'uniform'],
     "A client's weight in both means; if unset num_examples, and uniform with "
-    'differential privacy.',
+    'differential privacy, scaffold and fed_dyn.',
 )
 LOCAL_TARGET = flags.DEFINE_enum(
     'local_target', 'none', ['none', 'student', 'student_history', 'teacher'],

@@ -5,7 +5,7 @@ optimizer from the averaged student or from the clients' ensemble,
 
   theta_T <- theta_T - a grad [(1 - w) CE(y, z_T) + w KL_T(z_target || z_T)],
 
-and the student is refreshed from the teacher before it goes back to the clients.
+and the student is refreshed from the teacher; clients go on from it, or from the average.
 """
 
 from __future__ import annotations
