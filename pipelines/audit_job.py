@@ -17,6 +17,7 @@ from tff_kd.compat import tff
 
 from pipelines import central
 from pipelines import released as released_lib
+from pipelines import run_folders
 from pipelines import tables
 from pipelines import train_flags as args
 from pipelines import train_process
@@ -659,9 +660,7 @@ def _report(report_dir: pathlib.Path, finished: _Run, results: _Results) -> None
   released = _rows_of_released(results.found)
   clients = _rows_of_clients(finished, results)
   _write_text(report_dir, setup, guards, released, clients, results)
-  (report_dir / 'report.json').write_text(
-      json.dumps(_results_as_json(results), indent=2) + '\n'
-  )
+  run_folders.write_json(report_dir / 'report.json', _results_as_json(results))
   _draw(report_dir, results)
   print(setup)
   for guard in guards:

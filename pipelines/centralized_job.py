@@ -1,6 +1,5 @@
 """The job behind `pipelines.centralized`."""
 
-import json
 import pathlib
 import sys
 from typing import Any
@@ -10,9 +9,10 @@ import numpy as np
 
 from pipelines import central
 from pipelines import released
+from pipelines import run_folders
 from pipelines import tables
-from pipelines import train_flags as args
 from pipelines import train_data
+from pipelines import train_flags as args
 from pipelines import train_setup
 from pipelines import UserError
 import tff_kd
@@ -67,7 +67,7 @@ def run(
       'metric': task.metric, 'lower_is_better': task.is_lower_better(),
       'models': results,
   }
-  (folder / 'results.json').write_text(json.dumps(content, indent=2) + '\n')
+  run_folders.write_json(folder / 'results.json', content)
   print()
   head = (
       'model', 'weights', 'epochs', *(f"test {key.replace('_', ' ')}" for key in scores)

@@ -30,6 +30,7 @@ from absl import flags
 import pipelines
 from pipelines import central_flags
 from pipelines import parallel
+from pipelines import run_folders
 from pipelines import train_flags
 from tff_kd import algorithms
 
@@ -228,7 +229,7 @@ def _check_same_problem(
             f'{flags_of_run}. Go on with the same flags, or choose another --output_dir.'
         )
     arguments = before | arguments
-  path.write_text(json.dumps(arguments, indent=2) + '\n')
+  run_folders.write_json(path, arguments)
 
 
 def _train_all(
@@ -599,6 +600,10 @@ def main(argv: list[str]) -> Optional[int]:
   if _central_flags() and not _CEILINGS.value:
     raise app.UsageError(
         f'--{_central_flags()[0].name} has no effect without --ceilings. Leave it out.'
+    )
+  if train_flags.DRY_RUN.value:
+    raise app.UsageError(
+        '--dry_run is of one run: python -m pipelines.train --dry_run. Leave it out.'
     )
   seeds, rows = _seeds(), _variations()
   settings = _settings(rows)

@@ -12,6 +12,7 @@ import tensorflow as tf
 
 from pipelines import kept
 from pipelines import released
+from pipelines import run_folders
 from pipelines import tables
 from pipelines import train_data
 from pipelines import train_evaluation
@@ -228,7 +229,7 @@ def _write(report_dir, task, part, examples, found, names, clients, rows) -> Non
           ),
           'worst': float(values[0]),
       }
-  (report_dir / 'report.json').write_text(json.dumps(report, indent=2) + '\n')
+  run_folders.write_json(report_dir / 'report.json', report)
   if not len(rows):
     return
   with open(report_dir / 'clients.csv', 'w', newline='') as file:

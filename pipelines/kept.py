@@ -25,8 +25,17 @@ class KeptModels:
     Args:
       run_dir: The folder of the run.
       process: The run's process, with `kept_models`.
+
+    Raises:
+      UserError: If the run has not ended.
     """
-    results = json.loads((run_dir / train_folder.RESULTS).read_text())
+    path = run_dir / train_folder.RESULTS
+    if not path.exists():
+      raise UserError(
+          f'The run in {run_dir} has not ended: it has no {path.name}. Go on with it: '
+          f'{train_folder.resume_command(run_dir)}'
+      )
+    results = json.loads(path.read_text())
     self._best_round = results['best_round']
     self._students = process.kept_models
     self.specs = self._students.specs

@@ -96,7 +96,7 @@ def run_all(
           failed.append(job.name)
           line = f'{job.name} failed: {error}'
         print(f'[{number}/{len(jobs)}] {line}', flush=True)
-    except KeyboardInterrupt:
+    except BaseException:  # Ctrl-C, or what `on_done` raises.
       is_stopped.set()
       pool.shutdown(wait=False, cancel_futures=True)
       # Not Ctrl-C: what a shell starts in the background ignores it, and so do its runs.

@@ -1,7 +1,8 @@
 """Folders of runs: which one is asked for, and which there are; no TensorFlow."""
 
+import json
 import pathlib
-from typing import Optional
+from typing import Any, Optional
 
 from pipelines import UserError
 
@@ -30,6 +31,19 @@ def chosen(path: Optional[str], script: str) -> pathlib.Path:
         + _those_there(script)
     )
   return folder
+
+
+def write_json(path: pathlib.Path, content: Any) -> None:
+  """Writes a file of JSON, whole or not at all.
+
+  Args:
+    path: The file; what is there stays until the new one is complete.
+    content: What JSON can hold.
+  """
+  # Not in its place: a full disk would leave half of it.
+  partial = path.with_name(f'{path.name}.partial')
+  partial.write_text(json.dumps(content, indent=2) + '\n')
+  partial.replace(path)
 
 
 def _those_there(script: str) -> str:

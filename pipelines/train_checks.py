@@ -222,6 +222,11 @@ def _register_unused() -> None:
         name, 'ray_address', lambda: bool(args.RAY_ADDRESS.value), 'without --ray_address'
     )
   _no_effect(
+      'device', 'runtime',
+      lambda: bool(args.RAY_ADDRESS.value) or args.RUNTIME.value != 'tff',
+      'with --runtime={}',
+  )
+  _no_effect(
       'runtime', 'ray_address', lambda: not args.RAY_ADDRESS.value, 'with --ray_address'
   )
   _no_effect(

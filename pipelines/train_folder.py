@@ -1,6 +1,7 @@
 """The folder of a run: what it must not hold, and what a run leaves in it."""
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+import contextlib
 import csv
 import datetime
 import json
@@ -9,10 +10,13 @@ import pathlib
 import shlex
 from typing import Any
 
+from absl import app
 import numpy as np
 import tensorflow as tf
 
+from pipelines import parallel
 from pipelines import released
+from pipelines import run_folders
 from pipelines import train_checks
 from pipelines import train_flags as args
 from pipelines import UserError
@@ -69,17 +73,46 @@ def check(run_dir: pathlib.Path) -> None:
     raise UserError(f'{run_dir} holds no run to resume (no rounds).')
 
 
-def open_folder(run_dir: pathlib.Path) -> None:
-  """Makes the run folder, with `config.json` in it."""
-  run_dir.mkdir(parents=True, exist_ok=True)
-  path = run_dir / 'config.json'
-  versions = {m.__name__: m.__version__ for m in (tf, tff, np)}
-  # Not in its place: a full disk would leave half of it.
-  partial = path.with_suffix('.partial')
-  partial.write_text(
-      json.dumps({'flags': _config(), 'versions': versions}, indent=2) + '\n'
-  )
-  partial.replace(path)
+@contextlib.contextmanager
+def held(run_dir: pathlib.Path) -> Iterator[pathlib.Path]:
+  """Makes the run folder, or goes on in it, and keeps other runs out of it.
+
+  Args:
+    run_dir: As flags name it.
+
+  Yields:
+    The folder: a new one where --output_dir names none.
+
+  Raises:
+    UserError: If another run is in it, or has been since it was checked.
+  """
+  if not args.OUTPUT_DIR.value:
+    run_dir = _new(run_dir)
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(parallel.exclusive_lock(run_dir))
+    except app.UsageError as error:
+      raise UserError(str(error)) from None
+    check(run_dir)
+    versions = {m.__name__: m.__version__ for m in (tf, tff, np)}
+    run_folders.write_json(
+        run_dir / 'config.json', {'flags': _config(), 'versions': versions}
+    )
+    # Those of a run that goes on are not of what it will leave.
+    (run_dir / RESULTS).unlink(missing_ok=True)
+    yield run_dir
+
+
+def _new(run_dir: pathlib.Path) -> pathlib.Path:
+  """Makes a folder that was not there, of this name or with a number behind it."""
+  number, made = 1, run_dir
+  while True:
+    try:
+      made.mkdir(parents=True)
+      return made
+    except FileExistsError:
+      number += 1
+      made = run_dir.with_name(f'{run_dir.name}-{number}')
 
 
 def resume_command(run_dir: pathlib.Path) -> str:

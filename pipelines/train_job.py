@@ -3,6 +3,7 @@
 from collections.abc import Callable, Mapping
 import collections
 import concurrent.futures
+import contextlib
 import dataclasses
 import functools
 import os
@@ -34,13 +35,24 @@ _CLIENT_BYTES = tff_kd.communication.CLIENT_BYTES
 
 def run() -> None:
   """The whole job."""
-  with train_setup.errors_for_users():
-    run_dir = None if args.DRY_RUN.value else train_folder.named()
-    setup = train_setup.prepare(run_dir)
-    if run_dir is None:
-      train_report.print_plan(setup)
-      return
-    setup, accountant = _begin(setup, run_dir)
+  with contextlib.ExitStack() as stack:
+    with train_setup.errors_for_users():
+      run_dir = None if args.DRY_RUN.value else train_folder.named()
+      setup = train_setup.prepare(run_dir)
+      if run_dir is None:
+        train_report.print_plan(setup)
+        return
+      run_dir = stack.enter_context(train_folder.held(run_dir))
+      setup, accountant = _begin(setup, run_dir)
+    _run_in(run_dir, setup, accountant)
+
+
+def _run_in(
+    run_dir: pathlib.Path,
+    setup: train_setup.Setup,
+    accountant: Optional[tff_kd.privacy.PrivacyAccountant],
+) -> None:
+  """Trains and reports; says how to go on where that ends early."""
   try:
     with train_setup.runtime(), concurrent.futures.ThreadPoolExecutor(1) as pool:
       if accountant is None:  # Beside the first round, which leaves a core free.
@@ -70,8 +82,7 @@ def run() -> None:
 def _begin(
     setup: train_setup.Setup, run_dir: pathlib.Path
 ) -> tuple[train_setup.Setup, Optional[tff_kd.privacy.PrivacyAccountant]]:
-  """Opens the run folder, and says what is run."""
-  train_folder.open_folder(run_dir)
+  """Begins the privacy account, if there is one, and says what is run."""
   accountant = None
   if train_checks.is_private():
     setup = setup._replace(
@@ -143,7 +154,7 @@ def _train_fed_avg(
     num_rounds: int,
     history: list[dict[str, float]],
     run_dir: pathlib.Path,
-) -> list[dict[str, float]]:
+) -> train_report.Baseline:
   """Trains FedAvg of the same student, for as many rounds and as many bytes.
 
   Args:
@@ -154,7 +165,7 @@ def _train_fed_avg(
     run_dir: The run's folder.
 
   Returns:
-    The rows of its own.
+    Its rows, and the rounds of as many bytes.
   """
   task = setup.task
   keras.utils.set_random_seed(args.SEED.value)
@@ -166,10 +177,10 @@ def _train_fed_avg(
       process, initial_state(process),
       train_evaluation.Evaluation(process, task, run_dir), task, setup.participation,
       run_dir, 'fed_avg_',
-      max(num_rounds, min(for_bytes, train_report.MOST_FED_AVG * num_rounds)), None,
+      max(num_rounds, min(for_bytes, train_report.most_fed_avg(num_rounds))), None,
       f'validation/student_{task.metric}',
   )
-  return rows
+  return train_report.Baseline(rows, for_bytes)
 
 
 def _train(
@@ -210,7 +221,7 @@ def _train(
       accountant=accountant,
       release_managers=release_managers,
       callbacks=[
-          *train_process.schedules(num_rounds), *_trackers(run_dir, prefix)
+          *train_process.schedules(), *_trackers(run_dir, prefix)
       ],
       progress_bar=tff_kd.simulation.ProgressBar(
           prefix.rstrip('_') or args.algorithm().name,

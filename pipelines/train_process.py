@@ -44,12 +44,8 @@ def _client_optimizer() -> tff.learning.optimizers.Optimizer:
   return optimizer
 
 
-def schedules(num_rounds: int) -> list[tff_kd.simulation.LearningRateSchedule]:
-  """Returns the learning-rate schedules over rounds that flags ask for.
-
-  Args:
-    num_rounds: The last round.
-  """
+def schedules() -> list[tff_kd.simulation.LearningRateSchedule]:
+  """Returns the learning-rate schedules over --rounds that flags ask for."""
   flags_of = {
       'client': (
           args.CLIENT_RATE_SCHEDULE, args.CLIENT_RATE, args.CLIENT_WARMUP_ROUNDS
@@ -64,7 +60,7 @@ def schedules(num_rounds: int) -> list[tff_kd.simulation.LearningRateSchedule]:
       found.append(
           tff_kd.simulation.LearningRateSchedule(
               tff_kd.simulation.round_schedule(
-                  kind.value, rate.value, num_rounds=num_rounds,
+                  kind.value, rate.value, num_rounds=args.ROUNDS.value,
                   warmup_rounds=warmup.value,
               ),
               optimizer=optimizer,

@@ -5,13 +5,13 @@ import collections
 import dataclasses
 import datetime
 import functools
-import json
 import pathlib
-from typing import Any, Optional
+from typing import Any, NamedTuple, Optional
 
 import numpy as np
 import tensorflow as tf
 
+from pipelines import run_folders
 from pipelines import tables
 from pipelines import train_checks
 from pipelines import train_data
@@ -24,8 +24,28 @@ import tff_kd
 
 # FedAvg, to compare with, gets so many times the rounds at most: where predictions are
 # large, the same bytes would be a hundred times the rounds.
-MOST_FED_AVG = 3
+_MOST_FED_AVG = 3
 _CLIENT_BYTES = tff_kd.communication.CLIENT_BYTES
+
+
+class Baseline(NamedTuple):
+  """FedAvg of the same student, beside a run.
+
+  Attributes:
+    rows: Those of its metrics.csv.
+    for_bytes: In how many rounds it moves as many bytes as the run.
+  """
+
+  rows: list[dict[str, float]]
+  for_bytes: int
+
+
+def most_fed_avg(num_rounds: int) -> int:
+  """Returns how many rounds FedAvg is given at most, beside so many of the run."""
+  # Where rates have fallen to 0 there is nothing to be had of more.
+  if train_checks.has_falling_rate():
+    return args.ROUNDS.value
+  return _MOST_FED_AVG * num_rounds
 
 
 def draw_partition(setup: train_setup.Setup, run_dir: pathlib.Path) -> None:
@@ -112,7 +132,7 @@ class Finished:
     evaluation: What judged its rounds.
     result: What it ended with.
     history: The rows of metrics.csv.
-    baseline: FedAvg's rows; `None` without that comparison.
+    baseline: FedAvg; `None` without that comparison.
     accountant: The privacy accountant of a private run; else `None`.
     run_dir: The run's folder.
   """
@@ -121,7 +141,7 @@ class Finished:
   evaluation: train_evaluation.Evaluation
   result: tff_kd.simulation.TrainingResult
   history: list[dict[str, float]]
-  baseline: Optional[list[dict[str, float]]]
+  baseline: Optional[Baseline]
   accountant: Optional[tff_kd.privacy.PrivacyAccountant]
   run_dir: pathlib.Path
 
@@ -235,15 +255,17 @@ def _baseline_rows(finished: Finished) -> list[tuple[str, ...]]:
   """The table's rows of FedAvg."""
   if finished.baseline is None:
     return []
-  num_rounds = finished.result.round_num
-  at_bytes = int(finished.baseline[-1]['round'])
-  label = 'FedAvg, same bytes'
-  if at_bytes == MOST_FED_AVG * num_rounds:
-    label = f'FedAvg, {MOST_FED_AVG} times the rounds'
+  num_rounds, for_bytes = finished.result.round_num, finished.baseline.for_bytes
+  most = most_fed_avg(num_rounds)
+  lasts = {'FedAvg, same rounds': num_rounds}
+  if 1 <= for_bytes <= most:
+    lasts['FedAvg, same bytes'] = for_bytes
+  elif for_bytes > most > num_rounds and not train_checks.has_falling_rate():
+    lasts[f'FedAvg, {_MOST_FED_AVG} times the rounds'] = most
   rows = []
-  for name, last in (('FedAvg, same rounds', num_rounds), (label, at_bytes)):
+  for name, last in lasts.items():
     best = train_folder.best_row(
-        finished.baseline, last, f'validation/student_{finished.task.metric}',
+        finished.baseline.rows, last, f'validation/student_{finished.task.metric}',
         finished.task,
     )
     scores = finished.scored(best, 'test/student_')
@@ -256,7 +278,7 @@ def _draw_curves(finished: Finished, levels: Mapping[str, float]) -> None:
   task = finished.task
   runs = {'': finished.history}
   if finished.baseline is not None:
-    runs['FedAvg'] = finished.baseline
+    runs['FedAvg'] = finished.baseline.rows
   figure = tff_kd.plots.curves(
       runs, metric=f'test {task.metric}',
       columns={
@@ -301,8 +323,7 @@ def _write_results(
   if finished.accountant is not None:
     # Of all rounds: the best round is chosen among all of them.
     results['epsilon'] = finished.accountant.epsilon()
-  path = finished.run_dir / train_folder.RESULTS
-  path.write_text(json.dumps(results, indent=2) + '\n')
+  run_folders.write_json(finished.run_dir / train_folder.RESULTS, results)
 
 
 def _print_end(finished: Finished) -> None:
@@ -361,7 +382,8 @@ def _print_comparison(finished: Finished) -> None:
   """Says in which round the student was as good as FedAvg at the end."""
   task, num_rounds = finished.task, finished.result.round_num
   column = f'test/student_{task.metric}'
-  goal = finished.baseline[min(num_rounds, len(finished.baseline)) - 1][column]
+  rows = finished.baseline.rows
+  goal = rows[min(num_rounds, len(rows)) - 1][column]
   sign = -1.0 if task.is_lower_better() else 1.0
   reached = next(
       (r['round'] for r in finished.history if sign * r[column] >= sign * goal), None

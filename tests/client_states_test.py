@@ -53,6 +53,19 @@ def test_going_back_and_forgetting(tmp_path):
   assert _values(store, [5]) == [0]
 
 
+def test_further_rounds_are_kept(tmp_path):
+  store = client_states.ClientStates(_state(0), tmp_path)
+  for round_num in (1, 3, 5, 7, 9):
+    store.save([5], [_state(round_num)], round_num)
+  store.save([6], [_state(4)], 4)
+  store.prune(8, [4, 0])
+  assert [_values(store, [5, 6], round_num=n) for n in (4, 8, 9)] == [
+      [3, 4], [7, 4], [9, 4],
+  ]
+  # Those after rounds 3, 7 and 9, and the other client's.
+  assert len(list(tmp_path.iterdir())) == 4
+
+
 def test_each_cohort_has_its_own_beginning(tmp_path):
   store = client_states.ClientStates(
       (_state(0), _state(100)), tmp_path, cohort_fn=lambda client: client % 2

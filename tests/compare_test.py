@@ -113,7 +113,10 @@ def test_a_folder_has_one_user_at_a_time(tmp_path):
   assert done.returncode == 1 and 'in use by another' in done.stdout + done.stderr
 
 
-def test_ctrl_c_ends_a_run_that_is_just_starting(tmp_path, monkeypatch):
+@pytest.mark.parametrize('error', [KeyboardInterrupt, FileNotFoundError])
+def test_what_ends_a_comparison_ends_a_run_that_is_just_starting(
+    error, tmp_path, monkeypatch
+):
   interrupted, started = threading.Event(), []
   start = subprocess.Popen
 
@@ -129,16 +132,22 @@ def test_ctrl_c_ends_a_run_that_is_just_starting(tmp_path, monkeypatch):
     while len(started) < 2:
       time.sleep(0.01)
     interrupted.set()
-    raise KeyboardInterrupt
+    raise error
 
   monkeypatch.setattr(parallel.subprocess, 'Popen', start_late)
   jobs = [
       parallel.Job(name, command, tmp_path / name)
       for name, command in (('first', ['true']), ('second', ['sleep', '100']))
   ]
-  with pytest.raises(KeyboardInterrupt):
+  with pytest.raises(error):
     parallel.run_all(jobs, 1, interrupt)
   assert started[1].wait(10) == -signal.SIGTERM
+
+
+def test_a_dry_run_is_of_one_run(tmp_path):
+  done = _run('--dry_run', f'--output_dir={tmp_path / "out"}', timeout=60)
+  assert done.returncode == 1 and '--dry_run is of one run' in done.stderr
+  assert not (tmp_path / 'out').exists()
 
 
 def test_a_run_that_fails_is_named(tmp_path):

@@ -314,6 +314,31 @@ def _fd(share):
   )
 
 
+def test_clients_states_of_the_best_round_stay(tmp_path):
+  data = tff_kd.FileClientData.from_arrays(
+      helpers.examples(8, 0), [np.arange(4), np.arange(4, 8)]
+  )
+  batches = tff_kd.ClientBatches(data=data, batch_size=4, num_epochs=1)
+  process, found = fd.build_fd(**helpers.common(client_data=batches)), {}
+  for num_rounds in (3, 9):
+    store = client_states.ClientStates(
+        process.initialize_client(), tmp_path / f'{num_rounds}'
+    )
+    result = tff_kd.simulation.train(
+        process, select_clients=lambda n: [0, 1],
+        num_rounds=num_rounds, client_states=store, progress_bar=False,
+        evaluate=lambda state: {'score': -abs(float(state.round_num) - 3)},
+        monitor='score', rounds_per_saving=2,
+        program_state_manager=tff_kd.simulation.Checkpoints(
+            tmp_path / f'checkpoints-{num_rounds}'
+        ),
+    )
+    assert result.best_round == 3
+    found[num_rounds] = store.load([0, 1], 3)
+  helpers.assert_weights_close(found[9], found[3], rtol=0)
+  assert len(list((tmp_path / '9').iterdir())) < 2 * 9
+
+
 @pytest.mark.parametrize('batch_size', [2, 8])
 def test_fd_in_numpy(batch_size):
   """Four rounds; who was not in the last one has no part in its sums."""

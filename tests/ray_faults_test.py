@@ -133,7 +133,10 @@ def test_a_killed_worker_is_replaced_in_mid_round(
     np.testing.assert_array_equal(run(), expected)
 
 
-def test_a_frozen_worker_is_given_up(connected, caplog, monkeypatch):
+# Also where no group may be done before its turn: a frozen one is the next.
+@pytest.mark.parametrize('window', [4, 0])
+def test_a_frozen_worker_is_given_up(window, connected, caplog, monkeypatch):
+  monkeypatch.setattr(ray_clients, '_WINDOW', window)
   run, expected = slow_run()
   with tff_kd.runtime.ray(
       num_workers=2, silence_s=5.0, start_timeout_s=START_S

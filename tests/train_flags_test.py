@@ -138,6 +138,10 @@ def test_help_lists_the_algorithms():
         (['--ray_workers=2'], '--ray_workers has no effect without --ray_address'),
         (['--ray_resources=GPU=1'], '--ray_resources has no effect without'),
         (
+            ['--device=CPU', '--runtime=tff'],
+            '--device has no effect with --runtime=tff',
+        ),
+        (
             ['--ray_address=local', '--runtime=tff'],
             '--runtime has no effect with --ray_address',
         ),
@@ -423,7 +427,7 @@ def test_trackers_must_be_installed(monkeypatch):
 def test_rates_follow_the_rounds_as_flags_say():
   given = ('--client_rate_schedule=cosine', '--client_warmup_rounds=2', '--rounds=6')
   with helpers.flags_of(*given, '--client_learning_rate=0.4'):
-    (schedule,) = train_process.schedules(6)
+    (schedule,) = train_process.schedules()
     expected = tff_kd.simulation.round_schedule(
         'cosine', 0.4, num_rounds=6, warmup_rounds=2
     )
@@ -431,9 +435,9 @@ def test_rates_follow_the_rounds_as_flags_say():
     assert list(map(schedule._schedule, rounds)) == list(map(expected, rounds))
     assert train_checks.has_falling_rate()
   with helpers.flags_of('--server_warmup_rounds=1'):
-    assert len(train_process.schedules(6)) == 1 and not train_checks.has_falling_rate()
+    assert len(train_process.schedules()) == 1 and not train_checks.has_falling_rate()
   with helpers.flags_of():
-    assert train_process.schedules(6) == []
+    assert train_process.schedules() == []
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import json
 import shutil
 import signal
 import time
+import types
 
 import keras
 import numpy as np
@@ -11,6 +12,10 @@ import psutil
 import pytest
 import tensorflow as tf
 
+from pipelines import parallel
+from pipelines import run_folders
+from pipelines import train_folder
+from pipelines import train_report
 from tests import helpers
 import tff_kd
 
@@ -114,6 +119,60 @@ def test_a_folder_in_use_is_not_overwritten(run_dir):
   said = helpers.refused_here(*given, '--transfer_validation=10', '--seed=1')
   assert '--seed (0)' in said
   assert (run_dir / 'metrics.csv').read_text() == before
+
+
+def test_a_folder_has_one_run_at_a_time(run_dir):
+  before = (run_dir / 'results.json').read_text()
+  with parallel.exclusive_lock(run_dir):
+    said = helpers.refused_here(
+        *helpers.TINY_FUSION, '--rounds=2', '--transfer_validation=10',
+        f'--output_dir={run_dir}',
+    )
+  assert 'is in use by another run' in said
+  assert (run_dir / 'results.json').read_text() == before
+
+
+def test_runs_of_the_same_second_have_folders_of_their_own(tmp_path):
+  found = [train_folder._new(tmp_path / 'runs' / 'now').name for _ in range(3)]
+  assert found == ['now', 'now-2', 'now-3']
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+  path = tmp_path / 'results.json'
+  run_folders.write_json(path, {'a': 1})
+  assert json.loads(path.read_text()) == {'a': 1}
+  (tmp_path / 'results.json.partial').mkdir()  # It cannot be written.
+  with pytest.raises(OSError):
+    run_folders.write_json(path, {'a': 2})
+  assert json.loads(path.read_text()) == {'a': 1}
+
+
+@pytest.mark.parametrize(
+    ('for_bytes', 'schedule', 'expected'),
+    [
+        (2, 'constant', {'FedAvg, same rounds': 4, 'FedAvg, same bytes': 2}),
+        (0, 'constant', {'FedAvg, same rounds': 4}),
+        (9, 'constant', {'FedAvg, same rounds': 4, 'FedAvg, same bytes': 9}),
+        (90, 'constant', {'FedAvg, same rounds': 4, 'FedAvg, 3 times the rounds': 12}),
+        (3, 'cosine', {'FedAvg, same rounds': 4, 'FedAvg, same bytes': 3}),
+        (9, 'cosine', {'FedAvg, same rounds': 4}),
+    ],
+)
+def test_fed_avg_is_judged_by_as_many_rounds_and_by_as_many_bytes(
+    for_bytes, schedule, expected
+):
+  column = 'validation/student_accuracy'
+  # Each round is better than the last one.
+  rows = [{'round': n, column: n, 'test/student_accuracy': n} for n in range(1, 14)]
+  finished = types.SimpleNamespace(
+      baseline=train_report.Baseline(rows, for_bytes),
+      result=types.SimpleNamespace(round_num=4),
+      task=types.SimpleNamespace(metric='accuracy', is_lower_better=lambda name: False),
+      scored=lambda values, prefix: [values[f'{prefix}accuracy']],
+  )
+  with helpers.flags_of('--rounds=4', f'--client_rate_schedule={schedule}'):
+    found = {row[0]: row[2] for row in train_report._baseline_rows(finished)}
+  assert found == expected
 
 
 @pytest.mark.slow

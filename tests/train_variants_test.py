@@ -9,7 +9,9 @@ import keras
 import numpy as np
 import pytest
 
+import pipelines
 from pipelines import evaluate_job
+from pipelines import kept
 from pipelines import train_flags
 from pipelines import train_alone
 from tests import data_test
@@ -190,6 +192,9 @@ def test_clients_with_models_of_their_own(name, tmp_path, monkeypatch):
     mean = np.mean([float(row['client_accuracy']) for row in of_clients])
     assert report['models']['client']['clients']['mean'] == pytest.approx(mean)
     assert (folder / 'evaluation' / 'confusion_client.png').exists()
+    (folder / 'results.json').unlink()
+    with pytest.raises(pipelines.UserError, match='has not ended.*Go on with it'):
+      kept.KeptModels(folder, None)
 
 
 # The algorithm's rounds are in `private_process_test`, its flags in `train_flags_test`.

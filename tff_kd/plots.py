@@ -287,10 +287,14 @@ def _values(run: _Run, column: str) -> np.ndarray:
 def _mean(
     runs: Sequence[_Run], column: str, against: Callable[[_Run], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns what is on the axis, the mean over the seeds and the deviation."""
+  """Returns what is on the axis, the mean over the seeds and the deviation.
+
+  The deviation is that of a sample, as tables of runs have it.
+  """
   length = min(len(run.rows) for run in runs)
   values = np.array([_values(run, column)[:length] for run in runs])
-  return against(runs[0])[:length], values.mean(axis=0), values.std(axis=0)
+  deviation = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(length)
+  return against(runs[0])[:length], values.mean(axis=0), deviation
 
 
 def _draw_line(

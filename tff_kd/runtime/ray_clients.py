@@ -290,7 +290,7 @@ class _Pass:
     window = _WINDOW * (len(self._at_work) + len(free) + 1)
     while free and self._waiting and not self._failures:
       group = self._waiting[0]
-      if len(self._done) > window:
+      if len(self._done) > window and group != self._merged:
         return  # An early group is late: no more than these are held.
       worker = min(free, key=lambda each: each.num_groups)
       heapq.heappop(self._waiting)

@@ -183,15 +183,21 @@ class ClientStates:
       self._drop(client, self._rounds[client][1:])
     self._earlier = -1
 
-  def prune(self, round_num: int) -> None:
+  def prune(self, round_num: int, kept_rounds: Sequence[int] = ()) -> None:
     """Forgets what is needed only to go back to before a round.
 
     Args:
       round_num: The earliest round to which `rewind` must still be able to go back.
+      kept_rounds: Earlier rounds whose states `load` must still return, such as the
+        best one.
     """
     for client, rounds in list(self._rounds.items()):
       before = [number for number in rounds if number <= round_num]
-      self._drop(client, before[:-1])
+      needed = {
+          max((number for number in before if number <= kept), default=None)
+          for kept in (round_num, *kept_rounds)
+      }
+      self._drop(client, [number for number in before if number not in needed])
 
   def _drop(self, client: int, rounds: Sequence[int]) -> None:
     for round_num in rounds:

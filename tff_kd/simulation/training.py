@@ -260,6 +260,7 @@ class _Training:
     loop: Where the managers' coroutines run.
     completed: What the rounds that are over have left.
     saved_round: The last round that is saved.
+    best_rounds: The best round of each checkpoint that is known.
     seen: The training as callbacks see it.
   """
 
@@ -278,6 +279,7 @@ class _Training:
   loop: Optional[asyncio.AbstractEventLoop] = None
   completed: Optional[_Completed] = None
   saved_round: int = 0
+  best_rounds: dict[int, int] = dataclasses.field(default_factory=dict)
   seen: Optional[callbacks_lib.Training] = None
 
   @property
@@ -330,7 +332,7 @@ class _Training:
           self.accountant.restore(progress.private_rounds)
         callbacks_lib.restore_states(self.callbacks, progress.callbacks)
     self.completed = _Completed(progress, round_num, ())
-    self.saved_round = round_num
+    self._note_saved(self.completed)
     if self.client_states is not None:
       _begin_clients(self.client_states, round_num, initial_state)
     self._check_monitors(state)
@@ -430,11 +432,15 @@ class _Training:
     if self.program_state_manager is not None and not round_num % self.rounds_per_saving:
       self._save(self.completed)
       if self.client_states is not None:
-        # No checkpoint goes back further.
-        versions = self._wait(
-            self.program_state_manager.get_versions()
-        )
-        self.client_states.prune(min(versions))
+        self._prune_clients()
+
+  def _prune_clients(self) -> None:
+    """Forgets clients' states that no checkpoint, and no best state, goes with."""
+    versions = self._wait(self.program_state_manager.get_versions())
+    best_rounds = [self.best_rounds.get(version) for version in versions]
+    # Of what an earlier program saved only the last best round is known.
+    if None not in best_rounds:
+      self.client_states.prune(min(versions), best_rounds)
 
   def _with_callbacks(self, progress: _Progress) -> _Progress:
     """Returns the progress with the state as callbacks have left it."""
@@ -493,7 +499,11 @@ class _Training:
     self._wait(
         self.program_state_manager.save(completed.progress, completed.round_num)
     )
+    self._note_saved(completed)
+
+  def _note_saved(self, completed: _Completed) -> None:
     self.saved_round = completed.round_num
+    self.best_rounds[completed.round_num] = int(completed.progress.best_round)
 
 
 def _made_by(process: tff.learning.templates.LearningProcess, state: Any) -> bytes:
