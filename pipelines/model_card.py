@@ -344,7 +344,10 @@ def _privacy(
   else:
     neighbors = train_privacy.sampling().neighbors
     # More than were completed, if some were begun again after a crash.
-    rounds = _json(run_dir / train_privacy.LEDGER).get('rounds', results['rounds'])
+    rounds, ledger = results['rounds'], run_dir / train_privacy.LEDGER
+    if ledger.exists():
+      begun = tff_kd.privacy.accounting.read_ledger(ledger)['begun']
+      rounds = sum(begun.values())
     text = (
         f'Differential privacy with epsilon {epsilon:.4g} at delta '
         f'{args.DELTA.value:g}, of a client with all of its examples ({neighbors}; '

@@ -84,7 +84,7 @@ def check_disjoint(task: tff_kd.data.Task) -> None:
 def check_budget(process) -> None:
   """Refuses a budget that the first round would pass."""
   accountant = build_accountant(process, None)
-  if not accountant.allows_another_round():
+  if not accountant.allows_another_round(1):
     raise UserError(
         f'One round costs an epsilon of {accountant.epsilon(1):.3g}, more than '
         f'--epsilon={args.EPSILON.value:g}. Raise --noise_multiplier, or leave it out.'
@@ -114,7 +114,7 @@ def sampling_seed(run_dir: pathlib.Path) -> int:
           'known. Bring it back from a copy, or name another --output_dir.'
       )
     privacy.accounting.write_ledger(
-        path, {'rounds': 0, 'sampling_seed': secrets.randbits(128)}
+        path, {'begun': {}, 'sampling_seed': secrets.randbits(128)}
     )
   return privacy.accounting.read_ledger(path)['sampling_seed']
 

@@ -55,19 +55,82 @@ def test_epsilon_is_dp_accountings(noise, rounds):
     assert found.epsilon(rounds) == pytest.approx(value, rel=1e-9)
 
 
-def test_without_chance_it_is_the_closed_form():
-  # 25 rounds of 10 of 100: nobody is in more than three.
-  accountant = _accountant(4.0, 'cyclic')
-  rdp = 3 / (2 * 2.0**2)  # By the order; twice the clip is the sensitivity.
+def _closed_form(participations, z):
+  """The epsilon of Gaussian sums without sampling, replacement, at delta 1e-5."""
+  rdp = participations / (2 * (z / 2) ** 2)  # Twice the clip is the sensitivity.
   orders = np.array(dp_accounting.rdp.RdpAccountant().orders)
   orders = orders[orders > 1]
   # Canonne, Kamath and Steinke (2020), proposition 12.
   epsilons = rdp * orders + np.log1p(-1 / orders) - (
       math.log(1e-5) + np.log(orders)
   ) / (orders - 1)
-  assert accountant.epsilon(25) == pytest.approx(epsilons.min(), rel=1e-6)
+  return pytest.approx(epsilons.min(), rel=1e-6)
+
+
+def test_without_chance_it_is_the_closed_form():
+  # 25 rounds of 10 of 100: nobody is in more than three.
+  accountant = _accountant(4.0, 'cyclic')
+  assert accountant.epsilon(25) == _closed_form(3, 4.0)
   assert accountant.epsilon(30) == accountant.epsilon(21)
   assert accountant.epsilon(31) > accountant.epsilon(30)
+
+
+@pytest.mark.parametrize(
+    'begun, participations',
+    [
+        ([1, 1, 1], 3),  # Clients 0 to 4, three times.
+        ([1, 2, 3, 4], 1),
+        ([1, 2, 3, 4, 2, 5], 3),  # Clients 0 to 4 twice, and 5 to 9 twice: a bound.
+        ([1, 5, 9], 3),  # Rounds that are four apart have the same clients.
+        ([3, 4, 5], 1),
+    ],
+)
+def test_without_chance_a_round_that_begins_again_has_the_same_clients(
+    begun, participations
+):
+  sampling = _sampling('cyclic', clients=20, a_round=5)
+  accountant = accounting.PrivacyAccountant([4.0], sampling, 1e-5)
+  for round_num in begun:
+    accountant.begin_round(round_num)
+  assert accountant.rounds == len(begun)
+  assert accountant.epsilon() == _closed_form(participations, 4.0)
+
+
+@pytest.mark.parametrize('kind', ['poisson', 'uniform'])
+def test_a_sampled_round_that_begins_again_is_one_sample_with_less_noise(kind):
+  accountant = _accountant(3.0, kind)
+  for round_num in (1, 2, 2, 3, 2):
+    accountant.begin_round(round_num)
+  relation = dp_accounting.NeighboringRelation
+  neighbors, scale = relation.REPLACE_ONE, 0.5
+  if kind == 'poisson':
+    neighbors, scale = relation.ADD_OR_REMOVE_ONE, 1.0
+  expected = dp_accounting.rdp.RdpAccountant(neighboring_relation=neighbors)
+  # Three sums of the same clients tell what one with noise / sqrt(3) does.
+  for noise, count in ((3.0, 2), (3.0 / math.sqrt(3), 1)):
+    gaussian = dp_accounting.GaussianDpEvent(scale * noise)
+    event = dp_accounting.SampledWithoutReplacementDpEvent(100, 10, gaussian)
+    if kind == 'poisson':
+      event = dp_accounting.PoissonSampledDpEvent(0.1, gaussian)
+    expected.compose(event, count)
+  assert accountant.rounds == 5
+  assert accountant.epsilon() == pytest.approx(expected.get_epsilon(1e-5), rel=1e-6)
+  assert accountant.epsilon() > 1.1 * accountant.epsilon(5)
+
+
+@pytest.mark.parametrize('kind', ['poisson', 'uniform', 'cyclic'])
+def test_the_budget_knows_whether_the_next_round_is_a_new_one(kind):
+  accountant = _accountant(3.0, kind)
+  for round_num in (1, 2, 3):
+    accountant.begin_round(round_num)
+  new_one = accountant.epsilon(4)
+  allowed = _accountant(3.0, kind, max_epsilon=new_one * (1 + 1e-9))
+  allowed.restore(accountant.saved())
+  assert allowed.allows_another_round(4) and not allowed.allows_another_round(3)
+  with pytest.raises(RuntimeError, match='Round 3 would pass .*: 3 have begun'):
+    allowed.begin_round(3)
+  allowed.begin_round(4)
+  assert allowed.epsilon() == pytest.approx(new_one)
 
 
 @hypothesis.settings(deadline=None, max_examples=15)
@@ -112,26 +175,45 @@ def test_no_noise_is_no_privacy():
 
 def test_the_budget_ends_it_and_the_ledger_knows(tmp_path):
   path = tmp_path / 'privacy.json'
-  path.write_text(json.dumps({'rounds': 0, 'sampling_seed': 5}))
+  path.write_text(json.dumps({'begun': [], 'sampling_seed': 5}))
   most = _accountant().epsilon(3)
   accountant = _accountant(max_epsilon=most, ledger_path=path)
   for n in range(1, 4):
-    assert accountant.allows_another_round()
-    accountant.begin_round()
-    assert json.loads(path.read_text()) == {'rounds': n, 'sampling_seed': 5}
-  assert not accountant.allows_another_round()
+    assert accountant.allows_another_round(n)
+    accountant.begin_round(n)
+    assert json.loads(path.read_text()) == {'begun': [[1, n, 1]], 'sampling_seed': 5}
+  assert not accountant.allows_another_round(4)
   with pytest.raises(RuntimeError, match='would pass the budget of epsilon='):
-    accountant.begin_round()
+    accountant.begin_round(4)
   assert accountant.rounds == 3 and accountant.epsilon() == most
-  # Another process goes on with what is spent, and no checkpoint takes it back.
+
+
+def test_another_process_goes_on_with_what_is_spent(tmp_path):
+  path = tmp_path / 'privacy.json'
+  first = _accountant(ledger_path=path)
+  for round_num in (1, 2, 3, 4, 3, 5):
+    first.begin_round(round_num)
+  runs = [[1, 2, 1], [3, 3, 2], [4, 5, 1]]
+  assert json.loads(path.read_text()) == {'begun': runs}
+  # No checkpoint takes back what the ledger knows, and both know some.
+  checkpoint = _accountant()
+  for round_num in (1, 2, 2):
+    checkpoint.begin_round(round_num)
   again = _accountant(ledger_path=path)
-  again.restore(2)
-  assert again.rounds == 3
-  again.restore(4)
-  assert again.rounds == 4
+  assert again.rounds == 6 and again.epsilon() == first.epsilon()
+  again.restore(checkpoint.saved())
+  first.begin_round(2)
+  assert again.rounds == 7 and again.saved() == first.saved()
 
 
-@pytest.mark.parametrize('text', ['', '{}', '{"rounds": -1}', '{"rounds": 2', '[]'])
+@pytest.mark.parametrize(
+    'text',
+    [
+        '', '{}', '{"begun": [[1, 2, 1]]', '[]', '{"begun": [[1, 2, 0]]}',
+        '{"begun": [[2, 1, 1]]}', '{"begun": [[1, 3, 1], [3, 3, 2]]}',
+        '{"rounds": 3}',  # As earlier versions wrote it.
+    ],
+)
 def test_a_damaged_ledger_is_named(tmp_path, text):
   path = tmp_path / 'privacy.json'
   path.write_text(text)
@@ -149,6 +231,11 @@ def test_a_damaged_ledger_is_named(tmp_path, text):
         (
             lambda: accounting.find_noise_multiplier(1.0, 1e-5, 0, _sampling()),
             '`num_rounds` must be 1 or more, found 0',
+        ),
+        (lambda: _accountant().begin_round(0), '`round_num` must be 1 or more, found 0'),
+        (
+            lambda: _accountant().restore(np.int32(3)),  # Of a checkpoint of before.
+            'does not say how often each private round has begun, .* Found .*3',
         ),
     ],
 )

@@ -361,7 +361,10 @@ def _accountant(process, sampling, **kwargs):
 def test_training_counts_ends_at_the_budget_and_goes_on_with_the_count(tmp_path):
   process = _build('fed_avg', privacy=_dp(clients=2))
   sampling = privacy.ClientSampling(num_clients=4, clients_per_round=2)
-  most = _accountant(process, sampling).epsilon(4)
+  whole = _accountant(process, sampling)
+  for round_num in (1, 2, 3, 3):
+    whole.begin_round(round_num)
+  most = whole.epsilon()
 
   def train(num_rounds):
     accountant = _accountant(
@@ -378,15 +381,31 @@ def test_training_counts_ends_at_the_budget_and_goes_on_with_the_count(tmp_path)
   assert costs == [accountant.epsilon(1), accountant.epsilon(2)]
   assert not result.budget_spent
   # A round that was begun, and lost, has been seen all the same.
-  accountant.begin_round()
+  accountant.begin_round(3)
   accountant, result = train(9)
   assert result.budget_spent and result.round_num == 3
   assert [its['privacy/rounds'] for its in result.history] == [4]
-  assert accountant.epsilon() <= most
+  assert accountant.epsilon() == most > accountant.epsilon(4)
   # The checkpoint knows it without the file.
   (tmp_path / 'privacy.json').unlink()
   accountant, result = train(9)
   assert accountant.rounds == 4 and not result.history
+
+
+def test_training_from_round_1_again_is_accounted_as_the_same_clients_again():
+  process = _build('fed_avg', privacy=_dp(clients=2))
+  sampling = privacy.ClientSampling(num_clients=4, clients_per_round=2)
+  accountant, state = _accountant(process, sampling), None
+  for num_rounds in (2, 1):
+    state = simulation.train(
+        process, select_clients=lambda n: _CLIENTS[:2], num_rounds=num_rounds,
+        initial_state=state, accountant=accountant, progress_bar=False,
+    ).state
+  expected = _accountant(process, sampling)
+  for round_num in (1, 1, 2):
+    expected.begin_round(round_num)
+  assert accountant.saved() == expected.saved()
+  assert accountant.epsilon() == expected.epsilon() > accountant.epsilon(3)
 
 
 def test_an_accountant_of_something_else_is_refused():

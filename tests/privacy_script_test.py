@@ -36,7 +36,7 @@ def test_it_says_what_is_private_and_what_that_cost(private_run):
   assert costs == sorted(costs) and 19 < costs[-1] <= 20
   assert json.loads((folder / 'results.json').read_text())['epsilon'] == costs[-1]
   ledger = json.loads((folder / 'privacy.json').read_text())
-  assert ledger['rounds'] == 3
+  assert ledger['begun'] == [[1, 3, 1]]
   # A secret: nobody finds out by trying who took part.
   assert ledger['sampling_seed'] > 2**64
 
@@ -90,7 +90,7 @@ def test_rounds_that_were_begun_are_spent_and_the_budget_ends_the_run(private_ru
     if path.name.rpartition('_')[2] not in ('1', '2'):
       path.rename(folder / 'newest')
   assert 'another round would pass the privacy budget' in _train(folder, *args)
-  assert json.loads((folder / 'privacy.json').read_text())['rounds'] == 3
+  assert json.loads((folder / 'privacy.json').read_text())['begun'] == [[1, 3, 1]]
 
 
 @pytest.mark.slow

@@ -4,14 +4,15 @@ The unit is a client: all of its examples together. What is released is the nois
 of each round, and whatever is computed from them.
 """
 
-from collections.abc import Sequence
+import collections
+from collections.abc import Mapping, Sequence
 import dataclasses
 import functools
 import json
 import math
 import os
 import pathlib
-from typing import Optional
+from typing import Any, Optional
 
 import dp_accounting
 import numpy as np
@@ -70,16 +71,23 @@ class ClientSampling:
         )
     )
 
-  def event(self, noise_multipliers: Sequence[float]) -> dp_accounting.DpEvent:
+  def event(
+      self, noise_multipliers: Sequence[float], times: int = 1
+  ) -> dp_accounting.DpEvent:
     """Returns the privacy event of one round; with 'cyclic', of one participation.
 
     dp-accounting takes a Gaussian's noise multiplier as the ratio of its standard
     deviation to the sensitivity. That is the clip where a client is added or removed,
     and twice the clip where it is replaced.
 
+    A round that is run again takes the same clients again. It is one sample, of which
+    the sums are released several times, each with its own noise. That costs more than
+    as many rounds with samples of their own.
+
     Args:
       noise_multipliers: For the sum of each channel, the noise's standard deviation
         divided by the clip.
+      times: How often the round has begun.
 
     Returns:
       The event, of dp-accounting.
@@ -90,7 +98,7 @@ class ClientSampling:
     noised = dp_accounting.ComposedDpEvent([
         dp_accounting.GaussianDpEvent(float(z) * by_sensitivity)
         for z in noise_multipliers
-    ])
+    ] * times)
     if self.sampling == 'poisson':
       return dp_accounting.PoissonSampledDpEvent(
           self.clients_per_round / self.num_clients, noised
@@ -105,11 +113,33 @@ class ClientSampling:
     """Returns how many such events may concern a single client.
 
     Args:
-      num_rounds: The number of rounds.
+      num_rounds: The number of consecutive rounds, each of which has begun once.
     """
     if self.sampling != 'cyclic':
       return num_rounds
     return math.ceil(num_rounds * self.clients_per_round / self.num_clients)
+
+  def count_events(self, begun: Mapping[int, int]) -> dict[int, int]:
+    """Counts the events that may concern a single client, by their `times`.
+
+    With 'cyclic', every repetition of a round is counted as if it were with the client
+    who was in most rounds. That is an upper bound.
+
+    Args:
+      begun: By the number of each round that has begun, how often it has.
+
+    Returns:
+      By how often a round has begun (the argument `times` of `event`), the number of
+      events; with 'cyclic' all have `times` 1.
+    """
+    if self.sampling != 'cyclic':
+      return dict(collections.Counter(begun.values()))
+    if not begun:
+      return {}
+    # Where rounds are missing in between, a client may have been in each that is there.
+    span = max(begun) - min(begun) + 1
+    again = sum(begun.values()) - len(begun)
+    return {1: min(len(begun), self.num_events(span)) + again}
 
 
 def composed_noise(noise_multipliers: Sequence[float]) -> float:
@@ -189,11 +219,12 @@ def check_budget(epsilon: float, delta: float) -> None:
 
 
 class PrivacyAccountant:
-  """Counts the rounds of a private process, and says what they have cost.
+  """Counts how often each round of a private process has begun, and what that costs.
 
-  A round counts when it begins: one that is run again, after a crash, has been released
-  twice, with other noise. With a `ledger_path` the count is on disk before the round
-  is.
+  A round counts when it begins. One that is run again, after a crash or because the
+  training starts again at round 1, releases sums of the same clients a second time,
+  with other noise: see `ClientSampling.event`. With a `ledger_path` the count is on
+  disk before the round is.
   """
 
   def __init__(
@@ -213,98 +244,174 @@ class PrivacyAccountant:
       sampling: How clients are chosen.
       delta: The delta of (epsilon, delta).
       max_epsilon: The budget: there is no round with which it would be passed.
-      ledger_path: A JSON file that holds the number of rounds.
+      ledger_path: A JSON file that holds how often each round has begun. Without it,
+        only this object and checkpoints know, and checkpoints know nothing of rounds
+        after the last one that was saved.
 
     Raises:
-      ValueError: If a number is out of range, or the file holds no such number.
+      ValueError: If a number is out of range, or the file is not such a ledger.
     """
     check_budget(max_epsilon, delta)
     self.sampling, self.delta, self.max_epsilon = sampling, delta, max_epsilon
-    self._event = sampling.event(noise_multipliers)
+    self._noise_multipliers = tuple(noise_multipliers)
     self._path = pathlib.Path(ledger_path) if ledger_path is not None else None
-    self._rounds = 0
+    self._begun: collections.Counter[int] = collections.Counter()
+    self._rdp_by_times: dict[int, np.ndarray] = {}
     if self._path is not None and self._path.exists():
-      self.restore(read_ledger(self._path)['rounds'])
+      self._begun |= read_ledger(self._path)['begun']
 
   @property
   def rounds(self) -> int:
-    """How many rounds have begun."""
-    return self._rounds
+    """How many rounds have begun; one that was run again counts each time."""
+    return self._begun.total()
 
-  @functools.cached_property
-  def _of_one_event(self) -> tuple[np.ndarray, np.ndarray]:
-    accountant = self.sampling.accountant.compose(self._event)
-    return accountant.orders, accountant.rdp
+  def saved(self) -> bytes:
+    """Returns how often each round has begun, for a checkpoint; see `restore`."""
+    return json.dumps(_as_runs(self._begun)).encode()
+
+  def _rdp(self, times: int) -> np.ndarray:
+    """The Renyi divergences of a round that has begun so often, by their orders."""
+    if times not in self._rdp_by_times:
+      event = self.sampling.event(self._noise_multipliers, times)
+      self._rdp_by_times[times] = self.sampling.accountant.compose(event).rdp
+    return self._rdp_by_times[times]
+
+  def _epsilon(self, begun: Mapping[int, int]) -> float:
+    if not begun:
+      return 0.0
+    rdp = sum(
+        count * self._rdp(times)
+        for times, count in self.sampling.count_events(begun).items()
+    )
+    orders = self.sampling.accountant.orders
+    return float(dp_accounting.rdp.compute_epsilon(orders, rdp, self.delta)[0])
 
   def epsilon(self, num_rounds: Optional[int] = None) -> float:
     """Returns the epsilon that rounds cost, at the accountant's delta.
 
     Args:
-      num_rounds: The number of rounds; those that have begun if `None`.
+      num_rounds: The number of rounds, each of which has begun once; those that have
+        begun, each as often as it has, if `None`.
     """
-    count = self.sampling.num_events(
-        self._rounds if num_rounds is None else num_rounds
-    )
-    if not count:
-      return 0.0
-    orders, rdp = self._of_one_event
-    return float(
-        dp_accounting.rdp.compute_epsilon(orders, count * rdp, self.delta)[0]
-    )
+    if num_rounds is None:
+      return self._epsilon(self._begun)
+    return self._epsilon(dict.fromkeys(range(1, num_rounds + 1), 1))
 
-  def allows_another_round(self) -> bool:
-    """Returns whether one more stays within the budget."""
-    return self.epsilon(self._rounds + 1) <= self.max_epsilon
-
-  def restore(self, rounds: int) -> None:
-    """Takes over the number of rounds of a checkpoint, unless more are known.
+  def allows_another_round(self, round_num: int) -> bool:
+    """Returns whether a round stays within the budget.
 
     Args:
-      rounds: The number of rounds that have begun.
+      round_num: The number of the round that would begin, from 1; it may be one that has
+        begun before.
     """
-    self._rounds = max(self._rounds, int(rounds))
+    return self._epsilon(self._with(round_num)) <= self.max_epsilon
 
-  def begin_round(self) -> None:
+  def _with(self, round_num: int) -> collections.Counter[int]:
+    """How often rounds will have begun when this one has."""
+    if round_num < 1:
+      raise ValueError(f'`round_num` must be 1 or more, found {round_num}.')
+    return self._begun + collections.Counter([int(round_num)])
+
+  def restore(self, saved: bytes) -> None:
+    """Takes over the rounds of a checkpoint; where more are known, these stay.
+
+    Args:
+      saved: As `saved` has returned it.
+
+    Raises:
+      ValueError: If it is something else.
+    """
+    try:
+      begun = _from_runs(json.loads(saved))
+    except (ValueError, TypeError):
+      raise ValueError(
+          'The checkpoint does not say how often each private round has begun, so that '
+          'what was spent is not known: it was made by an earlier version of tff_kd. '
+          f'Go on with that version, or start a new run. Found {saved!r}.'
+      ) from None
+    self._begun |= begun
+
+  def begin_round(self, round_num: int) -> None:
     """Counts a round, on disk first.
+
+    Args:
+      round_num: The number of the round, from 1; the same one again where it is run
+        again with the same clients.
 
     Raises:
       RuntimeError: If the budget does not allow it.
     """
-    if not self.allows_another_round():
+    if not self.allows_another_round(round_num):
       raise RuntimeError(
-          f'Another round would pass the budget of epsilon={self.max_epsilon:g} at '
-          f'delta={self.delta:g}: {self._rounds} have begun.'
+          f'Round {round_num} would pass the budget of epsilon={self.max_epsilon:g} at '
+          f'delta={self.delta:g}: {self.rounds} have begun.'
       )
+    begun = self._with(round_num)
     if self._path is not None:
       kept = read_ledger(self._path) if self._path.exists() else {}
-      write_ledger(self._path, kept | {'rounds': self._rounds + 1})
-    self._rounds += 1
+      write_ledger(self._path, kept | {'begun': begun})
+    self._begun = begun
 
 
-def read_ledger(path: pathlib.Path) -> dict[str, int]:
-  """Returns the content of a ledger file.
+def _as_runs(begun: Mapping[int, int]) -> list[list[int]]:
+  """Returns runs of rounds that have begun equally often: [first, last, times]."""
+  runs: list[list[int]] = []
+  for round_num, times in sorted(begun.items()):
+    if runs and runs[-1][1:] == [round_num - 1, times]:
+      runs[-1][1] = round_num
+    else:
+      runs.append([round_num, round_num, times])
+  return runs
+
+
+def _from_runs(runs: Any) -> collections.Counter[int]:
+  """Returns how often each round has begun, from the value of `_as_runs`.
 
   Raises:
-    ValueError: If it is none. What was spent is then not known.
+    TypeError, ValueError: If it is no such value.
+  """
+  begun: collections.Counter[int] = collections.Counter()
+  for first, last, times in runs:
+    if not max(begun, default=0) < first <= last or times < 1:
+      raise ValueError
+    begun.update(dict.fromkeys(range(first, last + 1), times))
+  return begun
+
+
+def read_ledger(path: pathlib.Path) -> dict[str, Any]:
+  """Returns the content of a ledger file.
+
+  Args:
+    path: A JSON file with a list `begun` of runs of rounds, [first, last, how often
+      each of them has begun], in ascending order.
+
+  Returns:
+    The content; of `begun`, a counter by the round's number.
+
+  Raises:
+    ValueError: If it is not a ledger. What was spent is then not known.
   """
   try:
     ledger = json.loads(path.read_text())
-    if int(ledger['rounds']) < 0:
-      raise ValueError
+    return ledger | {'begun': _from_runs(ledger['begun'])}
   except (ValueError, TypeError, KeyError):
     raise ValueError(
-        f'{path} must be the JSON of a privacy ledger with its number of rounds. What '
-        'was spent is not known without it: bring it back from a copy, or start a new '
-        'run.'
+        f'{path} must be the JSON of a privacy ledger that says in `begun` how often '
+        'each round has begun (earlier versions of tff_kd did not). What was spent is '
+        'not known without it: bring it back from a copy, or start a new run.'
     ) from None
-  return ledger
 
 
-def write_ledger(path: pathlib.Path, ledger: dict[str, int]) -> None:
-  """Writes a ledger so that a crash leaves the old one or the new."""
+def write_ledger(path: pathlib.Path, ledger: Mapping[str, Any]) -> None:
+  """Writes a ledger so that a crash leaves the old one or the new.
+
+  Args:
+    path: The file.
+    ledger: As `read_ledger` returns it.
+  """
   partial = path.with_suffix('.partial')
   with open(partial, 'w') as file:
-    json.dump(ledger, file)
+    json.dump({**ledger, 'begun': _as_runs(ledger['begun'])}, file)
     file.flush()
     os.fsync(file.fileno())
   partial.replace(path)

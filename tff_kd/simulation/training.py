@@ -73,7 +73,7 @@ class _Progress(NamedTuple):
   best_state: Any
   best_round: Any
   best_value: Any
-  # How many private rounds have begun; () without an accountant.
+  # How often each private round has begun, as JSON; () without an accountant.
   private_rounds: Any
   # What the process is, as JSON: one of another model or rate cannot go on from here.
   made_by: Any
@@ -176,9 +176,12 @@ def train(
       `select_clients` then returns numbers or names. It is part of what is saved: a
       resumed run goes on with what clients had at its checkpoint. With an
       `initial_state`, training begins with what they have.
-    accountant: For a process with `privacy`; adds `privacy/epsilon` and
-      `privacy/rounds`, what all rounds so far have cost, to the metrics and the
-      checkpoints, and ends the training before its budget would be passed.
+    accountant: For a process with `privacy`; adds `privacy/epsilon`, what all rounds so
+      far have cost, and `privacy/rounds`, how many have begun, to the metrics, saves the
+      account with the training, and ends the training before its budget would be
+      passed. A round with the number of one that has begun before is accounted as a
+      second release of the same clients' sums; so, with an `initial_state`, are those
+      of the same accountant's earlier training.
     callbacks: Called around rounds, in their order; may stop the training: see
       `tff_kd.simulation.Callback`, `EarlyStopping`, `LearningRateSchedule`.
     progress_bar: Whether to show the progress on standard error (as a widget in
@@ -316,7 +319,7 @@ class _Training:
     state = self.process.initialize() if initial_state is None else initial_state
     progress = _Progress(
         state, state, np.int32(0), np.float64(-math.inf),
-        () if self.accountant is None else np.int32(self.accountant.rounds),
+        () if self.accountant is None else self.accountant.saved(),
         _made_by(self.process, state),
         callbacks_lib.saved_states(self.callbacks),
     )
@@ -365,10 +368,11 @@ class _Training:
         self.completed = self.completed._replace(progress=progress)
         while self._goes_on(num_rounds):
           if self.accountant is not None:
-            if not self.accountant.allows_another_round():
+            round_num = self.completed.round_num + 1
+            if not self.accountant.allows_another_round(round_num):
               budget_spent = True
               break
-            self.accountant.begin_round()
+            self.accountant.begin_round(round_num)
           self._run_round()
       except KeyboardInterrupt:
         interrupted = True
@@ -417,7 +421,7 @@ class _Training:
         self.monitor_mode,
     )
     if self.accountant is not None:
-      progress = progress._replace(private_rounds=np.int32(self.accountant.rounds))
+      progress = progress._replace(private_rounds=self.accountant.saved())
     released = collections.OrderedDict(metrics)
     for manager in self.release_managers:
       self._wait(manager.release(released, round_num))
