@@ -14,9 +14,14 @@ from tff_kd.compat import tff
 from tests import helpers
 import tff_kd
 from tff_kd import algorithms
+from tff_kd.client import exchanges
+from tff_kd.client import prototypes
 from tff_kd import knowledge
+from tff_kd import models
+from tff_kd.models import cohorts
 from tff_kd import privacy
 from tff_kd.rounds import description
+from tff_kd.server import distill
 from tff_kd import simulation
 
 _UNIFORM = tff.learning.ClientWeighting.UNIFORM
@@ -246,6 +251,65 @@ def test_fd_learns_from_what_stands_out():
   process = _build('fd', privacy=_dp(1e4))
   output, _ = helpers.rounds(process, _CLIENTS)
   assert np.mean(output.state.shared.weights > 0) < 0.5
+
+
+def _exchanges():
+  """The exchanges whose `share` looks at the number of included clients."""
+  student = models.build_model_spec(
+      helpers.features_fn(4), input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn
+  )
+  stage = distill.DistillationStage(
+      'student', helpers.sgd(),
+      tff_kd.Distillation(target='ensemble', num_steps=1, batch_size=4),
+  )
+  labels = exchanges.TransferExchange(
+      student, _TRANSFER, knowledge.MeanLogits(), stage,
+      relabelling=knowledge.MeanLogits(),
+  )
+  found = [
+      exchanges.ClassExchange(student, 1.0),
+      prototypes.PrototypeExchange(cohorts.as_students(student), 1.0),
+      labels,
+  ]
+  model = models.BoundModel(student, student.values(student.initial_weights))
+  return [(each.with_inexact_sums(), model) for each in found]
+
+
+def _filled(exchange, value):
+  return tf.nest.map_structure(
+      lambda spec: tf.fill(spec.shape, tf.cast(value, spec.dtype)),
+      exchange.payload_spec(),
+  )
+
+
+def test_the_same_noised_mean_is_shared_whoever_is_in_it():
+  for exchange, model in _exchanges():
+    mean, round_num = _filled(exchange, 1.5), tf.constant(0)
+    private = exchange.share(mean, None, model, round_num)
+    # No factor of it, and no emptiness: the same as of any number of clients.
+    for number in (1.0, 7.0):
+      public = exchange.share(mean, tf.constant(number), model, round_num)
+      for a, b in zip(tf.nest.flatten(private), tf.nest.flatten(public), strict=True):
+        np.testing.assert_array_equal(a, b)
+    assert np.any(tf.nest.flatten(private)[-1])
+    # A mean of nobody, without noise.
+    nobody = exchange.share(_filled(exchange, np.nan), None, model, round_num)
+    assert not np.any(tf.nest.flatten(nobody)[-1])
+
+
+def test_what_is_shared_is_not_made_of_the_number_of_clients(monkeypatch):
+  given = []
+  share = exchanges.ClassExchange.share
+
+  def recorded(self, mean_payload, num_included, *args):
+    given.append(num_included)
+    return share(self, mean_payload, num_included, *args)
+
+  monkeypatch.setattr(exchanges.ClassExchange, 'share', recorded)
+  for protections, tells in (({'privacy': _dp(2.0)}, False), ({}, True)):
+    algorithms.build_fd(**helpers.common(**protections))
+    assert given and all((number is not None) == tells for number in given)
+    given.clear()
 
 
 def _reporting(**kwargs):

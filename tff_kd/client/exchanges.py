@@ -16,6 +16,7 @@ from tff_kd.client import companions
 from tff_kd.client import local_terms as local_terms_lib
 from tff_kd import communication
 from tff_kd.data import transfer
+from tff_kd import graphs
 from tff_kd import knowledge
 from tff_kd import losses
 from tff_kd import models
@@ -93,7 +94,7 @@ class Exchange(abc.ABC):
   def share(
       self,
       mean_payload: knowledge.KnowledgePayload,
-      num_included: tf.Tensor,
+      num_included: Optional[tf.Tensor],
       server_model: Optional[models.BoundModel],
       round_num: tf.Tensor,
   ) -> Any:
@@ -101,7 +102,8 @@ class Exchange(abc.ABC):
 
     Args:
       mean_payload: The clients' payloads as aggregated.
-      num_included: float32 scalar, the number of included clients.
+      num_included: float32 scalar, the number of included clients; `None` under
+        differential privacy, where nothing that is sent may tell it.
       server_model: The server's model after its distillation; `None` unless
         `needs_server_model`.
       round_num: int32 scalar, the round that ends.
@@ -154,6 +156,22 @@ class Exchange(abc.ABC):
   def coded_bytes(self) -> communication.CodedBytes:
     """Returns the sizes of the messages that are encoded."""
     return communication.CodedBytes()
+
+
+def has_reports(
+    mean_payload: knowledge.KnowledgePayload, num_included: Optional[tf.Tensor]
+) -> tf.Tensor:
+  """Returns whether there is anything to share, a bool scalar.
+
+  Args:
+    mean_payload: The clients' payloads as aggregated.
+    num_included: float32 scalar, the number of included clients, more than 0 if there
+      is. If `None`, the number is secret: a noised mean is shared, whoever is in it, if
+      it is finite.
+  """
+  if num_included is None:
+    return graphs.all_finite(mean_payload)
+  return num_included > 0.0
 
 
 class Learned(NamedTuple):
@@ -299,7 +317,7 @@ class TransferExchange(TransferPredictions):
     )
     labels = self._relabelling.decode(self._relabelling.encode(logits))
     # Without any client there is nothing new to learn.
-    mask = tf.where(num_included > 0.0, labels.mask, 0.0)
+    mask = tf.where(has_reports(mean_payload, num_included), labels.mask, 0.0)
     return labels._replace(mask=mask, diversity=())
 
   def build_learning(self, student):
@@ -433,12 +451,12 @@ class ClassExchange(Exchange):
     )
 
   def share(self, mean_payload, num_included, server_model, round_num):
-    if not self.keeps_sent:
-      return mean_payload
-    # Sums, so that a client can take its own part out again.
+    # The factor of a mean cancels. A client can take its own part out of sums only.
+    factor = num_included if self.keeps_sent else 1.0
+    has_any = has_reports(mean_payload, num_included)
     # Without any client the mean is NaN.
     return tf.nest.map_structure(
-        lambda t: tf.math.multiply_no_nan(t, num_included), mean_payload
+        lambda t: tf.where(has_any, t * factor, 0.0), mean_payload
     )
 
   def build_learning(self, student):

@@ -78,9 +78,8 @@ class PrototypeExchange(exchanges.Exchange):
   def share(self, mean_payload, num_included, server_model, round_num):
     del server_model, round_num
     # Without any client the mean is NaN. The factor of a mean cancels.
-    return tf.nest.map_structure(
-        lambda t: tf.where(num_included > 0.0, t, 0.0), mean_payload
-    )
+    has_any = exchanges.has_reports(mean_payload, num_included)
+    return tf.nest.map_structure(lambda t: tf.where(has_any, t, 0.0), mean_payload)
 
   def build_learning(self, student):
     split_model = self._splits[id(student)]

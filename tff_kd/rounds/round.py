@@ -70,6 +70,8 @@ class Round:
     self.parts, self.plan = parts, client_work.plan
     self.client_work, self.aggregator = client_work, aggregator
     self.min_reports = options.reporting.min_reports if options.reporting else 0
+    # With Poisson sampling the number is secret, and what goes down is public.
+    self.tells_num_included = options.privacy is None
     self.sends_average = options.clients_start_from == 'average'
     self.sent_field = (
         'aggregated_model_weights' if self.sends_average else 'global_model_weights'
@@ -196,7 +198,7 @@ class Round:
 
     @graphs.computation(
         tff.types.tensorflow_to_type(exchange.payload_spec()),
-        np.int32,
+        np.int32 if self.tells_num_included else tff.to_type(()),
         member.global_model_weights if needs_model else tff.to_type(()),
         np.int32,
     )
@@ -206,7 +208,7 @@ class Round:
         server_model = models.BoundModel(student, student.values(server_weights))
       return exchange.share(
           knowledge.KnowledgePayload(mean_payload.values, mean_payload.weights),
-          tf.cast(num_included, tf.float32),
+          tf.cast(num_included, tf.float32) if self.tells_num_included else None,
           server_model,
           round_num,
       )
@@ -385,11 +387,14 @@ class Round:
     """What goes down in the next round."""
     if self.share is None:
       return _nothing()
+    num_included = _nothing()
+    if self.tells_num_included:
+      num_included = up.measurements.client_work['participation']['num_included']
     return tff.federated_map(
         self.share,
         (
             up.result.knowledge,
-            up.measurements.client_work['participation']['num_included'],
+            num_included,
             student if self.parts.exchange.needs_server_model else _nothing(),
             state.round_num,
         ),
