@@ -184,6 +184,15 @@ def test_a_round_of_nobody_leaves_the_student(data):
   )
 
 
+def test_a_client_can_have_begun_in_the_first_round_and_not_before(data):
+  process = _build('fed_avg', _batches(data), reporting=_STALE)
+  state = process.next(process.initialize(), [_client(0)]).state
+  output = process.next(state, [_client(1, delay=np.int32(1))])
+  assert _participation(output)['num_late'] == 1
+  with pytest.raises(Exception, match='at most the number of rounds before this one'):
+    process.next(state, [_client(1, delay=np.int32(2))])
+
+
 def test_predictions_on_a_part_are_of_that_part():
   transfer_set = tff_kd.TransferSet(np.zeros([1000, 2], np.float32), subset_size=400)
 
@@ -237,6 +246,28 @@ def test_class_knowledge_that_was_lost_or_late_is_not_left_out(data):
   assert np.any(trained.weights.trainable[0] != own.weights.trainable[0])
   late = process.next(lost.state, [_client(2, delay=np.int32(1))], [own])
   assert late.client_states[0].sent_round == 1
+
+
+def test_what_clients_remember_agrees_with_the_server_after_a_skipped_round(data):
+  process = _build('fd', _batches(data), reporting=tff_kd.Reporting(min_reports=2))
+  new = process.initialize_client()
+  first = process.next(process.initialize(), [_client(0), _client(1)], [new] * 2)
+  skipped = process.next(first.state, [_client(0)], first.client_states[:1])
+  assert skipped.metrics['round_skipped'] == 1
+  kept, state = skipped.client_states[0], skipped.state
+  helpers.assert_weights_close(kept, first.client_states[0], rtol=0, atol=0)
+  assert kept.sent_round == state.shared_round == 0
+  # So client 0 learns in round 2 from what client 1 has sent alone.
+  alone = tf.nest.map_structure(np.copy, first.client_states[1].sent)
+  both = [_client(0), _client(2)]
+  found = process.next(state, both, [kept, new])
+  expected = process.next(
+      state._replace(shared=alone, shared_round=np.int32(-7)), both, [kept, new]
+  )
+  helpers.assert_weights_close(
+      found.client_states[0].weights, expected.client_states[0].weights, atol=1e-5
+  )
+  assert _participation(found)['num_taught'] == 2
 
 
 def test_only_known_labels_teach(data):
@@ -319,7 +350,12 @@ def test_refusals(data, make, message):
 
 
 @pytest.mark.parametrize(
-    'bad', [{'delay': np.int32(3)}, {'step_share': np.float32(0.0)}]
+    'bad',
+    [
+        {'delay': np.int32(3)},
+        {'delay': np.int32(1)},  # Before the first round.
+        {'step_share': np.float32(0.0)},
+    ],
 )
 def test_conditions_that_make_no_sense(data, bad):
   process = _build('fed_avg', _batches(data), reporting=_STALE)

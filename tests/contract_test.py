@@ -267,9 +267,11 @@ def test_cohorts_have_a_ledger(rounds):
   assert set(found) == expected and all(value > 0 for value in found.values())
 
 
-def test_a_round_with_too_few_reports_is_skipped(rounds):
-  state = rounds.process.initialize()
-  output = rounds.run(state, [0, 1], lost=[1])
+def test_a_round_with_too_few_reports_is_skipped(rounds, tmp_path):
+  state, kept = rounds.process.initialize(), None
+  if rounds.keeps_state:
+    kept = rounds.states(tmp_path).load([0, 1])
+  output = rounds.run(state, [0, 1], kept, lost=[1])
   assert output.metrics['round_skipped'] == 1
   changed = {
       field
@@ -280,6 +282,11 @@ def test_a_round_with_too_few_reports_is_skipped(rounds):
       )
   }
   assert changed == {'round_num'}
+  if rounds.keeps_state:
+    # Also of the client whose report came.
+    before, after = tf.nest.flatten(kept), tf.nest.flatten(output.client_states)
+    for old, new in zip(before, after, strict=True):
+      np.testing.assert_array_equal(old, new)
   assert rounds.run(output.state, [0, 1]).metrics['round_skipped'] == 0
 
 

@@ -21,7 +21,7 @@ class ClientConditions(NamedTuple):
 
   Attributes:
     delay: int32, how many rounds ago the client began: it has what was sent then, and
-      reports in this round.
+      reports in this round. At most the number of rounds before this one.
     step_share: float32, the part of its local steps that it does, above 0 and at most
       1; at least one step.
     reports: Whether what it sends arrives.
@@ -55,14 +55,19 @@ class Reporting:
   ClientConditions}` a client.
 
   Attributes:
-    max_delay: The largest `ClientConditions.delay`. The server's state holds what was
-      sent in so many rounds, and a round sends it all to the runtime (which a real
-      client of course does not get).
+    max_delay: The largest `ClientConditions.delay`; never more than the number of
+      rounds before this one. The server's state holds what was sent in so many rounds,
+      and a round sends it all to the runtime (which a real client of course does not
+      get). The optimizer's hyperparameters are not among it: a late client trains with
+      those of the round in which it reports (a learning rate that a callback or
+      `set_hparams` has set since), but with the rate that `learning_rate_fn` gives for
+      the round in which it began.
     staleness_power: a of the factor (1 + delay)^-a of a late client's weight, in
       weights and in predictions; 0 for none. Source: Xie et al., "Asynchronous
       Federated Optimization" (2019), the polynomial staleness function.
     min_reports: With fewer clients whose reports count, the round is skipped: its
-      server state is the one before, with the next round number.
+      server state is the one before, with the next round number, and clients keep what
+      they had before.
   """
 
   max_delay: int = 0
@@ -164,27 +169,33 @@ def _nothing():
   return ()
 
 
-def check_conditions(reporting: Reporting, conditions: ClientConditions) -> tf.Operation:
+def check_conditions(
+    reporting: Reporting, conditions: ClientConditions, round_num: tf.Tensor
+) -> tf.Operation:
   """Builds an assertion that fails if a client's conditions are out of range.
 
   Args:
     reporting: The policy, which bounds the delay.
     conditions: The client's conditions.
+    round_num: int32 scalar, the round in which the client reports, from 0. Before the
+      first round nothing was sent with which it could have begun.
 
   Returns:
     The operation, as a control dependency.
   """
   return tf.debugging.Assert(
       (conditions.delay >= 0)
-      & (conditions.delay <= reporting.max_delay)
+      & (conditions.delay <= tf.minimum(reporting.max_delay, round_num))
       & (conditions.step_share > 0.0)
       & (conditions.step_share <= 1.0)
       & (conditions.coverage >= 0.0)
       & (conditions.coverage <= 1.0),
       [
-          f'The conditions of a client must be a delay from 0 to {reporting.max_delay}, '
-          'a step_share above 0 and at most 1, and a coverage from 0 to 1; found',
+          f'The conditions of a client must be a delay from 0 to {reporting.max_delay} '
+          'and at most the number of rounds before this one, a step_share above 0 and at '
+          'most 1, and a coverage from 0 to 1; found',
           conditions.delay, conditions.step_share, conditions.coverage,
+          'after so many rounds:', round_num,
       ],
   )
 

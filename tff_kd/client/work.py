@@ -409,7 +409,10 @@ class _ClientUpdate:
     plan = self.plan
     broadcast, step_share = sent, None
     if plan.reporting is not None:
-      conditions_lib.check_conditions(plan.reporting, conditions)
+      current = plan.broadcast_history.current(sent)
+      conditions_lib.check_conditions(
+          plan.reporting, conditions, current.round_num
+      )
       broadcast = plan.broadcast_history.received(sent, conditions.delay)
       step_share = conditions.step_share
     before = self._before(broadcast, client_state)

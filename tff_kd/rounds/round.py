@@ -187,9 +187,13 @@ class Round:
     """Builds the small computations between the stages."""
     parts, self.increment = self.parts, state_lib.build_increment()
     self.shared_of, self.whole_of = state_lib.build_personal_parts(self.plan)
-    self.share = self.keep_or_skip = None
+    self.share = self.keep_or_skip = self.undo_if_skipped = None
     if self.min_reports:
       self.keep_or_skip = state_lib.build_skipping(member, self.min_reports)
+    if self.min_reports and self.plan.keeps_state:
+      self.undo_if_skipped = state_lib.build_undoing(
+          self.client_work.next.type_signature.parameter[3]
+      )
     self._build_companion_parts(member)
     if parts.exchange is None or not parts.exchange.sends_down:
       return
@@ -216,9 +220,9 @@ class Round:
     self.share = share
 
   def _build_companion_parts(self, member: tff.Type) -> None:
-    """Builds the computations of a companion's states at the server and at clients."""
+    """Builds the computations of a companion's state at the server."""
     companion = self.parts.companion
-    self.broadcast_companion = self.correct = self.undo_if_skipped = None
+    self.broadcast_companion = self.correct = None
     if companion is None:
       return
     self.broadcast_companion = graphs.computation(member.companion)(companion.broadcast)
@@ -226,10 +230,6 @@ class Round:
     if companion.corrects_student:
       self.correct = graphs.computation(member.companion, weights, weights, np.int32)(
           companion.correct
-      )
-    if companion.state_follows_report and self.min_reports:
-      self.undo_if_skipped = state_lib.build_undoing(
-          self.client_work.next.type_signature.parameter[3]
       )
 
   def _run(self, state, client_data, client_states):

@@ -476,7 +476,7 @@ class _Training:
       return self.process.next(state, selected)
     numbers = _client_numbers(selected, self.names)
     output = self.process.next(state, selected, self.client_states.load(numbers))
-    # What clients did in a round that was skipped is lost, too.
+    # Of a round that was skipped, `next` returns what clients had before.
     if not output.metrics.get('round_skipped'):
       self.client_states.save(numbers, output.client_states, round_num)
     return output

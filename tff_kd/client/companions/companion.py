@@ -147,8 +147,8 @@ class Companion(abc.ABC):
     needs_client_number: Whether it works only where clients read their examples by
       reference (`client_data`), and so have a number.
     state_follows_report: Whether a client's state moves only in rounds that count its
-      report. Else it moves whenever its training was valid, also if its report was lost
-      or the round was skipped.
+      report. Else it moves whenever its training was valid, also if its report was
+      lost. In a skipped round (`Reporting.min_reports`) no client's state moves.
     needs_plain_sgd: Whether the clients' optimizer must be SGD without momentum.
     corrects_student: Whether it moves the student at the server, see `correct`.
   """
