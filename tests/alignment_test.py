@@ -162,6 +162,50 @@ def test_em_finds_the_shares_of_the_classes():
   assert abs(helpers.softmax(z).mean(0) - truth).max() > 0.05
 
 
+def test_em_keeps_the_consensus_where_a_class_is_absent():
+  # Rows 1 to 3 are of class 0 and 4 to 6 of class 1. Client k says 2 on rows k and k + 3,
+  # so that the consensus of the true class is 8, of 2 4, of the other 0.
+  truth = np.eye(3)[[0, 0, 0, 1, 1, 1]]
+  clients = np.stack([12.0 * truth] * 3)
+  for k in range(3):
+    clients[k, [k, k + 3]] = [0.0, 0.0, 12.0]
+  clients = clients.astype(np.float32)
+  mean = clients.mean(0)
+  np.testing.assert_allclose(mean, 8.0 * truth + [0.0, 0.0, 4.0])
+  found = alignment.em_prior(mean, _ones(mean)).numpy()
+  np.testing.assert_allclose(found[:2], 0.5, atol=1e-5)
+  np.testing.assert_allclose(found[2], 1e-8, rtol=1e-4)
+
+  rule = knowledge.Aligned(knowledge.MeanLogits(), prior='em')
+  found = rule.decode(_mean_payload(rule, clients, [1.0] * 3))
+  np.testing.assert_array_equal(found.mask, 1.0)
+  consensus = np.mean([_aligned(z) for z in clients], 0)
+  prior = np.maximum(_em(consensus), 1e-8)
+  np.testing.assert_allclose(prior, [0.5, 0.5, 0.0], atol=2e-6)
+  np.testing.assert_allclose(
+      found.logits, _aligned(consensus, prior / prior.sum()), rtol=1e-3
+  )
+  np.testing.assert_allclose(helpers.softmax(found.logits), truth, atol=1e-2)
+
+
+def test_a_prior_that_float32_takes_for_0_is_finite():
+  z = _logits(8, classes=3)[0]
+  for prior in ((0.5, 0.5, 1e-60), (0.5, 0.5, 0.0)):
+    found = alignment.align(z, _ones(z), prior, num_steps=5).numpy()
+    expected = _aligned(z, [0.5, 0.5, np.finfo(np.float32).tiny])
+    np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-3)
+
+
+def test_an_average_without_a_class_counts_for_the_prior():
+  # Each marginal's third share is below what float32 tells from 0.
+  shares = np.array([0.6, 0.4, 0.0])
+  z = np.array([[np.log(0.6), np.log(0.4), -200.0]] * 2, np.float32)
+  state = alignment.initial_marginals(tf.TensorShape([3]))
+  for _ in range(5):
+    state = alignment.next_marginals(state, z, np.ones(2))
+  np.testing.assert_allclose(alignment.prior_from(state), shares, atol=1e-5)
+
+
 def _prior_from(marginals):
   """The prior after rounds whose averages had these marginals, by explicit sums."""
   t = len(marginals)

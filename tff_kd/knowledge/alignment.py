@@ -41,6 +41,11 @@ _ESTIMATED = ('average', 'em')
 # Of the prior from averages: what a round keeps of the mean so far; how many times the
 # variance of the noise the square of a deviation must be to count (two standard errors).
 _KEPT, _NOISE_FACTOR = 0.9, 4.0
+# The least share of a class that an estimate gives it; no number of rows tells less, and
+# its logarithm stays finite.
+_LEAST_SHARE = 1e-8
+# The least float32 whose logarithm is a number.
+_TINY = float(np.finfo(np.float32).tiny)
 
 
 def align(
@@ -60,7 +65,8 @@ def align(
     mask: float32 or bool `[m]`: the rows that count. The others may hold anything and
       are returned as they are.
     prior: pi, float32 `[classes]`, `[2]` of a single logit, `[labels, 2]` (or `[2]` for
-      all) of several; uniform if `None`.
+      all) of several; uniform if `None`. Shares below 1.2e-38, the least normal float32,
+      count as that, since log 0 is not finite.
     num_steps: The number of steps, 0 or more.
 
   Returns:
@@ -99,7 +105,7 @@ def bias_to(
   rows, counted = _grouped(logits, mask, is_binary)
   log_prior = -tf.math.log(float(logits.shape[-1]))
   if prior is not None:
-    log_prior = tf.math.log(tf.cast(prior, tf.float32))
+    log_prior = tf.math.log(tf.maximum(tf.cast(prior, tf.float32), _TINY))
 
   (bias,) = tf.while_loop(
       lambda bias: True,
@@ -140,7 +146,9 @@ def em_prior(logits: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
     q_i = softmax(z_i + log pi)   (expectation: the posterior under pi),
     pi  = mean over i of q_i      (maximisation),
 
-  which climbs to the pi under which the examples are the most likely.
+  which climbs to the pi under which the examples are the most likely. The share of a
+  class that no example has falls to 0 by a factor a step: in the end shares below 1e-8
+  are raised to that, and all are divided by their sum, so that log pi is finite.
 
   Source: Saerens et al. (2002), equation 2.9.
 
@@ -161,7 +169,9 @@ def em_prior(logits: tf.Tensor, mask: tf.Tensor) -> tf.Tensor:
       (log_prior,),
       maximum_iterations=_EM_STEPS,
   )
-  found = tf.where(tf.reduce_any(counted), tf.exp(log_prior), 1.0 / z.shape[-1])
+  found = tf.where(
+      tf.reduce_any(counted), _at_least(tf.exp(log_prior)), 1.0 / z.shape[-1]
+  )
   return found if found.shape[0] > 1 else found[0]
 
 
@@ -170,7 +180,8 @@ class Marginals(NamedTuple):
 
   Attributes:
     weight: float32, the sum of the rounds' weights: 1 - .9^t after t rounds.
-    shares: float32, of m, of the shape that `marginal` returns.
+    shares: float32, of m, of the shape that `marginal` returns, with shares below 1e-8
+      raised to that.
     logs: Likewise, of log m less the mean of that over the classes.
     squares: Likewise, of the squares of these.
   """
@@ -206,7 +217,7 @@ def next_marginals(
   Returns:
     The next sums.
   """
-  found = marginal(logits, mask)
+  found = _at_least(marginal(logits, mask))
   logs = _centred_log(found)
   is_there = tf.reduce_any(tf.cast(mask, tf.bool)) & tf.reduce_all(
       tf.math.is_finite(logs)
@@ -253,6 +264,12 @@ def prior_from(state: Marginals) -> tf.Tensor:
   signal = tf.reduce_mean(tf.square(h), axis=-1, keepdims=True)
   kappa = tf.maximum(1.0 - _NOISE_FACTOR * tf.math.divide_no_nan(noise, signal), 0.0)
   return tf.nn.softmax(tf.where(is_known, kappa, 0.0) * h)
+
+
+def _at_least(shares: tf.Tensor) -> tf.Tensor:
+  """Returns shares that are `_LEAST_SHARE` or more and sum to 1; NaN stays NaN."""
+  raised = tf.where(shares < _LEAST_SHARE, _LEAST_SHARE, shares)
+  return raised / tf.reduce_sum(raised, axis=-1, keepdims=True)
 
 
 def _centred_log(shares: tf.Tensor) -> tf.Tensor:
