@@ -503,6 +503,23 @@ def test_clients_are_pretrained_on_the_labels():
     _fed_md(pretraining_epochs=1)
 
 
+def test_pretraining_on_some_labels_is_kept_where_they_validate_it():
+  x, _ = helpers.examples(24, 5)
+  y = (x[:, 0] > 0).astype(np.int32)
+  known = np.arange(24) % 3 > 0
+  transfer_set = tff_kd.TransferSet(x, y, label_mask=known, validation_size=8)
+  process = _fed_md(
+      transfer_set=transfer_set, pretraining_epochs=3, digest_batch_size=16
+  )
+  expected = _weights(_fed_md().initialize_client())
+  rows = transfer_set.round_ids(0).numpy()
+  rows = rows[known[rows]]
+  assert 0 < len(rows) < 16
+  for _ in range(3):
+    expected = _fit(expected, x[rows], y[rows], _DIGEST_RATE)
+  _check(_weights(process.initialize_client()), expected)
+
+
 def test_a_client_that_cannot_take_part_keeps_its_model():
   process = _ds_fl()
   state, first = process.initialize(), process.initialize_client()

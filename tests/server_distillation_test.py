@@ -21,14 +21,17 @@ def _spec(name, build):
 
 
 def _run(distillation, *, labelled=False, validation=8, rate=0.1, payload=None,
-         learner='student'):
+         learner='student', label_mask=None):
   """One run of a single stage, the student a fixed linear model."""
   keras.utils.set_random_seed(3)
   student = _spec('student', helpers.dense_fn())
   teacher = _spec('teacher', helpers.dense_fn((8,)))
   x, y = helpers.examples(24, 0)
+  if label_mask is not None:
+    # Unknown labels may be anything; those that are known can be learned.
+    y = np.where(label_mask, x[:, 0] > 0, -7).astype(np.int32)
   transfer = tff_kd.TransferSet(
-      x, y if labelled else None, validation_size=validation
+      x, y if labelled else None, label_mask=label_mask, validation_size=validation
   )
   stage = distill.DistillationStage(
       learner, helpers.sgd(rate, 0.9), distillation
@@ -77,6 +80,56 @@ def test_without_validation_only_finite_results_are_kept():
   )
   assert output.measurements['student']['rolled_back'] == 1
   helpers.assert_weights_close(output.result.student, before.student, rtol=0)
+
+
+def _labels_alone(num_validated, **kwargs):
+  """A stage that learns from some labels, in a round without reports."""
+  ids = tff_kd.TransferSet(helpers.examples(24, 0)[0], validation_size=8)
+  payload = knowledge.KnowledgePayload(
+      np.zeros([24, helpers.CLASSES], 'f'), np.zeros([24], 'f')
+  )
+  known = np.zeros(24, bool)
+  known[ids.round_ids(0).numpy()[:10]] = True
+  known[ids.validation_ids().numpy()[:num_validated]] = True
+  return *_run(
+      tff_kd.Distillation(num_steps=20, distillation_weight=0.0),
+      labelled=True, label_mask=known, payload=payload, **kwargs,
+  ), known, ids.validation_ids().numpy()
+
+
+def _cross_entropy(weights, rows):
+  x = helpers.examples(24, 0)[0][rows]
+  p = helpers.softmax(x @ weights.trainable[0] + weights.trainable[1])
+  return -np.log(p[np.arange(len(x)), (x[:, 0] > 0).astype(int)]).mean()
+
+
+def test_without_targets_labels_validate():
+  output, before, known, rows = _labels_alone(5, rate=0.02)
+  measured = output.measurements['student']
+  assert measured['num_targets'] == 0 and measured['rolled_back'] == 0
+  assert measured['best_step'] == measured['num_steps'] == 20
+  rows = rows[known[rows]]
+  for name, weights in (('before', before.student), ('after', output.result.student)):
+    np.testing.assert_allclose(
+        measured[f'validation_loss_{name}'], _cross_entropy(weights, rows), rtol=1e-4
+    )
+  assert measured['validation_loss_after'] < measured['validation_loss_before']
+
+
+def test_without_targets_labels_roll_back_what_harms():
+  output, before, _, _ = _labels_alone(3, rate=1e4)
+  assert output.measurements['student']['rolled_back'] == 1
+  helpers.assert_weights_close(output.result.student, before.student, rtol=0)
+
+
+def test_without_targets_and_labels_there_is_no_validation():
+  output, before, known, _ = _labels_alone(0)
+  measured = output.measurements['student']
+  assert measured['rolled_back'] == 0 and measured['best_step'] == 20
+  known = np.flatnonzero(known)
+  assert _cross_entropy(output.result.student, known) < _cross_entropy(
+      before.student, known
+  )
 
 
 @pytest.mark.parametrize('labelled', [False, True])

@@ -252,8 +252,10 @@ def build_server_distillation(
     steps, the first and last batch's loss, how many examples had a target, and whether
     the result was rolled back to what was there before; with a validation part, the
     validation loss before and after: the supervised loss where all transfer examples
-    have labels, else the distillation loss against the target. A model takes no steps
-    to learn from a teacher that had nothing to learn from in this round.
+    have labels, else the distillation loss against the target. Where no validation
+    example has a target, it is the supervised loss of those with labels; without
+    any, it is 0 and the result is kept, as without a validation part. A model takes no
+    steps to learn from a teacher that had nothing to learn from in this round.
   """
   uses_ensemble = any(stage.uses_ensemble for stage in stages)
   if uses_ensemble:
@@ -763,23 +765,46 @@ class Lesson:
   def _validation_loss(
       self, values: models.ModelValues, validation: Optional[_Examples]
   ) -> tf.Tensor:
-    """The loss on the validation part; 0 without one."""
+    """The loss on the validation part; 0 where there is nothing to compare with."""
     if validation is None:
       return tf.zeros([])
     transfer_set, learner = self._transfer_set, self._learner
-    if transfer_set.fully_labelled:
+
+    def supervised() -> tf.Tensor:
       outputs = learner.call(
           values, transfer_set.gather_inputs(validation.ids)
       ).outputs
       labels = transfer_set.gather_labels(validation.ids)
-      return tf.cast(learner.supervised_loss(labels, outputs), tf.float32)
-    logits = knowledge.predict_logits(
-        models.BoundModel(learner, values), transfer_set, validation.ids
-    )
-    return losses.weighted_mean(
-        self._loss(validation.target_logits, logits, self._distillation.temperature),
-        validation.mask,
-    )
+      mask = None
+      if not transfer_set.fully_labelled:
+        # Where a label is unknown, its entry may be anything.
+        labels, _ = learner.usable_labels(labels)
+        mask = transfer_set.gather_label_weights(validation.ids)
+      return tf.cast(learner.supervised_loss(labels, outputs, mask), tf.float32)
+
+    def distilled() -> tf.Tensor:
+      logits = knowledge.predict_logits(
+          models.BoundModel(learner, values), transfer_set, validation.ids
+      )
+      loss = losses.weighted_mean(
+          self._loss(validation.target_logits, logits, self._distillation.temperature),
+          validation.mask,
+      )
+      return tf.cast(loss, tf.float32)
+
+    if transfer_set.fully_labelled:
+      return supervised()
+    if not transfer_set.labelled:
+      return distilled()
+    return tf.cond(tf.reduce_any(validation.mask > 0.0), distilled, supervised)
+
+  def _can_validate(self, validation: _Examples) -> tf.Tensor:
+    """Returns whether an example of the validation part has a target or a label."""
+    transfer_set = self._transfer_set
+    if transfer_set.fully_labelled:
+      return tf.constant(True)
+    labelled = transfer_set.gather_label_weights(validation.ids)
+    return tf.reduce_any(validation.mask > 0.0) | tf.reduce_any(labelled > 0.0)
 
   def _better(
       self, now: _Steps, best: _Best, validation: Optional[_Examples]
@@ -790,7 +815,7 @@ class Lesson:
     if validation is not None:
       current_loss = self._validation_loss(now.values, validation)
       # False for a loss that is not a number.
-      improved = tf.logical_and(improved, current_loss < loss)
+      improved &= (current_loss < loss) | ~self._can_validate(validation)
       loss = tf.where(improved, current_loss, loss)
     weights, optimizer = tf.nest.map_structure(
         lambda new, old: tf.where(improved, new, old),
