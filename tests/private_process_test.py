@@ -1,5 +1,6 @@
 """Clients that keep their models: whole rounds against NumPy, and resumed."""
 
+import dataclasses
 import functools
 
 import keras
@@ -280,6 +281,37 @@ def test_cfd_refuses_bits_and_parts_without_a_meaning():
             transfer_set=tff_kd.TransferSet(_X, _Y),
             pretraining=stage,
         )
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Remembering(knowledge.consensus.WrappedRule):
+  """A rule with a state that needs no average."""
+
+  keeps_state = True
+
+  def initial_state(self, logits_shape):
+    return tf.zeros([])
+
+
+@pytest.mark.parametrize('build', [_ds_fl, _fed_md])
+def test_a_rule_with_a_state_is_refused_where_clients_learn_the_consensus(build):
+  with pytest.raises(ValueError, match='_Remembering.*keeps a state.*keeps none'):
+    build(consensus_rule=_Remembering(knowledge.MeanLogits()))
+
+
+@pytest.mark.parametrize('build', [_ds_fl, _cfd])
+@pytest.mark.parametrize('target', [0.0, 0.5, 1.0])
+def test_clients_have_nothing_to_blend_the_consensus_with(build, target):
+  with pytest.raises(ValueError, match=f"`target` must be 'ensemble', found {target}"):
+    build(distillation=tff_kd.Distillation(target=target))
+
+
+def test_clients_do_not_learn_from_diversity():
+  with pytest.raises(ValueError, match='`diversity_weight` at 0, found 0.5'):
+    _ds_fl(
+        consensus_rule=knowledge.CertaintyWithDiversity(),
+        distillation=tff_kd.Distillation(diversity_weight=0.5),
     )
 
 

@@ -360,7 +360,8 @@ def check_stage(
 ) -> None:
   """Raises an error if clients cannot learn from a consensus in this way.
 
-  Clients' models have no teacher beside them.
+  A client learns from the consensus alone: it has no other model beside its own, what
+  comes down has no diversity, and every round's consensus is made anew.
 
   Args:
     stage: The lesson of a client.
@@ -369,7 +370,8 @@ def check_stage(
 
   Raises:
     TypeError: If the stage's optimizer is not one.
-    ValueError: If the stage lacks something it needs.
+    ValueError: If the stage lacks something it needs, or has or needs something that
+      does not come down to clients.
   """
   if rule is not None and rule.needs_certainty:
     raise ValueError(
@@ -382,6 +384,23 @@ def check_stage(
         f'The rule {rule!r} takes what the averaged student predicts, and where clients '
         "keep their models nothing is averaged. Take a `prior` of 'uniform', 'em' or "
         'given probabilities.'
+    )
+  if rule is not None and rule.keeps_state:
+    raise ValueError(
+        f'The rule {rule!r} keeps a state from round to round, and the consensus that '
+        'clients learn from is made by `decode`, without a state. Take a rule that keeps '
+        'none.'
+    )
+  d = stage.distillation
+  if not isinstance(d.target, str):
+    raise ValueError(
+        'Clients that learn from the consensus have no other model to blend it with: '
+        f"the distillation's `target` must be 'ensemble', found {d.target!r}."
+    )
+  if d.diversity_weight:
+    raise ValueError(
+        'The diversity of the consensus is not sent to clients, which learn from the '
+        f'consensus alone: leave `diversity_weight` at 0, found {d.diversity_weight!r}.'
     )
   server_distillation_lib.check_stages(
       [stage],
