@@ -1,5 +1,8 @@
 """Clients' private states in files."""
 
+import os
+
+import ml_dtypes
 import numpy as np
 import pytest
 
@@ -92,6 +95,21 @@ def test_a_file_of_another_model_is_refused(tmp_path):
     store.load([5])
 
 
+def test_bfloat16_comes_back_as_it_was(tmp_path):
+  values = np.array([[1.5, -2.0, 3.0]], ml_dtypes.bfloat16)
+  initial = {'w': np.zeros_like(values), 'n': np.zeros([], ml_dtypes.bfloat16)}
+  store = client_states.ClientStates(initial, tmp_path)
+  store.save([5], [{'w': values, 'n': values[0, 0]}], 1)
+  (found,) = client_states.ClientStates(initial, tmp_path).load([5])
+  assert found['w'].dtype == found['n'].dtype == ml_dtypes.bfloat16
+  np.testing.assert_array_equal(found['w'], values)
+  assert found['n'] == 1.5 and found['n'].shape == ()
+  # Other numbers of as many bytes are not taken for it.
+  half = {'w': np.zeros([1, 3], np.float16), 'n': np.zeros([], np.float16)}
+  with pytest.raises(client_states.ClientStatesError, match='of another model'):
+    client_states.ClientStates(half, tmp_path).load([5])
+
+
 def test_a_write_that_broke_off_leaves_what_was_there(tmp_path):
   store = client_states.ClientStates(_state(0), tmp_path)
   store.save([5], [_state(1)], 1)
@@ -141,3 +159,29 @@ def test_a_run_can_begin_with_what_clients_had(tmp_path):
   again.save([5], [_state(20)], 1)
   again.rewind(0)
   assert _values(again, [5, 6]) == [2, 7] and len(list(tmp_path.iterdir())) == 2
+
+
+@pytest.mark.parametrize('fails_at', [0, 1])
+def test_a_restart_that_broke_off_can_be_repeated(tmp_path, monkeypatch, fails_at):
+  store = client_states.ClientStates(_state(0), tmp_path)
+  for round_num in (1, 2, 3):
+    store.save([5, 6], [_state(round_num), _state(10 + round_num)], round_num)
+  calls = []
+
+  class Killed(Exception):
+    pass
+
+  def replace(*args, replace=os.replace):
+    calls.append(args)
+    if len(calls) > fails_at:
+      raise Killed
+    replace(*args)
+
+  with monkeypatch.context() as patch:
+    patch.setattr(os, 'replace', replace)
+    with pytest.raises(Killed):
+      client_states.ClientStates(_state(0), tmp_path).restart()
+  again = client_states.ClientStates(_state(0), tmp_path)
+  again.restart()
+  assert _values(again, [5, 6], round_num=0) == [3, 13]
+  assert len(list(tmp_path.iterdir())) == 2

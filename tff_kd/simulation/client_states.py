@@ -117,6 +117,7 @@ class ClientStates:
           f'damaged: {path} ({error}). Resume from an earlier checkpoint, or delete the '
           'file to take what the client had before.'
       ) from error
+    found = [_of_dtype(array, leaf.dtype) for array, leaf in zip(found, leaves)]
     for leaf, array in zip(leaves, found):
       if leaf.shape != array.shape or leaf.dtype != array.dtype:
         raise ClientStatesError(
@@ -178,9 +179,10 @@ class ClientStates:
   def restart(self) -> None:
     """Makes what clients have now what they have before the first round."""
     for client, rounds in list(self._rounds.items()):
+      # First: if this breaks off, the latest file is still the last one.
+      self._drop(client, rounds[:-1])
       os.replace(self._path(client, rounds[-1]), self._path(client, 0))
-      self._rounds[client] = [0, *(number for number in rounds[:-1] if number)]
-      self._drop(client, self._rounds[client][1:])
+      self._rounds[client] = [0]
     self._earlier = -1
 
   def prune(self, round_num: int, kept_rounds: Sequence[int] = ()) -> None:
@@ -208,3 +210,15 @@ class ClientStates:
 
   def _path(self, client: int, round_num: int) -> pathlib.Path:
     return self._directory / f'client-{client}-round-{round_num}.npz'
+
+
+def _of_dtype(array: np.ndarray, dtype: np.dtype) -> np.ndarray:
+  """Returns an array of a file with the dtype that it was saved with.
+
+  The .npy format has no name for dtypes that NumPy does not know itself, such as
+  bfloat16, and holds their bytes as void.
+  """
+  is_untyped = array.dtype.kind == dtype.kind == 'V'
+  if is_untyped and array.dtype.itemsize == dtype.itemsize:
+    return array.view(dtype)
+  return array
