@@ -660,6 +660,45 @@ def test_training_begins_with_the_states_that_it_is_given(batches, tmp_path):
   helpers.assert_weights_close(loaded[0], before, rtol=0)
 
 
+def test_a_run_that_is_killed_before_its_first_checkpoint_begins_with_the_same_states(
+    batches, tmp_path
+):
+  process = _ds_fl(client_data=batches, input_spec=batches.element_spec)
+
+  class Killed(Exception):
+    pass
+
+  class KilledInRound1(tff_kd.simulation.Callback):
+
+    def on_round_end(self, training, metrics):
+      raise Killed
+
+  results, kept = [], []
+  for name in ('whole', 'parts'):
+    store = client_states.ClientStates(
+        process.initialize_client(), tmp_path / name / 'clients'
+    )
+    before = tff_kd.simulation.train(
+        process, select_clients=lambda _: range(6), num_rounds=1, client_states=store
+    )
+    train = functools.partial(
+        _train, process, tmp_path / name, 3, initial_state=before.state
+    )
+    if name == 'parts':  # Checkpoints are of rounds 2 and 3.
+      with pytest.raises(Killed):
+        train(callbacks=[KilledInRound1()])
+    results.append(train().state)
+    store = client_states.ClientStates(
+        process.initialize_client(), tmp_path / name / 'clients'
+    )
+    kept.append(store.load(range(6)))
+  for found, expected in zip(
+      tf.nest.flatten((results[1], kept[1])), tf.nest.flatten((results[0], kept[0])),
+      strict=True,
+  ):
+    np.testing.assert_array_equal(found, expected)
+
+
 def test_client_numbers_are_needed_and_come_once(batches, tmp_path):
   process = _ds_fl(client_data=batches, input_spec=batches.element_spec)
   store = client_states.ClientStates(process.initialize_client(), tmp_path)

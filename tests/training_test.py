@@ -96,6 +96,40 @@ def test_a_resumed_run_is_exact(process, tmp_path, rounds_per_saving):
   assert finished.history == [] and finished.best_round == 2
 
 
+def test_a_resumed_run_with_another_metric_chooses_the_best_anew(
+    process, tmp_path, caplog
+):
+  # The first metric's best value, .9, is above what the second one's ever is.
+  scores, errors = [0.9, 0.2, 0.3, 0.1], [1.0, 2.0, 4.0, 3.0]
+
+  def evaluate(state):
+    round_num = int(state.round_num) - 1
+    return {'score': scores[round_num], 'error': errors[round_num]}
+
+  evaluate.metric_names = ('score', 'error')
+  kwargs = dict(select_clients=_data, evaluate=evaluate)
+  kwargs['program_state_manager'] = simulation.Checkpoints(tmp_path)
+  result = simulation.train(process, num_rounds=2, monitor='score', **kwargs)
+  assert result.best_round == 1
+  changed = dict(monitor='error', monitor_mode='min')
+  result = simulation.train(process, num_rounds=2, **changed, **kwargs)
+  assert result.best_round == 2
+  helpers.assert_weights_close(result.best_state, result.state, rtol=0)
+  assert (
+      'round 2 was chosen by score (max), and this training chooses by error (min)'
+  ) in caplog.text
+  result = simulation.train(process, num_rounds=4, patience=2, **changed, **kwargs)
+  assert result.best_round == 4 and result.best_state.round_num == 4
+  assert len(result.history) == 2 and not result.converged
+  # The checkpoints after that are the new metric's.
+  caplog.clear()
+  result = simulation.train(process, num_rounds=4, **changed, **kwargs)
+  assert result.best_round == 4 and 'chosen' not in caplog.text
+  # Another mode of it is another choice, too.
+  result = simulation.train(process, num_rounds=4, monitor='error', **kwargs)
+  assert 'by error (min), and this training chooses by error (max)' in caplog.text
+
+
 @pytest.mark.parametrize(
     'kwargs, message',
     [

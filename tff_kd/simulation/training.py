@@ -28,6 +28,8 @@ from tff_kd.simulation import participation
 
 ROUND_SECONDS = 'round_seconds'
 _COUNTS = 'client_work/participation/num_'
+# In a checkpoint's JSON: the metric that has chosen the best state, and its mode.
+_MONITORED = 'monitored'
 # What TFF's optimizers call in their state what is chosen and not learned.
 _HYPERPARAMETERS = frozenset(
     [
@@ -75,7 +77,8 @@ class _Progress(NamedTuple):
   best_value: Any
   # How often each private round has begun, as JSON; () without an accountant.
   private_rounds: Any
-  # What the process is, as JSON: one of another model or rate cannot go on from here.
+  # What the process is, as JSON: one of another model or rate cannot go on from here;
+  # and what is monitored, which may change.
   made_by: Any
   # What callbacks remember, as JSON.
   callbacks: Any
@@ -162,7 +165,9 @@ def train(
     evaluate: Maps the state after a round to metrics. If it tells their names
       (`metric_names`), it is not called before the first round to see them.
     monitor: The metric, of `evaluate` or of the process, whose best value makes the
-      best state. Needed for `patience`.
+      best state. Needed for `patience`. If it, or its mode, is another than that of the
+      checkpoint that is resumed, the best state is chosen anew from there on, with a
+      warning.
     monitor_mode: 'max' if higher is better, 'min' if lower is, as in Keras.
     patience: Stop after so many rounds without a better `monitor`.
     initial_state: Where to begin if nothing was saved; `process.initialize()` if
@@ -175,7 +180,8 @@ def train(
     client_states: The clients' own states, of a `StatefulClientsProcess`.
       `select_clients` then returns numbers or names. It is part of what is saved: a
       resumed run goes on with what clients had at its checkpoint. With an
-      `initial_state`, training begins with what they have.
+      `initial_state`, training begins with what they have; that is saved as round 0 at
+      once, if there is a `program_state_manager`.
     accountant: For a process with `privacy`; adds `privacy/epsilon`, what all rounds so
       far have cost, and `privacy/rounds`, how many have begun, to the metrics, saves the
       account with the training, and ends the training before its budget would be
@@ -320,25 +326,51 @@ class _Training:
     progress = _Progress(
         state, state, np.int32(0), np.float64(-math.inf),
         () if self.accountant is None else self.accountant.saved(),
-        _made_by(self.process, state),
+        _made_by(self.process, state, self._monitored),
         callbacks_lib.saved_states(self.callbacks),
     )
-    round_num = 0
+    round_num, is_resumed = 0, False
     if self.program_state_manager is not None:
       saved, version = self._wait(
           self.program_state_manager.load_latest(progress)
       )
       if saved is not None:
         _check_made_by(saved.made_by, progress.made_by)
+        is_resumed, made_by = True, progress.made_by
         progress, round_num = saved, version
         if self.accountant is not None:
           self.accountant.restore(progress.private_rounds)
         callbacks_lib.restore_states(self.callbacks, progress.callbacks)
     self.completed = _Completed(progress, round_num, ())
     self._note_saved(self.completed)
-    if self.client_states is not None:
-      _begin_clients(self.client_states, round_num, initial_state)
+    if is_resumed:
+      progress = _choosing_by(progress, round_num, made_by)
+      self.completed = self.completed._replace(progress=progress)
     self._check_monitors(state)
+    if self.client_states is not None:
+      self._begin_clients(is_resumed, initial_state)
+
+  @property
+  def _monitored(self) -> Optional[str]:
+    """Returns what chooses the best state, `None` where nothing does."""
+    return None if self.monitor is None else f'{self.monitor} ({self.monitor_mode})'
+
+  def _begin_clients(self, is_resumed: bool, initial_state: Any) -> None:
+    """Brings what clients keep to where the training begins or goes on."""
+    if is_resumed:
+      self.client_states.rewind(self.completed.round_num)
+    elif initial_state is not None:
+      self.client_states.restart()
+      if self.program_state_manager is not None:
+        # A training that is killed in the first rounds begins here again, and not with
+        # what these have left at clients.
+        self._save(self.completed)
+    elif self.client_states.clients():
+      raise ValueError(
+          '`client_states` holds what clients have after earlier rounds, and the '
+          'training starts from round 1. Call `client_states.rewind(0)` to forget it, or '
+          'choose another folder; to go on, pass the server\'s `initial_state`.'
+      )
 
   def _check_monitors(self, state: Any) -> None:
     """Refuses what is monitored and will not be there."""
@@ -510,9 +542,11 @@ class _Training:
     self.best_rounds[completed.round_num] = int(completed.progress.best_round)
 
 
-def _made_by(process: tff.learning.templates.LearningProcess, state: Any) -> bytes:
+def _made_by(
+    process: tff.learning.templates.LearningProcess, state: Any, monitored: Optional[str]
+) -> bytes:
   """Returns the settings of a process that the shapes of its state do not show."""
-  made_by = {}
+  made_by = {_MONITORED: monitored}
   for path, leaf in tree.flatten_with_path(state):
     if path and path[-1] in _HYPERPARAMETERS:
       made_by['/'.join(map(str, path))] = np.asarray(leaf).tolist()
@@ -526,6 +560,8 @@ def _made_by(process: tff.learning.templates.LearningProcess, state: Any) -> byt
 def _check_made_by(saved: bytes, now: bytes) -> None:
   """Refuses to go on with what another process has saved."""
   before, after = json.loads(saved), json.loads(now)
+  for settings in (before, after):
+    settings.pop(_MONITORED, None)
   changed = [
       f'{name}: {before.get(name)} there, {after.get(name)} here'
       for name in sorted({*before, *after})
@@ -536,6 +572,32 @@ def _check_made_by(saved: bytes, now: bytes) -> None:
         f'The checkpoint was made by another process ({"; ".join(changed)}). Go on with '
         'the same settings, or start again in another folder.'
     )
+
+
+def _choosing_by(progress: _Progress, round_num: int, made_by: bytes) -> _Progress:
+  """Returns loaded progress, with the best state chosen anew if by another metric.
+
+  Args:
+    progress: As loaded.
+    round_num: The round after which it was saved.
+    made_by: `made_by` of this training.
+  """
+  before, now = json.loads(progress.made_by), json.loads(made_by)[_MONITORED]
+  # Of what an earlier version has saved, it is not known.
+  is_same = before.get(_MONITORED, now) == now
+  progress = progress._replace(made_by=made_by)
+  if is_same:
+    return progress
+  logging.warning(
+      'The best state of the checkpoint of round %d was chosen by %s, and this training '
+      'chooses by %s: the best state is chosen anew, among that of round %d and those '
+      'after it.',
+      round_num, before[_MONITORED] or 'no metric', now or 'no metric', round_num,
+  )
+  return progress._replace(
+      best_state=progress.state, best_round=np.int32(round_num),
+      best_value=np.float64(-math.inf),
+  )
 
 
 def left_out(metrics: Mapping[str, float]) -> dict[str, int]:
@@ -563,22 +625,6 @@ def _warn_of_left_out(
     )
   elif causes and sum(bool(left_out(row)) for row in history) < _MAX_WARNINGS:
     logging.warning('Round %d leaves out clients (%s).', round_num, causes)
-
-
-def _begin_clients(
-    client_states: client_states_lib.ClientStates, round_num: int, initial_state: Any
-) -> None:
-  """Brings what clients keep to where the training begins or goes on."""
-  if round_num:
-    client_states.rewind(round_num)
-  elif initial_state is not None:
-    client_states.restart()
-  elif client_states.clients():
-    raise ValueError(
-        '`client_states` holds what clients have after earlier rounds, and the training '
-        'starts from round 1. Call `client_states.rewind(0)` to forget it, or choose '
-        'another folder; to go on, pass the server\'s `initial_state`.'
-    )
 
 
 def _check_participation(
