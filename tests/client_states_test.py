@@ -1,6 +1,7 @@
 """Clients' private states in files."""
 
 import os
+import pathlib
 
 import ml_dtypes
 import numpy as np
@@ -161,27 +162,31 @@ def test_a_run_can_begin_with_what_clients_had(tmp_path):
   assert _values(again, [5, 6]) == [2, 7] and len(list(tmp_path.iterdir())) == 2
 
 
-@pytest.mark.parametrize('fails_at', [0, 1])
-def test_a_restart_that_broke_off_can_be_repeated(tmp_path, monkeypatch, fails_at):
-  store = client_states.ClientStates(_state(0), tmp_path)
-  for round_num in (1, 2, 3):
-    store.save([5, 6], [_state(round_num), _state(10 + round_num)], round_num)
-  calls = []
-
+def test_a_restart_that_broke_off_can_be_repeated(tmp_path, monkeypatch):
   class Killed(Exception):
     pass
 
-  def replace(*args, replace=os.replace):
-    calls.append(args)
-    if len(calls) > fails_at:
-      raise Killed
-    replace(*args)
+  for done in range(5):  # Each client: two files are dropped, one is moved.
+    folder = tmp_path / str(done)
+    store = client_states.ClientStates(_state(0), folder)
+    for round_num in (1, 2, 3):
+      store.save([5, 6], [_state(round_num), _state(10 + round_num)], round_num)
+    left = iter(range(done))
 
-  with monkeypatch.context() as patch:
-    patch.setattr(os, 'replace', replace)
-    with pytest.raises(Killed):
-      client_states.ClientStates(_state(0), tmp_path).restart()
-  again = client_states.ClientStates(_state(0), tmp_path)
-  again.restart()
-  assert _values(again, [5, 6], round_num=0) == [3, 13]
-  assert len(list(tmp_path.iterdir())) == 2
+    def killed_after(function, left=left):
+      def call(*args, **kwargs):
+        if next(left, None) is None:
+          raise Killed
+        return function(*args, **kwargs)
+
+      return call
+
+    with monkeypatch.context() as patch:
+      patch.setattr(os, 'replace', killed_after(os.replace))
+      patch.setattr(pathlib.Path, 'unlink', killed_after(pathlib.Path.unlink))
+      with pytest.raises(Killed):
+        client_states.ClientStates(_state(0), folder).restart()
+    again = client_states.ClientStates(_state(0), folder)
+    again.restart()
+    assert _values(again, [5, 6], round_num=0) == [3, 13]
+    assert len(list(folder.iterdir())) == 2
