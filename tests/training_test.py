@@ -375,6 +375,33 @@ def test_early_stopping(process, tmp_path):
     simulation.train(process, callbacks=[stopping(monitor='scores')], **kwargs)
 
 
+def test_early_stopping_that_is_new_to_a_resumed_run_counts_from_there(
+    process, tmp_path
+):
+  # .9 of the first metric is above what the second one's ever is.
+  scores = [0.0, 0.9, 0.2, 0.3, 0.1, 0.1, 0.1, 0.1]
+  kwargs = dict(
+      select_clients=_data, program_state_manager=simulation.Checkpoints(tmp_path),
+      evaluate=lambda state: {
+          'score': scores[int(state.round_num)], 'error': 7.0 - int(state.round_num)
+      },
+  )
+
+  def train(num_rounds, **changes):
+    arguments = dict(monitor='score', patience=2) | changes
+    callback = simulation.EarlyStopping(**arguments)
+    return simulation.train(
+        process, num_rounds=num_rounds, callbacks=[callback], **kwargs
+    )
+
+  assert train(3).stop_reason.startswith('score')
+  # The errors fall from round to round, and are above .9 all the time.
+  assert train(4, monitor='error', mode='min').stop_reason is None
+  # The highest of them is that of the first round from there on, 5.
+  result = train(7, monitor='error')
+  assert result.round_num == 7 and result.stop_reason.startswith('error')
+
+
 class _Rates(simulation.Callback):
 
   def __init__(self, part):

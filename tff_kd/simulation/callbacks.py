@@ -158,7 +158,8 @@ def _summary(training: Training, metrics: Mapping[str, Any]) -> str:
 class EarlyStopping(Callback):
   """Stops when a metric has not become better for some rounds.
 
-  As `keras.callbacks.EarlyStopping`. What it has seen is part of checkpoints.
+  As `keras.callbacks.EarlyStopping`. What it has seen is part of checkpoints; a resumed
+  training with another metric, or another mode, counts from where it is resumed.
   """
 
   def __init__(
@@ -183,14 +184,16 @@ class EarlyStopping(Callback):
       raise ValueError(f'`min_delta` must be finite, 0 or more, found {min_delta!r}.')
     self.monitor = monitor
     self._patience, self._min_delta = patience, min_delta
-    self._sign = 1.0 if mode == 'max' else -1.0
+    self._mode, self._sign = mode, 1.0 if mode == 'max' else -1.0
     self._best, self._best_round = -math.inf, 0
+    self._is_restored = False
 
   def on_train_begin(self, training: Training) -> None:
-    if training.round_num:
-      self._check(training)
-    else:  # A training of its own, whatever this callback has seen before.
-      self._best, self._best_round = -math.inf, 0
+    if not training.round_num or not self._is_restored:
+      # Whatever this callback has seen before was another training.
+      self._best, self._best_round = -math.inf, training.round_num
+    self._is_restored = False
+    self._check(training)
 
   def on_round_end(self, training: Training, metrics: Mapping[str, Any]) -> None:
     value = self._sign * float(metrics[self.monitor])
@@ -203,10 +206,15 @@ class EarlyStopping(Callback):
       training.stop(f'{self.monitor} was not better for {self._patience} rounds')
 
   def get_state(self) -> Any:
-    return {'best': self._best, 'best_round': self._best_round}
+    return {
+        'best': self._best, 'best_round': self._best_round,
+        'monitor': self.monitor, 'mode': self._mode,
+    }
 
   def set_state(self, state: Any) -> None:
-    self._best, self._best_round = state['best'], state['best_round']
+    if (state.get('monitor'), state.get('mode')) == (self.monitor, self._mode):
+      self._best, self._best_round = state['best'], state['best_round']
+      self._is_restored = True
 
 
 class LearningRateSchedule(Callback):
