@@ -3,7 +3,6 @@
 from collections.abc import Callable
 import csv
 import dataclasses
-import json
 import os
 import pathlib
 from typing import Any, NamedTuple, Optional
@@ -13,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from pipelines import run_folders
 import tff_kd
 from tff_kd import algorithms
 
@@ -337,6 +337,4 @@ def _write(
           np.median([row[tff_kd.simulation.ROUND_SECONDS] for row in rounds])
       ),
   }
-  partial = results.with_suffix('.partial')
-  partial.write_text(json.dumps(content, indent=2) + '\n')
-  os.replace(partial, results)
+  run_folders.write_json(results, content)

@@ -25,17 +25,8 @@ class KeptModels:
     Args:
       run_dir: The folder of the run.
       process: The run's process, with `kept_models`.
-
-    Raises:
-      UserError: If the run has not ended.
     """
-    path = run_dir / train_folder.RESULTS
-    if not path.exists():
-      raise UserError(
-          f'The run in {run_dir} has not ended: it has no {path.name}. Go on with it: '
-          f'{train_folder.resume_command(run_dir)}'
-      )
-    results = json.loads(path.read_text())
+    results = json.loads((run_dir / train_folder.RESULTS).read_text())
     self._best_round = results['best_round']
     self._students = process.kept_models
     self.specs = self._students.specs
@@ -89,9 +80,17 @@ def load(run_dir: pathlib.Path) -> Optional[KeptModels]:
 
   Args:
     run_dir: The folder of the run.
+
+  Raises:
+    UserError: If the run has not ended.
   """
   if not (run_dir / 'clients').is_dir():
     return None
+  if not (run_dir / train_folder.RESULTS).exists():
+    raise UserError(
+        f'The run in {run_dir} has not ended: it has no {train_folder.RESULTS}. Go on '
+        f'with it: {train_folder.resume_command(run_dir)}'
+    )
   with train_setup.errors_for_users():
     process = train_setup.prepare().process
   if getattr(process, 'kept_models', None) is None:

@@ -194,7 +194,7 @@ def test_clients_with_models_of_their_own(name, tmp_path, monkeypatch):
     assert (folder / 'evaluation' / 'confusion_client.png').exists()
     (folder / 'results.json').unlink()
     with pytest.raises(pipelines.UserError, match='has not ended.*Go on with it'):
-      kept.KeptModels(folder, None)
+      kept.load(folder)
 
 
 # The algorithm's rounds are in `private_process_test`, its flags in `train_flags_test`.
