@@ -207,22 +207,22 @@ class LocalTraining:
     counts = self._counts_of_dataset(dataset) if start.needs_class_counts else None
     batches = iter(dataset)
 
-    def next_batch(_, progress: _Progress):
-      batch = batches.get_next_as_optional()
+    def next_batch(batch: Any, progress: _Progress):
+      value = batch.get_value()
+      size = tf.shape(tf.nest.flatten(value)[0])[0]
+      progress = tf.cond(
+          size > 0,
+          lambda: self._step(progress, value, start, counts=counts),
+          # An empty batch has no loss: 0 / 0.
+          lambda: progress,
+      )
+      return batches.get_next_as_optional(), progress
 
-      def step():
-        value = batch.get_value()
-        size = tf.shape(tf.nest.flatten(value)[0])[0]
-        # An empty batch has no loss: 0 / 0.
-        return True, tf.cond(
-            size > 0,
-            lambda: self._step(progress, value, start, counts=counts),
-            lambda: progress,
-        )
-
-      return tf.cond(batch.has_value(), step, lambda: (False, progress))
-
-    return tf.while_loop(lambda more, _: more, next_batch, (True, progress))[1]
+    return tf.while_loop(
+        lambda batch, _: batch.has_value(),
+        next_batch,
+        (batches.get_next_as_optional(), progress),
+    )[1]
 
   def _over_slices(
       self, client: tf.Tensor, start: Start, progress: _Progress
