@@ -131,10 +131,15 @@ PICTURES: dict[str, Callable[[], Any]] = {
 }
 
 
-def _histories(folder: pathlib.Path) -> list[list[dict[str, float]]]:
-  """Returns the rows of the three seeds' runs."""
+_THREE, _FIVE = (3, 4, 5), (3, 4, 5, 6, 7)
+
+
+def _histories(
+    folder: pathlib.Path, seeds: Sequence[int] = _THREE
+) -> list[list[dict[str, float]]]:
+  """Returns the rows of the runs of these seeds."""
   found = []
-  for seed in (3, 4, 5):
+  for seed in seeds:
     with open(f'{folder}-{seed}/metrics.csv', newline='') as file:
       found.append([
           {name: float(value) for name, value in row.items() if value}
@@ -156,10 +161,10 @@ def _of_runs(runs: pathlib.Path) -> Iterator[tuple[str, Any]]:
   ]
   yield 'unlabelled.png', plots.curves(
       {
-          'FedAvg': _histories(folder / 'fed_avg'),
+          'FedAvg': _histories(folder / 'fed_avg', _FIVE),
           # In this order the colours are those of labelled.png.
-          'fed_distillation': _histories(folder / 'fed_distillation'),
-          'FedAvg, calibrated': _histories(folder / 'fed_avg-calibrate'),
+          'fed_distillation': _histories(folder / 'fed_distillation', _FIVE),
+          'FedAvg, calibrated': _histories(folder / 'fed_avg-calibrate', _FIVE),
           'fed_distillation as the first edition had it': first_edition,
       },
       metric='test accuracy', columns=_MODELS,
@@ -168,7 +173,7 @@ def _of_runs(runs: pathlib.Path) -> Iterator[tuple[str, Any]]:
   labelled = runs / 'labelled' / 'fed_distillation'
   alone = [
       json.loads(pathlib.Path(f'{labelled}-{seed}', 'results.json').read_text())['alone']
-      for seed in (3, 4, 5)
+      for seed in _THREE
   ]
   yield 'labelled.png', plots.curves(
       {

@@ -326,7 +326,7 @@ def test_pictures_of_runs(draw_results, tmp_path, monkeypatch):
       'unlabelled-0.05/fed_distillation', f'unlabelled-0.05/fed_distillation-{flags}',
       'unlabelled-0.1/fed_avg', 'labelled/fed_distillation',
   ):
-    for seed in (3, 4, 5):
+    for seed in (3, 4, 5, 6, 7):
       folder = tmp_path / f'{run}-{seed}'
       folder.mkdir(parents=True)
       with open(folder / 'metrics.csv', 'w', newline='') as file:
