@@ -19,6 +19,8 @@ import nbformat
 ROOT = pathlib.Path(__file__).resolve().parent.parent
 NOTEBOOKS = ROOT / 'docs' / 'notebooks'
 KERNEL = 'python3'  # Of the Python that runs this.
+# For a cell that hangs: a busy machine may take many times what an idle one takes.
+CELL_TIMEOUT_S = 1800
 
 
 def kernel_environment() -> dict[str, str]:
@@ -46,7 +48,7 @@ def run(notebook: nbformat.NotebookNode, folder: str) -> nbformat.NotebookNode:
     nbclient.exceptions.CellExecutionError: If a cell fails.
   """
   client = nbclient.NotebookClient(
-      notebook, timeout=600, kernel_name=KERNEL, record_timing=False,
+      notebook, timeout=CELL_TIMEOUT_S, kernel_name=KERNEL, record_timing=False,
       coalesce_streams=True,  # Of a progress bar, what is there at the end.
       resources={'metadata': {'path': folder}},
   )

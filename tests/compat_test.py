@@ -25,9 +25,9 @@ def test_another_backend_of_keras_is_refused_with_what_to_do():
   assert "KERAS_BACKEND='jax'" in done.stderr and 'Unset it' in done.stderr
 
 
-@pytest.mark.parametrize(
-    'first', ['from tff_kd import tff', helpers.slow('import tff_kd.runtime')]
-)
+# Starts Python anew; that scripts compute in their own process is in `in_process_test`.
+@pytest.mark.slow
+@pytest.mark.parametrize('first', ['from tff_kd import tff', 'import tff_kd.runtime'])
 def test_whatever_comes_first_computes_in_this_process(first):
   done = _python(
       f'{first}\n'

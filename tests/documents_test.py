@@ -27,10 +27,17 @@ def _pages(folder):
 
 
 _DOCS, _RESULTS = ['README.md', *_pages('docs')], _pages('docs/results')
+_NOTEBOOKS = sorted(
+    str(path.relative_to(helpers.ROOT))
+    for path in (helpers.ROOT / 'docs' / 'notebooks').glob('*.ipynb')
+)
 
 
 def _blocks(document, *languages):
   text = (helpers.ROOT / document).read_text()
+  if document in _NOTEBOOKS:
+    cells = json.loads(text)['cells']
+    return [''.join(its['source']) for its in cells if its['cell_type'] == 'code']
   found = re.findall(r'(?ms)^```(\w*)\n(.*?)^```$', text)
   return [block for language, block in found if language in languages]
 
@@ -85,17 +92,13 @@ _RUN = (
     'README.md', 'docs/library.md', 'docs/bring_your_own.md', 'docs/extending.md',
     'docs/tff_users.md',
 )
-# What a user runs first, and what stands on no other page. The others run in `make slow`.
-_OFTEN = ('README.md', 'docs/extending.md')
 
 
 @pytest.mark.parametrize(
     'document, is_whole',
     [
-        *(
-            (its if its[0] in _OFTEN else helpers.slow(*its))
-            for its in ((document, document not in _SHORTER) for document in _RUN)
-        ),
+        ('README.md', False),  # What a user runs first.
+        *(helpers.slow(its, its not in _SHORTER) for its in _RUN[1:]),
         *(helpers.slow(document, True) for document in _SHORTER),
     ],
 )
@@ -209,7 +212,7 @@ class _Names(ast.NodeVisitor):
     self.generic_visit(node)
 
 
-@pytest.mark.parametrize('document', (*_RUN, 'docs/privacy.md'))
+@pytest.mark.parametrize('document', (*_RUN, 'docs/privacy.md', *_NOTEBOOKS))
 def test_the_names_and_arguments_of_the_python_are_there(document):
   names = _Names()
   if document == 'docs/privacy.md':  # It goes on where that page's first block ends.

@@ -455,12 +455,53 @@ def _assert_same(ours, theirs):
       np.testing.assert_array_equal(x, y)
 
 
+# Starts the worker, whose whole rounds are in `runtimes_test`.
+@pytest.mark.slow
 @pytest.mark.parametrize('case', _CASES, ids=lambda case: case.__name__)
 def test_results_are_the_workers(case, of_worker):
   _assert_same(_run(case), of_worker[case])
 
 
-@pytest.mark.parametrize('kind', ['functional', helpers.slow('variables')])
+def test_sums_and_passes_in_numpy():
+  comp, args = _built(_sums)
+  for weights, values in args:
+    found = comp(weights, values)
+    expected = dict(
+        sum=np.sum(values, 0), mean=np.mean(values, 0), min=np.min(values, 0),
+        weighted=np.average(values, axis=0, weights=weights), max=np.max(weights),
+    )
+    assert list(found) == ['sum', 'mean', 'weighted', 'min', 'max']
+    for name, value in expected.items():
+      np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=1e-6)
+  comp, ((factor, values),) = _built(_passes)
+  small = np.sum(values, 1)
+  shifted = small - small.mean()
+  expected = [
+      factor**2, np.var(small), np.max(small - np.var(small)),
+      factor * np.sum(values, 0), shifted,
+  ]
+  for found, value in zip(comp(factor, values), expected, strict=True):
+    np.testing.assert_allclose(found, value, rtol=1e-5, atol=1e-5)
+
+
+def test_what_clients_and_the_server_are_given_and_give():
+  comp, _ = _built(_integers)
+  zipped, smallest, largest = comp([3, 1, -2], [10, 2**40, 7])
+  assert tuple(zipped) == (2, 2**40 + 17) and (smallest, largest) == (-2, 2**40)
+  comp, args = _built(_aggregate)
+  for (names,) in args:
+    joined = ''.join(names).encode()
+    assert comp(names) == Pair(joined, len(names) > 2)
+  comp, _ = _built(_nested_functions)
+  total, each, twice = comp([1, 2, 3], 4)
+  assert total == 2 * 2 * (1 + 2 + 3)
+  assert each == [Pair(4, (16, 4))] * 3 and tuple(twice) == (16, 4)
+  comp, _ = _built(_secure_sums)
+  assert tuple(comp([3, 50, 4])) == (57, 57, 57 % 7)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize('kind', ['functional', 'variables'])
 def test_federated_averaging_is_the_workers(kind):
   with runtime.tff_worker():
     expected = _two_rounds(kind)

@@ -68,6 +68,8 @@ def test_a_run_is_reported_evaluated_and_exported(labels, model, tmp_path, capsy
     assert file['accuracy'] == file['keras_accuracy']
 
 
+# Rounds with weights are in `weights_test` and `contract_test`.
+@pytest.mark.slow
 def test_a_task_may_have_sample_weights(tmp_path):
   _write_kind(tmp_path, 'class numbers', 'functional', has_weights=True)
   run_dir = tmp_path / 'run'

@@ -158,6 +158,8 @@ def test_what_needs_a_whole_student_is_refused():
     _build('lg_fed_avg', student_fn=frozen)
 
 
+# Of other models, in `tasks_script_test`.
+@pytest.mark.slow
 def test_the_scripts_evaluate_clients_own_models(tmp_path):
   helpers.train_here(
       *helpers.TINY_RUN, '--algorithm=fed_per', '--rounds=2',
@@ -173,6 +175,7 @@ def test_the_scripts_evaluate_clients_own_models(tmp_path):
   assert said.returncode == 0, said.stderr
 
 
+@pytest.mark.slow
 def test_clients_own_models_are_exported(tmp_path):
   helpers.train_here(
       *helpers.TINY_RUN, '--algorithm=fed_per', '--rounds=1', '--clients_per_round=4',

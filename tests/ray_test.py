@@ -7,6 +7,7 @@ import pytest
 import tensorflow as tf
 
 from tests import helpers
+from tests import ray_stand_in
 from tests import runtimes_test
 import tff_kd
 from tff_kd.compat import tff
@@ -14,7 +15,6 @@ from tff_kd.compat import tff
 pytest.importorskip('ray', reason='pip install --require-hashes -r requirements-ray.txt')
 
 _NUM_CLIENTS = 20  # Three groups, of which the last one is not full.
-
 
 
 @pytest.fixture(scope='module')
@@ -25,11 +25,15 @@ def many():
   return tff_kd.ClientBatches(data=data, batch_size=4, num_epochs=2, seed=0)
 
 
-@pytest.fixture(scope='module')
-def on_ray():
-  """The one start of Ray in `make test`."""
+@pytest.fixture(scope='module', params=['stand-in', helpers.slow('ray')])
+def on_ray(request):
+  """Two workers of Ray, whose start takes a minute; or what does their work here."""
+  if request.param == 'stand-in':
+    with ray_stand_in.context(num_workers=2) as context:
+      yield context
+    return
   with tff_kd.runtime.ray(
-      num_workers=2, resources={'CPU': 0.5}, start_timeout_s=300.0
+      num_workers=2, resources={'CPU': 0.5}, start_timeout_s=600.0
   ) as context:
     yield context
 
@@ -165,7 +169,7 @@ def test_a_python_dataset_is_refused(on_ray):
 
 
 @pytest.mark.slow
-def test_the_script_has_the_same_rounds(on_ray, tmp_path):
+def test_the_script_has_the_same_rounds(tmp_path):
   tables = []
   for name, flags in {
       'here': (), 'ray': ('--ray_address=local', '--ray_resources=CPU=0.5')

@@ -92,6 +92,8 @@ def load(*, data_dir, **kwargs):
 '''
 
 
+# What a task is measured by is in `tasks_test`, too.
+@pytest.mark.slow
 def test_a_task_names_its_metrics(tmp_path):
   (tmp_path / 'own.py').write_text(_METRICS_TASK)
   run = tmp_path / 'run'

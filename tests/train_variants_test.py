@@ -1,4 +1,9 @@
-"""`pipelines.train` with other data, other algorithms, hindered clients."""
+"""`pipelines.train` with other data, other algorithms, hindered clients.
+
+Whole runs are in `make slow`: the first run is in `train_script_test`, the processes that
+flags ask for are built in `train_flags_test` and `documents_test`, and what they compute is
+in the tests of the algorithms.
+"""
 
 import json
 import os
@@ -24,7 +29,8 @@ def _without(*beginnings):
   return [flag for flag in helpers.TINY_FUSION if not flag.startswith(beginnings)]
 
 
-@pytest.mark.parametrize('compares', [False, helpers.slow(True)])
+@pytest.mark.slow
+@pytest.mark.parametrize('compares', [False, True])
 def test_idx_files_fed_df_cohorts_and_pretraining(compares, tmp_path):
   data_test._write_idx(tmp_path, n_train=120, n_test=30, zipped=True)
   printed = helpers.train_here(
@@ -110,6 +116,7 @@ def test_students_may_change_their_inputs_at_clients(tmp_path):
   assert float(row['test/student_accuracy']) == pytest.approx(accuracy, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_the_average_goes_on_and_what_is_released_is_aligned(tmp_path):
   folder = tmp_path / 'aligned'
   helpers.train_here(
@@ -161,7 +168,8 @@ def test_what_is_no_algorithm_or_rule(flag, message):
     helpers.refused_here(flag)
 
 
-@pytest.mark.parametrize('name', [helpers.slow('ds_fl'), 'fed_md'])
+@pytest.mark.slow
+@pytest.mark.parametrize('name', ['ds_fl', 'fed_md'])
 def test_clients_with_models_of_their_own(name, tmp_path, monkeypatch):
   folder = tmp_path / 'out'
   tiny = _without('--server_', '--back_', '--teacher')
@@ -197,7 +205,6 @@ def test_clients_with_models_of_their_own(name, tmp_path, monkeypatch):
       kept.load(folder)
 
 
-# The algorithm's rounds are in `private_process_test`, its flags in `train_flags_test`.
 @pytest.mark.slow
 def test_clients_without_models_of_their_own(tmp_path):
   tiny = _without('--server_', '--back_', '--teacher')
