@@ -133,7 +133,7 @@ def test_the_budget_knows_whether_the_next_round_is_a_new_one(kind):
   assert allowed.epsilon() == pytest.approx(new_one)
 
 
-@hypothesis.settings(deadline=None, max_examples=15)
+@hypothesis.settings(deadline=None, max_examples=6)
 @hypothesis.given(
     kind=_SAMPLINGS,
     noise=st.floats(0.5, 20.0),
@@ -164,6 +164,11 @@ def test_the_noise_that_is_found_is_the_smallest(kind, epsilon):
   z = accounting.find_noise_multiplier(epsilon, 1e-5, 20, _sampling(kind))
   assert epsilon * 0.98 < _accountant(z, kind).epsilon(20) <= epsilon
   assert _accountant(z - 2e-3, kind).epsilon(20) > epsilon
+
+
+def test_a_small_budget_is_found_by_large_orders():
+  z = accounting.find_noise_multiplier(0.05, 1e-5, 1, _sampling())
+  assert 0.045 < _accountant(z).epsilon(1) <= 0.05
 
 
 def test_no_noise_is_no_privacy():

@@ -24,6 +24,13 @@ def public():
   return _images(600, 0)
 
 
+@pytest.fixture(scope='module')
+def brief(public):
+  """An inverter that has seen its pairs once, with the seed 0."""
+  images, numbers = public
+  return inversion.Inverter(images, _pairs(numbers), num_epochs=1, seed=0)
+
+
 def test_it_reconstructs_what_predictions_tell(public):
   images, numbers = public
   inverter = inversion.Inverter(images, _pairs(numbers), num_epochs=40)
@@ -49,23 +56,20 @@ def test_predictions_that_tell_nothing_give_nothing(public):
   assert psnr.mean() < mean_psnr.mean() + 0.5
 
 
-def test_a_class_is_where_the_client_is_sure(public):
-  images, numbers = public
-  inverter = inversion.Inverter(images, _pairs(numbers), num_epochs=1)
-  pair = inverter.pair_of(2)
+def test_a_class_is_where_the_client_is_sure(brief):
+  pair = brief.pair_of(2)
   assert pair.client.shape == pair.server.shape == (1, 4)
   assert np.argmax(pair.client) == 2 and pair.client[0, 2] > 4.5
   np.testing.assert_array_equal(pair.client, -pair.server)
 
 
-def test_the_seed_decides(public):
+def test_the_seed_decides(public, brief):
   images, numbers = public
-  found = [
-      inversion.Inverter(images, _pairs(numbers), num_epochs=1, seed=seed).invert(
-          _pairs(numbers[:3])
-      )
-      for seed in (0, 0, 1)
+  others = [
+      inversion.Inverter(images, _pairs(numbers), num_epochs=1, seed=seed)
+      for seed in (0, 1)
   ]
+  found = [each.invert(_pairs(numbers[:3])) for each in (brief, *others)]
   np.testing.assert_allclose(found[0], found[1], atol=1e-6)
   assert np.abs(found[0] - found[2]).max() > 1e-4
 

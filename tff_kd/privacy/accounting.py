@@ -62,13 +62,25 @@ class ClientSampling:
   @property
   def accountant(self) -> dp_accounting.rdp.RdpAccountant:
     """A new accountant of dp-accounting, for these neighbours."""
+    return self.accountant_of(None)
+
+  def accountant_of(
+      self, orders: Optional[Sequence[float]]
+  ) -> dp_accounting.rdp.RdpAccountant:
+    """Returns a new accountant of some Renyi orders.
+
+    Args:
+      orders: The orders; those of dp-accounting if `None`. The fewer they are, the larger
+        an epsilon may be.
+    """
     relation = dp_accounting.NeighboringRelation
     return dp_accounting.rdp.RdpAccountant(
+        orders,
         neighboring_relation=(
             relation.ADD_OR_REMOVE_ONE
             if self.sampling == 'poisson'
             else relation.REPLACE_ONE
-        )
+        ),
     )
 
   def event(
@@ -196,16 +208,26 @@ def find_noise_multiplier(
 def _calibrated(
     epsilon: float, delta: float, num_events: int, sampling: ClientSampling
 ) -> float:
-  return float(
-      dp_accounting.calibrate_dp_mechanism(
-          lambda: sampling.accountant,
-          lambda z: dp_accounting.SelfComposedDpEvent(sampling.event([z]), num_events),
-          epsilon,
-          delta,
-          dp_accounting.LowerEndpointAndGuess(0.0, 1.0),
-          tol=1e-3,
-      )
-  )
+  def event(z):
+    return dp_accounting.SelfComposedDpEvent(sampling.event([z]), num_events)
+
+  # An epsilon is the least one of all orders, and each order costs time: some of them, and
+  # those around the best one, give the same noise.
+  every = sampling.accountant.orders
+  kept = {*every[::16], every[-1]}
+  while True:
+    orders = sorted(kept)
+    found = dp_accounting.calibrate_dp_mechanism(
+        lambda orders=orders: sampling.accountant_of(orders), event, epsilon, delta,
+        dp_accounting.LowerEndpointAndGuess(0.0, 1.0), tol=1e-3,
+    )
+    accountant = sampling.accountant.compose(event(found))
+    _, best = accountant.get_epsilon_and_optimal_order(delta)
+    place = int(np.argmin(np.abs(every - best)))
+    around = set(every[max(0, place - 2) : place + 3])
+    if around <= kept:
+      return float(found)
+    kept |= around
 
 
 def check_budget(epsilon: float, delta: float) -> None:
