@@ -20,7 +20,6 @@ def test_all_figures(tmp_path):
       'pipelines.benchmark_ray', '--clients=30', '--examples=90',
       '--clients_per_round=10', '--watched_rounds=3', '--cases=mlp-10x20',
       '--nodes_case=mlp-16x20', '--rounds=3', '--warm_up=1', f'--output_dir={tmp_path}',
-      timeout=560,
   )
   assert done.returncode == 0, done.stderr
   results = json.loads((tmp_path / 'results.json').read_text())
@@ -76,7 +75,7 @@ benchmark_ray._write_csv(rows, folder / 'machines.csv')
 def test_memory_of_processes_and_the_picture(tmp_path):
   done = subprocess.run(
       [helpers.WARM, '-c', _PARTS, str(tmp_path)], cwd=helpers.ROOT,
-      capture_output=True, text=True, timeout=300,
+      capture_output=True, text=True, timeout=helpers.HANGING_S,
   )
   assert done.returncode == 0, done.stderr
   assert (tmp_path / 'machines.png').stat().st_size > 10_000

@@ -31,7 +31,7 @@ with contextlib.ExitStack() as stack:
 def test_the_sides_run_rounds():
   done = subprocess.run(
       [helpers.WARM, '-c', _SIDES], cwd=helpers.ROOT, capture_output=True, text=True,
-      timeout=300,
+      timeout=helpers.HANGING_S,
   )
   assert done.stdout == 'floor\nours\n', done.stderr
 

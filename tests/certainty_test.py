@@ -73,7 +73,7 @@ def test_a_fit_reaches_the_minimiser_with_more_features_than_examples():
   np.testing.assert_allclose(found, expected, atol=1e-5)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=10, deadline=None)
 @given(
     st.integers(0, 10**6), st.integers(1, 5), st.integers(0, 5),
     st.floats(0.01, 2.0), st.floats(0.1, 100.0),

@@ -21,8 +21,8 @@ _TINY = [
 _COMPARED = ['--algorithms=fed_avg,fed_df', '--seeds=0']
 
 
-def _run(*args, timeout=400):
-  return helpers.script('pipelines.compare', *args, timeout=timeout)
+def _run(*args):
+  return helpers.script('pipelines.compare', *args)
 
 
 @pytest.fixture(scope='module', params=[(0,), helpers.slow((0, 1))], ids=str)
@@ -43,7 +43,7 @@ def finished(request, tmp_path_factory):
       if line.startswith('[1/'):
         break
     script.terminate()
-    assert script.wait(60) == 130
+    assert script.wait(helpers.HANGING_S) == 130
   first = sorted(folder.glob('*/results.json'))
   assert 1 <= len(first) < 2 * len(seeds)
   changed = [path.stat().st_mtime_ns for path in first]
@@ -109,7 +109,7 @@ def test_another_problem_needs_another_folder(finished):
 
 def test_a_folder_has_one_user_at_a_time(tmp_path):
   with parallel.exclusive_lock(tmp_path):
-    done = _run(*_COMPARED, *_TINY, f'--output_dir={tmp_path}', timeout=60)
+    done = _run(*_COMPARED, *_TINY, f'--output_dir={tmp_path}')
   assert done.returncode == 1 and 'in use by another' in done.stdout + done.stderr
 
 
@@ -124,7 +124,7 @@ def test_what_ends_a_comparison_ends_a_run_that_is_just_starting(
     process = start(command, **kwargs)
     started.append(process)
     if command[0] == 'sleep':
-      assert interrupted.wait(60)
+      assert interrupted.wait(helpers.HANGING_S)
       time.sleep(0.2)  # The main thread has ended what it knows of.
     return process
 
@@ -141,11 +141,11 @@ def test_what_ends_a_comparison_ends_a_run_that_is_just_starting(
   ]
   with pytest.raises(error):
     parallel.run_all(jobs, 1, interrupt)
-  assert started[1].wait(10) == -signal.SIGTERM
+  assert started[1].wait(60) == -signal.SIGTERM
 
 
 def test_a_dry_run_is_of_one_run(tmp_path):
-  done = _run('--dry_run', f'--output_dir={tmp_path / "out"}', timeout=60)
+  done = _run('--dry_run', f'--output_dir={tmp_path / "out"}')
   assert done.returncode == 1 and '--dry_run is of one run' in done.stderr
   assert not (tmp_path / 'out').exists()
 

@@ -15,7 +15,7 @@ def _python(code, **environment):
   environ = {k: v for k, v in os.environ.items() if k != quiet.LEVEL}
   return subprocess.run(
       [sys.executable, '-c', code], cwd=helpers.ROOT, capture_output=True, text=True,
-      timeout=240, check=False, env={**environ, **environment},
+      timeout=helpers.HANGING_S, check=False, env={**environ, **environment},
   )
 
 

@@ -87,5 +87,5 @@ def nothing_is_left():
       if (process.info['environ'] or {}).get(_MARK) == _MARKED
       and process.pid != os.getpid()
   ]
-  _, alive = psutil.wait_procs(left, 5.0)
+  _, alive = psutil.wait_procs(left, 60.0)
   assert not alive

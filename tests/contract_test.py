@@ -129,7 +129,7 @@ def _build(name, batches, cohorts, secure):
       num_clients=lambda: 6,
       # Terms of the loss leave out what it leaves out: in plain averaging, and beside a
       # companion.
-      local_terms=lambda: (name in ('fed_avg', 'fed_gen')) * [
+      local_terms=lambda: (name in ('fed_avg', 'fed_gen') and not secure) * [
           tff_kd.LocalDistillation(weight=0.3), tff_kd.NotTrueDistillation(weight=0.5),
       ],
   )

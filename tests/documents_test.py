@@ -114,7 +114,7 @@ def test_the_python_runs(document, is_whole, tmp_path):
   done = subprocess.run(
       [helpers.WARM, '-c', code if is_whole else _shortened(document, code)],
       cwd=tmp_path, capture_output=True,
-      text=True, timeout=400, check=False,
+      text=True, timeout=helpers.HANGING_S, check=False,
       env={**os.environ, 'PYTHONPATH': str(helpers.ROOT)},
   )
   assert done.returncode == 0, done.stderr
@@ -332,7 +332,8 @@ def test_the_wrong_python_is_one_sentence(tmp_path):
   fake.chmod(fake.stat().st_mode | stat.S_IXUSR)
   done = subprocess.run(
       ['make', 'install', f'PYTHON={fake}', f'VENV={tmp_path / "venv"}'],
-      cwd=helpers.ROOT, capture_output=True, text=True, timeout=60, check=False,
+      cwd=helpers.ROOT, capture_output=True, text=True, timeout=helpers.HANGING_S,
+      check=False,
   )
   assert done.returncode != 0
   lines = done.stderr.strip().splitlines()

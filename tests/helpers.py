@@ -24,6 +24,8 @@ from tff_kd.compat import tff
 ROOT = pathlib.Path(__file__).parent.parent
 DIM, CLASSES = 5, 3
 WARM = warm_python.client()
+# What tests wait for so many seconds hangs: a busy machine takes many times longer.
+HANGING_S = 1800.0
 # Flags of a run of `pipelines.train` that begins soon and whose rounds take little.
 TINY_RUN = (
     '--algorithm=fed_avg', '--num_clients=4', '--clients_per_round=2',
@@ -227,11 +229,11 @@ def flags_of(*args):
     yield
 
 
-def script(module, *args, timeout=300, **kwargs):
+def script(module, *args, **kwargs):
   """Runs `python -m module` to its end, in a warm Python, as a user would."""
   return subprocess.run(
       [WARM, '-m', module, *map(str, args)], cwd=ROOT,
-      capture_output=True, text=True, timeout=timeout, check=False, **kwargs,
+      capture_output=True, text=True, timeout=HANGING_S, check=False, **kwargs,
   )
 
 

@@ -747,7 +747,7 @@ def test_clients_that_wait_for_threads_leave_some():
       target=lambda: found.append(process.next(state, [dataset] * 16)), daemon=True
   )
   thread.start()
-  thread.join(60)
+  thread.join(helpers.HANGING_S)
   assert not thread.is_alive()
   assert found[0].metrics['client_work']['train']['num_examples'] == 160
 
@@ -866,6 +866,7 @@ def test_several_devices_and_the_default_context():
     print('same')
   ''')
   result = subprocess.run(
-      [helpers.WARM, '-c', program], capture_output=True, text=True, timeout=300
+      [helpers.WARM, '-c', program], capture_output=True, text=True,
+      timeout=helpers.HANGING_S,
   )
   assert result.stdout.endswith('same\n'), result.stderr

@@ -72,7 +72,7 @@ def policy(request):
         # Of images, in float32, in `models_test`, too.
         *(
             (name, policy)
-            if name in ('attention', 'factors', 'gru')
+            if name in ('attention', 'factors')
             else helpers.slow(name, policy)
             for policy in ('float32', 'float64') for name in sorted(_BUILDERS)
         ),
@@ -97,7 +97,11 @@ def test_a_file_keeps_outputs_and_policy(name, policy, tmp_path):
   assert [v.dtype for v in again.variables] == [v.dtype for v in model.variables]
 
 
-@pytest.mark.parametrize('name', sorted(_BUILDERS))
+# Of two sizes of one architecture, one is enough.
+@pytest.mark.parametrize(
+    'name',
+    [helpers.slow(its) if its == 'teacher_resnet' else its for its in sorted(_BUILDERS)],
+)
 def test_a_step_is_a_graph_without_variables(name):
   model, inputs = _BUILDERS[name](), _inputs(name)
   model(inputs)

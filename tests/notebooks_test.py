@@ -95,9 +95,9 @@ def test_the_quickstart_runs_as_it_is(tmp_path):
   assert float(scores['student']) > float(scores['student of FedAvg'])
 
 
-def _interrupt_after_a_round(cell, kernel_pid, seconds=1200):
+def _interrupt_after_a_round(cell, kernel_pid):
   """Waits until the bar shows a round, and does what the stop button does."""
-  deadline = time.monotonic() + seconds
+  deadline = time.monotonic() + helpers.HANGING_S
   while not re.search(rf'\b[1-9]\d*/{_MANY_ROUNDS}\b', _printed([cell])['stderr']):
     if time.monotonic() > deadline:
       break

@@ -154,7 +154,7 @@ def test_a_regression_is_distilled_by_squared_distance():
   ]
   process = tff_kd.algorithms.build_fed_distillation(
       teacher_fn=lambda: _regression_model(16),
-      transfer_set=tff_kd.TransferSet(x[:20]), **_regression(),
+      transfer_set=tff_kd.TransferSet(x[:20]), back_distillation=None, **_regression(),
   )
   state = process.initialize()
   spec = process.teacher_spec
@@ -315,14 +315,18 @@ def _fusion_of_sequences(length):
   )
 
 
+@helpers.shared
+def _fusion_of_sequences_of_any_length():
+  return _fusion_of_sequences(None)
+
+
+@pytest.mark.slow
 def test_sequences_of_any_length_are_distilled_as_those_of_a_fixed_one():
-  results = []
   clients = [helpers.dataset(*_next_tokens(8, 6, seed)) for seed in range(2)]
-  for length in (6, None):
-    process = _fusion_of_sequences(length)
-    output = process.next(process.initialize(), clients)
-    results.append(output)
-  fixed, free = results
+  free, fixed = (
+      process.next(process.initialize(), clients)
+      for process in (_fusion_of_sequences_of_any_length(), _fusion_of_sequences(6))
+  )
   for name in ('global_model_weights', 'teacher_weights'):
     helpers.assert_weights_close(
         getattr(free.state, name), getattr(fixed.state, name), rtol=1e-5, atol=1e-6
@@ -330,7 +334,10 @@ def test_sequences_of_any_length_are_distilled_as_those_of_a_fixed_one():
   helpers.assert_weights_close(
       free.metrics['client_work'], fixed.metrics['client_work'], rtol=1e-5
   )
-  # Other lengths than that of the transfer set, one a client.
+
+
+def test_clients_sequences_may_have_other_lengths_than_the_transfer_set():
+  process = _fusion_of_sequences_of_any_length()
   clients = [helpers.dataset(*_next_tokens(8, n, seed)) for seed, n in enumerate([3, 9])]
   output = process.next(process.initialize(), clients)
   assert output.metrics['client_work']['participation']['num_included'] == 2

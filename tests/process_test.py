@@ -471,22 +471,19 @@ def test_keras_and_tff_optimizers_agree():
   results = []
   for sgd in (helpers.sgd(0.1), lambda: keras.optimizers.SGD(0.1)):
     keras.utils.set_random_seed(0)
-    process = tff_kd.algorithms.build_fed_distillation(
+    process = tff_kd.algorithms.build_fed_df(
         **helpers.common(client_optimizer=sgd),
         server_optimizer=sgd,
-        teacher_optimizer=sgd,
         student_optimizer=sgd,
-        teacher_fn=helpers.dense_fn((8,)),
         transfer_set=tff_kd.TransferSet(helpers.examples(16, 5)[0]),
         distillation=tff_kd.Distillation(
             num_steps=3, schedule=tff_kd.cosine_schedule
         ),
-        back_distillation=tff_kd.Distillation(target='teacher', num_steps=3),
     )
     state = process.initialize()
     for _ in range(2):
       state = process.next(state, [helpers.dataset(*c) for c in GOOD]).state
-    results.append((state.global_model_weights, state.teacher_weights))
+    results.append(state.global_model_weights)
   helpers.assert_weights_close(*results, atol=1e-5)
 
 

@@ -24,7 +24,7 @@ def _python(code, **environment):
   environ = {k: v for k, v in os.environ.items() if k != quiet.LEVEL}
   done = subprocess.run(
       [sys.executable, '-c', f'import os, sys\n{code}'], cwd=helpers.ROOT,
-      capture_output=True, text=True, timeout=60, check=False,
+      capture_output=True, text=True, timeout=helpers.HANGING_S, check=False,
       env={**environ, **environment},
   )
   return done.returncode, done.stdout.strip(), done.stderr.splitlines()

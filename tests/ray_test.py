@@ -33,7 +33,7 @@ def on_ray(request):
       yield context
     return
   with tff_kd.runtime.ray(
-      num_workers=2, resources={'CPU': 0.5}, start_timeout_s=600.0
+      num_workers=2, resources={'CPU': 0.5}, start_timeout_s=helpers.HANGING_S
   ) as context:
     yield context
 

@@ -3,14 +3,14 @@
 import csv
 import json
 import os
-import pathlib
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
-_ROOT = pathlib.Path(__file__).parent.parent
+from tests import helpers
+
 _ROUNDS = 30
 
 
@@ -28,7 +28,7 @@ def test_the_fusion_needs_half_the_rounds_and_lifts_the_teacher(seed, tmp_path):
           sys.executable, '-m', 'pipelines.train', f'--seed={seed}',
           f'--rounds={_ROUNDS}', '--patience=0', f'--output_dir={folder}',
       ],
-      cwd=_ROOT, check=True, timeout=1200,
+      cwd=helpers.ROOT, check=True, timeout=helpers.HANGING_S,
   )
   column = 'test/student_accuracy'
   student = _column(folder / 'metrics.csv', column)
@@ -51,7 +51,7 @@ def test_the_fedgen_table_in_its_first_rounds(tmp_path):
           '--algorithms=fed_avg,fed_df,fd', '--alphas=0.1', '--seeds=0', '--rounds=40',
           '--rounds_per_evaluation=20',
       ],
-      cwd=_ROOT, check=True, timeout=1200,
+      cwd=helpers.ROOT, check=True, timeout=helpers.HANGING_S,
   )
   found = {
       (cell['algorithm'], cell['test']): cell['last'][0]

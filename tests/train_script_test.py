@@ -180,12 +180,12 @@ def test_ctrl_c_ends_it(tmp_path):
   args = [*helpers.TINY_FUSION, '--rounds=1000', f'--output_dir={tmp_path / "out"}']
   with helpers.running('-m', 'pipelines.train', *args) as script:
     metrics = tmp_path / 'out' / 'metrics.csv'
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + helpers.HANGING_S
     while not metrics.exists() and time.monotonic() < deadline:
       assert script.poll() is None, script.stderr.read()
       time.sleep(0.1)
     assert not psutil.Process(script.pid).children()  # It computes by itself.
     script.send_signal(signal.SIGINT)
-    _, errors = script.communicate(timeout=60)
+    _, errors = script.communicate(timeout=helpers.HANGING_S)
     assert script.returncode == 130
   assert '--output_dir' in errors and 'Traceback' not in errors

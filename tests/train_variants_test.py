@@ -1,8 +1,8 @@
 """`pipelines.train` with other data, other algorithms, hindered clients.
 
-Whole runs are in `make slow`: the first run is in `train_script_test`, the processes that
-flags ask for are built in `train_flags_test` and `documents_test`, and what they compute is
-in the tests of the algorithms.
+Whole runs are in `make slow`: the first run is in `train_script_test`, the processes
+that flags ask for are built in `train_flags_test` and `documents_test`, and what they
+compute is in the tests of the algorithms.
 """
 
 import json

@@ -92,7 +92,7 @@ def _connect(python: str, folder: str) -> socket.socket:
   address = os.path.join(folder, 'socket')
   with open(os.path.join(folder, 'lock'), 'w') as lock:
     fcntl.flock(lock, fcntl.LOCK_EX)
-    deadline = time.monotonic() + 300
+    deadline = time.monotonic() + 1800
     process = None
     while True:
       connection = socket.socket(socket.AF_UNIX)

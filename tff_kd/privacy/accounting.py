@@ -211,8 +211,8 @@ def _calibrated(
   def event(z):
     return dp_accounting.SelfComposedDpEvent(sampling.event([z]), num_events)
 
-  # An epsilon is the least one of all orders, and each order costs time: some of them, and
-  # those around the best one, give the same noise.
+  # An epsilon is the least one of all orders, and each order costs time: some of them,
+  # and those around the best one, give the same noise.
   every = sampling.accountant.orders
   kept = {*every[::16], every[-1]}
   while True:
