@@ -18,12 +18,13 @@ ALONE := tests/faults_test.py $(wildcard tests/ray_*test.py tests/benchmark*test
 train: $(STAMP)
 	$(BIN)/python -m pipelines.train $(FLAGS)
 
-# One test process more than cores: they wait for scripts and TFF's worker now and then.
+# One test process more than cores: they wait for scripts now and then.
 test: $(STAMP)
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
-# The long reproductions, whole runs of scripts, and further values of what the tests hold.
-# What kills, freezes and fills what runs, or starts clusters, comes by itself at the end.
+# Whole runs of scripts and notebooks, the reproductions, TFF's worker, and further values of
+# what the tests hold; .ci/run calls it, too. What kills, freezes and fills what runs, or
+# starts clusters, comes by itself at the end.
 slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow $(PARALLEL) $(ALONE:%=--ignore=%)
 	$(BIN)/python -m pytest -q -m slow $(ALONE)

@@ -36,11 +36,15 @@ def pytest_configure(config):
 
 # Files that take long, and go first, so that no process is left alone with one.
 _FIRST = (
-    'notebooks_test', 'ray_test', 'documents_test', 'contract_test', 'compare_test',
-    'train_script_test',
-    'process_test', 'tasks_script_test', 'private_process_test', 'train_variants_test',
-    'in_process_test', 'kinds_test', 'audit_script_test', 'differential_test',
-    'models_test', 'cohorts_test', 'start_test', 'algorithms_test', 'reproduce_test',
+    # In `make slow`.
+    'reproduction_test', 'notebooks_test', 'train_variants_test', 'runtimes_test',
+    'tasks_script_test', 'kinds_test', 'compare_test',
+    'contract_test', 'process_test', 'private_process_test', 'differential_test',
+    'tasks_test', 'models_test', 'secure_test', 'robust_test', 'outputs_test',
+    'certainty_test', 'alignment_test', 'label_skew_test', 'conditions_test',
+    'keras_models_test', 'cohorts_test', 'training_test', 'user_code_test',
+    'train_script_test', 'train_flags_test', 'documents_test', 'labels_test',
+    'local_terms_test', 'metrics_test', 'accounting_test',
 )
 
 
