@@ -74,6 +74,23 @@ def check(run_dir: pathlib.Path) -> None:
 
 
 @contextlib.contextmanager
+def _locked(run_dir: pathlib.Path) -> Iterator[None]:
+  with contextlib.ExitStack() as stack:
+    try:
+      stack.enter_context(parallel.exclusive_lock(run_dir))
+    except app.UsageError as error:
+      raise UserError(str(error)) from None
+    yield
+
+
+def check_free(run_dir: pathlib.Path) -> None:
+  """Refuses a folder that another run is in, before anything is built for this one."""
+  if run_dir.exists():
+    with _locked(run_dir):
+      pass
+
+
+@contextlib.contextmanager
 def held(run_dir: pathlib.Path) -> Iterator[pathlib.Path]:
   """Makes the run folder, or goes on in it, and keeps other runs out of it.
 
@@ -88,11 +105,7 @@ def held(run_dir: pathlib.Path) -> Iterator[pathlib.Path]:
   """
   if not args.OUTPUT_DIR.value:
     run_dir = _new(run_dir)
-  with contextlib.ExitStack() as stack:
-    try:
-      stack.enter_context(parallel.exclusive_lock(run_dir))
-    except app.UsageError as error:
-      raise UserError(str(error)) from None
+  with _locked(run_dir):
     check(run_dir)
     versions = {m.__name__: m.__version__ for m in (tf, tff, np)}
     run_folders.write_json(

@@ -95,6 +95,7 @@ def prepare(run_dir: Optional[pathlib.Path] = None) -> Setup:
     _check_ray()
   if run_dir is not None:
     train_folder.check(run_dir)
+    train_folder.check_free(run_dir)
   clients = train_data.split_clients(task)
   batches = train_data.build_batches(task, clients)
   if train_checks.is_private():

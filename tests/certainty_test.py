@@ -390,6 +390,8 @@ def test_refused_before_anything_is_built(build, match):
     build()
 
 
+# Cohorts of `fed_aux` are in `contract_test`.
+@pytest.mark.slow
 def test_cohorts_of_another_algorithm_take_the_scorer():
   process = tff_kd.algorithms.build_fed_df(
       **helpers.common(student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))]),

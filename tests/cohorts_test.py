@@ -209,6 +209,8 @@ def test_hyperparameters_of_all_cohorts(fed_avg):
   np.testing.assert_equal(fed_avg.get_hparams(changed), hparams)
 
 
+# What was sent is counted in `communication_test`, what is left out in `svd_test`.
+@pytest.mark.slow
 def test_truncated_updates_count_as_long_as_they_are():
   process = tff_kd.algorithms.build_fed_kd(
       **helpers.common(student_fn=[helpers.dense_fn((n,)) for n in (30, 20)]),

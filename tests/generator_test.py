@@ -215,6 +215,8 @@ def test_the_split():
   assert len(body) == 1 and len(head) == 3
 
 
+# Such layers are split in `test_the_split`.
+@pytest.mark.slow
 def test_a_subclassed_model_with_batch_norm_and_features_of_any_shape():
   process = tff_kd.algorithms.build_fed_gen(
       **helpers.common(

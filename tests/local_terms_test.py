@@ -207,6 +207,8 @@ def test_the_not_true_term_ignores_the_true_class(seed, tau, shift):
   np.testing.assert_allclose(value(moved), value(z), rtol=1e-5, atol=1e-6)
 
 
+# With `fed_df`, in `start_test`.
+@pytest.mark.slow
 def test_terms_go_with_the_fusion():
   process = _process(
       'fed_distillation',

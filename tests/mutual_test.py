@@ -119,6 +119,8 @@ def test_a_client_that_is_left_out_keeps_its_mentor():
   )
 
 
+# Mentors without are above, batch norm at clients in `models_test` and `runtimes_test`.
+@pytest.mark.slow
 def test_mentors_with_batch_norm_beside_fed_df():
   keras.utils.set_random_seed(3)
   common = helpers.common()

@@ -348,6 +348,8 @@ def test_clients_sequences_may_have_other_lengths_than_the_transfer_set():
   np.testing.assert_allclose(scores['accuracy'], np.mean(logits.argmax(-1) == y))
 
 
+# Without a recurrent layer, and of other lengths at the server, in the test before.
+@pytest.mark.slow
 def test_models_that_clients_keep_take_sequences_of_any_length():
   data = tff_kd.FileClientData.from_clients(
       [_next_tokens(6, 6, seed) for seed in range(2)]

@@ -486,7 +486,7 @@ def test_fd_needs_class_indices():
 
 
 @pytest.mark.parametrize(
-    'build', [_ds_fl, *helpers.slow_each(_fed_md, fd.build_fd)]
+    'build', [fd.build_fd, *helpers.slow_each(_fed_md, _ds_fl)]
 )
 def test_keras_optimizers_and_any_keras_model(build):
   model_fn = lambda: keras.Sequential([  # pylint: disable=g-long-lambda

@@ -118,7 +118,7 @@ def test_the_ledger_counts_elements_of_the_group(bits, needed):
   assert numbers * needed / 8 <= size <= numbers * needed / 8 + 40
 
 
-@pytest.mark.parametrize('name', ['fed_df', helpers.slow('fed_aux')])
+@pytest.mark.parametrize('name', ['fed_avg', *helpers.slow_each('fed_df', 'fed_aux')])
 def test_private_and_secure(name):
   uniform = tff.learning.ClientWeighting.UNIFORM
   dp = privacy.DifferentialPrivacy(
