@@ -62,26 +62,7 @@ class ClientSampling:
   @property
   def accountant(self) -> dp_accounting.rdp.RdpAccountant:
     """A new accountant of dp-accounting, for these neighbours."""
-    return self.accountant_of(None)
-
-  def accountant_of(
-      self, orders: Optional[Sequence[float]]
-  ) -> dp_accounting.rdp.RdpAccountant:
-    """Returns a new accountant of some Renyi orders.
-
-    Args:
-      orders: The orders; those of dp-accounting if `None`. The fewer they are, the larger
-        an epsilon may be.
-    """
-    relation = dp_accounting.NeighboringRelation
-    return dp_accounting.rdp.RdpAccountant(
-        orders,
-        neighboring_relation=(
-            relation.ADD_OR_REMOVE_ONE
-            if self.sampling == 'poisson'
-            else relation.REPLACE_ONE
-        ),
-    )
+    return _new_accountant(self.sampling)
 
   def event(
       self, noise_multipliers: Sequence[float], times: int = 1
@@ -154,6 +135,25 @@ class ClientSampling:
     return {1: min(len(begun), self.num_events(span)) + again}
 
 
+def _new_accountant(
+    sampling: str, orders: Optional[Sequence[float]] = None
+) -> dp_accounting.rdp.RdpAccountant:
+  """Returns a new accountant of some Renyi orders.
+
+  Args:
+    sampling: As of `ClientSampling`.
+    orders: The orders; those of dp-accounting if `None`. The fewer they are, the larger
+      an epsilon may be.
+  """
+  relation = dp_accounting.NeighboringRelation
+  return dp_accounting.rdp.RdpAccountant(
+      orders,
+      neighboring_relation=(
+          relation.ADD_OR_REMOVE_ONE if sampling == 'poisson' else relation.REPLACE_ONE
+      ),
+  )
+
+
 def composed_noise(noise_multipliers: Sequence[float]) -> float:
   """Returns the noise multiplier of the one Gaussian that several are equivalent to.
 
@@ -218,8 +218,8 @@ def _calibrated(
   while True:
     orders = sorted(kept)
     found = dp_accounting.calibrate_dp_mechanism(
-        lambda orders=orders: sampling.accountant_of(orders), event, epsilon, delta,
-        dp_accounting.LowerEndpointAndGuess(0.0, 1.0), tol=1e-3,
+        lambda orders=orders: _new_accountant(sampling.sampling, orders), event, epsilon,
+        delta, dp_accounting.LowerEndpointAndGuess(0.0, 1.0), tol=1e-3,
     )
     accountant = sampling.accountant.compose(event(found))
     _, best = accountant.get_epsilon_and_optimal_order(delta)
