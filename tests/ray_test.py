@@ -33,7 +33,7 @@ def on_ray(request):
       yield context
     return
   with tff_kd.runtime.ray(
-      num_workers=2, resources={'CPU': 0.5}, start_timeout_s=helpers.HANGING_S
+      num_workers=2, resources={'CPU': 0.25}, start_timeout_s=helpers.HANGING_S
   ) as context:
     yield context
 
@@ -172,7 +172,7 @@ def test_a_python_dataset_is_refused(on_ray):
 def test_the_script_has_the_same_rounds(tmp_path):
   tables = []
   for name, flags in {
-      'here': (), 'ray': ('--ray_address=local', '--ray_resources=CPU=0.5')
+      'here': (), 'ray': ('--ray_address=local', '--ray_resources=CPU=0.25')
   }.items():
     folder = tmp_path / name
     helpers.train_here(
