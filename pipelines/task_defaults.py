@@ -44,8 +44,8 @@ _IMAGES = {
     'consensus': 'aligned', 'prior': 'average', 'clients_start_from': 'average',
     'student_start': 'released',
 }
-# Shifts helped on digits and cost accuracy on clothes (there, too); of photographs they are
-# the usual augmentation. What is in IDX files is not known.
+# Shifts helped on digits and cost accuracy on clothes (measured there, too); photographs
+# are usually shifted. What is in IDX files is not known.
 _SHIFTED_IMAGES = _IMAGES | {'augment': True}
 # By task and algorithm, what takes precedence over those.
 WITH_ALGORITHM: dict[tuple[str, str], dict[str, Any]] = {
