@@ -1,5 +1,7 @@
 """Accuracy, calibration, and client by client."""
 
+import collections
+
 import keras
 import numpy as np
 import pytest
@@ -7,6 +9,7 @@ import scipy.special
 import tensorflow as tf
 
 from tests import helpers
+import tff_kd
 from tff_kd import evaluation
 from tff_kd import models
 
@@ -37,6 +40,71 @@ def test_central_evaluation_matches_numpy():
       for b in np.unique(bins)
   )
   np.testing.assert_allclose(values['calibration_error'], error, atol=1e-4)
+
+
+_MAPPINGS = {
+    'dict': {'a': 2, 'b': 2}, 'other order': {'b': 2, 'a': 2},
+    'ordered': collections.OrderedDict(b=2, a=2),
+}
+
+
+@pytest.mark.parametrize('declared', _MAPPINGS)
+def test_several_inputs_are_told_apart_by_name(declared):
+  """Not by the order in which a mapping has them."""
+  def build():
+    inputs = tf.nest.map_structure(lambda n: keras.Input((n,)), _MAPPINGS[declared])
+    joined = keras.layers.Concatenate()([inputs['a'], inputs['b']])
+    return keras.Model(inputs, keras.layers.Dense(3)(joined))
+
+  rng = np.random.default_rng(0)
+  values = dict(zip('ab', rng.normal(size=(2, 4, 2)).astype(np.float32)))
+  for mapping in _MAPPINGS.values():
+    spec = models.build_model_spec(
+        build, loss_fn=helpers.loss_fn, input_spec=(
+            tf.nest.map_structure(lambda n: tf.TensorSpec([None, n]), mapping),
+            tf.TensorSpec([None], tf.int32),
+        ),
+    )
+    evaluator = evaluation.CentralEvaluator(spec)
+    kernel, bias = spec.initial_weights.trainable
+    expected = np.concatenate([values['a'], values['b']], axis=-1) @ kernel + bias
+    for other in _MAPPINGS.values():
+      inputs = type(other)((name, values[name]) for name in other)
+      found = evaluator.outputs(spec.initial_weights, inputs)
+      np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-6)
+  with pytest.raises(ValueError, match='must have the keys'):
+    evaluator.outputs(spec.initial_weights, {'a': values['a'], 'c': values['b']})
+
+
+@pytest.mark.parametrize('batches', ['pair', 'mapping'])
+@pytest.mark.parametrize(
+    ('mapping', 'order'), [(dict, 'ba'), (collections.OrderedDict, 'ba'), (dict, 'ab')]
+)
+def test_clients_inputs_are_told_apart_by_name(mapping, order, batches):
+  def build():
+    inputs = {name: keras.Input((2,), name=name) for name in 'ab'}
+    joined = keras.layers.Concatenate()(list(inputs.values()))
+    return keras.Model(inputs, keras.layers.Dense(3)(joined))
+
+  rng = np.random.default_rng(0)
+  x = mapping((name, rng.normal(size=(4, 2)).astype(np.float32)) for name in order)
+  y = np.array([0, 1, 2, 0], np.int32)
+  batch = {'y': y, 'x': x} if batches == 'mapping' else (x, y)
+  data = tf.data.Dataset.from_tensor_slices(batch).batch(4)
+  process = tff_kd.algorithms.build_fed_avg(
+      **helpers.common(student_fn=build, input_spec=data.element_spec)
+  )
+  state = process.initialize()
+  joined = np.concatenate([x['a'], x['b']], axis=-1)
+  linear = [np.asarray(w) for w in state.global_model_weights.trainable]
+  dz = (helpers.softmax(helpers.linear_logits(linear, joined)) - np.eye(3)[y]) / 4
+  x = {name: x[name] for name in reversed(order)}
+  batch = {'x': x, 'y': y} if batches == 'mapping' else (x, y)
+  other = tf.data.Dataset.from_tensor_slices(batch).batch(4)
+  helpers.assert_weights_close(
+      process.next(state, [data, other]).state.global_model_weights.trainable,
+      helpers.linear_step(linear, joined, dz, 0.1), rtol=1e-4, atol=1e-6,
+  )
 
 
 def test_calibration_of_known_cases():

@@ -119,6 +119,28 @@ def test_a_training_with_other_ids_has_no_loss():
     assert np.isnan(called.regularization_loss) == is_bad
 
 
+@pytest.mark.parametrize('algorithm', ['moon', 'fed_proto'])
+def test_features_of_texts(algorithm):
+  """Of a model that is split after its embedding; other ids exclude their client."""
+  process = helpers.of_registry(algorithm, {}, **_common(_MODELS['an embedding']))
+  good = helpers.dataset(*_examples())
+  kept = [process.initialize_client() for _ in range(3)]
+  state = process.initialize()
+  for _ in range(2):  # The prototypes are there from the second round on.
+    output = process.next(
+        state, [good, *(helpers.dataset(*_examples(1, w)) for w in (_IDS, -1))], kept
+    )
+    state, kept = output.state, output.client_states
+    counts = output.metrics['client_work']['participation']
+    assert counts['num_included'] == 1 and counts['num_excluded_bad_inputs'] == 2
+    assert np.isfinite(output.metrics['client_work']['train']['loss'])
+  alone, own = process.initialize(), [process.initialize_client()]
+  for _ in range(2):
+    output = process.next(alone, [good], own)
+    alone, own = output.state, output.client_states
+  helpers.assert_weights_close(kept[0].weights, own[0].weights, rtol=1e-6)
+
+
 def test_ids_within_a_loop():
   """There the flag cannot leave the loop, and the loss is no number."""
 

@@ -4,6 +4,7 @@ import collections
 import dataclasses
 import os
 
+from absl import logging
 import keras
 import numpy as np
 import pytest
@@ -137,6 +138,19 @@ def test_weights_go_into_build_fed_eval(process):
         metrics['accuracy'], np.mean(np.argmax(model(x), -1) == y), rtol=1e-6
     )
     assert metrics['num_examples'] == len(y)
+
+
+@pytest.mark.parametrize('regularizer', [None, 'l2'])
+def test_losses_of_layers_that_tff_leaves_out_are_warned_of(regularizer, monkeypatch):
+  warnings = []
+  monkeypatch.setattr(logging, 'warning', lambda m, *a: warnings.append(m % a))
+  spec = tff_kd.models.build_model_spec(
+      helpers.dense_fn(kernel_regularizer=regularizer),
+      input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn,
+  )
+  assert spec.functional_model.input_spec == helpers.INPUT_SPEC
+  assert len(warnings) == (0 if regularizer is None else 1)
+  assert all('without the losses of its layers' in its for its in warnings)
 
 
 @dataclasses.dataclass(frozen=True)

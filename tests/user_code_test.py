@@ -8,6 +8,7 @@ from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
+from tff_kd import internals
 
 layers = keras.layers
 _LIMIT = tf.constant(0.5)  # Made eagerly, outside of everything.
@@ -295,6 +296,98 @@ def test_dropout_follows_from_seed_round_and_client():
   # The same examples in the same order: only the masks differ.
   for other in (weights(1), weights(0, round_num=1), weights(0, seed=1)):
     assert np.any(first != other)
+
+
+@pytest.mark.parametrize('kind', ['sequential', 'subclassed'])
+def test_states_of_recurrent_layers_are_those_before_any_call(kind):
+  """Not what the calls left there by which the model was looked at."""
+  def parts():
+    return [
+        layers.Dense(2, bias_initializer='ones'), layers.GRU(3, stateful=True),
+        layers.Dense(helpers.CLASSES),
+    ]
+
+  class Subclassed(keras.Model):
+
+    def __init__(self):
+      super().__init__()
+      self.parts = parts()
+
+    def call(self, x):
+      for layer in self.parts:
+        x = layer(x)
+      return x
+
+  def build():
+    if kind == 'subclassed':
+      return Subclassed()
+    return keras.Sequential([layers.InputLayer(batch_shape=(4, 3, 2)), *parts()])
+
+  spec = tff_kd.models.build_model_spec(
+      build, loss_fn=helpers.loss_fn,
+      input_spec=(tf.TensorSpec([4, 3, 2]), tf.TensorSpec([4], tf.int32)),
+  )
+  (state,) = spec.values(spec.initial_weights).local
+  np.testing.assert_array_equal(state, np.zeros((4, 3)))
+  x = np.random.default_rng(0).normal(size=(4, 3, 2)).astype('f')
+  model = build()
+  model(np.zeros_like(x))
+  model.set_weights(spec.initial_weights.trainable)
+  for layer in internals.all_layers(model):
+    if isinstance(layer, layers.GRU):
+      layer.reset_state()
+  expected = model(x)
+  np.testing.assert_allclose(spec.logits(spec.initial_weights, x), expected, rtol=1e-5)
+  np.testing.assert_allclose(
+      spec.to_keras(spec.initial_weights)(x), expected, rtol=1e-5
+  )
+
+
+def test_a_fixed_batch_with_outputs_of_another_dtype_than_the_model():
+  """As Keras advises for mixed precision: the last layer in float32."""
+  def build():
+    inputs = keras.Input(batch_shape=(4, helpers.DIM))
+    x = layers.Dense(4, dtype='mixed_bfloat16')(inputs)
+    model = keras.Model(inputs, layers.Dense(helpers.CLASSES, dtype='float32')(x))
+    model.dtype_policy = keras.DTypePolicy('mixed_bfloat16')
+    return model
+
+  spec = tff_kd.models.build_model_spec(
+      build, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn
+  )
+  x, _ = helpers.examples(6, 0)
+  whole = spec.logits(spec.initial_weights, tf.constant(x[:4]))
+  found = spec.logits(spec.initial_weights, tf.constant(x))
+  assert found.shape == (6, helpers.CLASSES)
+  np.testing.assert_allclose(found[:4], whole, rtol=1e-5)
+
+
+def test_a_fixed_batch_of_examples_in_files():
+  x, y = helpers.examples(11, 0)
+  batches = tff_kd.ClientBatches(
+      data=tff_kd.FileClientData.from_clients([(x, y)]), batch_size=4, shuffle=False,
+      drop_remainder=True,
+  )
+
+  def build():
+    return keras.Sequential([
+        layers.InputLayer(batch_shape=(4, helpers.DIM)), layers.Dense(helpers.CLASSES)
+    ])
+
+  process = tff_kd.algorithms.build_fed_avg(
+      **helpers.common(student_fn=build, client_data=batches)
+  )
+  state = process.initialize()
+  linear = [np.asarray(w) for w in state.global_model_weights.trainable]
+  for start in (0, 4):
+    part, labels = x[start : start + 4], y[start : start + 4]
+    z = helpers.linear_logits(linear, part)
+    dz = (helpers.softmax(z) - np.eye(helpers.CLASSES)[labels]) / 4
+    linear = helpers.linear_step(linear, part, dz, 0.1)
+  output = process.next(state, [0])
+  helpers.assert_weights_close(
+      output.state.global_model_weights.trainable, linear, rtol=1e-4, atol=1e-6
+  )
 
 
 def test_recurrent_layers_with_states_begin_anew():

@@ -180,6 +180,89 @@ def test_the_loss_is_that_of_keras(name, shape):
   )
 
 
+class _Scaled(keras.losses.SparseCategoricalCrossentropy):
+  """A user's own loss upon one of Keras's."""
+
+  def call(self, y_true, y_pred):
+    return 3.0 * super().call(y_true, y_pred)
+
+
+def _spec_of_loss(loss_fn, layers=(), shape=(helpers.DIM,), dtype=tf.float32, y_shape=()):
+  return models.build_model_spec(
+      lambda: keras.Sequential([
+          keras.layers.Input(shape, dtype=dtype), *layers, keras.layers.Dense(3)
+      ]),
+      input_spec=(
+          tf.TensorSpec([None, *shape], dtype), tf.TensorSpec([None, *y_shape], tf.int32)
+      ),
+      loss_fn=loss_fn,
+  )
+
+
+@pytest.mark.parametrize(
+    'reduction', ['sum_over_batch_size', 'sum', 'mean_with_sample_weight']
+)
+@pytest.mark.parametrize('ignored', [None, 2])
+def test_what_counts_is_reduced_as_the_loss_says(reduction, ignored):
+  spec = _spec_of_loss(
+      lambda: _Scaled(from_logits=True, reduction=reduction, ignore_class=ignored)
+  )
+  rng = np.random.default_rng(0)
+  z = rng.normal(size=(5, 3)).astype(np.float32)
+  y = np.array([0, 1, 2, 0, 1], np.int32)
+  each = -3.0 * np.log(helpers.softmax(z))[np.arange(5), y]
+  weights = np.array([2.0, 0.5, 1.0, 3.0, 4.0], np.float32)
+  for mask in (None, np.array([1, 0, 1, 1, 0], np.float32)):
+    for sample_weight in (None, weights):
+      if mask is None and sample_weight is None and ignored is None:
+        continue  # Keras's own value.
+      counted = np.ones(5) if mask is None else mask.astype(np.float64)
+      if ignored is not None:
+        counted = counted * (y != ignored)
+      factors = counted if sample_weight is None else counted * sample_weight
+      divisor = {
+          'sum': 1.0, 'mean_with_sample_weight': factors.sum(),
+          'sum_over_batch_size': counted.sum(),
+      }[reduction]
+      found = spec.supervised_loss(
+          tf.constant(y), tf.constant(z), None if mask is None else tf.constant(mask),
+          None if sample_weight is None else tf.constant(sample_weight),
+      )
+      np.testing.assert_allclose(found, np.sum(each * factors) / divisor, rtol=1e-5)
+
+
+def test_a_masks_mean_is_over_the_positions_of_texts():
+  """Those that Keras masks as padding do not count among them."""
+  tokens = keras.layers.Embedding(9, 4, mask_zero=True)
+  spec = _spec_of_loss(helpers.loss_fn, [tokens], (4,), tf.int32, (4,))
+  x = tf.constant([[1, 0, 0, 0], [1, 2, 3, 4], [5, 6, 0, 0]])
+  y = np.array([[0, 0, 0, 0], [0, 1, 2, 0], [1, 2, 0, 0]])
+  outputs = spec.call(spec.values(spec.initial_weights), x, training=True).outputs
+  each = -np.log(helpers.softmax(outputs))
+  each = np.take_along_axis(each, y[..., np.newaxis], -1)[..., 0]
+  found = spec.supervised_loss(tf.constant(y), outputs, tf.constant([1.0, 0.0, 1.0]))
+  np.testing.assert_allclose(found, (each[0, 0] + each[2, :2].sum()) / 3, rtol=1e-5)
+  assert spec.supervised_loss(tf.constant(y), outputs, tf.zeros([3])) == 0.0
+
+
+def test_a_loss_that_ignores_a_class_must_tell_one_from_another():
+  class OfBatch(keras.losses.Loss):
+    ignore_class = 0
+
+    def call(self, y_true, y_pred):
+      return tf.reduce_mean(y_pred, axis=[1, 2])
+
+  class Own(keras.losses.Loss):
+    ignore_class = 0
+
+    def __call__(self, y_true, y_pred, sample_weight=None):
+      return tf.reduce_mean(y_pred)
+
+  for loss_fn, message in ((OfBatch, r'found \(16,\)'), (Own, 'found no `call`')):
+    with pytest.raises(ValueError, match=f'return one loss a label.*{message}'):
+      _spec_of_loss(loss_fn, shape=(4, helpers.DIM), y_shape=(4,))
+
+
 def test_a_term_weighs_like_the_loss():
   rng = np.random.default_rng(0)
   target, own = (tf.constant(rng.normal(size=(3, 4)), tf.float32) for _ in range(2))

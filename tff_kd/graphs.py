@@ -108,18 +108,40 @@ def _pack(type_spec: tff.StructType, values: Sequence[Any]) -> Any:
   return container(**named)
 
 
-def _unpack(value: Any) -> list[Any]:
-  """The leaves of an argument of a TFF computation, in the order of its type."""
-  if isinstance(value, tff.structure.Struct):
-    return [leaf for element in value for leaf in _unpack(element)]
+def _elements(value: Any) -> Optional[list[Any]]:
+  """The elements of a structure in their order; `None` if it is a leaf."""
   if isinstance(value, Mapping):
-    return [leaf for element in value.values() for leaf in _unpack(element)]
-  if isinstance(value, (tuple, list)):
-    return [leaf for element in value for leaf in _unpack(element)]
+    return list(value.values())
+  if isinstance(value, (tff.structure.Struct, tuple, list)):
+    return list(value)
   if hasattr(type(value), '__attrs_attrs__'):
-    fields = [getattr(value, attribute.name) for attribute in type(value).__attrs_attrs__]
-    return [leaf for element in fields for leaf in _unpack(element)]
-  return [value]
+    return [getattr(value, attribute.name) for attribute in type(value).__attrs_attrs__]
+  return None
+
+
+def _unpack(value: Any) -> list[Any]:
+  """The leaves of a structure in its own order, which is that of its TFF type."""
+  elements = _elements(value)
+  if elements is None:
+    return [value]
+  return [leaf for element in elements for leaf in _unpack(element)]
+
+
+def _unpack_as(spec: Any, value: Any) -> list[Any]:
+  """The leaves of an argument in the order of its spec: those of mappings by name."""
+  if isinstance(spec, tf.TypeSpec):
+    return [value]
+  elements = _elements(value)
+  if isinstance(spec, Mapping) and isinstance(value, Mapping):
+    if set(spec) != set(value):
+      raise ValueError(
+          f'A mapping must have the keys {list(spec)}, found {list(value)}.'
+      )
+    elements = [value[name] for name in spec]
+  if elements is None:
+    raise TypeError(f'An argument must be like {spec}, found {value!r}.')
+  parts = zip(_elements(spec), elements, strict=True)
+  return [leaf for part, element in parts for leaf in _unpack_as(part, element)]
 
 
 class TracedFunction:
@@ -139,6 +161,7 @@ class TracedFunction:
     Raises:
       ValueError: If the function reads a variable that is not among its arguments.
     """
+    self._specs = list(specs)
     unpacked = [_unpack_specs(spec) for spec in specs]
     structure = None
 
@@ -180,7 +203,7 @@ class TracedFunction:
 
   def __call__(self, *args: Any) -> Any:
     """The function's result, in the graph (or eager context) of the call."""
-    leaves = [_as_tensor(leaf) for arg in args for leaf in _unpack(arg)]
+    leaves = self._leaves(args)
     if tf.executing_eagerly():
       results = self._traced(*leaves)
     else:
@@ -192,7 +215,7 @@ class TracedFunction:
 
     What is imported into a graph is recorded on no tape.
     """
-    leaves = [_as_tensor(leaf) for arg in args for leaf in _unpack(arg)]
+    leaves = self._leaves(args)
     with internals.eager_mode():
       called = tf.compat.v1.wrap_function(
           lambda *tensors: self._place(tensors),
@@ -231,6 +254,14 @@ class TracedFunction:
         tff.types.tensorflow_to_type(self.output),
         _unpack(tf.nest.pack_sequence_as(self.output, outputs)),
     )
+
+  def _leaves(self, args: Sequence[Any]) -> list[Any]:
+    """The tensors of the arguments' leaves."""
+    return [
+        _as_tensor(leaf)
+        for spec, arg in zip(self._specs, args, strict=True)
+        for leaf in _unpack_as(spec, arg)
+    ]
 
   def _inputs(self) -> list[tf.Tensor]:
     """The placeholders of the arguments' leaves."""

@@ -98,6 +98,21 @@ def direction_of(metric: Any) -> Optional[str]:
   return getattr(metric, '_direction', None)
 
 
+def inputs_structure(model: Any) -> Any:
+  """Returns the structure of inputs that a functional model was made of.
+
+  Why: Keras sorts the names of a dict and keeps the order of an `OrderedDict`, and
+  `Model.inputs` does not tell which of them it was. Replacement: none is public.
+
+  Args:
+    model: A `keras.Model`.
+
+  Returns:
+    The structure of `keras.KerasTensor`s; `None` if the model is not functional.
+  """
+  return getattr(model, '_inputs_struct', None)
+
+
 def all_layers(model: Any) -> list[Any]:
   """Returns the layers of a model, also those within other layers.
 

@@ -242,8 +242,11 @@ class LocalTraining:
 
     def next_slice(begin: tf.Tensor, progress: _Progress):
       end = begin + client_data.batch_size
+      ids = rows[begin:end]
+      if client_data.drop_remainder:  # For models of a fixed batch.
+        ids = tf.ensure_shape(ids, [client_data.batch_size])
       batch = client_data_lib.masked_inputs(
-          raw_files.gather(examples, rows[begin:end]), observed_inputs
+          raw_files.gather(examples, ids), observed_inputs
       )
       mask = None if labelled is None else labelled[begin:end]
       return end, self._step(

@@ -7,6 +7,7 @@ from typing import Any, Optional
 import keras
 import tensorflow as tf
 
+from tff_kd import internals
 
 
 # The key of the weights in a batch that is a mapping, as an argument of Keras's `fit`.
@@ -177,6 +178,19 @@ def example_of(spec: Any, batch_size: int, rng=None) -> Any:
     return tf.cast(tf.constant(rng.integers(0, 2, shape)), leaf.dtype)
 
   return tf.nest.map_structure(make, spec)
+
+
+def by_name(model: keras.Model, inputs: Any) -> Any:
+  """Inputs as a model takes them by name; others than mappings as they are.
+
+  Keras takes the values of an `OrderedDict` by position, those of a dict by name.
+  """
+  if not isinstance(inputs, Mapping):
+    return inputs
+  declared = internals.inputs_structure(model)
+  if isinstance(declared, collections.OrderedDict) and set(declared) == set(inputs):
+    return collections.OrderedDict((name, inputs[name]) for name in declared)
+  return dict(inputs)
 
 
 def with_lengths(spec: tf.TensorSpec, shape: Sequence[Optional[int]]) -> tf.TensorSpec:

@@ -113,6 +113,8 @@ def build_model_spec(
       _model=model,
       _layout=traced.layout,
       _loss_rank=loss_rank,
+      _outputs_dtype=traced.output_dtype,
+      _has_losses=traced.has_losses,
   )
 
 

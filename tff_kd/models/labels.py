@@ -123,11 +123,18 @@ def check_loss(loss, labels, outputs, name) -> int:
         f'The loss {type(loss).__name__} must return a scalar, found the shape '
         f'{value.shape}. Leave its `reduction` at the default.'
     )
-  try:
+  each: Optional[tf.Tensor] = None
+  with contextlib.suppress(NotImplementedError):  # It has a `__call__` of its own.
     labels = metrics_lib.with_axis_of_outputs(labels, outputs)
-    return max(tf.convert_to_tensor(loss.call(labels, outputs)).shape.rank, 1)
-  except NotImplementedError:  # It has a `__call__` of its own.
-    return 1
+    each = tf.convert_to_tensor(loss.call(labels, outputs))
+  ignored = config_of(loss, 'ignore_class')
+  if ignored is not None and (each is None or each.shape != outputs.shape[:-1]):
+    raise ValueError(
+        f'The loss {type(loss).__name__} has ignore_class={ignored}, so that `call` must '
+        f'return one loss a label, of shape {outputs.shape[:-1]}, found '
+        f'{"no `call`" if each is None else each.shape}. Leave the reduction to Keras.'
+    )
+  return 1 if each is None else max(each.shape.rank, 1)
 
 
 def check_sample_weight(loss, labels, outputs, weight) -> None:

@@ -22,6 +22,7 @@ import dataclasses
 import functools
 from typing import Any, NamedTuple, Optional
 
+from absl import logging
 import keras
 import numpy as np
 import tensorflow as tf
@@ -37,6 +38,9 @@ from tff_kd.models import metrics as metrics_lib
 from tff_kd.models import tracing
 
 KerasModelFn = Callable[[], keras.Model]
+
+# The reductions of a `keras.losses.Loss` whose divisor is not the number of losses.
+_OVER_WEIGHTS = ('sum', 'mean_with_sample_weight')
 
 
 class ModelValues(NamedTuple):
@@ -75,6 +79,18 @@ class Outputs(NamedTuple):
   values: ModelValues
   regularization_loss: tf.Tensor
   bad_inputs: Optional[tf.Tensor] = None
+
+
+class _Share(keras.losses.Loss):
+  """The share of a batch's losses that weights of 0 and 1 leave, as Keras counts them."""
+
+  def __init__(self, rank: int, dtype: Any):
+    """Initializes it, for losses of a rank and a dtype."""
+    super().__init__(dtype=dtype)
+    self._rank = rank
+
+  def call(self, y_true, y_pred):
+    return tf.ones(tf.shape(y_pred)[: self._rank])
 
 
 @dataclasses.dataclass(frozen=True, eq=False, repr=False)
@@ -120,6 +136,8 @@ class ModelSpec:
   _model: keras.Model
   _layout: tracing.Layout
   _loss_rank: int
+  _outputs_dtype: tf.DType
+  _has_losses: bool
 
   @property
   def loss_description(self) -> str:
@@ -289,10 +307,6 @@ class ModelSpec:
         outputs, values, tf.zeros([]), tf.reduce_any(bad_inputs) if self.has_ids else None
     )
 
-  @property
-  def _outputs_dtype(self) -> tf.DType:
-    return tf.as_dtype(self._model.compute_dtype)
-
   def logits(self, weights: Any, inputs: Any) -> tf.Tensor:
     """Computes predictions in inference mode.
 
@@ -396,8 +410,8 @@ class ModelSpec:
     Args:
       labels: The labels of a batch.
       outputs: The model's outputs for it.
-      mask: Optional 0/1 float32 `[batch]`; the mean is over the ones, and 0 where
-        there are none.
+      mask: Optional 0/1 float32 `[batch]`; the mean (or the sum, by the loss's
+        `reduction`) is over the ones, and 0 where there are none.
       sample_weight: As `sample_weight` returns it: factors of the losses. As in Keras's
         `fit` the sum is divided by how many losses there are.
     """
@@ -407,22 +421,40 @@ class ModelSpec:
       return self.loss(labels, outputs, sample_weight=sample_weight)
     if counted is not None:
       # Keras's own mean over what is not ignored is 0 / 0 where all of it is.
-      each = keras.losses.sparse_categorical_crossentropy(
-          tf.where(counted > 0.0, labels, tf.zeros_like(labels)),
-          tf.cast(outputs, self.loss.dtype), from_logits=self.from_logits,
-      )
+      usable = tf.where(counted > 0.0, labels, tf.zeros_like(labels))
+      dtype = self.loss.dtype
+      each = self.loss.call(tf.cast(usable, dtype), tf.cast(outputs, dtype))
       counted = losses.with_rank(counted, each.shape.rank)
       if mask is not None:
         counted *= losses.with_rank(mask, each.shape.rank)
-      return losses.weighted_mean(each, counted, sample_weight)
+      return self._reduced(each, counted, sample_weight)
     # For sequences, Keras would take weights `[batch]` for those of positions.
     weights = losses.with_rank(mask, self._loss_rank)
     if sample_weight is not None:
       weights = losses.with_rank(mask, sample_weight.shape.rank) * sample_weight
     loss = self.loss(labels, outputs, sample_weight=weights)
-    # Keras divides by the size of the batch, not by the sum of the weights.
-    size = tf.cast(tf.shape(mask)[0], loss.dtype)
-    return tf.math.divide_no_nan(loss * size, tf.cast(tf.reduce_sum(mask), loss.dtype))
+    if self._reduction in _OVER_WEIGHTS:
+      return loss
+    # Keras divides by the number of all losses (or by that of a Keras mask).
+    share = _Share(self._loss_rank, self.loss.dtype)(
+        labels, outputs, sample_weight=losses.with_rank(mask, self._loss_rank)
+    )
+    return tf.math.divide_no_nan(loss, tf.cast(share, loss.dtype))
+
+  @property
+  def _reduction(self) -> Optional[str]:
+    return labels_lib.config_of(self.loss, 'reduction')
+
+  def _reduced(
+      self, each: tf.Tensor, counted: tf.Tensor, sample_weight: Optional[tf.Tensor]
+  ) -> tf.Tensor:
+    """One loss of those of all labels, 0/1 of which count, as the loss reduces them."""
+    if self._reduction in _OVER_WEIGHTS and sample_weight is not None:
+      counted *= losses.with_rank(sample_weight, counted.shape.rank)
+      sample_weight = None
+    if self._reduction == 'sum':
+      return tf.reduce_sum(tf.math.multiply_no_nan(each, counted))
+    return losses.weighted_mean(each, counted, sample_weight)
 
   def counted_labels(self, labels: Any) -> Optional[tf.Tensor]:
     """Returns which labels count, where the loss has an `ignore_class` (padding).
@@ -437,8 +469,13 @@ class ModelSpec:
     """
     if self.ignored_label is None:
       return None
-    ignored = tf.equal(labels, tf.cast(self.ignored_label, labels.dtype))
-    return 1.0 - tf.cast(ignored, tf.float32)
+    return 1.0 - tf.cast(self._is_ignored(labels), tf.float32)
+
+  def _is_ignored(self, labels: Any) -> tf.Tensor:
+    """Which labels are the one that the loss ignores, bool in their shape."""
+    # In a wide type: as a bool, -1 is True, and as a uint8, 255.
+    wide = labels if labels.dtype.is_floating else tf.cast(labels, tf.int64)
+    return tf.equal(wide, tf.cast(self.ignored_label, wide.dtype))
 
   def usable_labels(
       self, labels: Any, sample_weight: Optional[tf.Tensor] = None
@@ -466,7 +503,7 @@ class ModelSpec:
     wide = labels if labels.dtype.is_floating else tf.cast(labels, tf.int64)
     in_range = (wide >= 0) & (wide <= tf.cast(highest, wide.dtype))
     if self.ignored_label is not None:
-      in_range |= tf.equal(labels, tf.cast(self.ignored_label, labels.dtype))
+      in_range |= self._is_ignored(labels)
     used = in_range
     if sample_weight is not None:
       weightless = losses.with_rank(sample_weight, labels.shape.rank) <= 0.0
@@ -576,9 +613,10 @@ class ModelSpec:
     Raises:
       ValueError: If the weights, or the model, are not of this builder.
     """
-    # Subclassed models have no variables before their first call.
+    # Subclassed models have no variables before their first call, which moves states.
     inputs_spec = batches.with_lengths_of(model, batches.split_batch(self.input_spec)[0])
-    model(batches.example_of(inputs_spec, self.batch_size or 1), training=False)
+    example = batches.example_of(inputs_spec, self.batch_size or 1)
+    model(batches.by_name(model, example), training=False)
     expected = [tuple(w.shape) for w in tf.nest.flatten(self.initial_weights)]
     for kind, values in (('weights', weights), ('model', self.weights_of(model))):
       found = [np.shape(w) for w in [*values.trainable, *values.non_trainable]]
@@ -595,6 +633,7 @@ class ModelSpec:
     }
     for place, value in values.items():
       tracing.non_trainable_variables(model)[place].assign(value)
+    tracing.reset_states(model)
 
   def weights_of(self, model: keras.Model) -> tff.learning.models.ModelWeights:
     """Returns the weights of a model of the same builder.
@@ -617,7 +656,8 @@ class ModelSpec:
   def functional_model(self) -> tff.learning.models.FunctionalModel:
     """The model as `tff.learning` takes it (`build_weighted_fed_avg`, `build_fed_eval`).
 
-    TFF averages trainable weights only, and statistics stay as they were.
+    TFF averages trainable weights only, and statistics stay as they were. It leaves out
+    the losses of the model's layers (regularizers, `add_loss`), of which a warning tells.
 
     Raises:
       ValueError: If there are sample weights, which TFF would leave out.
@@ -627,6 +667,12 @@ class ModelSpec:
           "TFF's own algorithms have no sample weights, and the `input_spec` has some: "
           f'{self.input_spec}. Take the algorithms of `tff_kd.algorithms`, or build the '
           'model with batches (x, y).'
+      )
+    if self._has_losses:
+      logging.warning(
+          "TFF's own algorithms train the %s without the losses of its layers "
+          '(regularizers, `add_loss`). Those of `tff_kd.algorithms` train with them.',
+          self.name,
       )
     return functional.functional_model(self)
 

@@ -10,6 +10,7 @@ import numpy as np
 import tensorflow as tf
 
 from tff_kd.models import batches
+from tff_kd.models import embeddings
 from tff_kd.models import spec as spec_lib
 
 _TOLERANCE = 1e-4
@@ -98,9 +99,12 @@ class SplitModel:
     )
     if not isinstance(inputs_spec, tf.TensorSpec):
       raise ValueError(refusal)
-    shape = [8] + [d or 1 for d in inputs_spec.shape[1:]]
-    inputs = np.random.default_rng(0).standard_normal(shape)
-    inputs = tf.cast(inputs, inputs_spec.dtype)
+    shape = [None] + [d or 1 for d in inputs_spec.shape[1:]]
+    inputs = batches.example_of(
+        tf.TensorSpec(shape, inputs_spec.dtype),
+        self.spec.batch_size or 8,
+        np.random.default_rng(0),
+    )
     try:
       features = _apply(body, inputs)
       outputs = _apply(head, features)
@@ -129,10 +133,11 @@ class SplitModel:
       inputs: A batch of inputs.
 
     Returns:
-      float32 `[batch, num_features]`.
+      float32 `[batch, num_features]`; not numbers for ids that an embedding does not
+      have.
     """
     body, _ = split_layers(self.spec.layers, self._split_layer)
-    with model.scope():
+    with model.scope(), embeddings.checked_ids(training=False):
       features = _apply(body, inputs)
     return tf.reshape(tf.cast(features, tf.float32), [-1, self.num_features])
 

@@ -52,6 +52,13 @@ def _recurrent_layers(model: keras.Model) -> list[keras.layers.RNN]:
   return found
 
 
+def reset_states(model: keras.Model) -> None:
+  """Sets the states of recurrent layers to 0, as they are before any call."""
+  for layer in _recurrent_layers(model):
+    for state in tf.nest.flatten(layer.states):
+      state.assign(tf.zeros_like(state))
+
+
 def call_model(
     model: keras.Model,
     trainable: Sequence[tf.Tensor],
@@ -77,7 +84,7 @@ def call_model(
   )
   # Keras's names of layers (`__mine`) may be none of TensorFlow's at the root of a graph.
   with tf.name_scope('model'), scope, embeddings.checked_ids(training=training) as bad:
-    outputs = model(inputs, training=training)
+    outputs = model(batches.by_name(model, inputs), training=training)
     own_losses = list(model.losses)
   after = [scope.get_current_value(v) for v in non_trainable_variables(model)]
   return outputs, after, own_losses, bad
@@ -90,13 +97,17 @@ class _Traced(NamedTuple):
     layout: The `Layout`.
     activation: 'softmax' or 'sigmoid' if the model ends in one, else `None`.
     output_shape: The static shape of its outputs, the batch included.
+    output_dtype: The dtype of its outputs.
     has_ids: Whether embeddings look something up.
+    has_losses: Whether its layers have losses of their own.
   """
 
   layout: Layout
   activation: Optional[str]
   output_shape: tf.TensorShape
+  output_dtype: tf.DType
   has_ids: bool
+  has_losses: bool
 
 
 def trace(
@@ -104,13 +115,15 @@ def trace(
 ) -> _Traced:
   """Traces an inference and a training call of a built model."""
   variables = non_trainable_variables(model)
-  moved, looked_up = [], []
+  moved, looked_up, own_losses = [], [], []
 
   def calls(trainable, non_trainable, inputs):
     outputs, _, _, looked_up[:] = call_model(
         model, trainable, non_trainable, inputs, training=False
     )
-    _, after, *_ = call_model(model, trainable, non_trainable, inputs, training=True)
+    _, after, own_losses[:], _ = call_model(
+        model, trainable, non_trainable, inputs, training=True
+    )
     moved[:] = [
         i for i, (old, new) in enumerate(zip(non_trainable, after)) if new is not old
     ]
@@ -133,33 +146,42 @@ def trace(
         f'The {name} cannot be called in training mode in a graph, as Keras\'s `fit` '
         f'would: {error}'
     ) from error
+  layout = _layout(model, variables, moved)
+  output = traced.outputs[0]
+  shape = output.shape
+  if shape.rank is None:
+    example = batches.example_of(inputs_spec, batch_size or PROBE_BATCH)
+    shape = model(batches.by_name(model, example), training=False).shape
+  return _Traced(
+      layout,
+      _last_activation(output),
+      shape,
+      output.dtype,
+      bool(looked_up),
+      bool(own_losses),
+  )
+
+
+def _layout(
+    model: keras.Model, variables: Sequence[keras.Variable], moved: Sequence[int]
+) -> Layout:
+  """Tells a model's values apart, given the places of those that training changes."""
   recurrent = {
       id(state)
       for layer in _recurrent_layers(model)
       for state in tf.nest.flatten(layer.states)
   }
-  seeds = frozenset(
-      i for i in moved if variables[i].name == _SEED_STATE
-  )
   statistics = tuple(
       i
       for i in moved
       if tf.as_dtype(variables[i].dtype).is_floating and id(variables[i]) not in recurrent
   )
-  layout = Layout(
+  return Layout(
       statistics=statistics,
       local={i: variables[i].numpy() for i in moved if i not in statistics},
-      seeds=seeds,
-      constants={
-          i: v.numpy() for i, v in enumerate(variables) if i not in moved
-      },
+      seeds=frozenset(i for i in moved if variables[i].name == _SEED_STATE),
+      constants={i: v.numpy() for i, v in enumerate(variables) if i not in moved},
   )
-  output = traced.outputs[0]
-  shape = output.shape
-  if shape.rank is None:
-    example = batches.example_of(inputs_spec, batch_size or PROBE_BATCH)
-    shape = model(example, training=False).shape
-  return _Traced(layout, _last_activation(output), shape, bool(looked_up))
 
 
 def _last_activation(output: tf.Tensor) -> Optional[str]:
@@ -173,12 +195,11 @@ def _last_activation(output: tf.Tensor) -> Optional[str]:
 def probe(
     keras_model: keras.Model, inputs_spec: Any, batch_size: int, name: str
 ) -> tf.Tensor:
-  """The model's outputs on a random batch; builds the model."""
+  """The model's outputs on a random batch; builds the model, with states at 0."""
   rng = np.random.default_rng(0)
   try:
-    outputs = keras_model(
-        batches.example_of(inputs_spec, batch_size, rng), training=False
-    )
+    example = batches.example_of(inputs_spec, batch_size, rng)
+    outputs = keras_model(batches.by_name(keras_model, example), training=False)
   except Exception as error:
     tried = ''
     if any(not s.shape[1:].is_fully_defined() for s in tf.nest.flatten(inputs_spec)):
@@ -192,6 +213,7 @@ def probe(
         f"model's inputs and the datasets' `element_spec` agree.{tried} Keras says: "
         f'{error}'
     ) from error
+  reset_states(keras_model)
   if not tf.is_tensor(outputs):
     raise ValueError(
         f'The {name} must have one output tensor, found '

@@ -1,5 +1,6 @@
 """Checks of a round's clients before the round begins."""
 
+import collections
 from collections.abc import Mapping, Sequence
 import numbers
 from typing import Any, NamedTuple, Optional
@@ -95,7 +96,7 @@ class ClientArguments(NamedTuple):
     name = f'Client {place} of the round'
     if isinstance(value, tf.data.Dataset):
       self._check_batch(name, value.element_spec)
-      return _ordered(value)
+      return _ordered(value, self.input_spec)
     if isinstance(value, list):
       for batch in value[:1]:
         self._check_batch(f'{name}, a list of batches,', _spec_of(batch))
@@ -177,12 +178,32 @@ def _batch_of(example: Any) -> Any:
   return tf.nest.map_structure(batched, example)
 
 
-def _ordered(dataset: tf.data.Dataset) -> tf.data.Dataset:
-  """A dataset whose mappings have their keys in order, as TFF wants them."""
-  spec = dataset.element_spec
-  if not isinstance(spec, Mapping) or list(spec) == list(models.as_batch(spec)):
+def _ordered(dataset: tf.data.Dataset, input_spec: Any) -> tf.data.Dataset:
+  """A dataset whose mappings have their keys in the order of the spec, as TFF wants."""
+
+  def is_ordered(spec: Any, found: Any) -> bool:
+    if isinstance(spec, Mapping):
+      names = list(found)
+      return (
+          names == list(spec)
+          # TFF takes the names of a dict in order only.
+          and (isinstance(found, collections.OrderedDict) or names == sorted(names))
+          and all(is_ordered(spec[name], found[name]) for name in names)
+      )
+    return not isinstance(spec, tuple) or all(map(is_ordered, spec, found))
+
+  def ordered(spec: Any, found: Any) -> Any:
+    if isinstance(spec, Mapping):
+      return collections.OrderedDict((k, ordered(spec[k], found[k])) for k in spec)
+    return tuple(map(ordered, spec, found)) if isinstance(spec, tuple) else found
+
+  if is_ordered(input_spec, dataset.element_spec):
     return dataset
-  return dataset.map(models.as_batch)
+
+  def ordered_batch(*parts: Any) -> Any:
+    return ordered(input_spec, parts[0] if isinstance(input_spec, Mapping) else parts)
+
+  return dataset.map(ordered_batch)
 
 
 def _shown(value: Any) -> str:
