@@ -317,6 +317,18 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path):
         ),
         (
             lambda d: tff_kd.FileClientData.from_arrays(
+                helpers.examples(4, 0), {'a': np.array([True, False, True, False])}
+            ),
+            ValueError, "rows of client 'a' must be integers, .* bool. .*flatnonzero",
+        ),
+        (
+            lambda d: tff_kd.FileClientData.from_arrays(
+                helpers.examples(4, 0), {'a': [0.5, 1.0]}
+            ),
+            ValueError, "rows of client 'a' must be integers, .* float64.$",
+        ),
+        (
+            lambda d: tff_kd.FileClientData.from_arrays(
                 (np.zeros([4, 2]), np.zeros(3)), [[0]]
             ),
             ValueError, r'one row an example, found arrays of \[3, 4\]',
@@ -373,6 +385,33 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path):
 def test_refusals(data, make, error, message):
   with pytest.raises(error, match=message):
     make(data)
+
+
+def test_a_part_of_the_steps_is_one_step_at_least(data):
+  batches = tff_kd.ClientBatches(data=data, batch_size=4)
+  for total, share, expected in (
+      (10, 1e-5, 4), (3, 1e-5, 3), (10, 0.34, 8), (10, 1.0, 10), (0, 0.5, 0)
+  ):
+    found = batches.num_elements(tf.constant(total), tf.constant(share))
+    assert found == expected
+
+
+def test_only_numbers_are_left_out_of_the_inputs():
+  """Indices and truth values have no value that says that there is none."""
+  rng = np.random.default_rng(0)
+  x = (
+      rng.normal(size=(3, 20)).astype(np.float32), rng.integers(0, 9, (3, 2)),
+      rng.integers(0, 2, (3, 2)).astype(bool),
+  )
+  batches = tff_kd.ClientBatches(
+      data=tff_kd.FileClientData.from_arrays((x, np.zeros(3, np.int32)), [range(3)]),
+      batch_size=3, shuffle=False, input_share=0.5,
+  )
+  (found, _), = batches.dataset(0).as_numpy_iterator()
+  kept = np.all(found[0] == x[0], axis=0)
+  assert 0 < kept.sum() < 20 and not np.any(found[0][:, ~kept])
+  for part, expected in zip(found[1:], x[1:]):
+    np.testing.assert_array_equal(part, expected)
 
 
 def test_a_client_that_does_not_exist(data):

@@ -175,6 +175,38 @@ def test_some_clients_with_wrong_labels_are_named_and_left_out(monkeypatch):
   assert counts['num_included'] == 2 and counts['num_excluded_bad_labels'] == 1
 
 
+def test_labels_that_no_client_has_may_be_anything(monkeypatch):
+  warnings = []
+  monkeypatch.setattr(logging, 'warning', lambda m, *a: warnings.append(m % a))
+  x = np.zeros((6, helpers.DIM), np.float32)
+  for unused in (-1, 3):  # Not known; or as if all were counted from 1.
+    labels = np.array([1, 2, 1, *[unused] * 3], np.int32)
+    data = tff_kd.FileClientData.from_arrays((x, labels), [[0, 1], [2], []])
+    data.check_labels(helpers.loss_fn(), (helpers.CLASSES,))
+  assert not warnings
+
+
+@pytest.mark.parametrize(
+    ('dtype', 'labels'),
+    [('bool', [0, 1, 1]), ('uint8', [0, 1, 255]), ('int8', [0, 1, -1]),
+     ('float32', [0, 1, -1])],
+)
+def test_an_ignored_label_below_0_is_none_of_other_types(dtype, labels):
+  spec = tff_kd.models.build_model_spec(
+      helpers.dense_fn(), input_spec=(
+          tf.TensorSpec([None, helpers.DIM]), tf.TensorSpec([None], dtype)
+      ),
+      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
+          from_logits=True, ignore_class=-1
+      ),
+  )
+  given = tf.constant(np.array(labels).astype(dtype))
+  np.testing.assert_array_equal(
+      spec.counted_labels(given), [its != -1 for its in labels]
+  )
+  assert bool(spec.usable_labels(given)[1]) == (255 in labels)
+
+
 def _task(labels, **kwargs):
   parts = {name: [0, 1, 2] for name in ('clients', 'transfer', 'validation', 'test')}
   return tff_kd.data.Task(

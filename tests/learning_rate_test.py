@@ -156,6 +156,24 @@ def test_decay_and_clipping_are_those_of_keras(ours, kerass):
   helpers.assert_weights_close(_trajectory(ours()), _trajectory(kerass), rtol=1e-5)
 
 
+@pytest.mark.parametrize(
+    'optimizer',
+    [
+        optimizers.with_weight_decay(helpers.sgd(0.1), 0.5),
+        lambda: keras.optimizers.SGD(0.1, weight_decay=0.5),
+    ],
+)
+@pytest.mark.filterwarnings('ignore:Gradients do not exist')
+def test_a_weight_without_a_gradient_does_not_decay(optimizer):
+  values = [tf.constant([2.0]), tf.constant([2.0])]
+  stepper = optimizers.build_stepper(
+      optimizer, [keras.Variable(its.numpy()) for its in values]
+  )
+  _, values = stepper.apply(stepper.initialize(), values, [tf.constant([1.0]), None])
+  # 2 (1 - 0.1 * 0.5) - 0.1.
+  helpers.assert_weights_close(values, [[1.8], [2.0]], rtol=1e-6)
+
+
 def test_decay_follows_the_rate():
   """A rate of 0 leaves the weights as they are, and the rate can be set."""
   optimizer = optimizers.with_weight_decay(helpers.sgd(0.5), 0.4)

@@ -192,9 +192,9 @@ class _WithWeightDecay(_Wrapped):
 
   def _next(self, value, inner, weights, gradients):
     share = value * self._optimizer.get_hparams(inner)[_LEARNING_RATE]
-    weights = tf.nest.map_structure(
-        lambda w: w * tf.cast(1.0 - share, w.dtype), weights
-    )
+    pairs = zip(tf.nest.flatten(weights), tf.nest.flatten(gradients), strict=True)
+    decayed = [w if g is None else w * tf.cast(1.0 - share, w.dtype) for w, g in pairs]
+    weights = tf.nest.pack_sequence_as(weights, decayed)
     return self._optimizer.next(inner, weights, gradients)
 
 
@@ -212,7 +212,8 @@ def with_weight_decay(
 ) -> tff.learning.optimizers.Optimizer:
   """Adds decoupled weight decay to a TFF optimizer, as Keras's `weight_decay`.
 
-  Before each step, each weight loses the share `learning_rate * weight_decay`.
+  Before each step, each weight loses the share `learning_rate * weight_decay`. A weight
+  without a gradient stays as it is.
 
   Source: Loshchilov and Hutter, "Decoupled Weight Decay Regularization" (ICLR 2019),
   algorithms 1 and 2.

@@ -111,14 +111,13 @@ class FileClientData:
       The `FileClientData`.
 
     Raises:
-      ValueError: If arrays differ in length, rows are out of range, or numbers are
-        not finite.
+      ValueError: If arrays differ in length, rows are no integers or out of range, or
+        numbers are not finite.
     """
     examples = raw_files.as_arrays(_as_element(examples))
     size = raw_files.check_rows(examples, "the clients' data")
     rows = {
-        name: np.asarray(numbers, np.int64).ravel()
-        for name, numbers in _by_name(rows).items()
+        name: _row_numbers(name, numbers) for name, numbers in _by_name(rows).items()
     }
     for name, client_rows in rows.items():
       if len(client_rows) and (client_rows.min() < 0 or client_rows.max() >= size):
@@ -271,6 +270,9 @@ class FileClientData:
     if weight is not None:
       shape = (*weight.shape, *[1] * labels.ndim)[: labels.ndim]
       counted &= np.reshape(weight != 0, shape)
+    is_used = np.zeros(len(labels), bool)
+    is_used[self._rows.arrays()] = True
+    counted[~is_used] = False  # Whose labels may be anything.
     wrong = counted & models.wrong_labels(labels, loss, outputs_shape)
     if not wrong.any():
       return
@@ -326,6 +328,18 @@ def _by_name(clients: Union[Mapping[Any, Any], Sequence[Any]]) -> dict[str, Any]
   if not isinstance(clients, Mapping):
     clients = dict(enumerate(clients))
   return dict(zip(client_names.ClientNames(clients), clients.values()))
+
+
+def _row_numbers(client: str, rows: Any) -> np.ndarray:
+  """A client's rows as int64; refuses masks and fractions."""
+  rows = np.asarray(rows).ravel()
+  if len(rows) and rows.dtype.kind not in 'iu':
+    hint = ' Of a mask: `np.flatnonzero(mask)`.' if rows.dtype.kind == 'b' else ''
+    raise ValueError(
+        f'The rows of client {client!r} must be integers, the numbers of examples, found '
+        f'an array of the dtype {rows.dtype}.{hint}'
+    )
+  return rows.astype(np.int64)
 
 
 def _as_element(element: Any) -> Any:
@@ -488,12 +502,15 @@ def masked_inputs(batch: Any, mask: Any) -> Any:
     mask: As `ClientBatches.input_mask` returns it.
 
   Returns:
-    The batch with the inputs times the mask; the batch itself if the mask is `None`.
+    The batch with the floating-point inputs times the mask; the batch itself if the mask
+    is `None`.
   """
   if mask is None:
     return batch
   inputs, _ = models.split_batch(batch)
-  inputs = tf.nest.map_structure(tf.multiply, inputs, mask)
+  inputs = tf.nest.map_structure(
+      lambda x, m: x * m if x.dtype.is_floating else x, inputs, mask
+  )
   return {**batch, 'x': inputs} if isinstance(batch, Mapping) else (inputs, *batch[1:])
 
 
@@ -641,7 +658,8 @@ class ClientBatches:
     steps = tf.cast(tf.math.ceil(total / self.batch_size), tf.float32)
     # What is a whole number but for rounding is that.
     steps = tf.math.ceil(steps * step_share - 1e-4)
-    return tf.minimum(tf.cast(steps, tf.int32) * self.batch_size, total)
+    steps = tf.maximum(tf.cast(steps, tf.int32), 1)
+    return tf.minimum(steps * self.batch_size, total)
 
   def input_mask(self, client: tf.Tensor) -> Any:
     """Returns which features a client observes.
