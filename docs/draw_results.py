@@ -109,6 +109,14 @@ def _privacy() -> Any:
   return plots.scores(found, metric='test accuracy')
 
 
+def _ablation() -> Any:
+  columns = {
+      'student': 'student: best round',
+      'its last ten rounds': 'student: last ten rounds',
+  }
+  return plots.scores(_rows(tables('unlabelled.md')[1], columns), metric='test accuracy')
+
+
 def _task(number: int, metric: str) -> Any:
   columns = {'student': 'student', 'teacher': 'teacher'}
   return plots.scores(_rows(tables('tasks.md')[number], columns), metric=metric)
@@ -124,6 +132,7 @@ PICTURES: dict[str, Callable[[], Any]] = {
     'bytes.png': _bytes,
     'hindered.png': _hindered,
     'privacy.png': _privacy,
+    'ablation.png': _ablation,
     'mnist5k.png': functools.partial(_task, 0, 'test accuracy'),
     'newsgroups.png': functools.partial(_task, 1, 'test accuracy'),
     'shakespeare.png': functools.partial(_task, 2, 'test accuracy'),

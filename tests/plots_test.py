@@ -312,6 +312,9 @@ def test_pictures_of_the_pages_show_their_tables(draw_results):
   for name, rows, models in (('hindered.png', 8, 4), ('privacy.png', 6, 3)):
     panel = figures[name].axes[0]
     assert (len(panel.get_yticklabels()), len(panel.containers)) == (rows, models)
+  best, last = figures['ablation.png'].axes[0].containers
+  assert best.lines[0].get_xdata()[:2].tolist() == [0.894, 0.865]
+  assert last.lines[0].get_xdata()[:2].tolist() == [0.894, 0.815]
   student, teacher = figures['movielens.png'].axes[0].containers
   assert student.lines[0].get_xdata().tolist() == [0.939, 0.935, 0.935, 0.982, 0.925]
   assert teacher.lines[0].get_xdata().tolist() == [0.937, 0.984, 0.925]
