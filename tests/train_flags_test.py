@@ -1,6 +1,7 @@
 """The flags of `pipelines.train`: help, refusals, dry runs, configurations."""
 
 import copy
+import importlib
 import json
 import os
 import pathlib
@@ -347,7 +348,8 @@ def test_help_breaks_no_words():
   words = set()
   for flag in train_flags.own_flags().values():
     words.update(re.sub('^<[^>]*>: ', '', flag.help).split())
-  found = set(topics.help_text('pipelines.train', 40).split())
+  module = importlib.import_module('pipelines.train')
+  found = set(topics.help_text(module.__name__, 40).split())
   assert not words - found
 
 
