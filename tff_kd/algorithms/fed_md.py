@@ -45,8 +45,9 @@ def build_fed_md(
       `None`. It starts anew each round.
     digest_epochs: Passes over the round's transfer examples.
     digest_batch_size: Examples a step.
-    pretraining_epochs: Passes over the transfer set's labels before a client's first
-      round; with them the transfer set must have labels.
+    pretraining_epochs: Passes over all of the transfer set's labels, also with a
+      `subset_size`, before a client's first round; with them the transfer set must have
+      labels.
     consensus_rule: How the predictions become what clients fit; the mean logits, as in
       the paper.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
@@ -59,9 +60,10 @@ def build_fed_md(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   optimizer = digest_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3)
-  size = transfer_set.subset_size
 
-  def stage(epochs: int, **settings) -> tff_kd.server.distill.DistillationStage:
+  def stage(
+      epochs: int, size: int, **settings
+  ) -> tff_kd.server.distill.DistillationStage:
     return tff_kd.server.distill.DistillationStage(
         'student',
         optimizer,
@@ -75,7 +77,9 @@ def build_fed_md(
 
   pretraining = None
   if pretraining_epochs:
-    pretraining = stage(pretraining_epochs, distillation_weight=0.0)
+    pretraining = stage(
+        pretraining_epochs, transfer_set.whole().subset_size, distillation_weight=0.0
+    )
   return rounds.compose_process(
       rounds.Parts(
           students=students,
@@ -85,7 +89,12 @@ def build_fed_md(
               students.first,
               transfer_set,
               consensus_rule or tff_kd.knowledge.MeanLogits(),
-              stage(digest_epochs, loss='mae', distillation_weight=1.0),
+              stage(
+                  digest_epochs,
+                  transfer_set.subset_size,
+                  loss='mae',
+                  distillation_weight=1.0,
+              ),
               options.seed,
           ),
           pretraining=pretraining,

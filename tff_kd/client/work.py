@@ -24,6 +24,7 @@ from tff_kd.client import local_training
 from tff_kd.data import client_data as client_data_lib
 from tff_kd.data import raw_files
 from tff_kd import graphs
+from tff_kd import knowledge
 from tff_kd import models
 from tff_kd.models import cohorts
 from tff_kd.models import personal as personal_lib
@@ -254,9 +255,14 @@ class ClientPlan:
     weights = tf.nest.map_structure(tf.constant, spec.initial_weights)
     if self.pretraining is None:
       return weights
-    transfer_set = self.exchange.transfer_set
+    # Of all rounds: a new client has not seen any.
+    transfer_set, rule = self.exchange.transfer_set.whole(), self.exchange.rule
     # Labels only: no example has a target.
-    nothing = self.exchange.rule.decode(self.exchange.zero_payload())
+    nothing = rule.decode(
+        rule.zero_payload(
+            knowledge.logits_shape(spec, transfer_set), transfer_set.num_predictions
+        )
+    )
     lesson = distill.Lesson(self.pretraining, spec, transfer_set)
     return lesson(
         weights, None, {}, nothing, tf.constant(0), tf.constant([self.seed, 2])

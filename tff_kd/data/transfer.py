@@ -7,6 +7,7 @@ alone, so clients and server agree without sending any.
 """
 
 from collections.abc import Callable, Iterable, Mapping
+import copy
 import os
 from typing import Any, Optional
 
@@ -207,6 +208,12 @@ class TransferSet:
   def is_same_every_round(self) -> bool:
     """Whether every round uses the same rows, in the same order."""
     return self.subset_size == self.size - self.validation_size
+
+  def whole(self) -> 'TransferSet':
+    """Returns the same examples, of which every round uses all, without a subset."""
+    whole = copy.copy(self)
+    whole.subset_size = self.size - self.validation_size
+    return whole
 
   def round_ids(self, round_num: tf.Tensor) -> tf.Tensor:
     """Returns the rows that a round learns from, int32 `[subset_size]`.
