@@ -135,6 +135,49 @@ def test_rounds_equal_numpy(name, numpy):
   assert 0.5 < output.metrics['client_work']['train']['loss'] < 2.0
 
 
+@pytest.mark.parametrize('optimizer', ['momentum', helpers.slow('adam')])
+def test_fed_dyn_adds_up_how_far_clients_moved_whatever_the_server_optimizer(optimizer):
+  server_optimizer = helpers.sgd(0.7, 0.5)
+  if optimizer == 'adam':
+    server_optimizer = tff.learning.optimizers.build_adam(0.01)
+  process = _build(
+      'fed_dyn', num_clients=_NUM_CLIENTS, dynamic_weight=_ALPHA,
+      server_optimizer=server_optimizer,
+  )
+  state, new = process.initialize(), process.initialize_client()
+  states = dict.fromkeys(_CLIENTS, new)
+  for present in _ROUNDS:
+    output = process.next(
+        state,
+        [helpers.dataset(*_CLIENTS[k]) for k in present],
+        [states[k] for k in present],
+    )
+    state = output.state
+    states |= dict(zip(present, output.client_states))
+    # The server's h is the mean of all clients' h_k, those included that never came.
+    for u, *own in zip(state.companion.values, *(s.values for s in states.values())):
+      np.testing.assert_allclose(u * _ALPHA, sum(own) / _NUM_CLIENTS, **_CLOSE)
+
+
+def test_fed_dyn_does_not_move_the_student_where_there_is_no_mean():
+  process = _build(
+      'fed_dyn', num_clients=_NUM_CLIENTS,
+      model_aggregator=tff_kd.aggregators.robust.NormBoundFactory(2.0),
+  )
+  x, y = _CLIENTS[0]
+  state, new = process.initialize(), process.initialize_client()
+  first = process.next(state, [helpers.dataset(x, y)], [new]).state
+  assert np.abs(first.companion.values[0]).max() > 1e-3
+  # Finite, and beyond the bound: the client reports, and no report is in the mean.
+  output = process.next(first, [helpers.dataset(x * np.float32(1e3), y)], [new])
+  assert output.metrics['aggregator']['model']['num_left_out'] == 1
+  assert output.metrics['client_work']['participation']['num_included'] == 1
+  helpers.assert_weights_close(
+      [output.state.companion, output.state.global_model_weights],
+      [first.companion, first.global_model_weights], rtol=0, atol=0,
+  )
+
+
 @pytest.fixture(scope='module')
 def batches(tmp_path_factory):
   data = tff_kd.FileClientData.from_clients(

@@ -226,11 +226,13 @@ class Round:
     if companion is None:
       return
     self.broadcast_companion = graphs.computation(member.companion)(companion.broadcast)
-    weights = member.global_model_weights
     if companion.corrects_student:
-      self.correct = graphs.computation(member.companion, weights, weights, np.int32)(
-          companion.correct
-      )
+      self.correct = graphs.computation(
+          member.companion,
+          member.global_model_weights,
+          self.parts.students.update_type,
+          np.int32,
+      )(companion.correct)
 
   def _run(self, state, client_data, client_states):
     """One round: the next state, what clients keep, the metrics."""
@@ -344,7 +346,7 @@ class Round:
     if self.correct is not None:
       num_reports = up.measurements.client_work['participation']['num_included']
       companion, student = tff.federated_map(
-          self.correct, (companion, sent, student, num_reports)
+          self.correct, (companion, student, mean.model, num_reports)
       )
     if self.server_distillation is None:
       return _Models(

@@ -211,7 +211,7 @@ class Companion(abc.ABC):
     return server_state, tff.federated_value((), tff.SERVER)
 
   def correct(
-      self, server_state: Any, before: Any, after: Any, num_reports: tf.Tensor
+      self, server_state: Any, student: Any, change: Any, num_reports: tf.Tensor
   ) -> tuple[Any, Any]:
     """Moves the student at the server, between averaging and distillation.
 
@@ -219,15 +219,17 @@ class Companion(abc.ABC):
 
     Args:
       server_state: The server's part, after `exchange`.
-      before: The student's `ModelWeights` that were sent.
-      after: Those that the clients' mean update left.
+      student: The student's `ModelWeights`, as the server optimizer left them.
+      change: The clients' mean update, `ModelWeights` of those sent minus those trained,
+        in the dtypes of updates. If not finite, as that of no client, the server
+        optimizer has taken no step.
       num_reports: int32 scalar, how many clients' reports are in the mean.
 
     Returns:
       The next server state and the student's next `ModelWeights`.
     """
-    del before, num_reports
-    return server_state, after
+    del change, num_reports
+    return server_state, student
 
   def exchange_bytes(self) -> tuple[int, int]:
     """Returns how many bytes one client receives and sends in `exchange`."""

@@ -16,6 +16,7 @@ from tff_kd.compat import tff
 from tff_kd.client import companions
 from tff_kd.client import local_terms
 from tff_kd.client.companions import control_variates
+from tff_kd import graphs
 from tff_kd import models
 
 
@@ -108,16 +109,16 @@ class DynamicRegularizer(companions.Companion):
 
     return companions.Attachment(begin, end)
 
-  def correct(self, server_state, before, after, num_reports):
+  def correct(self, server_state, student, change, num_reports):
     share = tf.cast(num_reports, tf.float32) / self._num_clients
+    # After a round without a mean the student stays as it was.
+    has_mean = (num_reports > 0) & graphs.all_finite(change)
     offsets, trainable = [], []
-    for u, old, new in zip(server_state.values, before.trainable, after.trainable):
-      # After a round without reports the student stays as it was.
-      wide_old, wide_new = tf.cast(old, u.dtype), tf.cast(new, u.dtype)
-      offset = u + tf.cast(share, u.dtype) * (wide_old - wide_new)
+    for u, w, mean in zip(server_state.values, student.trainable, change.trainable):
+      # Of how far the clients moved, whatever the server optimizer makes of it.
+      offset = tf.where(has_mean, u + tf.cast(share, u.dtype) * mean, u)
       offsets.append(offset)
-      trainable.append(
-          tf.where(num_reports > 0, tf.cast(wide_new - offset, new.dtype), new)
-      )
-    weights = tff.learning.models.ModelWeights(trainable, list(after.non_trainable))
+      moved = tf.cast(tf.cast(w, u.dtype) - offset, w.dtype)
+      trainable.append(tf.where(has_mean, moved, w))
+    weights = tff.learning.models.ModelWeights(trainable, list(student.non_trainable))
     return Gradient(offsets), weights
