@@ -11,6 +11,7 @@ from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
+from tff_kd import algorithms
 from tff_kd.algorithms import cfd
 from tff_kd.algorithms import ds_fl
 from tff_kd.algorithms import fd
@@ -23,6 +24,7 @@ from tff_kd.simulation import client_states
 _X, _Y = helpers.examples(10, 77)
 _SIZES = (6, 8, 4)
 _RATE, _DIGEST_RATE = 0.2, 0.3
+_CLOSE = dict(rtol=1e-4, atol=1e-6)
 _step, _logits = helpers.linear_step, helpers.linear_logits
 
 
@@ -458,6 +460,36 @@ def test_fd_shares_nothing_of_what_the_loss_ignores(ignored):
   assert output.metrics['client_work']['participation']['num_included'] == 2
 
 
+@pytest.mark.parametrize('algorithm', ['fd', 'fed_proto'])
+def test_what_is_learned_of_a_class_does_not_depend_on_padding(algorithm):
+  """As the loss on the labels, the term is a mean over what the loss does not ignore."""
+  process = algorithms.REGISTRY[algorithm].build(
+      **helpers.common(
+          student_fn=helpers.features_fn(4),
+          client_optimizer=helpers.sgd(_RATE),
+          loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
+              from_logits=True, ignore_class=-1
+          ),
+          metrics_fn=None,
+      )
+  )
+  first = process.initialize_client()
+  (x, y), (other_x, other_y) = helpers.examples(6, 0), helpers.examples(6, 1)
+  state = process.next(
+      process.initialize(), [helpers.dataset(other_x, other_y, batch_size=6)], [first]
+  ).state
+  padding = helpers.examples(12, 2)[0], np.full(12, -1, np.int32)
+  padded = np.concatenate([x, padding[0]]), np.concatenate([y, padding[1]])
+  found, expected = (
+      process.next(state, [helpers.dataset(*data, batch_size=18)], [first])
+      for data in (padded, (x, y))
+  )
+  assert found.metrics['client_work']['participation']['num_taught'] == 1
+  helpers.assert_weights_close(
+      found.client_states[0].weights, expected.client_states[0].weights, **_CLOSE
+  )
+
+
 def test_fd_needs_sums_in_which_all_parts_are_as_they_are():
   learning = tff.learning
   with pytest.raises(ValueError, match='knowledge_weighting.*UNIFORM.*NUM_EXAMPLES'):
@@ -533,6 +565,16 @@ def test_clients_are_pretrained_on_the_labels():
   _check(_weights(process.initialize_client()), plain)
   with pytest.raises(ValueError, match='labels'):
     _fed_md(pretraining_epochs=1)
+
+
+def test_pretraining_is_on_all_labels_also_with_a_subset_a_round():
+  process = _fed_md(
+      transfer_set=tff_kd.TransferSet(_X, _Y, subset_size=4), pretraining_epochs=3
+  )
+  plain = _weights(_fed_md().initialize_client())
+  for _ in range(3):
+    plain = _fit(plain, _X, _Y, _DIGEST_RATE)
+  _check(_weights(process.initialize_client()), plain)
 
 
 def test_pretraining_on_some_labels_is_kept_where_they_validate_it():

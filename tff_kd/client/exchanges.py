@@ -531,14 +531,11 @@ class _ClassTargets(local_terms_lib.LocalTerm):
     labels = tf.cast(step.labels, tf.int32)
     if labels.shape.rank == step.logits.shape.rank:
       labels = tf.squeeze(labels, axis=-1)
-    mask = tf.ones(tf.shape(labels))
     if step.counted is not None:
-      mask = tf.reshape(step.counted, tf.shape(labels))
-      labels = tf.where(mask > 0.0, labels, 0)
+      counted = tf.reshape(step.counted, tf.shape(labels))
+      labels = tf.where(counted > 0.0, labels, 0)
     each = losses.soft_target_cross_entropy(
         tf.nn.softmax(tf.gather(self._targets, labels)), step.logits
     )
-    # Over the whole batch: an example without a target has no such loss.
-    return loss + self._weight * losses.weighted_mean(
-        each * mask * tf.gather(self._mask, labels), sample_weight=step.sample_weight
-    )
+    # Over all labels that count: one without a target has no such loss.
+    return loss + self._weight * step.mean(each * tf.gather(self._mask, labels))

@@ -132,8 +132,6 @@ class _PrototypeTerm(local_terms.LocalTerm):
     one_hot = step.one_hot_labels()
     features = self._split.features(step.model, step.inputs)
     distance = losses.mean_squared_error(tf.matmul(one_hot, self._prototypes), features)
-    # Over the whole batch: an example without a prototype has no such loss.
+    # Over all labels that count: one without a prototype has no such loss.
     has_one = tf.linalg.matvec(one_hot, self._is_known)
-    return loss + self._weight * losses.weighted_mean(
-        has_one * distance, sample_weight=step.sample_weight
-    )
+    return loss + self._weight * step.mean(has_one * distance)
