@@ -103,6 +103,14 @@ def test_order_and_splitting_of_clients_do_not_matter(name, seed, random):
   )
 
 
+@pytest.mark.parametrize('name', ['entropy', 'soft_entropy'])
+def test_no_prediction_counts_less_than_nothing(name):
+  """Of nearly equal probabilities, rounding has the entropy above the highest."""
+  for classes in (2, 3, 5, 10, 100):
+    logits = _logits(classes, 1, 200, classes, scale=1e-3)[0]
+    assert np.min(_RULES[name].encode(tf.constant(logits)).weights) >= 0.0
+
+
 @pytest.mark.parametrize('name', _NAMES)
 def test_missing_rows_leave_the_others_opinion(name):
   rule = _RULES[name]

@@ -426,7 +426,8 @@ class CertaintyWithDiversity(CertaintyWeighted):
 def _entropy_certainty(logits: tf.Tensor) -> tf.Tensor:
   p = payload_lib.class_probabilities(logits)
   entropy = -tf.reduce_sum(tf.math.xlogy(p, p), axis=-1)
-  return 1.0 - entropy / tf.math.log(float(p.shape[-1]))
+  # Of equal probabilities, rounding may leave it below 0.
+  return tf.maximum(1.0 - entropy / tf.math.log(float(p.shape[-1])), 0.0)
 
 
 _CERTAINTIES = {
