@@ -7,6 +7,9 @@ import pytest
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from tests import helpers
+import tff_kd
+from tff_kd.aggregators import robust
 from tff_kd.aggregators import svd
 
 
@@ -110,3 +113,18 @@ def test_the_mean_of_truncated_values_and_the_schedule():
 def test_bad_numbers(kwargs, match):
   with pytest.raises(ValueError, match=match):
     svd.TruncatedSvdFactory(**kwargs)
+
+
+@pytest.mark.parametrize(
+    'build',
+    [
+        lambda inner: svd.TruncatedSvdFactory(inner_factory=inner),
+        lambda inner: robust.NormBoundFactory(1.0, inner),
+        lambda inner: tff_kd.algorithms.build_fed_kd(
+            **helpers.common(model_aggregator=inner), mentor_fn=helpers.dense_fn()
+        ),
+    ],
+)
+def test_a_sum_without_weights_is_refused_inside_another_factory(build):
+  with pytest.raises(TypeError, match='must be a `tff.aggregators.WeightedAgg.*Sum'):
+    build(tff.aggregators.SumFactory())

@@ -16,6 +16,28 @@ from tff_kd.compat import tff
 from tff_kd import knowledge
 
 
+def check_inner_factory(
+    factory: Optional[tff.aggregators.WeightedAggregationFactory],
+) -> tff.aggregators.WeightedAggregationFactory:
+  """Checks the factory that another one wraps, and returns it.
+
+  Args:
+    factory: The factory; `tff.aggregators.MeanFactory()` if `None`.
+
+  Raises:
+    TypeError: If it is not weighted.
+  """
+  if factory is None:
+    return tff.aggregators.MeanFactory()
+  if not isinstance(factory, tff.aggregators.WeightedAggregationFactory):
+    raise TypeError(
+        'The aggregator inside another one must be a '
+        f'`tff.aggregators.WeightedAggregationFactory`, found {factory!r}. Pass, for '
+        'example, `tff.aggregators.MeanFactory()`.'
+    )
+  return factory
+
+
 class NormBoundFactory(tff.aggregators.WeightedAggregationFactory):
   """Wraps another factory: values beyond a norm, or not finite, are left out.
 
@@ -44,12 +66,13 @@ class NormBoundFactory(tff.aggregators.WeightedAggregationFactory):
         if `None`.
 
     Raises:
+      TypeError: If the inner factory is not weighted.
       ValueError: If the bound is not above 0.
     """
     if not norm_bound > 0.0:
       raise ValueError(f'`norm_bound` must be above 0, found {norm_bound!r}.')
     self._norm_bound = norm_bound
-    self._inner = inner_factory or tff.aggregators.MeanFactory()
+    self._inner = check_inner_factory(inner_factory)
 
   def create(self, value_type, weight_type):
     inner = self._inner.create(value_type, weight_type)

@@ -12,6 +12,8 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from tff_kd.aggregators import robust
+
 
 def energy_rank(singular_values: tf.Tensor, energy: tf.Tensor) -> tf.Tensor:
   """Returns the fewest components that hold a share of the energy, their squares' sum.
@@ -103,6 +105,7 @@ class TruncatedSvdFactory(tff.aggregators.WeightedAggregationFactory):
         if `None`.
 
     Raises:
+      TypeError: If the inner factory is not weighted.
       ValueError: If a number is out of range.
     """
     for name, energy in (('start_energy', start_energy), ('end_energy', end_energy)):
@@ -112,7 +115,7 @@ class TruncatedSvdFactory(tff.aggregators.WeightedAggregationFactory):
       raise ValueError(f'`num_rounds` must be a positive integer, found {num_rounds!r}.')
     self._energies = start_energy, end_energy
     self._num_rounds = num_rounds
-    self._inner = inner_factory or tff.aggregators.MeanFactory()
+    self._inner = robust.check_inner_factory(inner_factory)
 
   def create(self, value_type, weight_type):
     inner = self._inner.create(value_type, weight_type)

@@ -56,7 +56,15 @@ def build_fed_kd(
   Returns:
     A `StatefulClientsProcess`: clients keep their mentors. `numbers_sent`, among the
     metrics of the model's aggregator, is the size of a client's update.
+
+  Raises:
+    TypeError: If `model_aggregator` is not weighted.
+    ValueError: If a number is out of range.
   """
+  # First: a number out of range is refused before the models are built.
+  aggregator = tff_kd.aggregators.svd.TruncatedSvdFactory(
+      start_energy, end_energy, energy_rounds, options.model_aggregator
+  )
   kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
   students = tff_kd.models.cohorts.build_students(student_fn, **kinds)
   mentor = tff_kd.models.build_model_spec(mentor_fn, name='mentor', **kinds)
@@ -72,12 +80,7 @@ def build_fed_kd(
               temperature=temperature,
           ),
       ),
-      dataclasses.replace(
-          options,
-          model_aggregator=tff_kd.aggregators.svd.TruncatedSvdFactory(
-              start_energy, end_energy, energy_rounds, options.model_aggregator
-          ),
-      ),
+      dataclasses.replace(options, model_aggregator=aggregator),
   )
 
 
