@@ -19,10 +19,13 @@ from tff_kd import knowledge
 def check_inner_factory(
     factory: Optional[tff.aggregators.WeightedAggregationFactory],
 ) -> tff.aggregators.WeightedAggregationFactory:
-  """Checks the factory that another one wraps, and returns it.
+  """Checks the factory that another one wraps.
 
   Args:
-    factory: The factory; `tff.aggregators.MeanFactory()` if `None`.
+    factory: The factory, or `None`.
+
+  Returns:
+    The factory; `tff.aggregators.MeanFactory()` if `None`.
 
   Raises:
     TypeError: If it is not weighted.
