@@ -16,6 +16,7 @@ import tensorflow as tf
 from tff_kd.compat import tff
 
 from pipelines import central
+from pipelines import kept
 from pipelines import released as released_lib
 from pipelines import run_folders
 from pipelines import tables
@@ -72,7 +73,7 @@ class _Reader(NamedTuple):
 
   def logits(self, model: keras.Model, inputs: Any) -> np.ndarray:
     """Returns float32 `[n, classes]`; of one output, the log-odds z, those of [0, z]."""
-    outputs = model.predict(inputs, batch_size=256, verbose=0)
+    outputs = released_lib.predict(model, inputs)
     logits = self.spec.class_logits(tf.constant(outputs)).numpy()
     if logits.ndim == 1 or logits.shape[-1] == 1:
       logits = logits.reshape(-1, 1)
@@ -97,7 +98,8 @@ class _Run(NamedTuple):
     task: Its data.
     rows: The rows of each client's examples.
     batches: How clients read them.
-    took_part: The numbers of the clients that were in any round, with examples.
+    took_part: The numbers of the clients with examples that have reported in a round
+      up to the best one, whose models are kept.
     released: The models, by name.
     reader: Reads what these and others predict.
   """
@@ -234,19 +236,21 @@ def run(
       name: (reader.predict(model, members), reader.predict(model, others))
       for name, model in finished.released.items()
   }
-  found = {
-      name: membership.infer_membership(*both, seed=seed)
-      for name, both in answers.items()
-  }
+  with train_setup.errors_for_users():
+    found = {
+        name: membership.infer_membership(*both, seed=seed)
+        for name, both in answers.items()
+    }
   with train_setup.runtime():
     victims = _train_victims(finished, num_victims, seed)
-  leaks = membership.mean_with_interval([
-      membership.infer_by_loss(
-          reader.predict(victim.model, victim.examples),
-          reader.predict(victim.model, others),
-      )
-      for victim in victims
-  ])
+  with train_setup.errors_for_users():
+    leaks = membership.mean_with_interval([
+        membership.infer_by_loss(
+            reader.predict(victim.model, victim.examples),
+            reader.predict(victim.model, others),
+        )
+        for victim in victims
+    ])
   inverted = _try_inversion(finished, victims, num_epochs=num_epochs, seed=seed)
   shadows = None
   if num_shadow_models:
@@ -266,7 +270,8 @@ def run(
 def _open_run(run_dir: pathlib.Path) -> _Run:
   """The run, if it can be attacked."""
   config = _restore_flags(run_dir)
-  task = train_data.load_task()
+  with train_setup.errors_for_users():
+    task = train_data.load_task()
   if task.class_numbers(task.clients) is None:
     raise UserError(
         f'The attacks here are on classifiers with one prediction an example, and '
@@ -277,8 +282,8 @@ def _open_run(run_dir: pathlib.Path) -> _Run:
   took_part = _who_took_part(run_dir, batches)
   if not took_part:
     raise UserError(
-        f'No client with examples took part in the run in {run_dir}: there is nothing to '
-        'find out.'
+        f'No client with examples took part in the run in {run_dir} up to the best '
+        'round, whose models are kept: there is nothing to find out.'
     )
   return _Run(
       run_dir, config, args.algorithm(), task, rows, batches,
@@ -325,7 +330,7 @@ def _restore_flags(run_dir: pathlib.Path) -> dict[str, Any]:
 def _who_took_part(
     run_dir: pathlib.Path, batches: tff_kd.ClientBatches
 ) -> list[int]:
-  """The numbers of the clients that were in any round."""
+  """The numbers of the clients that have reported in a round up to the best one."""
   participation = train_data.build_participation(batches)
   ledger = run_dir / train_privacy.LEDGER
   if ledger.exists():
@@ -333,13 +338,24 @@ def _who_took_part(
         participation,
         seed=privacy.accounting.read_ledger(ledger)['sampling_seed'],
     )
-  num_rounds = json.loads((run_dir / train_folder.RESULTS).read_text())['rounds']
+  # Later rounds have left nothing in the models that are kept, nor has a skipped one.
+  best_round = json.loads((run_dir / train_folder.RESULTS).read_text())['best_round']
+  history = train_folder.read_history(run_dir / 'metrics.csv')
+  skipped = {row['round'] for row in history if row.get('round_skipped')}
   found = set()
-  for round_num in range(1, num_rounds + 1):
-    for client in participation(round_num):
-      found.add(client['data'] if isinstance(client, Mapping) else client)
+  for round_num in range(1, best_round + 1):
+    if round_num not in skipped:
+      found.update(map(_reporting, participation(round_num)))
   # An empty client has nothing to be found out.
-  return sorted(client for client in found if batches.data.num_examples[client])
+  return sorted(k for k in found - {None} if batches.data.num_examples[k])
+
+
+def _reporting(client: Any) -> Optional[int]:
+  """Returns the number of a client in a round; `None` if its report is lost."""
+  if not isinstance(client, Mapping):
+    return client
+  is_lost = 'conditions' in client and not client['conditions'].reports
+  return None if is_lost else client['data']
 
 
 def _counted(examples: tff_kd.data.Examples) -> tff_kd.data.Examples:
@@ -355,8 +371,10 @@ def _server_model(released: Mapping[str, keras.Model]) -> Optional[keras.Model]:
 
 def _train_victims(finished: _Run, num_victims: int, seed: int) -> list[_Victim]:
   """Some clients with the models that they would send, or keep, after one more round."""
-  rows = finished.rows
-  fitting = [k for k in finished.took_part if len(rows[k]) >= _MIN_VICTIM_EXAMPLES]
+  rows, counted = finished.rows, finished.task.clients.counted
+  fitting = [
+      k for k in finished.took_part if counted[rows[k]].sum() >= _MIN_VICTIM_EXAMPLES
+  ]
   if not fitting:
     raise UserError(
         f'No client that took part has {_MIN_VICTIM_EXAMPLES} examples or more: there is '
@@ -375,23 +393,11 @@ def _train_victims(finished: _Run, num_victims: int, seed: int) -> list[_Victim]
 
 
 def _kept_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
-  """Returns the models of clients that keep their own."""
+  """Returns the models of clients that keep their own, as of the best round."""
   common = train_process.common_arguments(finished.task, finished.batches)
   process = train_process.build_process(finished.algorithm, finished.task, common)
-  specs = process.kept_models.specs
-  count = len(specs)
-  states = tff_kd.simulation.ClientStates(
-      process.initialize_client(), finished.folder / 'clients',
-      cohort_fn=(lambda client: client % count) if count > 1 else None,
-  ).load(clients)
-  return [
-      specs[client % count].to_keras(
-          tff.learning.models.ModelWeights(
-              *process.kept_models.unpack(state.weights)[client % count]
-          )
-      )
-      for client, state in zip(clients, states)
-  ]
+  models = kept.KeptModels(finished.folder, process)
+  return [models.spec(k).to_keras(models.weights(k)) for k in clients]
 
 
 def _local_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
@@ -685,9 +691,9 @@ def _setup(finished: _Run, results: _Results) -> str:
   config, num_clients = finished.config, len(finished.took_part)
   setup = (
       f'{config["algorithm"]} on {config["task"]}. Members: {results.num_members} '
-      f'examples of the {num_clients} clients that took part; others: the test part, '
-      'equally many. Attack, class and threshold were chosen on one half and measured on '
-      'the other. '
+      f'examples of the {num_clients} clients that took part up to the best round, whose '
+      'models are kept; others: the test part, equally many. Attack, class and threshold '
+      'were chosen on one half and measured on the other. '
       f'{len(results.clients)} clients were attacked one by one, with '
       + (
           'the models that they keep. In'

@@ -15,8 +15,9 @@ LEARNING_RATE = flags.DEFINE_float(
 BATCH_SIZE = flags.DEFINE_integer(
     'central_batch_size', 32, 'Examples a step.', lower_bound=1
 )
-# The flags of pipelines.train that define the models and the data.
+# The flags of pipelines.train that define the models and the data, or name a run that
+# does.
 OF_TRAIN = frozenset({
     'task', 'data_dir', 'student', 'teacher', 'num_clients', 'seed', 'transfer_size',
-    'validation_size', 'output_dir',
+    'validation_size', 'output_dir', 'config',
 })

@@ -1,5 +1,6 @@
 """The job behind `pipelines.centralized`."""
 
+import functools
 import pathlib
 import sys
 from typing import Any
@@ -106,7 +107,7 @@ def _test_scores(
   scores = evaluator.evaluate(evaluator.spec.weights_of(model), *task.test)
   if task.scores_fn is not None:
     scores |= task.scores_fn(
-        lambda inputs: model.predict(inputs, batch_size=1024, verbose=0)
+        functools.partial(released.predict, model)
     )
   return scores
 

@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 import csv
+import functools
 import json
 import pathlib
 from typing import Any, NamedTuple, Optional
@@ -39,7 +40,8 @@ class _Evaluated(NamedTuple):
     outputs: What it returns, `[n, ...]`.
     examples: The examples.
     scores: On all examples, by name.
-    by_client: The metric of each client, NaN without examples.
+    by_client: The metric of each client, NaN where it is no number.
+    counted: The numbers of the clients of which an example counts.
   """
 
   name: str
@@ -48,6 +50,7 @@ class _Evaluated(NamedTuple):
   examples: tff_kd.data.Examples
   scores: dict[str, float]
   by_client: np.ndarray
+  counted: np.ndarray
 
 
 def run(
@@ -83,21 +86,19 @@ def _evaluate(
     model: released.Released, task: tff_kd.data.Task, examples: tff_kd.data.Examples,
     rows: Sequence[np.ndarray],
 ) -> _Evaluated:
-  outputs = evaluation.CentralEvaluator(model.spec).outputs(
-      model.weights, examples.inputs
-  )
+  evaluator = evaluation.CentralEvaluator(model.spec)
+  outputs = evaluator.outputs(model.weights, examples.inputs)
   by_client = np.array([
       _metric(outputs[client_rows], examples.take(client_rows), model.spec, task)
       for client_rows in rows
   ])
   scores = _scores(outputs, examples, model.spec)
   if task.scores_fn is not None and examples is task.test:
-    scores |= task.scores_fn(
-        lambda inputs: evaluation.CentralEvaluator(model.spec).logits(
-            model.weights, inputs
-        )
-    )
-  return _Evaluated(model.name, model.spec, outputs, examples, scores, by_client)
+    scores |= task.scores_fn(functools.partial(evaluator.outputs, model.weights))
+  return _Evaluated(
+      model.name, model.spec, outputs, examples, scores, by_client,
+      _counted(examples, rows),
+  )
 
 
 def _scores(
@@ -126,7 +127,7 @@ def _evaluate_own(
     return None
   specs = models.specs
   evaluators = [evaluation.CentralEvaluator(spec) for spec in specs]
-  outputs_of_clients, by_client = [], []
+  outputs_of_clients, by_client, counted = [], [], _counted(examples, rows)
   for client, client_rows in enumerate(rows):
     own_examples = examples.take(client_rows)
     if not len(own_examples):
@@ -144,8 +145,16 @@ def _evaluate_own(
   examples = examples.take(np.concatenate(rows))
   return _Evaluated(
       'client', specs[0], outputs, examples, _scores(outputs, examples, specs[0]),
-      np.array(by_client),
+      np.array(by_client), counted,
   )
+
+
+def _counted(
+    examples: tff_kd.data.Examples, rows: Sequence[np.ndarray]
+) -> np.ndarray:
+  """Returns the numbers of the clients of which an example counts."""
+  counts = examples.counted
+  return np.array([k for k, of_k in enumerate(rows) if counts[of_k].any()], int)
 
 
 def _metric(
@@ -158,24 +167,27 @@ def _metric(
 
 
 def _worst_first(found: _Evaluated, task: tff_kd.data.Task) -> np.ndarray:
-  """The clients that have examples."""
+  """The clients of which an example counts; those without a number are the worst."""
   sign = -1.0 if task.is_lower_better() else 1.0
-  order = np.argsort(sign * found.by_client, kind='stable')
-  return order[np.isfinite(found.by_client[order])]
+  values = sign * found.by_client[found.counted]
+  values[np.isnan(values)] = -np.inf
+  return found.counted[np.argsort(values, kind='stable')]
 
 
 def _print(
     task, part, examples, found, names, clients, rows, num_worst
 ) -> None:
   metric = task.metric
-  keys = list(found[0].scores)
+  # Of clients' own models the task's further scores are not known.
+  keys = list(dict.fromkeys(key for model in found for key in model.scores))
   name_of = {'clients': 'training'}.get(part, part)
   head = ['model', *(f"{name_of} {key.replace('_', ' ')}" for key in keys)]
   if len(rows):
     head += [f"clients: mean {metric.replace('_', ' ')}", '10th pct.', 'worst']
   table = [tuple(head)]
   for model in found:
-    row = [model.name, *(f'{model.scores[key]:.4f}' for key in keys)]
+    row = [model.name]
+    row += [f'{model.scores[key]:.4f}' if key in model.scores else '' for key in keys]
     if len(rows):
       values = model.by_client[_worst_first(model, task)]
       tenth = np.percentile(values, 90 if task.is_lower_better() else 10)

@@ -90,7 +90,7 @@ def run(
   )]
   report, worse = {}, []
   for model in models:
-    expected = _predict(model.keras_model, examples.inputs)
+    expected = released.predict(model.keras_model, examples.inputs)
     before = evaluation.score(
         expected, examples.labels, spec=model.spec, names=[task.metric],
         sample_weight=examples.sample_weight,
@@ -177,23 +177,6 @@ def _is_worse(after: float, before: float, task: tff_kd.data.Task) -> bool:
   return before - after > _WORSE
 
 
-def _predict(model: keras.Model, inputs: Any) -> np.ndarray:
-  """The model's outputs, float32 `[n, ...]`."""
-  size = len(tf.nest.flatten(inputs)[0])
-  # Not by `predict`, which refuses classes whose names begin with an underscore.
-  outputs = [
-      model(
-          tf.nest.map_structure(
-              lambda a, start=start: tf.constant(a[start : start + _BATCH]), inputs
-          ),
-          training=False,
-      )
-      for start in range(0, size, _BATCH)
-  ]
-  # They are bfloat16 under a mixed policy.
-  return np.concatenate([tf.cast(part, tf.float32).numpy() for part in outputs])
-
-
 def _logits(outputs: np.ndarray, model: released.Released) -> np.ndarray:
   return model.spec.class_logits(tf.constant(outputs)).numpy()
 
@@ -252,7 +235,7 @@ def _write_keras(
         'leave keras out of --formats.'
     ) from error
   again = _load(path, model)
-  return lambda inputs: _predict(again, inputs)
+  return lambda inputs: released.predict(again, inputs)
 
 
 def _write_saved_model(

@@ -9,6 +9,8 @@ from typing import Any, NamedTuple, Optional
 import zipfile
 
 import keras
+import numpy as np
+import tensorflow as tf
 
 from pipelines import train_flags as args
 from pipelines import UserError
@@ -39,6 +41,29 @@ class Released(NamedTuple):
 SENT = 'sent'
 # The suffixes of a whole model, and of the weights of one that Keras cannot serialize.
 _WHOLE, _WEIGHTS = '.keras', '.weights.h5'
+_BATCH = 256
+
+
+def predict(model: keras.Model, inputs: Any) -> np.ndarray:
+  """Returns a model's outputs, float32 `[n, ...]`.
+
+  Args:
+    model: The model.
+    inputs: An array `[n, ...]`, or a dict of such.
+  """
+  size = len(tf.nest.flatten(inputs)[0])
+  # Not by `predict`, which refuses classes whose names begin with an underscore.
+  outputs = [
+      model(
+          tf.nest.map_structure(
+              lambda a, start=start: tf.constant(a[start : start + _BATCH]), inputs
+          ),
+          training=False,
+      )
+      for start in range(0, size, _BATCH)
+  ]
+  # They are bfloat16 under a mixed policy.
+  return np.concatenate([tf.cast(part, tf.float32).numpy() for part in outputs])
 
 
 def save(model: keras.Model, folder: pathlib.Path, name: str) -> None:

@@ -33,14 +33,17 @@ def load_task() -> tff_kd.data.Task:
     )
   if info.path is not None:
     _apply_task_defaults(task)
-  if task.num_labelled is not None and args.TRANSFER_LABELS.value > task.num_labelled:
+  # A user's own task may have fewer transfer examples than --transfer_size.
+  there = len(task.transfer)
+  num_labelled = there if task.num_labelled is None else min(task.num_labelled, there)
+  if args.TRANSFER_LABELS.value > num_labelled:
     if flags.FLAGS['transfer_labels'].present:
       raise UserError(
           f'--transfer_labels is {args.TRANSFER_LABELS.value}, but only '
-          f'{task.num_labelled} of the transfer examples of {task.name} have labels. '
+          f'{num_labelled} of the {there} transfer examples of {task.name} have labels. '
           'Lower it, or raise --transfer_size.'
       )
-    flags.FLAGS['transfer_labels'].value = task.num_labelled
+    flags.FLAGS['transfer_labels'].value = num_labelled
   return task
 
 

@@ -298,7 +298,7 @@ def _further_scores(finished: Finished) -> dict[str, dict[str, float]]:
   return {
       name: dict(
           task.scores_fn(
-              functools.partial(finished.evaluation.evaluators[name].logits, weights)
+              functools.partial(finished.evaluation.evaluators[name].outputs, weights)
           )
       )
       for name, (_, weights) in finished.server_models.items() if name in specs

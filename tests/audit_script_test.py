@@ -1,12 +1,18 @@
 """`pipelines.audit`, as a user runs it."""
 
 import json
+import types
 
+import keras
+import numpy as np
 import pytest
+import tensorflow as tf
 
 from pipelines import audit_job
+from pipelines import train_data
 from pipelines import UserError
 from tests import helpers
+from tff_kd import models
 
 
 @pytest.fixture(scope='module')
@@ -151,6 +157,51 @@ def test_what_is_no_finished_run_is_named(tmp_path):
   (tmp_path / 'results.json').write_text('{"rounds": 1}')
   with pytest.raises(UserError, match='not known here: unheard_of'):
     audit()
+
+
+@pytest.mark.parametrize('faults', [(), ('--dropout_after=0.5',)])
+def test_members_are_those_of_whom_the_kept_models_have_learnt(faults, tmp_path):
+  best, last, skipped = 4, 12, 2
+  batches = types.SimpleNamespace(
+      data=types.SimpleNamespace(num_examples=np.array([0] + [5] * 11))
+  )
+  (tmp_path / 'results.json').write_text(
+      json.dumps({'rounds': last, 'best_round': best})
+  )
+  (tmp_path / 'metrics.csv').write_text(
+      'round,round_skipped\n'
+      + ''.join(f'{n},{int(n == skipped)}\n' for n in range(1, last + 1))
+  )
+  with helpers.flags_of('--num_clients=12', '--clients_per_round=2', *faults):
+    participation = train_data.build_participation(batches)
+    found = audit_job._who_took_part(tmp_path, batches)
+  expected, every = set(), set()
+  for round_num in range(1, last + 1):
+    for client in participation(round_num):
+      number = client['data'] if faults else client
+      every.add(number)
+      is_heard = not faults or bool(client['conditions'].reports)
+      if is_heard and round_num <= best and round_num != skipped:
+        expected.add(number)
+  assert found == sorted(expected - {0}) and len(found) < len(every - {0})
+
+
+class _Own(keras.Model):
+  """Keras's `predict` refuses a name that begins with an underscore."""
+
+  def call(self, inputs):
+    return 2.0 * inputs
+
+
+def test_models_of_any_class_are_read():
+  x = np.float32([[1, 2], [3, 4]])
+  spec = models.build_model_spec(
+      lambda: keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]),
+      input_spec=(tf.TensorSpec([None, 2]), tf.TensorSpec([None], tf.int32)),
+      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True),
+  )
+  found = audit_job._Reader(None, spec).logits(_Own(), x)
+  np.testing.assert_array_equal(found, 2 * x)
 
 
 def test_help_does_not_list_the_flags_of_training():

@@ -189,6 +189,23 @@ def test_varied_flags_ceilings_and_a_run_without_any_client(tmp_path):
   assert first['test/student_accuracy'] == second['test/student_accuracy']
 
 
+@pytest.mark.slow
+def test_ceilings_are_of_the_data_and_models_of_a_config(tmp_path):
+  config = tmp_path / 'config.json'
+  config.write_text(json.dumps({'flags': {'student': ['cnn'], 'transfer_size': 1500}}))
+  done = _run(
+      '--algorithms=fed_avg', '--seeds=0', '--rounds=1', '--client_epochs=1',
+      f'--config={config}', '--ceilings', '--central_epochs=1',
+      f'--output_dir={tmp_path / "all"}',
+  )
+  assert done.returncode == 0, done.stdout + done.stderr
+  assert '2000 examples' in (tmp_path / 'all' / 'centralized-0.log').read_text()
+  with open(tmp_path / 'all' / 'centralized-0' / 'results.json') as file:
+    weights = json.load(file)['models']['student']['weights']
+  log = (tmp_path / 'all' / 'fed_avg-0.log').read_text()
+  assert f'student: {weights:,} weights.' in log and weights != 25_450
+
+
 @pytest.mark.parametrize(
     'flags, match',
     [

@@ -9,11 +9,17 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from pipelines import centralized_job
+from pipelines import evaluate_job
 from pipelines import export
 from pipelines import export_job
+from pipelines import released
+from pipelines import train_report
 from pipelines import UserError
 from tests import helpers
 from tff_kd import data
+from tff_kd import evaluation
+from tff_kd import models
 
 
 def _run(module, *args):
@@ -142,6 +148,85 @@ def test_evaluate(own_run):
   assert lines[0] == 'client,examples,trained_on,student_accuracy,teacher_accuracy'
   assert [its.split(',')[0] for its in lines[1:]] == [f'client_{k}' for k in range(5)]
   assert re.search(r'\nclient_\d ', done.stdout)
+
+
+def _softmax_model():
+  layers = keras.layers
+  return keras.Sequential(
+      [keras.Input((2,)), layers.Dense(3, activation='softmax')]
+  )
+
+
+def test_a_tasks_own_scores_are_of_what_models_return():
+  rng = np.random.default_rng(0)
+  x = rng.normal(size=(6, 2)).astype(np.float32)
+  examples = data.Examples(x, np.arange(6, dtype=np.int32) % 3)
+  task = data.Task(
+      name='own', clients=examples, transfer=examples, validation=examples,
+      test=examples, students={}, teachers={}, num_classes=3,
+      loss_fn=keras.losses.SparseCategoricalCrossentropy,
+      scores_fn=lambda predict: {'sum': float(predict(x).sum())},
+  )
+  spec = models.build_model_spec(
+      _softmax_model, input_spec=task.input_spec, loss_fn=task.loss_fn
+  )
+  model = spec.to_keras(spec.initial_weights)
+  one = released.Released('student', None, model, spec, spec.initial_weights)
+  evaluator = evaluation.CentralEvaluator(spec)
+  scores = [evaluate_job._evaluate(one, task, examples, []).scores]
+  scores.append(centralized_job._test_scores(task, evaluator, model))
+  scores.append(
+      train_report._further_scores(
+          types.SimpleNamespace(
+              task=task, evaluation=types.SimpleNamespace(
+                  evaluators={'student': evaluator}
+              ),
+              setup=types.SimpleNamespace(
+                  process=types.SimpleNamespace(
+                      students=types.SimpleNamespace(has_cohorts=False, specs=[spec]),
+                      teacher_spec=None,
+                  )
+              ),
+              server_models={'student': (evaluator, spec.initial_weights)},
+          )
+      )['student']
+  )
+  for each in scores:
+    assert each['sum'] == pytest.approx(6.0)
+
+
+def test_evaluate_shows_models_with_other_scores_and_without_numbers(capsys, tmp_path):
+  nan = float('nan')
+  examples = data.Examples(np.zeros((5, 2)), np.zeros(5, np.int32))
+  rows = [np.array([0, 1]), np.array([], int), np.array([2]), np.array([3, 4])]
+
+  def found(name, scores, by_client):
+    return evaluate_job._Evaluated(
+        name, None, None, examples, scores, np.array(by_client),
+        evaluate_job._counted(examples, rows),
+    )
+
+  models_found = [
+      found('student', {'rmse': 2.0, 'hits': 0.5}, [1.0, nan, 3.0, 2.0]),
+      found('teacher', {'rmse': nan, 'hits': nan}, [nan] * 4),
+      found('client', {'rmse': 1.5}, [1.0, nan, nan, 2.0]),
+  ]
+  task = types.SimpleNamespace(
+      name='own', metric='rmse', is_lower_better=lambda: True, clients=examples,
+      class_numbers=lambda examples: None,
+  )
+  common = examples, models_found, ['a', 'b', 'c', 'd'], rows, rows
+  evaluate_job._print(task, 'test', *common, 4)
+  lines = [re.split(' {2,}', line) for line in capsys.readouterr().out.splitlines()]
+  assert ['student', '2.0000', '0.5000', '2.0000', '2.8000', '3.0000'] in lines
+  assert ['teacher', *['nan'] * 5] in lines
+  assert ['client', '1.5000', *['nan'] * 3] in lines
+  assert ['c', '3.0000', 'nan', 'nan', '1', '1'] in lines
+  assert not any(line[0] == 'b' for line in lines)
+  evaluate_job._write(tmp_path, task, 'test', *common)
+  report = json.loads((tmp_path / 'report.json').read_text())['models']
+  counts = [report[name]['clients']['count'] for name in report]
+  assert counts == [3, 3, 3] and np.isnan(report['client']['clients']['mean'])
 
 
 def test_export(own_run):
@@ -371,6 +456,14 @@ def test_labels_counted_from_1_are_a_sentence(tmp_path):
     np.savez(tmp_path / f'{name}.npz', x=x, y=y)
   said = helpers.refused_here('--task=examples/own_task.py', f'--data_dir={tmp_path}')
   assert 'found 1 to 3. They seem to be counted from 1: subtract 1.' in said
+
+
+def test_more_labels_than_the_task_has_transfer_examples_are_refused():
+  said = helpers.refused_here(
+      '--task=examples/skewed_transfer.py', '--transfer_size=1000',
+      '--transfer_labels=900', '--dry_run',
+  )
+  assert re.search(r'labels is 900, but only (\d+) of the \1 transfer examples', said)
 
 
 def test_more_clients_than_the_data_have_are_refused(data_dir):

@@ -445,6 +445,10 @@ def test_learning_rates_follow_the_rounds(process, tmp_path, optimizer, part):
   helpers.assert_weights_close(
       resumed.state.global_model_weights, result.state.global_model_weights, rtol=0
   )
+  # There is no fourth round, whose rate the schedule does not have.
+  finished = simulation.train(process, num_rounds=3, **files, **kwargs)
+  hparams = process.get_hparams(finished.state)
+  assert hparams[part]['learning_rate'] == 0.0 and not finished.history
 
 
 def test_a_schedule_needs_a_rate_to_set():

@@ -252,12 +252,13 @@ class LearningRateSchedule(Callback):
 
   def on_round_end(self, training: Training, metrics: Mapping[str, Any]) -> None:
     del metrics
-    if training.round_num < training.num_rounds:
-      self._set_rate(training)
+    self._set_rate(training)
 
   def _set_rate(self, training: Training) -> None:
-    """Sets the rate of the round that comes next."""
+    """Sets the rate of the round that comes next, if one does."""
     round_num = training.round_num + 1
+    if round_num > training.num_rounds:
+      return
     rate = float(self._schedule(round_num))
     if not 0.0 <= rate < math.inf:
       raise ValueError(
