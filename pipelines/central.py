@@ -107,7 +107,8 @@ def fit(
   Args:
     training: The training, before its first epoch.
     evaluate: Maps `ModelWeights` to the validation score.
-    max_epochs: Passes at most.
+    max_epochs: Passes at most; the last look's are whole, so that where
+      `epochs_per_look` does not divide it, there may be up to so many more less one.
     higher_is_better: Whether the score is none of an error.
     epochs_per_look: Passes between looks at the validation score.
     patience: So many looks without a better score end it.

@@ -195,7 +195,9 @@ def _export(
       'keras': '.keras', 'saved_model': '', 'tflite': '.tflite', 'int8': '_int8.tflite',
       'int8_weights': '_int8_weights.tflite', 'onnx': '.onnx',
   }[name]
-  path = export_dir / f'{model.name}{suffix}'
+  # A client's name may be a path; as in a URL, no two names become one.
+  file_name = model.name.replace('%', '%25').replace('/', '%2F')
+  path = export_dir / f'{file_name}{suffix}'
   predict = writers[name](model.keras_model, path, task)
   outputs = predict(examples.inputs)
   if outputs.shape != expected.shape or not np.isfinite(outputs).all():

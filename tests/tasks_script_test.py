@@ -244,6 +244,28 @@ def test_export(own_run):
   assert runner(inputs=np.zeros((1, 2), np.float32))['outputs'].shape == (1, 3)
 
 
+@pytest.mark.parametrize('name', ['saved_model', 'keras'])
+def test_a_clients_name_may_be_a_path(name, tmp_path):
+  x = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
+  examples = data.Examples(x, np.arange(6, dtype=np.int32) % 3)
+  task = data.Task(
+      name='own', clients=examples, transfer=examples, validation=examples,
+      test=examples, students={}, teachers={}, num_classes=3,
+      loss_fn=keras.losses.SparseCategoricalCrossentropy,
+  )
+  spec = models.build_model_spec(
+      _softmax_model, input_spec=task.input_spec, loss_fn=task.loss_fn
+  )
+  model = spec.to_keras(spec.initial_weights)
+  one = released.Released('client_a/b%2F', None, model, spec, spec.initial_weights)
+  exported = export_job._export(
+      name, one, tmp_path, task, examples, released.predict(model, x)
+  )
+  assert exported.path.parent == tmp_path
+  assert exported.path.name.startswith('client_a%2Fb%252F')
+  assert exported.agreement == 1.0
+
+
 @pytest.fixture
 def card(own_run):
   """The model card that `test_export` has left."""

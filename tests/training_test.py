@@ -118,6 +118,8 @@ def test_a_resumed_run_with_another_metric_chooses_the_best_anew(
   assert (
       'round 2 was chosen by score (max), and this training chooses by error (min)'
   ) in caplog.text
+  # Its value of round 2 is not known: those after it are chosen among, worse or not.
+  assert 'anew among those after it, and until then it is that of round 2.' in caplog.text
   result = simulation.train(process, num_rounds=4, patience=2, **changed, **kwargs)
   assert result.best_round == 4 and result.best_state.round_num == 4
   assert len(result.history) == 2 and not result.converged

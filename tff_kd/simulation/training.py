@@ -590,8 +590,8 @@ def _choosing_by(progress: _Progress, round_num: int, made_by: bytes) -> _Progre
     return progress
   logging.warning(
       'The best state of the checkpoint of round %d was chosen by %s, and this training '
-      'chooses by %s: the best state is chosen anew, among that of round %d and those '
-      'after it.',
+      'chooses by %s: the best state is chosen anew among those after it, and until '
+      'then it is that of round %d.',
       round_num, before[_MONITORED] or 'no metric', now or 'no metric', round_num,
   )
   return progress._replace(
