@@ -124,7 +124,8 @@ class _Run(NamedTuple):
   def members(self) -> tff_kd.data.Examples:
     """Returns the examples of all clients that took part, without padding."""
     return _counted(
-        self.task.clients.take(np.concatenate([self.rows[k] for k in self.took_part]))
+        self.task,
+        self.task.clients.take(np.concatenate([self.rows[k] for k in self.took_part])),
     )
 
 
@@ -230,7 +231,7 @@ def run(
   """
   finished = _open_run(run_dir)
   report_dir.mkdir(parents=True, exist_ok=True)
-  members, others = finished.members(), _counted(finished.task.test)
+  members, others = finished.members(), _counted(finished.task, finished.task.test)
   reader = finished.reader
   answers = {
       name: (reader.predict(model, members), reader.predict(model, others))
@@ -358,8 +359,10 @@ def _reporting(client: Any) -> Optional[int]:
   return None if is_lost else client['data']
 
 
-def _counted(examples: tff_kd.data.Examples) -> tff_kd.data.Examples:
-  return examples.take(np.flatnonzero(examples.counted))
+def _counted(
+    task: tff_kd.data.Task, examples: tff_kd.data.Examples
+) -> tff_kd.data.Examples:
+  return examples.take(np.flatnonzero(task.counted(examples)))
 
 
 def _server_model(released: Mapping[str, keras.Model]) -> Optional[keras.Model]:
@@ -371,7 +374,7 @@ def _server_model(released: Mapping[str, keras.Model]) -> Optional[keras.Model]:
 
 def _train_victims(finished: _Run, num_victims: int, seed: int) -> list[_Victim]:
   """Some clients with the models that they would send, or keep, after one more round."""
-  rows, counted = finished.rows, finished.task.clients.counted
+  rows, counted = finished.rows, finished.task.counted(finished.task.clients)
   fitting = [
       k for k in finished.took_part if counted[rows[k]].sum() >= _MIN_VICTIM_EXAMPLES
   ]
@@ -387,7 +390,10 @@ def _train_victims(finished: _Run, num_victims: int, seed: int) -> list[_Victim]
   )
   names = finished.batches.data.names
   return [
-      _Victim(names[client], model, _counted(finished.task.clients.take(rows[client])))
+      _Victim(
+          names[client], model,
+          _counted(finished.task, finished.task.clients.take(rows[client])),
+      )
       for client, model in zip(clients, models, strict=True)
   ]
 

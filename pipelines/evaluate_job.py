@@ -97,7 +97,7 @@ def _evaluate(
     scores |= task.scores_fn(functools.partial(evaluator.outputs, model.weights))
   return _Evaluated(
       model.name, model.spec, outputs, examples, scores, by_client,
-      _counted(examples, rows),
+      _counted(task, examples, rows),
   )
 
 
@@ -127,7 +127,7 @@ def _evaluate_own(
     return None
   specs = models.specs
   evaluators = [evaluation.CentralEvaluator(spec) for spec in specs]
-  outputs_of_clients, by_client, counted = [], [], _counted(examples, rows)
+  outputs_of_clients, by_client, counted = [], [], _counted(task, examples, rows)
   for client, client_rows in enumerate(rows):
     own_examples = examples.take(client_rows)
     if not len(own_examples):
@@ -150,10 +150,10 @@ def _evaluate_own(
 
 
 def _counted(
-    examples: tff_kd.data.Examples, rows: Sequence[np.ndarray]
+    task: tff_kd.data.Task, examples: tff_kd.data.Examples, rows: Sequence[np.ndarray]
 ) -> np.ndarray:
   """Returns the numbers of the clients of which an example counts."""
-  counts = examples.counted
+  counts = task.counted(examples)
   return np.array([k for k, of_k in enumerate(rows) if counts[of_k].any()], int)
 
 

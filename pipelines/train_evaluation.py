@@ -182,7 +182,7 @@ def metric_of(
     task: tff_kd.data.Task,
 ) -> Optional[float]:
   """Returns the task's metric alone; `None` where no example counts."""
-  if not examples.counted.any():
+  if not task.counted(examples).any():
     return None
   name = task.metric
   return tff_kd.evaluation.score(

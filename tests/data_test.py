@@ -5,6 +5,7 @@ import pickle
 import struct
 
 from hypothesis import given, settings, strategies as st
+import keras
 import numpy as np
 import pytest
 
@@ -289,6 +290,24 @@ def test_a_tasks_examples_may_have_weights():
     assert (its.labels == label).all() and (its.sample_weight == weight).all()
   assert set(task.class_numbers(padding)) == {0}
   assert task.validation.sample_weight.tolist() == [1.0] * 3
+  assert task.counted(task.clients).tolist() == [True] * 4 + [False] * 4
+
+
+@pytest.mark.parametrize('ignored, classes', [(-1, [0, 1, 0, 1]), (0, [0, 1, 0, 1])])
+def test_labels_that_the_loss_ignores_do_not_count(ignored, classes):
+  examples = data.Examples(np.zeros((4, 2)), np.array([ignored, 1, 0, 1]))
+  windows = data.Examples(
+      np.zeros((3, 2)), np.array([[ignored, 1], [ignored, ignored], [1, 1]]),
+      np.array([1.0, 1.0, 0.0]),
+  )
+  task = data.Task(
+      name='ignores', clients=examples, transfer=examples, validation=examples,
+      test=examples, students={}, teachers={}, num_classes=2,
+      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(ignore_class=ignored),
+  )
+  assert task.class_numbers(examples).tolist() == classes
+  assert task.counted(examples).tolist() == [False, True, ignored == -1, True]
+  assert task.counted(windows).tolist() == [True, False, False]
 
 
 @pytest.mark.parametrize(

@@ -200,10 +200,15 @@ def test_evaluate_shows_models_with_other_scores_and_without_numbers(capsys, tmp
   examples = data.Examples(np.zeros((5, 2)), np.zeros(5, np.int32))
   rows = [np.array([0, 1]), np.array([], int), np.array([2]), np.array([3, 4])]
 
+  task = types.SimpleNamespace(
+      name='own', metric='rmse', is_lower_better=lambda: True, clients=examples,
+      class_numbers=lambda examples: None, counted=lambda examples: examples.counted,
+  )
+
   def found(name, scores, by_client):
     return evaluate_job._Evaluated(
         name, None, None, examples, scores, np.array(by_client),
-        evaluate_job._counted(examples, rows),
+        evaluate_job._counted(task, examples, rows),
     )
 
   models_found = [
@@ -211,10 +216,6 @@ def test_evaluate_shows_models_with_other_scores_and_without_numbers(capsys, tmp
       found('teacher', {'rmse': nan, 'hits': nan}, [nan] * 4),
       found('client', {'rmse': 1.5}, [1.0, nan, nan, 2.0]),
   ]
-  task = types.SimpleNamespace(
-      name='own', metric='rmse', is_lower_better=lambda: True, clients=examples,
-      class_numbers=lambda examples: None,
-  )
   common = examples, models_found, ['a', 'b', 'c', 'd'], rows, rows
   evaluate_job._print(task, 'test', *common, 4)
   lines = [re.split(' {2,}', line) for line in capsys.readouterr().out.splitlines()]

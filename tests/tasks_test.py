@@ -80,6 +80,14 @@ def test_the_servers_examples_are_no_clients(task):
   assert not clients & _keys(task.validation)
 
 
+# In plays a short speech comes again; a post is one example.
+@pytest.mark.parametrize('name', ['mnist5k', 'newsgroups'])
+def test_the_test_part_has_no_example_of_another_part(name):
+  tested = _keys(_load(name).test)
+  for part in ('clients', 'transfer', 'validation'):
+    assert not tested & _keys(getattr(_load(name), part))
+
+
 def test_shakespeare_is_encoded_as_tff_does():
   assert ''.join(tff_shakespeare.CHAR_VOCAB) == shakespeare._CHARACTERS
   assert tff_shakespeare.get_special_tokens() == (

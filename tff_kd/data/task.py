@@ -233,6 +233,22 @@ class Task:
     """Whether labels are numbers and not classes."""
     return self.num_classes is None
 
+  def counted(self, examples: Examples) -> np.ndarray:
+    """Returns which examples count: with a label that does, of a weight above 0.
+
+    Args:
+      examples: Examples of this task.
+
+    Returns:
+      bool `[n]`; `False` also where the loss ignores all labels of an example.
+    """
+    labels = np.asarray(examples.labels)
+    ignored = models.config_of(self.loss_fn(), 'ignore_class')
+    counts = np.ones(labels.shape, bool) if ignored is None else labels != ignored
+    if examples.sample_weight is not None:
+      counts &= _counted_labels(examples)
+    return counts.reshape(len(labels), -1).any(axis=1)
+
   def class_numbers(self, examples: Examples) -> Optional[np.ndarray]:
     """Returns the class of each example, int64 `[n]`, whatever its label is like.
 
@@ -240,14 +256,18 @@ class Task:
       examples: Examples of this task.
 
     Returns:
-      The classes: 0 and 1 of binary labels, 0 of an example of weight 0; `None` if
-      examples have several labels, or numbers.
+      The classes: 0 and 1 of binary labels, 0 of an example of weight 0 or with a label
+      that the loss ignores and that is no class; `None` if examples have several labels,
+      or numbers.
     """
     labels, loss = np.asarray(examples.labels), self.loss_fn()
     if examples.sample_weight is not None:
       labels = np.where(_counted_labels(examples), labels, np.zeros_like(labels))
     if self.is_regression:
       return None
+    ignored = models.config_of(loss, 'ignore_class')
+    if ignored is not None and not 0 <= ignored < self.num_classes:
+      labels = np.where(labels == ignored, np.zeros_like(labels), labels)
     if isinstance(loss, _ONE_HOT_LOSSES) and labels.ndim == 2:
       return labels.argmax(axis=-1)
     if labels.ndim == 2 and labels.shape[-1] == 1:
