@@ -15,6 +15,7 @@ import tensorflow as tf
 from tff_kd.data import augmentation
 from tff_kd.data import client_names as client_names_lib
 from tff_kd import models
+from tff_kd.models import labels as labels_lib
 from tff_kd.models import zoo
 
 ModelFn = Callable[[], keras.Model]
@@ -243,7 +244,7 @@ class Task:
       bool `[n]`; `False` also where the loss ignores all labels of an example.
     """
     labels = np.asarray(examples.labels)
-    ignored = models.config_of(self.loss_fn(), 'ignore_class')
+    ignored = labels_lib.config_of(self.loss_fn(), 'ignore_class')
     counts = np.ones(labels.shape, bool) if ignored is None else labels != ignored
     if examples.sample_weight is not None:
       counts &= _counted_labels(examples)
@@ -265,7 +266,7 @@ class Task:
       labels = np.where(_counted_labels(examples), labels, np.zeros_like(labels))
     if self.is_regression:
       return None
-    ignored = models.config_of(loss, 'ignore_class')
+    ignored = labels_lib.config_of(loss, 'ignore_class')
     if ignored is not None and not 0 <= ignored < self.num_classes:
       labels = np.where(labels == ignored, np.zeros_like(labels), labels)
     if isinstance(loss, _ONE_HOT_LOSSES) and labels.ndim == 2:

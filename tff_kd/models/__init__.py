@@ -14,7 +14,6 @@ from tff_kd.models.building import check_model_fn
 from tff_kd.models.building import is_builder
 from tff_kd.models.building import LossFn
 from tff_kd.models.labels import BINARY_LOSSES
-from tff_kd.models.labels import config_of
 from tff_kd.models.labels import wrong_labels
 from tff_kd.models.labels import wrong_labels_message
 from tff_kd.models.metrics import lower_is_better
