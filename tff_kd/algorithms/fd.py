@@ -6,9 +6,9 @@ logits by label while it trains; from the next round on, its loss has the term
 
   lambda CE(softmax(z_mean of the label's class), z),
 
-where the mean is over the other clients of the last round: its own part is left out. It is
-the mean over their examples, so that sums suffice; the paper's is the mean of clients' means.
-No transfer set, no server model, and a few hundred bytes a round.
+where the mean is over the other clients of the last round: its own part is left out. It
+is the mean over their examples, so that sums suffice; the paper's is the mean of their
+means. No transfer set, no server model, and a few hundred bytes a round.
 """
 
 from __future__ import annotations
