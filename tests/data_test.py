@@ -308,6 +308,9 @@ def test_labels_that_the_loss_ignores_do_not_count(ignored, classes):
   assert task.class_numbers(examples).tolist() == classes
   assert task.counted(examples).tolist() == [False, True, ignored == -1, True]
   assert task.counted(windows).tolist() == [True, False, False]
+  # A client may have no example of the test part.
+  for nothing in (examples.take([]), windows.take([])):
+    assert task.counted(nothing).shape == nothing.counted.shape == (0,)
 
 
 @pytest.mark.parametrize(

@@ -72,8 +72,8 @@ class Examples(tuple):
     """Which examples count, bool `[n]`: those with a weight above 0."""
     if self.sample_weight is None:
       return np.ones(len(self), bool)
-    weights = np.asarray(self.sample_weight).reshape(len(self), -1)
-    return np.any(weights > 0, axis=1)
+    weights = np.asarray(self.sample_weight)
+    return np.any(weights > 0, axis=tuple(range(1, weights.ndim)))
 
   def take(self, rows: Any) -> 'Examples':
     """Returns the examples of some rows.
@@ -248,7 +248,7 @@ class Task:
     counts = np.ones(labels.shape, bool) if ignored is None else labels != ignored
     if examples.sample_weight is not None:
       counts &= _counted_labels(examples)
-    return counts.reshape(len(labels), -1).any(axis=1)
+    return counts.any(axis=tuple(range(1, counts.ndim)))
 
   def class_numbers(self, examples: Examples) -> Optional[np.ndarray]:
     """Returns the class of each example, int64 `[n]`, whatever its label is like.
