@@ -23,8 +23,8 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
 # Whole runs of scripts and notebooks, the reproductions, TFF's worker, and further values of
-# what the tests hold; .ci/run calls it, too. What kills, freezes and fills what runs, or
-# starts clusters, comes by itself at the end.
+# what the tests hold. What kills, freezes and fills what runs, or starts clusters, comes by
+# itself at the end.
 slow: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow $(PARALLEL) $(ALONE:%=--ignore=%)
 	$(BIN)/python -m pytest -q -m slow $(ALONE)
