@@ -108,6 +108,17 @@ class _FedDyn:
     return [h / _ALPHA for h in self.h]
 
 
+def _next(process, state, states, present):
+  """A round's output of these clients, whose states it replaces."""
+  output = process.next(
+      state,
+      [helpers.dataset(*_CLIENTS[k]) for k in present],
+      [states[k] for k in present],
+  )
+  states |= dict(zip(present, output.client_states))
+  return output
+
+
 @pytest.mark.parametrize('name, numpy', [('scaffold', _Scaffold), ('fed_dyn', _FedDyn)])
 def test_rounds_equal_numpy(name, numpy):
   process = _build(name, num_clients=_NUM_CLIENTS, **numpy.kwargs)
@@ -117,13 +128,8 @@ def test_rounds_equal_numpy(name, numpy):
   expected = numpy([np.float64(w) for w in state.global_model_weights.trainable])
   states = {k: process.initialize_client() for k in _CLIENTS}
   for present in _ROUNDS:
-    output = process.next(
-        state,
-        [helpers.dataset(*_CLIENTS[k]) for k in present],
-        [states[k] for k in present],
-    )
+    output = _next(process, state, states, present)
     state = output.state
-    states |= dict(zip(present, output.client_states))
     expected.round(present)
     helpers.assert_weights_close(
         state.global_model_weights.trainable, expected.w, **_CLOSE
@@ -147,13 +153,8 @@ def test_fed_dyn_adds_up_how_far_clients_moved_whatever_the_server_optimizer(opt
   state, new = process.initialize(), process.initialize_client()
   states = dict.fromkeys(_CLIENTS, new)
   for present in _ROUNDS:
-    output = process.next(
-        state,
-        [helpers.dataset(*_CLIENTS[k]) for k in present],
-        [states[k] for k in present],
-    )
+    output = _next(process, state, states, present)
     state = output.state
-    states |= dict(zip(present, output.client_states))
     # The server's h is the mean of all clients' h_k, those included that never came.
     for u, *own in zip(state.companion.values, *(s.values for s in states.values())):
       np.testing.assert_allclose(u * _ALPHA, sum(own) / _NUM_CLIENTS, **_CLOSE)
