@@ -7,7 +7,13 @@
 - `tf.while_loop` spreads its operations over TensorFlow's threads. Where each core is at
   work for a client of its own, that costs a fifth of its time: there, loops stay in one
   thread. Not those with anything that waits for other threads, as branches and calls do:
-  all of TensorFlow's threads could wait, and none be left for what they wait for.
+  all of TensorFlow's threads could wait, and none be left for what they wait for. And not
+  those with convolutions: TensorFlow gives these to oneDNN, which takes half of the time,
+  only where a loop is spread.
+- Of such a loop, all that a step is given goes through one operation first. TensorFlow
+  meets the nodes of a graph in an order that, in a loop, depends on where it enters;
+  a `MaxPoolGrad` that it meets before its `MaxPool` is not given to oneDNN, and takes
+  fourteen times as long.
 - Functions get names that are new in this process: a graph may come from another one.
 """
 
@@ -24,6 +30,9 @@ _SPREAD = '_lower_using_switch_merge'
 _LOOPS = ('While', 'StatelessWhile')
 # Operations that wait for other threads, beside those that run a function.
 _WAITING = re.compile('Iterator|Dataset|Collective|Recv|Queue|Barrier|Stage')
+# What oneDNN has, beside products of matrices.
+_CONVOLUTION = re.compile('Conv[23]D|DepthwiseConv|(Max|Avg)Pool')
+_ENTRY = 'all_arguments'
 _CPU = '/device:CPU:0'
 _numbers = itertools.count()
 
@@ -65,17 +74,24 @@ class _Rewriter:
         function.name = self._rewrite_function(function.name)
       if node.op == _REDUCE:
         self._replace_reduce(node)
-      if self._in_one_thread and node.op in _LOOPS and not self._waits(node):
-        node.attr[_SPREAD].b = False
+      if node.op in _LOOPS:
+        self._rewrite_loop(node)
 
-  def _waits(self, loop: Any) -> bool:
-    """Returns whether a loop holds an operation that waits for other threads."""
-    return any(
-        _WAITING.search(each.op) or (_functions_in(each) and each.op not in _LOOPS)
+  def _rewrite_loop(self, loop: Any) -> None:
+    """Keeps a loop in one thread, or prepares it for oneDNN; its functions are done."""
+    held = [
+        node
         for called in _functions_in(loop)
         for function in self._reachable(called.name)
-        for each in function.node_def
-    )
+        for node in function.node_def
+    ]
+    if _only_cpus() and any(_CONVOLUTION.match(node.op) for node in held):
+      _enter_by_one_node(self.rewritten[loop.attr['body'].func.name])
+    elif self._in_one_thread and not any(
+        _WAITING.search(node.op) or (_functions_in(node) and node.op not in _LOOPS)
+        for node in held
+    ):
+      loop.attr[_SPREAD].b = False
 
   def _rewrite_function(self, name: str) -> str:
     """Rewrites a function that has not been; returns its new name."""
@@ -140,6 +156,21 @@ def _functions_in(node: Any) -> list[Any]:
   return found
 
 
+def _enter_by_one_node(function: Any) -> None:
+  """Lets all nodes of a function come after one that has its arguments."""
+  arguments = [argument.name for argument in function.signature.input_arg]
+  if not arguments or any(node.name == _ENTRY for node in function.node_def):
+    return
+  passed_on = {name: f'{_ENTRY}:output:{i}' for i, name in enumerate(arguments)}
+  passed_on |= {f'^{name}': f'^{_ENTRY}' for name in arguments}
+  for node in function.node_def:
+    node.input[:] = [passed_on.get(name, name) for name in node.input] or [f'^{_ENTRY}']
+  for result, value in function.ret.items():
+    function.ret[result] = passed_on.get(value, value)
+  entry = function.node_def.add(name=_ENTRY, op='IdentityN', input=arguments)
+  entry.attr['T'].list.type.extend(each.type for each in function.signature.input_arg)
+
+
 def _call(function: Any, name: str, inputs: Sequence[str]) -> Any:
   """Returns the node that calls a function."""
   node = tf.compat.v1.NodeDef(name=name, input=inputs)
@@ -153,13 +184,17 @@ def _call(function: Any, name: str, inputs: Sequence[str]) -> Any:
   return node
 
 
+def _only_cpus() -> bool:
+  return all(each.device_type == 'CPU' for each in tf.config.list_logical_devices())
+
+
 def _beside_accelerators() -> contextlib.AbstractContextManager:
   """Places iterators on the CPU, where there is something else.
 
   Not where there are only CPUs: with the iterator on one and its loop on another, two
   clients at the same time waited for ever for what one device sends to the other.
   """
-  if all(each.device_type == 'CPU' for each in tf.config.list_logical_devices()):
+  if _only_cpus():
     return contextlib.nullcontext()
   return tf.device(_CPU)
 
