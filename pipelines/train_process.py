@@ -230,6 +230,18 @@ def _consensus_rule(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
   return found if found.num_steps or found.sharpness != 1.0 else found.rule
 
 
+def _companion(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
+  """What gives the densities by which some rules weigh."""
+  if algorithm.consensus is None or args.CONSENSUS.value not in rules.BY_DENSITY:
+    return _UNSET
+  if task.num_classes is None:
+    raise UserError(
+        f'--consensus={args.CONSENSUS.value} weighs by how frequent the classes are at a '
+        f'client, and {task.name} has none. Take mean_logits.'
+    )
+  return tff_kd.client.companions.density.LabelDensity(max(task.num_classes, 2))
+
+
 def _coded(rule: knowledge.ConsensusRule) -> knowledge.ConsensusRule:
   """Returns a rule over predictions that are coded, if flags say so."""
   bits, top = args.PREDICTION_BITS.value, args.PREDICTION_TOP.value
@@ -383,6 +395,7 @@ _MAKERS: dict[str, Callable[[algorithms.Info, tff_kd.data.Task], Any]] = {
     'prior': _prior,
     'clients_start_from': _clients_start_from,
     'consensus_rule': _consensus_rule,
+    'companion': _companion,
     'knowledge_aggregator': _knowledge_aggregator,
     'mentor_fn': lambda algorithm, task: task.teachers[args.MENTOR.value],
     'teacher_fn': lambda algorithm, task: task.teachers[args.TEACHER.value],

@@ -25,11 +25,12 @@ def _steps(forward):
 
 
 def _convolved(examples, kernel):
-  return tf.nn.max_pool2d(tf.nn.relu(tf.nn.conv2d(examples, kernel, 1, 'SAME')), 2, 2, 'SAME')
+  hidden = tf.nn.relu(tf.nn.conv2d(examples, kernel, 1, 'SAME'))
+  return tf.nn.max_pool2d(hidden, 2, 2, 'SAME')
 
 
 def _rewritten(train, arguments):
-  """The graph of a function after it, its loop and the loop's body, and a result of it."""
+  """A function's loop after it, the loop's body, and the function's result."""
   traced = tf.function(train).get_concrete_function(
       *(tf.TensorSpec(a.shape, a.dtype) for a in arguments)
   )

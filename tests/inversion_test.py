@@ -44,6 +44,7 @@ def test_it_reconstructs_what_predictions_tell(public):
   assert ssim.mean() > mean_ssim.mean() + 0.05
 
 
+@pytest.mark.slow
 def test_predictions_that_tell_nothing_give_nothing(public):
   images, numbers = public
   same = inversion.Pairs(np.zeros((600, 4)), np.zeros((600, 4)))

@@ -27,11 +27,18 @@ RULES: dict[str, Callable[[], Any]] = {
     'aligned_entropy': lambda: tff_kd.knowledge.Aligned(
         tff_kd.knowledge.CertaintyWeighted('entropy', temperature=4.0)
     ),
+    # With `client.companions.density.LabelDensity`, which gives the densities.
+    'density': lambda: tff_kd.knowledge.CertaintyWeighted('given'),
+    'aligned_density': lambda: tff_kd.knowledge.Aligned(
+        tff_kd.knowledge.CertaintyWeighted('given')
+    ),
     # For algorithms that give certainties.
     'given': lambda: tff_kd.knowledge.CertaintyWeighted(
         'given', average='probabilities'
     ),
 }
+# Those that weigh by what `LabelDensity` says.
+BY_DENSITY = ('density', 'aligned_density')
 
 
 def check(name: str) -> None:

@@ -499,7 +499,7 @@ def _check_secure(
         'hide cannot be told by a code. `SecureAggregation(bits=...)` makes its numbers '
         'short.'
     )
-  if companion is not None and companion.exchanges:
+  if companion is not None and companion.exchanges and not companion.sums_securely:
     raise ValueError(
         f'With secure aggregation there can be no {type(companion).__name__}: what it '
         'exchanges with clients is not summed securely.'

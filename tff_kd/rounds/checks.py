@@ -239,8 +239,9 @@ def _check_companion(
     raise ValueError(
         f'The rule {rule!r} weighs by a certainty that is given, but no companion '
         'gives one. Pass '
-        '`companion=tff_kd.client.companions.certainty.CertaintyScorer(...)`, or a rule '
-        "that takes it from the predictions, such as CertaintyWeighted('variance')."
+        '`companion=tff_kd.client.companions.density.LabelDensity(...)` or '
+        '`certainty.CertaintyScorer(...)`, or a rule that takes it from the predictions, '
+        "such as CertaintyWeighted('variance')."
     )
   if gives and not needs:
     raise ValueError(

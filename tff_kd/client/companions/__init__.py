@@ -8,7 +8,7 @@ __getattr__, __dir__ = _lazy.attach(
         **{
             name: name
             for name in (
-                'certainty', 'companion', 'contrast', 'control_variates',
+                'certainty', 'companion', 'contrast', 'control_variates', 'density',
                 'dynamic_regularizer', 'generator', 'mutual',
             )
         },

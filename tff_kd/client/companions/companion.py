@@ -144,6 +144,7 @@ class Companion(abc.ABC):
       weighs by a given one.
     exchanges: Whether clients send something for it, beside their weights and
       predictions.
+    sums_securely: Whether that is a secure sum, which secure aggregation allows.
     needs_client_number: Whether it works only where clients read their examples by
       reference (`client_data`), and so have a number.
     state_follows_report: Whether a client's state moves only in rounds that count its
@@ -156,6 +157,7 @@ class Companion(abc.ABC):
   client_spec: Optional[models.ModelSpec] = None
   gives_certainty: bool = False
   exchanges: bool = True
+  sums_securely: bool = False
   needs_client_number: bool = False
   state_follows_report: bool = False
   needs_plain_sgd: bool = False
