@@ -39,6 +39,7 @@ from absl import flags
 
 import pipelines
 from pipelines import benchmark_work as work
+from pipelines import run_folders
 
 _CASES = flags.DEFINE_list(
     'cases',
@@ -658,7 +659,7 @@ def main(argv: list[str]) -> Optional[int]:
   results['scaling'] = [_measure_scaling(number) for number in scaling]
   if _LONG.value:
     results['memory'] = _measure_long(_LONG.value, low, high)
-  (folder / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
+  run_folders.write_json(folder / 'results.json', results)
   _draw(results, folder / 'speed.png')
   _print_results(results)
   print(f"\n{folder / 'results.json'}, {folder / 'speed.png'}")

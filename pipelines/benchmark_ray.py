@@ -20,7 +20,6 @@ Rounds in turns must have equal results, to the bit; otherwise there is an error
 from collections.abc import Callable, Iterator, Mapping, Sequence
 import contextlib
 import csv
-import json
 import os
 import pathlib
 import secrets
@@ -34,6 +33,7 @@ from absl import flags
 
 import pipelines
 from pipelines import benchmark_work as work
+from pipelines import run_folders
 
 _ALL = ['memory', 'overhead', 'nodes']
 _FIGURES = flags.DEFINE_list(
@@ -406,7 +406,7 @@ def main(argv: list[str]) -> Optional[int]:
     results['overhead'] = _measure_overhead(cases)
   if 'nodes' in _FIGURES.value:
     results['nodes'] = _measure_nodes(nodes_case)
-  (folder / 'results.json').write_text(json.dumps(results, indent=1) + '\n')
+  run_folders.write_json(folder / 'results.json', results)
   _print_results(results)
   print(f'\n{folder}')
   return 0

@@ -20,6 +20,7 @@ import tensorflow as tf
 from pipelines import kept
 from pipelines import model_card
 from pipelines import released
+from pipelines import run_folders
 from pipelines import tables
 from pipelines import train_data
 from pipelines import train_setup
@@ -111,8 +112,8 @@ def run(
           task.metric: after, f'keras_{task.metric}': before,
           agreement: exported.agreement, 'largest_difference': exported.largest,
       }
-  (export_dir / 'export.json').write_text(
-      json.dumps({'examples': len(examples), 'files': report}, indent=2) + '\n'
+  run_folders.write_json(
+      export_dir / 'export.json', {'examples': len(examples), 'files': report}
   )
   model_card.write(export_dir, run_dir, task, models, report, len(examples), worse)
   tables.print_table(rows)

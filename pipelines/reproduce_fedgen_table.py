@@ -31,6 +31,7 @@ from absl import logging
 
 import pipelines
 from pipelines import parallel
+from pipelines import run_folders
 from tff_kd import algorithms
 
 # The paper's Table 1, MNIST, in percent, by algorithm and alpha.
@@ -182,7 +183,7 @@ def _report(runs: list[_Run]) -> None:
   with open(folder / 'table.csv', 'w', newline='') as file:
     csv.writer(file).writerows(rows)
   (folder / 'table.md').write_text(tables.markdown_table(rows))
-  (folder / 'table.json').write_text(json.dumps(cells, indent=2) + '\n')
+  run_folders.write_json(folder / 'table.json', cells)
   print()
   tables.print_table(rows)
   print(

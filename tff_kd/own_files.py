@@ -3,6 +3,7 @@
 import functools
 import importlib.util
 import pathlib
+import sys
 from typing import Any
 
 
@@ -18,6 +19,8 @@ def is_own(name: str) -> bool:
 def load(path: str) -> Any:
   """Returns the module of a file; it is loaded once.
 
+  It may import modules beside it, as a script may; installed ones come first.
+
   Args:
     path: The file's path.
 
@@ -31,6 +34,9 @@ def load(path: str) -> Any:
 def _load(file: pathlib.Path, path: str) -> Any:
   if not file.is_file():
     raise ValueError(f'There is no file {path}.')
+  folder = str(file.parent)
+  if folder not in sys.path:
+    sys.path.append(folder)
   spec = importlib.util.spec_from_file_location(f'tff_kd_own_{file.stem}', file)
   module = importlib.util.module_from_spec(spec)
   spec.loader.exec_module(module)
