@@ -478,8 +478,8 @@ CONSENSUS = flags.DEFINE_string(
     'probabilities plain (mean_probabilities) or sharpened (era, enhanced_era), or a '
     'mean of logits weighted by certainty (variance, confidence, entropy; soft_entropy: '
     'at temperature 4; diversity: as variance, with the opinion of those who disagree, '
-    "for fed_et), or by how dense a client's data are at the example, going by its "
-    'classes (density). The aligned ones (aligned: mean_logits; aligned_probabilities, '
+    'for fed_et), or a mean of probabilities weighted by how dense the data of the '
+    'client are at the example, going by its classes (density). The aligned ones (aligned: mean_logits; aligned_probabilities, '
     "aligned_entropy, aligned_density) first take out of each client's predictions what "
     'it predicts on average, for clients whose classes differ; see --prior. A path that '
     'ends in .py is '

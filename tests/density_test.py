@@ -8,9 +8,9 @@ from tff_kd.compat import tff
 from tests import helpers
 import tff_kd
 from tff_kd import algorithms
-from tff_kd import knowledge
 from tff_kd import privacy
 from tff_kd.client.companions import density
+from tff_kd.knowledge import rules
 
 _SIZES = {1: 4, 2: 12, 5: 8}  # Examples by a client's seed.
 _SMOOTHING = 0.2
@@ -49,7 +49,7 @@ def _process(**kwargs):
       transfer_set=tff_kd.TransferSet(helpers.examples(20, 0)[0]),
       client_optimizer=helpers.sgd(1.0),
       student_optimizer=helpers.sgd(0.5),
-      consensus_rule=knowledge.CertaintyWeighted('given'),
+      consensus_rule=rules.get('density'),
       companion=density.LabelDensity(helpers.CLASSES, _SMOOTHING),
       knowledge_weighting=tff.learning.ClientWeighting.NUM_EXAMPLES,
       distillation=tff_kd.Distillation(num_steps=1, batch_size=20),
@@ -77,13 +77,14 @@ def _round_in_numpy(model, totals):
     students.append(helpers.linear_step(model, cx, dz, 1.0))
     counts = np.bincount(cy, minlength=helpers.CLASSES)
     weight = size * received @ (counts / size / shares)
-    values += weight[:, np.newaxis] * helpers.linear_logits(students[-1], x)
+    own = helpers.softmax(helpers.linear_logits(students[-1], x))
+    values += weight[:, np.newaxis] * own
     weights += weight
     totals = totals + counts
   average = [
       np.average(parts, axis=0, weights=list(_SIZES.values())) for parts in zip(*students)
   ]
-  target = helpers.softmax(values / weights[:, np.newaxis])
+  target = values / weights[:, np.newaxis]
   dz = (helpers.softmax(helpers.linear_logits(average, x)) - target) / 20
   return helpers.linear_step(average, x, dz, 0.5), totals
 

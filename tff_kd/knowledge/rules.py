@@ -28,9 +28,11 @@ RULES: dict[str, Callable[[], Any]] = {
         tff_kd.knowledge.CertaintyWeighted('entropy', temperature=4.0)
     ),
     # With `client.companions.density.LabelDensity`, which gives the densities.
-    'density': lambda: tff_kd.knowledge.CertaintyWeighted('given'),
+    'density': lambda: tff_kd.knowledge.CertaintyWeighted(
+        'given', average='probabilities'
+    ),
     'aligned_density': lambda: tff_kd.knowledge.Aligned(
-        tff_kd.knowledge.CertaintyWeighted('given')
+        tff_kd.knowledge.CertaintyWeighted('given', average='probabilities')
     ),
     # For algorithms that give certainties.
     'given': lambda: tff_kd.knowledge.CertaintyWeighted(

@@ -7,7 +7,8 @@ shift), the density of client k's inputs at x, relative to that of all clients',
 
 with pi_k and pi the shares of the classes at the client and at all of them, and q(y | x)
 the probabilities that the received student gives. So a client counts where its own
-classes are likely, whatever it predicts of the others.
+classes are likely, whatever it predicts of the others; and sum_k n_k p_k(x) p_k(y | x) /
+sum_k n_k p_k(x) is p(y | x) of all the data.
 
 Source: Jang, Park and Lee, "Provably Near-Optimal Federated Ensemble Distillation with
 Negligible Overhead" (FedGO, ICML 2025): weights n_k p_k(x) are optimal, where the
@@ -85,9 +86,9 @@ def density_ratio(
 class LabelDensity(companions.Companion):
   """Weighs a client's predictions by how dense its data are at the transfer example.
 
-  For a rule that weighs by a given certainty, `knowledge.CertaintyWeighted('given')`, in
-  any algorithm that averages students and sends predictions; `n_k` of the weights is the
-  algorithm's `knowledge_weighting`.
+  For a rule that weighs probabilities by a given certainty,
+  `knowledge.CertaintyWeighted('given', average='probabilities')`, in any algorithm that
+  averages students and sends predictions; n_k is the algorithm's `knowledge_weighting`.
 
   A client's weights tell of its classes, as predictions do; under an account of
   differential privacy the process is refused, as its counts are not noised.
