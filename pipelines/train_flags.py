@@ -479,10 +479,10 @@ CONSENSUS = flags.DEFINE_string(
     'mean of logits weighted by certainty (variance, confidence, entropy; soft_entropy: '
     'at temperature 4; diversity: as variance, with the opinion of those who disagree, '
     'for fed_et), or a mean of probabilities weighted by how dense the data of the '
-    'client are at the example, going by its classes (density). The aligned ones (aligned: mean_logits; aligned_probabilities, '
-    "aligned_entropy, aligned_density) first take out of each client's predictions what "
-    'it predicts on average, for clients whose classes differ; see --prior. A path that '
-    'ends in .py is '
+    'client are at the example, going by its classes (density). The aligned ones '
+    '(aligned: mean_logits; aligned_probabilities, aligned_entropy, aligned_density) '
+    "first take out of each client's predictions what it predicts on average, for "
+    'clients whose classes differ; see --prior. A path that ends in .py is '
     "a rule of your own (examples/own_rule.py). Unset: the algorithm's own.",
 )
 # Without TensorFlow, unless the rule is of the user's own.
