@@ -66,9 +66,14 @@ def _apply_task_defaults(task: tff_kd.data.Task) -> None:
       'transfer_size': len(task.transfer),
       'transfer_labels': min(args.TRANSFER_LABELS.value, len(task.transfer)),
   }
-  given = task_defaults.defaults_of(args.TASK.value, args.ALGORITHM.value)
+  has_classes = task.class_numbers(task.clients) is not None
+  if algorithm.name == 'fed_distillation' and has_classes:
+    defaults |= task_defaults.ALIGNED
+  settled = args.settled(
+      task_defaults.defaults_of(args.TASK.value, args.ALGORITHM.value)
+  )
   for name, value in defaults.items():
-    if not flags.FLAGS[name].present and name not in given:
+    if name not in settled:
       flags.FLAGS[name].value = value
   for flag, known in (
       ('student', task.students), ('teacher', task.teachers), ('mentor', task.teachers)

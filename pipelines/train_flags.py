@@ -1,6 +1,6 @@
 """The flags of `pipelines.train`; imports no TensorFlow, so that `--help` is quick."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 import importlib.util
 import json
 import pathlib
@@ -902,15 +902,23 @@ def _task_defaults(task: str, algorithm: str) -> dict[str, Any]:
   return defaults
 
 
+def settled(names: Iterable[str]) -> set[str]:
+  """Returns the flags that a further default must leave as they are.
+
+  Args:
+    names: Those that have a value for a reason, beside those that are given.
+  """
+  found = {name for name, flag in own_flags().items() if flag.present} | set(names)
+  return found | _OF_PREDICTIONS if found & _OF_PREDICTIONS else found
+
+
 def _take_task_defaults() -> None:
   """Gives the flags that are not given what the task has for them.
 
   A default that does not go with what is given gives way.
   """
   defaults = _task_defaults(TASK.value, ALGORITHM.value)
-  given = {name for name, flag in own_flags().items() if flag.present}
-  if given & _OF_PREDICTIONS:
-    given |= _OF_PREDICTIONS
+  given = settled([])
   if 'transfer_size' in given:
     for name in ('transfer_labels', 'transfer_per_round'):
       if name in defaults:

@@ -104,22 +104,33 @@ def _aggregator(
 def common_arguments(
     task: tff_kd.data.Task, batches: tff_kd.ClientBatches
 ) -> dict[str, Any]:
-  """Returns the arguments of every algorithm, also of FedAvg in the comparison."""
+  """Returns the arguments of every algorithm, also of FedAvg in the comparison.
+
+  What averaging has by default is left to the algorithm, which may have its own.
+  """
   builders = [task.students[name] for name in args.STUDENT.value]
-  return dict(
+  common = dict(
       student_fn=builders if len(builders) > 1 else builders[0],
       input_spec=batches.element_spec,
       client_data=batches,
       loss_fn=task.loss_fn,
       metrics_fn=task.metrics_fn,
       client_optimizer=_client_optimizer(),
-      server_optimizer=_OPTIMIZERS[args.SERVER_OPTIMIZER.value](args.SERVER_RATE.value),
-      client_weighting=tff.learning.ClientWeighting[_weighting().upper()],
       model_aggregator=_aggregator(
           'model', args.ROBUST_MODEL.value, args.MODEL_NORM_BOUND.value,
           args.MODEL_BITS.value,
       ),
   )
+  if any(flag.present or flag.value != flag.default for flag in _of_server_optimizer()):
+    build = _OPTIMIZERS[args.SERVER_OPTIMIZER.value]
+    common['server_optimizer'] = build(args.SERVER_RATE.value)
+  if args.WEIGHTING.value is not None or train_checks.is_private():
+    common['client_weighting'] = tff.learning.ClientWeighting[_weighting().upper()]
+  return common
+
+
+def _of_server_optimizer() -> list[flags.FlagHolder]:
+  return [args.SERVER_OPTIMIZER, args.SERVER_RATE, args.SERVER_RATE_SCHEDULE]
 
 
 def build_process(
@@ -143,7 +154,7 @@ def build_process(
   )
   if not algorithm.averages:
     for name in ('server_optimizer', 'client_weighting', 'model_aggregator'):
-      del kwargs[name]
+      kwargs.pop(name, None)
   for parameter, flag in algorithm.flags.items():
     if flags.FLAGS[flag].value is not None:
       kwargs[parameter] = flags.FLAGS[flag].value

@@ -120,3 +120,11 @@ def test_the_registry_tells_what_builders_need():
     for what, parameter in needed.items():
       assert (what in algorithm.needs) == (parameter in required), (name, what)
     assert inspect.getdoc(inspect.getmodule(algorithm.build))
+
+
+def test_an_algorithm_with_a_rule_to_choose_names_its_own():
+  def build_mine(*, student_fn, consensus_rule=None):
+    del student_fn, consensus_rule
+
+  with pytest.raises(ValueError, match="mine: .* must name the rule .* 'mean_logits'"):
+    algorithms.Info(build=build_mine, summary='mine', uploads=('predictions',))

@@ -326,3 +326,12 @@ def test_labels_that_the_loss_ignores_do_not_count(ignored, classes):
 def test_weights_that_do_not_fit_are_refused(clients, message):
   with pytest.raises(ValueError, match=message):
     _weighted_task(clients)
+
+
+def test_a_task_without_examples_of_clients_is_refused():
+  some = _weighted(3)
+  with pytest.raises(ValueError, match='mine has no examples of clients'):
+    data.Task(
+        name='mine', clients=some.take([]), client_rows=None, transfer=some,
+        validation=some, test=some, students={}, teachers={}, num_classes=2,
+    )

@@ -4,6 +4,7 @@ import json
 import re
 import types
 
+from absl import flags
 import keras
 import numpy as np
 import pytest
@@ -14,6 +15,10 @@ from pipelines import evaluate_job
 from pipelines import export
 from pipelines import export_job
 from pipelines import released
+from pipelines import task_defaults
+from pipelines import train_data
+from pipelines import train_flags
+from pipelines import train_process
 from pipelines import train_report
 from pipelines import UserError
 from tests import helpers
@@ -63,6 +68,54 @@ def test_an_own_task_learns(own_run):
   config = json.loads((own_run / 'config.json').read_text())['flags']
   assert config['task'] == 'examples/own_task.py' and config['num_clients'] == 5
   assert config['student'] == ['small'] and config['teacher'] == 'large'
+  assert config['consensus'] == 'aligned'
+
+
+_OF_FUSION = ('consensus', 'prior', 'clients_start_from', 'batch_size')
+
+
+@pytest.mark.parametrize(
+    ('args', 'expected'),
+    [
+        ([], ('aligned', 'average', 'average', 10)),
+        (['--consensus=variance'], ('variance', None, 'average', 10)),
+        (['--algorithm=fed_df'], (None, None, 'distilled', 10)),
+    ],
+)
+def test_an_own_tasks_predictions_are_aligned(args, expected, data_dir):
+  task = '--task=examples/own_task.py'
+  with helpers.flags_of(task, f'--data_dir={data_dir}', *args):
+    train_flags.take_defaults()
+    train_data.load_task()
+    found = tuple(flags.FLAGS[name].value for name in _OF_FUSION)
+  assert found == expected
+
+
+def test_an_own_task_has_defaults_with_an_algorithm(tmp_path):
+  file = tmp_path / 'task.py'
+  file.write_text(
+      "DEFAULTS = {'rounds': 3, 'batch_size': 7}\n"
+      "DEFAULTS_WITH = {'fed_df': {'rounds': 4, 'server_steps': 5}}\n"
+      'def load(**kwargs): pass\n'
+  )
+  of_fed_df = task_defaults.defaults_of(str(file), 'fed_df')
+  assert of_fed_df == {'rounds': 4, 'batch_size': 7, 'server_steps': 5}
+  assert task_defaults.defaults_of(str(file), 'fed_avg')['rounds'] == 3
+
+
+def test_what_an_algorithm_has_for_averaging_stays_unless_a_flag_is_given():
+  task = types.SimpleNamespace(
+      students={'mlp_small': None}, loss_fn=None, metrics_fn=None
+  )
+  batches = types.SimpleNamespace(element_spec=None)
+  names = {'server_optimizer', 'client_weighting'}
+  for args, expected in (
+      ([], set()), (['--server_learning_rate=1'], {'server_optimizer'}),
+      (['--client_weighting=num_examples'], {'client_weighting'}),
+  ):
+    with helpers.flags_of('--student=mlp_small', *args):
+      common = train_process.common_arguments(task, batches)
+    assert names & set(common) == expected
 
 
 _METRICS_TASK = '''

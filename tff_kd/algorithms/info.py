@@ -41,6 +41,9 @@ class Info:
     consensus: The name of the rule (`tff_kd.knowledge.rules.RULES`) by which it
       combines predictions unless told otherwise; `None` if it has none, or none to
       choose.
+
+  Raises:
+    ValueError: If its function takes a `consensus_rule`, and `consensus` is `None`.
   """
 
   build: Callable[..., Any]
@@ -50,6 +53,14 @@ class Info:
   flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
   flag_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   consensus: Optional[str] = None
+
+  def __post_init__(self):
+    if 'consensus_rule' in self.parameters and self.consensus is None:
+      raise ValueError(
+          f"INFO of {self.name}: its function takes a `consensus_rule`, so `consensus` "
+          "must name the rule that it has by default, such as 'mean_logits'. Flags such "
+          'as --consensus and --prior then choose another one.'
+      )
 
   @property
   def name(self) -> str:

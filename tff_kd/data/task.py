@@ -181,6 +181,11 @@ class Task:
       # With other labels, evaluation's own scores.
       metrics_fn = _accuracy if has_numbers else list
       object.__setattr__(self, 'metrics_fn', metrics_fn)
+    if not len(self.clients):
+      raise ValueError(
+          f'The task {self.name} has no examples of clients (`clients`). Fewer may go to '
+          'the server and to the tests: --transfer_size, --validation_size.'
+      )
     count = len(self.client_rows) if self.client_rows is not None else 0
     for name in ('client_names', 'test_rows'):
       values = getattr(self, name)
