@@ -356,6 +356,14 @@ def _reporting(**kwargs):
             'one student only',
         ),
         (
+            'fed_avg',
+            dict(student_fn=lambda: keras.Sequential([
+                keras.layers.InputLayer((helpers.DIM,)),
+                keras.layers.BatchNormalization(), keras.layers.Dense(helpers.CLASSES),
+            ])),
+            'as those of BatchNormalization: noise makes a variance negative',
+        ),
+        (
             'ds_fl',
             dict(consensus_rule=knowledge.Quantized(knowledge.MeanProbabilities(), 1)),
             'the length of a code tells what is in it',

@@ -137,6 +137,33 @@ def test_every_kind_of_model_trains_on_both_sides(student_fn, teacher_fn):
       assert np.abs(a - b).max() > 1e-3
 
 
+@pytest.mark.parametrize(
+    'optimizer',
+    [helpers.sgd(0.1, 0.9), helpers.slow(lambda: keras.optimizers.SGD(0.1, 0.9))],
+)
+def test_one_feature_a_position(optimizer):
+  """A gradient of a kernel [1, units], whose shape TensorFlow does not know."""
+  x, y = helpers.examples(8, 0, dim=6)
+  x, y = x[..., np.newaxis], np.tile(y[:, np.newaxis], 6)
+  batches = helpers.dataset(x, y, batch_size=8)
+  build = lambda: keras.Sequential(
+      [layers.InputLayer((6, 1)), layers.Dense(helpers.CLASSES)]
+  )
+  process = tff_kd.algorithms.build_fed_avg(**helpers.common(
+      student_fn=build, input_spec=batches.element_spec, client_optimizer=optimizer
+  ))
+  state = process.initialize()
+  model = process.to_keras(state)
+  for _ in range(2):
+    state = process.next(state, [batches.repeat(2)]).state
+    # Momentum begins anew with the round.
+    model.compile(keras.optimizers.SGD(0.1, 0.9), helpers.loss_fn())
+    model.fit(batches, epochs=2, verbose=0)
+  helpers.assert_weights_close(
+      state.global_model_weights.trainable, model.get_weights(), rtol=1e-4, atol=1e-6
+  )
+
+
 def test_initial_weights_are_the_builders():
   trained = helpers.dense_fn((4,))().get_weights()
 

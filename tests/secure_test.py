@@ -1,5 +1,6 @@
 """Secure sums: what is clipped and rounded, and that nothing else leaves a client."""
 
+import keras
 import numpy as np
 import pytest
 from tff_kd.compat import tff
@@ -69,6 +70,17 @@ def test_secure_sums_change_little(name, settings):
       expected['train']['loss'], abs=tolerance
   )
   assert found['participation'] == expected['participation']
+
+
+def test_metrics_may_be_negative():
+  below = lambda: [
+      keras.metrics.MeanMetricWrapper(lambda y, z: 0.0 * z[..., 0] - 3.0, name='below')
+  ]
+  process = _build.anew(
+      'fed_avg', metrics_fn=below, secure_aggregation=privacy.SecureAggregation(**_BITS)
+  )
+  train = process.next(process.initialize(), _CLIENTS).metrics['client_work']['train']
+  assert train['below'] == pytest.approx(-3.0, abs=1e-3)
 
 
 def test_sums_are_rounded_as_stated():

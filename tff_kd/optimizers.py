@@ -300,6 +300,18 @@ def build_stepper(
   return _KerasStepper(optimizer, variables)
 
 
+def _of_known_shape(
+    gradients: Sequence[Any], variables: Sequence[keras.Variable]
+) -> tuple[Any, ...]:
+  """Gradients whose shapes TensorFlow lost, as of a product with one feature."""
+
+  def known(gradient, shape):
+    lost = isinstance(gradient, tf.Tensor) and not gradient.shape.is_fully_defined()
+    return tf.ensure_shape(gradient, shape) if lost else gradient
+
+  return tuple(known(g, v.shape) for g, v in zip(gradients, variables, strict=True))
+
+
 class _TffStepper:
 
   def __init__(self, optimizer, variables):
@@ -320,7 +332,8 @@ class _TffStepper:
       scaled = collections.OrderedDict(hparams)
       scaled[_LEARNING_RATE] = hparams[_LEARNING_RATE] * rate_scale
       state = self._optimizer.set_hparams(state, scaled)
-    state, values = self._optimizer.next(state, tuple(values), tuple(gradients))
+    gradients = _of_known_shape(gradients, self._variables)
+    state, values = self._optimizer.next(state, tuple(values), gradients)
     if rate_scale is not None:
       state = self._optimizer.set_hparams(state, hparams)
     return state, models.apply_constraints(self._variables, values)
@@ -347,7 +360,10 @@ class _KerasStepper:
       (place,) = self._rate
       rate = state[place]
       state[place] = rate * tf.cast(rate_scale, rate.dtype)
-    gradients = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
+    gradients = [
+        None if g is None else tf.convert_to_tensor(g)
+        for g in _of_known_shape(gradients, self._variables)
+    ]
     values, state = stateless.apply(self._optimizer, state, gradients, list(values))
     if rate_scale is not None:
       state[place] = rate

@@ -36,6 +36,9 @@ class Measurements(NamedTuple):
   client_work: Any
   aggregator: Any
 
+# Of a client's sums of metrics, which TFF clips where they are summed securely.
+_METRIC_RANGE = (-float(2**20 - 1), float(2**20 - 1))
+
 
 def build_aggregator(
     output_type: tff.Type,
@@ -75,7 +78,7 @@ def build_aggregator(
       for channel in channels if factories[channel.field] is not None
   }
   if secure is not None and metrics_aggregator is None and metric_finalizers:
-    metrics_aggregator = tff.learning.metrics.secure_sum_then_finalize
+    metrics_aggregator = _secure_metrics
   aggregate_metrics = None
   if metrics_aggregator is not None:
     aggregate_metrics = metrics_aggregator(metric_finalizers, output_type.metrics)
@@ -87,6 +90,17 @@ def build_aggregator(
   )
   aggregator = _build_process(output_type, processes, common_sum, aggregate_metrics)
   return aggregator, _aggregated_bytes(processes, secure)
+
+
+def _secure_metrics(finalizers: Any, metrics_type: tff.Type) -> tff.Computation:
+  """Sums metrics securely; floats may be below 0, where TFF's own range begins."""
+  ranges = collections.OrderedDict(
+      (name, [_METRIC_RANGE if np.issubdtype(t.dtype, np.floating) else None for t in of])
+      for name, of in tff.structure.iter_elements(metrics_type)
+  )
+  return tff.learning.metrics.secure_sum_then_finalize(
+      finalizers, metrics_type, metric_value_ranges=ranges
+  )
 
 
 def _build_process(

@@ -71,6 +71,14 @@ class Parts:
     return self.client_model is ClientModel.RECEIVED
 
   @property
+  def averages_statistics(self) -> bool:
+    """Whether these hold statistics that training moves, such as batch norm's."""
+    sent = [spec.weights_spec for spec in self.students.specs if self.averages]
+    if self.personal:
+      sent = [own.shared(weights) for own, weights in zip(self.personal, sent)]
+    return any(weights.non_trainable for weights in sent)
+
+  @property
   def keeps_model(self) -> bool:
     """Whether clients keep a model, or layers of one, from round to round."""
     return self.client_model is ClientModel.KEPT or bool(self.personal)

@@ -75,6 +75,10 @@ def build_factories(
         rule=rule,
         reporting=options.reporting,
         companion=parts.companion,
+        has_statistics=(
+            parts.averages_statistics
+            and bool(protection.privacy.noise_multipliers(('model',))['model'])
+        ),
     )
   return differential.build_aggregators(
       protection.channels,
