@@ -34,7 +34,10 @@ def weightings(
   by_model = options.client_weighting or _NUM_EXAMPLES
   by_knowledge = options.knowledge_weighting
   if by_knowledge is None:
-    by_knowledge = by_model if parts.averages else _UNIFORM
+    # One bound clips a prediction and its weight where sums are secure: where these are
+    # numbers of examples, a client with many has its predictions cut and not its weight.
+    follows = parts.averages and options.secure_aggregation is None
+    by_knowledge = by_model if follows else _UNIFORM
   found = dict(knowledge_weighting=by_knowledge)
   return dict(client_weighting=by_model, **found) if parts.averages else found
 
