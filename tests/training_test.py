@@ -179,6 +179,7 @@ def test_flatten_metrics():
             'loss of the student: .*None.* there, .*2.* here',
         ),
         (dict(student_fn=helpers.dense_fn((4,))), 'arrays'),
+        (dict(student_fn=helpers.dense_fn(dtype='bfloat16')), 'float32, bfloat16 is'),
         (dict(student_fn=helpers.dense_fn(classes=4)), r'shape \(5, 3\), \(5, 4\) is'),
     ],
 )
