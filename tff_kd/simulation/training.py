@@ -18,6 +18,7 @@ import tree
 
 from tff_kd import communication
 from tff_kd.data import client_names
+from tff_kd import optimizers
 from tff_kd.privacy import accounting
 from tff_kd import rounds
 from tff_kd.rounds import round_arguments
@@ -30,7 +31,8 @@ ROUND_SECONDS = 'round_seconds'
 _COUNTS = 'client_work/participation/num_'
 # In a checkpoint's JSON: the metric that has chosen the best state, and its mode.
 _MONITORED = 'monitored'
-# What TFF's optimizers call in their state what is chosen and not learned.
+# What TFF's optimizers call in their state what is chosen and not learned; others have
+# no names there.
 _HYPERPARAMETERS = frozenset(
     [
         'learning_rate', 'momentum', 'beta_1', 'beta_2', 'epsilon', 'weight_decay',
@@ -197,7 +199,8 @@ def train(
     A `TrainingResult`.
 
   Raises:
-    CheckpointError: If what was saved is of another model, or another learning rate.
+    CheckpointError: If what was saved is of another model, or other optimizers (of a
+      process of TFF's own: another rate that the state names).
     TypeError: If a callback is none.
     ValueError: If the arguments contradict each other, or `monitor` is not among
       the metrics.
@@ -554,7 +557,18 @@ def _made_by(
     for spec in (*process.students.specs, process.teacher_spec):
       if spec is not None:
         made_by[f'loss of the {spec.name}'] = spec.loss_description
-  return json.dumps(made_by, sort_keys=True).encode()
+    described = {
+        name: optimizers.settings(optimizer)
+        for name, optimizer in process.description.optimizers.items()
+    }
+    for name, values in described.items():
+      made_by |= {f'{name}/{key}': value for key, value in values.items()}
+  return json.dumps(made_by, sort_keys=True, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+  """Returns what JSON has for what it has not: numbers of NumPy, and others' types."""
+  return np.asarray(value).tolist() if hasattr(value, 'dtype') else type(value).__name__
 
 
 def _check_made_by(saved: bytes, now: bytes) -> None:
