@@ -21,6 +21,13 @@ def _sampling(kind='poisson', clients=100, a_round=10):
   )
 
 
+# As ledgers have the noise and the sampling of `_accountant`.
+_TERMS = {
+    'noise_multiplier': 1.0,
+    'sampling': {'num_clients': 100, 'clients_per_round': 10, 'sampling': 'poisson'},
+}
+
+
 def _accountant(z=1.0, kind='poisson', delta=1e-5, **kwargs):
   return accounting.PrivacyAccountant([z], _sampling(kind), delta, **kwargs)
 
@@ -192,7 +199,9 @@ def test_the_budget_ends_it_and_the_ledger_knows(tmp_path):
   for n in range(1, 4):
     assert accountant.allows_another_round(n)
     accountant.begin_round(n)
-    assert json.loads(path.read_text()) == {'begun': [[1, n, 1]], 'sampling_seed': 5}
+    assert json.loads(path.read_text()) == {
+        'begun': [[1, n, 1]], 'sampling_seed': 5, **_TERMS
+    }
   assert not accountant.allows_another_round(4)
   with pytest.raises(RuntimeError, match='would pass the budget of epsilon='):
     accountant.begin_round(4)
@@ -205,7 +214,7 @@ def test_another_process_goes_on_with_what_is_spent(tmp_path):
   for round_num in (1, 2, 3, 4, 3, 5):
     first.begin_round(round_num)
   runs = [[1, 2, 1], [3, 3, 2], [4, 5, 1]]
-  assert json.loads(path.read_text()) == {'begun': runs}
+  assert json.loads(path.read_text()) == {'begun': runs, **_TERMS}
   # No checkpoint takes back what the ledger knows, and both know some.
   checkpoint = _accountant()
   for round_num in (1, 2, 2):
@@ -215,6 +224,43 @@ def test_another_process_goes_on_with_what_is_spent(tmp_path):
   again.restore(checkpoint.saved())
   first.begin_round(2)
   assert again.rounds == 7 and again.saved() == first.saved()
+
+
+@pytest.mark.parametrize(
+    'change, message',
+    [
+        (dict(z=10.0), r'\(noise_multiplier: 1.0 there, 10.0 here\)'),
+        (dict(kind='uniform'), "sampling: .*'poisson'.* there, .*'uniform'.* here"),
+    ],
+)
+def test_rounds_of_another_noise_or_sampling_are_not_taken_over(
+    tmp_path, change, message
+):
+  path = tmp_path / 'privacy.json'
+  # Of no rounds it does not matter: they have spent nothing.
+  _accountant(**change).restore(_accountant().saved())
+  first = _accountant(ledger_path=path)
+  first.begin_round(1)
+  other = _accountant(**change)
+  for take_over in (
+      lambda: other.restore(first.saved()),
+      lambda: _accountant(**change, ledger_path=path),
+  ):
+    with pytest.raises(ValueError, match=f'{message}.* an account of its own'):
+      take_over()
+  assert other.rounds == 0
+  # A ledger that does not tell is of nobody knows what.
+  path.write_text('{"begun": [[1, 1, 1]]}')
+  with pytest.raises(ValueError, match='noise_multiplier: not known there, 1.0 here'):
+    _accountant(ledger_path=path)
+
+
+def test_channels_that_are_worth_the_same_noise_go_on():
+  one = _accountant(accounting.composed_noise([3.0, 2.0]))
+  one.begin_round(1)
+  both = accounting.PrivacyAccountant([3.0, 2.0], _sampling(), 1e-5)
+  both.restore(one.saved())
+  assert both.rounds == 1 and both.epsilon() == pytest.approx(one.epsilon())
 
 
 @pytest.mark.parametrize(

@@ -96,13 +96,18 @@ def test_values_come_back_as_from_tffs_manager(tmp_path, value):
 
 def test_one_of_another_process_is_named_and_stays(tmp_path):
   checkpoints = _saved(tmp_path, [1])
-  with pytest.raises(simulation.CheckpointError, match='model: it holds 2 arrays, 1 are'):
+  with pytest.raises(simulation.CheckpointError, match='it holds 2 arrays, 1 are'):
     helpers.run(checkpoints.load_latest({'weights': np.zeros(3)}))
   wider = {**_state(0), 'weights': np.zeros([1001], np.float32)}
   with pytest.raises(
       simulation.CheckpointError, match=r'weights is of shape \(1000,\), \(1001,\) is'
   ):
     helpers.run(checkpoints.load_latest(wider))
+  shorter = {**_state(0), 'weights': tf.zeros([1000], tf.bfloat16).numpy()}
+  with pytest.raises(
+      simulation.CheckpointError, match='weights is of type float32, bfloat16 is expected'
+  ):
+    helpers.run(checkpoints.load_latest(shorter))
   assert _latest(tmp_path)[1] == 1
 
 

@@ -464,6 +464,57 @@ def test_training_counts_ends_at_the_budget_and_goes_on_with_the_count(tmp_path)
   assert accountant.rounds == 4 and not result.history
 
 
+def test_a_resumed_training_keeps_to_its_noise_clip_and_account(tmp_path):
+  sampling = privacy.ClientSampling(num_clients=4, clients_per_round=2)
+
+  def train(folder, num_rounds, accounted, **changes):
+    process = _build('fed_avg', privacy=_dp(clients=2, **changes))
+    accountant = _accountant(process, sampling) if accounted else None
+    return simulation.train(
+        process, select_clients=lambda n: _CLIENTS[:2], num_rounds=num_rounds,
+        program_state_manager=simulation.Checkpoints(tmp_path / folder),
+        accountant=accountant, progress_bar=False,
+    )
+
+  for folder, accounted in (('accounted', True), ('not', False)):
+    train(folder, 1, accounted)
+    for changes, message in (
+        # Its rounds would still have the old noise.
+        (dict(noise=10.0), 'privacy/noise_multiplier: 1.0 there, 10.0 here'),
+        (dict(model_clip=5.0), 'privacy/model_clip: 1.0 there, 5.0 here'),
+    ):
+      with pytest.raises(simulation.CheckpointError, match=message):
+        train(folder, 2, accounted, **changes)
+    message = 'has the account of' if accounted else 'made without an `accountant`'
+    with pytest.raises(simulation.CheckpointError, match=message):
+      train(folder, 2, not accounted)
+    assert len(train(folder, 2, accounted).history) == 1
+
+
+@pytest.mark.parametrize(
+    'clip, changes, message',
+    [
+        (privacy.differential.ADAPTIVE, dict(noise=3.0), r'multiplier: 1\..*, 3\.'),
+        (1.0, dict(model_clip=5.0), 'l2_norm_clip: 1.0 there, 5.0 here'),
+    ],
+)
+def test_a_state_of_another_noise_or_clip_is_no_beginning(clip, changes, message):
+  def train(initial_state, **kwargs):
+    process = _build('fed_avg', privacy=_dp(clients=2, **{'model_clip': clip, **kwargs}))
+    return process, simulation.train(
+        process, select_clients=lambda n: _CLIENTS[:2], num_rounds=2,
+        initial_state=initial_state, progress_bar=False,
+    ).state
+
+  # What is learned of an adaptive clip goes on.
+  _, state = train(train(None)[1])
+  with pytest.raises(ValueError, match=f'another `privacy`.*{message}.*Begin with'):
+    train(state, **changes)
+  process = _build('fed_avg', privacy=_dp(clients=2, **{'model_clip': clip, **changes}))
+  weights = process.get_model_weights(state)
+  train(process.set_model_weights(process.initialize(), weights), **changes)
+
+
 def test_training_from_round_1_again_is_accounted_as_the_same_clients_again():
   process = _build('fed_avg', privacy=_dp(clients=2))
   sampling = privacy.ClientSampling(num_clients=4, clients_per_round=2)
@@ -497,6 +548,12 @@ def test_an_accountant_of_something_else_is_refused():
   ):
     with pytest.raises(ValueError, match=message):
       simulation.train(its, select_clients=select, num_rounds=1, accountant=accountant)
+  # Epsilon would be that of noise which nobody adds.
+  accountant = privacy.PrivacyAccountant([50.0], sampling, 1e-5)
+  with pytest.raises(ValueError, match="{'model': 1.0}, worth one of 1: found one of 50"):
+    simulation.train(
+        process, select_clients=lambda n: [], num_rounds=1, accountant=accountant
+    )
 
 
 def test_poisson_sampling_is_each_client_by_itself():

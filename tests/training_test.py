@@ -11,12 +11,17 @@ from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
+from tff_kd import optimizers
 from tff_kd import simulation
 
 
 @pytest.fixture(scope='module')
 def process():
   return helpers.fed_avg()
+
+
+def _averaging(**kwargs):
+  return tff_kd.algorithms.build_fed_avg(**helpers.common(**kwargs))
 
 
 def _data(round_num):
@@ -179,6 +184,7 @@ def test_flatten_metrics():
             'loss of the student: .*None.* there, .*2.* here',
         ),
         (dict(student_fn=helpers.dense_fn((4,))), 'arrays'),
+        (dict(student_fn=helpers.dense_fn(dtype='bfloat16')), 'float32, bfloat16 is'),
         (dict(student_fn=helpers.dense_fn(classes=4)), r'shape \(5, 3\), \(5, 4\) is'),
     ],
 )
@@ -189,11 +195,64 @@ def test_what_another_process_saved_is_named_and_stays(
       select_clients=_data, program_state_manager=simulation.Checkpoints(tmp_path)
   )
   simulation.train(process, num_rounds=1, **kwargs)
-  other = tff_kd.algorithms.build_fed_avg(**helpers.common(**change))
+  other = _averaging(**change)
   with pytest.raises(simulation.CheckpointError, match=message):
     simulation.train(other, num_rounds=2, **kwargs)
   resumed = simulation.train(process, num_rounds=2, **kwargs)
   assert len(resumed.history) == 1
+
+
+def test_another_rate_of_a_keras_optimizer_is_refused(tmp_path):
+  def keras_sgd(rate):
+    return lambda: keras.optimizers.SGD(rate)
+
+  kwargs = dict(
+      select_clients=_data, program_state_manager=simulation.Checkpoints(tmp_path)
+  )
+
+  def train(num_rounds, client=0.5, server=1.0):
+    its = _averaging(
+        client_optimizer=keras_sgd(client), server_optimizer=keras_sgd(server)
+    )
+    return simulation.train(its, num_rounds=num_rounds, **kwargs)
+
+  train(1)
+  with pytest.raises(
+      simulation.CheckpointError,
+      match=r'process \(client_optimizer/learning_rate: 0.5 there, 0.25 here\)',
+  ):
+    train(2, client=0.25)
+  with pytest.raises(
+      simulation.CheckpointError, match='server_optimizer/learning_rate: 1.0 there, 0.0 h'
+  ):
+    train(2, server=0.0)
+  # The same settings, made anew, are the same.
+  assert len(train(2).history) == 1
+
+
+@pytest.mark.parametrize(
+    'name, argument, of_process',
+    [
+        ('fed_md', 'digest_optimizer', 'student_optimizer of lesson 1'),
+        *helpers.slow_each(
+            ('fed_df', 'student_optimizer', 'student_optimizer of lesson 1'),
+            ('fed_distillation', 'teacher_optimizer', 'teacher_optimizer of lesson 1'),
+            ('fed_gen', 'generator_optimizer', 'companion_optimizer'),
+        ),
+    ],
+)
+def test_a_process_knows_every_optimizer(name, argument, of_process):
+  parts = dict(
+      transfer_set=lambda: tff_kd.TransferSet(helpers.examples(8, 0)[0]),
+      teacher_fn=lambda: helpers.dense_fn((4,)),
+      num_clients=lambda: 2,
+  )
+  built = helpers.of_registry(
+      name, parts, student_fn=helpers.dense_fn((4,)),
+      **{argument: lambda: keras.optimizers.Adam(0.25)},
+  )
+  settings = optimizers.settings(built.description.optimizers[of_process])
+  assert settings['type'] == 'Adam' and settings['learning_rate'] == 0.25
 
 
 def test_clients_that_do_not_count_are_warned_of(process, caplog):

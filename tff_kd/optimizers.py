@@ -5,6 +5,7 @@ import collections
 from typing import Any, Optional, Union
 
 import keras
+import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 from tff_kd import internals
@@ -88,6 +89,31 @@ def initial_hparams(optimizer: Optimizer) -> collections.OrderedDict[str, Any]:
     state = optimizer.initialize(tf.TensorSpec([], tf.float32))
     return optimizer.get_hparams(state)
   return collections.OrderedDict()
+
+
+def settings(optimizer: Optimizer) -> dict[str, Any]:
+  """Returns what an optimizer is made with, by name.
+
+  Two that differ in a function only, such as a schedule of a user's own, may give the
+  same.
+
+  Args:
+    optimizer: A TFF optimizer or a function that returns a Keras one.
+
+  Returns:
+    Its type's name, and its hyperparameters: numbers, and what Keras makes of others.
+  """
+  if isinstance(optimizer, tff.learning.optimizers.Optimizer):
+    hparams = initial_hparams(optimizer).items()
+    found = {name: np.asarray(value).tolist() for name, value in hparams}
+    return {'type': type(optimizer).__name__, **found}
+  made = optimizer()
+  try:
+    config = dict(made.get_config())
+  except NotImplementedError:  # Of a schedule that is not for Keras's files.
+    config = {}
+  config.pop('name', None)
+  return {'type': type(made).__name__, **config}
 
 
 def check_learning_rate_fn(

@@ -56,6 +56,8 @@ class Exchange(abc.ABC):
     needs_server_model: Whether the server's model makes what goes down.
     transfer_set: The `TransferSet` of the exchange, or `None`.
     rule: The `ConsensusRule` of predictions on it, or `None`.
+    digest: The `DistillationStage` by which a client learns from what comes down, or
+      `None`.
   """
 
   sends_down: bool = False
@@ -64,6 +66,7 @@ class Exchange(abc.ABC):
   needs_server_model: bool = False
   transfer_set: Optional[transfer.TransferSet] = None
   rule: Optional[knowledge.ConsensusRule] = None
+  digest: Optional[server_distillation_lib.DistillationStage] = None
 
   def with_inexact_sums(self) -> 'Exchange':
     """Returns this exchange for sums that are clipped, rounded or noised."""
@@ -299,7 +302,7 @@ class TransferExchange(TransferPredictions):
     super().__init__(student, transfer_set, rule)
     check_stage(digest, transfer_set, rule)
     server_distillation_lib.check_outputs(digest.distillation, student)
-    self._digest, self._seed, self._relabelling = digest, seed, relabelling
+    self.digest, self._seed, self._relabelling = digest, seed, relabelling
     self.needs_server_model = relabelling is not None
     self.keeps_sent = (
         rule.is_coded and rule.codes_changes and transfer_set.is_same_every_round
@@ -321,7 +324,7 @@ class TransferExchange(TransferPredictions):
     return labels._replace(mask=mask, diversity=())
 
   def build_learning(self, student):
-    lesson = server_distillation_lib.Lesson(self._digest, student, self.transfer_set)
+    lesson = server_distillation_lib.Lesson(self.digest, student, self.transfer_set)
 
     def learn(weights, broadcast, client_state):
       del client_state

@@ -173,6 +173,11 @@ def composed_noise(noise_multipliers: Sequence[float]) -> float:
   return sum(z**-2 for z in noise_multipliers) ** -0.5
 
 
+def is_same_noise(first: float, second: float) -> bool:
+  """Returns whether two noise multipliers are equal but for rounding."""
+  return math.isclose(first, second, rel_tol=1e-6)
+
+
 def find_noise_multiplier(
     epsilon: float, delta: float, num_rounds: int, sampling: ClientSampling
 ) -> float:
@@ -266,12 +271,13 @@ class PrivacyAccountant:
       sampling: How clients are chosen.
       delta: The delta of (epsilon, delta).
       max_epsilon: The budget: there is no round with which it would be passed.
-      ledger_path: A JSON file that holds how often each round has begun. Without it,
-        only this object and checkpoints know, and checkpoints know nothing of rounds
-        after the last one that was saved.
+      ledger_path: A JSON file that holds how often each round has begun, and with which
+        noise and sampling. Without it, only this object and checkpoints know, and
+        checkpoints know nothing of rounds after the last one that was saved.
 
     Raises:
-      ValueError: If a number is out of range, or the file is not such a ledger.
+      ValueError: If a number is out of range, or the file is not such a ledger, or that
+        of rounds with another noise or sampling.
     """
     check_budget(max_epsilon, delta)
     self.sampling, self.delta, self.max_epsilon = sampling, delta, max_epsilon
@@ -280,7 +286,14 @@ class PrivacyAccountant:
     self._begun: collections.Counter[int] = collections.Counter()
     self._rdp_by_times: dict[int, np.ndarray] = {}
     if self._path is not None and self._path.exists():
-      self._begun |= read_ledger(self._path)['begun']
+      ledger = read_ledger(self._path)
+      self._check_terms(ledger, ledger['begun'], f'The ledger {self._path}')
+      self._begun |= ledger['begun']
+
+  @property
+  def noise_multiplier(self) -> float:
+    """What the noise of all channels is worth, see `composed_noise`."""
+    return composed_noise(self._noise_multipliers)
 
   @property
   def rounds(self) -> int:
@@ -288,8 +301,50 @@ class PrivacyAccountant:
     return self._begun.total()
 
   def saved(self) -> bytes:
-    """Returns how often each round has begun, for a checkpoint; see `restore`."""
-    return json.dumps(_as_runs(self._begun)).encode()
+    """Returns how often each round has begun, and with which noise and sampling.
+
+    It is for a checkpoint; see `restore`.
+    """
+    return json.dumps(self._terms() | {'begun': _as_runs(self._begun)}).encode()
+
+  def _terms(self) -> dict[str, Any]:
+    """What a round costs by, as JSON has it."""
+    return {
+        'noise_multiplier': float(self.noise_multiplier),
+        'sampling': {
+            'num_clients': int(self.sampling.num_clients),
+            'clients_per_round': int(self.sampling.clients_per_round),
+            'sampling': self.sampling.sampling,
+        },
+    }
+
+  def _check_terms(
+      self, account: Mapping[str, Any], begun: Mapping[int, int], name: str
+  ) -> None:
+    """Refuses rounds that had another noise or sampling: they would cost as new ones.
+
+    Args:
+      account: Has `_terms` of the rounds.
+      begun: The rounds; of none it does not matter.
+      name: Of the account, for the error.
+    """
+    here, noise = self._terms(), account.get('noise_multiplier', math.nan)
+    if not begun or (
+        account.get('sampling') == here['sampling']
+        and is_same_noise(noise, here['noise_multiplier'])
+    ):
+      return
+    changed = '; '.join(
+        f'{key}: {account.get(key, "not known")} there, {value} here'
+        for key, value in here.items()
+        if account.get(key) != value
+    )
+    raise ValueError(
+        f'{name} is of rounds with another noise or sampling than the accountant\'s '
+        f'({changed}), which does not know what they have spent. Go on with the same, '
+        'or start a new run with an account of its own; what both have spent, epsilon '
+        'and delta, adds up.'
+    )
 
   def _rdp(self, times: int) -> np.ndarray:
     """The Renyi divergences of a round that has begun so often, by their orders."""
@@ -341,16 +396,18 @@ class PrivacyAccountant:
       saved: As `saved` has returned it.
 
     Raises:
-      ValueError: If it is something else.
+      ValueError: If it is something else, or of rounds with another noise or sampling.
     """
     try:
-      begun = _from_runs(json.loads(saved))
-    except (ValueError, TypeError):
+      account = json.loads(saved)
+      begun = _from_runs(account['begun'])
+    except (ValueError, TypeError, KeyError):
       raise ValueError(
           'The checkpoint does not say how often each private round has begun, so that '
           'what was spent is not known: it was made by an earlier version of tff_kd. '
           f'Go on with that version, or start a new run. Found {saved!r}.'
       ) from None
+    self._check_terms(account, begun, 'The account of the checkpoint')
     self._begun |= begun
 
   def begin_round(self, round_num: int) -> None:
@@ -371,7 +428,7 @@ class PrivacyAccountant:
     begun = self._with(round_num)
     if self._path is not None:
       kept = read_ledger(self._path) if self._path.exists() else {}
-      write_ledger(self._path, kept | {'begun': begun})
+      write_ledger(self._path, kept | self._terms() | {'begun': begun})
     self._begun = begun
 
 
@@ -405,7 +462,8 @@ def read_ledger(path: pathlib.Path) -> dict[str, Any]:
 
   Args:
     path: A JSON file with a list `begun` of runs of rounds, [first, last, how often
-      each of them has begun], in ascending order.
+      each of them has begun], in ascending order; beside it, `noise_multiplier` and
+      `sampling` of these rounds.
 
   Returns:
     The content; of `begun`, a counter by the round's number.

@@ -16,6 +16,7 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 from tff_kd.compat import tensorflow_privacy as tfp
+import tree
 
 from tff_kd import knowledge
 from tff_kd.privacy import accounting
@@ -28,6 +29,13 @@ _INITIAL_MODEL_CLIP, _QUANTILE, _CLIP_RATE = 0.1, 0.5, 0.2
 _NO_CLIP = 2.0**100
 # A noised weight below this many standard deviations counts as missing.
 _MIN_WEIGHT_STDDEVS = 3.0
+# What the state of an aggregation calls that with which its query is made. Elsewhere, in
+# the sum of an adaptive clip, two of them are learned.
+_QUERY_SETTINGS = frozenset([
+    'l2_norm_clip', 'stddev', 'noise_multiplier', 'denominator', 'target_quantile',
+    'learning_rate',
+])
+_LEARNED_OR_DERIVED = frozenset(['sum_state', 'dp_event'])
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -396,6 +404,41 @@ def _check_floats(value_type: tff.Type) -> None:
           f'{value_type}: a layer that counts, such as one that normalizes by what it '
           'has seen, cannot be in a private sum.'
       )
+
+
+def check_initial_state(state: Any, of_process: Any) -> None:
+  """Refuses a state that brings another noise or clip than its process is built with.
+
+  A round takes both from the state, and what it costs is told by the process.
+
+  Args:
+    state: Of a private process, to begin with.
+    of_process: As the process initializes it.
+
+  Raises:
+    ValueError: If the two differ.
+  """
+  there, here = _query_settings(state.aggregator), _query_settings(of_process.aggregator)
+  changed = [
+      f'{name}: {there.get(name)} there, {here.get(name)} here'
+      for name in sorted({*there, *here})
+      if there.get(name) != here.get(name)
+  ]
+  if changed:
+    raise ValueError(
+        '`initial_state` is of a process with another `privacy`, and would bring its '
+        f'noise or clip along ({"; ".join(changed)}). Begin with '
+        '`process.set_model_weights(process.initialize(), weights)`.'
+    )
+
+
+def _query_settings(aggregator_state: Any) -> dict[str, float]:
+  """Returns with what the queries of an aggregation are made, by their paths."""
+  return {
+      '/'.join(map(str, path)): float(leaf)
+      for path, leaf in tree.flatten_with_path(aggregator_state)
+      if path[-1] in _QUERY_SETTINGS and not _LEARNED_OR_DERIVED.intersection(path)
+  }
 
 
 def build_accountant(protection: Any, **kwargs) -> accounting.PrivacyAccountant:

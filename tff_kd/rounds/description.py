@@ -11,6 +11,7 @@ from tff_kd.data import client_data as client_data_lib
 from tff_kd.data import transfer
 from tff_kd import models
 from tff_kd.models import cohorts
+from tff_kd import optimizers as optimizers_lib
 from tff_kd.privacy import differential
 from tff_kd.privacy import secure
 
@@ -55,6 +56,7 @@ class Description:
     client_data: The `ClientBatches` from which clients read, or `None`.
     sends_average: Whether clients are sent the average as it was before the server's
       distillation, and not the student that is released.
+    optimizers: Of the clients, the server, its companion and lessons, by name.
   """
 
   students: cohorts.Students
@@ -69,6 +71,7 @@ class Description:
   aggregated_bytes: dict[str, int]
   client_data: Optional[client_data_lib.ClientBatches]
   sends_average: bool
+  optimizers: dict[str, optimizers_lib.Optimizer]
 
 
 class Accessors(NamedTuple):

@@ -7,6 +7,7 @@ from tff_kd.client import companions
 from tff_kd.client import work as work_lib
 from tff_kd import communication
 from tff_kd.models import cohorts
+from tff_kd import optimizers
 from tff_kd.rounds import channels
 from tff_kd.rounds import checks
 from tff_kd.rounds import description as description_lib
@@ -69,7 +70,7 @@ def compose_process(
       ),
   )
   described = (
-      _describe(parts, protection, client_work, aggregated_bytes, stages.sends_average),
+      _describe(parts, protection, client_work, aggregated_bytes, stages),
       stages.build_accessors(state_type.member),
   )
   if client_work.plan.keeps_state:
@@ -126,7 +127,7 @@ def _describe(
     protection: description_lib.Protection,
     client_work: work_lib.ClientWork,
     aggregated_bytes: dict[str, int],
-    sends_average: bool,
+    stages: round_lib.Round,
 ) -> description_lib.Description:
   kept_models, exchanged_bytes = None, (0, 0)
   coded_bytes = communication.CodedBytes()
@@ -150,5 +151,28 @@ def _describe(
       exchanged_bytes=exchanged_bytes,
       aggregated_bytes=aggregated_bytes,
       client_data=client_work.plan.client_data,
-      sends_average=sends_average,
+      sends_average=stages.sends_average,
+      optimizers=_optimizers(parts, stages.server_optimizer),
   )
+
+
+def _optimizers(
+    parts: parts_lib.Parts, server_optimizer: Optional[optimizers.Optimizer]
+) -> dict[str, optimizers.Optimizer]:
+  """Returns every optimizer of a round, by name."""
+  of_companion = None if parts.companion is None else parts.companion.optimizer
+  found = {
+      'client_optimizer': parts.client_optimizer,
+      'server_optimizer': server_optimizer,
+      'companion_optimizer': of_companion,
+  }
+  lessons = [*parts.stages]
+  if parts.exchange is not None and parts.exchange.digest is not None:
+    lessons.append(parts.exchange.digest)
+  if parts.pretraining is not None:
+    lessons.append(parts.pretraining)
+  for number, lesson in enumerate(lessons, 1):
+    # A calibration has none.
+    its = getattr(lesson, 'optimizer', None)
+    found[f'{lesson.learner}_optimizer of lesson {number}'] = its
+  return {name: its for name, its in found.items() if its is not None}

@@ -80,10 +80,13 @@ class Round:
         self.plan.broadcast_history.sent_type
     )
     self.finalizer, self.server_distillation = None, None
+    self.server_optimizer = None
     if parts.averages:
+      self.server_optimizer = (
+          options.server_optimizer or tff.learning.optimizers.build_sgdm(1.0)
+      )
       self.finalizer = finalizer_lib.build_student_finalizer(
-          parts.students,
-          options.server_optimizer or tff.learning.optimizers.build_sgdm(1.0),
+          parts.students, self.server_optimizer
       )
     if parts.stages:
       self.server_distillation = server_distillation_lib.build_server_distillation(

@@ -108,8 +108,8 @@ class Checkpoints(tff.program.ProgramStateManager):
     difference = _difference(leaves, structure)
     if difference:
       raise CheckpointError(
-          f'The checkpoint {path} was made by another model: {difference}. Go on with '
-          'the same model, or start again in another folder.'
+          f'The checkpoint {path} was made by another model, or with other settings: '
+          f'{difference}. Go on with the same, or start again in another folder.'
       )
     return tree.unflatten_as(structure, leaves)
 
@@ -202,14 +202,18 @@ def _parse(record: bytes) -> Any:
 
 
 def _difference(leaves: list[Any], structure: Any) -> str:
-  """How values differ in number and shape from a structure; empty if they do not."""
+  """How values differ in number, shape and type from a structure; empty if not."""
   expected = tree.flatten_with_path(structure)
   if len(leaves) != len(expected):
     return f'it holds {len(leaves)} arrays, {len(expected)} are expected'
   for found, (path, leaf) in zip(leaves, expected):
+    name = '/'.join(map(str, path))
     if np.shape(found) != np.shape(leaf):
-      name = '/'.join(map(str, path))
       return f'{name} is of shape {np.shape(found)}, {np.shape(leaf)} is expected'
+    # A number or a text of Python's has no type to keep to.
+    types = [tf.as_dtype(its.dtype) for its in (found, leaf) if hasattr(its, 'dtype')]
+    if len(set(types)) > 1:
+      return f'{name} is of type {types[0].name}, {types[1].name} is expected'
   return ''
 
 

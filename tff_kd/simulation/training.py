@@ -18,8 +18,11 @@ import tree
 
 from tff_kd import communication
 from tff_kd.data import client_names
+from tff_kd import optimizers
 from tff_kd.privacy import accounting
+from tff_kd.privacy import differential
 from tff_kd import rounds
+from tff_kd.rounds import description
 from tff_kd.rounds import round_arguments
 from tff_kd.simulation import callbacks as callbacks_lib
 from tff_kd.simulation import checkpoints
@@ -30,7 +33,8 @@ ROUND_SECONDS = 'round_seconds'
 _COUNTS = 'client_work/participation/num_'
 # In a checkpoint's JSON: the metric that has chosen the best state, and its mode.
 _MONITORED = 'monitored'
-# What TFF's optimizers call in their state what is chosen and not learned.
+# What TFF's optimizers call in their state what is chosen and not learned; others have
+# no names there.
 _HYPERPARAMETERS = frozenset(
     [
         'learning_rate', 'momentum', 'beta_1', 'beta_2', 'epsilon', 'weight_decay',
@@ -75,10 +79,10 @@ class _Progress(NamedTuple):
   best_state: Any
   best_round: Any
   best_value: Any
-  # How often each private round has begun, as JSON; () without an accountant.
+  # How often each private round has begun, as JSON; b'' without an accountant.
   private_rounds: Any
-  # What the process is, as JSON: one of another model or rate cannot go on from here;
-  # and what is monitored, which may change.
+  # What the process is, as JSON: one of another model, rate or noise cannot go on from
+  # here; and what is monitored, which may change.
   made_by: Any
   # What callbacks remember, as JSON.
   callbacks: Any
@@ -171,7 +175,8 @@ def train(
     monitor_mode: 'max' if higher is better, 'min' if lower is, as in Keras.
     patience: Stop after so many rounds without a better `monitor`.
     initial_state: Where to begin if nothing was saved; `process.initialize()` if
-      `None`.
+      `None`. One of a process with another `privacy` is refused: its noise and clip are
+      in it.
     program_state_manager: Saves the training's progress; see
       `tff.program.FileProgramStateManager`.
     rounds_per_saving: After how many rounds; the last one is always saved.
@@ -197,10 +202,13 @@ def train(
     A `TrainingResult`.
 
   Raises:
-    CheckpointError: If what was saved is of another model, or another learning rate.
+    CheckpointError: If what was saved is of another model, other optimizers or another
+      `privacy` (of a process of TFF's own: another model, or a rate that the state
+      names), or there is an accountant now and was none, or the other way round.
     TypeError: If a callback is none.
-    ValueError: If the arguments contradict each other, or `monitor` is not among
-      the metrics.
+    ValueError: If the arguments contradict each other, `monitor` is not among the
+      metrics, the `accountant` is of another noise or sampling than the process or what
+      was saved, or the `initial_state` brings another noise or clip.
   """
   if num_rounds < 1 or rounds_per_saving < 1:
     raise ValueError(
@@ -234,7 +242,7 @@ def train(
       callbacks=called,
       accountant=accountant,
   )
-  _check_accountant(accountant, training.privacy, select_clients)
+  _check_accountant(accountant, training.protection, select_clients)
   _check_participation(process, select_clients)
   # Not `asyncio.Runner`: it leaves the thread without the loop that TFF's own
   # training loop looks for.
@@ -299,9 +307,14 @@ class _Training:
     )
 
   @property
+  def protection(self) -> description.Protection:
+    """How what clients send is protected."""
+    return self.process.protection if self.is_ours else description.Protection()
+
+  @property
   def privacy(self) -> Any:
     """How the process is private, or `None`."""
-    return self.process.protection.privacy if self.is_ours else None
+    return self.protection.privacy
 
   @functools.cached_property
   def names(self) -> Optional[client_names.ClientNames]:
@@ -325,7 +338,7 @@ class _Training:
     state = self.process.initialize() if initial_state is None else initial_state
     progress = _Progress(
         state, state, np.int32(0), np.float64(-math.inf),
-        () if self.accountant is None else self.accountant.saved(),
+        b'' if self.accountant is None else self.accountant.saved(),
         _made_by(self.process, state, self._monitored),
         callbacks_lib.saved_states(self.callbacks),
     )
@@ -338,9 +351,10 @@ class _Training:
         _check_made_by(saved.made_by, progress.made_by)
         is_resumed, made_by = True, progress.made_by
         progress, round_num = saved, version
-        if self.accountant is not None:
-          self.accountant.restore(progress.private_rounds)
+        self._restore_account(progress.private_rounds, round_num)
         callbacks_lib.restore_states(self.callbacks, progress.callbacks)
+    if not is_resumed and initial_state is not None and self.privacy is not None:
+      differential.check_initial_state(initial_state, self.process.initialize())
     self.completed = _Completed(progress, round_num, ())
     self._note_saved(self.completed)
     if is_resumed:
@@ -349,6 +363,23 @@ class _Training:
     self._check_monitors(state)
     if self.client_states is not None:
       self._begin_clients(is_resumed, initial_state)
+
+  def _restore_account(self, saved: bytes, round_num: int) -> None:
+    """Takes over what private rounds have spent; refuses to lose count of them."""
+    if self.accountant is not None and saved:
+      self.accountant.restore(saved)
+    elif self.accountant is not None:
+      raise checkpoints.CheckpointError(
+          f'The checkpoint of round {round_num} was made without an `accountant`, so '
+          'that how often its private rounds have begun is not known. Go on without '
+          'one, or start again with one in another folder.'
+      )
+    elif saved:
+      raise checkpoints.CheckpointError(
+          f'The checkpoint of round {round_num} has the account of its private rounds, '
+          'in which further ones would be missing. Go on with an `accountant` of the '
+          'same noise and sampling.'
+      )
 
   @property
   def _monitored(self) -> Optional[str]:
@@ -554,7 +585,22 @@ def _made_by(
     for spec in (*process.students.specs, process.teacher_spec):
       if spec is not None:
         made_by[f'loss of the {spec.name}'] = spec.loss_description
-  return json.dumps(made_by, sort_keys=True).encode()
+    described = {
+        name: optimizers.settings(optimizer)
+        for name, optimizer in process.description.optimizers.items()
+    }
+    # Noise and clip are in the state, too, and a checkpoint brings back the old ones.
+    for name in ('privacy', 'secure_aggregation'):
+      protection = getattr(process.protection, name)
+      described[name] = {} if protection is None else dataclasses.asdict(protection)
+    for name, values in described.items():
+      made_by |= {f'{name}/{key}': value for key, value in values.items()}
+  return json.dumps(made_by, sort_keys=True, default=_plain).encode()
+
+
+def _plain(value: Any) -> Any:
+  """Returns what JSON has for what it has not: numbers of NumPy, and others' types."""
+  return np.asarray(value).tolist() if hasattr(value, 'dtype') else type(value).__name__
 
 
 def _check_made_by(saved: bytes, now: bytes) -> None:
@@ -657,12 +703,13 @@ def _check_participation(
 
 def _check_accountant(
     accountant: Optional[accounting.PrivacyAccountant],
-    privacy: Any,
+    protection: description.Protection,
     select_clients: Callable[[int], Any],
 ) -> None:
   """Refuses an accountant of something else than what happens."""
   if accountant is None:
     return
+  privacy = protection.privacy
   if privacy is None:
     raise ValueError(
         'An `accountant` needs a process that is built with `privacy`: without it '
@@ -686,6 +733,15 @@ def _check_accountant(
     raise ValueError(
         'The `accountant` and the process must agree on `clients_per_round`, found '
         f'{accountant.sampling.clients_per_round} and {privacy.clients_per_round}.'
+    )
+  noise = privacy.noise_multipliers(protection.channels)
+  happens = accounting.composed_noise(list(noise.values()))
+  if not accounting.is_same_noise(accountant.noise_multiplier, happens):
+    raise ValueError(
+        'The `accountant` must be of the noise that the process adds, whose noise '
+        f'multipliers are {noise}, worth one of {happens:.6g}: found one of '
+        f'{accountant.noise_multiplier:.6g}. Build it by '
+        '`tff_kd.privacy.build_accountant(process.protection, ...)`.'
     )
 
 

@@ -16,6 +16,7 @@ from tff_kd.compat import tff
 
 from tff_kd.client import local_terms
 from tff_kd import models
+from tff_kd import optimizers
 
 
 class Observer(NamedTuple):
@@ -152,6 +153,7 @@ class Companion(abc.ABC):
       lost. In a skipped round (`Reporting.min_reports`) no client's state moves.
     needs_plain_sgd: Whether the clients' optimizer must be SGD without momentum.
     corrects_student: Whether it moves the student at the server, see `correct`.
+    optimizer: What moves weights of its own at the server, or `None`.
   """
 
   client_spec: Optional[models.ModelSpec] = None
@@ -162,6 +164,7 @@ class Companion(abc.ABC):
   state_follows_report: bool = False
   needs_plain_sgd: bool = False
   corrects_student: bool = False
+  optimizer: Optional[optimizers.Optimizer] = None
 
   @property
   def has_client_state(self) -> bool:

@@ -151,7 +151,7 @@ class FeatureGenerator(companions.Companion):
       ValueError: If a number is out of range, labels are not class indices, or the
         student cannot be split.
     """
-    optimizers.check_optimizer(optimizer, 'generator_optimizer')
+    self.optimizer = optimizers.check_optimizer(optimizer, 'generator_optimizer')
     for name, value in (
         ('noise_dim', noise_dim), ('hidden_units', hidden_units),
         ('generator_steps', num_steps), ('generator_batch_size', batch_size),
