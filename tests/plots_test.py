@@ -304,11 +304,11 @@ def test_pictures_of_the_pages_show_their_tables(draw_results):
     assert f']({name})' in pages and (draw_results.FOLDER / name).is_file()
   panel = figures['algorithms-alpha-0.1.png'].axes[0]
   table = draw_results.tables('algorithms.md')[0]
-  assert len(panel.texts) == len(table) - 1 == 15
+  assert len(panel.texts) == len(table) - 1 == 21
   for text in panel.texts:
     cells, = (row for row in table if row[0].partition(' ')[0] == text.get_text())
-    assert cells[2].startswith(f'{text.xy[1]:.3f} ± '.lstrip('0'))
-    assert float(cells[4].partition(' ')[0]) == text.xy[0]
+    assert cells[1].startswith(f'{text.xy[1]:.3f} ± '.lstrip('0'))
+    assert float(cells[2]) == text.xy[0]
   for name, rows, models in (('hindered.png', 8, 4), ('privacy.png', 6, 3)):
     panel = figures[name].axes[0]
     assert (len(panel.get_yticklabels()), len(panel.containers)) == (rows, models)
