@@ -162,6 +162,29 @@ def test_private_and_secure(name):
             dict(secure_aggregation=privacy.SecureAggregation(knowledge_bound=0.5)),
             '`knowledge_bound` must be 1 or more, found 0.5: .* would be clipped',
         ),
+        (
+            'fed_df',
+            dict(
+                secure_aggregation=privacy.SecureAggregation(knowledge_bound=0.5),
+                client_weighting=tff.learning.ClientWeighting.UNIFORM,
+                privacy=privacy.DifferentialPrivacy(
+                    noise_multiplier=1.0, clients_per_round=2, model_clip=1.0,
+                    channels=('model',),
+                ),
+            ),
+            '`knowledge_bound` must be 1 or more, found 0.5: .* would be clipped',
+        ),
+        (
+            'fed_avg',
+            dict(
+                secure_aggregation=privacy.SecureAggregation(bits=8, max_clients=4),
+                client_weighting=tff.learning.ClientWeighting.UNIFORM,
+                privacy=privacy.DifferentialPrivacy(
+                    noise_multiplier=1.0, clients_per_round=2, channels=('knowledge',)
+                ),
+            ),
+            '`model_bound` must be given',
+        ),
     ],
 )
 def test_what_is_not_secure_is_refused(name, kwargs, message):
