@@ -179,6 +179,27 @@ def test_fed_dyn_does_not_move_the_student_where_there_is_no_mean():
   )
 
 
+def test_fed_dyn_moves_the_student_within_the_constraints_of_its_layers():
+  student = tff_kd.models.cohorts.build_one_student(
+      helpers.dense_fn(
+          kernel_constraint=keras.constraints.NonNeg(), kernel_initializer='ones'
+      ),
+      'A test', 'as it is', input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn,
+  )
+  companion = dynamic_regularizer.DynamicRegularizer(student, 4, _ALPHA)
+  weights, update = (
+      tf.nest.map_structure(lambda w, v=v: tf.fill(w.shape, v), student.initial_weights)
+      for v in (1.0, 6.0)
+  )
+  server, moved = companion.correct(
+      companion.initial_server_state(), weights, update, tf.constant(1)
+  )
+  # By a fourth of 6, to -.5; the bias has no constraint.
+  np.testing.assert_allclose(server.values[0], 1.5)
+  np.testing.assert_allclose(moved.trainable[0], 0.0)
+  np.testing.assert_allclose(moved.trainable[1], -0.5)
+
+
 @pytest.fixture(scope='module')
 def batches(tmp_path_factory):
   data = tff_kd.FileClientData.from_clients(
