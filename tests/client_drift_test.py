@@ -257,6 +257,22 @@ def test_a_skipped_round_gives_those_their_state_back_who_reported(name, batches
   )
 
 
+@pytest.mark.slow
+def test_what_late_clients_of_fed_dyn_keep_adds_up_to_what_the_server_has(batches):
+  process = _build(
+      'fed_dyn', client_data=batches, dynamic_weight=_ALPHA,
+      reporting=tff_kd.Reporting(max_delay=1, staleness_power=0.0),
+  )
+  state, new = process.initialize(), process.initialize_client()
+  first = process.next(state, [_client(0)], [new])
+  second = process.next(
+      first.state, [_client(1, delay=np.int32(1)), _client(2)], [new] * 2
+  )
+  kept = [s.values for s in (*first.client_states, *second.client_states)]
+  for u, *own in zip(second.state.companion.values, *kept):
+    np.testing.assert_allclose(u * _ALPHA, sum(own) / _NUM_CLIENTS, **_CLOSE)
+
+
 @pytest.mark.parametrize('name', ['scaffold', 'fed_dyn'])
 def test_a_round_of_nobody_and_of_bad_data(name):
   process = _build(name, num_clients=_NUM_CLIENTS)
@@ -343,6 +359,23 @@ def test_what_does_not_fit_one_of_them_is_refused(batches):
     algorithms.build_scaffold(**helpers.common(client_data=batches), num_clients=5)
   with pytest.raises(ValueError, match='`alpha` must be above 0'):
     algorithms.build_fed_dyn(**helpers.common(), num_clients=4, dynamic_weight=0.0)
+  with pytest.raises(ValueError, match='changes add up .* `staleness_power` must'):
+    algorithms.build_fed_dyn(
+        **helpers.common(client_data=batches), reporting=tff_kd.Reporting(max_delay=1)
+    )
+  with pytest.raises(ValueError, match='`client_weighting` must be .*UNIFORM.*NUM_EX'):
+    algorithms.build_fed_dyn(
+        **helpers.common(), num_clients=4,
+        client_weighting=tff.learning.ClientWeighting.NUM_EXAMPLES,
+    )
+  # The default of plain averaging.
+  with pytest.raises(ValueError, match='DynamicRegularizer .* `client_weighting` must'):
+    algorithms.build_fed_avg(
+        **helpers.common(),
+        companion=dynamic_regularizer.DynamicRegularizer(
+            helpers.fed_avg().student_spec, 4, _ALPHA
+        ),
+    )
 
 
 def test_the_average_is_corrected_before_the_server_distils():

@@ -69,6 +69,7 @@ class DynamicRegularizer(companions.Companion):
   has_client_state = True
   exchanges = False
   state_follows_report = True
+  needs_one_architecture = True
   corrects_student = True
 
   def __init__(self, student: models.ModelSpec, num_clients: int, alpha: float):
