@@ -179,6 +179,27 @@ def test_fed_dyn_does_not_move_the_student_where_there_is_no_mean():
   )
 
 
+def test_fed_dyn_moves_the_student_within_the_constraints_of_its_layers():
+  student = tff_kd.models.cohorts.build_one_student(
+      helpers.dense_fn(
+          kernel_constraint=keras.constraints.NonNeg(), kernel_initializer='ones'
+      ),
+      'A test', 'as it is', input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn,
+  )
+  companion = dynamic_regularizer.DynamicRegularizer(student, 4, _ALPHA)
+  weights, update = (
+      tf.nest.map_structure(lambda w, v=v: tf.fill(w.shape, v), student.initial_weights)
+      for v in (1.0, 6.0)
+  )
+  server, moved = companion.correct(
+      companion.initial_server_state(), weights, update, tf.constant(1)
+  )
+  # By a fourth of 6, to -.5; the bias has no constraint.
+  np.testing.assert_allclose(server.values[0], 1.5)
+  np.testing.assert_allclose(moved.trainable[0], 0.0)
+  np.testing.assert_allclose(moved.trainable[1], -0.5)
+
+
 @pytest.fixture(scope='module')
 def batches(tmp_path_factory):
   data = tff_kd.FileClientData.from_clients(
@@ -234,6 +255,22 @@ def test_a_skipped_round_gives_those_their_state_back_who_reported(name, batches
   helpers.assert_weights_close(
       skipped.state.companion, output.state.companion, rtol=0, atol=0
   )
+
+
+@pytest.mark.slow
+def test_what_late_clients_of_fed_dyn_keep_adds_up_to_what_the_server_has(batches):
+  process = _build(
+      'fed_dyn', client_data=batches, dynamic_weight=_ALPHA,
+      reporting=tff_kd.Reporting(max_delay=1, staleness_power=0.0),
+  )
+  state, new = process.initialize(), process.initialize_client()
+  first = process.next(state, [_client(0)], [new])
+  second = process.next(
+      first.state, [_client(1, delay=np.int32(1)), _client(2)], [new] * 2
+  )
+  kept = [s.values for s in (*first.client_states, *second.client_states)]
+  for u, *own in zip(second.state.companion.values, *kept):
+    np.testing.assert_allclose(u * _ALPHA, sum(own) / _NUM_CLIENTS, **_CLOSE)
 
 
 @pytest.mark.parametrize('name', ['scaffold', 'fed_dyn'])
@@ -322,6 +359,23 @@ def test_what_does_not_fit_one_of_them_is_refused(batches):
     algorithms.build_scaffold(**helpers.common(client_data=batches), num_clients=5)
   with pytest.raises(ValueError, match='`alpha` must be above 0'):
     algorithms.build_fed_dyn(**helpers.common(), num_clients=4, dynamic_weight=0.0)
+  with pytest.raises(ValueError, match='changes add up .* `staleness_power` must'):
+    algorithms.build_fed_dyn(
+        **helpers.common(client_data=batches), reporting=tff_kd.Reporting(max_delay=1)
+    )
+  with pytest.raises(ValueError, match='`client_weighting` must be .*UNIFORM.*NUM_EX'):
+    algorithms.build_fed_dyn(
+        **helpers.common(), num_clients=4,
+        client_weighting=tff.learning.ClientWeighting.NUM_EXAMPLES,
+    )
+  # The default of plain averaging.
+  with pytest.raises(ValueError, match='DynamicRegularizer .* `client_weighting` must'):
+    algorithms.build_fed_avg(
+        **helpers.common(),
+        companion=dynamic_regularizer.DynamicRegularizer(
+            helpers.fed_avg().student_spec, 4, _ALPHA
+        ),
+    )
 
 
 def test_the_average_is_corrected_before_the_server_distils():

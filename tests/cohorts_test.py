@@ -7,6 +7,9 @@ from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
+from tff_kd.client.companions import contrast
+from tff_kd.client.companions import control_variates
+from tff_kd.client.companions import dynamic_regularizer
 from tff_kd.models import cohorts
 
 _SCALES = (1.0, 2.0)
@@ -199,6 +202,28 @@ def test_refused_before_anything_is_built():
     tff_kd.algorithms.build_fed_avg(
         **helpers.common(student_fn=STUDENTS),
         model_aggregator=tff.aggregators.SumFactory(),
+    )
+
+
+@pytest.mark.parametrize(
+    'make',
+    [
+        lambda spec: control_variates.ControlVariates(spec, 4),
+        lambda spec: dynamic_regularizer.DynamicRegularizer(spec, 4, 0.1),
+        lambda spec: contrast.ModelContrast(spec),
+    ],
+    ids=['ControlVariates', 'DynamicRegularizer', 'ModelContrast'],
+)
+def test_companions_of_one_architecture_are_refused(make):
+  spec = cohorts.build_one_student(
+      helpers.features_fn(4), 'A test', 'as it is', input_spec=helpers.INPUT_SPEC,
+      loss_fn=helpers.loss_fn,
+  )
+  companion = make(spec)
+  name = type(companion).__name__
+  with pytest.raises(ValueError, match=f'{name} .* one architecture, .* are 2 students'):
+    tff_kd.algorithms.build_fed_avg(
+        **helpers.common(student_fn=STUDENTS), companion=companion
     )
 
 

@@ -9,6 +9,7 @@ import tensorflow as tf
 from tests import helpers
 import tff_kd
 from tff_kd import evaluation
+from tff_kd.rounds import state as state_lib
 
 _BFLOAT16 = ml_dtypes.bfloat16
 _LABELS_OF = np.random.default_rng(0).normal(size=(helpers.DIM, helpers.CLASSES))
@@ -145,6 +146,23 @@ def test_updates_are_summed_in_float32(dtype):
   helpers.assert_weights_close(
       as_float(many.state.global_model_weights), as_float(one), rtol=1e-2, atol=1e-3
   )
+
+
+@pytest.mark.parametrize('dtype', ['bfloat16', 'float16'])
+def test_the_mean_of_past_students_is_taken_in_float32(dtype):
+  """In float16 the sum would be infinite; in bfloat16 the mean of equals is another."""
+  students = tff_kd.models.cohorts.build_students(
+      [_model_fn(dtype, 4)], input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn
+  )
+  initial_history, remember = state_lib.build_history(students, 7)
+  weights = tf.nest.map_structure(
+      lambda w: np.linspace(2e4, 4e4, w.size).reshape(w.shape).astype(w.dtype),
+      students.initial_weights,
+  )
+  history = initial_history()
+  for _ in range(7):
+    history, mean = remember(history, weights)
+  helpers.assert_weights_close(mean, weights, rtol=0, atol=0)
 
 
 def test_a_training_in_bfloat16_goes_on(tmp_path):

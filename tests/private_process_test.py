@@ -616,6 +616,43 @@ def test_a_client_that_cannot_take_part_keeps_its_model():
   )
 
 
+def _linear_features_fn():
+  return keras.Sequential([
+      keras.layers.InputLayer((helpers.DIM,)),
+      keras.layers.Dense(4, kernel_initializer=keras.initializers.Constant(0.2)),
+      keras.layers.Dense(
+          helpers.CLASSES, kernel_initializer=keras.initializers.Constant(1e-3)
+      ),
+  ])
+
+
+@pytest.mark.parametrize(
+    'name, student_fn, size',
+    [
+        (
+            'fd',
+            helpers.dense_fn(kernel_initializer=keras.initializers.Constant(0.2)), 1.7e38,
+        ),
+        helpers.slow('fed_proto', _linear_features_fn, 3e38),
+    ],
+)
+def test_sums_by_class_that_are_infinite_reach_nobody(name, student_fn, size):
+  process = algorithms.REGISTRY[name].build(
+      **helpers.common(student_fn=student_fn, client_optimizer=helpers.sgd(1e-3))
+  )
+  # Each output is finite, and so are the weights after a step; the sum of three is not.
+  x, y = np.ones([9, helpers.DIM], np.float32), np.int32([0, 1, 2] * 3)
+  good, bad = (helpers.dataset(scale * x, y, 9) for scale in (1, np.float32(size)))
+  state, new = process.initialize(), process.initialize_client()
+  alone = process.next(state, [good], [new])
+  output = process.next(state, [good, bad], [new] * 2)
+  counts = output.metrics['client_work']['participation']
+  assert counts['num_included'] == counts['num_excluded_non_finite'] == 1
+  helpers.assert_weights_close(output.state.shared, alone.state.shared, rtol=0, atol=0)
+  assert np.abs(output.state.shared.values).max() > 0.0
+  helpers.assert_weights_close(output.client_states[1].weights, new.weights, rtol=0)
+
+
 def test_order_of_clients_does_not_matter():
   process = _ds_fl()
   state, first = process.initialize(), process.initialize_client()

@@ -112,6 +112,15 @@ def test_the_median_counts_clients_and_not_their_claims():
   assert output.measurements['num_clients'] == 3
 
 
+def test_of_nobody_weights_have_no_median_and_predictions_are_missing():
+  factory, nobody = robust.TrimmedMeanFactory(9), [0, 0]
+  output = _aggregate(factory, [[1.0, 2.0], [3.0, 4.0]], nobody)
+  assert np.isnan(output.result).all() and output.measurements['num_clients'] == 0
+  payload = knowledge.KnowledgePayload(np.ones([3, 2]), np.ones([3]))
+  output = _aggregate(factory, [payload] * 2, nobody)
+  helpers.assert_weights_close(output.result, payload.__class__(0.0, 0.0), atol=0)
+
+
 def test_a_sample_is_of_that_size():
   output = _aggregate(
       robust.TrimmedMeanFactory(3), [[float(k)] for k in range(8)], [1] * 8
@@ -243,6 +252,14 @@ def test_medians_bear_one_huge_client():
   output = _round(process, [_HUGE, *_GOOD])
   assert np.abs(output.state.aggregated_model_weights.trainable[0]).max() < 3
   assert output.metrics['aggregator']['model']['num_clients'] == 5
+  # Of no client there is no median: neither the student moves nor the optimizer's state.
+  for cohort in ([], [_NAN]):
+    after = process.next(output.state, cohort)
+    assert after.metrics['finalizer']['update_non_finite'] == 1
+    helpers.assert_weights_close(
+        after.state.aggregated_model_weights, output.state.global_model_weights, atol=0
+    )
+    assert all(np.isfinite(w).all() for w in tf.nest.flatten(after.state))
 
 
 @pytest.mark.slow

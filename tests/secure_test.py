@@ -108,12 +108,34 @@ def test_the_largest_sum_does_not_wrap_around():
 
 
 def test_one_more_client_than_the_modulus_is_for_wraps_around():
-  # What a real protocol would do; the number of clients is the user's to state.
+  # What a real protocol would do; a process refuses such a round.
   secure = privacy.SecureAggregation(
       bits=4, model_bound=1.0, knowledge_bound=1.0, max_clients=2
   )
   result = _sum(secure, [np.ones(1, np.float32)] * 3, 1.0)
   assert result[0] == pytest.approx((21 - 29) / 7)
+
+
+def test_a_round_of_more_clients_is_refused():
+  data = tff_kd.FileClientData.from_clients([helpers.examples(6, k) for k in range(4)])
+  batches = tff_kd.ClientBatches(data=data, batch_size=4)
+  process = _build(
+      'fed_avg', client_data=batches,
+      secure_aggregation=privacy.SecureAggregation(
+          bits=8, model_bound=1.0, max_clients=2
+      ),
+  )
+  state = process.initialize()
+  assert process.next(state, [0, 3]).state.round_num == 1
+  with pytest.raises(ValueError, match='at most 2 clients, .* found 3: .* Pass fewer'):
+    process.next(state, [0, 1, 3])
+  with pytest.raises(ValueError, match='clients_per_round=3, .* of 2 clients at most'):
+    tff_kd.simulation.train(
+        process, num_rounds=1,
+        select_clients=tff_kd.simulation.Participation(
+            num_clients=4, clients_per_round=3
+        ),
+    )
 
 
 def test_thirty_two_bits_are_tffs():
@@ -176,6 +198,29 @@ def test_private_and_secure(name):
             'fed_df',
             dict(secure_aggregation=privacy.SecureAggregation(knowledge_bound=0.5)),
             '`knowledge_bound` must be 1 or more, found 0.5: .* would be clipped',
+        ),
+        (
+            'fed_df',
+            dict(
+                secure_aggregation=privacy.SecureAggregation(knowledge_bound=0.5),
+                client_weighting=tff.learning.ClientWeighting.UNIFORM,
+                privacy=privacy.DifferentialPrivacy(
+                    noise_multiplier=1.0, clients_per_round=2, model_clip=1.0,
+                    channels=('model',),
+                ),
+            ),
+            '`knowledge_bound` must be 1 or more, found 0.5: .* would be clipped',
+        ),
+        (
+            'fed_avg',
+            dict(
+                secure_aggregation=privacy.SecureAggregation(bits=8, max_clients=4),
+                client_weighting=tff.learning.ClientWeighting.UNIFORM,
+                privacy=privacy.DifferentialPrivacy(
+                    noise_multiplier=1.0, clients_per_round=2, channels=('knowledge',)
+                ),
+            ),
+            '`model_bound` must be given',
         ),
     ],
 )

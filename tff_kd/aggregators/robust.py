@@ -130,7 +130,9 @@ class TrimmedMeanFactory(tff.aggregators.WeightedAggregationFactory):
 
   This is not a sum: the server gets the values of single clients, of all of them or of
   a uniform sample (TFF's reservoir). It can go with no secure aggregation, and hides no
-  client from the server. `measurements` is `num_clients`, int32: of how many it is.
+  client from the server. `measurements` is `num_clients`, int32: of how many it is. Of
+  none, the mean of weights is not a number, as any mean of none, so that the student
+  stays; predictions are all missing.
 
   Source: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal
   Statistical Rates" (ICML 2018), definitions 1 and 2.
@@ -182,6 +184,7 @@ class TrimmedMeanFactory(tff.aggregators.WeightedAggregationFactory):
     @tff.tensorflow.computation(sample_type)
     def combine(sample):
       takes_part = sample['weight'] > 0
+      num_clients = tf.reduce_sum(tf.cast(takes_part, tf.int32))
 
       def trimmed(values, is_there=takes_part, weights=None):
         return trimmed_mean(values, is_there, self._trimmed_share, weights)
@@ -199,8 +202,13 @@ class TrimmedMeanFactory(tff.aggregators.WeightedAggregationFactory):
             values=prediction * _expand(weight, prediction), weights=weight
         )
       else:
-        result = tf.nest.map_structure(trimmed, sample['value'])
-      return result, tf.reduce_sum(tf.cast(takes_part, tf.int32))
+        result = tf.nest.map_structure(
+            lambda values: tf.where(
+                num_clients > 0, trimmed(values), tf.cast(float('nan'), values.dtype)
+            ),
+            sample['value'],
+        )
+      return result, num_clients
 
     @tff.federated_computation(
         sampling.initialize.type_signature.result,

@@ -32,8 +32,9 @@ def build_fed_dyn(
 ) -> rounds.StatefulClientsProcess:
   """Builds FedDyn.
 
-  Nothing but weights travels. The paper's mean over a round's clients is plain, so
-  `client_weighting` is `UNIFORM` unless given.
+  Nothing but weights travels. The server tells from the mean over a round's clients what
+  their changes add up to, so that all must weigh the same: `client_weighting` is
+  `UNIFORM`, and clients that may be late need a `Reporting` with `staleness_power=0`.
 
   Args:
     student_fn: Returns a new `keras.Model`; one architecture for all clients.
@@ -50,8 +51,8 @@ def build_fed_dyn(
     A `StatefulClientsProcess`: clients keep their h_k.
 
   Raises:
-    ValueError: If there are several architectures, or the number of clients is not
-      known.
+    ValueError: If there are several architectures, clients do not weigh the same, or
+      the number of clients is not known.
   """
   num_clients = options.count_clients(num_clients)
   student = tff_kd.models.cohorts.build_one_student(

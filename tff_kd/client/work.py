@@ -335,8 +335,8 @@ def build_client_work(plan: ClientPlan) -> ClientWork:
 
   A client is excluded from both channels and from the metrics, and counted, if it has
   no examples, if its training ends in numbers that are not finite (or whose sum is
-  not), if it has class labels out of range, or ids that an embedding does
-  not have.
+  not), what was summed over its steps included, if it has class labels out of range, or
+  ids that an embedding does not have.
 
   Args:
     plan: The clients' part of a round.
@@ -441,8 +441,10 @@ class _ClientUpdate:
           models.BoundModel(self.student, trained.values),
           trained.companion,
       )
+    # What was summed over the steps may be all that is sent, and may be infinite where
+    # the weights are not.
     decision = inclusion.decide(
-        trained, [change, companion_state, exchanged], conditions
+        trained, [change, companion_state, exchanged, trained.observed], conditions
     )
     included = decision.included
     payload = self._payload(sent, broadcast, conditions, included, trained)

@@ -112,6 +112,14 @@ class DifferentialPrivacy:
             'would be without bound, and any finite noise without a guarantee.'
         )
 
+  def is_noised(self, channel: str) -> bool:
+    """Returns whether a channel is among `channels`.
+
+    Args:
+      channel: 'model' or 'knowledge'.
+    """
+    return self.channels is None or channel in self.channels
+
   def noise_multipliers(self, sent: Sequence[str]) -> dict[str, float]:
     """Returns the noise multiplier z of each channel's own sum.
 
@@ -122,7 +130,7 @@ class DifferentialPrivacy:
       By channel; 0 for a channel that is left out of `channels`. Composed, those of the
       others are equivalent to `noise_multiplier`.
     """
-    private = [c for c in sent if self.channels is None or c in self.channels]
+    private = [c for c in sent if self.is_noised(c)]
     shares = {'model': 1.0 - self.knowledge_share, 'knowledge': self.knowledge_share}
     total = sum(shares[c] for c in private)
     return {
@@ -156,7 +164,7 @@ class DifferentialPrivacy:
     Raises:
       ValueError: If a secure sum has a clip that is not a number, or `bits`.
     """
-    if self.channels is not None and channel not in self.channels:
+    if not self.is_noised(channel):
       return None
     noise = self.noise_multipliers(sent)[channel]
     clip = getattr(self, f'{channel}_clip')
@@ -537,10 +545,11 @@ def _check_secure(
         '`secure_aggregation` must be a `tff_kd.privacy.SecureAggregation`, found '
         f'{secure!r}.'
     )
-  if privacy is None:
-    secure.check_channels(sent)
-    if rule is not None:
-      _check_weights_fit(secure, rule)
+  # Private ones are within their clip.
+  unnoised = [c for c in sent if privacy is None or not privacy.is_noised(c)]
+  secure.check_channels(unnoised)
+  if 'knowledge' in unnoised and rule is not None:
+    _check_weights_fit(secure, rule)
   for name, aggregator in aggregators.items():
     if aggregator is not None:
       raise ValueError(

@@ -34,7 +34,8 @@ class SecureAggregation:
     bits: The bits of each number, 2 to 24: it is rounded to a multiple of
       bound / (2^(bits - 1) - 1), and summed under a modulus that no sum reaches.
       `None`: TFF's 32 bits. Needs the bounds.
-    max_clients: The most that can be in one sum; needed with `bits`.
+    max_clients: The most that can be in one sum; needed with `bits`. A round of more is
+      refused.
   """
 
   model_bound: Optional[float] = None

@@ -17,6 +17,7 @@ from tff_kd import models
 from tff_kd import optimizers
 from tff_kd.rounds import options as options_lib
 from tff_kd.rounds import parts as parts_lib
+from tff_kd.rounds import protection
 from tff_kd.server import distill
 
 _UNIFORM = tff.learning.ClientWeighting.UNIFORM
@@ -40,7 +41,7 @@ def check(parts: parts_lib.Parts, options: options_lib.Options) -> None:
   _check_local_terms(parts, options.client_data)
   _check_exchange(parts, options)
   _check_stages(parts)
-  _check_companion(parts, options.client_data)
+  _check_companion(parts, options)
   _check_reporting(options)
   _check_start(parts, options)
   if not parts.averages:
@@ -114,12 +115,7 @@ def _check_exact_sums(options: options_lib.Options) -> None:
         '`tff.learning.ClientWeighting.UNIFORM`, found '
         f'{options.knowledge_weighting}.'
     )
-  reporting = options.reporting
-  if reporting is not None and reporting.max_delay and reporting.staleness_power:
-    raise ValueError(
-        f'{reason}late clients must weigh as much as others: `staleness_power` must be '
-        f'0, found {reporting.staleness_power}.'
-    )
+  _check_staleness(options, reason)
 
 
 def _check_without_averaging(
@@ -225,10 +221,9 @@ def history_size(terms: Sequence[local_terms_lib.LocalTerm]) -> int:
   return max(sizes, default=0)
 
 
-def _check_companion(
-    parts: parts_lib.Parts, client_data: Optional[client_data_lib.ClientBatches]
-) -> None:
-  """Checks that certainties are given where a rule needs them, and only there."""
+def _check_companion(parts: parts_lib.Parts, options: options_lib.Options) -> None:
+  """Checks that a companion fits the rest, and gives certainties where a rule needs any.
+  """
   companion = parts.companion
   rule: Optional[knowledge.ConsensusRule] = None
   if parts.exchange is not None:
@@ -249,19 +244,52 @@ def _check_companion(
         f"ensemble and a rule that weighs by them, CertaintyWeighted('given'), found "
         f'{rule!r}.'
     )
-  if companion is not None and companion.needs_plain_sgd:
+  if companion is None:
+    return
+  name, num_cohorts = type(companion).__name__, len(parts.students.specs)
+  if companion.needs_one_architecture and num_cohorts > 1:
+    raise ValueError(
+        f'{name} is built for clients of one architecture, and there are {num_cohorts} '
+        'students. Pass one `student_fn`, or leave `companion` out.'
+    )
+  if companion.corrects_student and parts.averages:
+    _check_plain_mean(name, parts, options)
+  if companion.needs_plain_sgd:
     optimizers.check_plain_sgd(
         parts.client_optimizer,
         'client_optimizer',
-        f"{type(companion).__name__} tells a client's mean gradient from the change of "
-        'its weights.',
+        f"{name} tells a client's mean gradient from the change of its weights.",
     )
-  if companion is not None and companion.needs_client_number and client_data is None:
+  if companion.needs_client_number and options.client_data is None:
     raise ValueError(
         'This companion needs clients that read their examples by reference: pass '
         '`client_data=`. (For a private certainty: a dataset may hold an example '
         'several times, and the noise covers one.) Without noise, epsilon=None, '
         'datasets will do.'
+    )
+
+
+def _check_plain_mean(
+    name: str, parts: parts_lib.Parts, options: options_lib.Options
+) -> None:
+  """Checks that all reports weigh the same: then their mean tells what they add up to.
+  """
+  reason = f"{name} tells from the mean update what clients' changes add up to: "
+  weighting = protection.weightings(parts, options)['client_weighting']
+  if weighting is not _UNIFORM:
+    raise ValueError(
+        f'{reason}all must weigh the same: `client_weighting` must be '
+        f'`tff.learning.ClientWeighting.UNIFORM`, found {weighting}.'
+    )
+  _check_staleness(options, reason)
+
+
+def _check_staleness(options: options_lib.Options, reason: str) -> None:
+  reporting = options.reporting
+  if reporting is not None and reporting.max_delay and reporting.staleness_power:
+    raise ValueError(
+        f'{reason}late clients must weigh as much as others: `staleness_power` must be '
+        f'0, found {reporting.staleness_power}.'
     )
 
 

@@ -35,6 +35,14 @@ class Protection:
   privacy: Optional[differential.DifferentialPrivacy] = None
   secure_aggregation: Optional[secure.SecureAggregation] = None
 
+  @property
+  def max_clients(self) -> Optional[int]:
+    """How many clients a round can have before a sum wraps around; `None`: any."""
+    secure_sums = self.secure_aggregation
+    if secure_sums is None or secure_sums.bits is None:
+      return None
+    return secure_sums.max_clients
+
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Description:

@@ -67,6 +67,7 @@ def compose_process(
           input_spec=parts.students.first.input_spec,
           num_cohorts=len(parts.students.specs),
           has_conditions=options.reporting is not None,
+          max_clients=protection.max_clients,
       ),
   )
   described = (

@@ -29,12 +29,14 @@ class ClientArguments(NamedTuple):
     input_spec: The spec of a batch of a client's dataset.
     num_cohorts: The number of cohorts.
     has_conditions: Whether clients come with `ClientConditions`.
+    max_clients: How many there can be; `None`: any.
   """
 
   client_data: Optional[client_data_lib.ClientBatches]
   input_spec: Any
   num_cohorts: int
   has_conditions: bool
+  max_clients: Optional[int]
 
   def check(self, selected: Any) -> Any:
     """A round's clients as TFF takes them.
@@ -56,6 +58,12 @@ class ClientArguments(NamedTuple):
       raise TypeError(
           "A round's clients must be a list with one element a client, found "
           f'{_shown(selected)}. Pass `[{"0, 3" if self.client_data else "dataset"}]`.'
+      )
+    if self.max_clients is not None and len(selected) > self.max_clients:
+      raise ValueError(
+          f'A round must have at most {self.max_clients} clients, the `max_clients` of '
+          f'the `SecureAggregation`, found {len(selected)}: a sum of more could wrap '
+          'around its modulus. Pass fewer, or build the process with more `max_clients`.'
       )
     return [self._client(place, client) for place, client in enumerate(selected)]
 

@@ -117,7 +117,8 @@ def build_history(students: cohorts.Students, size: int):
       # A value that is not a real number (a counter) has no mean: the last value.
       if not w.dtype.is_floating:
         return w
-      return tf.reduce_sum(past, 0) / tf.cast(count, past.dtype)
+      total = tf.reduce_sum(tf.cast(past, graphs.wide_dtype(past.dtype)), 0)
+      return tf.cast(total / tf.cast(count, total.dtype), past.dtype)
 
     mean_of_history = tf.nest.map_structure(mean, sent, weights)
     return StudentHistory(sent, num_sent), mean_of_history

@@ -699,6 +699,14 @@ def _check_participation(
         '`client_data.data.names`, in their order, found others: '
         f'{list(select_clients.names)[:3]} for {list(names)[:3]}.'
     )
+  limit = process.protection.max_clients
+  if limit is not None and select_clients.clients_per_round > limit:
+    raise ValueError(
+        'The `Participation` has clients_per_round='
+        f'{select_clients.clients_per_round}, and the sums of the process are of '
+        f'{limit} clients at most, the `max_clients` of its `SecureAggregation`. Lower '
+        'the one, or build the process with more of the other.'
+    )
 
 
 def _check_accountant(

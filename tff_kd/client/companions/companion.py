@@ -151,8 +151,11 @@ class Companion(abc.ABC):
     state_follows_report: Whether a client's state moves only in rounds that count its
       report. Else it moves whenever its training was valid, also if its report was
       lost. In a skipped round (`Reporting.min_reports`) no client's state moves.
+    needs_one_architecture: Whether it is built for one student, that of all clients, so
+      that there can be no cohorts.
     needs_plain_sgd: Whether the clients' optimizer must be SGD without momentum.
-    corrects_student: Whether it moves the student at the server, see `correct`.
+    corrects_student: Whether it moves the student at the server, see `correct`. All
+      reports must then weigh the same.
     optimizer: What moves weights of its own at the server, or `None`.
   """
 
@@ -162,6 +165,7 @@ class Companion(abc.ABC):
   sums_securely: bool = False
   needs_client_number: bool = False
   state_follows_report: bool = False
+  needs_one_architecture: bool = False
   needs_plain_sgd: bool = False
   corrects_student: bool = False
   optimizer: Optional[optimizers.Optimizer] = None

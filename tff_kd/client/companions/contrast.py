@@ -82,6 +82,7 @@ class ModelContrast(companions.Companion):
   """
 
   exchanges = False
+  needs_one_architecture = True
 
   def __init__(
       self,

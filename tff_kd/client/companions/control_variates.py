@@ -84,6 +84,7 @@ class ControlVariates(companions.Companion):
 
   has_client_state = True
   state_follows_report = True
+  needs_one_architecture = True
   needs_plain_sgd = True
 
   def __init__(self, student: models.ModelSpec, num_clients: int):

@@ -61,13 +61,15 @@ class _DynamicTerm(local_terms.LocalTerm):
 class DynamicRegularizer(companions.Companion):
   """The dynamic regulariser, as what takes part beside the student.
 
-  A client's h_k moves only in rounds that count its report, so that the server's state
-  stays what all of them add up to.
+  A client's h_k moves only in rounds that count its report, and all reports weigh the
+  same, so that the server's state stays what all of them add up to. The student is moved
+  within the constraints of its layers.
   """
 
   has_client_state = True
   exchanges = False
   state_follows_report = True
+  needs_one_architecture = True
   corrects_student = True
 
   def __init__(self, student: models.ModelSpec, num_clients: int, alpha: float):
@@ -113,12 +115,16 @@ class DynamicRegularizer(companions.Companion):
     share = tf.cast(num_reports, tf.float32) / self._num_clients
     # After a round without a mean the student stays as it was.
     has_mean = (num_reports > 0) & graphs.all_finite(change)
-    offsets, trainable = [], []
+    offsets, moved = [], []
     for u, w, mean in zip(server_state.values, student.trainable, change.trainable):
       # Of how far the clients moved, whatever the server optimizer makes of it.
       offset = tf.where(has_mean, u + tf.cast(share, u.dtype) * mean, u)
       offsets.append(offset)
-      moved = tf.cast(tf.cast(w, u.dtype) - offset, w.dtype)
-      trainable.append(tf.where(has_mean, moved, w))
+      moved.append(tf.cast(tf.cast(w, u.dtype) - offset, w.dtype))
+    # The server optimizer's step was under the constraints; this one goes beyond it.
+    moved = models.apply_constraints(self._student.trainable_variables, moved)
+    trainable = [
+        tf.where(has_mean, new, old) for new, old in zip(moved, student.trainable)
+    ]
     weights = tff.learning.models.ModelWeights(trainable, list(student.non_trainable))
     return Gradient(offsets), weights

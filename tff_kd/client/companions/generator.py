@@ -114,6 +114,8 @@ def diversity_loss(noise: tf.Tensor, features: tf.Tensor) -> tf.Tensor:
 class FeatureGenerator(companions.Companion):
   """The generator, as what takes part beside the student."""
 
+  needs_one_architecture = True
+
   def __init__(
       self,
       student: models.ModelSpec,
