@@ -79,7 +79,7 @@ _OF_FUSION = ('consensus', 'prior', 'clients_start_from', 'batch_size')
     [
         ([], ('aligned', 'average', 'average', 10)),
         (['--consensus=variance'], ('variance', None, 'average', 10)),
-        (['--algorithm=fed_df'], (None, None, 'distilled', 10)),
+        (['--algorithm=fed_df'], (None, None, None, 10)),
     ],
 )
 def test_an_own_tasks_predictions_are_aligned(args, expected, data_dir):
