@@ -17,6 +17,7 @@ varied.png, too), and each run's own folder.
 import csv
 import itertools
 import json
+import math
 import pathlib
 import re
 import signal
@@ -31,6 +32,7 @@ import pipelines
 from pipelines import central_flags
 from pipelines import parallel
 from pipelines import run_folders
+from pipelines import tables
 from pipelines import train_flags
 from tff_kd import algorithms
 
@@ -365,16 +367,6 @@ def _history(run: _Run) -> list[dict[str, float]]:
     ]
 
 
-def _spread(values: list[float], digits: int) -> str:
-  """Mean, and the standard deviation over the seeds where there are several."""
-  if not values:
-    return ''
-  text = f'{statistics.mean(values):.{digits}f}'
-  if len(values) > 1:
-    text += f' ± {statistics.stdev(values):.{digits}f}'
-  return text
-
-
 class _Table:
   """The table: one algorithm, with one set of flags, a row."""
 
@@ -393,6 +385,8 @@ class _Table:
     self._target = _TARGET_ACCURACY.value
     if self._target is None:
       means = [statistics.mean(self._best(of, 'student')) for of in by_setting.values()]
+      # Of those that did not diverge.
+      means = [mean for mean in means if math.isfinite(mean)] or [math.nan]
       self._target = 1.01 * min(means) if self._is_error else 0.95 * max(means)
     self.rows = [self._head()]
     self.rows += [self._row(setting, of) for setting, of in by_setting.items()]
@@ -452,20 +446,20 @@ class _Table:
     audits = [self._audits[run] for run in runs if run in self._audits]
     return (
         setting.name,
-        *(_spread(self._best(runs, model), 3) for model in ('student', 'teacher')),
+        *(tables.spread(self._best(runs, model), 3) for model in ('student', 'teacher')),
         *(
-            _spread([f['student'][name] for f in further if 'student' in f], 3)
+            tables.spread([f['student'][name] for f in further if 'student' in f], 3)
             for name in self._further
         ),
-        *(_spread(self._last(runs, model), 3) for model in ('student', 'teacher')),
-        _spread(rounds, 1) + missed, _spread(megabytes, 2) + missed,
+        *(tables.spread(self._last(runs, model), 3) for model in ('student', 'teacher')),
+        tables.spread(rounds, 1) + missed, tables.spread(megabytes, 2) + missed,
         f'{statistics.mean(a_round):.3g}', f'{statistics.mean(seconds):.2f}',
         *(_leaks(audits) if self._audits else []), str(len(runs)),
     )
 
   def _add_reference(self, name: str, cells: dict[str, list[float]]) -> None:
     """Adds a row of models that no federated training made."""
-    row = [name, *(_spread(values, 3) for values in cells.values())]
+    row = [name, *(tables.spread(values, 3) for values in cells.values())]
     blank = [''] * (len(self.rows[0]) - len(row) - 1)
     self.rows.append((*row, *blank, str(len(cells['student']))))
 
@@ -496,7 +490,7 @@ def _leaks(audits: list[dict[str, Any]]) -> list[str]:
       for audit in audits if 'student' in audit['membership']
   ]
   clients = [audit['clients']['membership_auc']['value'] for audit in audits]
-  return [_spread(students, 3), _spread(clients, 3)]
+  return [tables.spread(students, 3), tables.spread(clients, 3)]
 
 
 def _by_setting(runs: list[_Run]) -> dict[_Setting, list[_Run]]:
@@ -510,8 +504,6 @@ def _report(
     runs: list[_Run], rows: list[list[tuple[str, ...]]], seeds: list[int],
     folder: pathlib.Path,
 ) -> None:
-  from pipelines import tables
-
   metric = _results(runs[0])['metric']
   ceilings = _ceilings(seeds, folder, metric, _further_scores(runs[0]))
   table = _Table(runs, ceilings).rows
@@ -555,7 +547,7 @@ def _figures(
     scores = [_results(run)['best'][f'test/student_{metric}'] for run in of_setting]
     points[setting.name] = (
         statistics.mean(_megabytes(history)[-1] for history in histories[setting]),
-        statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0,
+        statistics.mean(scores), tables.deviation(scores),
     )
   named = {setting.name: seeds for setting, seeds in histories.items()}
   if len(named) > _MOST_TOGETHER:

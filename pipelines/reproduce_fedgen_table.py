@@ -32,6 +32,7 @@ from absl import logging
 import pipelines
 from pipelines import parallel
 from pipelines import run_folders
+from pipelines import tables
 from tff_kd import algorithms
 
 # The paper's Table 1, MNIST, in percent, by algorithm and alpha.
@@ -127,9 +128,7 @@ def _cells(runs: list[_Run]) -> list[dict[str, Any]]:
 
 def _spread(values: list[float], num_seeds: int) -> str:
   """Mean and standard deviation over the seeds; how many, where some are missing."""
-  text = f'{statistics.mean(values):.2f}'
-  if len(values) > 1:
-    text += f' ± {statistics.stdev(values):.2f}'
+  text = tables.spread(values, 2)
   if len(values) < num_seeds:
     text += f' ({len(values)} of {num_seeds})'
   return text
@@ -175,8 +174,6 @@ def _rows(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _report(runs: list[_Run]) -> None:
-  from pipelines import tables
-
   cells = _cells(runs)
   rows = _rows(cells)
   folder = pathlib.Path(_OUTPUT_DIR.value)

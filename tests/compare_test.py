@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import statistics
 import subprocess
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from pipelines import parallel
+from pipelines import tables
 from tests import helpers
 
 _TINY = [
@@ -105,6 +107,39 @@ def test_another_problem_needs_another_folder(finished):
   done = _run(*_COMPARED, *_TINY, '--batch_size=7', f'--output_dir={folder}')
   assert done.returncode != 0
   assert 'choose another --output_dir' in done.stdout + done.stderr
+
+
+def test_a_run_that_diverged_is_in_the_table(finished, tmp_path):
+  _, folder, _ = finished
+  out, score = shutil.copytree(folder, tmp_path / 'out'), 'test/student_accuracy'
+  for name in ('fed_avg', 'fed_df'):
+    shutil.copytree(out / f'{name}-0', out / f'{name}-1', dirs_exist_ok=True)
+  path = out / 'fed_avg-1' / 'results.json'
+  results = json.loads(path.read_text())
+  results['best'][score] = float('nan')
+  path.write_text(json.dumps(results))
+  path = out / 'fed_avg-1' / 'metrics.csv'
+  rows = helpers.rows(path)
+  rows[-1][score] = 'nan'
+  with open(path, 'w', newline='') as file:
+    writer = csv.DictWriter(file, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+  done = _run(_COMPARED[0], '--seeds=0,1', *_TINY, f'--output_dir={out}')
+  assert done.returncode == 0, done.stderr
+  diverged, other = helpers.rows(out / 'table.csv')[:2]
+  assert diverged['student'] == diverged['student, last 10'] == 'nan ± nan'
+  assert other['student'].endswith(' ± 0.000')
+  # What the others are compared with is of those that did not.
+  target = 0.95 * float(other['student'].partition(' ')[0])
+  assert f'rounds to {target:.3f}' in other and other[f'rounds to {target:.3f}']
+
+
+def test_a_mean_of_what_is_not_finite():
+  infinite = float('inf')
+  assert tables.spread([infinite, 1.0], 3) == 'inf ± nan'
+  assert tables.spread([infinite, -infinite], 3) == 'nan ± nan'
+  assert tables.spread([0.5], 1) == '0.5' and tables.spread([], 1) == ''
 
 
 def test_a_folder_has_one_user_at_a_time(tmp_path):
