@@ -7,7 +7,7 @@ Federated Learning" (ICML 2021), section 5: 20 users, 10 a round, 200 rounds of 
 of 32 examples, a small network with batch norm, Dirichlet over 15,000 training images.
 --data_dir is a folder with MNIST's IDX files, plain or gzipped. One run a core at a time;
 stopped and started again, it goes on. Leaves table.md, table.csv, table.json and each
-run's results.
+run's results; other data need another --output_dir.
 
 Tests on 'all' classes (the 10,000 test images) and, as the paper, on 'own classes' (every
 user on test images of the classes that it has). At the end also on own classes with each
@@ -211,7 +211,29 @@ def main(argv: list[str]) -> Optional[int]:
     )
     return 0
   with parallel.exclusive_lock(pathlib.Path(_OUTPUT_DIR.value)):
+    _check_same_problem()
     return _run_all(runs)
+
+
+def _check_same_problem() -> None:
+  """Refuses a folder whose runs had other data, or tests; notes this one's."""
+  folder = pathlib.Path(_OUTPUT_DIR.value)
+  path = folder / 'problem.json'
+  # From wherever the script is called.
+  problem = {
+      _DATA_DIR.name: str(pathlib.Path(_DATA_DIR.value).resolve()),
+      _ROUNDS_PER_EVALUATION.name: _ROUNDS_PER_EVALUATION.value,
+  }
+  # What ended before its first round left nothing that other data would mix with.
+  if path.is_file() and any(folder.glob('*/metrics.csv')):
+    before = json.loads(path.read_text())
+    for name, value in problem.items():
+      if before[name] != value:
+        raise app.UsageError(
+            f'{folder} holds runs with --{name}={before[name]}, not {value}. Go on with '
+            'the same, or choose another --output_dir.'
+        )
+  run_folders.write_json(path, problem)
 
 
 def _run_all(runs: list[_Run]) -> int:
