@@ -72,6 +72,7 @@ _JOBS = flags.DEFINE_integer(
 )
 # What the table and messages call the ceilings, and the floor.
 _IN_ONE_PLACE = 'in one place'
+_CENTRAL_FOLDER = 'centralized'
 _ALONE = "the server's labels alone"
 # Algorithms whose curves are drawn in one panel; more have one each.
 _MOST_TOGETHER = 5
@@ -127,6 +128,17 @@ def _check_algorithms() -> None:
       algorithms.get(name)
     except ValueError as error:
       raise app.UsageError(f'--algorithms: {error}') from None
+  # Their runs would share folders: the table would show one's results for both.
+  found = {_CENTRAL_FOLDER: f'the runs {_IN_ONE_PLACE}'} if _CEILINGS.value else {}
+  for algorithm in _ALGORITHMS.value:
+    info = algorithms.get(algorithm)
+    other = found.setdefault(info.name, algorithm)
+    if other != algorithm:
+      raise app.UsageError(
+          f'--algorithms: the runs of {algorithm} would be in the folders of {other}, as '
+          f'its function is called {info.build.__name__}. Rename the function of a file, '
+          'or leave one of the two out.'
+      )
 
 
 def _variations() -> list[list[tuple[str, ...]]]:
@@ -148,7 +160,21 @@ def _variations() -> list[list[tuple[str, ...]]]:
       raise app.UsageError(
           f'--vary: {argument} has no effect with any of {", ".join(_ALGORITHMS.value)}.'
       )
+  _check_folders(rows)
   return rows
+
+
+def _check_folders(rows: list[list[tuple[str, ...]]]) -> None:
+  """Refuses sets of flags that differ in what the names of folders leave out."""
+  found = {}
+  for varied in (varied for row in rows for varied in row):
+    other = found.setdefault(_folder_words(varied), varied)
+    if other != varied:
+      raise app.UsageError(
+          f'--vary: the runs with {" ".join(varied)!r} would be in the folders of those '
+          f'with {" ".join(other)!r}. Compare them in two calls, each with its own '
+          '--output_dir.'
+      )
 
 
 def _train_flags() -> dict[str, flags.Flag]:
@@ -194,13 +220,37 @@ def _settings(rows: list[list[tuple[str, ...]]]) -> dict[_Setting, list[str]]:
   return found
 
 
+def _is_of(folder: pathlib.Path, setting: _Setting) -> bool:
+  """Whether the run in a folder is of this algorithm, not of one of the same name."""
+  path = folder / 'config.json'
+  if not path.is_file():
+    return False
+  return json.loads(path.read_text())['flags'].get('algorithm') == setting.algorithm
+
+
 def _is_done(run: _Run) -> bool:
-  return (run.folder / 'results.json').is_file()
+  return (run.folder / 'results.json').is_file() and _is_of(run.folder, run.setting)
 
 
-def _folder_name(setting: _Setting, seed: int) -> str:
-  varied = [re.sub('[^A-Za-z0-9_.=,-]', '_', argument[2:]) for argument in setting.varied]
-  return '-'.join([algorithms.get(setting.algorithm).name, *varied, str(seed)])
+def _has_begun(folder: pathlib.Path, setting: _Setting) -> bool:
+  """Whether a run of a setting, of any seed, has ended a round."""
+  return any(
+      path.parent.name.rpartition('-')[0] == _folder_name(setting)
+      and _is_of(path.parent, setting)
+      for path in folder.glob('*/metrics.csv')
+  )
+
+
+def _folder_words(varied: tuple[str, ...]) -> str:
+  """Returns flags as they stand in the name of a folder."""
+  return ''.join(
+      '-' + re.sub('[^A-Za-z0-9_.=,-]', '_', argument[2:]) for argument in varied
+  )
+
+
+def _folder_name(setting: _Setting) -> str:
+  """Returns the name of the folders of a setting's runs, without the seed."""
+  return algorithms.get(setting.algorithm).name + _folder_words(setting.varied)
 
 
 def _job(run: _Run, arguments: list[str]) -> parallel.Job:
@@ -217,15 +267,19 @@ def _job(run: _Run, arguments: list[str]) -> parallel.Job:
 def _check_same_problem(
     folder: pathlib.Path, settings: dict[_Setting, list[str]]
 ) -> None:
-  """Refuses a folder whose finished runs had other flags."""
+  """Refuses a folder that has rounds with other flags; notes the flags."""
   arguments = {setting.name: flags_of_run for setting, flags_of_run in settings.items()}
+  # What ended before its first round left nothing that other flags would mix with.
+  begun = {setting.name for setting in settings if _has_begun(folder, setting)}
   if _CEILINGS.value:
     arguments[_IN_ONE_PLACE] = _central_arguments()
+    if any(folder.glob(f'{_CENTRAL_FOLDER}-*/results.json')):
+      begun.add(_IN_ONE_PLACE)
   path = folder / 'compare.json'
   if path.is_file():
     before = json.loads(path.read_text())
     for name, flags_of_run in arguments.items():
-      if name in before and before[name] != flags_of_run:
+      if name in begun and name in before and before[name] != flags_of_run:
         raise app.UsageError(
             f'{path.parent} holds runs of {name} with {before[name]}, not with '
             f'{flags_of_run}. Go on with the same flags, or choose another --output_dir.'
@@ -252,7 +306,7 @@ def _train_all(
 
 
 def _ceiling_path(seed: int, folder: pathlib.Path) -> pathlib.Path:
-  return folder / f'centralized-{seed}' / 'results.json'
+  return folder / f'{_CENTRAL_FOLDER}-{seed}' / 'results.json'
 
 
 def _train_ceilings(seeds: list[int], folder: pathlib.Path) -> list[str]:
@@ -612,7 +666,7 @@ def _compare(
 ) -> int:
   """Trains what is missing, and reports; returns the exit status."""
   runs = [
-      _Run(setting, seed, folder / _folder_name(setting, seed))
+      _Run(setting, seed, folder / f'{_folder_name(setting)}-{seed}')
       for seed in seeds for setting in settings
   ]
   _check_same_problem(folder, settings)
