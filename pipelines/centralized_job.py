@@ -32,13 +32,12 @@ def run(
   """
   with train_setup.errors_for_users():
     task = train_data.load_task()
-    clients = train_data.split_clients(task)
+    examples = _examples(task)
     builders = _builders(task)
     folder.mkdir(parents=True, exist_ok=True)
-  examples = task.clients.take(np.concatenate(clients))
   print(
-      f'{task.name}: {len(examples)} examples of {args.NUM_CLIENTS.value} clients in one '
-      f'place; validation {len(task.validation)}, test {len(task.test)}.'
+      f'{task.name}: {len(examples)} examples in one place; validation '
+      f'{len(task.validation)}, test {len(task.test)}.'
   )
   results, rows = {}, []
   for name, builder in builders.items():
@@ -75,6 +74,14 @@ def run(
   )
   tables.print_table([head, *rows])
   print(f'\nOn the test part, after the best epoch by validation. {folder}')
+
+
+def _examples(task: tff_kd.data.Task) -> tff_kd.data.Examples:
+  """Returns the examples of all clients: of those used, where the data have clients."""
+  if task.client_rows is None:
+    # Any split deals out all of them, and not every split is possible.
+    return task.clients
+  return task.clients.take(np.concatenate(train_data.split_clients(task)))
 
 
 def _fit(

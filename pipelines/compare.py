@@ -17,6 +17,7 @@ varied.png, too), and each run's own folder.
 import csv
 import itertools
 import json
+import math
 import pathlib
 import re
 import signal
@@ -31,6 +32,7 @@ import pipelines
 from pipelines import central_flags
 from pipelines import parallel
 from pipelines import run_folders
+from pipelines import tables
 from pipelines import train_flags
 from tff_kd import algorithms
 
@@ -70,6 +72,7 @@ _JOBS = flags.DEFINE_integer(
 )
 # What the table and messages call the ceilings, and the floor.
 _IN_ONE_PLACE = 'in one place'
+_CENTRAL_FOLDER = 'centralized'
 _ALONE = "the server's labels alone"
 # Algorithms whose curves are drawn in one panel; more have one each.
 _MOST_TOGETHER = 5
@@ -125,6 +128,17 @@ def _check_algorithms() -> None:
       algorithms.get(name)
     except ValueError as error:
       raise app.UsageError(f'--algorithms: {error}') from None
+  # Their runs would share folders: the table would show one's results for both.
+  found = {_CENTRAL_FOLDER: f'the runs {_IN_ONE_PLACE}'} if _CEILINGS.value else {}
+  for algorithm in _ALGORITHMS.value:
+    info = algorithms.get(algorithm)
+    other = found.setdefault(info.name, algorithm)
+    if other != algorithm:
+      raise app.UsageError(
+          f'--algorithms: the runs of {algorithm} would be in the folders of {other}, as '
+          f'its function is called {info.build.__name__}. Rename the function of a file, '
+          'or leave one of the two out.'
+      )
 
 
 def _variations() -> list[list[tuple[str, ...]]]:
@@ -146,7 +160,21 @@ def _variations() -> list[list[tuple[str, ...]]]:
       raise app.UsageError(
           f'--vary: {argument} has no effect with any of {", ".join(_ALGORITHMS.value)}.'
       )
+  _check_folders(rows)
   return rows
+
+
+def _check_folders(rows: list[list[tuple[str, ...]]]) -> None:
+  """Refuses sets of flags that differ in what the names of folders leave out."""
+  found = {}
+  for varied in (varied for row in rows for varied in row):
+    other = found.setdefault(_folder_words(varied), varied)
+    if other != varied:
+      raise app.UsageError(
+          f'--vary: the runs with {" ".join(varied)!r} would be in the folders of those '
+          f'with {" ".join(other)!r}. Compare them in two calls, each with its own '
+          '--output_dir.'
+      )
 
 
 def _train_flags() -> dict[str, flags.Flag]:
@@ -192,13 +220,37 @@ def _settings(rows: list[list[tuple[str, ...]]]) -> dict[_Setting, list[str]]:
   return found
 
 
+def _is_of(folder: pathlib.Path, setting: _Setting) -> bool:
+  """Whether the run in a folder is of this algorithm, not of one of the same name."""
+  path = folder / 'config.json'
+  if not path.is_file():
+    return False
+  return json.loads(path.read_text())['flags'].get('algorithm') == setting.algorithm
+
+
 def _is_done(run: _Run) -> bool:
-  return (run.folder / 'results.json').is_file()
+  return (run.folder / 'results.json').is_file() and _is_of(run.folder, run.setting)
 
 
-def _folder_name(setting: _Setting, seed: int) -> str:
-  varied = [re.sub('[^A-Za-z0-9_.=,-]', '_', argument[2:]) for argument in setting.varied]
-  return '-'.join([algorithms.get(setting.algorithm).name, *varied, str(seed)])
+def _has_begun(folder: pathlib.Path, setting: _Setting) -> bool:
+  """Whether a run of a setting, of any seed, has ended a round."""
+  return any(
+      path.parent.name.rpartition('-')[0] == _folder_name(setting)
+      and _is_of(path.parent, setting)
+      for path in folder.glob('*/metrics.csv')
+  )
+
+
+def _folder_words(varied: tuple[str, ...]) -> str:
+  """Returns flags as they stand in the name of a folder."""
+  return ''.join(
+      '-' + re.sub('[^A-Za-z0-9_.=,-]', '_', argument[2:]) for argument in varied
+  )
+
+
+def _folder_name(setting: _Setting) -> str:
+  """Returns the name of the folders of a setting's runs, without the seed."""
+  return algorithms.get(setting.algorithm).name + _folder_words(setting.varied)
 
 
 def _job(run: _Run, arguments: list[str]) -> parallel.Job:
@@ -215,15 +267,19 @@ def _job(run: _Run, arguments: list[str]) -> parallel.Job:
 def _check_same_problem(
     folder: pathlib.Path, settings: dict[_Setting, list[str]]
 ) -> None:
-  """Refuses a folder whose finished runs had other flags."""
+  """Refuses a folder that has rounds with other flags; notes the flags."""
   arguments = {setting.name: flags_of_run for setting, flags_of_run in settings.items()}
+  # What ended before its first round left nothing that other flags would mix with.
+  begun = {setting.name for setting in settings if _has_begun(folder, setting)}
   if _CEILINGS.value:
     arguments[_IN_ONE_PLACE] = _central_arguments()
+    if any(folder.glob(f'{_CENTRAL_FOLDER}-*/results.json')):
+      begun.add(_IN_ONE_PLACE)
   path = folder / 'compare.json'
   if path.is_file():
     before = json.loads(path.read_text())
     for name, flags_of_run in arguments.items():
-      if name in before and before[name] != flags_of_run:
+      if name in begun and name in before and before[name] != flags_of_run:
         raise app.UsageError(
             f'{path.parent} holds runs of {name} with {before[name]}, not with '
             f'{flags_of_run}. Go on with the same flags, or choose another --output_dir.'
@@ -250,7 +306,7 @@ def _train_all(
 
 
 def _ceiling_path(seed: int, folder: pathlib.Path) -> pathlib.Path:
-  return folder / f'centralized-{seed}' / 'results.json'
+  return folder / f'{_CENTRAL_FOLDER}-{seed}' / 'results.json'
 
 
 def _train_ceilings(seeds: list[int], folder: pathlib.Path) -> list[str]:
@@ -365,16 +421,6 @@ def _history(run: _Run) -> list[dict[str, float]]:
     ]
 
 
-def _spread(values: list[float], digits: int) -> str:
-  """Mean, and the standard deviation over the seeds where there are several."""
-  if not values:
-    return ''
-  text = f'{statistics.mean(values):.{digits}f}'
-  if len(values) > 1:
-    text += f' ± {statistics.stdev(values):.{digits}f}'
-  return text
-
-
 class _Table:
   """The table: one algorithm, with one set of flags, a row."""
 
@@ -393,6 +439,8 @@ class _Table:
     self._target = _TARGET_ACCURACY.value
     if self._target is None:
       means = [statistics.mean(self._best(of, 'student')) for of in by_setting.values()]
+      # Of those that did not diverge.
+      means = [mean for mean in means if math.isfinite(mean)] or [math.nan]
       self._target = 1.01 * min(means) if self._is_error else 0.95 * max(means)
     self.rows = [self._head()]
     self.rows += [self._row(setting, of) for setting, of in by_setting.items()]
@@ -452,20 +500,20 @@ class _Table:
     audits = [self._audits[run] for run in runs if run in self._audits]
     return (
         setting.name,
-        *(_spread(self._best(runs, model), 3) for model in ('student', 'teacher')),
+        *(tables.spread(self._best(runs, model), 3) for model in ('student', 'teacher')),
         *(
-            _spread([f['student'][name] for f in further if 'student' in f], 3)
+            tables.spread([f['student'][name] for f in further if 'student' in f], 3)
             for name in self._further
         ),
-        *(_spread(self._last(runs, model), 3) for model in ('student', 'teacher')),
-        _spread(rounds, 1) + missed, _spread(megabytes, 2) + missed,
+        *(tables.spread(self._last(runs, model), 3) for model in ('student', 'teacher')),
+        tables.spread(rounds, 1) + missed, tables.spread(megabytes, 2) + missed,
         f'{statistics.mean(a_round):.3g}', f'{statistics.mean(seconds):.2f}',
         *(_leaks(audits) if self._audits else []), str(len(runs)),
     )
 
   def _add_reference(self, name: str, cells: dict[str, list[float]]) -> None:
     """Adds a row of models that no federated training made."""
-    row = [name, *(_spread(values, 3) for values in cells.values())]
+    row = [name, *(tables.spread(values, 3) for values in cells.values())]
     blank = [''] * (len(self.rows[0]) - len(row) - 1)
     self.rows.append((*row, *blank, str(len(cells['student']))))
 
@@ -496,7 +544,7 @@ def _leaks(audits: list[dict[str, Any]]) -> list[str]:
       for audit in audits if 'student' in audit['membership']
   ]
   clients = [audit['clients']['membership_auc']['value'] for audit in audits]
-  return [_spread(students, 3), _spread(clients, 3)]
+  return [tables.spread(students, 3), tables.spread(clients, 3)]
 
 
 def _by_setting(runs: list[_Run]) -> dict[_Setting, list[_Run]]:
@@ -510,8 +558,6 @@ def _report(
     runs: list[_Run], rows: list[list[tuple[str, ...]]], seeds: list[int],
     folder: pathlib.Path,
 ) -> None:
-  from pipelines import tables
-
   metric = _results(runs[0])['metric']
   ceilings = _ceilings(seeds, folder, metric, _further_scores(runs[0]))
   table = _Table(runs, ceilings).rows
@@ -555,7 +601,7 @@ def _figures(
     scores = [_results(run)['best'][f'test/student_{metric}'] for run in of_setting]
     points[setting.name] = (
         statistics.mean(_megabytes(history)[-1] for history in histories[setting]),
-        statistics.mean(scores), statistics.stdev(scores) if len(scores) > 1 else 0.0,
+        statistics.mean(scores), tables.deviation(scores),
     )
   named = {setting.name: seeds for setting, seeds in histories.items()}
   if len(named) > _MOST_TOGETHER:
@@ -620,7 +666,7 @@ def _compare(
 ) -> int:
   """Trains what is missing, and reports; returns the exit status."""
   runs = [
-      _Run(setting, seed, folder / _folder_name(setting, seed))
+      _Run(setting, seed, folder / f'{_folder_name(setting)}-{seed}')
       for seed in seeds for setting in settings
   ]
   _check_same_problem(folder, settings)

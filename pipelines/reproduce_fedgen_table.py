@@ -7,7 +7,7 @@ Federated Learning" (ICML 2021), section 5: 20 users, 10 a round, 200 rounds of 
 of 32 examples, a small network with batch norm, Dirichlet over 15,000 training images.
 --data_dir is a folder with MNIST's IDX files, plain or gzipped. One run a core at a time;
 stopped and started again, it goes on. Leaves table.md, table.csv, table.json and each
-run's results.
+run's results; other data need another --output_dir.
 
 Tests on 'all' classes (the 10,000 test images) and, as the paper, on 'own classes' (every
 user on test images of the classes that it has). At the end also on own classes with each
@@ -32,6 +32,7 @@ from absl import logging
 import pipelines
 from pipelines import parallel
 from pipelines import run_folders
+from pipelines import tables
 from tff_kd import algorithms
 
 # The paper's Table 1, MNIST, in percent, by algorithm and alpha.
@@ -127,9 +128,7 @@ def _cells(runs: list[_Run]) -> list[dict[str, Any]]:
 
 def _spread(values: list[float], num_seeds: int) -> str:
   """Mean and standard deviation over the seeds; how many, where some are missing."""
-  text = f'{statistics.mean(values):.2f}'
-  if len(values) > 1:
-    text += f' ± {statistics.stdev(values):.2f}'
+  text = tables.spread(values, 2)
   if len(values) < num_seeds:
     text += f' ({len(values)} of {num_seeds})'
   return text
@@ -175,8 +174,6 @@ def _rows(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _report(runs: list[_Run]) -> None:
-  from pipelines import tables
-
   cells = _cells(runs)
   rows = _rows(cells)
   folder = pathlib.Path(_OUTPUT_DIR.value)
@@ -214,7 +211,29 @@ def main(argv: list[str]) -> Optional[int]:
     )
     return 0
   with parallel.exclusive_lock(pathlib.Path(_OUTPUT_DIR.value)):
+    _check_same_problem()
     return _run_all(runs)
+
+
+def _check_same_problem() -> None:
+  """Refuses a folder whose runs had other data, or tests; notes this one's."""
+  folder = pathlib.Path(_OUTPUT_DIR.value)
+  path = folder / 'problem.json'
+  # From wherever the script is called.
+  problem = {
+      _DATA_DIR.name: str(pathlib.Path(_DATA_DIR.value).resolve()),
+      _ROUNDS_PER_EVALUATION.name: _ROUNDS_PER_EVALUATION.value,
+  }
+  # What ended before its first round left nothing that other data would mix with.
+  if path.is_file() and any(folder.glob('*/metrics.csv')):
+    before = json.loads(path.read_text())
+    for name, value in problem.items():
+      if before[name] != value:
+        raise app.UsageError(
+            f'{folder} holds runs with --{name}={before[name]}, not {value}. Go on with '
+            'the same, or choose another --output_dir.'
+        )
+  run_folders.write_json(path, problem)
 
 
 def _run_all(runs: list[_Run]) -> int:

@@ -1,6 +1,8 @@
 """Tables on the terminal."""
 
 from collections.abc import Sequence
+import math
+import statistics
 
 
 def print_table(rows: Sequence[tuple[str, ...]]) -> None:
@@ -24,3 +26,29 @@ def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
 def words(name: str) -> str:
   """A name of a metric as it is read."""
   return name.replace('_', ' ')
+
+
+def spread(values: Sequence[float], digits: int) -> str:
+  """Mean, and the standard deviation where there are several values.
+
+  Args:
+    values: Such as the scores of several seeds; of a run that diverged, NaN or infinite.
+    digits: How many after the point.
+
+  Returns:
+    Such as '0.912 ± 0.004'; an empty text if there is no value.
+  """
+  if not values:
+    return ''
+  text = f'{statistics.mean(values):.{digits}f}'
+  if len(values) > 1:
+    text += f' ± {deviation(values):.{digits}f}'
+  return text
+
+
+def deviation(values: Sequence[float]) -> float:
+  """The standard deviation of a sample; NaN if a value is not finite, 0 of one value."""
+  # `statistics.stdev` fails on such values.
+  if not all(map(math.isfinite, values)):
+    return math.nan
+  return statistics.stdev(values) if len(values) > 1 else 0.0

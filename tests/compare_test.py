@@ -2,6 +2,7 @@
 
 import csv
 import json
+import shutil
 import signal
 import statistics
 import subprocess
@@ -11,6 +12,7 @@ import time
 import pytest
 
 from pipelines import parallel
+from pipelines import tables
 from tests import helpers
 
 _TINY = [
@@ -107,6 +109,63 @@ def test_another_problem_needs_another_folder(finished):
   assert 'choose another --output_dir' in done.stdout + done.stderr
 
 
+def _own_fed_avg(tmp_path):
+  """A file of one's own whose function has the name of one of the registry."""
+  return shutil.copy(helpers.ROOT / 'tff_kd' / 'algorithms' / 'fed_avg.py', tmp_path)
+
+
+def test_algorithms_of_one_name_do_not_share_folders(tmp_path):
+  own = _own_fed_avg(tmp_path)
+  done = _run(f'--algorithms=fed_avg,{own}', f'--output_dir={tmp_path / "out"}')
+  assert done.returncode == 1 and not (tmp_path / 'out').exists()
+  assert f'{own} would be in the folders of fed_avg' in done.stderr
+  assert 'called build_fed_avg. Rename the function' in done.stderr
+
+
+def test_results_of_an_algorithm_of_the_same_name_are_no_results(finished, tmp_path):
+  _, folder, _ = finished
+  own = _own_fed_avg(tmp_path)
+  table = (folder / 'table.csv').read_text()
+  its_flags = [flag for flag in _TINY if 'server_steps' not in flag]
+  done = _run(f'--algorithms={own}', '--seeds=0', *its_flags, f'--output_dir={folder}')
+  assert done.returncode == 1 and 'done already' not in done.stdout
+  assert "had other values of --algorithm ('fed_avg')" in done.stdout
+  assert table == (folder / 'table.csv').read_text()
+
+
+def test_a_run_that_diverged_is_in_the_table(finished, tmp_path):
+  _, folder, _ = finished
+  out, score = shutil.copytree(folder, tmp_path / 'out'), 'test/student_accuracy'
+  for name in ('fed_avg', 'fed_df'):
+    shutil.copytree(out / f'{name}-0', out / f'{name}-1', dirs_exist_ok=True)
+  path = out / 'fed_avg-1' / 'results.json'
+  results = json.loads(path.read_text())
+  results['best'][score] = float('nan')
+  path.write_text(json.dumps(results))
+  path = out / 'fed_avg-1' / 'metrics.csv'
+  rows = helpers.rows(path)
+  rows[-1][score] = 'nan'
+  with open(path, 'w', newline='') as file:
+    writer = csv.DictWriter(file, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+  done = _run(_COMPARED[0], '--seeds=0,1', *_TINY, f'--output_dir={out}')
+  assert done.returncode == 0, done.stderr
+  diverged, other = helpers.rows(out / 'table.csv')[:2]
+  assert diverged['student'] == diverged['student, last 10'] == 'nan ± nan'
+  assert other['student'].endswith(' ± 0.000')
+  # What the others are compared with is of those that did not.
+  target = 0.95 * float(other['student'].partition(' ')[0])
+  assert f'rounds to {target:.3f}' in other and other[f'rounds to {target:.3f}']
+
+
+def test_a_mean_of_what_is_not_finite():
+  infinite = float('inf')
+  assert tables.spread([infinite, 1.0], 3) == 'inf ± nan'
+  assert tables.spread([infinite, -infinite], 3) == 'nan ± nan'
+  assert tables.spread([0.5], 1) == '0.5' and tables.spread([], 1) == ''
+
+
 def test_a_folder_has_one_user_at_a_time(tmp_path):
   with parallel.exclusive_lock(tmp_path):
     done = _run(*_COMPARED, *_TINY, f'--output_dir={tmp_path}')
@@ -158,6 +217,12 @@ def test_a_run_that_fails_is_named(tmp_path):
   assert done.returncode == 1
   assert 'fed_avg, seed 0 failed' in done.stdout and '100000' in done.stdout
   assert 'error: failed: fed_avg, seed 0.' in done.stderr
+  # As nothing ran, other flags may follow.
+  done = _run(
+      '--algorithms=fed_avg', '--seeds=0', *_TINY[:4], '--transfer_labels=100001',
+      f'--output_dir={tmp_path}',
+  )
+  assert 'fed_avg, seed 0 failed' in done.stdout and '100001' in done.stdout
 
 
 @pytest.mark.slow
@@ -212,6 +277,7 @@ def test_ceilings_are_of_the_data_and_models_of_a_config(tmp_path):
         (['--vary=--magic=1'], "'--magic=1' is not a flag"),
         (['--vary=|--alpha=1', '--alpha=2'], '--alpha is set for all'),
         (['--vary=|'], 'the same flags twice'),
+        (['--vary=--data_dir=a/b|--data_dir=a_b'], 'in two calls'),
         (['--algorithms=fed_avg', '--vary=|--teacher=cnn'], 'has no effect with any'),
         (['--algorithms=fed_avg,magic'], 'magic'),
         (['--central_epochs=2'], '--central_epochs has no effect without --ceilings'),

@@ -265,6 +265,42 @@ def test_diverged_models_are_drawn():
     assert figure._repr_png_().startswith(b'\x89PNG')
 
 
+def test_runs_of_infinite_scores_are_drawn():
+  infinite = _rows([np.inf, -np.inf])
+  for figure in (
+      plots.comparison({'a': (1.0, np.inf), 'b': (2.0, 0.5, np.nan)}),
+      plots.curves({'a': [infinite, _rows([0.5, 0.6])]}, levels={'b': np.inf}),
+      plots.small_multiples({'a': infinite, 'b': _rows([0.5])}, levels={'c': np.nan}),
+  ):
+    assert figure._repr_png_().startswith(b'\x89PNG')
+
+
+def test_names_are_no_formulas():
+  names = ['up to $5', 'from $5_to_$10']
+  both, rates = '$_{ $', np.array([0.0, 1.0])
+  run, counts = {both: _rows([0.5])}, np.array([[1, 0], [0, 1]])
+  texts = dict(title=both)
+  for figure in (
+      plots.partition(counts, class_names=names, **texts),
+      plots.confusion(counts, class_names=names, **texts),
+      plots.partition(counts[0], **texts),
+      plots.curves(run, levels={names[1]: 0.4}, **texts),
+      plots.small_multiples({names[1]: run}, **texts),
+      plots.comparison({names[1]: (1.0, 0.5)}, metric=both, against=both, **texts),
+      plots.scores({names[1]: {both: (0.5, 0.1)}}, **texts),
+      plots.calibration({both: (rates, rates > 0)}, **texts),
+      plots.clients({both: rates}, metric=both, **texts),
+      plots.errors({both: (rates, rates)}, **texts),
+      plots.roc({both: (rates, rates, 0.5)}, **texts),
+      plots.images({both: {both: np.ones((2, 2))}}),
+  ):
+    assert figure._repr_png_().startswith(b'\x89PNG')
+    shown = [t for t in figure.findobj(matplotlib.text.Text) if '$' in t.get_text()]
+    # Without the ticks of log axes.
+    shown = [text for text in shown if r'$\mathdefault' not in text.get_text()]
+    assert shown and not any(text.get_parse_math() for text in shown)
+
+
 def test_images_of_any_rank():
   column = {'gray': np.ones((4, 4, 1)), 'colour': np.ones((4, 4, 3)), 'row': np.ones(5)}
   figure = plots.images({'one': column, 'two': column})

@@ -118,6 +118,35 @@ def test_a_second_start_runs_nothing_again(finished):
   assert table == (folder / 'table.md').read_text()
 
 
+def test_runs_of_other_data_are_not_shown(tmp_path):
+  here, other, folder = tmp_path / 'data', tmp_path / 'other', tmp_path / 'out'
+  run = folder / 'fed_avg-1-0'
+  for path in (here, other, run):
+    path.mkdir(parents=True)
+  (run / 'results-1.json').write_text(
+      json.dumps({'last': {'student/all': float('nan')}, 'curve': []})
+  )
+  # Nothing of it was run.
+  (folder / 'problem.json').write_text(
+      json.dumps({'data_dir': 'mistyped', 'rounds_per_evaluation': 3})
+  )
+  flags = (
+      f'--output_dir={folder}', '--algorithms=fed_avg', '--alphas=1', '--seeds=0',
+      '--rounds=1',
+  )
+  done = _run(f'--data_dir={here}', *flags)
+  assert done.returncode == 0, done.stderr
+  assert '1 of 1 runs are done already' in done.stdout
+  (run / 'metrics.csv').touch()
+  for given, match in (
+      ([f'--data_dir={other}'], f'--data_dir={here}, not {other}. Go on with the same'),
+      ([f'--data_dir={here}', '--rounds_per_evaluation=5'], 'evaluation=10, not 5.'),
+  ):
+    done = _run(*given, *flags)
+    assert done.returncode == 1 and match in done.stderr
+    assert 'or choose another --output_dir' in done.stderr
+
+
 @pytest.mark.parametrize(
     'flags, match',
     [

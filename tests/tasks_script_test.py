@@ -1,5 +1,6 @@
 """A task of one's own, evaluate and export, as a user runs them."""
 
+import dataclasses
 import json
 import re
 import types
@@ -201,6 +202,16 @@ def test_evaluate(own_run):
   assert lines[0] == 'client,examples,trained_on,student_accuracy,teacher_accuracy'
   assert [its.split(',')[0] for its in lines[1:]] == [f'client_{k}' for k in range(5)]
   assert re.search(r'\nclient_\d ', done.stdout)
+
+
+def test_training_in_one_place_needs_no_split():
+  # So many that no draw of the split would give each an example.
+  with helpers.flags_of('--num_clients=1000', '--alpha=0.01', '--transfer_size=60'):
+    task = train_data.load_task()
+    assert centralized_job._examples(task) is task.clients
+    own = dataclasses.replace(task, client_rows=[np.arange(2), np.arange(3, 5)])
+  with helpers.flags_of('--num_clients=1'):
+    assert len(centralized_job._examples(own)) == 2
 
 
 def _softmax_model():

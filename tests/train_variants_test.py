@@ -75,6 +75,16 @@ def test_an_algorithm_and_a_rule_of_ones_own_are_built(own):
   assert 'Nothing was trained' in printed
 
 
+def test_a_fed_avg_of_ones_own_is_compared_with_fed_avg(tmp_path):
+  own = shutil.copy(helpers.ROOT / 'tff_kd' / 'algorithms' / 'fed_avg.py', tmp_path)
+  for algorithm, is_compared in ((own, True), ('fed_avg', False)):
+    printed = helpers.train_here(
+        *helpers.TINY_RUN, f'--algorithm={algorithm}', '--rounds=1',
+        f'--output_dir={tmp_path / str(is_compared)}',
+    )
+    assert ('FedAvg, same rounds' in printed) == is_compared
+
+
 @pytest.mark.slow
 def test_an_algorithm_and_a_rule_of_ones_own(tmp_path):
   flags_of_run = [

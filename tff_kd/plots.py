@@ -3,6 +3,7 @@
 Each function returns a `matplotlib.figure.Figure`, which a notebook shows and
 `figure.savefig(path)` writes. pyplot is not used: no state is left, and any thread may
 draw. matplotlib is imported with this module, which `import tff_kd` does not load.
+Titles and names are shown as they are: `$` begins no formula.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -26,6 +27,8 @@ _MARKERS = ('o', 's', '^', 'D', 'v')
 _MAX_NAMES = 40
 _BAND = {'alpha': 0.15, 'linewidth': 0}
 _STYLES = ('-', '--', ':', '-.')
+# For texts that may be names of users: the labels of ticks on log axes are formulas.
+_PLAIN: dict[str, Any] = {'parse_math': False}
 _MEGABYTES = 'MB moved per participating client (up and down)'
 
 
@@ -55,9 +58,16 @@ class _Run(NamedTuple):
 def _subplots(
     num_rows: int = 1, num_columns: int = 1, *, height: float, **kwargs
 ) -> tuple[figure_lib.Figure, Any]:
-  """Returns `pyplot.subplots` without its state, at a page's width."""
+  """Returns `pyplot.subplots` without its state, at a page's width.
+
+  Titles and the names of axes are shown as they are.
+  """
   figure = _Figure((_WIDTH, height), layout='constrained', dpi=_DPI)
-  return figure, figure.subplots(num_rows, num_columns, **kwargs)
+  axes = figure.subplots(num_rows, num_columns, **kwargs)
+  for panel in figure.axes:
+    for text in (panel.title, panel.xaxis.label, panel.yaxis.label):
+      text.set(**_PLAIN)
+  return figure, axes
 
 
 def _legend(figure: figure_lib.Figure, handles: Sequence[Any]) -> None:
@@ -71,9 +81,11 @@ def _legend(figure: figure_lib.Figure, handles: Sequence[Any]) -> None:
   figure.set_figheight(
       figure.get_figheight() + 0.1 + 0.21 * math.ceil(num_lines / num_columns)
   )
-  figure.legend(
+  legend = figure.legend(
       handles, labels, loc='outside lower center', ncols=num_columns, fontsize=9
   )
+  for text in legend.get_texts():
+    text.set(**_PLAIN)
 
 
 def partition(
@@ -127,7 +139,7 @@ def partition(
   classes.set(xlabel='client', ylabel='class' if class_names is None else '')
   classes.xaxis.get_major_locator().set_params(integer=True)
   if num_classes <= _MAX_NAMES:
-    classes.set_yticks(range(num_classes), names, fontsize=8)
+    classes.set_yticks(range(num_classes), names, fontsize=8, **_PLAIN)
   return figure
 
 
@@ -205,7 +217,7 @@ def curves(
     _scale_megabytes(
         panels[1], [_megabytes(run)[-1] for of in runs.values() for run in of]
     )
-  figure.suptitle(title)
+  figure.suptitle(title, **_PLAIN)
   _legend(figure, _handles(panels[:1]))
   return figure
 
@@ -293,7 +305,8 @@ def _mean(
   """
   length = min(len(run.rows) for run in runs)
   values = np.array([_values(run, column)[:length] for run in runs])
-  deviation = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(length)
+  with np.errstate(invalid='ignore'):  # Where a run has diverged, there is none.
+    deviation = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(length)
   return against(runs[0])[:length], values.mean(axis=0), deviation
 
 
@@ -393,7 +406,7 @@ def small_multiples(
     _draw_levels(panel, levels)
     panel.set_title(panel_title, fontsize=9)
     panel.grid(alpha=0.3)
-  figure.suptitle(title)
+  figure.suptitle(title, **_PLAIN)
   for panel in shown[::_PANELS]:
     panel.set(ylabel=metric.replace('_', ' '))
   _legend(figure, [*_explain(looks, columns), *_handles(shown)])
@@ -476,7 +489,7 @@ def comparison(
   _draw_levels(panel, levels)
   panel.grid(alpha=0.3)
   panel.set(xlabel=against, ylabel=metric.replace('_', ' '))
-  figure.suptitle(title)
+  figure.suptitle(title, **_PLAIN)
   _legend(figure, _handles([panel]))
   _write_names(figure, panel, points)
   return figure
@@ -509,10 +522,10 @@ def scores(
         fmt=_MARKERS[number % len(_MARKERS)], markersize=5, capsize=2, elinewidth=1,
     )
   names = [textwrap.fill(name, 34) for name in rows]
-  panel.set_yticks(range(len(rows)), names, fontsize=8)
+  panel.set_yticks(range(len(rows)), names, fontsize=8, **_PLAIN)
   panel.set(ylim=(len(rows) - 0.5, -0.5), xlabel=metric.replace('_', ' '))
   panel.grid(alpha=0.3)
-  figure.suptitle(title)
+  figure.suptitle(title, **_PLAIN)
   _legend(figure, panel.get_legend_handles_labels()[0])
   return figure
 
@@ -528,14 +541,14 @@ def _write_names(
     taken.append([*(low - 5), *(high + 5)])
   for name, (x, y, *_) in sorted(points.items(), key=lambda point: -point[1][1]):
     name = textwrap.fill(name, 40)
-    text = figure.text(0, 0, name, fontsize=8)
+    text = figure.text(0, 0, name, fontsize=8, **_PLAIN)
     size = text.get_window_extent().size
     text.remove()
     place = np.array(panel.transData.transform((x, y)))
     right, up = _free_offset(place, np.array(size), taken, inside)
     panel.annotate(
         name, (x, y), xytext=(right * 72 / figure.dpi, up * 72 / figure.dpi),
-        textcoords='offset points', fontsize=8, va='center',
+        textcoords='offset points', fontsize=8, va='center', **_PLAIN,
         ha='right' if right < 0 else 'left', arrowprops={
             'arrowstyle': '-', 'color': _GRAY, 'linewidth': 0.6, 'shrinkA': 1,
             'relpos': (float(right < 0), 0.5),
@@ -618,7 +631,7 @@ def calibration(
   shares.set(xlabel='confidence', ylabel='share of the predictions')
   for panel in (accuracy, shares):
     panel.grid(alpha=0.3)
-  figure.suptitle(title)
+  figure.suptitle(title, **_PLAIN)
   _legend(figure, _handles([accuracy]))
   return figure
 
@@ -657,8 +670,9 @@ def confusion(
   panel.set(xlabel='predicted class', ylabel='true class', title=title)
   if size <= _MAX_NAMES:
     is_long = max(map(len, names)) > 3
-    panel.set_xticks(range(size), names, rotation=90 if is_long else 0, fontsize=8)
-    panel.set_yticks(range(size), names, fontsize=8)
+    look = {'fontsize': 8, **_PLAIN}
+    panel.set_xticks(range(size), names, rotation=90 if is_long else 0, **look)
+    panel.set_yticks(range(size), names, **look)
   for row, column in np.argwhere(counts) if size <= 12 else ():
     panel.text(
         column, row, f'{counts[row, column]:,}', ha='center', va='center', fontsize=7,
@@ -694,7 +708,7 @@ def clients(
       ylabel=f"{metric.replace('_', ' ')} on a client's own examples",
   )
   panel.grid(alpha=0.3)
-  figure.suptitle(title)
+  figure.suptitle(title, **_PLAIN)
   _legend(figure, _handles([panel]))
   return figure
 
@@ -740,7 +754,7 @@ def errors(
   means.set(xlabel='true value', ylabel='predicted: mean, standard deviation')
   for panel in (shares, means):
     panel.grid(alpha=0.3)
-  figure.suptitle(title)
+  figure.suptitle(title, **_PLAIN)
   _legend(figure, _handles([shares, means]))
   return figure
 
@@ -771,7 +785,7 @@ def roc(
     panel.set(xlabel='false positive rate', ylabel='true positive rate')
     panel.grid(alpha=0.3)
   panels[1].set(xscale='log', yscale='log', xlim=ends, ylim=ends, ylabel='')
-  figure.suptitle(title)
+  figure.suptitle(title, **_PLAIN)
   _legend(figure, _handles(panels[:1]))
   return figure
 

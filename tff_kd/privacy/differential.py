@@ -226,7 +226,6 @@ def check_private(
     rule: Optional[knowledge.ConsensusRule],
     reporting: Any,
     companion: Any,
-    has_statistics: bool,
 ) -> None:
   """Refuses what would make the guarantee false, each with its reason.
 
@@ -239,7 +238,6 @@ def check_private(
     rule: How predictions are combined, or `None`.
     reporting: A `Reporting`, or `None`.
     companion: A `companions.Companion`, or `None`.
-    has_statistics: Whether clients average statistics that training moves.
 
   Raises:
     TypeError, ValueError: With the reason.
@@ -256,15 +254,6 @@ def check_private(
         'there can be one student only',
         "how many of a round's clients are of each cohort is in no account.",
         'Pass one `student_fn`.',
-    )
-  if has_statistics:
-    _refuse(
-        'the student can have no statistics that move while it trains, as those of '
-        'BatchNormalization',
-        'noise makes a variance negative, and what the student then predicts is no '
-        'number.',
-        'Take GroupNormalization or LayerNormalization, or freeze these layers '
-        '(`layer.trainable = False`).',
     )
   if rule is not None and rule.is_coded:
     _refuse(

@@ -69,6 +69,7 @@ def build_factories(
     if parts.exchange.transfer_set is not None:
       num_predictions = parts.exchange.transfer_set.num_predictions
   if protection.privacy is not None:
+    _check_statistics(parts, protection.privacy)
     differential.check_private(
         protection.privacy,
         has_cohorts=parts.students.has_cohorts,
@@ -78,10 +79,6 @@ def build_factories(
         rule=rule,
         reporting=options.reporting,
         companion=parts.companion,
-        has_statistics=(
-            parts.averages_statistics
-            and bool(protection.privacy.noise_multipliers(('model',))['model'])
-        ),
     )
   return differential.build_aggregators(
       protection.channels,
@@ -96,3 +93,18 @@ def build_factories(
       rule=rule,
       companion=parts.companion,
   )
+
+
+def _check_statistics(
+    parts: parts_lib.Parts, privacy: differential.DifferentialPrivacy
+) -> None:
+  """Refuses noise on statistics, of which a variance may not be negative."""
+  if not isinstance(privacy, differential.DifferentialPrivacy):
+    return  # What it is then is told by `check_private`.
+  if parts.averages_statistics and privacy.noise_multipliers(('model',))['model']:
+    raise ValueError(
+        'With differential privacy the student can have no statistics that move while it '
+        'trains, as those of BatchNormalization: noise makes a variance negative, and '
+        'what the student then predicts is no number. Take GroupNormalization or '
+        'LayerNormalization, or freeze these layers (`layer.trainable = False`).'
+    )
