@@ -18,7 +18,7 @@ from tff_kd.knowledge import rules
 _RULES = {
     name: rules.get(name)
     for name in rules.RULES
-    if name not in ('diversity', 'given') and not name.startswith('aligned')
+    if name not in ('density', 'diversity', 'given') and not name.startswith('aligned')
 }
 _NAMES = sorted(_RULES)
 

@@ -10,6 +10,7 @@ from tests import helpers
 from tests import ray_stand_in
 from tests import runtimes_test
 import tff_kd
+from tff_kd import graphs
 from tff_kd.compat import tff
 
 pytest.importorskip('ray', reason='pip install --require-hashes -r requirements-ray.txt')
@@ -108,7 +109,7 @@ def test_no_clients_are_a_sum_of_none(on_ray):
 
 def test_an_error_names_the_client(on_ray):
 
-  @tff.tensorflow.computation(np.int32)
+  @graphs.computation(np.int32)  # Which knows where its operations were made.
   def check(x):
     with tf.control_dependencies([tf.debugging.assert_less(x, 30, 'too large')]):
       return tf.identity(x)

@@ -29,6 +29,8 @@ from tff_kd.compat import tff
 internals.write_autograph_files_with(temporary.named_file)
 # The graphs traced last, whose operations know where they were created.
 _GRAPHS = collections.deque(maxlen=200)
+# Of several places that made nodes of one name, so many are shown.
+_MAX_PLACES = 3
 _LIBRARIES = re.compile(r'/(tensorflow|keras|tensorflow_federated)/')
 _NODE = re.compile(r'\{\{(?:function_node [^}]*?\}\} ?\{\{)?node ([^}]+?)\}\}')
 
@@ -390,27 +392,32 @@ def user_traceback(message: str) -> Optional[str]:
 
   Returns:
     The frames of the Python traceback outside of TensorFlow, Keras and TFF, the latest
-    last, as `traceback` prints them; `None` if the node is not known.
+    last, as `traceback` prints them; of several places that made nodes of that name, in
+    computations of their own, those of the latest ones; `None` if the node is not known.
   """
   for name in _NODE.findall(message):
-    frames = _frames_of(name.split('}}')[0].strip())
-    if frames is not None:
-      return ''.join(traceback.format_list(frames))
+    places = _places_of(name.split('}}')[0].strip())
+    if places:
+      return 'or here:\n'.join(places[:_MAX_PLACES])
   return None
 
 
-def _frames_of(name: str) -> Optional[list[traceback.FrameSummary]]:
-  """The frames outside of libraries of the operation with a name."""
+def _places_of(name: str) -> list[str]:
+  """The tracebacks outside of libraries of the operations with a name, latest first."""
   while name:
+    places = {}
     for graph in reversed(_GRAPHS):
       for op in _operations(graph, name):
-        return [
+        frames = [
             traceback.FrameSummary(frame.filename, frame.lineno, frame.name)
             for frame in op.traceback
             if not _LIBRARIES.search(frame.filename.replace('\\', '/'))
         ]
+        places[''.join(traceback.format_list(frames))] = None
+    if places:
+      return list(places)
     name = name.partition('/')[2]  # Inlining prepends the names of calls.
-  return None
+  return []
 
 
 def _operations(graph: tf.Graph, name: str) -> Iterator[tf.Operation]:
