@@ -8,8 +8,6 @@ import sys
 import time
 from typing import Any, NamedTuple, Optional
 
-from absl import flags
-
 import keras
 import numpy as np
 import tensorflow as tf
@@ -270,7 +268,11 @@ def run(
 
 def _open_run(run_dir: pathlib.Path) -> _Run:
   """The run, if it can be attacked."""
-  config = _restore_flags(run_dir)
+  config = args.take_run(run_dir)
+  if not (run_dir / train_folder.RESULTS).exists():
+    raise UserError(
+        f'The run in {run_dir} has not ended. Let pipelines.train go on with it first.'
+    )
   with train_setup.errors_for_users():
     task = train_data.load_task()
   if task.class_numbers(task.clients) is None:
@@ -301,31 +303,6 @@ def _open_run(run_dir: pathlib.Path) -> _Run:
           ),
       ),
   )
-
-
-def _restore_flags(run_dir: pathlib.Path) -> dict[str, Any]:
-  """Gives `train_flags` the values of the run."""
-  try:
-    config = json.loads((run_dir / 'config.json').read_text())['flags']
-  except (OSError, ValueError, KeyError):
-    raise UserError(
-        f'{run_dir} holds no run: there is no config.json of pipelines.train in it. '
-        'Name the folder that --output_dir named.'
-    ) from None
-  if not (run_dir / train_folder.RESULTS).exists():
-    raise UserError(
-        f'The run in {run_dir} has not ended. Let pipelines.train go on with it first.'
-    )
-  known = {flag.name for flag in flags.FLAGS.flags_by_module_dict()[args.__name__]}
-  unknown = sorted(set(config) - known)
-  if unknown:
-    raise UserError(
-        f'The run in {run_dir} was made with flags that are not known here: '
-        f'{", ".join(unknown)}. Audit it with the version that made it.'
-    )
-  for name, value in config.items():
-    flags.FLAGS[name].value = value
-  return config
 
 
 def _who_took_part(

@@ -3,6 +3,7 @@
 import json
 import types
 
+from absl import app
 import keras
 import numpy as np
 import pytest
@@ -142,21 +143,15 @@ def test_labels_that_are_no_class_numbers(labels, is_audited, tmp_path):
 
 
 def test_what_is_no_finished_run_is_named(tmp_path):
-
-  def audit():
-    audit_job.run(tmp_path, tmp_path / 'audit', num_victims=1, seed=0, num_epochs=0)
-
-  with helpers.flags_of(), pytest.raises(
-      UserError, match='holds no run: there is no config'
+  for content, error, match in (
+      (None, app.UsageError, 'must be the config.json in the folder of a run'),
+      ({'flags': {}, 'given': []}, UserError, 'has not ended'),
+      ({'flags': {'unheard_of': 1}}, app.UsageError, 'not known here: unheard_of'),
   ):
-    audit()
-  (tmp_path / 'config.json').write_text('{"flags": {}}')
-  with pytest.raises(UserError, match='has not ended'):
-    audit()
-  (tmp_path / 'config.json').write_text('{"flags": {"unheard_of": 1}}')
-  (tmp_path / 'results.json').write_text('{"rounds": 1}')
-  with pytest.raises(UserError, match='not known here: unheard_of'):
-    audit()
+    if content is not None:
+      (tmp_path / 'config.json').write_text(json.dumps(content))
+    with helpers.flags_of(), pytest.raises(error, match=match):
+      audit_job.run(tmp_path, tmp_path / 'audit', num_victims=1, seed=0, num_epochs=0)
 
 
 @pytest.mark.parametrize('faults', [(), ('--dropout_after=0.5',)])
