@@ -8,8 +8,6 @@ import sys
 import time
 from typing import Any, NamedTuple, Optional
 
-from absl import flags
-
 import keras
 import numpy as np
 import tensorflow as tf
@@ -96,7 +94,7 @@ class _Run(NamedTuple):
     config: Its flags.
     algorithm: Which.
     task: Its data.
-    rows: The rows of each client's examples.
+    rows: The rows of each client's examples that it was trained on.
     batches: How clients read them.
     took_part: The numbers of the clients with examples that have reported in a round
       up to the best one, whose models are kept.
@@ -270,7 +268,11 @@ def run(
 
 def _open_run(run_dir: pathlib.Path) -> _Run:
   """The run, if it can be attacked."""
-  config = _restore_flags(run_dir)
+  config = args.take_run(run_dir)
+  if not (run_dir / train_folder.RESULTS).exists():
+    raise UserError(
+        f'The run in {run_dir} has not ended. Let pipelines.train go on with it first.'
+    )
   with train_setup.errors_for_users():
     task = train_data.load_task()
   if task.class_numbers(task.clients) is None:
@@ -280,14 +282,18 @@ def _open_run(run_dir: pathlib.Path) -> _Run:
     )
   rows = train_data.split_clients(task)
   batches = train_data.build_batches(task, rows)
+  algorithm = args.algorithm()
   took_part = _who_took_part(run_dir, batches)
+  # After the clients' own draws, which are of all that they have.
+  rows = _trained_on(rows, batches, algorithm)
+  took_part = [client for client in took_part if len(rows[client])]
   if not took_part:
     raise UserError(
         f'No client with examples took part in the run in {run_dir} up to the best '
         'round, whose models are kept: there is nothing to find out.'
     )
   return _Run(
-      run_dir, config, args.algorithm(), task, rows, batches,
+      run_dir, config, algorithm, task, rows, batches,
       took_part,
       released={
           model.name: model.keras_model
@@ -303,29 +309,30 @@ def _open_run(run_dir: pathlib.Path) -> _Run:
   )
 
 
-def _restore_flags(run_dir: pathlib.Path) -> dict[str, Any]:
-  """Gives `train_flags` the values of the run."""
-  try:
-    config = json.loads((run_dir / 'config.json').read_text())['flags']
-  except (OSError, ValueError, KeyError):
-    raise UserError(
-        f'{run_dir} holds no run: there is no config.json of pipelines.train in it. '
-        'Name the folder that --output_dir named.'
-    ) from None
-  if not (run_dir / train_folder.RESULTS).exists():
-    raise UserError(
-        f'The run in {run_dir} has not ended. Let pipelines.train go on with it first.'
-    )
-  known = {flag.name for flag in flags.FLAGS.flags_by_module_dict()[args.__name__]}
-  unknown = sorted(set(config) - known)
-  if unknown:
-    raise UserError(
-        f'The run in {run_dir} was made with flags that are not known here: '
-        f'{", ".join(unknown)}. Audit it with the version that made it.'
-    )
-  for name, value in config.items():
-    flags.FLAGS[name].value = value
-  return config
+def _trained_on(
+    rows: Sequence[np.ndarray], batches: tff_kd.ClientBatches,
+    algorithm: algorithms.Info,
+) -> Sequence[np.ndarray]:
+  """The rows of each client on which it trains: not those without a known label."""
+  if not _is_of_labelled(batches, algorithm):
+    return rows
+  found = []
+  for client in range(len(rows)):
+    # In every round the same, in another order.
+    used, labelled = batches.rows_and_labelled(tf.constant(client), tf.constant(1))
+    found.append(np.unique(used.numpy()[labelled.numpy() > 0]))
+  return found
+
+
+def _is_of_labelled(
+    batches: tff_kd.ClientBatches, algorithm: algorithms.Info
+) -> bool:
+  """Returns whether clients train only on a part of their examples."""
+  # Distillation from a --local_target, which is FedGKD's way, learns from all inputs.
+  learns_from_all = (
+      args.LOCAL_TARGET.value != 'none' or 'local_weight' in algorithm.flags
+  )
+  return batches.label_share < 1.0 and not learns_from_all
 
 
 def _who_took_part(
@@ -695,9 +702,11 @@ def _report(report_dir: pathlib.Path, finished: _Run, results: _Results) -> None
 
 def _setup(finished: _Run, results: _Results) -> str:
   config, num_clients = finished.config, len(finished.took_part)
+  is_of_labelled = _is_of_labelled(finished.batches, finished.algorithm)
+  kind = 'examples with known labels' if is_of_labelled else 'examples'
   setup = (
       f'{config["algorithm"]} on {config["task"]}. Members: {results.num_members} '
-      f'examples of the {num_clients} clients that took part up to the best round, whose '
+      f'{kind} of the {num_clients} clients that took part up to the best round, whose '
       'models are kept; others: the test part, equally many. Attack, class and threshold '
       'were chosen on one half and measured on the other. '
       f'{len(results.clients)} clients were attacked one by one, with '

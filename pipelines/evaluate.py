@@ -38,8 +38,7 @@ _REPORT_DIR = flags.DEFINE_string(
 @pipelines.for_users
 def main(argv: list[str]) -> None:
   run_dir = run_folders.chosen(_RUN.value, 'evaluate')
-  flags.FLAGS['config'].value = str(run_dir / 'config.json')
-  train_flags.take_defaults()
+  train_flags.take_run(run_dir)
   # Here and not above: --help and a wrong flag need not wait for TensorFlow.
   from pipelines import evaluate_job
 

@@ -3,11 +3,9 @@
 from collections.abc import Sequence
 import csv
 import functools
-import json
 import pathlib
 from typing import Any, NamedTuple, Optional
 
-from absl import flags
 import numpy as np
 import tensorflow as tf
 
@@ -24,11 +22,6 @@ from tff_kd import plots
 
 # Beyond that a matrix of shares is a smear.
 _MAX_CLASSES = 100
-# Flags that decide which examples are whose.
-_OF_THE_SPLIT = (
-    'task', 'data_dir', 'num_clients', 'partition', 'alpha', 'shards_per_client', 'seed',
-    'transfer_size', 'validation_size', 'student', 'mentor',
-)
 
 
 class _Evaluated(NamedTuple):
@@ -114,16 +107,12 @@ def _evaluate_own(
     rows: Sequence[np.ndarray],
 ) -> Optional[_Evaluated]:
   """The models that clients keep, as they were in the best round; `None` without."""
-  models = kept.load(run_dir) if len(rows) else None
-  if models is None:
+  try:
+    models = kept.load(run_dir) if len(rows) else None
+  except kept.OtherClientsError as error:
+    print(f'Without the models that clients keep: {error}\n')
     return None
-  ran_with = json.loads((run_dir / 'config.json').read_text())['flags']
-  changed = [flag for flag in _OF_THE_SPLIT if flags.FLAGS[flag].value != ran_with[flag]]
-  if changed:
-    print(
-        f'Without the models that clients keep: --{changed[0]} makes other clients of '
-        'the data.\n'
-    )
+  if models is None:
     return None
   specs = models.specs
   evaluators = [evaluation.CentralEvaluator(spec) for spec in specs]

@@ -73,8 +73,7 @@ def _check_installed() -> None:
 def main(argv: list[str]) -> None:
   _check_installed()
   run_dir = run_folders.chosen(_RUN.value, 'export')
-  flags.FLAGS['config'].value = str(run_dir / 'config.json')
-  train_flags.take_defaults()
+  train_flags.take_run(run_dir)
   # Here and not above: --help and a wrong flag need not wait for TensorFlow.
   from pipelines import export_job
 

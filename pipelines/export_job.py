@@ -163,7 +163,10 @@ def _of_clients(
   """Returns the models that these clients keep."""
   if not clients:
     return []
-  models = kept.load(run_dir)
+  try:
+    models = kept.load(run_dir)
+  except kept.OtherClientsError as error:
+    raise UserError(f'--clients: {error} Leave that out.') from None
   if models is None:
     raise UserError(
         f'--clients: the clients of {run_dir} keep no models of their own. Leave it out.'

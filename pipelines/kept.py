@@ -5,11 +5,24 @@ import json
 import pathlib
 from typing import Any, Optional
 
+from absl import flags
+
 from pipelines import released
+from pipelines import train_flags as args
 from pipelines import train_folder
 from pipelines import train_setup
 from pipelines import UserError
 import tff_kd
+
+# Flags that decide which examples are whose, and what their models are.
+_OF_THE_SPLIT = (
+    'task', 'data_dir', 'num_clients', 'partition', 'alpha', 'shards_per_client', 'seed',
+    'transfer_size', 'validation_size', 'student', 'mentor',
+)
+
+
+class OtherClientsError(UserError):
+  """Flags that are given make other clients than those that keep the models."""
 
 
 class KeptModels:
@@ -83,6 +96,7 @@ def load(run_dir: pathlib.Path) -> Optional[KeptModels]:
 
   Raises:
     UserError: If the run has not ended.
+    OtherClientsError: If flags make other clients.
   """
   if not (run_dir / 'clients').is_dir():
     return None
@@ -91,8 +105,14 @@ def load(run_dir: pathlib.Path) -> Optional[KeptModels]:
         f'The run in {run_dir} has not ended: it has no {train_folder.RESULTS}. Go on '
         f'with it: {train_folder.resume_command(run_dir)}'
     )
+  results = json.loads((run_dir / train_folder.RESULTS).read_text())
+  if not results['clients_keep_models']:
+    return None  # They keep states that are not models.
+  # Before a process is built, which the flags of other clients may not make.
+  ran_with = json.loads((run_dir / args.CONFIG_NAME).read_text())['flags']
+  for flag in _OF_THE_SPLIT:
+    if flags.FLAGS[flag].value != ran_with[flag]:
+      raise OtherClientsError(f'--{flag} makes other clients of the data.')
   with train_setup.errors_for_users():
     process = train_setup.prepare().process
-  if getattr(process, 'kept_models', None) is None:
-    return None  # They keep states that are not models.
   return KeptModels(run_dir, process)

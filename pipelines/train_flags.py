@@ -1,6 +1,6 @@
 """The flags of `pipelines.train`; imports no TensorFlow, so that `--help` is quick."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping, Set
 import importlib.util
 import json
 import pathlib
@@ -859,7 +859,13 @@ FREE_ON_RESUME = {
 
 
 # Flags in a config.json that are about the run's folder, not about the run.
-_NOT_REPEATED = {'config', 'dry_run', 'output_dir', 'resume'}
+_NOT_REPEATED = frozenset({'config', 'dry_run', 'output_dir', 'resume'})
+# Flags about where it runs.
+_WHERE = frozenset({'device', 'runtime', 'ray_address', 'ray_workers', 'ray_resources'})
+# Flags that decide what the others are by default.
+_OF_DEFAULTS = ('task', 'algorithm', 'data_dir')
+# In the folder of a run.
+CONFIG_NAME = 'config.json'
 
 
 def own_flags() -> dict[str, flags.Flag]:
@@ -906,51 +912,112 @@ def settled(names: Iterable[str]) -> set[str]:
   """Returns the flags that a further default must leave as they are.
 
   Args:
-    names: Those that have a value for a reason, beside those that are given.
+    names: Those that have a value for a reason, beside those that are given or of the
+      run that is repeated or looked at.
   """
-  found = {name for name, flag in own_flags().items() if flag.present} | set(names)
+  found = set(names) | {
+      name for name, flag in own_flags().items()
+      if flag.present or not flag.using_default_value
+  }
   return found | _OF_PREDICTIONS if found & _OF_PREDICTIONS else found
 
 
-def _take_task_defaults() -> None:
-  """Gives the flags that are not given what the task has for them.
+def _take(defaults: Mapping[str, Any]) -> set[str]:
+  """Gives the flags that are not given these values.
 
   A default that does not go with what is given gives way.
+
+  Args:
+    defaults: Of flags, by name.
+
+  Returns:
+    The flags that have taken theirs.
   """
-  defaults = _task_defaults(TASK.value, ALGORITHM.value)
-  given = settled([])
+  defaults, given = dict(defaults), settled([])
   if 'transfer_size' in given:
     for name in ('transfer_labels', 'transfer_per_round'):
-      if name in defaults:
+      if defaults.get(name) is not None:
         defaults[name] = min(defaults[name], TRANSFER_SIZE.value)
   if 'transfer_labels' in given and not TRANSFER_LABELS.value:
     given.add('distillation_weight')  # There is nothing else to learn from.
-  for name, value in defaults.items():
-    if name not in given:
-      flags.FLAGS[name].value = value
+  taken = set(defaults) - given
+  for name in taken:
+    flags.FLAGS[name].value = defaults[name]
+  return taken
 
 
 def take_defaults() -> None:
   """Gives the flags that are not given the values of --config, or of the task.
 
-  Of a --config, what the run had by default is left to the defaults: they may be others
-  for another --task or --algorithm.
+  What was given to the run of a --config counts as given here. What that run had by
+  default is taken from it, too, unless the task, its data or the algorithm are others
+  here: then so are the defaults.
 
   Raises:
     app.UsageError: If it is not such a file, or of another version's flags; or if
       there is no such task.
   """
-  path = CONFIG.value
-  if path is None:
-    _take_task_defaults()
-    return
+  if CONFIG.value is None:
+    _take(_task_defaults(TASK.value, ALGORITHM.value))
+  else:
+    _take_config(pathlib.Path(CONFIG.value), _NOT_REPEATED)
+
+
+def take_run(run_dir: pathlib.Path) -> dict[str, Any]:
+  """Gives the flags that are not given those of a run that a script looks at.
+
+  But for those that say where it runs: that is this script's own.
+
+  Args:
+    run_dir: The folder of the run.
+
+  Returns:
+    The run's flags, by name.
+
+  Raises:
+    app.UsageError: As `take_defaults`.
+  """
+  return _take_config(run_dir / CONFIG_NAME, _NOT_REPEATED | _WHERE)
+
+
+def _take_config(path: pathlib.Path, left: Set[str]) -> dict[str, Any]:
+  """Takes the flags of a run, but for those that are left out; returns all of them."""
+  values, given = _read_config(path)
+  known = own_flags()
+  for name in given - left:
+    if not known[name].present:
+      # As if it was given: that it does not fit the other flags must be said.
+      known[name].value, known[name].present = values[name], 1
+  for name in _OF_DEFAULTS:
+    if not known[name].present and name in values:
+      known[name].value = values[name]
+  defaults = _task_defaults(TASK.value, ALGORITHM.value)
+  ran_with = [values.get(name, known[name].value) for name in _OF_DEFAULTS]
+  if [known[name].value for name in _OF_DEFAULTS] != ran_with:
+    _take(defaults)
+    return values
+  of_run = {
+      name: value for name, value in values.items() if name not in given | left
+  }
+  for name in _take(defaults | of_run) & set(of_run):
+    # A user's own task, which has more defaults once it is loaded, must leave it.
+    known[name].using_default_value = False
+  return values
+
+
+def _read_config(path: pathlib.Path) -> tuple[dict[str, Any], set[str]]:
+  """The flags of a run, and which of them were given.
+
+  Raises:
+    app.UsageError: If there is no such file, or it is of another version.
+  """
   try:
-    with open(path) as file:
-      values = json.load(file)['flags']
+    content = json.loads(path.read_text())
+    values = dict(content['flags'])
   except (OSError, ValueError, TypeError, KeyError):
     raise app.UsageError(
         '--config must be the config.json in the folder of a run, and --run that folder; '
-        f'found {path!r}.'
+        f'found {str(path)!r}.'
     ) from None
   unknown = sorted(set(values) - set(own_flags()))
   if unknown:
@@ -958,20 +1025,21 @@ def take_defaults() -> None:
         f'{path} has flags that are not known here: {", ".join(unknown)}. Use the '
         'version that made it, or take them out.'
     )
-  for name in ('task', 'algorithm'):
-    flag = flags.FLAGS[name]
-    if not flag.present and values.get(name, flag.value) != flag.value:
-      flag.value, flag.present = values[name], 1
-  _take_task_defaults()
-  before = {name: flag.default for name, flag in own_flags().items()}
-  before |= _task_defaults(
-      values.get('task', TASK.value), values.get('algorithm', ALGORITHM.value)
-  )
-  for name, value in values.items():
-    flag = flags.FLAGS[name]
-    if name in _NOT_REPEATED or flag.present or value in (flag.value, before[name]):
-      continue
-    flag.value = value
-    # As if it was given: that it does not fit the other flags must be said. What the run
-    # left unset, where there is a default today, asks for nothing.
-    flag.present = int(value is not None)
+  given = content.get('given')
+  if not isinstance(given, list) or not set(given) <= set(values):
+    raise app.UsageError(
+        f'{path} must say in `given`, a list, which of its flags were given, found '
+        f'{given!r}. Use the version that made it, or add that list.'
+    )
+  return values, set(given)
+
+
+def config() -> dict[str, Any]:
+  """Returns what `_read_config` reads: all flags, and which of them are given."""
+  known = sorted(own_flags().items())
+  return {
+      'flags': {name: flag.value for name, flag in known},
+      'given': [
+          name for name, flag in known if flag.present and name not in _NOT_REPEATED
+      ],
+  }

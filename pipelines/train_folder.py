@@ -36,14 +36,9 @@ def named() -> pathlib.Path:
   return pathlib.Path('runs', f'{now}-{args.algorithm().name}-{name}')
 
 
-def _config() -> dict[str, Any]:
-  """The values of all flags of a run."""
-  return {name: flag.value for name, flag in sorted(args.own_flags().items())}
-
-
 def check(run_dir: pathlib.Path) -> None:
   """Refuses a folder that holds another run than this one, or none to resume."""
-  config, path = _config(), run_dir / 'config.json'
+  config, path = args.config()['flags'], run_dir / args.CONFIG_NAME
   # One that ended before its first round left nothing to go on with.
   has_rounds = (run_dir / 'metrics.csv').exists()
   if path.exists() and has_rounds:
@@ -109,7 +104,7 @@ def held(run_dir: pathlib.Path) -> Iterator[pathlib.Path]:
     check(run_dir)
     versions = {m.__name__: m.__version__ for m in (tf, tff, np)}
     run_folders.write_json(
-        run_dir / 'config.json', {'flags': _config(), 'versions': versions}
+        run_dir / args.CONFIG_NAME, {**args.config(), 'versions': versions}
     )
     # Those of a run that goes on are not of what it will leave.
     (run_dir / RESULTS).unlink(missing_ok=True)
@@ -131,7 +126,7 @@ def _new(run_dir: pathlib.Path) -> pathlib.Path:
 def resume_command(run_dir: pathlib.Path) -> str:
   """The command that goes on with a run, all of whose flags are in the folder."""
   words = [
-      'python', '-m', 'pipelines.train', f'--config={run_dir / "config.json"}',
+      'python', '-m', 'pipelines.train', f'--config={run_dir / args.CONFIG_NAME}',
       f'--output_dir={run_dir}',
   ]
   return shlex.join(words)

@@ -319,6 +319,9 @@ def _write_results(
       'lower_is_better': finished.task.is_lower_better(),
       'further_scores': further,
       'alone': alone,
+      'clients_keep_models': getattr(
+          finished.setup.process, 'kept_models', None
+      ) is not None,
   }
   if finished.accountant is not None:
     # Of all rounds: the best round is chosen among all of them.

@@ -87,6 +87,8 @@ def prepare(run_dir: Optional[pathlib.Path] = None) -> Setup:
       none follows.
   """
   algorithm = args.algorithm()
+  if args.DEVICE.value:
+    _check_device()
   pipelines.say(f'Loading the data of {args.TASK.value}.')
   task = train_data.load_task()
   if tff_kd.own_files.is_own(args.TASK.value):
@@ -116,6 +118,13 @@ def prepare(run_dir: Optional[pathlib.Path] = None) -> Setup:
   if train_checks.is_private():
     train_privacy.check_budget(process)
   return Setup(task, clients, process, common, participation)
+
+
+def _check_device() -> None:
+  try:
+    tff_kd.runtime.check_device(args.DEVICE.value)
+  except ValueError as error:
+    raise UserError(f'--device: {error} Take one of these, or leave it out.') from error
 
 
 def _check_ray() -> None:

@@ -3,6 +3,7 @@
 import json
 import types
 
+from absl import app
 import keras
 import numpy as np
 import pytest
@@ -10,8 +11,10 @@ import tensorflow as tf
 
 from pipelines import audit_job
 from pipelines import train_data
+from pipelines import train_flags
 from pipelines import UserError
 from tests import helpers
+import tff_kd
 from tff_kd import models
 
 
@@ -142,21 +145,15 @@ def test_labels_that_are_no_class_numbers(labels, is_audited, tmp_path):
 
 
 def test_what_is_no_finished_run_is_named(tmp_path):
-
-  def audit():
-    audit_job.run(tmp_path, tmp_path / 'audit', num_victims=1, seed=0, num_epochs=0)
-
-  with helpers.flags_of(), pytest.raises(
-      UserError, match='holds no run: there is no config'
+  for content, error, match in (
+      (None, app.UsageError, 'must be the config.json in the folder of a run'),
+      ({'flags': {}, 'given': []}, UserError, 'has not ended'),
+      ({'flags': {'unheard_of': 1}}, app.UsageError, 'not known here: unheard_of'),
   ):
-    audit()
-  (tmp_path / 'config.json').write_text('{"flags": {}}')
-  with pytest.raises(UserError, match='has not ended'):
-    audit()
-  (tmp_path / 'config.json').write_text('{"flags": {"unheard_of": 1}}')
-  (tmp_path / 'results.json').write_text('{"rounds": 1}')
-  with pytest.raises(UserError, match='not known here: unheard_of'):
-    audit()
+    if content is not None:
+      (tmp_path / 'config.json').write_text(json.dumps(content))
+    with helpers.flags_of(), pytest.raises(error, match=match):
+      audit_job.run(tmp_path, tmp_path / 'audit', num_victims=1, seed=0, num_epochs=0)
 
 
 @pytest.mark.parametrize('faults', [(), ('--dropout_after=0.5',)])
@@ -184,6 +181,31 @@ def test_members_are_those_of_whom_the_kept_models_have_learnt(faults, tmp_path)
       if is_heard and round_num <= best and round_num != skipped:
         expected.add(number)
   assert found == sorted(expected - {0}) and len(found) < len(every - {0})
+
+
+@pytest.mark.parametrize(
+    'args, is_of_all',
+    [
+        ([], False), (['--algorithm=fed_df'], False), (['--algorithm=fed_gkd'], True),
+        (['--local_target=student'], True), (['--label_share=1'], True),
+    ],
+)
+def test_members_are_what_clients_were_trained_on(args, is_of_all, tmp_path):
+  rows = [np.arange(40)[::-1], np.array([], int), np.arange(40, 47)]
+  x = np.zeros((47, 1), np.float32)
+  with helpers.flags_of('--algorithm=fed_avg', '--label_share=0.4', *args):
+    batches = tff_kd.ClientBatches(
+        data=tff_kd.FileClientData.from_arrays((x, x[:, 0]), rows, directory=tmp_path),
+        batch_size=3, num_epochs=2, label_share=train_flags.LABEL_SHARE.value,
+    )
+    found = audit_job._trained_on(rows, batches, train_flags.algorithm())
+  for client, of_client in enumerate(rows):
+    expected = of_client
+    if not is_of_all:
+      used, known = batches.rows_and_labelled(tf.constant(client), tf.constant(7))
+      expected = sorted({row for row, k in zip(used.numpy(), known.numpy()) if k})
+    np.testing.assert_array_equal(found[client], expected)
+  assert is_of_all or 0 < len(found[0]) < 40
 
 
 class _Own(keras.Model):

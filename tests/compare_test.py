@@ -257,7 +257,8 @@ def test_varied_flags_ceilings_and_a_run_without_any_client(tmp_path):
 @pytest.mark.slow
 def test_ceilings_are_of_the_data_and_models_of_a_config(tmp_path):
   config = tmp_path / 'config.json'
-  config.write_text(json.dumps({'flags': {'student': ['cnn'], 'transfer_size': 1500}}))
+  values = {'student': ['cnn'], 'transfer_size': 1500}
+  config.write_text(json.dumps({'flags': values, 'given': list(values)}))
   done = _run(
       '--algorithms=fed_avg', '--seeds=0', '--rounds=1', '--client_epochs=1',
       f'--config={config}', '--ceilings', '--central_epochs=1',

@@ -235,7 +235,7 @@ def workplace(tmp_path_factory):
   run = folder / 'runs' / 'mine'
   run.mkdir(parents=True)
   values = {name: flag.default for name, flag in train_flags.own_flags().items()}
-  (run / 'config.json').write_text(json.dumps({'flags': values, 'versions': {}}))
+  (run / 'config.json').write_text(json.dumps({'flags': values, 'given': []}))
   (folder / 'examples').symlink_to(helpers.ROOT / 'examples')
   return folder
 

@@ -11,12 +11,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
+from pipelines import audit_job
 from pipelines import centralized_job
 from pipelines import evaluate_job
 from pipelines import export
 from pipelines import export_job
 from pipelines import released
 from pipelines import task_defaults
+from pipelines import train_checks
 from pipelines import train_data
 from pipelines import train_flags
 from pipelines import train_process
@@ -46,6 +48,18 @@ def data_dir(tmp_path_factory):
   for client in range(5):
     save(f'client_{client}.npz', (rng.integers(0, 2, 40) + client) % 3)
   save('server.npz', rng.integers(0, 3, 90))
+  return folder
+
+
+@pytest.fixture(scope='module')
+def many_dir(tmp_path_factory):
+  """Likewise, of more clients than a run has by default."""
+  folder = tmp_path_factory.mktemp('many')
+  rng = np.random.default_rng(0)
+  for name in ('server', *(f'client_{k:02}' for k in range(22))):
+    labels = rng.integers(0, 3, 90 if name == 'server' else 12)
+    x = 3 * np.eye(3, 2)[labels] + rng.normal(size=(len(labels), 2))
+    np.savez(folder / name, x=x, y=labels)
   return folder
 
 
@@ -90,6 +104,90 @@ def test_an_own_tasks_predictions_are_aligned(args, expected, data_dir):
     train_data.load_task()
     found = tuple(flags.FLAGS[name].value for name in _OF_FUSION)
   assert found == expected
+
+
+def _loaded():
+  """The flags of a run when its task is loaded, once they are checked."""
+  train_data.load_task()
+  train_checks.run()
+  found = train_flags.config()
+  return {**found, 'flags': found['flags'] | {'config': None}}
+
+
+@pytest.mark.parametrize(
+    'args', [['--num_clients=20', '--algorithm=fed_avg'], ['--prior=em'], []]
+)
+def test_a_config_settles_the_flags_of_an_own_task(args, many_dir, tmp_path):
+  path = tmp_path / 'config.json'
+  own = ['--task=examples/own_task.py', f'--data_dir={many_dir}']
+  with helpers.flags_of(*own, *args):
+    train_flags.take_defaults()
+    ran_with = _loaded()
+  path.write_text(json.dumps(ran_with))
+  with helpers.flags_of(f'--config={path}'):
+    train_flags.take_defaults()
+    assert _loaded() == ran_with
+  with helpers.flags_of():
+    train_flags.take_run(tmp_path)
+    assert _loaded() == ran_with
+
+
+def test_what_an_own_task_had_by_default_gives_way(many_dir, data_dir, tmp_path):
+  path = tmp_path / 'config.json'
+  with helpers.flags_of('--task=examples/own_task.py', f'--data_dir={many_dir}'):
+    train_flags.take_defaults()
+    path.write_text(json.dumps(_loaded()))
+  for args, expected in (
+      (['--algorithm=fed_avg'], {'consensus': None, 'num_clients': 22}),
+      (['--prediction_bits=4', '--consensus=era'], {'consensus': 'era', 'prior': None}),
+      ([f'--data_dir={data_dir}'], {'num_clients': 5, 'clients_per_round': 5}),
+      (['--num_clients=20'], {'num_clients': 20, 'consensus': 'aligned'}),
+  ):
+    with helpers.flags_of(f'--config={path}', *args):
+      train_flags.take_defaults()
+      assert expected.items() <= _loaded()['flags'].items()
+
+
+def _evaluate(run, *args):
+  """The report of `pipelines.evaluate`, and the names of the clients."""
+  with helpers.flags_of(*args):
+    train_flags.take_run(run)
+    evaluate_job.run(run, run / 'evaluation', part='test', num_worst=0)
+  report = json.loads((run / 'evaluation' / 'report.json').read_text())
+  rows = helpers.rows(run / 'evaluation' / 'clients.csv')
+  return report['models'], [row['client'] for row in rows]
+
+
+def test_an_own_tasks_run_is_gone_on_with_and_looked_at(many_dir, tmp_path, capsys):
+  run = tmp_path / 'run'
+  helpers.train_here(
+      '--task=examples/own_task.py', f'--data_dir={many_dir}', '--algorithm=fml',
+      '--rounds=1', '--num_clients=10', '--nocompare_with_fed_avg',
+      '--transfer_labels=0', f'--output_dir={run}',
+      f'--cache_dir={tmp_path / "cache"}',
+  )
+  helpers.train_here(
+      f'--config={run / "config.json"}', f'--output_dir={run}', '--rounds=2'
+  )
+  assert len(helpers.rows(run / 'metrics.csv')) == 2
+  found, names = _evaluate(run)
+  assert set(found) == {'student', 'client'} and len(names) == 10
+  with helpers.flags_of():
+    train_flags.take_run(run)
+    (exported,) = export_job._of_clients(run, names[3:4])
+    assert exported.name == f'client_{names[3]}'
+  with helpers.flags_of():
+    assert list(audit_job._open_run(run).batches.data.names) == names
+  # Other clients than those that keep models, and fewer than take part in a round.
+  capsys.readouterr()
+  found, others = _evaluate(run, '--num_clients=5')
+  assert set(found) == {'student'} and len(others) == 5
+  said = capsys.readouterr().out
+  assert 'Without the models that clients keep: --num_clients makes other' in said
+  with helpers.flags_of('--seed=1'):
+    train_flags.take_run(run)
+    with pytest.raises(UserError, match='--clients: --seed makes other clients'):
+      export_job._of_clients(run, names[:1])
 
 
 def test_an_own_task_has_defaults_with_an_algorithm(tmp_path):

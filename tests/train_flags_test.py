@@ -212,11 +212,7 @@ def test_a_config_repeats_a_run_where_nothing_else_is_said(tmp_path):
   path = tmp_path / 'config.json'
   given = ['--algorithm=fed_df', '--seed=4', '--student=cnn', '--output_dir=x']
   with helpers.flags_of(*helpers.TINY_FUSION, *given):
-    values = {
-        flag.name: flag.value
-        for flag in flags.FLAGS.flags_by_module_dict()[train_flags.__name__]
-    }
-  path.write_text(json.dumps({'flags': values, 'versions': {}}))
+    path.write_text(json.dumps(train_flags.config()))
   with helpers.flags_of(f'--config={path}', '--seed=5'):
     train_flags.take_defaults()
     assert train_flags.ALGORITHM.value == 'fed_df' and train_flags.SEED.value == 5
@@ -228,6 +224,8 @@ def test_a_config_repeats_a_run_where_nothing_else_is_said(tmp_path):
   for text, message in (
       ('{}', '--config must be the config.json'),
       ('{"flags": {"unheard_of": 1}}', 'not known here: unheard_of'),
+      ('{"flags": {"seed": 1}}', 'must say in `given`.* found None. Use the version'),
+      ('{"flags": {"seed": 1}, "given": ["rounds"]}', r"found \['rounds'\]"),
   ):
     path.write_text(text)
     with helpers.flags_of(f'--config={path}'):
@@ -312,8 +310,10 @@ def test_a_config_leaves_defaults_to_what_is_run_now(tmp_path):
   path = tmp_path / 'config.json'
   with helpers.flags_of('--task=shakespeare', '--client_epochs=2'):
     train_flags.take_defaults()
-    values = {name: flag.value for name, flag in train_flags.own_flags().items()}
-  path.write_text(json.dumps({'flags': values, 'versions': {}}))
+    config = train_flags.config()
+  assert config['given'] == ['client_epochs', 'task']
+  values = config['flags']
+  path.write_text(json.dumps(config))
   with helpers.flags_of(f'--config={path}'):
     names = list(values)
     assert dict(zip(names, _taken(*names))) == {**values, 'config': str(path)}
@@ -323,6 +323,61 @@ def test_a_config_leaves_defaults_to_what_is_run_now(tmp_path):
     assert flags.FLAGS['client_epochs'].present and not flags.FLAGS['teacher'].present
   with helpers.flags_of(f'--config={path}', '--task=newsgroups'):
     assert _taken('student', 'num_clients', 'client_epochs') == [['embedding'], 20, 2]
+
+
+def _config_of(path, *given):
+  """Writes the config.json of a run with these flags."""
+  with helpers.flags_of(*given):
+    train_flags.take_defaults()
+    path.write_text(json.dumps(train_flags.config()))
+
+
+def test_what_is_given_is_given_again_by_a_config_whatever_the_default(tmp_path):
+  path = tmp_path / 'config.json'
+  _config_of(path, '--num_clients=20', '--server_learning_rate=1')
+  # Both are defaults of mnist5k, and of another task and other builders they are not.
+  with helpers.flags_of(f'--config={path}', '--task=cifar10'):
+    assert _taken('num_clients', 'clients_per_round') == [20, 10]
+    assert flags.FLAGS['server_learning_rate'].present
+
+
+def test_a_config_takes_what_the_run_had_by_other_defaults(tmp_path, monkeypatch):
+  path = tmp_path / 'config.json'
+  _config_of(path, '--task=shakespeare')
+  before = task_defaults.DEFAULTS['shakespeare']
+  monkeypatch.setitem(
+      task_defaults.DEFAULTS, 'shakespeare', before | {'client_epochs': 3}
+  )
+  with helpers.flags_of(f'--config={path}'):
+    assert _taken('client_epochs', 'num_clients') == [1, 562]
+    assert not flags.FLAGS['num_clients'].present
+  # What the run had by default gives way to what is given here.
+  with helpers.flags_of(f'--config={path}', '--prediction_bits=4'):
+    assert _taken(*_CODE) == [None, None, 4]
+  with helpers.flags_of(f'--config={path}', '--transfer_size=50'):
+    assert _taken('transfer_labels', 'transfer_per_round') == [50, 50]
+
+
+def test_what_looks_at_a_run_does_not_run_where_it_ran(tmp_path):
+  path = tmp_path / 'config.json'
+  where = ['--device=GPU', '--ray_address=auto', '--ray_workers=3']
+  _config_of(path, '--seed=4', *where)
+  with helpers.flags_of():
+    assert train_flags.take_run(tmp_path)['device'] == ['GPU']
+    assert train_flags.SEED.value == 4
+    assert not train_flags.DEVICE.value and train_flags.RAY_ADDRESS.value is None
+  with helpers.flags_of(f'--config={path}'):
+    assert _taken('device', 'ray_workers') == [['GPU'], 3]
+
+
+def test_a_device_that_is_not_there_is_a_sentence(tmp_path):
+  folder = tmp_path / 'run'
+  for further in ([], ['--dry_run']):
+    said = helpers.refused_here(
+        '--device=TPU:7', f'--output_dir={folder}', *further
+    )
+    assert "error: --device: There is no device 'TPU:7'. TensorFlow sees CPU" in said
+  assert not folder.exists()
 
 
 def test_flags_of_averaging_are_refused_where_nothing_is_averaged():

@@ -1,5 +1,6 @@
 """Runtimes of TFF's computations: this process, Ray, or the worker that TFF ships."""
 
+from tff_kd.runtime.devices import check_device
 from tff_kd.runtime.in_process import AsyncInProcessContext
 from tff_kd.runtime.in_process import in_process
 from tff_kd.runtime.in_process import InProcessContext

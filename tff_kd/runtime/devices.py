@@ -103,6 +103,18 @@ class Slots:
     return slots
 
 
+def check_device(device: Union[str, Sequence[str]]) -> None:
+  """Raises an error if `in_process` and `ray` would refuse a device.
+
+  Args:
+    device: As `in_process` takes it.
+
+  Raises:
+    ValueError: If TensorFlow sees no such device.
+  """
+  _devices_of(device)
+
+
 def _devices_of(device: Union[str, Sequence[str]]) -> list[str]:
   """Returns the names of devices, such as '/device:CPU:0'."""
   there = [device.name for device in tf.config.list_logical_devices()]
