@@ -56,7 +56,7 @@ def exclusive_lock(folder: pathlib.Path) -> Iterator[None]:
 def run_all(
     jobs: Sequence[Job],
     num_at_once: Optional[int] = None,
-    on_done: Callable[[Job, float], str] = lambda job, seconds: '',
+    on_done: Callable[[Job, float], str] = lambda job, seconds: f'{seconds:.0f} s',
 ) -> list[str]:
   """Runs jobs, so many at a time, and prints a line for each that ends.
 
@@ -65,7 +65,7 @@ def run_all(
   Args:
     jobs: What to run.
     num_at_once: How many at a time; one a core, pinned to it, if `None`.
-    on_done: Maps a job and its seconds to what its line says.
+    on_done: Maps a job and its seconds to what its line says; the seconds if not given.
 
   Returns:
     The names of the jobs that failed.
