@@ -13,6 +13,7 @@ import subprocess
 from absl import flags
 import numpy as np
 import pytest
+import tensorflow as tf
 
 from pipelines import train
 from pipelines import train_checks
@@ -264,6 +265,10 @@ _OF_FILES = ('--config', '--task=examples', '--task=idx')
 )
 def test_what_would_be_trained_can_be(arguments, workplace, monkeypatch):
   monkeypatch.chdir(workplace)
+  if '--device=GPU' in arguments and not tf.config.list_logical_devices('GPU'):
+    said = helpers.refused_here(*arguments, '--dry_run')
+    assert "There is no device 'GPU'. TensorFlow sees CPU:0" in said
+    return
   assert 'Nothing was trained' in helpers.train_here(*arguments, '--dry_run')
 
 
