@@ -1,4 +1,4 @@
-# make train | test | slow | smoke | lint | lock | clean. The newest of Python 3.13, 3.12
+# make train | test | long | slow | smoke | lint | lock | clean. The newest of Python 3.13, 3.12
 # and 3.11 is taken; `make PYTHON=/path/to/python3.12 ...` (or PYTHON=3.12) names another.
 # `make train FLAGS="--rounds=50"` passes flags on.
 
@@ -13,7 +13,7 @@ INPUTS := $(LOCKS) setup.cfg pyproject.toml
 PARALLEL = -n $$(( $$(nproc) + 1 )) --dist loadfile --no-loadscope-reorder
 ALONE := tests/faults_test.py $(wildcard tests/ray_*test.py tests/benchmark*test.py)
 
-.PHONY: train test slow smoke lint lock clean install
+.PHONY: train test long slow smoke lint lock clean install
 
 train: $(STAMP)
 	$(BIN)/python -m pipelines.train $(FLAGS)
@@ -23,10 +23,12 @@ test: $(STAMP)
 	$(BIN)/python -m pytest -q $(PARALLEL)
 
 # Whole runs of scripts and notebooks, the reproductions, TFF's worker, and further values of
-# what the tests hold. What kills, freezes and fills what runs, or starts clusters, comes by
-# itself at the end.
-slow: $(STAMP)
+# what the tests hold.
+long: $(STAMP)
 	$(BIN)/python -m pytest -q -m slow $(PARALLEL) $(ALONE:%=--ignore=%)
+
+# And what kills, freezes and fills what runs, or starts clusters, by itself at the end.
+slow: long
 	$(BIN)/python -m pytest -q -m slow $(ALONE)
 
 lint: $(STAMP)
