@@ -50,3 +50,14 @@ def test_what_tff_takes_of_tensorflow_privacy_is_there():
       lambda: tff.learning.compression_aggregator(),
   ):
     assert make() is not None
+
+
+def test_jax_is_imported_only_for_tff_jax(monkeypatch):
+  from tensorflow_federated.python.core.environments import jax as tff_jax
+
+  assert tff.jax is tff_jax
+  monkeypatch.setitem(sys.modules, 'jax', None)  # As where it is not installed.
+  with pytest.raises(ImportError, match='install jax==0.4.38'):
+    tff.jax.computation  # noqa: B018
+  with pytest.raises(AttributeError, match='no attribute .other.'):
+    tff.jax.other  # noqa: B018

@@ -11,6 +11,7 @@ Each shim says why it is there and when it can go.
 import importlib
 import os
 import sys
+import types
 
 # Keras chooses its backend when it is imported: this must be known before.
 _backend = os.environ.get('KERAS_BACKEND', 'tensorflow')
@@ -79,6 +80,39 @@ def _import_privacy():
 
 
 tensorflow_privacy = _import_privacy()
+
+
+def _defer_jax():
+  """Imports TFF's JAX frontend (`tff.jax`) when it is used.
+
+  Why: `import tensorflow_federated` imports it, and it needs `jax.lib.xla_client`, which
+  JAX dropped after 0.4.38. Nothing else in TFF uses JAX, which takes 400 MB on disk and
+  100 MB of memory.
+  Until: TFF's JAX frontend imports with current JAX.
+  """
+  name = 'tensorflow_federated.python.core.environments.jax'
+  module = types.ModuleType(name, 'Libraries for interacting with a JAX frontend.')
+
+  def get(attribute: str):
+    if attribute != 'computation':
+      raise AttributeError(f'module {name!r} has no attribute {attribute!r}')
+    try:
+      frontend = importlib.import_module(
+          'tensorflow_federated.python.core.environments.jax_frontend.jax_computation'
+      )
+    except ImportError as error:
+      raise ImportError(
+          f'tff.jax needs `jax.lib.xla_client` ({error}): install jax==0.4.38 and '
+          'jaxlib==0.4.38, or write the computation in TensorFlow '
+          '(`tff.tensorflow.computation`).'
+      ) from error
+    return frontend.jax_computation
+
+  module.__getattr__ = get
+  sys.modules.setdefault(name, module)
+
+
+_defer_jax()
 
 try:
   import tensorflow_federated as tff  # noqa: F401
