@@ -10,7 +10,7 @@ STAMP := $(VENV)/.installed
 SMOKE := .venv-smoke
 LOCKS := requirements.txt requirements-data.txt requirements-ray.txt requirements-notebooks.txt
 INPUTS := $(LOCKS) setup.cfg pyproject.toml
-PARALLEL = -n $$(( $$(nproc) + 1 )) --dist loadfile --no-loadscope-reorder
+PARALLEL = -n $$(( $$(nproc 2>/dev/null || getconf _NPROCESSORS_ONLN) + 1 )) --dist loadfile --no-loadscope-reorder
 ALONE := tests/faults_test.py $(wildcard tests/ray_*test.py tests/benchmark*test.py)
 
 .PHONY: train test long slow smoke lint lock clean install
@@ -54,13 +54,31 @@ smoke-%: $(SMOKE)/%/.installed
 	  --teacher=mlp_large --server_steps=2 --back_steps=2 --output_dir=$(SMOKE)/$*/run
 	@echo "smoke: Python $* imports and runs a round."
 
+# The only wheel of TFF is for Linux on x86-64. It is Python beside the program of TFF's own
+# runtime (--runtime=tff), so that elsewhere pip is told to take it all the same.
+SYSTEM := $(shell uname -sm)
+PIP := python -m pip install --quiet --disable-pip-version-check --no-deps
+HASHED := $(PIP) --ignore-requires-python --require-hashes
+ifeq ($(SYSTEM),Linux x86_64)
+define install-locks
+	$(1)/bin/$(HASHED) $(addprefix -r ,$(LOCKS))
+endef
+else
+define install-locks
+	awk '/^tensorflow-federated==/ {n = 2} {print > ("$(1)/" (n-- > 0 ? "tff.txt" : "others.txt"))}' requirements.txt
+	$(1)/bin/$(HASHED) -r $(1)/others.txt $(addprefix -r ,$(filter-out requirements.txt,$(LOCKS)))
+	$(1)/bin/$(HASHED) -r $(1)/tff.txt --only-binary=:all: --platform=manylinux_2_31_x86_64 \
+	  --target="$$($(1)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')"
+endef
+endif
+
 # $(call install,folder,python): a virtual environment with the lock and this package.
 # pip must not resolve, nor mind what TFF's metadata say of Python. See BUILD_NOTES.md.
 define install
 	@pythons="$$(.ci/pythons $(2))" || { echo 'tff_kd needs Python 3.13, 3.12 or 3.11 that runs and has the modules venv and ensurepip, but $(or $(2:%=% is none),none is on the PATH or in pyenv); name one with: make PYTHON=/path/to/python3.13' >&2; exit 1; }; \
 	set -- $$pythons; echo "$$1 -m venv --clear $(1)"; "$$1" -m venv --clear $(1)
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --ignore-requires-python --require-hashes $(addprefix -r ,$(LOCKS))
-	$(1)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps --no-build-isolation --editable .
+	$(call install-locks,$(1))
+	$(1)/bin/$(PIP) --no-build-isolation --editable .
 	@touch $(1)/.installed
 endef
 

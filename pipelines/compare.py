@@ -35,6 +35,7 @@ from pipelines import run_folders
 from pipelines import tables
 from pipelines import train_flags
 from tff_kd import algorithms
+from tff_kd import cores
 
 flags.adopt_module_key_flags(central_flags)
 flags.adopt_module_key_flags(train_flags)
@@ -580,7 +581,7 @@ def _report(
       f'\nTest {metric} in the round that is best by validation, and the mean of the '
       f'last {_LAST_ROUNDS}\nrounds; mean ± standard deviation over the seeds; MB up and '
       'down per participating client;\nseconds with '
-      f'{_JOBS.value or parallel.num_cores()} runs at a time.\n'
+      f'{_JOBS.value or len(cores.available())} runs at a time.\n'
       + ', '.join(str(folder / name) for name in files)
   )
 

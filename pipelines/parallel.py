@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 import concurrent.futures
 import contextlib
 import fcntl
-import os
+import functools
 import pathlib
 import queue
 import subprocess
@@ -13,6 +13,8 @@ import time
 from typing import NamedTuple, Optional
 
 from absl import app
+
+from tff_kd import cores
 
 
 class Job(NamedTuple):
@@ -27,11 +29,6 @@ class Job(NamedTuple):
   name: str
   command: Sequence[str]
   log: pathlib.Path
-
-
-def num_cores() -> int:
-  """How many cores this process may use."""
-  return len(os.sched_getaffinity(0))
 
 
 @contextlib.contextmanager
@@ -70,7 +67,7 @@ def run_all(
   Returns:
     The names of the jobs that failed.
   """
-  available = sorted(os.sched_getaffinity(0))
+  available = cores.available()
   count = min(num_at_once or len(available), max(1, len(jobs)))
   free, running, is_stopped = queue.SimpleQueue(), set(), threading.Event()
   for place in range(count):
@@ -115,7 +112,7 @@ def _run(
   Raises:
     RuntimeError: If it fails; with the end of what it said.
   """
-  pin = None if core is None else lambda: os.sched_setaffinity(0, {core})
+  pin = None if core is None else functools.partial(cores.pin, core)
   start = time.perf_counter()
   with open(job.log, 'w') as file:
     process = subprocess.Popen(

@@ -9,6 +9,7 @@ from typing import Optional, Union
 
 import tensorflow as tf
 
+from tff_kd import cores
 from tff_kd.runtime import executables
 
 Device = Union[None, str, Sequence[str]]
@@ -86,18 +87,18 @@ class Slots:
 
   @functools.cached_property
   def _found(self) -> list[Slot]:
-    cores = len(os.sched_getaffinity(0))
+    num_cores = len(cores.available())
     if self._device is None:
       only_cpus = all(
           each.device_type == _CPU for each in tf.config.list_logical_devices()
       )
-      slots = [Slot(None, only_cpus)] * (cores if only_cpus else 1)
+      slots = [Slot(None, only_cpus)] * (num_cores if only_cpus else 1)
     else:
       names = _devices_of(self._device)
       slots = [Slot(name, False) for name in names if _CPU not in name]
       cpus = [Slot(name, True) for name in names if _CPU in name]
       if cpus:
-        slots += [cpus[i % len(cpus)] for i in range(max(cores, len(cpus)))]
+        slots += [cpus[i % len(cpus)] for i in range(max(num_cores, len(cpus)))]
     if self._max is not None:
       slots = [slots[i % len(slots)] for i in range(self._max)]
     return slots

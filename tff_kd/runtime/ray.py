@@ -13,6 +13,7 @@ import re
 import secrets
 from typing import Any, Optional
 
+from tff_kd import cores
 from tff_kd.compat import tff
 from tff_kd.runtime import devices
 from tff_kd.runtime import ray_clients
@@ -213,7 +214,7 @@ def _local_resources(
     return {}
   needed = {name: num_workers * amount for name, amount in resources.items()}
   needed.pop('memory', None)
-  cpus = max(needed.pop('CPU', 0), len(os.sched_getaffinity(0)))
+  cpus = max(needed.pop('CPU', 0), len(cores.available()))
   needed.pop('GPU', None)
   return {'num_cpus': int(cpus), 'resources': needed}
 

@@ -16,6 +16,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from tff_kd import cores
 from tff_kd.runtime import clients
 from tff_kd.runtime import devices
 from tff_kd.runtime import plan as plan_lib
@@ -125,7 +126,7 @@ def num_threads() -> int:
   return int(
       os.environ.get(_THREADS_VARIABLE)
       or tf.config.threading.get_intra_op_parallelism_threads()
-      or len(os.sched_getaffinity(0))
+      or len(cores.available())
   )
 
 
