@@ -87,13 +87,13 @@ def _bytes() -> Any:
   )
 
 
-def _hindered() -> Any:
+def _client_faults() -> Any:
   columns = {
       'FedAvg': 'FedAvg', 'FedDF': 'FedDF',
       'fed_distillation: student': 'fed_distillation: student',
       'teacher': 'fed_distillation: teacher',
   }
-  return plots.scores(_rows(tables('hindered.md')[0], columns), metric='test accuracy')
+  return plots.scores(_rows(tables('client_faults.md')[0], columns), metric='test accuracy')
 
 
 def _privacy() -> Any:
@@ -126,7 +126,7 @@ def _task(number: int, metric: str) -> Any:
 PICTURES: dict[str, Callable[[], Any]] = {
     'algorithms-alpha-0.1.png': _algorithms,
     'bytes.png': _bytes,
-    'hindered.png': _hindered,
+    'client_faults.png': _client_faults,
     'privacy.png': _privacy,
     'ablation.png': _ablation,
     'mnist5k.png': functools.partial(_task, 0, 'test accuracy'),

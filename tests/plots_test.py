@@ -345,7 +345,7 @@ def test_pictures_of_the_pages_show_their_tables(draw_results):
     cells, = (row for row in table if row[0].partition(' ')[0] == text.get_text())
     assert cells[1].startswith(f'{text.xy[1]:.3f} ± '.lstrip('0'))
     assert float(cells[2]) == text.xy[0]
-  for name, rows, models in (('hindered.png', 8, 4), ('privacy.png', 6, 3)):
+  for name, rows, models in (('client_faults.png', 8, 4), ('privacy.png', 6, 3)):
     panel = figures[name].axes[0]
     assert (len(panel.get_yticklabels()), len(panel.containers)) == (rows, models)
   best, last = figures['ablation.png'].axes[0].containers
