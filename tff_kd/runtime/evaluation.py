@@ -157,7 +157,7 @@ class _Evaluation:
 
   def _literal(self, proto, place) -> _Value:
     literal = tff.framework.ComputationBuildingBlock.from_proto(proto)
-    dtype = dataflow.tensor_spec(literal.type_signature).dtype
+    dtype = dataflow.tensor_spec(proto.type).dtype
     emit = lambda _: [tf.constant(literal.value, dtype)]
     return dataflow.Node(place, [], [proto.type], emit).leaves[0]
 
@@ -274,7 +274,7 @@ def _operation(types, operator, fill, place) -> tuple[dataflow.Body, list[datafl
   params = body.add_params([*types, *types])
   emit = functools.partial(_pairwise, operator)
   body.results = dataflow.Node(body, params, types, emit).leaves
-  specs = [dataflow.tensor_spec(tff.types.deserialize_type(each)) for each in types]
+  specs = [dataflow.tensor_spec(each) for each in types]
   fill_all = lambda _: [tf.fill(spec.shape, fill(spec.dtype)) for spec in specs]
   return body, dataflow.Node(place, [], types, fill_all).leaves
 

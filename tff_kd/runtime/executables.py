@@ -39,7 +39,7 @@ class Executable:
     with self._lock:
       if self._function is not None:
         return
-      specs = [leaf.tensor_spec() for leaf in self._params]
+      specs = [leaf.tensor_spec for leaf in self._params]
       emit = lambda *tensors: dataflow.emit(
           self._results, dict(zip(self._params, tensors, strict=True))
       )

@@ -25,6 +25,8 @@ from typing import Any
 
 import tensorflow as tf
 
+from tff_kd.runtime import dataflow
+
 _REDUCE = 'ReduceDataset'
 _SPREAD = '_lower_using_switch_merge'
 _LOOPS = ('While', 'StatelessWhile')
@@ -134,14 +136,13 @@ class _Rewriter:
 
   def _reachable(self, name: str) -> list[Any]:
     """Returns a function and those that it calls; all have been rewritten."""
-    found, left = {}, [name]
-    while left:
-      name = left.pop()
-      if name not in found and name in self.rewritten:
-        found[name] = self.rewritten[name]
-        for node in found[name].node_def:
-          left += [function.name for function in _functions_in(node)]
-    return list(found.values())
+
+    def called(name: str) -> list[str]:
+      nodes = self.rewritten[name].node_def if name in self.rewritten else ()
+      return [function.name for node in nodes for function in _functions_in(node)]
+
+    found = dataflow.reachable([name], called)
+    return [self.rewritten[each] for each in found if each in self.rewritten]
 
 
 def _functions_in(node: Any) -> list[Any]:

@@ -115,7 +115,7 @@ class ClientsOnRay(running.RunClients):
       self, leaf: dataflow.Leaf, number: int, references: Sequence[Any]
   ) -> Sequence[tf.Tensor]:
     """Returns a leaf's tensors, from where a stage has kept them."""
-    dtype = leaf.tensor_spec().dtype
+    dtype = leaf.tensor_spec.dtype
     tensors = []
     for group in range(self.num_groups):
       sent = self._get_kept(number, group, references)
@@ -389,7 +389,7 @@ class _Pass:
 
   def _merge(self, sent: Sequence[ray_worker.Sent]) -> None:
     tensors: Sequence[Any] = [
-        ray_worker.from_sent(each, leaf.tensor_spec().dtype)
+        ray_worker.from_sent(each, leaf.tensor_spec.dtype)
         for each, leaf in zip(sent, self._sums.total, strict=True)
     ]
     if self._total is not None:

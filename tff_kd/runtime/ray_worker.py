@@ -225,7 +225,7 @@ class Worker:
       for sent in (own, *kept):
         of_clients |= {
             plan.leaves[number]: [
-                from_sent(each, plan.leaves[number].tensor_spec().dtype)
+                from_sent(each, plan.leaves[number].tensor_spec.dtype)
                 for each in clients_sent
             ]
             for number, clients_sent in sent.items()
@@ -246,7 +246,7 @@ class Worker:
       self, plan: plan_lib.Plan, sent: Mapping[int, Sent]
   ) -> Mapping[Any, tf.Tensor]:
     return {
-        plan.leaves[number]: from_sent(each, plan.leaves[number].tensor_spec().dtype)
+        plan.leaves[number]: from_sent(each, plan.leaves[number].tensor_spec.dtype)
         for number, each in sent.items()
     }
 

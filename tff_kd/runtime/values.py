@@ -8,8 +8,8 @@ import numpy as np
 import tensorflow as tf
 import tree
 
+from tff_kd import graphs
 from tff_kd.compat import tff
-from tff_kd.runtime import emitting
 from tff_kd.runtime import tff_internals
 
 
@@ -136,7 +136,7 @@ def _of_type(
   found = tff.SequenceType(element)
   if type_spec.is_assignable_from(found):
     return dataset
-  closed = _with_shapes(spec, emitting.element_spec(type_spec.element))
+  closed = _with_shapes(spec, graphs.specs_of(type_spec.element))
   if not type_spec.is_assignable_from(
       tff.SequenceType(tff.types.tensorflow_to_type(closed))
   ):
@@ -184,7 +184,7 @@ def from_tensors(tensors: Iterator[tf.Tensor], type_spec: tff.Type) -> Any:
     )
   tensor = next(tensors)
   if isinstance(type_spec, tff.SequenceType):
-    spec = emitting.element_spec(type_spec.element)
+    spec = graphs.specs_of(type_spec.element)
     return tf.data.experimental.from_variant(tensor, spec)
   return tensor.numpy()
 
