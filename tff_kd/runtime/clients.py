@@ -193,16 +193,15 @@ class ClientPass:
     self._kept = kept
     self._num_clients = num_clients
     self._sum = _GroupedSum(stage.sums, scope, num_clients) if stage.sums else None
-    needed = [*stage.inputs, *(stage.sums.values if stage.sums else ())]
-    self._own = [leaf for leaf in needed if leaf in kept]
-    self._shared = {leaf: scope[leaf] for leaf in needed if leaf in scope}
+    self._own = [leaf for leaf in stage.needed if leaf in kept]
+    self._shared = {leaf: scope[leaf] for leaf in stage.needed if leaf in scope}
     self._shared_on: dict[Optional[str], Mapping[dataflow.Leaf, tf.Tensor]] = {}
     for leaf in stage.kept:
       kept[leaf] = [None] * num_clients
     self._window = 0
     self._lock = threading.Condition()
     self._numbers = itertools.count()
-    self._failed: Optional[tuple[int, BaseException]] = None
+    self._failed: Optional[ClientFailure] = None
 
   def run(self, workers: Workers, stop: threading.Event) -> Optional[Tensors]:
     """Runs all clients.
@@ -232,7 +231,7 @@ class ClientPass:
     for future in running:
       future.result()
     if self._failed is not None:
-      raise self._failed[1]
+      raise self._failed
     if stop.is_set():
       raise futures.CancelledError()
     return self._sum.total if self._sum else None
@@ -253,9 +252,7 @@ class ClientPass:
       while client < self._num_clients:
         if stop.is_set() or self._failed is not None:
           return None
-        if self._sum is None:
-          return client
-        if client < self._sum.num_done + self._window:
+        if self._sum is None or client < self._sum.num_done + self._window:
           return client
         self._lock.wait(_POLL_S)
     return None
@@ -271,8 +268,8 @@ class ClientPass:
         failure.__cause__ = error
         error = failure
       with self._lock:
-        if self._failed is None or error.client < self._failed[0]:
-          self._failed = (error.client, error)
+        if self._failed is None or error.client < self._failed.client:
+          self._failed = error
     finally:
       with self._lock:
         self._lock.notify_all()
