@@ -3,7 +3,6 @@
 This module needs no Ray by itself: `ray_workers` makes an actor of `Worker`.
 """
 
-import collections
 from collections.abc import Callable, Hashable, Mapping, Sequence
 import hashlib
 import os
@@ -12,6 +11,7 @@ import platform
 import threading
 from typing import Any, NamedTuple, Optional, Union
 
+import cachetools
 import keras
 import numpy as np
 import tensorflow as tf
@@ -133,18 +133,14 @@ class _Recent:
   """Values made once by key, of which the latest ones are held."""
 
   def __init__(self, max_size: int):
-    self._max_size = max_size
     self._lock = threading.Lock()
-    self._made: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+    self._made: cachetools.LRUCache = cachetools.LRUCache(max_size)
 
   def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
     """Returns the key's value; makes it if there is none."""
     with self._lock:
       if key not in self._made:
         self._made[key] = make()
-        if len(self._made) > self._max_size:
-          self._made.popitem(last=False)
-      self._made.move_to_end(key)
       return self._made[key]
 
 
@@ -168,7 +164,7 @@ class Worker:
     self._fetch = fetch
     if _THREADS_VARIABLE not in os.environ:
       tf.config.threading.set_intra_op_parallelism_threads(intra_op_threads)
-    self._workers = clients.Workers(devices.Slots(None, max_concurrent_clients).get())
+    self._workers = clients.Workers(devices.find_slots(None, max_concurrent_clients))
     self._plans = _Recent(_MAX_PLANS)
     self._passes = _Recent(_MAX_PASSES)
     self._stops = _Recent(_MAX_RUNS)

@@ -1,11 +1,11 @@
 """Runs compiled computations: the server here, the clients wherever they compute."""
 
 import abc
-import collections
 from collections.abc import Callable, Mapping, Sequence
 import threading
 from typing import Any, Optional, cast
 
+import cachetools
 import tensorflow as tf
 
 from tff_kd import graphs
@@ -130,13 +130,13 @@ class Runner:
       make_clients: Makes the clients of a run.
     """
     tff_internals.check_version()
-    self._slots = devices.Slots(device, max_concurrent_clients)
+    devices.prepare(device, max_concurrent_clients)
+    self._device = device
+    self._max_concurrent_clients = max_concurrent_clients
     self._make_clients = make_clients
     self._lock = threading.Lock()
     # By identity; with the computation, so that its place is not given to another.
-    self._plans: collections.OrderedDict[int, tuple[Any, plan_lib.Plan]] = (
-        collections.OrderedDict()
-    )
+    self._plans: cachetools.LRUCache = cachetools.LRUCache(_MAX_PLANS)
     self._workers: Optional[clients.Workers] = None
 
   def run(
@@ -162,7 +162,8 @@ class Runner:
     """
     with self._lock:
       if self._workers is None:
-        self._workers = clients.Workers(self._slots.get())
+        slots = devices.find_slots(self._device, self._max_concurrent_clients)
+        self._workers = clients.Workers(slots)
       plan = self._plan(comp)
     with self._workers.server.scope():
       run = _Run(plan, comp, arg, self._workers, self._make_clients)
@@ -173,9 +174,6 @@ class Runner:
     if id(comp) not in self._plans:
       proto = tff.framework.serialize_computation(comp)
       self._plans[id(comp)] = (comp, plan_lib.compile_computation(proto))
-      if len(self._plans) > _MAX_PLANS:
-        self._plans.popitem(last=False)
-    self._plans.move_to_end(id(comp))
     return self._plans[id(comp)][1]
 
 
