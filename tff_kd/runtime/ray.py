@@ -5,6 +5,7 @@ Moritz et al. (2018), "Ray: A Distributed Framework for Emerging AI Applications
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -41,8 +42,10 @@ class RayContext(tff.framework.SyncContext):
       ray: The package, connected.
     """
     self._pool = pool
-    cluster = ray_clients.Cluster(ray, pool)
-    self._runner = running.Runner(device, None, ray_clients.make_clients(cluster))
+    make_clients = functools.partial(
+        ray_clients.ClientsOnRay, ray_clients.Cluster(ray, pool)
+    )
+    self._runner = running.Runner(device, None, make_clients)
 
   def invoke(self, comp: tff.framework.ConcreteComputation, arg: Any) -> Any:
     """Runs a computation; see `tff.framework.SyncContext`.

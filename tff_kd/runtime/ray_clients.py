@@ -2,7 +2,6 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent import futures
-import functools
 import heapq
 import threading
 from typing import Any, Optional
@@ -102,7 +101,11 @@ class ClientsOnRay(running.RunClients):
   def kept(self, leaf):
     for number, references in self._kept.items():
       if leaf in self.plan.stages[number].kept:
-        return self._fetch(leaf, number, references)
+        return [
+            ray_worker.from_sent(sent, leaf.tensor_spec.dtype)
+            for group in range(self.num_groups)
+            for sent in self._get_kept(number, group, references)[self.numbers[leaf]]
+        ]
     return None
 
   def drop(self, leaf):
@@ -110,17 +113,6 @@ class ClientsOnRay(running.RunClients):
     for number in list(self._kept):
       if self._dropped.issuperset(self.plan.stages[number].kept):
         del self._kept[number]
-
-  def _fetch(
-      self, leaf: dataflow.Leaf, number: int, references: Sequence[Any]
-  ) -> Sequence[tf.Tensor]:
-    """Returns a leaf's tensors, from where a stage has kept them."""
-    dtype = leaf.tensor_spec.dtype
-    tensors = []
-    for group in range(self.num_groups):
-      sent = self._get_kept(number, group, references)
-      tensors += [ray_worker.from_sent(each, dtype) for each in sent[self.numbers[leaf]]]
-    return tensors
 
   def _get_kept(self, number: int, group: int, references: Sequence[Any]) -> Any:
     """Gets what a stage has kept of a group; a node that is lost has taken it along."""
@@ -173,7 +165,7 @@ class ClientsOnRay(running.RunClients):
         if needed.intersection(self.plan.stages[earlier].kept)
     ]
     plan_reference = self.cluster.plan_reference(self.plan)
-    members = ray_workers.group_clients(group, self.num_clients)
+    members = _members(group, self.num_clients)
     return worker.actor.run_group.options(num_returns=2).remote(
         self.name,
         [plan_reference, self._shared[number]],
@@ -314,9 +306,14 @@ class _Pass:
       try:
         outcome = ray.get(reference, timeout=self._run.cluster.pool.silence_s)
       except ray.exceptions.RayTaskError as error:
-        self._take_task_error(group, worker, error)
+        if isinstance(error.cause, ray.exceptions.RayError):
+          self._note_try(group, worker, error.cause)  # What it was given is gone.
+        else:
+          self._failures[group] = error
       except ray.exceptions.RayError as error:
-        self._retry(group, worker, error)
+        if isinstance(error, ray.exceptions.RayActorError):
+          self._run.cluster.pool.lose(worker, _first_line(error))
+        self._note_try(group, worker, error)
       else:
         self._take(group, worker, outcome)
     if not done:
@@ -325,32 +322,14 @@ class _Pass:
       )
       self._take_back()
 
-  def _take_task_error(
-      self, group: int, worker: ray_workers.WorkerRecord, error: Any
-  ) -> None:
-    """Handles an error that `Worker.run_group` raised."""
-    lost = self._run.cluster.ray.exceptions.RayError
-    if isinstance(error.cause, lost):  # What it was given is gone.
-      self._note_try(group, worker, error.cause)
-    else:
-      self._failures[group] = error
-
-  def _retry(
-      self, group: int, worker: ray_workers.WorkerRecord, error: Exception
-  ) -> None:
-    """Has a group done again whose worker, or whose result, is gone."""
-    exceptions = self._run.cluster.ray.exceptions
-    if isinstance(error, exceptions.RayActorError):
-      self._run.cluster.pool.lose(worker, _first_line(error))
-    self._note_try(group, worker, error)
-
   def _note_try(
       self, group: int, worker: ray_workers.WorkerRecord, reason: object
   ) -> None:
+    """Has a group done again whose worker, or whose result, is gone."""
     tries = self._tries.setdefault(group, [])
     tries.append(f'{worker.name}: {_first_line(reason)}')
     if len(tries) >= _MAX_TRIES:
-      members = ray_workers.group_clients(group, self._run.num_clients)
+      members = _members(group, self._run.num_clients)
       raise ray_workers.NoWorkerError(
           f'The clients {members[0]} to {members[-1]} of the {self._run.num_clients} in '
           f'this round were not computed: {len(tries)} workers in a row were lost with '
@@ -415,6 +394,7 @@ def _first_line(error: object) -> str:
   return str(error).strip().partition('\n')[0]
 
 
-def make_clients(cluster: Cluster) -> running.MakeClients:
-  """Returns what makes the clients of a run on a cluster."""
-  return functools.partial(ClientsOnRay, cluster)
+def _members(group: int, num_clients: int) -> range:
+  """Returns the clients of a group."""
+  start = group * clients.GROUP_SIZE
+  return range(start, min(start + clients.GROUP_SIZE, num_clients))

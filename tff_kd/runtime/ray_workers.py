@@ -8,7 +8,6 @@ from typing import Any, Optional
 
 from absl import logging
 
-from tff_kd.runtime import clients
 from tff_kd.runtime import ray_worker
 
 # Groups that a worker has at a time: the next one is there when one is done.
@@ -277,14 +276,3 @@ def _amounts(resources: Mapping[str, float]) -> str:
       if not name.startswith(('node:', 'object_store'))
   }
   return ', '.join(f'{amount:g} {name}' for name, amount in shown.items()) or 'nothing'
-
-
-def group_clients(group: int, num_clients: int) -> range:
-  """Returns the clients of a group.
-
-  Args:
-    group: The number of the group.
-    num_clients: The total number of clients.
-  """
-  start = group * clients.GROUP_SIZE
-  return range(start, min(start + clients.GROUP_SIZE, num_clients))
