@@ -11,7 +11,6 @@ import functools
 import inspect
 import signal
 import subprocess
-import sys
 import tempfile
 import threading
 from typing import Any, Optional
@@ -287,12 +286,9 @@ def worker_factory() -> Iterator[tff.framework.ExecutorFactory]:
   # pylint: enable=protected-access
   with tempfile.TemporaryFile('w') as log:  # Gone when the worker is.
     try:
-      stdout, stderr = sys.stdout, sys.stderr
-      sys.stdout = sys.stderr = log  # What TFF gives to the process that it starts.
-      try:
+      # TFF gives these to the process that it starts.
+      with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         manager.get_stub()
-      finally:
-        sys.stdout, sys.stderr = stdout, stderr
       yield factory
     finally:
       process: Optional[subprocess.Popen] = manager._process
@@ -304,7 +300,6 @@ def worker_factory() -> Iterator[tff.framework.ExecutorFactory]:
         except subprocess.TimeoutExpired:
           process.kill()
           process.wait()
-
 
 
 def end_thread(context: tff.framework.SyncExecutionContext) -> None:
