@@ -10,12 +10,11 @@ Imports no TensorFlow.
 from collections.abc import Iterator
 import contextlib
 import importlib.abc
-import importlib.machinery
 import importlib.util
 import os
 import subprocess
 import sys
-from typing import Optional
+from typing import Any, Optional
 
 LEVEL = 'TF_CPP_MIN_LOG_LEVEL'
 # What a GPU's driver makes, and Windows' Linux. With a GPU, errors are about it.
@@ -44,7 +43,7 @@ def quiet_tensorflow() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-  """Finds TensorFlow as others do, and wraps the loader. Goes when it has."""
+  """Finds TensorFlow as others do, and has it loaded with a filtered log, once."""
 
   def find_spec(self, fullname, path=None, target=None):
     if fullname != 'tensorflow':
@@ -52,23 +51,16 @@ class _Finder(importlib.abc.MetaPathFinder):
     sys.meta_path.remove(self)
     spec = importlib.util.find_spec(fullname)
     if spec is not None and spec.loader is not None:
-      spec.loader = _Loader(spec.loader)
+      loader: Any = spec.loader
+      exec_module = loader.exec_module
+
+      def exec_quietly(module):
+        del loader.exec_module  # The loader's own is used from now on.
+        with filtered_stderr(level()):
+          exec_module(module)
+
+      loader.exec_module = exec_quietly
     return spec
-
-
-class _Loader(importlib.abc.Loader):
-  """Runs a module with the early lines of its log filtered."""
-
-  def __init__(self, loader: importlib.abc.Loader):
-    self._loader = loader
-
-  def create_module(self, spec: importlib.machinery.ModuleSpec):
-    return self._loader.create_module(spec)
-
-  def exec_module(self, module) -> None:
-    module.__spec__.loader = module.__loader__ = self._loader
-    with filtered_stderr(level()):
-      self._loader.exec_module(module)
 
 
 @contextlib.contextmanager
