@@ -6,7 +6,6 @@ those that nobody holds. No handler of signals is needed, nor installed.
 """
 
 import atexit
-from collections.abc import Iterator
 import fcntl
 import os
 import pathlib
@@ -71,7 +70,11 @@ def _make(parent: pathlib.Path) -> pathlib.Path:
 
 def _sweep(parent: pathlib.Path) -> None:
   """Removes the folders of this user and machine that no process holds."""
-  for path in _folders(parent):
+  # Machines that share the folder may not see each other's locks.
+  name = re.compile(rf'tff_kd_{re.escape(platform.node())}_\d+_\w{{8}}')
+  for path in parent.iterdir():
+    if not name.fullmatch(path.name):
+      continue
     try:
       folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -84,16 +87,6 @@ def _sweep(parent: pathlib.Path) -> None:
       pass  # Its process lives.
     finally:
       os.close(folder)
-
-
-def _folders(parent: pathlib.Path) -> Iterator[str]:
-  # Only this machine's: where several share the folder, they need not see each other's
-  # locks.
-  name = re.compile(rf'tff_kd_{re.escape(platform.node())}_\d+_\w{{8}}')
-  with os.scandir(parent) as entries:
-    for entry in entries:
-      if name.fullmatch(entry.name):
-        yield entry.path
 
 
 def _remove(folder: pathlib.Path, owner: int) -> None:
