@@ -8,6 +8,7 @@ import numpy as np
 import tensorflow as tf
 
 from tff_kd import graphs
+from tff_kd import internals
 from tff_kd.models import batches
 from tff_kd.models import embeddings
 
@@ -31,32 +32,26 @@ def non_trainable_variables(model: keras.Model) -> list[keras.Variable]:
   """Those of Keras, and the states of recurrent layers, which Keras does not list."""
   variables = list(model.non_trainable_variables)
   listed = {id(v) for v in variables}
-  return variables + [
-      state
-      for layer in _recurrent_layers(model)
-      for state in tf.nest.flatten(layer.states)
-      if id(state) not in listed
-  ]
+  return variables + [state for state in _states(model) if id(state) not in listed]
 
 
 def _recurrent_layers(model: keras.Model) -> list[keras.layers.RNN]:
-  """The recurrent layers with `stateful=True`."""
-  pending, found = [model], []
-  while pending:
-    layer = pending.pop()
-    if isinstance(layer, keras.layers.RNN) and layer.stateful:
-      found.append(layer)
-    pending += getattr(layer, 'layers', ())
-    wrapped = getattr(layer, 'layer', None)
-    pending += [] if wrapped is None else [wrapped]
-  return found
+  """Returns the recurrent layers with `stateful=True`."""
+  return [
+      layer for layer in internals.all_layers(model)
+      if isinstance(layer, keras.layers.RNN) and layer.stateful
+  ]
+
+
+def _states(model: keras.Model) -> list[keras.Variable]:
+  """Returns the states of recurrent layers of a built model."""
+  return tf.nest.flatten([layer.states for layer in _recurrent_layers(model)])
 
 
 def reset_states(model: keras.Model) -> None:
   """Sets the states of recurrent layers to 0, as they are before any call."""
-  for layer in _recurrent_layers(model):
-    for state in tf.nest.flatten(layer.states):
-      state.assign(tf.zeros_like(state))
+  for state in _states(model):
+    state.assign(tf.zeros_like(state))
 
 
 def call_model(
@@ -166,11 +161,7 @@ def _layout(
     model: keras.Model, variables: Sequence[keras.Variable], moved: Sequence[int]
 ) -> Layout:
   """Tells a model's values apart, given the places of those that training changes."""
-  recurrent = {
-      id(state)
-      for layer in _recurrent_layers(model)
-      for state in tf.nest.flatten(layer.states)
-  }
+  recurrent = {id(state) for state in _states(model)}
   statistics = tuple(
       i
       for i in moved
