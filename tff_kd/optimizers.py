@@ -42,8 +42,7 @@ def check_optimizer(
       its own, or no rate.
   """
   if isinstance(optimizer, tff.learning.optimizers.Optimizer):
-    state = optimizer.initialize(tf.TensorSpec([], tf.float32))
-    if scheduled and _LEARNING_RATE not in optimizer.get_hparams(state):
+    if scheduled and _LEARNING_RATE not in initial_hparams(optimizer):
       raise ValueError(
           f'`{name}` offers no learning rate to scale (it may have a schedule of '
           'its own). Use it without a schedule inside the round, or pass the '
@@ -110,7 +109,7 @@ def settings(optimizer: Optimizer) -> dict[str, Any]:
   made = optimizer()
   try:
     config = dict(made.get_config())
-  except NotImplementedError:  # Of a schedule that is not for Keras's files.
+  except NotImplementedError:  # A schedule without `get_config`.
     config = {}
   config.pop('name', None)
   return {'type': type(made).__name__, **config}
@@ -307,10 +306,6 @@ def build_stepper(
 ) -> Union['_TffStepper', '_KerasStepper']:
   """Builds an optimizer as a function of the values of some variables.
 
-  The result has `initialize(hparams=None) -> state`, tensors to carry from step to step
-  (and between rounds), and `apply(state, values, gradients, rate_scale=None) -> (state,
-  values)`, under the variables' constraints. A gradient of `None` leaves its value.
-
   Args:
     optimizer: A TFF optimizer or a function that returns a Keras one.
     variables: Give names, shapes and constraints; they are not changed.
@@ -329,7 +324,7 @@ def build_stepper(
 def _of_known_shape(
     gradients: Sequence[Any], variables: Sequence[keras.Variable]
 ) -> tuple[Any, ...]:
-  """Gradients whose shapes TensorFlow lost, as of a product with one feature."""
+  """Returns gradients with the shapes of the variables where TensorFlow lost them."""
 
   def known(gradient, shape):
     lost = isinstance(gradient, tf.Tensor) and not gradient.shape.is_fully_defined()
@@ -355,8 +350,7 @@ class _TffStepper:
   def apply(self, state, values, gradients, rate_scale: Optional[tf.Tensor] = None):
     if rate_scale is not None:
       hparams = self._optimizer.get_hparams(state)
-      scaled = collections.OrderedDict(hparams)
-      scaled[_LEARNING_RATE] = hparams[_LEARNING_RATE] * rate_scale
+      scaled = with_learning_rate(hparams, hparams[_LEARNING_RATE] * rate_scale)
       state = self._optimizer.set_hparams(state, scaled)
     gradients = _of_known_shape(gradients, self._variables)
     state, values = self._optimizer.next(state, tuple(values), gradients)
