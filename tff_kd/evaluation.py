@@ -17,7 +17,7 @@ from tff_kd import graphs
 from tff_kd import models
 
 _BATCH_SIZE = 256
-# Examples that a user's metric sees at once: an AUC holds hundreds of copies.
+# The number of examples in one update of a user's metric: an AUC makes many copies.
 _METRIC_BATCH = 1024
 _NOBODY = 'No client has an example to evaluate on.'
 
@@ -137,7 +137,7 @@ def _user_scores(
     outputs: np.ndarray, labels: np.ndarray, spec: models.ModelSpec,
     weights: Optional[np.ndarray],
 ) -> dict[str, float]:
-  """The user's metrics over all examples, batch by batch."""
+  """Returns the user's metrics over all examples, computed in batches."""
   _, expected = models.split_batch(spec.input_spec)
   labels = np.asarray(labels)
   if not expected.shape[1:].is_compatible_with(labels.shape[1:]):
@@ -145,9 +145,7 @@ def _user_scores(
         "The user's metrics take labels like the clients' (`input_spec`): expected "
         f'{expected}, found an array of shape {labels.shape}.'
     )
-  update, scores = spec.metric_functions
-  if weights is not None:
-    update = spec.weighted_metric_update
+  update = spec.metric_update if weights is None else spec.weighted_metric_update
   state = spec.metrics.initial_state()
   for start in range(0, len(labels), _METRIC_BATCH):
     batch = slice(start, start + _METRIC_BATCH)
@@ -155,14 +153,14 @@ def _user_scores(
     state = update(
         state, tf.cast(labels[batch], expected.dtype), outputs[batch], *weight
     )
-  return {name: float(value) for name, value in scores(state).items()}
+  return {name: float(value) for name, value in spec.metric_scores(state).items()}
 
 
 def _own_scores(
     outputs: np.ndarray, labels: np.ndarray, spec: models.ModelSpec,
     weights: Optional[np.ndarray],
 ) -> dict[str, float]:
-  """Accuracy, loss and calibration, or the errors of a regression."""
+  """Returns accuracy, loss and calibration, or the errors of a regression."""
   if spec.is_regression:
     errors = outputs.reshape(len(labels), -1) - labels.reshape(len(labels), -1)
     if weights is not None:
@@ -409,7 +407,7 @@ class ClientsEvaluator:
   def _metric_and_count(
       self, weights: Any, dataset: tf.data.Dataset
   ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The metric over a client's batches, and how many examples there are."""
+    """Returns the metric over a client's batches, and the number of examples."""
     spec, metrics = self._spec, self._spec.metrics
     values = spec.values(weights)
 
@@ -476,7 +474,7 @@ class ClientsEvaluator:
 
 
 def _model_weights(weights: Any) -> tff.learning.models.ModelWeights:
-  """The same as one Python structure, whatever a computation made of it."""
+  """Returns weights as `ModelWeights` of lists, whatever a computation returned."""
   return tff.learning.models.ModelWeights(
       list(weights.trainable), list(weights.non_trainable)
   )
