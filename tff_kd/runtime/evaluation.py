@@ -1,8 +1,8 @@
 """Evaluates a serialized computation on leaves instead of values.
 
-What is left of it are its calls of TensorFlow graphs, each at the server or at the
-clients, and the sums between them, as a graph of `dataflow.Node`s. Selections, zips,
-broadcasts and functions of functions are gone.
+The result is a graph of `dataflow.Node`s: the calls of TensorFlow graphs, each at the
+server or at the clients, and the sums between them. Selections, zips, broadcasts and
+functions of functions are resolved.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,6 @@ from tff_kd.runtime import emitting
 
 _CLIENTS, _SERVER = dataflow.CLIENTS, dataflow.SERVER
 
-# A leaf, a list for a structure, or a function of a value and the place of its work.
 # A `dataflow.Leaf`, a list of values, or a function (argument, place) -> value.
 _Value = Any
 
@@ -148,7 +147,7 @@ class _Evaluation:
   def _call_graph(self, proto, argument, place) -> _Value:
     args = [] if argument is None else flatten(argument)
     result = proto.type.function.result
-    # At the server, nothing else runs at the same time.
+    # The server runs alone and may use all threads.
     emit = functools.partial(
         emitting.emit_graph, proto.tensorflow, place is not _SERVER
     )
@@ -173,8 +172,6 @@ class _Evaluation:
       return argument
     if uri in _OPERATORS:
       return self._reduce(argument, proto.type.function.result, *_OPERATORS[uri])
-    if uri.startswith('federated_secure'):
-      return self._secure_sum(argument, uri, proto.type.function.result)
     if uri == 'federated_aggregate':
       return self._aggregate(argument, types)
     if uri == 'sequence_map':
@@ -184,9 +181,17 @@ class _Evaluation:
     if uri == 'sequence_reduce':
       return self._sequence_reduce(argument, types, place)
     block = tff.framework.ComputationBuildingBlock.from_proto(proto)
+    is_secure = uri.startswith('federated_secure')
+    if is_secure:  # In the clear: simulated clients have no protocol between them.
+      comp = tff.framework.ConcreteComputation.from_building_block(block)
+      comp = tff.backends.test.replace_secure_intrinsics_with_bodies(comp)
+      block = comp.to_building_block()
     block, is_known = tff.tensorflow.replace_intrinsics_with_bodies(block)
-    if not is_known:
-      raise _not_supported(uri)
+    if not (is_known or is_secure):
+      raise NotImplementedError(
+          f'The in-process runtime does not support `tff.{uri}`. Use another operator, '
+          "or TFF's own runtime (`tff_kd.runtime.tff_worker`)."
+      )
     return self.evaluate(block.proto, {}, place)(argument, place)
 
   def _body(self, function: _Value, types: Sequence[Any]) -> dataflow.Body:
@@ -205,21 +210,6 @@ class _Evaluation:
     body, zero = _operation(types, operator, fill, _SERVER)
     node = dataflow.Aggregate(flatten(value), zero, body, body)
     return _struct(iter(node.leaves), type_proto)
-
-  def _secure_sum(self, argument, uri, type_proto) -> _Value:
-    """Adds a sum in the clear: simulated clients have no protocol between them."""
-    if uri not in _SECURE_CHECKS:
-      raise _not_supported(uri)
-    value, bound = argument
-    types = dataflow.leaf_types(type_proto)
-    bounds = flatten(bound) if isinstance(bound, list) else [bound] * len(types)
-    emit = functools.partial(_pairwise, _SECURE_CHECKS[uri])
-    if uri == 'federated_secure_modular_sum':
-      total = flatten(self._reduce(value, type_proto, *_OPERATORS['federated_sum']))
-      node = dataflow.Node(_SERVER, [*total, *bounds], types, emit)
-      return _struct(iter(node.leaves), type_proto)
-    node = dataflow.Node(_CLIENTS, [*flatten(value), *bounds], types, emit)
-    return self._reduce(node.leaves, type_proto, *_OPERATORS['federated_sum'])
 
   def _aggregate(self, argument, types) -> _Value:
     value, zero, accumulate, merge, report = argument
@@ -285,26 +275,8 @@ def _pairwise(operator, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
   return [operator(x, y) for x, y in zip(tensors[:half], tensors[half:])]
 
 
-def _at_most(value: tf.Tensor, bound: tf.Tensor) -> tf.Tensor:
-  """Checks what a client adds to a secure sum."""
-  message = 'client value larger than maximum specified for secure sum'
-  in_range = tf.cast(value, tf.int64) <= tf.cast(bound, tf.int64)
-  check = tf.raw_ops.Assert(
-      condition=tf.reduce_all(in_range), data=[message, value, bound]
-  )
-  with tf.control_dependencies([check]):
-    return tf.identity(value)
-
-
-def _not_supported(uri: str) -> NotImplementedError:
-  return NotImplementedError(
-      f'The in-process runtime does not support `tff.{uri}`. Use another operator, or '
-      "TFF's own runtime (`tff_kd.runtime.tff_worker`)."
-  )
-
-
 _AT_CLIENTS = {'federated_map', 'federated_eval_at_clients'}
-# What is the same for all clients is computed once.
+# Values that are the same for all clients are computed once, at the server.
 _AT_SERVER = {'federated_apply', 'federated_eval_at_server', 'federated_map_all_equal'}
 _ARRANGEMENTS = {
     'federated_broadcast', 'federated_value_at_clients', 'federated_value_at_server',
@@ -314,11 +286,4 @@ _OPERATORS = {
     'federated_sum': (tf.add, lambda dtype: tf.zeros((), dtype)),
     'federated_min': (tf.minimum, lambda dtype: tf.constant(dtype.max, dtype)),
     'federated_max': (tf.maximum, lambda dtype: tf.constant(dtype.min, dtype)),
-}
-_SECURE_CHECKS = {
-    'federated_secure_sum': _at_most,
-    'federated_secure_sum_bitwidth': lambda value, bits: _at_most(
-        value, 2 ** tf.cast(bits, tf.int64) - 1
-    ),
-    'federated_secure_modular_sum': tf.math.mod,
 }
