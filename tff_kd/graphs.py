@@ -25,11 +25,11 @@ from tff_kd import internals
 from tff_kd import temporary
 from tff_kd.compat import tff
 
-# Not into the temporary folder, where files stay if the process is killed.
+# In the system's temporary folder they would stay if the process is killed.
 internals.write_autograph_files_with(temporary.named_file)
 # The graphs traced last, whose operations know where they were created.
 _GRAPHS = collections.deque(maxlen=200)
-# Of several places that made nodes of one name, so many are shown.
+# How many places are shown, if several made nodes of one name.
 _MAX_PLACES = 3
 _LIBRARIES = re.compile(r'/(tensorflow|keras|tensorflow_federated)/')
 _NODE = re.compile(r'\{\{(?:function_node [^}]*?\}\} ?\{\{)?node ([^}]+?)\}\}')
@@ -42,7 +42,7 @@ def function(fn: Callable[..., Any]) -> Any:
 
 
 def user_function(fn: Callable[..., Any]) -> Callable[..., Any]:
-  """A user's function as this package calls it where it traces: with AutoGraph.
+  """Returns a user's function to be traced with AutoGraph.
 
   Args:
     fn: A function, or a bound method. One of this package is returned as it is.
@@ -53,12 +53,12 @@ def user_function(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wide_dtype(dtype: tf.DType) -> tf.DType:
-  """The dtype in which numbers are summed: float32 for floats of 16 bits."""
+  """Returns the dtype in which numbers are summed: float32 for floats of 16 bits."""
   return tf.float32 if dtype.is_floating and dtype.size < 4 else dtype
 
 
 def all_finite(values: Any) -> tf.Tensor:
-  """Whether all numbers, or at least their sums, are finite.
+  """Returns whether the sums of all tensors are finite.
 
   Args:
     values: Tensors in any structure; those of integers and `None` are passed over.
@@ -66,7 +66,7 @@ def all_finite(values: Any) -> tf.Tensor:
   Returns:
     A bool scalar.
   """
-  # One operation and one pass for each: this is in every client's and server's graph.
+  # One sum for each tensor: this is in the graph of every client and of the server.
   axes, sums = {}, {}
   for value in tf.nest.flatten(values):
     if value is None or not value.dtype.is_floating:
@@ -80,7 +80,7 @@ def all_finite(values: Any) -> tf.Tensor:
 
 
 def specs_of(type_spec: tff.Type) -> Any:
-  """The structure of `tf.TypeSpec`s of a TFF type, in the Python containers that it has.
+  """Returns the structure of `tf.TypeSpec`s of a TFF type, in its Python containers.
 
   Args:
     type_spec: A type without placements and functions.
@@ -232,7 +232,7 @@ class TracedFunction:
     return constants
 
   def __call__(self, *args: Any) -> Any:
-    """The function's result, in the graph (or eager context) of the call."""
+    """Returns the function's result, in the graph (or eager context) of the call."""
     leaves = self._leaves(args)
     if tf.executing_eagerly():
       results = self._traced(*leaves)
@@ -278,7 +278,7 @@ class TracedFunction:
     )
 
   def _leaves(self, args: Sequence[Any]) -> list[Any]:
-    """The tensors of the arguments' leaves."""
+    """Returns the tensors of the arguments' leaves."""
     return [
         _as_tensor(leaf)
         for spec, arg in zip(self._specs, args, strict=True)
@@ -299,7 +299,7 @@ class TracedFunction:
 
 
 def _constant(name: str, value: Any, dtype: int) -> Any:
-  """A `Const` node."""
+  """Returns a `Const` node."""
   node = tf.compat.v1.NodeDef(name=name, op='Const')
   node.attr['dtype'].type = dtype
   node.attr['value'].tensor.CopyFrom(tf.make_tensor_proto(value, dtype))
@@ -313,13 +313,13 @@ def _as_tensor(leaf: Any) -> Any:
 
 
 def placed(fn: Callable[..., Any]) -> Callable[..., Any]:
-  """A function that is traced eagerly wherever it is called, by what it is called with.
+  """Returns a function that is traced eagerly for the arguments of each call.
 
-  For what TFF itself calls in its graphs: finalizers of metrics, parts of models.
+  It is for functions that TFF calls in graphs: finalizers of metrics, parts of models.
   """
 
   def call(*args):
-    if tf.executing_eagerly() or tf.compat.v1.executing_eagerly_outside_functions():
+    if tf.compat.v1.executing_eagerly_outside_functions():
       return fn(*args)
     specs = [
         tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), arg)
@@ -364,8 +364,8 @@ def user_traceback(message: str) -> Optional[str]:
 
   Returns:
     The frames of the Python traceback outside of TensorFlow, Keras and TFF, the latest
-    last, as `traceback` prints them; of several places that made nodes of that name, in
-    computations of their own, those of the latest ones; `None` if the node is not known.
+    last, as `traceback` prints them, or the latest few of such tracebacks if several
+    computations have a node of that name; `None` if the node is not known.
   """
   for name in _NODE.findall(message):
     places = _places_of(name.split('}}')[0].strip())
@@ -375,7 +375,7 @@ def user_traceback(message: str) -> Optional[str]:
 
 
 def _places_of(name: str) -> list[str]:
-  """The tracebacks outside of libraries of the operations with a name, latest first."""
+  """Returns where the operations of a name were made, the latest first."""
   while name:
     places = {}
     for graph in reversed(_GRAPHS):
@@ -393,7 +393,7 @@ def _places_of(name: str) -> list[str]:
 
 
 def _operations(graph: tf.Graph, name: str) -> Iterator[tf.Operation]:
-  """The operations of a name in a graph and in its functions."""
+  """Yields the operations of a name in a graph and in its functions."""
   try:
     yield graph.get_operation_by_name(name)
   except KeyError:

@@ -17,7 +17,7 @@ import sys
 from typing import Any, Optional
 
 LEVEL = 'TF_CPP_MIN_LOG_LEVEL'
-# What a GPU's driver makes, and Windows' Linux. With a GPU, errors are about it.
+# Made by the driver of a GPU, or by WSL. Where there is a GPU, errors about it are shown.
 _GPUS = ('/dev/nvidiactl', '/dev/nvidia0', '/dev/dxg')
 _SEVERITIES = 'IWE'
 _FILTER_SECONDS = 5.0

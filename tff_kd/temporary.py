@@ -22,7 +22,7 @@ _folder: Optional[pathlib.Path] = None
 
 
 def new_directory(prefix: str) -> pathlib.Path:
-  """A new, empty folder that only its owner reads, inside this process's own.
+  """Makes an empty folder that only its owner reads, inside this process's own.
 
   Args:
     prefix: The beginning of its name.
@@ -38,7 +38,7 @@ def named_file(*args, **kwargs) -> Any:
 
 
 def _own_folder() -> pathlib.Path:
-  """The folder; the first call makes it, and removes what dead processes left."""
+  """Returns the folder; the first call makes it, and removes those of dead processes."""
   global _folder
   with _lock:
     if _folder is None:
@@ -50,7 +50,7 @@ def _own_folder() -> pathlib.Path:
 
 
 def _make(parent: pathlib.Path) -> pathlib.Path:
-  """A new folder, whose lock this process keeps until it ends."""
+  """Makes a folder, whose lock this process keeps until it ends."""
   prefix = f'tff_kd_{platform.node()}_{os.getpid()}_'
   while True:
     path = tempfile.mkdtemp(prefix=prefix, dir=parent)  # Its mode is 0700.
@@ -70,7 +70,7 @@ def _make(parent: pathlib.Path) -> pathlib.Path:
 
 def _sweep(parent: pathlib.Path) -> None:
   """Removes the folders of this user and machine that no process holds."""
-  # Machines that share the folder may not see each other's locks.
+  # Only this machine's: machines that share a folder may not see each other's locks.
   name = re.compile(rf'tff_kd_{re.escape(platform.node())}_\d+_\w{{8}}')
   for path in parent.iterdir():
     if not name.fullmatch(path.name):
@@ -95,7 +95,7 @@ def _remove(folder: pathlib.Path, owner: int) -> None:
 
 
 def _forget() -> None:
-  """In a forked process: it makes a folder of its own."""
+  """Lets a forked process make a folder of its own."""
   global _folder, _lock
   _folder, _lock = None, threading.Lock()
 

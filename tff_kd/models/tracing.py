@@ -15,7 +15,7 @@ from tff_kd.models import embeddings
 PROBE_BATCH = 16
 # Keras's name of the state of a `keras.random.SeedGenerator`.
 _SEED_STATE = 'seed_generator_state'
-# What leaves the values as they are.
+# Operations that do not change the values.
 _PASSING = frozenset(['Identity', 'Reshape', 'Cast', 'Squeeze', 'ExpandDims'])
 
 
@@ -29,7 +29,7 @@ class Layout(NamedTuple):
 
 
 def non_trainable_variables(model: keras.Model) -> list[keras.Variable]:
-  """Those of Keras, and the states of recurrent layers, which Keras does not list."""
+  """Returns Keras's list, and the states of recurrent layers, which are not in it."""
   variables = list(model.non_trainable_variables)
   listed = {id(v) for v in variables}
   return variables + [state for state in _states(model) if id(state) not in listed]
@@ -64,8 +64,8 @@ def call_model(
 ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
   """Calls a built model with values.
 
-  Returns its outputs, non-trainable values, losses, and of each lookup in an embedding
-  whether it was for ids that are not there.
+  Returns the outputs, the non-trainable values, the losses, and for each lookup in an
+  embedding whether an id was not there.
 
   Unlike `keras.Model.stateless_call` it goes through `__call__`, so that layers know
   the mode of training, and inputs are cast, as in `fit`.
@@ -176,7 +176,7 @@ def _layout(
 
 
 def _last_activation(output: tf.Tensor) -> Optional[str]:
-  """The activation in which a traced model ends, as far as it decides the loss."""
+  """Returns 'softmax' or 'sigmoid' if a traced model ends in one, else `None`."""
   op = output.op
   while op.type in _PASSING:
     op = op.inputs[0].op
@@ -186,7 +186,7 @@ def _last_activation(output: tf.Tensor) -> Optional[str]:
 def probe(
     keras_model: keras.Model, inputs_spec: Any, batch_size: int, name: str
 ) -> tf.Tensor:
-  """The model's outputs on a random batch; builds the model, with states at 0."""
+  """Builds a model and returns its outputs for a random batch; its states stay 0."""
   rng = np.random.default_rng(0)
   try:
     example = batches.example_of(inputs_spec, batch_size, rng)
@@ -226,7 +226,7 @@ def probe(
 
 
 def fixed_batch(model: keras.Model, inputs_spec: Any) -> Optional[int]:
-  """The only size of a batch that a model takes, or `None` if it takes any."""
+  """Returns the only batch size that a model takes; `None` if it takes any."""
   declared = [t.shape[0] for t in getattr(model, 'inputs', None) or ()]
   if declared and declared[0] is not None:
     return declared[0]

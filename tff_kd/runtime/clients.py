@@ -16,8 +16,9 @@ from tff_kd.runtime import evaluation
 from tff_kd.runtime import plan as plan_lib
 from tff_kd.runtime import values
 
-# So many clients in a row are added up one after the other, then the sums of such groups:
-# what floating-point numbers add up to does not depend on which client is ready first.
+# The number of consecutive clients that are added up one after the other. The sums of
+# such groups are then added up in order, so that the result, in floating-point numbers,
+# does not depend on which client is ready first.
 GROUP_SIZE = 8
 _POLL_S = 0.1
 
@@ -224,7 +225,7 @@ class ClientPass:
     ]
     try:
       while futures.wait(running, _POLL_S).not_done:
-        pass  # An interrupt need not be a signal: it is seen between two waits.
+        pass  # An interrupt that is no signal is seen between two waits.
     except BaseException:
       stop.set()
       raise

@@ -9,7 +9,7 @@ import tensorflow as tf
 from tff_kd.runtime import dataflow
 
 
-# TensorFlow's graph optimizer took a third of a first call and made none faster after it.
+# TensorFlow's graph optimizer took a third of a first call and made later ones no faster.
 _NO_OPTIMIZER = tf.compat.v1.ConfigProto()
 _NO_OPTIMIZER.graph_options.rewrite_options.disable_meta_optimizer = True
 _CONFIG = _NO_OPTIMIZER.SerializeToString()

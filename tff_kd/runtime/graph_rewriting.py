@@ -32,7 +32,7 @@ _SPREAD = '_lower_using_switch_merge'
 _LOOPS = ('While', 'StatelessWhile')
 # Operations that wait for other threads, beside those that run a function.
 _WAITING = re.compile('Iterator|Dataset|Collective|Recv|Queue|Barrier|Stage')
-# What oneDNN has, beside products of matrices.
+# Operations that oneDNN computes, beside products of matrices.
 _CONVOLUTION = re.compile('Conv[23]D|DepthwiseConv|(Max|Avg)Pool')
 _ENTRY = 'all_arguments'
 _CPU = '/device:CPU:0'
@@ -106,7 +106,7 @@ class _Rewriter:
     function.signature.name = new_name
     reduces = {node.name for node in function.node_def if node.op == _REDUCE}
     self.rewrite(function.node_def)
-    # In functions, inputs name the outputs of an operation.
+    # In functions, inputs contain the output's name: `components` of `ReduceDataset`.
     rename = lambda value: (
         value.replace(':components:', ':output:')
         if value.partition(':')[0] in reduces
@@ -246,7 +246,7 @@ def _trace_loop(
 
   rest = dtypes[:num_state] + dtypes[first_other:]
   specs = [tf.TensorSpec((), tf.variant), *(tf.TensorSpec(None, dtype) for dtype in rest)]
-  # As `tf.function`, so that what comes after the call waits for its side effects.
+  # A `tf.function`: operations after the call wait for its side effects.
   return tf.function(loop, autograph=False).get_concrete_function(*specs)
 
 

@@ -219,7 +219,7 @@ def _sums(aggregates: Sequence[dataflow.Aggregate]) -> Optional[Sums]:
     return [leaf for aggregate in aggregates for leaf in get(aggregate)]
 
   def executable(get_body: Callable[[dataflow.Aggregate], dataflow.Body]):
-    """All bodies as one: first arguments, second ones, then what they capture."""
+    """Joins all bodies: takes first arguments, second ones, then captured leaves."""
     first = all_of(lambda each: get_body(each).params[: len(each.zero)])
     second = all_of(lambda each: get_body(each).params[len(each.zero) :])
     captured = all_of(lambda each: get_body(each).captured)

@@ -19,9 +19,9 @@ from tff_kd.runtime import running
 from tff_kd.runtime import values
 
 _POLL_S = 0.2
-# A group that so many workers were lost with is not tried again.
+# A group is not tried again after this many workers were lost with it.
 _MAX_TRIES = 4
-# So many groups for each that is at work may be done before their turn in the sum.
+# How many groups, for each group at work, may wait for their turn in the sum.
 _WINDOW = 4
 
 
@@ -79,7 +79,7 @@ class ClientsOnRay(running.RunClients):
     self._arguments = arguments
     # The references to what all clients of a pass are given, by stage.
     self._shared: dict[int, Any] = {}
-    # What a stage keeps: by its number, a reference for each group.
+    # References to what a stage keeps, one for each group, by the number of the stage.
     self._kept: dict[int, list[Any]] = {}
     self._dropped: set[dataflow.Leaf] = set()
 
@@ -283,7 +283,7 @@ class _Pass:
     while free and self._waiting and not self._failures:
       group = self._waiting[0]
       if len(self._done) > window and group != self._merged:
-        return  # An early group is late: no more than these are held.
+        return  # Results wait for an earlier group: no more of them are held.
       worker = min(free, key=lambda each: each.num_groups)
       heapq.heappop(self._waiting)
       reference = self._run.submit(
@@ -307,7 +307,7 @@ class _Pass:
         outcome = ray.get(reference, timeout=self._run.cluster.pool.silence_s)
       except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ray.exceptions.RayError):
-          self._note_try(group, worker, error.cause)  # What it was given is gone.
+          self._note_try(group, worker, error.cause)  # An argument is lost.
         else:
           self._failures[group] = error
       except ray.exceptions.RayError as error:

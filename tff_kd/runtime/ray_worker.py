@@ -66,7 +66,7 @@ class SentDataset(NamedTuple):
 
 # A tensor on the way to another process.
 Sent = Union[np.ndarray, bytes, SentDataset]
-# By the number of a leaf in `Plan.leaves`, each client's tensor.
+# The tensor of each client, by the number of the leaf in `Plan.leaves`.
 SentOfClients = Mapping[int, Sequence[Sent]]
 
 
@@ -174,7 +174,7 @@ class Worker:
     return Info(platform.node(), os.getpid(), versions())
 
   def ping(self) -> None:
-    """Returns, so the worker is not frozen."""
+    """Returns, which shows that the worker is not frozen."""
 
   def stop(self, run: str) -> None:
     """Lets no client of a run start any more.

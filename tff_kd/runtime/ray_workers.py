@@ -10,14 +10,14 @@ from absl import logging
 
 from tff_kd.runtime import ray_worker
 
-# Groups that a worker has at a time: the next one is there when one is done.
+# How many groups a worker has at a time, so that it need not wait for the next one.
 DEPTH = 2
 # The concurrency group of calls that are not work.
 HEALTH = 'health'
 _PING_INTERVAL_S = 1.0
 _CHECK_INTERVAL_S = 0.5
-# After so many failed starts in a row there is an error if there is no worker, else a
-# pause.
+# After this many failed starts in a row there is an error if no worker is left, and a
+# pause otherwise.
 _MAX_FAILED_STARTS = 3
 _PAUSE_S = 30.0
 # Settings of TensorFlow and Keras that the workers take over from this process.
@@ -148,7 +148,7 @@ class Pool:
             worker.ping, worker.ping_time = call.remote(), now
           continue
         answered, _ = self._ray.wait([worker.ping], timeout=0)
-        if answered:  # If it is dead, its groups say so.
+        if answered:  # A worker that died is noticed by its groups.
           worker.ping, worker.ping_time = None, now
           continue
       if now - worker.ping_time > self.silence_s:

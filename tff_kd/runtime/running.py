@@ -19,10 +19,10 @@ from tff_kd.runtime import tff_internals
 from tff_kd.runtime import values
 
 _MAX_PLANS = 128
-# So many numbers and strings of an argument are shown in a message.
+# Arguments with more numbers and strings are not shown in messages.
 _MAX_SHOWN = 4
 
-# A client's arguments: each part is a list of one value a client.
+# The clients' arguments: each part is a list of one value for each client.
 Arguments = Mapping[evaluation.Argument, Sequence[Any]]
 
 
@@ -63,7 +63,7 @@ class RunClients(abc.ABC):
     """Forgets a leaf, if it is kept."""
 
 
-# Makes the clients of a run, of a plan, their arguments, their number and the threads.
+# Makes the clients of a run from the plan, their arguments, their number and the threads.
 MakeClients = Callable[[plan_lib.Plan, Arguments, int, clients.Workers], RunClients]
 
 
@@ -135,7 +135,7 @@ class Runner:
     self._max_concurrent_clients = max_concurrent_clients
     self._make_clients = make_clients
     self._lock = threading.Lock()
-    # By identity; with the computation, so that its place is not given to another.
+    # By `id`, with the computation, so that no other computation gets the same `id`.
     self._plans: cachetools.LRUCache = cachetools.LRUCache(_MAX_PLANS)
     self._workers: Optional[clients.Workers] = None
 

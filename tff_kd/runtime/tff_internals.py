@@ -177,7 +177,7 @@ def computation_of_graph(
 
 
 def _binding(type_spec: tff.Type, names: Iterator[str]) -> Any:
-  """The binding of a type, whose leaves take one name after the other."""
+  """Returns the binding of a type, whose leaves take one name after the other."""
   from tensorflow_federated.proto.v0 import computation_pb2 as pb
 
   binding = pb.TensorFlow.Binding
@@ -284,7 +284,7 @@ def worker_factory() -> Iterator[tff.framework.ExecutorFactory]:
   stack_fn = inspect.getclosurevars(factory._executor_stack_fn).nonlocals
   manager = stack_fn['service_manager']
   # pylint: enable=protected-access
-  with tempfile.TemporaryFile('w') as log:  # Gone when the worker is.
+  with tempfile.TemporaryFile('w') as log:
     try:
       # TFF gives these to the process that it starts.
       with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
