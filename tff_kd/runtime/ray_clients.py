@@ -6,7 +6,6 @@ import heapq
 import threading
 from typing import Any, Optional
 import uuid
-import weakref
 
 import tensorflow as tf
 
@@ -25,36 +24,12 @@ _MAX_TRIES = 4
 _WINDOW = 4
 
 
-class Cluster:
-  """What all runs on a cluster share: the workers, and the graphs that they have.
-
-  Attributes:
-    ray: The package, connected to the cluster.
-    pool: The workers.
-  """
-
-  def __init__(self, ray: Any, pool: ray_workers.Pool):
-    self.ray = ray
-    self.pool = pool
-    self._plans: weakref.WeakKeyDictionary[plan_lib.Plan, Any] = (
-        weakref.WeakKeyDictionary()
-    )
-    self._lock = threading.Lock()
-
-  def plan_reference(self, plan: plan_lib.Plan) -> Any:
-    """Returns Ray's reference to a plan's serialized computation, put there once."""
-    with self._lock:
-      if plan not in self._plans:
-        self._plans[plan] = self.ray.put(plan.proto)
-      return self._plans[plan]
-
-
 class ClientsOnRay(running.RunClients):
   """The clients of one run."""
 
   def __init__(
       self,
-      cluster: Cluster,
+      pool: ray_workers.Pool,
       plan: plan_lib.Plan,
       arguments: running.Arguments,
       num_clients: int,
@@ -63,20 +38,20 @@ class ClientsOnRay(running.RunClients):
     """Initializes them.
 
     Args:
-      cluster: The cluster.
+      pool: The workers.
       plan: The compiled computation.
       arguments: The clients' arguments.
       num_clients: The number of clients.
       workers: Where this process adds up the groups.
     """
-    self.cluster = cluster
+    self.pool = pool
     self.plan = plan
     self.name = uuid.uuid4().hex
     self.num_clients = num_clients
     self.num_groups = -(-num_clients // clients.GROUP_SIZE)
     self.workers = workers
     self.numbers = {leaf: number for number, leaf in enumerate(plan.leaves)}
-    self._arguments = arguments
+    self.arguments = arguments
     # The references to what all clients of a pass are given, by stage.
     self._shared: dict[int, Any] = {}
     # References to what a stage keeps, one for each group, by the number of the stage.
@@ -90,7 +65,7 @@ class ClientsOnRay(running.RunClients):
     needed = list(stage.needed)
     if stage.sums:
       needed += [*stage.sums.zero, *stage.sums.accumulate_captured]
-    self._shared[number] = self.cluster.ray.put({
+    self._shared[number] = self.pool.ray.put({
         self.numbers[leaf]: ray_worker.to_sent(scope[leaf])
         for leaf in needed if leaf in scope
     })
@@ -116,8 +91,7 @@ class ClientsOnRay(running.RunClients):
 
   def _get_kept(self, number: int, group: int, references: Sequence[Any]) -> Any:
     """Gets what a stage has kept of a group; a node that is lost has taken it along."""
-    ray = self.cluster.ray
-    limit = self.cluster.pool.silence_s
+    ray, limit = self.pool.ray, self.pool.silence_s
     try:
       return ray.get(references[group], timeout=limit)
     except ray.exceptions.RayError:
@@ -164,7 +138,7 @@ class ClientsOnRay(running.RunClients):
         reference for earlier, reference in references.items()
         if needed.intersection(self.plan.stages[earlier].kept)
     ]
-    plan_reference = self.cluster.plan_reference(self.plan)
+    plan_reference = self.pool.plan_reference(self.plan)
     members = _members(group, self.num_clients)
     return worker.actor.run_group.options(num_returns=2).remote(
         self.name,
@@ -181,7 +155,7 @@ class ClientsOnRay(running.RunClients):
     """Returns the arguments of a group's clients that a stage needs."""
     needed = set(stage.needed)
     own = {}
-    for argument, value in running.needed_arguments(stage, self._arguments).items():
+    for argument, value in running.needed_arguments(stage, self.arguments).items():
       tensors = [
           values.to_tensors(value[client], argument.type_spec) for client in members
       ]
@@ -190,23 +164,6 @@ class ClientsOnRay(running.RunClients):
           sent = [ray_worker.to_sent(each[position]) for each in tensors]
           own[self.numbers[leaf]] = sent
     return own
-
-  def failed(
-      self, number: int, client: int, failure: ray_worker.Failure, host: str
-  ) -> running.ComputationError:
-    """Returns the error for a client's failure.
-
-    Args:
-      number: The number of the stage.
-      client: The client.
-      failure: What the worker says.
-      host: Where that is.
-    """
-    arguments = running.needed_arguments(self.plan.stages[number], self._arguments)
-    who = running.client_name(client, self.num_clients, arguments)
-    if failure.of_tensorflow:
-      return running.failed(who, failure.message)
-    return running.ComputationError(f'{who} failed on the node {host}: {failure.message}')
 
 
 class _Pass:
@@ -275,7 +232,7 @@ class _Pass:
 
   def _submit(self, stop: threading.Event) -> None:
     """Gives waiting groups to the workers that have the fewest."""
-    pool = self._run.cluster.pool
+    pool = self._run.pool
     if not self._at_work and not self._failures:
       pool.wait_for_one(stop)
     free = [worker for worker in pool.ready() if worker.num_groups < ray_workers.DEPTH]
@@ -298,13 +255,13 @@ class _Pass:
     """Waits for a group that is done, or lost; adds up those whose turn it is."""
     if not self._at_work:
       return
-    ray = self._run.cluster.ray
+    ray = self._run.pool.ray
     done, _ = ray.wait(list(self._at_work), num_returns=1, timeout=_POLL_S)
     for reference in done:
       group, worker = self._at_work.pop(reference)
       worker.num_groups -= 1
       try:
-        outcome = ray.get(reference, timeout=self._run.cluster.pool.silence_s)
+        outcome = ray.get(reference, timeout=self._run.pool.silence_s)
       except ray.exceptions.RayTaskError as error:
         if isinstance(error.cause, ray.exceptions.RayError):
           self._note_try(group, worker, error.cause)  # An argument is lost.
@@ -312,12 +269,12 @@ class _Pass:
           self._failures[group] = error
       except ray.exceptions.RayError as error:
         if isinstance(error, ray.exceptions.RayActorError):
-          self._run.cluster.pool.lose(worker, _first_line(error))
+          self._run.pool.lose(worker, _first_line(error))
         self._note_try(group, worker, error)
       else:
         self._take(group, worker, outcome)
     if not done:
-      self._run.cluster.pool.check_silent(
+      self._run.pool.check_silent(
           [worker for _, worker in self._at_work.values()]
       )
       self._take_back()
@@ -352,10 +309,7 @@ class _Pass:
   ) -> None:
     """Takes what a worker has made of a group; adds up all groups whose turn it is."""
     if isinstance(outcome, ray_worker.Failure):
-      client = group * clients.GROUP_SIZE + outcome.client
-      self._failures[group] = self._run.failed(
-          self._number, client, outcome, worker.info.host
-      )
+      self._failures[group] = self._failed(group, outcome, worker.info.host)
       return
     self._done[group] = outcome
     if self._sums is None:
@@ -365,6 +319,18 @@ class _Pass:
     while self._merged in self._done:
       self._merge(self._done.pop(self._merged))
       self._merged += 1
+
+  def _failed(
+      self, group: int, failure: ray_worker.Failure, host: str
+  ) -> running.ComputationError:
+    """Returns the error for the failure of a client of a group."""
+    run = self._run
+    arguments = running.needed_arguments(run.plan.stages[self._number], run.arguments)
+    client = group * clients.GROUP_SIZE + failure.client
+    who = running.client_name(client, run.num_clients, arguments)
+    if failure.of_tensorflow:
+      return running.failed(who, failure.message)
+    return running.ComputationError(f'{who} failed on the node {host}: {failure.message}')
 
   def _merge(self, sent: Sequence[ray_worker.Sent]) -> None:
     tensors: Sequence[Any] = [

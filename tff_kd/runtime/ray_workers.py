@@ -5,9 +5,11 @@ import os
 import threading
 import time
 from typing import Any, Optional
+import weakref
 
 from absl import logging
 
+from tff_kd.runtime import plan as plan_lib
 from tff_kd.runtime import ray_worker
 
 # How many groups a worker has at a time, so that it need not wait for the next one.
@@ -55,6 +57,7 @@ class Pool:
   """The workers of a context. Several threads may use it.
 
   Attributes:
+    ray: The package, connected to a cluster.
     silence_s: A worker that does not answer for so long is given up.
   """
 
@@ -77,19 +80,29 @@ class Pool:
       silence_s: A worker that does not answer for so long is given up.
       start_timeout_s: How long to wait for a worker where there is none.
     """
-    self._ray = ray
+    self.ray = ray
     self._num_workers = num_workers
     self._resources = dict(resources)
     self.silence_s = silence_s
     self._start_timeout_s = start_timeout_s
     self._lock = threading.RLock()
     self._workers: list[WorkerRecord] = []
+    self._plans: weakref.WeakKeyDictionary[plan_lib.Plan, Any] = (
+        weakref.WeakKeyDictionary()
+    )
     self._number = 0
     self._failed_starts = 0
     self._last_failure = ''
     self._last_failure_time = 0.0
     self._checked = 0.0
     self._fill()
+
+  def plan_reference(self, plan: plan_lib.Plan) -> Any:
+    """Returns Ray's reference to a plan's serialized computation, put there once."""
+    with self._lock:
+      if plan not in self._plans:
+        self._plans[plan] = self.ray.put(plan.proto)
+      return self._plans[plan]
 
   def ready(self) -> Sequence[WorkerRecord]:
     """Returns the workers that can be given work; looks now and then who that is."""
@@ -119,13 +132,12 @@ class Pool:
       stop.wait(_CHECK_INTERVAL_S / 5)
 
   def _none_came(self) -> str:
-    ray = self._ray
-    alive = sum(node['Alive'] for node in ray.nodes())
+    alive = sum(node['Alive'] for node in self.ray.nodes())
     return (
         f'No Ray worker is left, and none started within {self._start_timeout_s:g} s. '
         f'Each worker asks for {self._resources}; the {alive} nodes of the cluster have '
-        f'{_amounts(ray.cluster_resources())}, of which '
-        f'{_amounts(ray.available_resources())} are free. Start more nodes '
+        f'{_amounts(self.ray.cluster_resources())}, of which '
+        f'{_amounts(self.ray.available_resources())} are free. Start more nodes '
         '(`ray start --address=...`), ask for less (`resources`), or wait longer '
         '(`start_timeout_s`).'
         + (f' The last failure: {self._last_failure}' if self._last_failure else '')
@@ -147,7 +159,7 @@ class Pool:
             call = worker.actor.ping.options(concurrency_group=HEALTH)
             worker.ping, worker.ping_time = call.remote(), now
           continue
-        answered, _ = self._ray.wait([worker.ping], timeout=0)
+        answered, _ = self.ray.wait([worker.ping], timeout=0)
         if answered:  # A worker that died is noticed by its groups.
           worker.ping, worker.ping_time = None, now
           continue
@@ -172,14 +184,14 @@ class Pool:
           'The Ray %s%s is lost: %s. Its groups of clients are computed elsewhere, and '
           'another worker is started.', worker.name, where, reason,
       )
-      self._ray.kill(worker.actor)
+      self.ray.kill(worker.actor)
       self._fill()
 
   def close(self) -> None:
     """Ends all workers."""
     with self._lock:
       for worker in self._workers:
-        self._ray.kill(worker.actor)
+        self.ray.kill(worker.actor)
       self._workers = []
       self._num_workers = 0
 
@@ -202,7 +214,7 @@ class Pool:
         int(min(
             node['Resources'].get(name, 0) // amount for name, amount in needed.items()
         ))
-        for node in self._ray.nodes() if node['Alive']
+        for node in self.ray.nodes() if node['Alive']
     )
 
   def _start(self) -> Any:
@@ -215,7 +227,7 @@ class Pool:
       settings['CUDA_VISIBLE_DEVICES'] = '-1'  # TensorFlow would take all GPUs' memory.
     num_cpus = resources.pop('CPU', 0)
     # Pings and stops have threads of their own.
-    make = self._ray.remote(concurrency_groups={HEALTH: 2}, max_concurrency=DEPTH)
+    make = self.ray.remote(concurrency_groups={HEALTH: 2}, max_concurrency=DEPTH)
     actor_class = make(ray_worker.Worker).options(
         num_cpus=num_cpus,
         num_gpus=num_gpus,
@@ -227,7 +239,7 @@ class Pool:
         runtime_env={'env_vars': settings},
     )
     return actor_class.remote(
-        self._ray.get,
+        self.ray.get,
         None if num_gpus else max(1, int(num_cpus)),
         ray_worker.num_threads(),
     )
@@ -239,13 +251,13 @@ class Pool:
     }
     if not starting:
       return
-    done, _ = self._ray.wait(list(starting), num_returns=len(starting), timeout=0)
+    done, _ = self.ray.wait(list(starting), num_returns=len(starting), timeout=0)
     for reference in done:
       worker = starting[reference]
       try:
-        info = self._ray.get(reference, timeout=self.silence_s)
+        info = self.ray.get(reference, timeout=self.silence_s)
         _check_versions(info)
-      except (self._ray.exceptions.RayError, RuntimeError) as error:
+      except (self.ray.exceptions.RayError, RuntimeError) as error:
         self._failed_starts += 1
         self._last_failure = str(error)
         self._last_failure_time = time.monotonic()
