@@ -100,7 +100,7 @@ def score(
   Raises:
     ValueError: If the user's metrics do not take such labels, or weights do not fit.
   """
-  sample_weight = _weights(sample_weight, outputs, spec)
+  sample_weight = _weights(sample_weight, outputs)
   names = score_names(spec) if names is None else names
   found = {}
   asks_users = any(name in spec.metrics.score_names for name in names)
@@ -112,25 +112,25 @@ def score(
 
 
 def _weights(
-    sample_weight: Optional[np.ndarray], outputs: np.ndarray, spec: models.ModelSpec
+    sample_weight: Optional[np.ndarray], outputs: np.ndarray
 ) -> Optional[np.ndarray]:
   """Returns weights with the axes of the outputs but the last."""
   if sample_weight is None:
     return None
   weights, axes = np.asarray(sample_weight, np.float32), np.shape(outputs)[:-1]
-  fits = weights.shape[:1] == axes[:1] and weights.ndim <= len(axes) + 1
-  if fits and weights.ndim == len(axes) + 1:
-    fits = weights.shape[-1] == 1
-  if fits:
-    weights = spec.sample_weight((None, None, weights)).numpy()
-    fits = all(size in (1, axis_size) for size, axis_size in zip(weights.shape, axes))
+  shape = weights.shape + (1,) * (len(axes) - weights.ndim)
+  if shape[len(axes) :] == (1,):
+    shape = shape[: len(axes)]
+  fits = len(shape) == len(axes) and weights.shape[:1] == axes[:1] and all(
+      size in (1, axis_size) for size, axis_size in zip(shape, axes)
+  )
   if not fits or not np.all(np.isfinite(weights)) or np.any(weights < 0):
     raise ValueError(
         '`sample_weight` must be finite numbers of 0 or more, of the shape '
         f'{axes[:1]} or of the outputs without the last axis, {axes}, found '
         f'{np.shape(sample_weight)}, {np.min(weights)} to {np.max(weights)}.'
     )
-  return weights
+  return weights.reshape(shape)
 
 
 def _user_scores(
@@ -201,7 +201,7 @@ def counted_predictions(
     Logits `[m, classes]` and int64 class numbers `[m]`.
   """
   outputs = logits[..., 0] if spec.is_multi_label else logits
-  weights = _weights(sample_weight, outputs, spec)
+  weights = _weights(sample_weight, outputs)
   return _counted(logits, labels, spec, weights)[:2]
 
 

@@ -83,10 +83,8 @@ def find_slots(device: Device, max_concurrent_clients: Optional[int]) -> list[Sl
   """
   cores = len(os.sched_getaffinity(0))
   if device is None:
-    only_cpus = all(
-        each.device_type == _CPU for each in tf.config.list_logical_devices()
-    )
-    slots = [Slot(None, only_cpus)] * (cores if only_cpus else 1)
+    on_cpu = only_cpus()
+    slots = [Slot(None, on_cpu)] * (cores if on_cpu else 1)
   else:
     names = _devices_of(device)
     slots = [Slot(name, False) for name in names if _CPU not in name]
@@ -108,6 +106,11 @@ def check_device(device: Union[str, Sequence[str]]) -> None:
     ValueError: If TensorFlow sees no such device.
   """
   _devices_of(device)
+
+
+def only_cpus() -> bool:
+  """Returns whether TensorFlow sees no accelerator."""
+  return all(each.device_type == _CPU for each in tf.config.list_logical_devices())
 
 
 def _devices_of(device: Union[str, Sequence[str]]) -> list[str]:

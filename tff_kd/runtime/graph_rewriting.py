@@ -26,6 +26,7 @@ from typing import Any
 import tensorflow as tf
 
 from tff_kd.runtime import dataflow
+from tff_kd.runtime import devices
 
 _REDUCE = 'ReduceDataset'
 _SPREAD = '_lower_using_switch_merge'
@@ -87,7 +88,7 @@ class _Rewriter:
         for function in self._reachable(called.name)
         for node in function.node_def
     ]
-    if _only_cpus() and any(_CONVOLUTION.match(node.op) for node in held):
+    if devices.only_cpus() and any(_CONVOLUTION.match(node.op) for node in held):
       _enter_by_one_node(self.rewritten[loop.attr['body'].func.name])
     elif self._in_one_thread and not any(
         _WAITING.search(node.op) or (_functions_in(node) and node.op not in _LOOPS)
@@ -185,17 +186,13 @@ def _call(function: Any, name: str, inputs: Sequence[str]) -> Any:
   return node
 
 
-def _only_cpus() -> bool:
-  return all(each.device_type == 'CPU' for each in tf.config.list_logical_devices())
-
-
 def _beside_accelerators() -> contextlib.AbstractContextManager:
   """Places iterators on the CPU, where there is something else.
 
   Not where there are only CPUs: with the iterator on one and its loop on another, two
   clients at the same time waited for ever for what one device sends to the other.
   """
-  if _only_cpus():
+  if devices.only_cpus():
     return contextlib.nullcontext()
   return tf.device(_CPU)
 
