@@ -170,8 +170,8 @@ class _Evaluation:
       return argument[0](argument[1], place)
     if uri in _ARRANGEMENTS:
       return argument
-    if uri in _OPERATORS:
-      return self._reduce(argument, proto.type.function.result, *_OPERATORS[uri])
+    if uri == 'federated_sum':
+      return self._sum(argument, proto.type.function.result)
     if uri == 'federated_aggregate':
       return self._aggregate(argument, types)
     if uri == 'sequence_map':
@@ -204,10 +204,9 @@ class _Evaluation:
     body.results = flatten(result)
     return body
 
-  def _reduce(self, value, type_proto, operator, fill) -> _Value:
-    """Adds a sum, minimum or maximum over clients."""
+  def _sum(self, value, type_proto) -> _Value:
     types = dataflow.leaf_types(type_proto)
-    body, zero = _operation(types, operator, fill, _SERVER)
+    body, zero = _addition(types, _SERVER)
     node = dataflow.Aggregate(flatten(value), zero, body, body)
     return _struct(iter(node.leaves), type_proto)
 
@@ -243,8 +242,7 @@ class _Evaluation:
 
   def _sequence_sum(self, sequence, function_type, place) -> _Value:
     element = function_type.parameter.sequence.element
-    add, fill = _OPERATORS['federated_sum']
-    body, zero = _operation(dataflow.leaf_types(element), add, fill, place)
+    body, zero = _addition(dataflow.leaf_types(element), place)
     return self._reduce_sequence(sequence, zero, body, (element, element), place)
 
   def _reduce_sequence(self, sequence, zero, body, types, place) -> _Value:
@@ -258,21 +256,15 @@ class _Evaluation:
     return _struct(iter(node.leaves), state)
 
 
-def _operation(types, operator, fill, place) -> tuple[dataflow.Body, list[dataflow.Leaf]]:
-  """Returns the body that combines two values of some types, and their zero."""
+def _addition(types, place) -> tuple[dataflow.Body, list[dataflow.Leaf]]:
+  """Returns the body that adds two values of some types, and their zero."""
   body = dataflow.Body()
   params = body.add_params([*types, *types])
-  emit = functools.partial(_pairwise, operator)
-  body.results = dataflow.Node(body, params, types, emit).leaves
+  add = lambda tensors: list(map(tf.add, tensors[: len(types)], tensors[len(types) :]))
+  body.results = dataflow.Node(body, params, types, add).leaves
   specs = [dataflow.tensor_spec(each) for each in types]
-  fill_all = lambda _: [tf.fill(spec.shape, fill(spec.dtype)) for spec in specs]
-  return body, dataflow.Node(place, [], types, fill_all).leaves
-
-
-def _pairwise(operator, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-  """Combines each tensor of the first half with its one of the second."""
-  half = len(tensors) // 2
-  return [operator(x, y) for x, y in zip(tensors[:half], tensors[half:])]
+  zeros = lambda _: [tf.zeros(spec.shape, spec.dtype) for spec in specs]
+  return body, dataflow.Node(place, [], types, zeros).leaves
 
 
 _AT_CLIENTS = {'federated_map', 'federated_eval_at_clients'}
@@ -281,9 +273,4 @@ _AT_SERVER = {'federated_apply', 'federated_eval_at_server', 'federated_map_all_
 _ARRANGEMENTS = {
     'federated_broadcast', 'federated_value_at_clients', 'federated_value_at_server',
     'federated_zip_at_clients', 'federated_zip_at_server',
-}
-_OPERATORS = {
-    'federated_sum': (tf.add, lambda dtype: tf.zeros((), dtype)),
-    'federated_min': (tf.minimum, lambda dtype: tf.constant(dtype.max, dtype)),
-    'federated_max': (tf.maximum, lambda dtype: tf.constant(dtype.min, dtype)),
 }
