@@ -195,7 +195,7 @@ def counted_predictions(
       [0, z].
     labels: As for `score`.
     spec: The model, which may ignore a label.
-    sample_weight: As of `score`; what has weight 0 does not count.
+    sample_weight: As for `score`; positions of weight 0 do not count.
 
   Returns:
     Logits `[m, classes]` and int64 class numbers `[m]`.
@@ -269,7 +269,7 @@ class CentralEvaluator:
     Returns:
       float32 `[n, ...]`.
     """
-    weights = tf.nest.map_structure(tf.constant, _model_weights(weights))
+    weights = _model_weights(weights)
     size = len(tf.nest.flatten(inputs)[0])
     return np.concatenate([
         self._outputs(
@@ -307,7 +307,7 @@ class CentralEvaluator:
       weights: `ModelWeights` of the model.
       inputs: A structure of arrays `[n, ...]`, as the model takes them.
       labels: `[n, ...]`: class numbers, or numbers of a regression.
-      sample_weight: Optional weights of the examples, as of `score`.
+      sample_weight: Optional weights of the examples, as for `score`.
 
     Returns:
       By name, the scores.
@@ -322,8 +322,8 @@ class FederatedEvaluation(NamedTuple):
 
   Attributes:
     mean: Over clients, each counting once.
-    percentile_10: A tenth of the clients are worse: below, or, of errors, above.
-    worst: The lowest; of errors, the highest.
+    percentile_10: The value than which a tenth of the clients are worse.
+    worst: The lowest value; for an error, the highest.
     num_clients: How many clients had data and were counted.
     by_client: The metric of each of these, by the client's name, or by its number where
       clients have no names.
@@ -386,10 +386,10 @@ class ClientsEvaluator:
 
     Args:
       spec: The model whose weights will be evaluated.
-      metric: The name of a metric of the model, of one number: of a metric of several,
-        `f1_score_0` and so on.
-      lower_is_better: Whether it is an error: low values are good. `None` for what
-        Keras's metric or its name says.
+      metric: The name of a score of the model, such as `f1_score_0` for a metric of
+        several numbers.
+      lower_is_better: Whether low values are good. If `None`, the metric or its name
+        says so.
 
     Raises:
       ValueError: If there is no such metric.
@@ -453,7 +453,7 @@ class ClientsEvaluator:
     Raises:
       ValueError: If no client has an example.
     """
-    weights = tf.nest.map_structure(tf.constant, _model_weights(weights))
+    weights = _model_weights(weights)
     if not isinstance(client_datasets, Mapping):
       client_datasets = dict(enumerate(client_datasets))
     if not client_datasets:
@@ -474,7 +474,8 @@ class ClientsEvaluator:
 
 
 def _model_weights(weights: Any) -> tff.learning.models.ModelWeights:
-  """Returns weights as `ModelWeights` of lists, whatever a computation returned."""
+  """Returns weights as `ModelWeights` of lists of tensors."""
   return tff.learning.models.ModelWeights(
-      list(weights.trainable), list(weights.non_trainable)
+      [tf.constant(w) for w in weights.trainable],
+      [tf.constant(w) for w in weights.non_trainable],
   )

@@ -18,7 +18,7 @@ Optimizer = Union[
 ]
 
 _LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
-# The name of the inner optimizer's state, in an optimizer around another one.
+# The key of the inner optimizer's state in the state of a `_Wrapped`.
 _INNER = 'optimizer'
 
 
@@ -93,14 +93,14 @@ def initial_hparams(optimizer: Optimizer) -> collections.OrderedDict[str, Any]:
 def settings(optimizer: Optimizer) -> dict[str, Any]:
   """Returns what an optimizer is made with, by name.
 
-  Two that differ in a function only, such as a schedule of a user's own, may give the
-  same.
+  Two optimizers that differ only in a function, such as a user's schedule, may give the
+  same settings.
 
   Args:
     optimizer: A TFF optimizer or a function that returns a Keras one.
 
   Returns:
-    Its type's name, and its hyperparameters: numbers, and what Keras makes of others.
+    The name of the type, and the hyperparameters as numbers or as Keras serializes them.
   """
   if isinstance(optimizer, tff.learning.optimizers.Optimizer):
     hparams = initial_hparams(optimizer).items()
@@ -179,10 +179,9 @@ def check_plain_sgd(optimizer: Optimizer, name: str, why: str) -> None:
 
 
 class _Wrapped(tff.learning.optimizers.Optimizer):
-  """A TFF optimizer before whose steps something else is done.
+  """A TFF optimizer that does something else before each step.
 
-  What decides that is a hyperparameter beside the optimizer's own, so that a checkpoint
-  tells by which it was made.
+  The value that it needs is a further hyperparameter, which checkpoints therefore hold.
   """
 
   name: str

@@ -71,8 +71,8 @@ def filtered_stderr(min_level: int) -> Iterator[None]:
   shown. Without `grep`, or without a standard error, all lines are shown.
 
   Args:
-    min_level: Lines of lower severity are left out; 1 for information, 2 for warnings,
-      too, 3 for errors, too.
+    min_level: Lines of lower severity are left out: 1 leaves out information, 2 also
+      warnings, 3 also errors.
   """
   kept = _start_filter(_SEVERITIES[:min_level])
   if kept is None:

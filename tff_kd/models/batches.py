@@ -141,7 +141,7 @@ def is_compatible(expected: Any, found: Any) -> bool:
 
   Args:
     expected: A structure of `tf.TensorSpec`s.
-    found: Another one; dimensions that it leaves open fit.
+    found: Another one, whose unknown dimensions fit any.
   """
   try:
     tf.nest.assert_same_structure(expected, found)

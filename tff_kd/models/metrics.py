@@ -127,10 +127,11 @@ def lower_is_better(
 
   Args:
     name: The name of the score, or of a column that ends in it.
-    metrics: The user's, of which Keras's own tell.
+    metrics: The user's metrics by name.
 
   Returns:
-    What the metric tells; of others, whether the name is that of an error or a loss.
+    What the metric says, as those of Keras do; for any other score, whether its name is
+    that of an error or a loss.
   """
   for known in sorted(metrics, key=len, reverse=True):
     if re.search(rf'(^|[_/]){re.escape(known)}(_|$)', name):
@@ -287,13 +288,13 @@ class Metrics:
       num_examples: tf.Tensor,
       num_batches: tf.Tensor,
   ) -> Any:
-    """Returns the state after more batches, as far as it is plain sums.
+    """Adds batches to the totals of a state, and returns the state.
 
     Args:
       state: The state before.
       loss_sum: The sum over examples of the loss.
       num_examples: The number of examples.
-      num_batches: In how many batches.
+      num_batches: The number of batches.
     """
     added = {
         'loss': [loss_sum, num_examples],

@@ -106,13 +106,13 @@ class ModelSpec:
       `tff.learning.models.ModelWeights` of `trainable` weights and, in `non_trainable`,
       the statistics.
     outputs_shape: The static shape of one example's outputs.
-    logits_shape: That of its logits, classes last. Where each output is a label of its
-      own, each is a position with one logit: `[..., labels, 1]`.
+    logits_shape: The static shape of one example's logits, with classes last; for a model
+      whose outputs are separate labels, `[..., labels, 1]`.
     from_logits: Whether the model's outputs are logits (or probabilities).
     loss: The loss.
     metrics: The `Metrics`.
     is_regression: Whether the outputs are numbers to be fitted, not classes. They are
-      then compared by their squared distance wherever logits are by their divergence.
+      then compared by the squared distance in place of the divergence of logits.
     ignored_label: The label that counts nowhere (padding), if the loss has one.
     batch_size: The only size of a batch that the model takes, if it is fixed
       (`keras.Input(batch_shape=...)`, recurrent layers with `stateful=True`).
@@ -158,7 +158,7 @@ class ModelSpec:
 
   @functools.cached_property
   def update_spec(self) -> tff.learning.models.ModelWeights:
-    """As `weights_spec`, of what clients add up: numbers of 16 bits are so in 32.
+    """The `weights_spec` of sums over clients, which has 32 bits in place of 16.
 
     In bfloat16 a sum of ones ends at 256, and in float16 it is infinite from 65,520 on.
     """
@@ -367,7 +367,7 @@ class ModelSpec:
     """Returns the weights of a batch's examples, or of their positions.
 
     Args:
-      batch: A batch as `input_spec` has it.
+      batch: A batch of the structure of `input_spec`.
 
     Returns:
       float32 with the axes of the outputs but the last, each of its size or of one;
@@ -437,9 +437,7 @@ class ModelSpec:
     return losses.weighted_mean(each, counted, sample_weight)
 
   def counted_labels(self, labels: Any) -> Optional[tf.Tensor]:
-    """Returns which labels count, where the loss has an `ignore_class` (padding).
-
-    `None` where the loss ignores no class: all labels count.
+    """Returns which labels count, if the loss has an `ignore_class` (padding).
 
     Args:
       labels: A tensor of labels.
@@ -467,11 +465,11 @@ class ModelSpec:
       sample_weight: As `sample_weight` returns it for it.
 
     Returns:
-      The labels, with those outside `[0, classes)` replaced by 0, and a boolean
-      scalar that tells whether there were any; of a binary cross-entropy, those outside
-      [0, 1]. Labels of another loss pass as they are. The label of an example of weight
-      0 may be anything, and becomes 0; a weight that is negative or not finite counts
-      as a bad label.
+      The labels, with those outside `[0, classes)` replaced by 0 (for a binary
+      cross-entropy, those outside [0, 1]), and a boolean scalar that tells whether there
+      were any. Labels of any other loss are not changed. The label of an example of
+      weight 0 may be anything, and becomes 0; a weight that is negative or not finite
+      counts as a bad label.
     """
     bad = tf.constant(False)
     if sample_weight is not None:

@@ -82,15 +82,15 @@ class _InOrder:
       slot: devices.Slot,
       consume: Callable[[int, Any, devices.Slot], None],
   ) -> None:
-    """Gives an item; hands it on now, or leaves that to the thread that is at it.
+    """Adds an item and hands it on, unless another thread is handing items on.
 
     Args:
       number: The item's, from 0.
-      item: What to hand on.
+      item: The item.
       slot: Where to work on it.
-      consume: Takes number, item and slot. It is not kept: an owner's method would refer
-        back to the owner, and tensors in such a cycle stay until Python looks for cycles,
-        which in a large program is after hundreds of rounds.
+      consume: Takes number, item and slot. It is not kept, as a method would refer to
+        the owner of this object: tensors in such a cycle stay until Python looks for
+        cycles, which in a large program is after hundreds of rounds.
     """
     with self._lock:
       self._waiting[number] = item

@@ -33,7 +33,7 @@ def emit_graph(
 
   Args:
     tensorflow_proto: The `tensorflow` field of a serialized computation.
-    in_one_thread: Whether loops stay in one thread, if there is only one device.
+    in_one_thread: Whether loops stay in one thread if there is only one device.
     tensors: The arguments' tensors.
 
   Returns:

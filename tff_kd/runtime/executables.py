@@ -57,8 +57,9 @@ class Executable:
 
     Args:
       tensors: The arguments.
-      on_cpu: Whether that is a CPU: then the call is one op, a third of a millisecond
-        less than `tf.function`'s way, which sees to each argument's own device.
+      on_cpu: Whether that is a CPU. Then the call is one op, which takes a third of a
+        millisecond less than the call of a `tf.function`, which looks at the device of
+        each argument.
 
     Returns:
       The results.

@@ -27,7 +27,7 @@ _THREADS_VARIABLE = 'TF_NUM_INTRAOP_THREADS'
 
 
 class Info(NamedTuple):
-  """What a worker says of itself.
+  """A worker's description of itself.
 
   Attributes:
     host: The name of the machine.
@@ -130,7 +130,7 @@ def num_threads() -> int:
 
 
 class _Recent:
-  """Values made once by key, of which the latest ones are held."""
+  """A cache of values by key that makes each value once and holds the latest ones."""
 
   def __init__(self, max_size: int):
     self._lock = threading.Lock()
@@ -170,7 +170,7 @@ class Worker:
     self._stops = _Recent(_MAX_RUNS)
 
   def describe(self) -> Info:
-    """Returns what the worker says of itself."""
+    """Returns the worker's description of itself."""
     return Info(platform.node(), os.getpid(), versions())
 
   def ping(self) -> None:

@@ -73,8 +73,8 @@ class Pool:
 
     Args:
       ray: The package, connected to a cluster.
-      num_workers: How many there shall be; if `None`, as many as the cluster has
-        resources for, also when that changes.
+      num_workers: The number of workers; if `None`, as many as the cluster has resources
+        for, also when that changes.
       resources: The resources that each one asks of Ray, such as
         `{'CPU': 4, 'GPU': 1}`.
       silence_s: A worker that does not answer for so long is given up.
@@ -105,7 +105,7 @@ class Pool:
       return self._plans[plan]
 
   def ready(self) -> Sequence[WorkerRecord]:
-    """Returns the workers that can be given work; looks now and then who that is."""
+    """Returns the workers that are ready, as of a check twice a second."""
     with self._lock:
       if time.monotonic() - self._checked > _CHECK_INTERVAL_S:
         self._note_started()
@@ -144,10 +144,10 @@ class Pool:
     )
 
   def check_silent(self, workers: Sequence[WorkerRecord]) -> None:
-    """Gives up those of some workers at work that do not answer.
+    """Gives up workers that do not answer.
 
     Args:
-      workers: Those that have work.
+      workers: The workers to ask, which have work.
     """
     now = time.monotonic()
     for worker in workers:
@@ -196,7 +196,7 @@ class Pool:
       self._num_workers = 0
 
   def _fill(self) -> None:
-    """Starts workers until there are as many as there shall be."""
+    """Starts workers until there are enough."""
     wanted = self._num_workers
     if wanted is None:
       wanted = max(1, self._num_fitting())
@@ -268,7 +268,7 @@ class Pool:
 
 
 def _check_versions(info: ray_worker.Info) -> None:
-  """Raises an error if a worker has not what this process has."""
+  """Raises an error if a worker has other versions than this process."""
   here = ray_worker.versions()
   different = [
       f'{name} {info.versions[name]} there, {version} here'
