@@ -6,14 +6,15 @@ names are looked up when they are used, and `check_version` gives a clear error 
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 import contextlib
 import functools
 import inspect
 import signal
 import subprocess
 import tempfile
-import threading
 from typing import Any, Optional
+from unittest import mock
 
 import tensorflow as tf
 
@@ -246,27 +247,18 @@ def default_context(context: Any) -> Iterator[None]:
   # pylint: disable=protected-access
   before = tff.framework.get_context_stack()._stack[0]
   # pylint: enable=protected-access
-  of_new_threads = _context_of_new_threads()
-  passed_on = vars(of_new_threads).get('invoke')
-  set_default_context(context)
-  try:
-    yield
-  finally:
-    tff.framework.set_default_context(before)
-    if passed_on is None:
-      del of_new_threads.invoke
-    else:
-      of_new_threads.invoke = passed_on
+  with mock.patch.object(_context_of_new_threads(), 'invoke', context.invoke):
+    tff.framework.set_default_context(context)
+    try:
+      yield
+    finally:
+      tff.framework.set_default_context(before)
 
 
 @functools.cache
 def _context_of_new_threads() -> Any:
-  found = []
-  get = lambda: found.append(tff.framework.get_context_stack().current)
-  thread = threading.Thread(target=get)
-  thread.start()
-  thread.join()
-  return found[0]
+  with futures.ThreadPoolExecutor(1) as pool:
+    return pool.submit(lambda: tff.framework.get_context_stack().current).result()
 
 
 @contextlib.contextmanager
