@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 import concurrent.futures
 import functools
 import os
-import types
 from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
@@ -333,7 +332,7 @@ class FederatedEvaluation(NamedTuple):
   percentile_10: float
   worst: float
   num_clients: int
-  by_client: Mapping[client_names.Client, float] = types.MappingProxyType({})
+  by_client: Mapping[client_names.Client, float]
 
 
 def over_clients(

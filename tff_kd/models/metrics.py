@@ -172,7 +172,6 @@ class Metrics:
   numbers, the state holds the difference from these.
 
   Attributes:
-    names: The names of all metrics.
     score_names: The names of the scores of the user's metrics, as in `scores`.
   """
 
@@ -211,11 +210,6 @@ class Metrics:
         self._offsets[name] = offsets
     for name, state in _INITIAL_TOTALS.items():
       self._initial.setdefault(name, state)
-
-  @property
-  def names(self) -> list[str]:
-    """The names of all metrics, with the totals."""
-    return list(self._initial)
 
   def lower_is_better(self, name: str) -> bool:
     """Returns whether lower values of a score are better; see `lower_is_better`.
