@@ -17,7 +17,7 @@ def is_own(name: str) -> bool:
 
 
 def load(path: str) -> Any:
-  """Loads the module of a file once, and returns it.
+  """Returns the module of a file, which is loaded once.
 
   It may import modules beside it, as a script may; installed ones come first.
 

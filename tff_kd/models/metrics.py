@@ -282,7 +282,7 @@ class Metrics:
       num_examples: tf.Tensor,
       num_batches: tf.Tensor,
   ) -> Any:
-    """Adds batches to the totals of a state, and returns the state.
+    """Returns the state after more batches, with their sums added to the totals.
 
     Args:
       state: The state before.
