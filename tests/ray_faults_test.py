@@ -49,7 +49,7 @@ def workers(request, connected):
 
 
 def pool_of(context):
-  return context._runner._make_clients.args[0].pool
+  return context._runner._make_clients.args[0]
 
 
 def all_ready(context, number):

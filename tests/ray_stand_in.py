@@ -123,7 +123,7 @@ def context(num_workers: int):
       ray, num_workers, {'CPU': 1.0}, silence_s=30.0, start_timeout_s=30.0
   )
   try:
-    found = runtime.RayContext(None, pool, ray)
+    found = runtime.RayContext(None, pool)
     pool.wait_for_one()
     with tff_internals.default_context(found):
       yield found

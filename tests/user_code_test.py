@@ -298,12 +298,15 @@ def test_dropout_follows_from_seed_round_and_client():
     assert np.any(first != other)
 
 
-@pytest.mark.parametrize('kind', ['sequential', 'subclassed'])
+@pytest.mark.parametrize('kind', ['sequential', 'subclassed', 'bidirectional'])
 def test_states_of_recurrent_layers_are_those_before_any_call(kind):
   """Not what the calls left there by which the model was looked at."""
   def parts():
+    recurrent = layers.GRU(3, stateful=True)
+    if kind == 'bidirectional':
+      recurrent = layers.Bidirectional(recurrent)
     return [
-        layers.Dense(2, bias_initializer='ones'), layers.GRU(3, stateful=True),
+        layers.Dense(2, bias_initializer='ones'), recurrent,
         layers.Dense(helpers.CLASSES),
     ]
 
@@ -327,8 +330,10 @@ def test_states_of_recurrent_layers_are_those_before_any_call(kind):
       build, loss_fn=helpers.loss_fn,
       input_spec=(tf.TensorSpec([4, 3, 2]), tf.TensorSpec([4], tf.int32)),
   )
-  (state,) = spec.values(spec.initial_weights).local
-  np.testing.assert_array_equal(state, np.zeros((4, 3)))
+  states = spec.values(spec.initial_weights).local
+  assert len(states) == (2 if kind == 'bidirectional' else 1)
+  for state in states:
+    np.testing.assert_array_equal(state, np.zeros((4, 3)))
   x = np.random.default_rng(0).normal(size=(4, 3, 2)).astype('f')
   model = build()
   model(np.zeros_like(x))

@@ -8,7 +8,7 @@ from typing import Any
 def attach(
     package: str, attributes: Mapping[str, str]
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-  """The `__getattr__` and `__dir__` of a package (PEP 562).
+  """Makes the `__getattr__` and `__dir__` of a package (PEP 562).
 
   Args:
     package: Its `__name__`.

@@ -49,7 +49,7 @@ _DP_QUERIES = {
 
 
 def _import_privacy():
-  """tensorflow_privacy, without what TensorFlow no longer has.
+  """Imports tensorflow_privacy without the parts that need `tf.estimator`.
 
   Why: its package imports `tf.estimator`, which TensorFlow dropped in 2.16. It has a
   switch that leaves the package empty; the queries are then found where they are defined,

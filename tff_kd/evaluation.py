@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 import concurrent.futures
 import functools
 import os
-import types
 from typing import Any, NamedTuple, Optional, Union
 
 import numpy as np
@@ -17,7 +16,7 @@ from tff_kd import graphs
 from tff_kd import models
 
 _BATCH_SIZE = 256
-# Examples that a user's metric sees at once: an AUC holds hundreds of copies.
+# The number of examples in one update of a user's metric: an AUC makes many copies.
 _METRIC_BATCH = 1024
 _NOBODY = 'No client has an example to evaluate on.'
 
@@ -100,7 +99,7 @@ def score(
   Raises:
     ValueError: If the user's metrics do not take such labels, or weights do not fit.
   """
-  sample_weight = _weights(sample_weight, outputs, spec)
+  sample_weight = _weights(sample_weight, outputs)
   names = score_names(spec) if names is None else names
   found = {}
   asks_users = any(name in spec.metrics.score_names for name in names)
@@ -112,32 +111,32 @@ def score(
 
 
 def _weights(
-    sample_weight: Optional[np.ndarray], outputs: np.ndarray, spec: models.ModelSpec
+    sample_weight: Optional[np.ndarray], outputs: np.ndarray
 ) -> Optional[np.ndarray]:
   """Returns weights with the axes of the outputs but the last."""
   if sample_weight is None:
     return None
   weights, axes = np.asarray(sample_weight, np.float32), np.shape(outputs)[:-1]
-  fits = weights.shape[:1] == axes[:1] and weights.ndim <= len(axes) + 1
-  if fits and weights.ndim == len(axes) + 1:
-    fits = weights.shape[-1] == 1
-  if fits:
-    weights = spec.sample_weight((None, None, weights)).numpy()
-    fits = all(size in (1, axis_size) for size, axis_size in zip(weights.shape, axes))
+  shape = weights.shape + (1,) * (len(axes) - weights.ndim)
+  if shape[len(axes) :] == (1,):
+    shape = shape[: len(axes)]
+  fits = len(shape) == len(axes) and weights.shape[:1] == axes[:1] and all(
+      size in (1, axis_size) for size, axis_size in zip(shape, axes)
+  )
   if not fits or not np.all(np.isfinite(weights)) or np.any(weights < 0):
     raise ValueError(
         '`sample_weight` must be finite numbers of 0 or more, of the shape '
         f'{axes[:1]} or of the outputs without the last axis, {axes}, found '
         f'{np.shape(sample_weight)}, {np.min(weights)} to {np.max(weights)}.'
     )
-  return weights
+  return weights.reshape(shape)
 
 
 def _user_scores(
     outputs: np.ndarray, labels: np.ndarray, spec: models.ModelSpec,
     weights: Optional[np.ndarray],
 ) -> dict[str, float]:
-  """The user's metrics over all examples, batch by batch."""
+  """Returns the user's metrics over all examples, computed in batches."""
   _, expected = models.split_batch(spec.input_spec)
   labels = np.asarray(labels)
   if not expected.shape[1:].is_compatible_with(labels.shape[1:]):
@@ -145,9 +144,7 @@ def _user_scores(
         "The user's metrics take labels like the clients' (`input_spec`): expected "
         f'{expected}, found an array of shape {labels.shape}.'
     )
-  update, scores = spec.metric_functions
-  if weights is not None:
-    update = spec.weighted_metric_update
+  update = spec.metric_update if weights is None else spec.weighted_metric_update
   state = spec.metrics.initial_state()
   for start in range(0, len(labels), _METRIC_BATCH):
     batch = slice(start, start + _METRIC_BATCH)
@@ -155,14 +152,14 @@ def _user_scores(
     state = update(
         state, tf.cast(labels[batch], expected.dtype), outputs[batch], *weight
     )
-  return {name: float(value) for name, value in scores(state).items()}
+  return {name: float(value) for name, value in spec.metric_scores(state).items()}
 
 
 def _own_scores(
     outputs: np.ndarray, labels: np.ndarray, spec: models.ModelSpec,
     weights: Optional[np.ndarray],
 ) -> dict[str, float]:
-  """Accuracy, loss and calibration, or the errors of a regression."""
+  """Returns accuracy, loss and calibration, or the errors of a regression."""
   if spec.is_regression:
     errors = outputs.reshape(len(labels), -1) - labels.reshape(len(labels), -1)
     if weights is not None:
@@ -197,13 +194,13 @@ def counted_predictions(
       [0, z].
     labels: As for `score`.
     spec: The model, which may ignore a label.
-    sample_weight: As of `score`; what has weight 0 does not count.
+    sample_weight: As for `score`; positions of weight 0 do not count.
 
   Returns:
     Logits `[m, classes]` and int64 class numbers `[m]`.
   """
   outputs = logits[..., 0] if spec.is_multi_label else logits
-  weights = _weights(sample_weight, outputs, spec)
+  weights = _weights(sample_weight, outputs)
   return _counted(logits, labels, spec, weights)[:2]
 
 
@@ -271,7 +268,7 @@ class CentralEvaluator:
     Returns:
       float32 `[n, ...]`.
     """
-    weights = tf.nest.map_structure(tf.constant, _model_weights(weights))
+    weights = _model_weights(weights)
     size = len(tf.nest.flatten(inputs)[0])
     return np.concatenate([
         self._outputs(
@@ -309,7 +306,7 @@ class CentralEvaluator:
       weights: `ModelWeights` of the model.
       inputs: A structure of arrays `[n, ...]`, as the model takes them.
       labels: `[n, ...]`: class numbers, or numbers of a regression.
-      sample_weight: Optional weights of the examples, as of `score`.
+      sample_weight: Optional weights of the examples, as for `score`.
 
     Returns:
       By name, the scores.
@@ -324,8 +321,8 @@ class FederatedEvaluation(NamedTuple):
 
   Attributes:
     mean: Over clients, each counting once.
-    percentile_10: A tenth of the clients are worse: below, or, of errors, above.
-    worst: The lowest; of errors, the highest.
+    percentile_10: The value than which a tenth of the clients are worse.
+    worst: The lowest value; for an error, the highest.
     num_clients: How many clients had data and were counted.
     by_client: The metric of each of these, by the client's name, or by its number where
       clients have no names.
@@ -335,7 +332,7 @@ class FederatedEvaluation(NamedTuple):
   percentile_10: float
   worst: float
   num_clients: int
-  by_client: Mapping[client_names.Client, float] = types.MappingProxyType({})
+  by_client: Mapping[client_names.Client, float]
 
 
 def over_clients(
@@ -388,10 +385,10 @@ class ClientsEvaluator:
 
     Args:
       spec: The model whose weights will be evaluated.
-      metric: The name of a metric of the model, of one number: of a metric of several,
-        `f1_score_0` and so on.
-      lower_is_better: Whether it is an error: low values are good. `None` for what
-        Keras's metric or its name says.
+      metric: The name of a score of the model, such as `f1_score_0` for a metric of
+        several numbers.
+      lower_is_better: Whether low values are good. If `None`, the metric or its name
+        says so.
 
     Raises:
       ValueError: If there is no such metric.
@@ -409,7 +406,7 @@ class ClientsEvaluator:
   def _metric_and_count(
       self, weights: Any, dataset: tf.data.Dataset
   ) -> tuple[tf.Tensor, tf.Tensor]:
-    """The metric over a client's batches, and how many examples there are."""
+    """Returns the metric over a client's batches, and the number of examples."""
     spec, metrics = self._spec, self._spec.metrics
     values = spec.values(weights)
 
@@ -455,7 +452,7 @@ class ClientsEvaluator:
     Raises:
       ValueError: If no client has an example.
     """
-    weights = tf.nest.map_structure(tf.constant, _model_weights(weights))
+    weights = _model_weights(weights)
     if not isinstance(client_datasets, Mapping):
       client_datasets = dict(enumerate(client_datasets))
     if not client_datasets:
@@ -476,7 +473,8 @@ class ClientsEvaluator:
 
 
 def _model_weights(weights: Any) -> tff.learning.models.ModelWeights:
-  """The same as one Python structure, whatever a computation made of it."""
+  """Returns weights as `ModelWeights` of lists of tensors."""
   return tff.learning.models.ModelWeights(
-      list(weights.trainable), list(weights.non_trainable)
+      [tf.constant(w) for w in weights.trainable],
+      [tf.constant(w) for w in weights.non_trainable],
   )

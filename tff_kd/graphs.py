@@ -25,11 +25,11 @@ from tff_kd import internals
 from tff_kd import temporary
 from tff_kd.compat import tff
 
-# Not into the temporary folder, where files stay if the process is killed.
+# In the system's temporary folder they would stay if the process is killed.
 internals.write_autograph_files_with(temporary.named_file)
 # The graphs traced last, whose operations know where they were created.
 _GRAPHS = collections.deque(maxlen=200)
-# Of several places that made nodes of one name, so many are shown.
+# How many places are shown, if several made nodes of one name.
 _MAX_PLACES = 3
 _LIBRARIES = re.compile(r'/(tensorflow|keras|tensorflow_federated)/')
 _NODE = re.compile(r'\{\{(?:function_node [^}]*?\}\} ?\{\{)?node ([^}]+?)\}\}')
@@ -42,7 +42,7 @@ def function(fn: Callable[..., Any]) -> Any:
 
 
 def user_function(fn: Callable[..., Any]) -> Callable[..., Any]:
-  """A user's function as this package calls it where it traces: with AutoGraph.
+  """Returns a user's function to be traced with AutoGraph.
 
   Args:
     fn: A function, or a bound method. One of this package is returned as it is.
@@ -53,12 +53,12 @@ def user_function(fn: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def wide_dtype(dtype: tf.DType) -> tf.DType:
-  """The dtype in which numbers are summed: float32 for floats of 16 bits."""
+  """Returns the dtype in which numbers are summed: float32 for floats of 16 bits."""
   return tf.float32 if dtype.is_floating and dtype.size < 4 else dtype
 
 
 def all_finite(values: Any) -> tf.Tensor:
-  """Whether all numbers, or at least their sums, are finite.
+  """Returns whether the sums of all tensors are finite.
 
   Args:
     values: Tensors in any structure; those of integers and `None` are passed over.
@@ -66,7 +66,7 @@ def all_finite(values: Any) -> tf.Tensor:
   Returns:
     A bool scalar.
   """
-  # One operation and one pass for each: this is in every client's and server's graph.
+  # One sum for each tensor: this is in the graph of every client and of the server.
   axes, sums = {}, {}
   for value in tf.nest.flatten(values):
     if value is None or not value.dtype.is_floating:
@@ -80,7 +80,7 @@ def all_finite(values: Any) -> tf.Tensor:
 
 
 def specs_of(type_spec: tff.Type) -> Any:
-  """The structure of `tf.TypeSpec`s of a TFF type, in the Python containers that it has.
+  """Returns the structure of `tf.TypeSpec`s of a TFF type, in its Python containers.
 
   Args:
     type_spec: A type without placements and functions.
@@ -99,7 +99,7 @@ def specs_of(type_spec: tff.Type) -> Any:
 
 
 def _pack(type_spec: tff.StructType, values: Sequence[Any]) -> Any:
-  """Values of a structure's elements in its Python container."""
+  """Returns values of a structure's elements in the Python container of its type."""
   names = [name for name, _ in tff.structure.iter_elements(type_spec)]
   container = getattr(type_spec, 'python_container', None)
   if all(name is None for name in names):
@@ -111,7 +111,7 @@ def _pack(type_spec: tff.StructType, values: Sequence[Any]) -> Any:
 
 
 def _elements(value: Any) -> Optional[list[Any]]:
-  """The elements of a structure in their order; `None` if it is a leaf."""
+  """Returns the elements of a structure in their order; `None` for a leaf."""
   if isinstance(value, Mapping):
     return list(value.values())
   if isinstance(value, (tff.structure.Struct, tuple, list)):
@@ -122,15 +122,27 @@ def _elements(value: Any) -> Optional[list[Any]]:
 
 
 def _unpack(value: Any) -> list[Any]:
-  """The leaves of a structure in its own order, which is that of its TFF type."""
+  """Returns the leaves of a structure in the order of its elements, as TFF does.
+
+  `tf.nest.flatten` sorts the keys of a mapping.
+  """
   elements = _elements(value)
   if elements is None:
     return [value]
   return [leaf for element in elements for leaf in _unpack(element)]
 
 
-def _unpack_as(spec: Any, value: Any) -> list[Any]:
-  """The leaves of an argument in the order of its spec: those of mappings by name."""
+def unpack_as(spec: Any, value: Any) -> list[Any]:
+  """Returns the leaves of a value in the order of a spec; mappings are read by key.
+
+  Args:
+    spec: A structure of `tf.TypeSpec`s.
+    value: A value of the same structure.
+
+  Raises:
+    TypeError: If the value has a leaf where the spec has a structure.
+    ValueError: If a mapping has other keys.
+  """
   if isinstance(spec, tf.TypeSpec):
     return [value]
   elements = _elements(value)
@@ -143,7 +155,24 @@ def _unpack_as(spec: Any, value: Any) -> list[Any]:
   if elements is None:
     raise TypeError(f'An argument must be like {spec}, found {value!r}.')
   parts = zip(_elements(spec), elements, strict=True)
-  return [leaf for part, element in parts for leaf in _unpack_as(part, element)]
+  return [leaf for part, element in parts for leaf in unpack_as(part, element)]
+
+
+def pack_as(spec: Any, leaves: Iterator[Any]) -> Any:
+  """Returns leaves in the structure of a spec; the reverse of `unpack_as`.
+
+  Args:
+    spec: A structure of `tf.TypeSpec`s.
+    leaves: The leaves in the order of the spec.
+  """
+  if isinstance(spec, tf.TypeSpec):
+    return next(leaves)
+  parts = [pack_as(element, leaves) for element in _elements(spec)]
+  if isinstance(spec, Mapping):
+    return collections.OrderedDict(zip(spec, parts))
+  if type(spec) in (list, tuple):
+    return type(spec)(parts)
+  return type(spec)(*parts)
 
 
 class TracedFunction:
@@ -164,27 +193,26 @@ class TracedFunction:
       ValueError: If the function reads a variable that is not among its arguments.
     """
     self._specs = list(specs)
-    unpacked = [_unpack_specs(spec) for spec in specs]
     structure = None
 
     def flat_fn(*leaves):
       nonlocal structure
-      rest = iter(leaves)
-      args = [rebuild([next(rest) for _ in flat]) for flat, rebuild in unpacked]
-      structure = result = fn(*args)
-      return [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(result)]
+      structure = fn(*pack_as(self._specs, iter(leaves)))
+      return [tf.convert_to_tensor(leaf) for leaf in tf.nest.flatten(structure)]
 
     # Out of TFF's graph, where `tf.init_scope` would stay.
     with internals.eager_mode():
-      self._traced = tf.function(flat_fn, autograph=False).get_concrete_function(
-          *[leaf for flat, _ in unpacked for leaf in flat]
-      )
-      self._captured = self._constants(fn)
-    outputs = self._traced.outputs
+      self._traced = function(flat_fn).get_concrete_function(*_unpack(self._specs))
+      constants = self._constants(fn)
     self.output = tf.nest.pack_sequence_as(
-        structure, [tf.TensorSpec(t.shape, t.dtype) for t in outputs]
+        structure, [tf.TensorSpec(t.shape, t.dtype) for t in self._traced.outputs]
     )
+    self._inputs = [t for t in self._traced.inputs if t.name not in constants]
     self._graph_def = self._traced.graph.as_graph_def()
+    for node in self._graph_def.node:
+      if f'{node.name}:0' in constants:
+        value, dtype = constants[f'{node.name}:0'], node.attr['dtype'].type
+        node.CopyFrom(_constant(node.name, value, dtype))
     _GRAPHS.append(self._traced.graph)
 
   def _constants(self, fn) -> dict[str, Any]:
@@ -204,7 +232,7 @@ class TracedFunction:
     return constants
 
   def __call__(self, *args: Any) -> Any:
-    """The function's result, in the graph (or eager context) of the call."""
+    """Returns the function's result, in the graph (or eager context) of the call."""
     leaves = self._leaves(args)
     if tf.executing_eagerly():
       results = self._traced(*leaves)
@@ -241,63 +269,37 @@ class TracedFunction:
     graph_def = tf.compat.v1.GraphDef()
     graph_def.CopyFrom(self._graph_def)
     outputs = [t.name for t in self._traced.outputs]
-    results = {name.partition(':')[0] for name in outputs}
-    checks = [f'^{op.name}' for op in self._traced.graph.control_outputs]
-    for node in graph_def.node:
-      captured = self._captured.get(f'{node.name}:0')
-      if captured is not None:
-        node.CopyFrom(_constant(node.name, captured, node.attr['dtype'].type))
-      if node.name in results:
-        node.input.extend(checks)  # Such as assertions.
     return tff_internals.computation_of_graph(
         graph_def,
         parameter_type,
-        [t.name for t in self._inputs()],
+        [t.name for t in self._inputs],
         tff.types.tensorflow_to_type(self.output),
         _unpack(tf.nest.pack_sequence_as(self.output, outputs)),
     )
 
   def _leaves(self, args: Sequence[Any]) -> list[Any]:
-    """The tensors of the arguments' leaves."""
+    """Returns the tensors of the arguments' leaves."""
     return [
         _as_tensor(leaf)
         for spec, arg in zip(self._specs, args, strict=True)
-        for leaf in _unpack_as(spec, arg)
+        for leaf in unpack_as(spec, arg)
     ]
 
-  def _inputs(self) -> list[tf.Tensor]:
-    """The placeholders of the arguments' leaves."""
-    captured = {placeholder.name for _, placeholder in self._traced.graph.captures}
-    return [t for t in self._traced.inputs if t.name not in captured]
-
   def _place(self, leaves: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    graph = self._traced.graph
-    input_map = {t.name: leaf for t, leaf in zip(self._inputs(), leaves, strict=True)}
-    for name, value in self._captured.items():
-      input_map[name] = tf.constant(value)
-    used = {
-        name.lstrip('^').split(':')[0] for n in self._graph_def.node for name in n.input
-    }
-    outputs = [t.name for t in self._traced.outputs]
-    used |= {name.split(':')[0] for name in outputs}
-    input_map = {k: v for k, v in input_map.items() if k.split(':')[0] in used}
-    controls = [op.name for op in graph.control_outputs]
-    elements = tf.graph_util.import_graph_def(
+    # Results come after assertions: traced outputs have these as control inputs.
+    results = tf.graph_util.import_graph_def(
         self._graph_def,
-        input_map=input_map,
-        return_elements=[*outputs, *controls],
+        input_map={t.name: leaf for t, leaf in zip(self._inputs, leaves, strict=True)},
+        return_elements=[t.name for t in self._traced.outputs],
         name='',
     )
-    results, ran = elements[: len(outputs)], elements[len(outputs) :]
-    with tf.control_dependencies(ran):  # Such as assertions.
-      results = [tf.identity(t) for t in results]
     for result, traced in zip(results, self._traced.outputs):
       result.set_shape(traced.shape)
     return results
 
 
 def _constant(name: str, value: Any, dtype: int) -> Any:
-  """A `Const` node."""
+  """Returns a `Const` node."""
   node = tf.compat.v1.NodeDef(name=name, op='Const')
   node.attr['dtype'].type = dtype
   node.attr['value'].tensor.CopyFrom(tf.make_tensor_proto(value, dtype))
@@ -310,44 +312,14 @@ def _as_tensor(leaf: Any) -> Any:
   return tf.convert_to_tensor(leaf)
 
 
-def _unpack_specs(spec: Any) -> tuple[list[Any], Callable[[Sequence[Any]], Any]]:
-  """The leaves of a structure of specs, and what rebuilds it of such leaves."""
-  if isinstance(spec, tf.TypeSpec):
-    return [spec], lambda leaves: leaves[0]
-  build: Callable[[Sequence[Any]], Any]
-  if isinstance(spec, Mapping):
-    names, elements = list(spec), list(spec.values())
-    build = lambda parts: collections.OrderedDict(zip(names, parts))
-  elif hasattr(type(spec), '__attrs_attrs__'):
-    names = [attribute.name for attribute in type(spec).__attrs_attrs__]
-    elements = [getattr(spec, name) for name in names]
-    build = lambda parts: type(spec)(**dict(zip(names, parts)))
-  elif hasattr(spec, '_fields'):
-    elements = list(spec)
-    build = lambda parts: type(spec)(*parts)
-  else:
-    elements = list(spec)
-    build = list if isinstance(spec, list) else tuple
-  flat = [_unpack_specs(element) for element in elements]
-
-  def rebuild(leaves: Sequence[Any]) -> Any:
-    parts, start = [], 0
-    for part_leaves, rebuild_part in flat:
-      parts.append(rebuild_part(leaves[start : start + len(part_leaves)]))
-      start += len(part_leaves)
-    return build(parts)
-
-  return [leaf for leaves, _ in flat for leaf in leaves], rebuild
-
-
 def placed(fn: Callable[..., Any]) -> Callable[..., Any]:
-  """A function that is traced eagerly wherever it is called, by what it is called with.
+  """Returns a function that is traced eagerly for the arguments of each call.
 
-  For what TFF itself calls in its graphs: finalizers of metrics, parts of models.
+  It is for functions that TFF calls in graphs: finalizers of metrics, parts of models.
   """
 
   def call(*args):
-    if tf.executing_eagerly() or tf.compat.v1.executing_eagerly_outside_functions():
+    if tf.compat.v1.executing_eagerly_outside_functions():
       return fn(*args)
     specs = [
         tf.nest.map_structure(lambda t: tf.TensorSpec(t.shape, t.dtype), arg)
@@ -392,8 +364,8 @@ def user_traceback(message: str) -> Optional[str]:
 
   Returns:
     The frames of the Python traceback outside of TensorFlow, Keras and TFF, the latest
-    last, as `traceback` prints them; of several places that made nodes of that name, in
-    computations of their own, those of the latest ones; `None` if the node is not known.
+    last, as `traceback` prints them, or the latest few of such tracebacks if several
+    computations have a node of that name; `None` if the node is not known.
   """
   for name in _NODE.findall(message):
     places = _places_of(name.split('}}')[0].strip())
@@ -403,7 +375,7 @@ def user_traceback(message: str) -> Optional[str]:
 
 
 def _places_of(name: str) -> list[str]:
-  """The tracebacks outside of libraries of the operations with a name, latest first."""
+  """Returns where the operations of a name were made, the latest first."""
   while name:
     places = {}
     for graph in reversed(_GRAPHS):
@@ -421,7 +393,7 @@ def _places_of(name: str) -> list[str]:
 
 
 def _operations(graph: tf.Graph, name: str) -> Iterator[tf.Operation]:
-  """The operations of a name in a graph and in its functions."""
+  """Yields the operations of a name in a graph and in its functions."""
   try:
     yield graph.get_operation_by_name(name)
   except KeyError:

@@ -16,7 +16,7 @@ import tensorflow as tf
 
 from tff_kd import checks
 
-# Probabilities are clipped here before their logarithm, as tf.keras does.
+# Probabilities are clipped to at least this before the logarithm, as in Keras.
 _PROBABILITY_FLOOR = 1e-7
 
 
@@ -72,13 +72,14 @@ def kl_divergence(
   """
   t = checks.check_temperature(temperature)
   logits = tf.convert_to_tensor(logits)
-  # At a high temperature all terms nearly cancel: in float32, T = 1000 is off by .4.
+  # In float64: at a high temperature all terms nearly cancel. In float32, the result for
+  # T = 1000 is off by .4.
   target, predicted = (
       tf.nn.log_softmax(tf.cast(two_classes(values), tf.float64) / t, axis=-1)
       for values in (tf.stop_gradient(target_logits), logits)
   )
   divergence = tf.reduce_sum(tf.exp(target) * (target - predicted), axis=-1)
-  # What rounding leaves below 0 has no gradient either.
+  # A result below 0 is due to rounding, and this correction has no gradient.
   divergence += tf.stop_gradient(tf.maximum(-divergence, 0.0))
   return tf.cast(t * t * divergence, logits.dtype)
 

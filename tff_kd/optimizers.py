@@ -18,7 +18,7 @@ Optimizer = Union[
 ]
 
 _LEARNING_RATE = tff.learning.optimizers.LEARNING_RATE_KEY
-# The name of the inner optimizer's state, in an optimizer around another one.
+# The key of the inner optimizer's state in the state of a `_Wrapped`.
 _INNER = 'optimizer'
 
 
@@ -42,8 +42,7 @@ def check_optimizer(
       its own, or no rate.
   """
   if isinstance(optimizer, tff.learning.optimizers.Optimizer):
-    state = optimizer.initialize(tf.TensorSpec([], tf.float32))
-    if scheduled and _LEARNING_RATE not in optimizer.get_hparams(state):
+    if scheduled and _LEARNING_RATE not in initial_hparams(optimizer):
       raise ValueError(
           f'`{name}` offers no learning rate to scale (it may have a schedule of '
           'its own). Use it without a schedule inside the round, or pass the '
@@ -94,14 +93,14 @@ def initial_hparams(optimizer: Optimizer) -> collections.OrderedDict[str, Any]:
 def settings(optimizer: Optimizer) -> dict[str, Any]:
   """Returns what an optimizer is made with, by name.
 
-  Two that differ in a function only, such as a schedule of a user's own, may give the
-  same.
+  Two optimizers that differ only in a function, such as a user's schedule, may give the
+  same settings.
 
   Args:
     optimizer: A TFF optimizer or a function that returns a Keras one.
 
   Returns:
-    Its type's name, and its hyperparameters: numbers, and what Keras makes of others.
+    The name of the type, and the hyperparameters as numbers or as Keras serializes them.
   """
   if isinstance(optimizer, tff.learning.optimizers.Optimizer):
     hparams = initial_hparams(optimizer).items()
@@ -110,7 +109,7 @@ def settings(optimizer: Optimizer) -> dict[str, Any]:
   made = optimizer()
   try:
     config = dict(made.get_config())
-  except NotImplementedError:  # Of a schedule that is not for Keras's files.
+  except NotImplementedError:  # A schedule without `get_config`.
     config = {}
   config.pop('name', None)
   return {'type': type(made).__name__, **config}
@@ -180,10 +179,9 @@ def check_plain_sgd(optimizer: Optimizer, name: str, why: str) -> None:
 
 
 class _Wrapped(tff.learning.optimizers.Optimizer):
-  """A TFF optimizer before whose steps something else is done.
+  """A TFF optimizer that does something else before each step.
 
-  What decides that is a hyperparameter beside the optimizer's own, so that a checkpoint
-  tells by which it was made.
+  The value that it needs is a further hyperparameter, which checkpoints therefore hold.
   """
 
   name: str
@@ -307,10 +305,6 @@ def build_stepper(
 ) -> Union['_TffStepper', '_KerasStepper']:
   """Builds an optimizer as a function of the values of some variables.
 
-  The result has `initialize(hparams=None) -> state`, tensors to carry from step to step
-  (and between rounds), and `apply(state, values, gradients, rate_scale=None) -> (state,
-  values)`, under the variables' constraints. A gradient of `None` leaves its value.
-
   Args:
     optimizer: A TFF optimizer or a function that returns a Keras one.
     variables: Give names, shapes and constraints; they are not changed.
@@ -329,7 +323,7 @@ def build_stepper(
 def _of_known_shape(
     gradients: Sequence[Any], variables: Sequence[keras.Variable]
 ) -> tuple[Any, ...]:
-  """Gradients whose shapes TensorFlow lost, as of a product with one feature."""
+  """Returns gradients with the shapes of the variables where TensorFlow lost them."""
 
   def known(gradient, shape):
     lost = isinstance(gradient, tf.Tensor) and not gradient.shape.is_fully_defined()
@@ -355,8 +349,7 @@ class _TffStepper:
   def apply(self, state, values, gradients, rate_scale: Optional[tf.Tensor] = None):
     if rate_scale is not None:
       hparams = self._optimizer.get_hparams(state)
-      scaled = collections.OrderedDict(hparams)
-      scaled[_LEARNING_RATE] = hparams[_LEARNING_RATE] * rate_scale
+      scaled = with_learning_rate(hparams, hparams[_LEARNING_RATE] * rate_scale)
       state = self._optimizer.set_hparams(state, scaled)
     gradients = _of_known_shape(gradients, self._variables)
     state, values = self._optimizer.next(state, tuple(values), gradients)

@@ -17,7 +17,7 @@ def is_own(name: str) -> bool:
 
 
 def load(path: str) -> Any:
-  """Returns the module of a file; it is loaded once.
+  """Returns the module of a file, which is loaded once.
 
   It may import modules beside it, as a script may; installed ones come first.
 

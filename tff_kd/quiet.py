@@ -10,15 +10,14 @@ Imports no TensorFlow.
 from collections.abc import Iterator
 import contextlib
 import importlib.abc
-import importlib.machinery
 import importlib.util
 import os
 import subprocess
 import sys
-from typing import Optional
+from typing import Any, Optional
 
 LEVEL = 'TF_CPP_MIN_LOG_LEVEL'
-# What a GPU's driver makes, and Windows' Linux. With a GPU, errors are about it.
+# Made by the driver of a GPU, or by WSL. Where there is a GPU, errors about it are shown.
 _GPUS = ('/dev/nvidiactl', '/dev/nvidia0', '/dev/dxg')
 _SEVERITIES = 'IWE'
 _FILTER_SECONDS = 5.0
@@ -44,7 +43,7 @@ def quiet_tensorflow() -> None:
 
 
 class _Finder(importlib.abc.MetaPathFinder):
-  """Finds TensorFlow as others do, and wraps the loader. Goes when it has."""
+  """Finds TensorFlow as others do, and has it loaded with a filtered log, once."""
 
   def find_spec(self, fullname, path=None, target=None):
     if fullname != 'tensorflow':
@@ -52,23 +51,16 @@ class _Finder(importlib.abc.MetaPathFinder):
     sys.meta_path.remove(self)
     spec = importlib.util.find_spec(fullname)
     if spec is not None and spec.loader is not None:
-      spec.loader = _Loader(spec.loader)
+      loader: Any = spec.loader
+      exec_module = loader.exec_module
+
+      def exec_quietly(module):
+        del loader.exec_module  # The loader's own is used from now on.
+        with filtered_stderr(level()):
+          exec_module(module)
+
+      loader.exec_module = exec_quietly
     return spec
-
-
-class _Loader(importlib.abc.Loader):
-  """Runs a module with the early lines of its log filtered."""
-
-  def __init__(self, loader: importlib.abc.Loader):
-    self._loader = loader
-
-  def create_module(self, spec: importlib.machinery.ModuleSpec):
-    return self._loader.create_module(spec)
-
-  def exec_module(self, module) -> None:
-    module.__spec__.loader = module.__loader__ = self._loader
-    with filtered_stderr(level()):
-      self._loader.exec_module(module)
 
 
 @contextlib.contextmanager
@@ -79,8 +71,8 @@ def filtered_stderr(min_level: int) -> Iterator[None]:
   shown. Without `grep`, or without a standard error, all lines are shown.
 
   Args:
-    min_level: Lines of lower severity are left out; 1 for information, 2 for warnings,
-      too, 3 for errors, too.
+    min_level: Lines of lower severity are left out: 1 leaves out information, 2 also
+      warnings, 3 also errors.
   """
   kept = _start_filter(_SEVERITIES[:min_level])
   if kept is None:

@@ -6,7 +6,6 @@ those that nobody holds. No handler of signals is needed, nor installed.
 """
 
 import atexit
-from collections.abc import Iterator
 import fcntl
 import os
 import pathlib
@@ -23,7 +22,7 @@ _folder: Optional[pathlib.Path] = None
 
 
 def new_directory(prefix: str) -> pathlib.Path:
-  """A new, empty folder that only its owner reads, inside this process's own.
+  """Makes an empty folder that only its owner reads, inside this process's own.
 
   Args:
     prefix: The beginning of its name.
@@ -39,7 +38,7 @@ def named_file(*args, **kwargs) -> Any:
 
 
 def _own_folder() -> pathlib.Path:
-  """The folder; the first call makes it, and removes what dead processes left."""
+  """Returns the folder; the first call makes it, and removes those of dead processes."""
   global _folder
   with _lock:
     if _folder is None:
@@ -51,7 +50,7 @@ def _own_folder() -> pathlib.Path:
 
 
 def _make(parent: pathlib.Path) -> pathlib.Path:
-  """A new folder, whose lock this process keeps until it ends."""
+  """Makes a folder, whose lock this process keeps until it ends."""
   prefix = f'tff_kd_{platform.node()}_{os.getpid()}_'
   while True:
     path = tempfile.mkdtemp(prefix=prefix, dir=parent)  # Its mode is 0700.
@@ -71,7 +70,11 @@ def _make(parent: pathlib.Path) -> pathlib.Path:
 
 def _sweep(parent: pathlib.Path) -> None:
   """Removes the folders of this user and machine that no process holds."""
-  for path in _folders(parent):
+  # Only this machine's: machines that share a folder may not see each other's locks.
+  name = re.compile(rf'tff_kd_{re.escape(platform.node())}_\d+_\w{{8}}')
+  for path in parent.iterdir():
+    if not name.fullmatch(path.name):
+      continue
     try:
       folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     except OSError:
@@ -86,23 +89,13 @@ def _sweep(parent: pathlib.Path) -> None:
       os.close(folder)
 
 
-def _folders(parent: pathlib.Path) -> Iterator[str]:
-  # Only this machine's: where several share the folder, they need not see each other's
-  # locks.
-  name = re.compile(rf'tff_kd_{re.escape(platform.node())}_\d+_\w{{8}}')
-  with os.scandir(parent) as entries:
-    for entry in entries:
-      if name.fullmatch(entry.name):
-        yield entry.path
-
-
 def _remove(folder: pathlib.Path, owner: int) -> None:
   if os.getpid() == owner:  # And not a process that it forked.
     shutil.rmtree(folder, ignore_errors=True)
 
 
 def _forget() -> None:
-  """In a forked process: it makes a folder of its own."""
+  """Lets a forked process make a folder of its own."""
   global _folder, _lock
   _folder, _lock = None, threading.Lock()
 

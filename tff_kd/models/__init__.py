@@ -29,7 +29,7 @@ from tff_kd.models.spec import KerasModelFn
 from tff_kd.models.spec import ModelSpec
 from tff_kd.models.spec import ModelValues
 
-# Modules that build on these.
+# Modules that import this package; they load when they are used.
 __getattr__, _ = _lazy.attach(
     __name__,
     {

@@ -9,7 +9,6 @@ import tensorflow as tf
 
 from tff_kd import internals
 
-
 # The key of the weights in a batch that is a mapping, as an argument of Keras's `fit`.
 _SAMPLE_WEIGHT = 'sample_weight'
 UNKNOWN_DIMENSION = 16
@@ -59,14 +58,14 @@ def num_examples(outputs: tf.Tensor, sample_weight: Optional[tf.Tensor]) -> tf.T
 
 
 def as_batch(batch: Any) -> Any:
-  """Returns a batch, or its spec, in the one structure that its parts have here.
+  """Returns a batch, or the spec of one, as a tuple or an `OrderedDict`.
 
   Args:
     batch: (x, y), (x, y, sample_weight), or a mapping with these keys.
 
   Returns:
-    A tuple, or an `OrderedDict` with the keys in order, as TFF wants them; `None` if it
-    is neither.
+    A tuple, or for a mapping an `OrderedDict` with sorted keys, as TFF needs them; `None`
+    if the batch has another structure.
   """
   if isinstance(batch, Mapping):
     if set(batch) - {_SAMPLE_WEIGHT} != {'x', 'y'}:
@@ -142,7 +141,7 @@ def is_compatible(expected: Any, found: Any) -> bool:
 
   Args:
     expected: A structure of `tf.TensorSpec`s.
-    found: Another one; dimensions that it leaves open fit.
+    found: Another one, whose unknown dimensions fit any.
   """
   try:
     tf.nest.assert_same_structure(expected, found)
@@ -162,7 +161,7 @@ def is_compatible(expected: Any, found: Any) -> bool:
 
 
 def example_of(spec: Any, batch_size: int, rng=None) -> Any:
-  """Zeros (or random values) of a batched spec."""
+  """Makes zeros, or random values, of a batched spec."""
 
   def make(leaf: tf.TensorSpec):
     shape = [batch_size] + [
@@ -170,9 +169,7 @@ def example_of(spec: Any, batch_size: int, rng=None) -> Any:
         for d in leaf.shape.as_list()[1:]
     ]
     if rng is None or leaf.dtype == tf.string:
-      return tf.zeros(shape, leaf.dtype) if leaf.dtype != tf.string else tf.fill(
-          shape, ''
-      )
+      return tf.zeros(shape, leaf.dtype)
     if leaf.dtype.is_floating:
       return tf.constant(rng.standard_normal(shape), leaf.dtype)
     return tf.cast(tf.constant(rng.integers(0, 2, shape)), leaf.dtype)
@@ -181,7 +178,7 @@ def example_of(spec: Any, batch_size: int, rng=None) -> Any:
 
 
 def by_name(model: keras.Model, inputs: Any) -> Any:
-  """Inputs as a model takes them by name; others than mappings as they are.
+  """Returns inputs as a model takes them by name; all but mappings unchanged.
 
   Keras takes the values of an `OrderedDict` by position, those of a dict by name.
   """
@@ -194,14 +191,14 @@ def by_name(model: keras.Model, inputs: Any) -> Any:
 
 
 def with_lengths(spec: tf.TensorSpec, shape: Sequence[Optional[int]]) -> tf.TensorSpec:
-  """A batched spec whose unknown dimensions are those of a shape that it fits."""
+  """Fills the unknown dimensions of a batched spec with those of a shape that fits."""
   known = [*shape, *[None] * spec.shape.rank][: spec.shape.rank]
   dims = [d if d is not None else k for d, k in zip(spec.shape.as_list(), known)]
   return tf.TensorSpec([spec.shape[0], *dims[1:]], spec.dtype)
 
 
 def with_lengths_of(model: keras.Model, inputs_spec: Any) -> Any:
-  """A spec of inputs whose unknown dimensions are those that the model declares."""
+  """Fills the unknown dimensions of inputs with those that the model declares."""
   declared = getattr(model, 'inputs', None) or ()
   specs = tf.nest.flatten(inputs_spec)
   if len(declared) != len(specs):

@@ -66,15 +66,16 @@ def build_model_spec(
   metrics = metrics_lib.new_metrics(metrics_fn)
   model = _build_keras_model(keras_model_fn, name)
   batch_size = tracing.fixed_batch(model, inputs_spec)
+  probe_size = batch_size or tracing.PROBE_BATCH
   inputs_spec = batches.with_lengths_of(model, inputs_spec)
-  outputs = tracing.probe(model, inputs_spec, batch_size or tracing.PROBE_BATCH, name)
+  outputs = tracing.probe(model, inputs_spec, probe_size, name)
   labels_spec = batches.with_lengths(labels_spec, outputs.shape)
-  labels = batches.example_of(labels_spec, batch_size or tracing.PROBE_BATCH)
+  labels = batches.example_of(labels_spec, probe_size)
   weight_spec = batches.sample_weight_of(input_spec)
   loss_rank = labels_lib.check_loss(loss, labels, outputs, name)
   if weight_spec is not None:
     weight_spec = batches.with_lengths(weight_spec, outputs.shape)
-    weight = batches.example_of(weight_spec, batch_size or tracing.PROBE_BATCH)
+    weight = batches.example_of(weight_spec, probe_size)
     labels_lib.check_sample_weight(loss, labels, outputs, weight)
   traced = tracing.trace(model, inputs_spec, batch_size, name)
   if not model.trainable_variables:
@@ -135,8 +136,8 @@ def is_builder(value: Any) -> bool:
     inspect.signature(value).bind()
   except TypeError:  # It needs arguments, such as `keras.losses.mean_squared_error`.
     return False
-  except ValueError:  # It does not tell.
-    return True
+  except ValueError:  # It has no signature to inspect.
+    pass
   return True
 
 

@@ -111,22 +111,6 @@ class Students:
         for i, spec in enumerate(self.specs)
     ])
 
-  def select(self, cohort: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
-    """Returns the result of a cohort's branch.
-
-    Args:
-      cohort: The cohort's number, an int32 scalar.
-      branches: A function without arguments for each cohort; all have results of one
-        structure.
-    """
-    last = len(self.specs) - 1
-
-    tf.debugging.Assert(
-        (cohort >= 0) & (cohort <= last),
-        [f"A client's cohort must be a number from 0 to {last}, found", cohort],
-    )
-    return tf.switch_case(cohort, list(branches))
-
   def run_client(
       self,
       client: Any,
@@ -158,7 +142,12 @@ class Students:
     ]
     if not self.has_cohorts:
       return calls[0]()
-    return self.select(client['cohort'], calls)
+    cohort, last = client['cohort'], len(self.specs) - 1
+    tf.debugging.Assert(
+        (cohort >= 0) & (cohort <= last),
+        [f"A client's cohort must be a number from 0 to {last}, found", cohort],
+    )
+    return tf.switch_case(cohort, calls)
 
 
 def as_students(student: Union[models.ModelSpec, Students]) -> Students:

@@ -1,8 +1,8 @@
 """Ids that an embedding does not have, found before they are looked up.
 
-TensorFlow ends a computation at such an id where it runs on a CPU and takes zeros on a
-GPU, and Keras counts a negative one from the end. One client's ids must neither end the
-round for all nor train on what they do not mean.
+At such an id TensorFlow fails on a CPU and returns zeros on a GPU, and Keras counts a
+negative one from the end. The ids of one client must neither end the round for all
+clients nor train rows of the embedding that they do not mean.
 """
 
 from collections.abc import Callable, Iterator
@@ -18,7 +18,7 @@ import tensorflow as tf
 
 
 class _Block(NamedTuple):
-  """A `checked_ids`.
+  """One active `checked_ids` block.
 
   Attributes:
     graph: The graph in which it began; `None` if eager.
@@ -31,7 +31,8 @@ class _Block(NamedTuple):
   bad: list[tf.Tensor]
 
 
-# One at a time replaces what all embeddings share; those of other threads are left alone.
+# `Embedding.call` is shared by all threads: one block at a time replaces it, and calls of
+# other threads pass through.
 _LOCK = threading.RLock()
 _BLOCK: contextvars.ContextVar[Optional[_Block]] = contextvars.ContextVar(
     'block', default=None
@@ -40,18 +41,18 @@ _BLOCK: contextvars.ContextVar[Optional[_Block]] = contextvars.ContextVar(
 
 @contextlib.contextmanager
 def checked_ids(*, training: bool) -> Iterator[list[tf.Tensor]]:
-  """Within it, embeddings look up only ids that they have.
+  """Makes embeddings look up only ids that they have, while the block lasts.
 
-  What an embedding returns for another id is not a number; in training, it is whatever
-  there is for id 0, and the list tells. (In a graph within the block's own, such as the
-  body of a loop, it is not a number in training, too.)
+  For any other id an embedding returns NaN. In training it returns the vector of id 0
+  instead, and the yielded list records the bad id. (In a graph within the graph of the
+  block, such as the body of a loop, it returns NaN in training, too.)
 
   Args:
     training: Whether the model that is called trains.
 
   Yields:
-    A list, which gets a bool scalar for each lookup in the block's own graph: whether it
-    met an id that the embedding does not have.
+    A list that gets a bool scalar for each lookup in the graph of the block: whether an
+    id was not in the embedding.
   """
   block = _Block(_graph(), training, [])
   token = _BLOCK.set(block)
@@ -69,7 +70,7 @@ def _graph() -> Optional[tf.Graph]:
 
 
 def _checked(call: Callable[..., Any]) -> Callable[..., Any]:
-  """`Embedding.call` with a look at the ids."""
+  """Returns `Embedding.call` with a check of the ids."""
 
   @functools.wraps(call)
   def checked_call(layer, inputs, *args, **kwargs):

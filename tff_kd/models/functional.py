@@ -1,6 +1,5 @@
 """Models as `tff.learning` takes them."""
 
-import collections
 from typing import Any
 
 import tensorflow as tf
@@ -52,12 +51,6 @@ def functional_model(spec: Any) -> tff.learning.models.FunctionalModel:
         batch_output.loss,
     )
 
-  def finalize(state):
-    return collections.OrderedDict(
-        (name, finalizer(state[name]))
-        for name, finalizer in spec.metrics.finalizers().items()
-    )
-
   return tff.learning.models.FunctionalModel(
       initial_weights=(
           tuple(spec.initial_weights.trainable),
@@ -68,7 +61,7 @@ def functional_model(spec: Any) -> tff.learning.models.FunctionalModel:
       metrics_fns=(
           tf.function(spec.metrics.initial_state, autograph=False),
           tf.function(update, autograph=False),
-          tf.function(finalize, autograph=False),
+          tf.function(spec.metrics.result, autograph=False),
       ),
       input_spec=spec.input_spec,
   )

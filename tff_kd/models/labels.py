@@ -2,15 +2,13 @@
 
 from collections.abc import Sequence
 import contextlib
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import keras
 import numpy as np
 import tensorflow as tf
 
 from tff_kd import losses
-from tff_kd.models import metrics as metrics_lib
-
 
 _BINARY_CROSS_ENTROPIES = (
     keras.losses.BinaryCrossentropy, keras.losses.BinaryFocalCrossentropy
@@ -31,10 +29,23 @@ REGRESSION_LOSSES = (
 )
 
 
+def with_axis_of_outputs(labels: Any, outputs: tf.Tensor) -> Any:
+  """Returns labels `[n]` of outputs `[n, 1]` as `[n, 1]`; others as they are.
+
+  Without the axis Keras broadcasts the labels against the outputs.
+  """
+  rank = outputs.shape.rank
+  if outputs.shape[-1] == 1 and rank > 1 and labels.shape.rank == rank - 1:
+    return labels[..., tf.newaxis]
+  return labels
+
+
 def highest_label(
     loss: keras.losses.Loss, outputs_shape: Sequence[Optional[int]]
 ) -> Optional[int]:
-  """The highest label under a loss, of which the lowest is 0; `None` if any will do.
+  """Returns the highest label that a loss takes; `None` if it takes any number.
+
+  The lowest label is 0.
 
   Args:
     loss: The loss.
@@ -98,17 +109,17 @@ def wrong_labels_message(
   )
 
 
-def config_of(loss: keras.losses.Loss, key: str) -> Any:
-  """Returns an argument that a loss was built with; `None` if it is not known."""
-  value = getattr(loss, key, None)
+def config_of(made: Union[keras.losses.Loss, keras.metrics.Metric], key: str) -> Any:
+  """Returns an argument that a loss or metric was built with; `None` if not known."""
+  value = getattr(made, key, None)
   if value is None:
-    with contextlib.suppress(Exception):  # A user's loss may have no config.
-      value = loss.get_config().get(key)
+    with contextlib.suppress(Exception):  # A user's class may have no config.
+      value = made.get_config().get(key)
   return value
 
 
 def check_loss(loss, labels, outputs, name) -> int:
-  """Refuses a loss that does not fit; returns the rank of what it averages."""
+  """Raises an error for a loss that does not fit; returns the rank of its losses."""
   try:
     value = loss(labels, outputs)
   except Exception as error:
@@ -125,7 +136,7 @@ def check_loss(loss, labels, outputs, name) -> int:
     )
   each: Optional[tf.Tensor] = None
   with contextlib.suppress(NotImplementedError):  # It has a `__call__` of its own.
-    labels = metrics_lib.with_axis_of_outputs(labels, outputs)
+    labels = with_axis_of_outputs(labels, outputs)
     each = tf.convert_to_tensor(loss.call(labels, outputs))
   ignored = config_of(loss, 'ignore_class')
   if ignored is not None and (each is None or each.shape != outputs.shape[:-1]):
@@ -138,6 +149,7 @@ def check_loss(loss, labels, outputs, name) -> int:
 
 
 def check_sample_weight(loss, labels, outputs, weight) -> None:
+  """Raises an error for sample weights that do not fit."""
   try:
     weight = losses.with_rank(tf.cast(weight, tf.float32), outputs.shape.rank - 1)
     loss(labels, outputs, sample_weight=weight)
@@ -150,7 +162,7 @@ def check_sample_weight(loss, labels, outputs, weight) -> None:
 
 
 def check_from_logits(loss, activation: Optional[str], name: str) -> bool:
-  """Whether the outputs are logits; refuses a loss that takes them otherwise."""
+  """Returns whether outputs are logits; raises an error if the loss disagrees."""
   from_logits = config_of(loss, 'from_logits')
   if from_logits and activation is not None:
     raise ValueError(

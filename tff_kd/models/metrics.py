@@ -14,6 +14,7 @@ import tensorflow as tf
 from tff_kd import graphs
 from tff_kd import internals
 from tff_kd import losses
+from tff_kd.models import labels as labels_lib
 
 MetricsFn = Callable[
     [],
@@ -21,31 +22,26 @@ MetricsFn = Callable[
         Sequence[keras.metrics.Metric], Mapping[str, Sequence[keras.metrics.Metric]]
     ],
 ]
-# The arguments of `keras.Model.compile` for metrics that are blind to the weights of
-# examples, and for those that are not.
+# The arguments of `keras.Model.compile` for metrics that ignore sample weights and for
+# those that use them.
 _KINDS = ('metrics', 'weighted_metrics')
 
-# Always reported, unless the user has a metric of that name. As sums they are kept by the
-# training loop itself: in every step they would cost as much as a small layer.
-TOTALS = ('num_examples', 'num_batches', 'loss')
+# Always reported, unless the user has a metric of that name: their states before any
+# example. As sums they are kept by the training loop itself: in every step they would
+# cost as much as a small layer.
+_INITIAL_TOTALS = {
+    'num_examples': (np.int64(0),),
+    'num_batches': (np.int64(0),),
+    'loss': (np.float32(0.0), np.float32(0.0)),
+}
+TOTALS = tuple(_INITIAL_TOTALS)
 # Parts of the names of scores that are better the lower they are.
 _ERRORS = frozenset(['loss', 'rmse', 'mae', 'mse', 'error'])
-# Keras's own that would take class numbers for one-hot labels, and say nothing.
+# Metrics of Keras that silently take class numbers for one-hot labels.
 _OF_ONE_HOT = (
     keras.metrics.CategoricalAccuracy, keras.metrics.TopKCategoricalAccuracy,
     keras.metrics.OneHotIoU, keras.metrics.OneHotMeanIoU,
 )
-
-
-def with_axis_of_outputs(labels: Any, outputs: tf.Tensor) -> Any:
-  """Labels `[n]` of outputs `[n, 1]` as `[n, 1]`.
-
-  Else Keras takes the axis from the outputs, and has one value for the whole batch.
-  """
-  rank = outputs.shape.rank
-  if outputs.shape[-1] == 1 and rank > 1 and labels.shape.rank == rank - 1:
-    return labels[..., tf.newaxis]
-  return labels
 
 
 class NewMetrics(NamedTuple):
@@ -76,8 +72,8 @@ def new_metrics(metrics_fn: Optional[MetricsFn]) -> NewMetrics:
   if metrics_fn is None:
     return NewMetrics(collections.OrderedDict(), frozenset())
   found = _by_kind(metrics_fn())
-  # Keras numbers the metrics that are given no name (`auc_3`), counting all that there
-  # ever were: their names are those that differ from call to call.
+  # Keras numbers metrics without a name (`auc_3`) and counts all that were ever made: the
+  # names that differ from call to call are such names.
   again = _by_kind(metrics_fn())
   metrics, weighted = collections.OrderedDict(), set()
   for kind, listed in found.items():
@@ -97,7 +93,7 @@ def new_metrics(metrics_fn: Optional[MetricsFn]) -> NewMetrics:
 
 
 def _counted_name(base: str, taken: Mapping[str, Any]) -> str:
-  """`auc`, or `auc_1` and so on where that is taken."""
+  """Returns `auc`, or `auc_1` and so on if that is taken."""
   name, number = base, 0
   while name in taken:
     number += 1
@@ -131,10 +127,11 @@ def lower_is_better(
 
   Args:
     name: The name of the score, or of a column that ends in it.
-    metrics: The user's, of which Keras's own tell.
+    metrics: The user's metrics by name.
 
   Returns:
-    What the metric tells; of others, whether the name is that of an error or a loss.
+    What the metric says, as those of Keras do; for any other score, whether its name is
+    that of an error or a loss.
   """
   for known in sorted(metrics, key=len, reverse=True):
     if re.search(rf'(^|[_/]){re.escape(known)}(_|$)', name):
@@ -146,7 +143,7 @@ def lower_is_better(
 
 
 def flat_scores(name: str, value: Any) -> dict[str, Any]:
-  """The result of a metric as numbers by name.
+  """Returns the result of a metric as numbers by name.
 
   Args:
     name: The metric's.
@@ -171,11 +168,10 @@ class Metrics:
   """The user's metrics and the totals, by name, as functions of their states.
 
   A state is an ordered dict of tuples of arrays, which are zeros before any example;
-  the states of clients are summed. Of a metric that begins with other numbers, it is
-  the difference to these.
+  the states of clients are summed. If the variables of a metric begin with other
+  numbers, the state holds the difference from these.
 
   Attributes:
-    names: The names of all metrics.
     score_names: The names of the scores of the user's metrics, as in `scores`.
   """
 
@@ -212,13 +208,8 @@ class Metrics:
       self._initial[name] = tuple(np.zeros_like(value) for value in offsets)
       if any(np.any(value) for value in offsets):
         self._offsets[name] = offsets
-    for name in TOTALS:
-      self._initial.setdefault(name, _initial_total(name))
-
-  @property
-  def names(self) -> list[str]:
-    """The names of all metrics, with the totals."""
-    return list(self._initial)
+    for name, state in _INITIAL_TOTALS.items():
+      self._initial.setdefault(name, state)
 
   def lower_is_better(self, name: str) -> bool:
     """Returns whether lower values of a score are better; see `lower_is_better`.
@@ -260,7 +251,7 @@ class Metrics:
       if mask is not None:
         rank = max(mask.shape.rank, sample_weight.shape.rank)
         weights = losses.with_rank(mask, rank) * losses.with_rank(sample_weight, rank)
-    labels = with_axis_of_outputs(labels, outputs)
+    labels = labels_lib.with_axis_of_outputs(labels, outputs)
     updated = collections.OrderedDict(state)
     for name, metric in self._metrics.items():
       given = weights if name in self._weighted else mask
@@ -278,7 +269,7 @@ class Metrics:
     return updated
 
   def _variables(self, name: str, state: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """The values of a metric's variables in a state."""
+    """Returns the values of a metric's variables in a state."""
     if name not in self._offsets:
       return list(state)
     offsets = self._offsets[name]
@@ -291,13 +282,13 @@ class Metrics:
       num_examples: tf.Tensor,
       num_batches: tf.Tensor,
   ) -> Any:
-    """Returns the state after more batches, as far as it is plain sums.
+    """Returns the state after more batches, with their sums added to the totals.
 
     Args:
       state: The state before.
       loss_sum: The sum over examples of the loss.
       num_examples: The number of examples.
-      num_batches: In how many batches.
+      num_batches: The number of batches.
     """
     added = {
         'loss': [loss_sum, num_examples],
@@ -334,13 +325,15 @@ class Metrics:
       with _errors_of(name, metric, 'cannot be computed of its state in a graph'):
         return tf.nest.map_structure(tf.convert_to_tensor, metric.result())
 
-  def result(self, state: Any) -> dict[str, Any]:
+  def result(self, state: Any) -> collections.OrderedDict[str, Any]:
     """Returns the values of all metrics of a state.
 
     Args:
       state: As `initial_state` returns it, or summed over clients.
     """
-    return {name: finalize(state[name]) for name, finalize in self.finalizers().items()}
+    return collections.OrderedDict(
+        (name, finalize(state[name])) for name, finalize in self.finalizers().items()
+    )
 
   def scores(self, state: Any) -> dict[str, tf.Tensor]:
     """Returns the values of the user's metrics, each a single number (`flat_scores`).
@@ -356,7 +349,7 @@ class Metrics:
 
 @contextlib.contextmanager
 def _errors_of(name: str, metric: keras.metrics.Metric, problem: str) -> Iterator[None]:
-  """Errors of a metric's own code name it."""
+  """Raises errors of a metric's code with the name of the metric."""
   try:
     yield
   except Exception as error:
@@ -368,11 +361,8 @@ def _errors_of(name: str, metric: keras.metrics.Metric, problem: str) -> Iterato
 
 
 def _check_takes_logits(name: str, metric: keras.metrics.Metric) -> None:
-  """Refuses a metric that would take logits for probabilities."""
-  config = {}
-  with contextlib.suppress(Exception):  # A user's metric may have no config.
-    config = metric.get_config()
-  if config.get('from_logits', None) is False:
+  """Raises an error for a metric that would take logits for probabilities."""
+  if labels_lib.config_of(metric, 'from_logits') is False:
     raise ValueError(
         f'The metric {name!r} ({type(metric).__name__}) has from_logits=False and '
         'expects probabilities, but the outputs of the model are logits (by its loss). '
@@ -396,7 +386,7 @@ def _build(
         'MeanIoU(sparse_y_pred=False).'
     )
   try:
-    metric.update_state(with_axis_of_outputs(labels, outputs), outputs)
+    metric.update_state(labels_lib.with_axis_of_outputs(labels, outputs), outputs)
     result = tf.nest.map_structure(tf.convert_to_tensor, metric.result())
   except Exception as error:
     hint = ''
@@ -421,7 +411,7 @@ def _check_sums(
     labels: Any,
     outputs: tf.Tensor,
 ) -> None:
-  """Refuses a metric whose state after two batches is not what each of them adds.
+  """Raises an error for a metric whose state is not a sum over batches.
 
   Args:
     name: The metric's name.
@@ -437,7 +427,7 @@ def _check_sums(
     values = [tf.constant(value) for value in initial]
     for labels, outputs in batches:
       values = metric.stateless_update_state(
-          values, with_axis_of_outputs(labels, outputs), outputs
+          values, labels_lib.with_axis_of_outputs(labels, outputs), outputs
       )
     return [
         np.asarray(tf.convert_to_tensor(value), np.float64) - initial_value
@@ -469,12 +459,6 @@ def _not_sums(name: str, metric: keras.metrics.Metric, problem: str) -> ValueErr
       'compute the value from them in `result`. What must see all predictions at once '
       'belongs into the `scores_fn` of a task.'
   )
-
-
-def _initial_total(name: str) -> tuple[np.generic, ...]:
-  if name == 'loss':
-    return np.float32(0.0), np.float32(0.0)
-  return (np.int64(0),)
 
 
 def _mean_loss(state: Sequence[tf.Tensor]) -> tf.Tensor:

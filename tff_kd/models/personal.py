@@ -1,6 +1,7 @@
 """Layers that each client keeps for itself, while the others are averaged."""
 
 from collections.abc import Sequence
+import itertools
 from typing import Any, Optional
 
 import keras
@@ -49,10 +50,10 @@ class PersonalLayers:
     Args:
       values: `ModelWeights` of the whole model, of anything.
     """
-    return tff.learning.models.ModelWeights(*(
-        [value for is_shared, value in zip(*pair, strict=True) if is_shared]
-        for pair in self._pairs(values)
-    ))
+    return tff.learning.models.ModelWeights(
+        list(itertools.compress(values.trainable, self._is_shared.trainable)),
+        list(itertools.compress(values.non_trainable, self._is_shared.non_trainable)),
+    )
 
   def merged(self, shared: Any, own: Any) -> tff.learning.models.ModelWeights:
     """Returns a whole model: shared layers of one, personal ones of another.
@@ -61,14 +62,10 @@ class PersonalLayers:
       shared: As `shared` returns it.
       own: `ModelWeights` of the whole model.
     """
-    parts = iter(shared.trainable), iter(shared.non_trainable)
-    return tff.learning.models.ModelWeights(*(
-        [
-            next(part) if is_shared else value
-            for is_shared, value in zip(*pair, strict=True)
-        ]
-        for part, pair in zip(parts, self._pairs(own))
-    ))
+    return tff.learning.models.ModelWeights(
+        _merged(self._is_shared.trainable, shared.trainable, own.trainable),
+        _merged(self._is_shared.non_trainable, shared.non_trainable, own.non_trainable),
+    )
 
   def padded(self, shared: Any, like: Any) -> tff.learning.models.ModelWeights:
     """Returns a change of the whole model, zero where it is personal.
@@ -80,11 +77,14 @@ class PersonalLayers:
     zeros = tf.nest.map_structure(lambda spec: tf.zeros(spec.shape, spec.dtype), like)
     return self.merged(shared, zeros)
 
-  def _pairs(self, values: Any):
-    return (
-        (self._is_shared.trainable, values.trainable),
-        (self._is_shared.non_trainable, values.non_trainable),
-    )
+
+def _merged(is_shared: Sequence[bool], shared: Any, own: Any) -> list[Any]:
+  """Takes values in turn from `shared` and, where they are not shared, from `own`."""
+  rest = iter(shared)
+  return [
+      next(rest) if from_shared else value
+      for from_shared, value in zip(is_shared, own, strict=True)
+  ]
 
 
 def build_personal(

@@ -58,7 +58,7 @@ class ModelValues(NamedTuple):
 
   @property
   def weights(self) -> tff.learning.models.ModelWeights:
-    """The part that belongs to the model beyond this training."""
+    """The weights that remain after this training."""
     return tff.learning.models.ModelWeights(list(self.trainable), list(self.statistics))
 
 
@@ -82,10 +82,9 @@ class Outputs(NamedTuple):
 
 
 class _Share(keras.losses.Loss):
-  """The share of a batch's losses that weights of 0 and 1 leave, as Keras counts them."""
+  """The share of a batch's losses that have weight 1 and not 0, as Keras counts them."""
 
   def __init__(self, rank: int, dtype: Any):
-    """Initializes it, for losses of a rank and a dtype."""
     super().__init__(dtype=dtype)
     self._rank = rank
 
@@ -107,13 +106,13 @@ class ModelSpec:
       `tff.learning.models.ModelWeights` of `trainable` weights and, in `non_trainable`,
       the statistics.
     outputs_shape: The static shape of one example's outputs.
-    logits_shape: That of its logits, classes last. Where each output is a label of its
-      own, each is a position with one logit: `[..., labels, 1]`.
+    logits_shape: The static shape of one example's logits, with classes last; for a model
+      whose outputs are separate labels, `[..., labels, 1]`.
     from_logits: Whether the model's outputs are logits (or probabilities).
     loss: The loss.
     metrics: The `Metrics`.
     is_regression: Whether the outputs are numbers to be fitted, not classes. They are
-      then compared by their squared distance wherever logits are by their divergence.
+      then compared by the squared distance in place of the divergence of logits.
     ignored_label: The label that counts nowhere (padding), if the loss has one.
     batch_size: The only size of a batch that the model takes, if it is fixed
       (`keras.Input(batch_shape=...)`, recurrent layers with `stateful=True`).
@@ -159,7 +158,7 @@ class ModelSpec:
 
   @functools.cached_property
   def update_spec(self) -> tff.learning.models.ModelWeights:
-    """As `weights_spec`, of what clients add up: numbers of 16 bits are so in 32.
+    """The `weights_spec` of sums over clients, which has 32 bits in place of 16.
 
     In bfloat16 a sum of ones ends at 256, and in float16 it is infinite from 65,520 on.
     """
@@ -223,7 +222,7 @@ class ModelSpec:
     )
 
   def _non_trainable(self, values: ModelValues) -> list[tf.Tensor]:
-    """All values in the order of `keras.Model.non_trainable_variables`."""
+    """Returns all values in the order of `tracing.non_trainable_variables`."""
     by_place = {
         **dict(zip(self._layout.statistics, values.statistics)),
         **dict(zip(self._layout.local, values.local)),
@@ -279,7 +278,7 @@ class ModelSpec:
     return Outputs(outputs, after, regularization, bad_inputs)
 
   def _call_in_batches(self, values: ModelValues, inputs: Any) -> Outputs:
-    """An inference call of any number of examples, in batches of the fixed size."""
+    """Calls the model in inference mode in batches of the fixed size."""
     size = tf.shape(tf.nest.flatten(inputs)[0])[0]
     padding = -size % self.batch_size
 
@@ -330,17 +329,9 @@ class ModelSpec:
     """
     if self.logits_shape.is_fully_defined():
       return self.logits_shape
-    key = tuple(tuple(leaf.shape[1:]) for leaf in tf.nest.flatten(inputs_spec))
-    if key not in self._logits_shapes:
-      with internals.eager_mode():  # Also where something is traced.
-        example = batches.example_of(inputs_spec, self.batch_size or 1)
-        self._logits_shapes[key] = self.logits(self.initial_weights, example).shape[1:]
-    return self._logits_shapes[key]
-
-  @functools.cached_property
-  def _logits_shapes(self) -> dict[Any, tf.TensorShape]:
-    """The shapes that `logits_shape_for` has found."""
-    return {}
+    with internals.eager_mode():  # Also where something is traced.
+      example = batches.example_of(inputs_spec, self.batch_size or 1)
+      return self.logits(self.initial_weights, example).shape[1:]
 
   def class_logits(self, outputs: tf.Tensor) -> tf.Tensor:
     """Returns outputs as logits; those of a softmax model as log-probabilities.
@@ -372,22 +363,11 @@ class ModelSpec:
       logits = tf.sigmoid(logits) if is_binary else tf.nn.softmax(logits)
     return tf.squeeze(logits, axis=-1) if self.is_multi_label else logits
 
-  def constrained(self, trainable: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-    """Applies the constraints of the model's variables to values after a step.
-
-    Args:
-      trainable: The values of the trainable weights.
-
-    Returns:
-      The values under the constraints.
-    """
-    return apply_constraints(self.trainable_variables, trainable)
-
   def sample_weight(self, batch: Any) -> Optional[tf.Tensor]:
     """Returns the weights of a batch's examples, or of their positions.
 
     Args:
-      batch: A batch as `input_spec` has it.
+      batch: A batch of the structure of `input_spec`.
 
     Returns:
       float32 with the axes of the outputs but the last, each of its size or of one;
@@ -415,12 +395,12 @@ class ModelSpec:
       sample_weight: As `sample_weight` returns it: factors of the losses. As in Keras's
         `fit` the sum is divided by how many losses there are.
     """
-    labels = metrics_lib.with_axis_of_outputs(labels, outputs)
+    labels = labels_lib.with_axis_of_outputs(labels, outputs)
     counted = self.counted_labels(labels)
     if mask is None and counted is None:
       return self.loss(labels, outputs, sample_weight=sample_weight)
     if counted is not None:
-      # Keras's own mean over what is not ignored is 0 / 0 where all of it is.
+      # The mean of Keras is 0 / 0 if all labels are ignored.
       usable = tf.where(counted > 0.0, labels, tf.zeros_like(labels))
       dtype = self.loss.dtype
       each = self.loss.call(tf.cast(usable, dtype), tf.cast(outputs, dtype))
@@ -448,7 +428,7 @@ class ModelSpec:
   def _reduced(
       self, each: tf.Tensor, counted: tf.Tensor, sample_weight: Optional[tf.Tensor]
   ) -> tf.Tensor:
-    """One loss of those of all labels, 0/1 of which count, as the loss reduces them."""
+    """Reduces the losses of all labels, of which `counted` (0/1) count, to one."""
     if self._reduction in _OVER_WEIGHTS and sample_weight is not None:
       counted *= losses.with_rank(sample_weight, counted.shape.rank)
       sample_weight = None
@@ -457,9 +437,7 @@ class ModelSpec:
     return losses.weighted_mean(each, counted, sample_weight)
 
   def counted_labels(self, labels: Any) -> Optional[tf.Tensor]:
-    """Returns which labels count, where the loss has an `ignore_class` (padding).
-
-    `None` where the loss ignores no class: all labels count.
+    """Returns which labels count, if the loss has an `ignore_class` (padding).
 
     Args:
       labels: A tensor of labels.
@@ -472,8 +450,8 @@ class ModelSpec:
     return 1.0 - tf.cast(self._is_ignored(labels), tf.float32)
 
   def _is_ignored(self, labels: Any) -> tf.Tensor:
-    """Which labels are the one that the loss ignores, bool in their shape."""
-    # In a wide type: as a bool, -1 is True, and as a uint8, 255.
+    """Returns which labels are the ignored one, bool in their shape."""
+    # In a wide type: cast to a bool, -1 is True, and to a uint8, 255.
     wide = labels if labels.dtype.is_floating else tf.cast(labels, tf.int64)
     return tf.equal(wide, tf.cast(self.ignored_label, wide.dtype))
 
@@ -487,11 +465,11 @@ class ModelSpec:
       sample_weight: As `sample_weight` returns it for it.
 
     Returns:
-      The labels, with those outside `[0, classes)` replaced by 0, and a boolean
-      scalar that tells whether there were any; of a binary cross-entropy, those outside
-      [0, 1]. Labels of another loss pass as they are. The label of an example of weight
-      0 may be anything, and becomes 0; a weight that is negative or not finite counts
-      as a bad label.
+      The labels, with those outside `[0, classes)` replaced by 0 (for a binary
+      cross-entropy, those outside [0, 1]), and a boolean scalar that tells whether there
+      were any. Labels of any other loss are not changed. The label of an example of
+      weight 0 may be anything, and becomes 0; a weight that is negative or not finite
+      counts as a bad label.
     """
     bad = tf.constant(False)
     if sample_weight is not None:
@@ -499,7 +477,7 @@ class ModelSpec:
     highest = labels_lib.highest_label(self.loss, self.outputs_shape)
     if highest is None:
       return labels, bad
-    # In a wide type: 256 is not a uint8. False for NaN, where labels are floats.
+    # In a wide type, as 256 is no uint8. NaN is not in range.
     wide = labels if labels.dtype.is_floating else tf.cast(labels, tf.int64)
     in_range = (wide >= 0) & (wide <= tf.cast(highest, wide.dtype))
     if self.ignored_label is not None:
@@ -546,45 +524,42 @@ class ModelSpec:
     return tf.ensure_shape(counted, positions)
 
   @functools.cached_property
-  def metric_functions(
-      self,
-  ) -> tuple[graphs.TracedFunction, graphs.TracedFunction]:
-    """The user's metrics for evaluation: two functions, traced once.
-
-    The first one maps (state, labels, float32 outputs) of a batch to the next state;
-    the second, a state to `Metrics.scores`.
-    """
-    metrics = self.metrics
-    _, labels = batches.split_batch(self.input_spec)
-    labels = tf.TensorSpec([None, *labels.shape[1:]], labels.dtype)
-    outputs = tf.TensorSpec([None, *self.outputs_shape], tf.float32)
-    state = tf.nest.map_structure(tf.TensorSpec.from_tensor, metrics.initial_state())
-
-    def update(state, labels, outputs):
-      mask = self.metric_mask(labels, outputs)
-      return metrics.update(state, labels, outputs, mask)
-
-    return (
-        graphs.TracedFunction(update, [state, labels, outputs]),
-        graphs.TracedFunction(metrics.scores, [state]),
-    )
+  def metric_update(self) -> graphs.TracedFunction:
+    """Maps (state, labels, float32 outputs) of a batch to the metrics' next state."""
+    return self._traced_metric_update([])
 
   @functools.cached_property
   def weighted_metric_update(self) -> graphs.TracedFunction:
-    """The first of `metric_functions`, with the weights as a fourth argument."""
-    metrics = self.metrics
+    """`metric_update` with the sample weights as a fourth argument."""
+    weights = tf.TensorSpec([None] * len(self.outputs_shape), tf.float32)
+    return self._traced_metric_update([weights])
+
+  @functools.cached_property
+  def metric_scores(self) -> graphs.TracedFunction:
+    """Maps a state of the metrics to `Metrics.scores`."""
+    return graphs.TracedFunction(self.metrics.scores, [self._metric_state_spec])
+
+  @property
+  def _metric_state_spec(self) -> Any:
+    return tf.nest.map_structure(
+        tf.TensorSpec.from_tensor, self.metrics.initial_state()
+    )
+
+  def _traced_metric_update(
+      self, weights: Sequence[tf.TensorSpec]
+  ) -> graphs.TracedFunction:
     _, labels = batches.split_batch(self.input_spec)
     labels = tf.TensorSpec([None, *labels.shape[1:]], labels.dtype)
     outputs = tf.TensorSpec([None, *self.outputs_shape], tf.float32)
-    state = tf.nest.map_structure(tf.TensorSpec.from_tensor, metrics.initial_state())
-    weights = tf.TensorSpec([None] * len(self.outputs_shape), tf.float32)
 
-    def update(state, labels, outputs, sample_weight):
-      labels, _ = self.usable_labels(labels, sample_weight)
+    def update(state, labels, outputs, sample_weight=None):
+      if sample_weight is not None:
+        labels, _ = self.usable_labels(labels, sample_weight)
       mask = self.metric_mask(labels, outputs, sample_weight=sample_weight)
-      return metrics.update(state, labels, outputs, mask, sample_weight)
+      return self.metrics.update(state, labels, outputs, mask, sample_weight)
 
-    return graphs.TracedFunction(update, [state, labels, outputs, weights])
+    specs = [self._metric_state_spec, labels, outputs, *weights]
+    return graphs.TracedFunction(update, specs)
 
   def to_keras(self, weights: Any) -> keras.Model:
     """Returns a Keras model of the builder with these weights.
@@ -613,7 +588,7 @@ class ModelSpec:
     Raises:
       ValueError: If the weights, or the model, are not of this builder.
     """
-    # Subclassed models have no variables before their first call, which moves states.
+    # A subclassed model has no variables before its first call, which changes states.
     inputs_spec = batches.with_lengths_of(model, batches.split_batch(self.input_spec)[0])
     example = batches.example_of(inputs_spec, self.batch_size or 1)
     model(batches.by_name(model, example), training=False)

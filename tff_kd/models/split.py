@@ -54,7 +54,7 @@ def split_layers(
 
 
 def _apply(layers: list[keras.layers.Layer], inputs: Any) -> tf.Tensor:
-  """In inference mode: statistics are of real examples only."""
+  """Applies layers in inference mode: statistics are of real examples only."""
   outputs = inputs
   for layer in layers:
     takes_training = 'training' in inspect.signature(layer.call).parameters
@@ -80,7 +80,8 @@ class SplitModel:
     Raises:
       ValueError: If the model cannot be split there.
     """
-    self.spec, self._split_layer = spec, split_layer
+    self.spec = spec
+    self._body, self._head = split_layers(spec.layers, split_layer)
     self.feature_shape = self._checked_feature_shape()
 
   @property
@@ -90,12 +91,12 @@ class SplitModel:
 
   def _checked_feature_shape(self) -> tuple[int, ...]:
     """Returns the shape of an example's features; raises if layers form no chain."""
-    body, head = split_layers(self.spec.layers, self._split_layer)
     inputs_spec = batches.split_batch(self.spec.input_spec)[0]
+    names = [layer.name for layer in self._body + self._head]
     refusal = (
         'To be split, the student must apply its layers one after the other; here '
-        f'{[layer.name for layer in body + head]} in turn are not the model. Use a '
-        'sequential model, or one whose `layers` are in the order of their use.'
+        f'{names} in turn are not the model. Use a sequential model, or one whose '
+        '`layers` are in the order of their use.'
     )
     if not isinstance(inputs_spec, tf.TensorSpec):
       raise ValueError(refusal)
@@ -106,8 +107,8 @@ class SplitModel:
         np.random.default_rng(0),
     )
     try:
-      features = _apply(body, inputs)
-      outputs = _apply(head, features)
+      features = _apply(self._body, inputs)
+      outputs = _apply(self._head, features)
     except (TypeError, ValueError) as error:
       raise ValueError(f'{refusal} Keras says: {error}') from error
     expected = self.spec.call(
@@ -122,8 +123,7 @@ class SplitModel:
   @property
   def head_variables(self) -> list[keras.Variable]:
     """The Keras variables of the head."""
-    _, head = split_layers(self.spec.layers, self._split_layer)
-    return [variable for layer in head for variable in layer.variables]
+    return [variable for layer in self._head for variable in layer.variables]
 
   def features(self, model: spec_lib.BoundModel, inputs: Any) -> tf.Tensor:
     """Returns what a model's body makes of inputs.
@@ -136,9 +136,8 @@ class SplitModel:
       float32 `[batch, num_features]`; not numbers for ids that an embedding does not
       have.
     """
-    body, _ = split_layers(self.spec.layers, self._split_layer)
     with model.scope(), embeddings.checked_ids(training=False):
-      features = _apply(body, inputs)
+      features = _apply(self._body, inputs)
     return tf.reshape(tf.cast(features, tf.float32), [-1, self.num_features])
 
   def head_logits(self, features: tf.Tensor) -> tf.Tensor:
@@ -147,6 +146,5 @@ class SplitModel:
     Args:
       features: float32 `[batch, num_features]`.
     """
-    _, head = split_layers(self.spec.layers, self._split_layer)
     shaped = tf.reshape(features, [-1, *self.feature_shape])
-    return self.spec.class_logits(_apply(head, shaped))
+    return self.spec.class_logits(_apply(self._head, shaped))

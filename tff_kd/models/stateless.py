@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from tff_kd import internals
 
-# `keras.optimizers.Optimizer` puts the backend's layer upon the base of all backends.
+# `keras.optimizers.Optimizer` inherits from both; the backend's layer overrides the base.
 _BASE, _BACKEND_LAYER = internals.optimizer_bases()
 
 
@@ -51,7 +51,7 @@ def optimizer(
         f'gradient_accumulation_steps={optimizer.gradient_accumulation_steps}, which are '
         'not supported. Leave them at their defaults.'
     )
-  # Beside the optimizer's own class, so that `super()` in it finds these methods.
+  # The base comes after the optimizer's own class, so that `super()` finds these methods.
   kind = type(optimizer)
   optimizer.__class__ = type(kind.__name__, (kind, _Stateless), {})
   optimizer.build(list(variables))
@@ -64,7 +64,7 @@ def apply(
     gradients: Sequence[Any],
     values: Sequence[tf.Tensor],
 ) -> tuple[list[tf.Tensor], list[tf.Tensor]]:
-  """One step.
+  """Makes one step.
 
   Args:
     optimizer: From `optimizer`.

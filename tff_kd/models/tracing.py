@@ -8,13 +8,14 @@ import numpy as np
 import tensorflow as tf
 
 from tff_kd import graphs
+from tff_kd import internals
 from tff_kd.models import batches
 from tff_kd.models import embeddings
 
 PROBE_BATCH = 16
 # Keras's name of the state of a `keras.random.SeedGenerator`.
 _SEED_STATE = 'seed_generator_state'
-# What leaves the values as they are.
+# Operations that do not change the values.
 _PASSING = frozenset(['Identity', 'Reshape', 'Cast', 'Squeeze', 'ExpandDims'])
 
 
@@ -28,35 +29,29 @@ class Layout(NamedTuple):
 
 
 def non_trainable_variables(model: keras.Model) -> list[keras.Variable]:
-  """Those of Keras, and the states of recurrent layers, which Keras does not list."""
+  """Returns Keras's list, and the states of recurrent layers, which are not in it."""
   variables = list(model.non_trainable_variables)
   listed = {id(v) for v in variables}
-  return variables + [
-      state
-      for layer in _recurrent_layers(model)
-      for state in tf.nest.flatten(layer.states)
-      if id(state) not in listed
-  ]
+  return variables + [state for state in _states(model) if id(state) not in listed]
 
 
 def _recurrent_layers(model: keras.Model) -> list[keras.layers.RNN]:
-  """The recurrent layers with `stateful=True`."""
-  pending, found = [model], []
-  while pending:
-    layer = pending.pop()
-    if isinstance(layer, keras.layers.RNN) and layer.stateful:
-      found.append(layer)
-    pending += getattr(layer, 'layers', ())
-    wrapped = getattr(layer, 'layer', None)
-    pending += [] if wrapped is None else [wrapped]
-  return found
+  """Returns the recurrent layers with `stateful=True`."""
+  return [
+      layer for layer in internals.all_layers(model)
+      if isinstance(layer, keras.layers.RNN) and layer.stateful
+  ]
+
+
+def _states(model: keras.Model) -> list[keras.Variable]:
+  """Returns the states of recurrent layers of a built model."""
+  return tf.nest.flatten([layer.states for layer in _recurrent_layers(model)])
 
 
 def reset_states(model: keras.Model) -> None:
   """Sets the states of recurrent layers to 0, as they are before any call."""
-  for layer in _recurrent_layers(model):
-    for state in tf.nest.flatten(layer.states):
-      state.assign(tf.zeros_like(state))
+  for state in _states(model):
+    state.assign(tf.zeros_like(state))
 
 
 def call_model(
@@ -69,8 +64,8 @@ def call_model(
 ) -> tuple[tf.Tensor, list[tf.Tensor], list[tf.Tensor], list[tf.Tensor]]:
   """Calls a built model with values.
 
-  Returns its outputs, non-trainable values, losses, and of each lookup in an embedding
-  whether it was for ids that are not there.
+  Returns the outputs, the non-trainable values, the losses, and for each lookup in an
+  embedding whether an id was not there.
 
   Unlike `keras.Model.stateless_call` it goes through `__call__`, so that layers know
   the mode of training, and inputs are cast, as in `fit`.
@@ -166,11 +161,7 @@ def _layout(
     model: keras.Model, variables: Sequence[keras.Variable], moved: Sequence[int]
 ) -> Layout:
   """Tells a model's values apart, given the places of those that training changes."""
-  recurrent = {
-      id(state)
-      for layer in _recurrent_layers(model)
-      for state in tf.nest.flatten(layer.states)
-  }
+  recurrent = {id(state) for state in _states(model)}
   statistics = tuple(
       i
       for i in moved
@@ -185,7 +176,7 @@ def _layout(
 
 
 def _last_activation(output: tf.Tensor) -> Optional[str]:
-  """The activation in which a traced model ends, as far as it decides the loss."""
+  """Returns 'softmax' or 'sigmoid' if a traced model ends in one, else `None`."""
   op = output.op
   while op.type in _PASSING:
     op = op.inputs[0].op
@@ -195,7 +186,7 @@ def _last_activation(output: tf.Tensor) -> Optional[str]:
 def probe(
     keras_model: keras.Model, inputs_spec: Any, batch_size: int, name: str
 ) -> tf.Tensor:
-  """The model's outputs on a random batch; builds the model, with states at 0."""
+  """Builds a model and returns its outputs for a random batch; its states stay 0."""
   rng = np.random.default_rng(0)
   try:
     example = batches.example_of(inputs_spec, batch_size, rng)
@@ -235,7 +226,7 @@ def probe(
 
 
 def fixed_batch(model: keras.Model, inputs_spec: Any) -> Optional[int]:
-  """The only size of a batch that a model takes, or `None` if it takes any."""
+  """Returns the only batch size that a model takes; `None` if it takes any."""
   declared = [t.shape[0] for t in getattr(model, 'inputs', None) or ()]
   if declared and declared[0] is not None:
     return declared[0]

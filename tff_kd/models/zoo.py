@@ -83,7 +83,7 @@ class DenseModel(keras.Model):
     super().__init__(**kwargs)
     self.hidden_units = tuple(hidden_units)
     self.num_classes = num_classes
-    # A file names one dtype policy for the whole model.
+    # A saved model has one dtype policy for all of it.
     policy = self.dtype_policy
     self.flatten = keras.layers.Flatten(dtype=policy)
     self.hidden = [

@@ -12,5 +12,5 @@ from tff_kd.runtime.ray import RayContext
 from tff_kd.runtime.ray_workers import NoWorkerError
 from tff_kd.runtime.running import ComputationError
 
-# From here on this process computes, unless another context is set.
+# TFF computes in this process, unless another context is set.
 set_default()

@@ -16,8 +16,9 @@ from tff_kd.runtime import evaluation
 from tff_kd.runtime import plan as plan_lib
 from tff_kd.runtime import values
 
-# So many clients in a row are added up one after the other, then the sums of such groups:
-# what floating-point numbers add up to does not depend on which client is ready first.
+# The number of consecutive clients that are added up one after the other. The sums of
+# such groups are then added up in order, so that the result, in floating-point numbers,
+# does not depend on which client is ready first.
 GROUP_SIZE = 8
 _POLL_S = 0.1
 
@@ -81,15 +82,15 @@ class _InOrder:
       slot: devices.Slot,
       consume: Callable[[int, Any, devices.Slot], None],
   ) -> None:
-    """Gives an item; hands it on now, or leaves that to the thread that is at it.
+    """Adds an item and hands it on, unless another thread is handing items on.
 
     Args:
       number: The item's, from 0.
-      item: What to hand on.
+      item: The item.
       slot: Where to work on it.
-      consume: Takes number, item and slot. It is not kept: an owner's method would refer
-        back to the owner, and tensors in such a cycle stay until Python looks for cycles,
-        which in a large program is after hundreds of rounds.
+      consume: Takes number, item and slot. It is not kept, as a method would refer to
+        the owner of this object: tensors in such a cycle stay until Python looks for
+        cycles, which in a large program is after hundreds of rounds.
     """
     with self._lock:
       self._waiting[number] = item
@@ -193,16 +194,15 @@ class ClientPass:
     self._kept = kept
     self._num_clients = num_clients
     self._sum = _GroupedSum(stage.sums, scope, num_clients) if stage.sums else None
-    needed = [*stage.inputs, *(stage.sums.values if stage.sums else ())]
-    self._own = [leaf for leaf in needed if leaf in kept]
-    self._shared = {leaf: scope[leaf] for leaf in needed if leaf in scope}
+    self._own = [leaf for leaf in stage.needed if leaf in kept]
+    self._shared = {leaf: scope[leaf] for leaf in stage.needed if leaf in scope}
     self._shared_on: dict[Optional[str], Mapping[dataflow.Leaf, tf.Tensor]] = {}
     for leaf in stage.kept:
       kept[leaf] = [None] * num_clients
     self._window = 0
     self._lock = threading.Condition()
     self._numbers = itertools.count()
-    self._failed: Optional[tuple[int, BaseException]] = None
+    self._failed: Optional[ClientFailure] = None
 
   def run(self, workers: Workers, stop: threading.Event) -> Optional[Tensors]:
     """Runs all clients.
@@ -225,14 +225,14 @@ class ClientPass:
     ]
     try:
       while futures.wait(running, _POLL_S).not_done:
-        pass  # An interrupt need not be a signal: it is seen between two waits.
+        pass  # An interrupt that is no signal is seen between two waits.
     except BaseException:
       stop.set()
       raise
     for future in running:
       future.result()
     if self._failed is not None:
-      raise self._failed[1]
+      raise self._failed
     if stop.is_set():
       raise futures.CancelledError()
     return self._sum.total if self._sum else None
@@ -253,9 +253,7 @@ class ClientPass:
       while client < self._num_clients:
         if stop.is_set() or self._failed is not None:
           return None
-        if self._sum is None:
-          return client
-        if client < self._sum.num_done + self._window:
+        if self._sum is None or client < self._sum.num_done + self._window:
           return client
         self._lock.wait(_POLL_S)
     return None
@@ -271,8 +269,8 @@ class ClientPass:
         failure.__cause__ = error
         error = failure
       with self._lock:
-        if self._failed is None or error.client < self._failed[0]:
-          self._failed = (error.client, error)
+        if self._failed is None or error.client < self._failed.client:
+          self._failed = error
     finally:
       with self._lock:
         self._lock.notify_all()

@@ -6,8 +6,9 @@ done again and again: adding one client's value, or mapping a sequence.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
+import functools
 import itertools
-from typing import Any, Optional
+from typing import Any, Optional, TypeVar
 
 import tensorflow as tf
 
@@ -18,6 +19,7 @@ SERVER: str = 'server'
 CLIENTS: str = 'clients'
 
 Emit = Callable[[Sequence[tf.Tensor]], Sequence[tf.Tensor]]
+_T = TypeVar('_T')
 
 
 class Leaf:
@@ -28,22 +30,14 @@ class Leaf:
     type_proto: Its type, serialized: a tensor or a sequence.
   """
 
-  __slots__ = ('node', 'type_proto', '_tensor_spec')
-
   def __init__(self, node: 'Node', type_proto: Any):
     self.node = node
     self.type_proto = type_proto
-    self._tensor_spec: Optional[tf.TensorSpec] = None
 
-  def type_spec(self) -> tff.Type:
-    """Returns the leaf's type, a `tff.TensorType` or `tff.SequenceType`."""
-    return tff.types.deserialize_type(self.type_proto)
-
+  @functools.cached_property  # On Ray each group of clients asks for it.
   def tensor_spec(self) -> tf.TensorSpec:
-    """Returns the spec of the tensor that holds the leaf."""
-    if self._tensor_spec is None:  # On Ray each group asks for it: it is kept.
-      self._tensor_spec = tensor_spec(self.type_spec())
-    return self._tensor_spec
+    """The spec of the tensor that holds the leaf."""
+    return tensor_spec(self.type_proto)
 
 
 class Node:
@@ -89,9 +83,7 @@ class Body:
 
   @property
   def captured(self) -> list[Leaf]:
-    found = {}
-    _nodes_to(self.results, lambda leaf: leaf.node.place is not self, found)
-    return list(found)
+    return _nodes_to(self.results, lambda leaf: leaf.node.place is not self)[1]
 
   def add_params(self, types: Iterable[Any]) -> list[Leaf]:
     """Adds an argument with the types of its leaves; returns the leaves."""
@@ -134,21 +126,32 @@ class Aggregate(Node):
     ]
 
 
-def _nodes_to(
-    leaves: Iterable[Leaf],
-    is_given: Callable[[Leaf], bool],
-    given: dict[Leaf, None],
-) -> list[Node]:
-  """Returns the nodes that make leaves, in order; adds what is given to `given`."""
-  nodes, left = {}, list(leaves)
+def reachable(
+    starts: Iterable[_T], neighbours: Callable[[_T], Iterable[_T]]
+) -> list[_T]:
+  """Returns what can be reached in a graph, each item once.
+
+  Args:
+    starts: The items to begin with, which are part of the result.
+    neighbours: Returns the items to go on to from an item.
+  """
+  found, left = {}, list(starts)
   while left:
-    leaf = left.pop()
-    if is_given(leaf):
-      given[leaf] = None
-    elif leaf.node not in nodes:
-      nodes[leaf.node] = None
-      left += leaf.node.args
-  return sorted(nodes, key=lambda node: node.number)
+    item = left.pop()
+    if item not in found:
+      found[item] = None
+      left += neighbours(item)
+  return list(found)
+
+
+def _nodes_to(
+    leaves: Iterable[Leaf], is_given: Callable[[Leaf], bool]
+) -> tuple[list[Node], list[Leaf]]:
+  """Returns the nodes that make leaves, in order, and the given leaves that they need."""
+  found = reachable(leaves, lambda leaf: () if is_given(leaf) else leaf.node.args)
+  nodes = {leaf.node for leaf in found if not is_given(leaf)}
+  given = [leaf for leaf in found if is_given(leaf)]
+  return sorted(nodes, key=lambda node: node.number), given
 
 
 def emit(
@@ -164,7 +167,8 @@ def emit(
     The tensors of the results.
   """
   tensors = dict(given)
-  for node in _nodes_to(results, given.__contains__, {}):
+  nodes, _ = _nodes_to(results, given.__contains__)
+  for node in nodes:
     if node.emit is not None:
       made = node.emit([tensors[leaf] for leaf in node.args])
       tensors.update(zip(node.leaves, made, strict=True))
@@ -183,8 +187,9 @@ def leaf_types(type_proto: Any) -> list[Any]:
   return leaf_types(type_proto.federated.member) if kind == 'federated' else [type_proto]
 
 
-def tensor_spec(type_spec: tff.Type) -> tf.TensorSpec:
-  """Returns the spec of the tensor for a leaf's type; a dataset is a variant."""
+def tensor_spec(type_proto: Any) -> tf.TensorSpec:
+  """Returns the spec of the tensor that holds a leaf of a serialized type."""
+  type_spec = tff.types.deserialize_type(type_proto)
   if isinstance(type_spec, tff.SequenceType):
-    return tf.TensorSpec((), tf.variant)
+    return tf.TensorSpec((), tf.variant)  # A dataset.
   return tf.TensorSpec(type_spec.shape, type_spec.dtype)

@@ -2,9 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 import contextlib
-import functools
 import os
-import threading
 from typing import Optional, Union
 
 import tensorflow as tf
@@ -55,53 +53,48 @@ class Slot:
     return function(self.put(tensors), self.on_cpu)
 
 
-class Slots:
-  """Finds the slots when they are needed first, as that initializes TensorFlow."""
+def prepare(device: Device, max_concurrent_clients: Optional[int]) -> None:
+  """Checks the arguments of `find_slots`, and makes operations single-threaded.
 
-  def __init__(self, device: Device, max_concurrent_clients: Optional[int]):
-    """Initializes them.
+  Args:
+    device: As `in_process` takes it.
+    max_concurrent_clients: As `find_slots` takes it.
 
-    Args:
-      device: As `in_process` takes it.
-      max_concurrent_clients: The number of slots; if `None`, one an accelerator and
-        one a core.
+  Raises:
+    ValueError: If there is no such device, or no slot.
+  """
+  if max_concurrent_clients is not None and max_concurrent_clients < 1:
+    raise ValueError(
+        f'max_concurrent_clients must be at least 1, found {max_concurrent_clients}.'
+    )
+  _use_one_thread_an_operation()
+  if device is not None:
+    _devices_of(device)
 
-    Raises:
-      ValueError: If there is no such device, or no slot.
-    """
-    if max_concurrent_clients is not None and max_concurrent_clients < 1:
-      raise ValueError(
-          f'max_concurrent_clients must be at least 1, found {max_concurrent_clients}.'
-      )
-    self._device = device
-    self._max = max_concurrent_clients
-    self._lock = threading.Lock()
-    _use_one_thread_an_operation()
-    if device is not None:
-      _devices_of(device)
 
-  def get(self) -> list[Slot]:
-    """Returns the slots; the server computes on the first one's device."""
-    with self._lock:
-      return self._found
+def find_slots(device: Device, max_concurrent_clients: Optional[int]) -> list[Slot]:
+  """Returns the slots; the server computes on the first one's device.
 
-  @functools.cached_property
-  def _found(self) -> list[Slot]:
-    num_cores = len(cores.available())
-    if self._device is None:
-      only_cpus = all(
-          each.device_type == _CPU for each in tf.config.list_logical_devices()
-      )
-      slots = [Slot(None, only_cpus)] * (num_cores if only_cpus else 1)
-    else:
-      names = _devices_of(self._device)
-      slots = [Slot(name, False) for name in names if _CPU not in name]
-      cpus = [Slot(name, True) for name in names if _CPU in name]
-      if cpus:
-        slots += [cpus[i % len(cpus)] for i in range(max(num_cores, len(cpus)))]
-    if self._max is not None:
-      slots = [slots[i % len(slots)] for i in range(self._max)]
-    return slots
+  This initializes TensorFlow.
+
+  Args:
+    device: As `in_process` takes it.
+    max_concurrent_clients: The number of slots; if `None`, one an accelerator and one a
+      core.
+  """
+  num_cores = len(cores.available())
+  if device is None:
+    on_cpu = only_cpus()
+    slots = [Slot(None, on_cpu)] * (num_cores if on_cpu else 1)
+  else:
+    names = _devices_of(device)
+    slots = [Slot(name, False) for name in names if _CPU not in name]
+    cpus = [Slot(name, True) for name in names if _CPU in name]
+    if cpus:
+      slots += [cpus[i % len(cpus)] for i in range(max(num_cores, len(cpus)))]
+  if max_concurrent_clients is not None:
+    slots = [slots[i % len(slots)] for i in range(max_concurrent_clients)]
+  return slots
 
 
 def check_device(device: Union[str, Sequence[str]]) -> None:
@@ -114,6 +107,11 @@ def check_device(device: Union[str, Sequence[str]]) -> None:
     ValueError: If TensorFlow sees no such device.
   """
   _devices_of(device)
+
+
+def only_cpus() -> bool:
+  """Returns whether TensorFlow sees no accelerator."""
+  return all(each.device_type == _CPU for each in tf.config.list_logical_devices())
 
 
 def _devices_of(device: Union[str, Sequence[str]]) -> list[str]:

@@ -1,13 +1,13 @@
 """Adds serialized TensorFlow graphs and operators on sequences to a function's graph."""
 
-import collections
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 import os
 import platform
 from typing import Any
 
 import tensorflow as tf
 
+from tff_kd import graphs
 from tff_kd.compat import tff
 from tff_kd.runtime import dataflow
 from tff_kd.runtime import graph_rewriting
@@ -33,7 +33,7 @@ def emit_graph(
 
   Args:
     tensorflow_proto: The `tensorflow` field of a serialized computation.
-    in_one_thread: Whether loops stay in one thread, if there is only one device.
+    in_one_thread: Whether loops stay in one thread if there is only one device.
     tensors: The arguments' tensors.
 
   Returns:
@@ -91,16 +91,6 @@ def _op_name(tensor_name: str) -> str:
   return tensor_name.lstrip('^').partition(':')[0]
 
 
-def _ancestors(nodes: Mapping[str, Any], names: Iterable[str]) -> set[str]:
-  found, left = set(), list(names)
-  while left:
-    name = left.pop()
-    if name not in found:
-      found.add(name)
-      left += [_op_name(tensor) for tensor in nodes[name].input]
-  return found
-
-
 def _prepare(graph_def: Any, inputs: Sequence[str], outputs: Sequence[str], init: str):
   """Makes of a graph for sessions one that can be a part of a function.
 
@@ -115,8 +105,9 @@ def _prepare(graph_def: Any, inputs: Sequence[str], outputs: Sequence[str], init
   """
   nodes = {node.name: node for node in graph_def.node}
   given = {_op_name(name) for name in inputs}
-  first = _ancestors(nodes, [init]) if init else set()
-  used = _ancestors(nodes, [_op_name(name) for name in outputs]) | first
+  inputs_of = lambda name: map(_op_name, nodes[name].input)
+  first = set(dataflow.reachable([init] if init else [], inputs_of))
+  used = first.union(dataflow.reachable(map(_op_name, outputs), inputs_of))
   resources = {
       name for name in used
       if nodes[name].op == 'VarHandleOp' or nodes[name].op in _ANONYMOUS_OPS
@@ -143,37 +134,6 @@ def _prepare(graph_def: Any, inputs: Sequence[str], outputs: Sequence[str], init
     graph_def.node.extend(kept)
 
 
-def element_spec(type_spec: tff.Type) -> Any:
-  """Returns the structure of `tf.TensorSpec`s of a sequence's element."""
-  if not isinstance(type_spec, tff.StructType):
-    return dataflow.tensor_spec(type_spec)
-  elements = [
-      (name, element_spec(element))
-      for name, element in tff.structure.iter_elements(type_spec)
-  ]
-  if elements and elements[0][0] is not None:
-    return collections.OrderedDict(elements)
-  return tuple(element for _, element in elements)
-
-
-def _flatten(value: Any, spec: Any) -> list[tf.Tensor]:
-  """Returns the tensors of an element in the order of its type."""
-  if isinstance(spec, Mapping):
-    return [leaf for name, part in spec.items() for leaf in _flatten(value[name], part)]
-  if isinstance(spec, tuple):
-    return [leaf for each, part in zip(value, spec) for leaf in _flatten(each, part)]
-  return [value]
-
-
-def _pack(leaves: Iterator[tf.Tensor], spec: Any) -> Any:
-  """Returns tensors in the structure of an element."""
-  if isinstance(spec, Mapping):
-    return collections.OrderedDict((k, _pack(leaves, part)) for k, part in spec.items())
-  if isinstance(spec, tuple):
-    return tuple(_pack(leaves, part) for part in spec)
-  return next(leaves)
-
-
 def emit_sequence_map(
     body: dataflow.Body, types: Sequence[tff.Type], tensors: Sequence[tf.Tensor]
 ) -> Sequence[tf.Tensor]:
@@ -188,13 +148,14 @@ def emit_sequence_map(
     The tensor of the new dataset.
   """
   variant, *captured = tensors
-  spec, new_spec = map(element_spec, types)
+  spec, new_spec = map(graphs.specs_of, types)
 
   @tf.autograph.experimental.do_not_convert
   def map_element(*parts):
     element = parts if isinstance(spec, tuple) else parts[0]
     here = [tf.identity(tensor) for tensor in captured]
-    return _pack(iter(body.emit([*_flatten(element, spec), *here])), new_spec)
+    made = body.emit([*graphs.unpack_as(spec, element), *here])
+    return graphs.pack_as(new_spec, iter(made))
 
   dataset = tf.data.experimental.from_variant(variant, spec).map(map_element)
   return [tf.data.experimental.to_variant(dataset)]
@@ -215,13 +176,13 @@ def emit_sequence_reduce(
   Returns:
     The tensors of the last state.
   """
-  spec = element_spec(type_spec)
+  spec = graphs.specs_of(type_spec)
   captured = tensors[1 + num_state :]
 
   @tf.autograph.experimental.do_not_convert
   def reduce_element(state, element):
     here = [tf.identity(tensor) for tensor in captured]
-    return tuple(body.emit([*state, *_flatten(element, spec), *here]))
+    return tuple(body.emit([*state, *graphs.unpack_as(spec, element), *here]))
 
   dataset = tf.data.experimental.from_variant(tensors[0], spec)
   return dataset.reduce(tuple(tensors[1 : 1 + num_state]), reduce_element)

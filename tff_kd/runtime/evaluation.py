@@ -1,8 +1,8 @@
 """Evaluates a serialized computation on leaves instead of values.
 
-What is left of it are its calls of TensorFlow graphs, each at the server or at the
-clients, and the sums between them, as a graph of `dataflow.Node`s. Selections, zips,
-broadcasts and functions of functions are gone.
+The result is a graph of `dataflow.Node`s: the calls of TensorFlow graphs, each at the
+server or at the clients, and the sums between them. Selections, zips, broadcasts and
+functions of functions are resolved.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -17,7 +17,6 @@ from tff_kd.runtime import emitting
 
 _CLIENTS, _SERVER = dataflow.CLIENTS, dataflow.SERVER
 
-# A leaf, a list for a structure, or a function of a value and the place of its work.
 # A `dataflow.Leaf`, a list of values, or a function (argument, place) -> value.
 _Value = Any
 
@@ -148,7 +147,7 @@ class _Evaluation:
   def _call_graph(self, proto, argument, place) -> _Value:
     args = [] if argument is None else flatten(argument)
     result = proto.type.function.result
-    # At the server, nothing else runs at the same time.
+    # The server runs alone and may use all threads.
     emit = functools.partial(
         emitting.emit_graph, proto.tensorflow, place is not _SERVER
     )
@@ -157,7 +156,7 @@ class _Evaluation:
 
   def _literal(self, proto, place) -> _Value:
     literal = tff.framework.ComputationBuildingBlock.from_proto(proto)
-    dtype = dataflow.tensor_spec(literal.type_signature).dtype
+    dtype = dataflow.tensor_spec(proto.type).dtype
     emit = lambda _: [tf.constant(literal.value, dtype)]
     return dataflow.Node(place, [], [proto.type], emit).leaves[0]
 
@@ -171,10 +170,8 @@ class _Evaluation:
       return argument[0](argument[1], place)
     if uri in _ARRANGEMENTS:
       return argument
-    if uri in _OPERATORS:
-      return self._reduce(argument, proto.type.function.result, *_OPERATORS[uri])
-    if uri.startswith('federated_secure'):
-      return self._secure_sum(argument, uri, proto.type.function.result)
+    if uri == 'federated_sum':
+      return self._sum(argument, proto.type.function.result)
     if uri == 'federated_aggregate':
       return self._aggregate(argument, types)
     if uri == 'sequence_map':
@@ -184,9 +181,17 @@ class _Evaluation:
     if uri == 'sequence_reduce':
       return self._sequence_reduce(argument, types, place)
     block = tff.framework.ComputationBuildingBlock.from_proto(proto)
+    is_secure = uri.startswith('federated_secure')
+    if is_secure:  # In the clear: simulated clients have no protocol between them.
+      comp = tff.framework.ConcreteComputation.from_building_block(block)
+      comp = tff.backends.test.replace_secure_intrinsics_with_bodies(comp)
+      block = comp.to_building_block()
     block, is_known = tff.tensorflow.replace_intrinsics_with_bodies(block)
-    if not is_known:
-      raise _not_supported(uri)
+    if not (is_known or is_secure):
+      raise NotImplementedError(
+          f'The in-process runtime does not support `tff.{uri}`. Use another operator, '
+          "or TFF's own runtime (`tff_kd.runtime.tff_worker`)."
+      )
     return self.evaluate(block.proto, {}, place)(argument, place)
 
   def _body(self, function: _Value, types: Sequence[Any]) -> dataflow.Body:
@@ -199,27 +204,11 @@ class _Evaluation:
     body.results = flatten(result)
     return body
 
-  def _reduce(self, value, type_proto, operator, fill) -> _Value:
-    """Adds a sum, minimum or maximum over clients."""
+  def _sum(self, value, type_proto) -> _Value:
     types = dataflow.leaf_types(type_proto)
-    body, zero = _operation(types, operator, fill, _SERVER)
+    body, zero = _addition(types, _SERVER)
     node = dataflow.Aggregate(flatten(value), zero, body, body)
     return _struct(iter(node.leaves), type_proto)
-
-  def _secure_sum(self, argument, uri, type_proto) -> _Value:
-    """Adds a sum in the clear: simulated clients have no protocol between them."""
-    if uri not in _SECURE_CHECKS:
-      raise _not_supported(uri)
-    value, bound = argument
-    types = dataflow.leaf_types(type_proto)
-    bounds = flatten(bound) if isinstance(bound, list) else [bound] * len(types)
-    emit = functools.partial(_pairwise, _SECURE_CHECKS[uri])
-    if uri == 'federated_secure_modular_sum':
-      total = flatten(self._reduce(value, type_proto, *_OPERATORS['federated_sum']))
-      node = dataflow.Node(_SERVER, [*total, *bounds], types, emit)
-      return _struct(iter(node.leaves), type_proto)
-    node = dataflow.Node(_CLIENTS, [*flatten(value), *bounds], types, emit)
-    return self._reduce(node.leaves, type_proto, *_OPERATORS['federated_sum'])
 
   def _aggregate(self, argument, types) -> _Value:
     value, zero, accumulate, merge, report = argument
@@ -253,8 +242,7 @@ class _Evaluation:
 
   def _sequence_sum(self, sequence, function_type, place) -> _Value:
     element = function_type.parameter.sequence.element
-    add, fill = _OPERATORS['federated_sum']
-    body, zero = _operation(dataflow.leaf_types(element), add, fill, place)
+    body, zero = _addition(dataflow.leaf_types(element), place)
     return self._reduce_sequence(sequence, zero, body, (element, element), place)
 
   def _reduce_sequence(self, sequence, zero, body, types, place) -> _Value:
@@ -268,57 +256,21 @@ class _Evaluation:
     return _struct(iter(node.leaves), state)
 
 
-def _operation(types, operator, fill, place) -> tuple[dataflow.Body, list[dataflow.Leaf]]:
-  """Returns the body that combines two values of some types, and their zero."""
+def _addition(types, place) -> tuple[dataflow.Body, list[dataflow.Leaf]]:
+  """Returns the body that adds two values of some types, and their zero."""
   body = dataflow.Body()
   params = body.add_params([*types, *types])
-  emit = functools.partial(_pairwise, operator)
-  body.results = dataflow.Node(body, params, types, emit).leaves
-  specs = [dataflow.tensor_spec(tff.types.deserialize_type(each)) for each in types]
-  fill_all = lambda _: [tf.fill(spec.shape, fill(spec.dtype)) for spec in specs]
-  return body, dataflow.Node(place, [], types, fill_all).leaves
-
-
-def _pairwise(operator, tensors: Sequence[tf.Tensor]) -> list[tf.Tensor]:
-  """Combines each tensor of the first half with its one of the second."""
-  half = len(tensors) // 2
-  return [operator(x, y) for x, y in zip(tensors[:half], tensors[half:])]
-
-
-def _at_most(value: tf.Tensor, bound: tf.Tensor) -> tf.Tensor:
-  """Checks what a client adds to a secure sum."""
-  message = 'client value larger than maximum specified for secure sum'
-  in_range = tf.cast(value, tf.int64) <= tf.cast(bound, tf.int64)
-  check = tf.raw_ops.Assert(
-      condition=tf.reduce_all(in_range), data=[message, value, bound]
-  )
-  with tf.control_dependencies([check]):
-    return tf.identity(value)
-
-
-def _not_supported(uri: str) -> NotImplementedError:
-  return NotImplementedError(
-      f'The in-process runtime does not support `tff.{uri}`. Use another operator, or '
-      "TFF's own runtime (`tff_kd.runtime.tff_worker`)."
-  )
+  add = lambda tensors: list(map(tf.add, tensors[: len(types)], tensors[len(types) :]))
+  body.results = dataflow.Node(body, params, types, add).leaves
+  specs = [dataflow.tensor_spec(each) for each in types]
+  zeros = lambda _: [tf.zeros(spec.shape, spec.dtype) for spec in specs]
+  return body, dataflow.Node(place, [], types, zeros).leaves
 
 
 _AT_CLIENTS = {'federated_map', 'federated_eval_at_clients'}
-# What is the same for all clients is computed once.
+# Values that are the same for all clients are computed once, at the server.
 _AT_SERVER = {'federated_apply', 'federated_eval_at_server', 'federated_map_all_equal'}
 _ARRANGEMENTS = {
     'federated_broadcast', 'federated_value_at_clients', 'federated_value_at_server',
     'federated_zip_at_clients', 'federated_zip_at_server',
-}
-_OPERATORS = {
-    'federated_sum': (tf.add, lambda dtype: tf.zeros((), dtype)),
-    'federated_min': (tf.minimum, lambda dtype: tf.constant(dtype.max, dtype)),
-    'federated_max': (tf.maximum, lambda dtype: tf.constant(dtype.min, dtype)),
-}
-_SECURE_CHECKS = {
-    'federated_secure_sum': _at_most,
-    'federated_secure_sum_bitwidth': lambda value, bits: _at_most(
-        value, 2 ** tf.cast(bits, tf.int64) - 1
-    ),
-    'federated_secure_modular_sum': tf.math.mod,
 }

@@ -25,12 +25,15 @@ from typing import Any
 
 import tensorflow as tf
 
+from tff_kd.runtime import dataflow
+from tff_kd.runtime import devices
+
 _REDUCE = 'ReduceDataset'
 _SPREAD = '_lower_using_switch_merge'
 _LOOPS = ('While', 'StatelessWhile')
 # Operations that wait for other threads, beside those that run a function.
 _WAITING = re.compile('Iterator|Dataset|Collective|Recv|Queue|Barrier|Stage')
-# What oneDNN has, beside products of matrices.
+# Operations that oneDNN computes, beside products of matrices.
 _CONVOLUTION = re.compile('Conv[23]D|DepthwiseConv|(Max|Avg)Pool')
 _ENTRY = 'all_arguments'
 _CPU = '/device:CPU:0'
@@ -85,7 +88,7 @@ class _Rewriter:
         for function in self._reachable(called.name)
         for node in function.node_def
     ]
-    if _only_cpus() and any(_CONVOLUTION.match(node.op) for node in held):
+    if devices.only_cpus() and any(_CONVOLUTION.match(node.op) for node in held):
       _enter_by_one_node(self.rewritten[loop.attr['body'].func.name])
     elif self._in_one_thread and not any(
         _WAITING.search(node.op) or (_functions_in(node) and node.op not in _LOOPS)
@@ -104,7 +107,7 @@ class _Rewriter:
     function.signature.name = new_name
     reduces = {node.name for node in function.node_def if node.op == _REDUCE}
     self.rewrite(function.node_def)
-    # In functions, inputs name the outputs of an operation.
+    # In functions, inputs contain the output's name: `components` of `ReduceDataset`.
     rename = lambda value: (
         value.replace(':components:', ':output:')
         if value.partition(':')[0] in reduces
@@ -134,14 +137,13 @@ class _Rewriter:
 
   def _reachable(self, name: str) -> list[Any]:
     """Returns a function and those that it calls; all have been rewritten."""
-    found, left = {}, [name]
-    while left:
-      name = left.pop()
-      if name not in found and name in self.rewritten:
-        found[name] = self.rewritten[name]
-        for node in found[name].node_def:
-          left += [function.name for function in _functions_in(node)]
-    return list(found.values())
+
+    def called(name: str) -> list[str]:
+      nodes = self.rewritten[name].node_def if name in self.rewritten else ()
+      return [function.name for node in nodes for function in _functions_in(node)]
+
+    found = dataflow.reachable([name], called)
+    return [self.rewritten[each] for each in found if each in self.rewritten]
 
 
 def _functions_in(node: Any) -> list[Any]:
@@ -184,17 +186,13 @@ def _call(function: Any, name: str, inputs: Sequence[str]) -> Any:
   return node
 
 
-def _only_cpus() -> bool:
-  return all(each.device_type == 'CPU' for each in tf.config.list_logical_devices())
-
-
 def _beside_accelerators() -> contextlib.AbstractContextManager:
   """Places iterators on the CPU, where there is something else.
 
   Not where there are only CPUs: with the iterator on one and its loop on another, two
   clients at the same time waited for ever for what one device sends to the other.
   """
-  if _only_cpus():
+  if devices.only_cpus():
     return contextlib.nullcontext()
   return tf.device(_CPU)
 
@@ -245,7 +243,7 @@ def _trace_loop(
 
   rest = dtypes[:num_state] + dtypes[first_other:]
   specs = [tf.TensorSpec((), tf.variant), *(tf.TensorSpec(None, dtype) for dtype in rest)]
-  # As `tf.function`, so that what comes after the call waits for its side effects.
+  # A `tf.function`: operations after the call wait for its side effects.
   return tf.function(loop, autograph=False).get_concrete_function(*specs)
 
 

@@ -13,13 +13,8 @@ from tff_kd.runtime import running
 from tff_kd.runtime import tff_internals
 
 
-class InProcessContext(tff.framework.SyncContext):
-  """Runs computations in this process, with its TensorFlow and its devices.
-
-  It starts no process and opens no port, and building it costs nothing: TensorFlow's
-  devices are initialized by the first computation. It may be called from several threads
-  at once, and where an event loop runs.
-  """
+class _Context:
+  """What both contexts of this process have."""
 
   def __init__(
       self,
@@ -36,6 +31,15 @@ class InProcessContext(tff.framework.SyncContext):
       ValueError: If there is no such device.
     """
     self._runner = running.Runner(device, max_concurrent_clients)
+
+
+class InProcessContext(_Context, tff.framework.SyncContext):
+  """Runs computations in this process, with its TensorFlow and its devices.
+
+  It starts no process and opens no port, and building it costs nothing: TensorFlow's
+  devices are initialized by the first computation. It may be called from several threads
+  at once, and where an event loop runs.
+  """
 
   def invoke(self, comp: tff.framework.ConcreteComputation, arg: Any) -> Any:
     """Runs a computation; see `tff.framework.SyncContext`.
@@ -55,27 +59,11 @@ class InProcessContext(tff.framework.SyncContext):
     return self._runner.run(comp, arg)
 
 
-class AsyncInProcessContext(tff.framework.AsyncContext):
+class AsyncInProcessContext(_Context, tff.framework.AsyncContext):
   """An `InProcessContext` for `tff.program` and `tff.learning.programs`.
 
   Computations run in threads; the event loop goes on meanwhile.
   """
-
-  def __init__(
-      self,
-      device: devices.Device = None,
-      max_concurrent_clients: Optional[int] = None,
-  ):
-    """Initializes the context.
-
-    Args:
-      device: As `in_process` takes it.
-      max_concurrent_clients: As `in_process` takes it.
-
-    Raises:
-      ValueError: If there is no such device.
-    """
-    self._runner = running.Runner(device, max_concurrent_clients)
 
   async def invoke(self, comp: tff.framework.ConcreteComputation, arg: Any) -> Any:
     """Runs a computation; see `tff.framework.AsyncContext`.

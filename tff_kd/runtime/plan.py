@@ -4,7 +4,7 @@ All TensorFlow graphs of one stage become one TensorFlow function, and all sums 
 clients can add to in one pass are added to in one pass.
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 from typing import Any, Optional
@@ -124,75 +124,65 @@ def compile_computation(proto: Any) -> Plan:
   )
 
 
-class _Schedule:
-  """Gives each node its time: the server's are even, the clients' odd.
+def _schedule(
+    nodes: Sequence[dataflow.Node], results: Sequence[dataflow.Leaf]
+) -> Mapping[dataflow.Node, int]:
+  """Returns when each node is done: at even times by the server, at odd by the clients.
 
   Sums are made as early as possible, so that there are few passes over the clients.
   Other work of clients is done in the pass that needs it first, so that little is kept
   between passes; the server's as late as possible, so that what only the result needs
   comes last.
   """
-
-  def __init__(self, results: Sequence[dataflow.Leaf]):
-    self.nodes = _reachable(results)
-    earliest = {}
-    for node in self.nodes:
-      earliest[node] = self._earliest(node, earliest)
-    ready = [time + (time % 2) for time in earliest.values()]
-    self.last = max(ready, default=0)
-    self.time: dict[dataflow.Node, int] = {}
-    needed: dict[dataflow.Node, int] = {}
-    for leaf in results:
-      if leaf.node.place is _SERVER:
-        needed[leaf.node] = self.last
-      else:
-        needed[leaf.node] = earliest[leaf.node]
-    for node in reversed(self.nodes):
-      movable = not isinstance(node, (evaluation.Argument, dataflow.Aggregate))
-      time = self.time[node] = needed[node] if movable else earliest[node]
-      for leaf in node.needs():
-        before = time - 1 if time % 2 and leaf.node.place is _SERVER else time
-        needed[leaf.node] = min(needed.get(leaf.node, self.last), before)
-
-  @staticmethod
-  def _earliest(node: dataflow.Node, earliest: Mapping[dataflow.Node, int]) -> int:
-    """Returns when a node can be done; for a sum, when clients can add to it."""
-    ready = [
-        earliest[leaf.node] + isinstance(leaf.node, dataflow.Aggregate)
-        for leaf in node.needs()
-    ]
-    time = max(ready, default=0)
-    of_clients = node.place is _CLIENTS or isinstance(node, dataflow.Aggregate)
-    return time | 1 if of_clients else time
+  earliest: dict[dataflow.Node, int] = {}
+  for node in nodes:
+    earliest[node] = _earliest(node, earliest)
+  last = max((time + time % 2 for time in earliest.values()), default=0)
+  times: dict[dataflow.Node, int] = {}
+  needed = {
+      leaf.node: last if leaf.node.place is _SERVER else earliest[leaf.node]
+      for leaf in results
+  }
+  for node in reversed(nodes):
+    movable = not isinstance(node, (evaluation.Argument, dataflow.Aggregate))
+    time = times[node] = needed[node] if movable else earliest[node]
+    for leaf in node.needs():
+      before = time - 1 if time % 2 and leaf.node.place is _SERVER else time
+      needed[leaf.node] = min(needed.get(leaf.node, last), before)
+  return times
 
 
-def _reachable(results: Iterable[dataflow.Leaf]) -> list[dataflow.Node]:
-  """Returns the nodes that results need, in order."""
-  found, left = set(), [leaf.node for leaf in results]
-  while left:
-    node = left.pop()
-    if node not in found:
-      found.add(node)
-      left += [leaf.node for leaf in node.needs()]
-  return sorted(found, key=lambda node: node.number)
+def _earliest(node: dataflow.Node, earliest: Mapping[dataflow.Node, int]) -> int:
+  """Returns when a node can be done; for a sum, when clients can add to it."""
+  ready = [
+      earliest[leaf.node] + isinstance(leaf.node, dataflow.Aggregate)
+      for leaf in node.needs()
+  ]
+  time = max(ready, default=0)
+  of_clients = node.place is _CLIENTS or isinstance(node, dataflow.Aggregate)
+  return time | 1 if of_clients else time
 
 
 def _stages(results: Sequence[dataflow.Leaf]) -> list[Stage]:
   """Returns the stages that make results."""
-  schedule = _Schedule(results)
+  nodes = dataflow.reachable(
+      [leaf.node for leaf in results], lambda node: [leaf.node for leaf in node.needs()]
+  )
+  nodes.sort(key=lambda node: node.number)
+  times = _schedule(nodes, results)
   last_use: dict[dataflow.Leaf, float] = {}
-  for node in schedule.nodes:
+  for node in nodes:
     for leaf in node.needs():
-      last_use[leaf] = max(last_use.get(leaf, 0), schedule.time[node])
+      last_use[leaf] = max(last_use.get(leaf, 0), times[node])
   last_use.update({leaf: _NEVER for leaf in results})
   stages = []
-  for time in range(schedule.last + 1):
-    nodes = [
-        node for node in schedule.nodes
-        if schedule.time[node] == time and not isinstance(node, evaluation.Argument)
+  for time in sorted(set(times.values())):
+    done = [
+        node for node in nodes
+        if times[node] == time and not isinstance(node, evaluation.Argument)
     ]
-    if nodes:
-      stages.append(_stage(time, nodes, last_use))
+    if done:
+      stages.append(_stage(time, done, last_use))
   return stages
 
 
@@ -203,7 +193,7 @@ def _stage(
 ) -> Stage:
   aggregates = [node for node in nodes if isinstance(node, dataflow.Aggregate)]
   work = [node for node in nodes if not isinstance(node, dataflow.Aggregate)]
-  sums = _sums(aggregates) if aggregates else None
+  sums = _sums(aggregates)
   made = {leaf for node in work for leaf in node.leaves}
   added = set(sums.values) if sums else set()
   inputs = {leaf: None for node in work for leaf in node.args if leaf not in made}
@@ -229,7 +219,7 @@ def _sums(aggregates: Sequence[dataflow.Aggregate]) -> Optional[Sums]:
     return [leaf for aggregate in aggregates for leaf in get(aggregate)]
 
   def executable(get_body: Callable[[dataflow.Aggregate], dataflow.Body]):
-    """All bodies as one: first arguments, second ones, then what they capture."""
+    """Joins all bodies: takes first arguments, second ones, then captured leaves."""
     first = all_of(lambda each: get_body(each).params[: len(each.zero)])
     second = all_of(lambda each: get_body(each).params[len(each.zero) :])
     captured = all_of(lambda each: get_body(each).captured)

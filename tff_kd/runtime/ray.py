@@ -5,6 +5,7 @@ Moritz et al. (2018), "Ray: A Distributed Framework for Emerging AI Applications
 
 from collections.abc import Iterator, Mapping, Sequence
 import contextlib
+import functools
 import importlib.util
 import logging
 import os
@@ -33,17 +34,16 @@ _TOKEN_FILE = '.ray/auth_token'
 class RayContext(tff.framework.SyncContext):
   """Runs computations with the clients on Ray and the server in this process."""
 
-  def __init__(self, device: devices.Device, pool: ray_workers.Pool, ray: Any):
-    """Not to be called by hand: `tff_kd.runtime.ray` makes it.
+  def __init__(self, device: devices.Device, pool: ray_workers.Pool):
+    """Initializes the context; use `tff_kd.runtime.ray` to make one.
 
     Args:
       device: Where the server computes.
       pool: The workers.
-      ray: The package, connected.
     """
     self._pool = pool
-    cluster = ray_clients.Cluster(ray, pool)
-    self._runner = running.Runner(device, None, ray_clients.make_clients(cluster))
+    make_clients = functools.partial(ray_clients.ClientsOnRay, pool)
+    self._runner = running.Runner(device, None, make_clients)
 
   def invoke(self, comp: tff.framework.ConcreteComputation, arg: Any) -> Any:
     """Runs a computation; see `tff.framework.SyncContext`.
@@ -130,7 +130,7 @@ def ray(
         package, num_workers, resources, silence_s, start_timeout_s
     )
     try:
-      context = RayContext(device, pool, package)
+      context = RayContext(device, pool)
       pool.wait_for_one()
       with tff_internals.default_context(context):
         yield context

@@ -2,12 +2,10 @@
 
 from collections.abc import Mapping, Sequence
 from concurrent import futures
-import functools
 import heapq
 import threading
 from typing import Any, Optional
 import uuid
-import weakref
 
 import tensorflow as tf
 
@@ -20,34 +18,10 @@ from tff_kd.runtime import running
 from tff_kd.runtime import values
 
 _POLL_S = 0.2
-# A group that so many workers were lost with is not tried again.
+# A group is not tried again after this many workers were lost with it.
 _MAX_TRIES = 4
-# So many groups for each that is at work may be done before their turn in the sum.
+# How many groups, for each group at work, may wait for their turn in the sum.
 _WINDOW = 4
-
-
-class Cluster:
-  """What all runs on a cluster share: the workers, and the graphs that they have.
-
-  Attributes:
-    ray: The package, connected to the cluster.
-    pool: The workers.
-  """
-
-  def __init__(self, ray: Any, pool: ray_workers.Pool):
-    self.ray = ray
-    self.pool = pool
-    self._plans: weakref.WeakKeyDictionary[plan_lib.Plan, Any] = (
-        weakref.WeakKeyDictionary()
-    )
-    self._lock = threading.Lock()
-
-  def plan_reference(self, plan: plan_lib.Plan) -> Any:
-    """Returns Ray's reference to a plan's serialized computation, put there once."""
-    with self._lock:
-      if plan not in self._plans:
-        self._plans[plan] = self.ray.put(plan.proto)
-      return self._plans[plan]
 
 
 class ClientsOnRay(running.RunClients):
@@ -55,7 +29,7 @@ class ClientsOnRay(running.RunClients):
 
   def __init__(
       self,
-      cluster: Cluster,
+      pool: ray_workers.Pool,
       plan: plan_lib.Plan,
       arguments: running.Arguments,
       num_clients: int,
@@ -64,23 +38,23 @@ class ClientsOnRay(running.RunClients):
     """Initializes them.
 
     Args:
-      cluster: The cluster.
+      pool: The workers.
       plan: The compiled computation.
       arguments: The clients' arguments.
       num_clients: The number of clients.
       workers: Where this process adds up the groups.
     """
-    self.cluster = cluster
+    self.pool = pool
     self.plan = plan
     self.name = uuid.uuid4().hex
     self.num_clients = num_clients
     self.num_groups = -(-num_clients // clients.GROUP_SIZE)
     self.workers = workers
     self.numbers = {leaf: number for number, leaf in enumerate(plan.leaves)}
-    self._arguments = arguments
+    self.arguments = arguments
     # The references to what all clients of a pass are given, by stage.
     self._shared: dict[int, Any] = {}
-    # What a stage keeps: by its number, a reference for each group.
+    # References to what a stage keeps, one for each group, by the number of the stage.
     self._kept: dict[int, list[Any]] = {}
     self._dropped: set[dataflow.Leaf] = set()
 
@@ -91,7 +65,7 @@ class ClientsOnRay(running.RunClients):
     needed = list(stage.needed)
     if stage.sums:
       needed += [*stage.sums.zero, *stage.sums.accumulate_captured]
-    self._shared[number] = self.cluster.ray.put({
+    self._shared[number] = self.pool.ray.put({
         self.numbers[leaf]: ray_worker.to_sent(scope[leaf])
         for leaf in needed if leaf in scope
     })
@@ -102,7 +76,11 @@ class ClientsOnRay(running.RunClients):
   def kept(self, leaf):
     for number, references in self._kept.items():
       if leaf in self.plan.stages[number].kept:
-        return self._fetch(leaf, number, references)
+        return [
+            ray_worker.from_sent(sent, leaf.tensor_spec.dtype)
+            for group in range(self.num_groups)
+            for sent in self._get_kept(number, group, references)[self.numbers[leaf]]
+        ]
     return None
 
   def drop(self, leaf):
@@ -111,21 +89,9 @@ class ClientsOnRay(running.RunClients):
       if self._dropped.issuperset(self.plan.stages[number].kept):
         del self._kept[number]
 
-  def _fetch(
-      self, leaf: dataflow.Leaf, number: int, references: Sequence[Any]
-  ) -> Sequence[tf.Tensor]:
-    """Returns a leaf's tensors, from where a stage has kept them."""
-    dtype = leaf.tensor_spec().dtype
-    tensors = []
-    for group in range(self.num_groups):
-      sent = self._get_kept(number, group, references)
-      tensors += [ray_worker.from_sent(each, dtype) for each in sent[self.numbers[leaf]]]
-    return tensors
-
   def _get_kept(self, number: int, group: int, references: Sequence[Any]) -> Any:
     """Gets what a stage has kept of a group; a node that is lost has taken it along."""
-    ray = self.cluster.ray
-    limit = self.cluster.pool.silence_s
+    ray, limit = self.pool.ray, self.pool.silence_s
     try:
       return ray.get(references[group], timeout=limit)
     except ray.exceptions.RayError:
@@ -172,8 +138,8 @@ class ClientsOnRay(running.RunClients):
         reference for earlier, reference in references.items()
         if needed.intersection(self.plan.stages[earlier].kept)
     ]
-    plan_reference = self.cluster.plan_reference(self.plan)
-    members = ray_workers.group_clients(group, self.num_clients)
+    plan_reference = self.pool.plan_reference(self.plan)
+    members = _members(group, self.num_clients)
     return worker.actor.run_group.options(num_returns=2).remote(
         self.name,
         [plan_reference, self._shared[number]],
@@ -189,7 +155,7 @@ class ClientsOnRay(running.RunClients):
     """Returns the arguments of a group's clients that a stage needs."""
     needed = set(stage.needed)
     own = {}
-    for argument, value in running.needed_arguments(stage, self._arguments).items():
+    for argument, value in running.needed_arguments(stage, self.arguments).items():
       tensors = [
           values.to_tensors(value[client], argument.type_spec) for client in members
       ]
@@ -198,23 +164,6 @@ class ClientsOnRay(running.RunClients):
           sent = [ray_worker.to_sent(each[position]) for each in tensors]
           own[self.numbers[leaf]] = sent
     return own
-
-  def failed(
-      self, number: int, client: int, failure: ray_worker.Failure, host: str
-  ) -> running.ComputationError:
-    """Returns the error for a client's failure.
-
-    Args:
-      number: The number of the stage.
-      client: The client.
-      failure: What the worker says.
-      host: Where that is.
-    """
-    arguments = running.needed_arguments(self.plan.stages[number], self._arguments)
-    who = running.client_name(client, self.num_clients, arguments)
-    if failure.of_tensorflow:
-      return running.failed(who, failure.message)
-    return running.ComputationError(f'{who} failed on the node {host}: {failure.message}')
 
 
 class _Pass:
@@ -283,7 +232,7 @@ class _Pass:
 
   def _submit(self, stop: threading.Event) -> None:
     """Gives waiting groups to the workers that have the fewest."""
-    pool = self._run.cluster.pool
+    pool = self._run.pool
     if not self._at_work and not self._failures:
       pool.wait_for_one(stop)
     free = [worker for worker in pool.ready() if worker.num_groups < ray_workers.DEPTH]
@@ -291,7 +240,7 @@ class _Pass:
     while free and self._waiting and not self._failures:
       group = self._waiting[0]
       if len(self._done) > window and group != self._merged:
-        return  # An early group is late: no more than these are held.
+        return  # Results wait for an earlier group: no more of them are held.
       worker = min(free, key=lambda each: each.num_groups)
       heapq.heappop(self._waiting)
       reference = self._run.submit(
@@ -306,51 +255,38 @@ class _Pass:
     """Waits for a group that is done, or lost; adds up those whose turn it is."""
     if not self._at_work:
       return
-    ray = self._run.cluster.ray
+    ray = self._run.pool.ray
     done, _ = ray.wait(list(self._at_work), num_returns=1, timeout=_POLL_S)
     for reference in done:
       group, worker = self._at_work.pop(reference)
       worker.num_groups -= 1
       try:
-        outcome = ray.get(reference, timeout=self._run.cluster.pool.silence_s)
+        outcome = ray.get(reference, timeout=self._run.pool.silence_s)
       except ray.exceptions.RayTaskError as error:
-        self._take_task_error(group, worker, error)
+        if isinstance(error.cause, ray.exceptions.RayError):
+          self._note_try(group, worker, error.cause)  # An argument is lost.
+        else:
+          self._failures[group] = error
       except ray.exceptions.RayError as error:
-        self._retry(group, worker, error)
+        if isinstance(error, ray.exceptions.RayActorError):
+          self._run.pool.lose(worker, _first_line(error))
+        self._note_try(group, worker, error)
       else:
         self._take(group, worker, outcome)
     if not done:
-      self._run.cluster.pool.check_silent(
+      self._run.pool.check_silent(
           [worker for _, worker in self._at_work.values()]
       )
       self._take_back()
 
-  def _take_task_error(
-      self, group: int, worker: ray_workers.WorkerRecord, error: Any
-  ) -> None:
-    """Handles an error that `Worker.run_group` raised."""
-    lost = self._run.cluster.ray.exceptions.RayError
-    if isinstance(error.cause, lost):  # What it was given is gone.
-      self._note_try(group, worker, error.cause)
-    else:
-      self._failures[group] = error
-
-  def _retry(
-      self, group: int, worker: ray_workers.WorkerRecord, error: Exception
-  ) -> None:
-    """Has a group done again whose worker, or whose result, is gone."""
-    exceptions = self._run.cluster.ray.exceptions
-    if isinstance(error, exceptions.RayActorError):
-      self._run.cluster.pool.lose(worker, _first_line(error))
-    self._note_try(group, worker, error)
-
   def _note_try(
       self, group: int, worker: ray_workers.WorkerRecord, reason: object
   ) -> None:
+    """Has a group done again whose worker, or whose result, is gone."""
     tries = self._tries.setdefault(group, [])
     tries.append(f'{worker.name}: {_first_line(reason)}')
     if len(tries) >= _MAX_TRIES:
-      members = ray_workers.group_clients(group, self._run.num_clients)
+      members = _members(group, self._run.num_clients)
       raise ray_workers.NoWorkerError(
           f'The clients {members[0]} to {members[-1]} of the {self._run.num_clients} in '
           f'this round were not computed: {len(tries)} workers in a row were lost with '
@@ -373,10 +309,7 @@ class _Pass:
   ) -> None:
     """Takes what a worker has made of a group; adds up all groups whose turn it is."""
     if isinstance(outcome, ray_worker.Failure):
-      client = group * clients.GROUP_SIZE + outcome.client
-      self._failures[group] = self._run.failed(
-          self._number, client, outcome, worker.info.host
-      )
+      self._failures[group] = self._failed(group, outcome, worker.info.host)
       return
     self._done[group] = outcome
     if self._sums is None:
@@ -387,9 +320,21 @@ class _Pass:
       self._merge(self._done.pop(self._merged))
       self._merged += 1
 
+  def _failed(
+      self, group: int, failure: ray_worker.Failure, host: str
+  ) -> running.ComputationError:
+    """Returns the error for the failure of a client of a group."""
+    run = self._run
+    arguments = running.needed_arguments(run.plan.stages[self._number], run.arguments)
+    client = group * clients.GROUP_SIZE + failure.client
+    who = running.client_name(client, run.num_clients, arguments)
+    if failure.of_tensorflow:
+      return running.failed(who, failure.message)
+    return running.ComputationError(f'{who} failed on the node {host}: {failure.message}')
+
   def _merge(self, sent: Sequence[ray_worker.Sent]) -> None:
     tensors: Sequence[Any] = [
-        ray_worker.from_sent(each, leaf.tensor_spec().dtype)
+        ray_worker.from_sent(each, leaf.tensor_spec.dtype)
         for each, leaf in zip(sent, self._sums.total, strict=True)
     ]
     if self._total is not None:
@@ -415,6 +360,7 @@ def _first_line(error: object) -> str:
   return str(error).strip().partition('\n')[0]
 
 
-def make_clients(cluster: Cluster) -> running.MakeClients:
-  """Returns what makes the clients of a run on a cluster."""
-  return functools.partial(ClientsOnRay, cluster)
+def _members(group: int, num_clients: int) -> range:
+  """Returns the clients of a group."""
+  start = group * clients.GROUP_SIZE
+  return range(start, min(start + clients.GROUP_SIZE, num_clients))

@@ -3,7 +3,6 @@
 This module needs no Ray by itself: `ray_workers` makes an actor of `Worker`.
 """
 
-import collections
 from collections.abc import Callable, Hashable, Mapping, Sequence
 import hashlib
 import os
@@ -12,6 +11,7 @@ import platform
 import threading
 from typing import Any, NamedTuple, Optional, Union
 
+import cachetools
 import keras
 import numpy as np
 import tensorflow as tf
@@ -28,7 +28,7 @@ _THREADS_VARIABLE = 'TF_NUM_INTRAOP_THREADS'
 
 
 class Info(NamedTuple):
-  """What a worker says of itself.
+  """A worker's description of itself.
 
   Attributes:
     host: The name of the machine.
@@ -67,7 +67,7 @@ class SentDataset(NamedTuple):
 
 # A tensor on the way to another process.
 Sent = Union[np.ndarray, bytes, SentDataset]
-# By the number of a leaf in `Plan.leaves`, each client's tensor.
+# The tensor of each client, by the number of the leaf in `Plan.leaves`.
 SentOfClients = Mapping[int, Sequence[Sent]]
 
 
@@ -131,21 +131,17 @@ def num_threads() -> int:
 
 
 class _Recent:
-  """Values made once by key, of which the latest ones are held."""
+  """A cache of values by key that makes each value once and holds the latest ones."""
 
   def __init__(self, max_size: int):
-    self._max_size = max_size
     self._lock = threading.Lock()
-    self._made: collections.OrderedDict[Hashable, Any] = collections.OrderedDict()
+    self._made: cachetools.LRUCache = cachetools.LRUCache(max_size)
 
   def get(self, key: Hashable, make: Callable[[], Any]) -> Any:
     """Returns the key's value; makes it if there is none."""
     with self._lock:
       if key not in self._made:
         self._made[key] = make()
-        if len(self._made) > self._max_size:
-          self._made.popitem(last=False)
-      self._made.move_to_end(key)
       return self._made[key]
 
 
@@ -169,17 +165,17 @@ class Worker:
     self._fetch = fetch
     if _THREADS_VARIABLE not in os.environ:
       tf.config.threading.set_intra_op_parallelism_threads(intra_op_threads)
-    self._workers = clients.Workers(devices.Slots(None, max_concurrent_clients).get())
+    self._workers = clients.Workers(devices.find_slots(None, max_concurrent_clients))
     self._plans = _Recent(_MAX_PLANS)
     self._passes = _Recent(_MAX_PASSES)
     self._stops = _Recent(_MAX_RUNS)
 
   def describe(self) -> Info:
-    """Returns what the worker says of itself."""
+    """Returns the worker's description of itself."""
     return Info(platform.node(), os.getpid(), versions())
 
   def ping(self) -> None:
-    """Returns, so the worker is not frozen."""
+    """Returns, which shows that the worker is not frozen."""
 
   def stop(self, run: str) -> None:
     """Lets no client of a run start any more.
@@ -226,7 +222,7 @@ class Worker:
       for sent in (own, *kept):
         of_clients |= {
             plan.leaves[number]: [
-                from_sent(each, plan.leaves[number].tensor_spec().dtype)
+                from_sent(each, plan.leaves[number].tensor_spec.dtype)
                 for each in clients_sent
             ]
             for number, clients_sent in sent.items()
@@ -247,7 +243,7 @@ class Worker:
       self, plan: plan_lib.Plan, sent: Mapping[int, Sent]
   ) -> Mapping[Any, tf.Tensor]:
     return {
-        plan.leaves[number]: from_sent(each, plan.leaves[number].tensor_spec().dtype)
+        plan.leaves[number]: from_sent(each, plan.leaves[number].tensor_spec.dtype)
         for number, each in sent.items()
     }
 

@@ -5,20 +5,21 @@ import os
 import threading
 import time
 from typing import Any, Optional
+import weakref
 
 from absl import logging
 
-from tff_kd.runtime import clients
+from tff_kd.runtime import plan as plan_lib
 from tff_kd.runtime import ray_worker
 
-# Groups that a worker has at a time: the next one is there when one is done.
+# How many groups a worker has at a time, so that it need not wait for the next one.
 DEPTH = 2
 # The concurrency group of calls that are not work.
 HEALTH = 'health'
 _PING_INTERVAL_S = 1.0
 _CHECK_INTERVAL_S = 0.5
-# After so many failed starts in a row there is an error if there is no worker, else a
-# pause.
+# After this many failed starts in a row there is an error if no worker is left, and a
+# pause otherwise.
 _MAX_FAILED_STARTS = 3
 _PAUSE_S = 30.0
 # Settings of TensorFlow and Keras that the workers take over from this process.
@@ -56,6 +57,7 @@ class Pool:
   """The workers of a context. Several threads may use it.
 
   Attributes:
+    ray: The package, connected to a cluster.
     silence_s: A worker that does not answer for so long is given up.
   """
 
@@ -71,20 +73,23 @@ class Pool:
 
     Args:
       ray: The package, connected to a cluster.
-      num_workers: How many there shall be; if `None`, as many as the cluster has
-        resources for, also when that changes.
+      num_workers: The number of workers; if `None`, as many as the cluster has resources
+        for, also when that changes.
       resources: The resources that each one asks of Ray, such as
         `{'CPU': 4, 'GPU': 1}`.
       silence_s: A worker that does not answer for so long is given up.
       start_timeout_s: How long to wait for a worker where there is none.
     """
-    self._ray = ray
+    self.ray = ray
     self._num_workers = num_workers
     self._resources = dict(resources)
     self.silence_s = silence_s
     self._start_timeout_s = start_timeout_s
     self._lock = threading.RLock()
     self._workers: list[WorkerRecord] = []
+    self._plans: weakref.WeakKeyDictionary[plan_lib.Plan, Any] = (
+        weakref.WeakKeyDictionary()
+    )
     self._number = 0
     self._failed_starts = 0
     self._last_failure = ''
@@ -92,8 +97,15 @@ class Pool:
     self._checked = 0.0
     self._fill()
 
+  def plan_reference(self, plan: plan_lib.Plan) -> Any:
+    """Returns Ray's reference to a plan's serialized computation, put there once."""
+    with self._lock:
+      if plan not in self._plans:
+        self._plans[plan] = self.ray.put(plan.proto)
+      return self._plans[plan]
+
   def ready(self) -> Sequence[WorkerRecord]:
-    """Returns the workers that can be given work; looks now and then who that is."""
+    """Returns the workers that are ready, as of a check twice a second."""
     with self._lock:
       if time.monotonic() - self._checked > _CHECK_INTERVAL_S:
         self._note_started()
@@ -120,23 +132,22 @@ class Pool:
       stop.wait(_CHECK_INTERVAL_S / 5)
 
   def _none_came(self) -> str:
-    ray = self._ray
-    alive = sum(node['Alive'] for node in ray.nodes())
+    alive = sum(node['Alive'] for node in self.ray.nodes())
     return (
         f'No Ray worker is left, and none started within {self._start_timeout_s:g} s. '
         f'Each worker asks for {self._resources}; the {alive} nodes of the cluster have '
-        f'{_amounts(ray.cluster_resources())}, of which '
-        f'{_amounts(ray.available_resources())} are free. Start more nodes '
+        f'{_amounts(self.ray.cluster_resources())}, of which '
+        f'{_amounts(self.ray.available_resources())} are free. Start more nodes '
         '(`ray start --address=...`), ask for less (`resources`), or wait longer '
         '(`start_timeout_s`).'
         + (f' The last failure: {self._last_failure}' if self._last_failure else '')
     )
 
   def check_silent(self, workers: Sequence[WorkerRecord]) -> None:
-    """Gives up those of some workers at work that do not answer.
+    """Gives up workers that do not answer.
 
     Args:
-      workers: Those that have work.
+      workers: The workers to ask, which have work.
     """
     now = time.monotonic()
     for worker in workers:
@@ -148,8 +159,8 @@ class Pool:
             call = worker.actor.ping.options(concurrency_group=HEALTH)
             worker.ping, worker.ping_time = call.remote(), now
           continue
-        answered, _ = self._ray.wait([worker.ping], timeout=0)
-        if answered:  # If it is dead, its groups say so.
+        answered, _ = self.ray.wait([worker.ping], timeout=0)
+        if answered:  # A worker that died is noticed by its groups.
           worker.ping, worker.ping_time = None, now
           continue
       if now - worker.ping_time > self.silence_s:
@@ -173,19 +184,19 @@ class Pool:
           'The Ray %s%s is lost: %s. Its groups of clients are computed elsewhere, and '
           'another worker is started.', worker.name, where, reason,
       )
-      self._ray.kill(worker.actor)
+      self.ray.kill(worker.actor)
       self._fill()
 
   def close(self) -> None:
     """Ends all workers."""
     with self._lock:
       for worker in self._workers:
-        self._ray.kill(worker.actor)
+        self.ray.kill(worker.actor)
       self._workers = []
       self._num_workers = 0
 
   def _fill(self) -> None:
-    """Starts workers until there are as many as there shall be."""
+    """Starts workers until there are enough."""
     wanted = self._num_workers
     if wanted is None:
       wanted = max(1, self._num_fitting())
@@ -203,7 +214,7 @@ class Pool:
         int(min(
             node['Resources'].get(name, 0) // amount for name, amount in needed.items()
         ))
-        for node in self._ray.nodes() if node['Alive']
+        for node in self.ray.nodes() if node['Alive']
     )
 
   def _start(self) -> Any:
@@ -216,7 +227,7 @@ class Pool:
       settings['CUDA_VISIBLE_DEVICES'] = '-1'  # TensorFlow would take all GPUs' memory.
     num_cpus = resources.pop('CPU', 0)
     # Pings and stops have threads of their own.
-    make = self._ray.remote(concurrency_groups={HEALTH: 2}, max_concurrency=DEPTH)
+    make = self.ray.remote(concurrency_groups={HEALTH: 2}, max_concurrency=DEPTH)
     actor_class = make(ray_worker.Worker).options(
         num_cpus=num_cpus,
         num_gpus=num_gpus,
@@ -228,7 +239,7 @@ class Pool:
         runtime_env={'env_vars': settings},
     )
     return actor_class.remote(
-        self._ray.get,
+        self.ray.get,
         None if num_gpus else max(1, int(num_cpus)),
         ray_worker.num_threads(),
     )
@@ -240,13 +251,13 @@ class Pool:
     }
     if not starting:
       return
-    done, _ = self._ray.wait(list(starting), num_returns=len(starting), timeout=0)
+    done, _ = self.ray.wait(list(starting), num_returns=len(starting), timeout=0)
     for reference in done:
       worker = starting[reference]
       try:
-        info = self._ray.get(reference, timeout=self.silence_s)
+        info = self.ray.get(reference, timeout=self.silence_s)
         _check_versions(info)
-      except (self._ray.exceptions.RayError, RuntimeError) as error:
+      except (self.ray.exceptions.RayError, RuntimeError) as error:
         self._failed_starts += 1
         self._last_failure = str(error)
         self._last_failure_time = time.monotonic()
@@ -257,7 +268,7 @@ class Pool:
 
 
 def _check_versions(info: ray_worker.Info) -> None:
-  """Raises an error if a worker has not what this process has."""
+  """Raises an error if a worker has other versions than this process."""
   here = ray_worker.versions()
   different = [
       f'{name} {info.versions[name]} there, {version} here'
@@ -277,14 +288,3 @@ def _amounts(resources: Mapping[str, float]) -> str:
       if not name.startswith(('node:', 'object_store'))
   }
   return ', '.join(f'{amount:g} {name}' for name, amount in shown.items()) or 'nothing'
-
-
-def group_clients(group: int, num_clients: int) -> range:
-  """Returns the clients of a group.
-
-  Args:
-    group: The number of the group.
-    num_clients: The total number of clients.
-  """
-  start = group * clients.GROUP_SIZE
-  return range(start, min(start + clients.GROUP_SIZE, num_clients))

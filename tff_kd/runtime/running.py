@@ -1,11 +1,11 @@
 """Runs compiled computations: the server here, the clients wherever they compute."""
 
 import abc
-import collections
 from collections.abc import Callable, Mapping, Sequence
 import threading
 from typing import Any, Optional, cast
 
+import cachetools
 import tensorflow as tf
 
 from tff_kd import graphs
@@ -19,10 +19,10 @@ from tff_kd.runtime import tff_internals
 from tff_kd.runtime import values
 
 _MAX_PLANS = 128
-# So many numbers and strings of an argument are shown in a message.
+# Arguments with more numbers and strings are not shown in messages.
 _MAX_SHOWN = 4
 
-# A client's arguments: each part is a list of one value a client.
+# The clients' arguments: each part is a list of one value for each client.
 Arguments = Mapping[evaluation.Argument, Sequence[Any]]
 
 
@@ -63,7 +63,7 @@ class RunClients(abc.ABC):
     """Forgets a leaf, if it is kept."""
 
 
-# Makes the clients of a run, of a plan, their arguments, their number and the threads.
+# Makes the clients of a run from the plan, their arguments, their number and the threads.
 MakeClients = Callable[[plan_lib.Plan, Arguments, int, clients.Workers], RunClients]
 
 
@@ -130,13 +130,13 @@ class Runner:
       make_clients: Makes the clients of a run.
     """
     tff_internals.check_version()
-    self._slots = devices.Slots(device, max_concurrent_clients)
+    devices.prepare(device, max_concurrent_clients)
+    self._device = device
+    self._max_concurrent_clients = max_concurrent_clients
     self._make_clients = make_clients
     self._lock = threading.Lock()
-    # By identity; with the computation, so that its place is not given to another.
-    self._plans: collections.OrderedDict[int, tuple[Any, plan_lib.Plan]] = (
-        collections.OrderedDict()
-    )
+    # By `id`, with the computation, so that no other computation gets the same `id`.
+    self._plans: cachetools.LRUCache = cachetools.LRUCache(_MAX_PLANS)
     self._workers: Optional[clients.Workers] = None
 
   def run(
@@ -162,7 +162,8 @@ class Runner:
     """
     with self._lock:
       if self._workers is None:
-        self._workers = clients.Workers(self._slots.get())
+        slots = devices.find_slots(self._device, self._max_concurrent_clients)
+        self._workers = clients.Workers(slots)
       plan = self._plan(comp)
     with self._workers.server.scope():
       run = _Run(plan, comp, arg, self._workers, self._make_clients)
@@ -173,9 +174,6 @@ class Runner:
     if id(comp) not in self._plans:
       proto = tff.framework.serialize_computation(comp)
       self._plans[id(comp)] = (comp, plan_lib.compile_computation(proto))
-      if len(self._plans) > _MAX_PLANS:
-        self._plans.popitem(last=False)
-    self._plans.move_to_end(id(comp))
     return self._plans[id(comp)][1]
 
 

@@ -6,15 +6,15 @@ names are looked up when they are used, and `check_version` gives a clear error 
 """
 
 from collections.abc import Iterator, Sequence
+from concurrent import futures
 import contextlib
 import functools
 import inspect
 import signal
 import subprocess
-import sys
 import tempfile
-import threading
 from typing import Any, Optional
+from unittest import mock
 
 import tensorflow as tf
 
@@ -178,7 +178,7 @@ def computation_of_graph(
 
 
 def _binding(type_spec: tff.Type, names: Iterator[str]) -> Any:
-  """The binding of a type, whose leaves take one name after the other."""
+  """Returns the binding of a type, whose leaves take one name after the other."""
   from tensorflow_federated.proto.v0 import computation_pb2 as pb
 
   binding = pb.TensorFlow.Binding
@@ -247,27 +247,18 @@ def default_context(context: Any) -> Iterator[None]:
   # pylint: disable=protected-access
   before = tff.framework.get_context_stack()._stack[0]
   # pylint: enable=protected-access
-  of_new_threads = _context_of_new_threads()
-  passed_on = vars(of_new_threads).get('invoke')
-  set_default_context(context)
-  try:
-    yield
-  finally:
-    tff.framework.set_default_context(before)
-    if passed_on is None:
-      del of_new_threads.invoke
-    else:
-      of_new_threads.invoke = passed_on
+  with mock.patch.object(_context_of_new_threads(), 'invoke', context.invoke):
+    tff.framework.set_default_context(context)
+    try:
+      yield
+    finally:
+      tff.framework.set_default_context(before)
 
 
 @functools.cache
 def _context_of_new_threads() -> Any:
-  found = []
-  get = lambda: found.append(tff.framework.get_context_stack().current)
-  thread = threading.Thread(target=get)
-  thread.start()
-  thread.join()
-  return found[0]
+  with futures.ThreadPoolExecutor(1) as pool:
+    return pool.submit(lambda: tff.framework.get_context_stack().current).result()
 
 
 @contextlib.contextmanager
@@ -285,14 +276,11 @@ def worker_factory() -> Iterator[tff.framework.ExecutorFactory]:
   stack_fn = inspect.getclosurevars(factory._executor_stack_fn).nonlocals
   manager = stack_fn['service_manager']
   # pylint: enable=protected-access
-  with tempfile.TemporaryFile('w') as log:  # Gone when the worker is.
+  with tempfile.TemporaryFile('w') as log:
     try:
-      stdout, stderr = sys.stdout, sys.stderr
-      sys.stdout = sys.stderr = log  # What TFF gives to the process that it starts.
-      try:
+      # TFF gives these to the process that it starts.
+      with contextlib.redirect_stdout(log), contextlib.redirect_stderr(log):
         manager.get_stub()
-      finally:
-        sys.stdout, sys.stderr = stdout, stderr
       yield factory
     finally:
       process: Optional[subprocess.Popen] = manager._process
@@ -304,7 +292,6 @@ def worker_factory() -> Iterator[tff.framework.ExecutorFactory]:
         except subprocess.TimeoutExpired:
           process.kill()
           process.wait()
-
 
 
 def end_thread(context: tff.framework.SyncExecutionContext) -> None:

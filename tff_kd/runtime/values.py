@@ -8,12 +8,12 @@ import numpy as np
 import tensorflow as tf
 import tree
 
+from tff_kd import graphs
 from tff_kd.compat import tff
-from tff_kd.runtime import emitting
 from tff_kd.runtime import tff_internals
 
 
-# Whether a dataset shuffles, of those that were looked at.
+# Whether a dataset shuffles, for each dataset that has been looked at.
 _SHUFFLES = weakref.WeakKeyDictionary()
 
 _SCALARS = (bool, int, float, complex, str, bytes, np.generic)
@@ -100,7 +100,7 @@ def _to_variant(value: Any, type_spec: tff.SequenceType) -> tf.Tensor:
 
 
 def _anew(dataset: tf.data.Dataset) -> tf.Tensor:
-  """The variant of a dataset whose shuffles begin as at its first iteration.
+  """Returns the variant of a dataset whose shuffles start as in a first iteration.
 
   A dataset is a value: rounds that are given the same one read the same order, as where
   TFF serializes it, and a resumed run repeats an unbroken one.
@@ -115,8 +115,8 @@ def _anew(dataset: tf.data.Dataset) -> tf.Tensor:
   graph = tf.compat.v1.GraphDef.FromString(serialized)
   for node in graph.node:
     if node.op == 'ShuffleDatasetV3':
-      # The same shuffle with a generator of its own, in place of one that goes on from
-      # iteration to iteration.
+      # `ShuffleDataset` has a generator of its own; that of `ShuffleDatasetV3` goes on
+      # from one iteration to the next.
       node.op = 'ShuffleDataset'
       del node.input[4:]
   return tf.raw_ops.DatasetFromGraph(graph_def=graph.SerializeToString())
@@ -125,7 +125,7 @@ def _anew(dataset: tf.data.Dataset) -> tf.Tensor:
 def _of_type(
     dataset: tf.data.Dataset, type_spec: tff.SequenceType
 ) -> tf.data.Dataset:
-  """A dataset whose elements are those of a type, or an error.
+  """Returns a dataset with elements of a type, or raises an error.
 
   Shapes that the dataset leaves open (as many of `from_generator` do) are checked when an
   element is read.
@@ -136,7 +136,7 @@ def _of_type(
   found = tff.SequenceType(element)
   if type_spec.is_assignable_from(found):
     return dataset
-  closed = _with_shapes(spec, emitting.element_spec(type_spec.element))
+  closed = _with_shapes(spec, graphs.specs_of(type_spec.element))
   if not type_spec.is_assignable_from(
       tff.SequenceType(tff.types.tensorflow_to_type(closed))
   ):
@@ -155,7 +155,7 @@ def _of_type(
 
 
 def _with_shapes(spec: Any, expected: Any) -> Any:
-  """The specs of an element with the expected shapes, where theirs leave them open."""
+  """Returns the specs of an element with open shapes replaced by expected ones."""
   shapes = [spec.shape for spec in tf.nest.flatten(expected)]
   leaves = tf.nest.flatten(spec)
   if len(shapes) != len(leaves):
@@ -184,7 +184,7 @@ def from_tensors(tensors: Iterator[tf.Tensor], type_spec: tff.Type) -> Any:
     )
   tensor = next(tensors)
   if isinstance(type_spec, tff.SequenceType):
-    spec = emitting.element_spec(type_spec.element)
+    spec = graphs.specs_of(type_spec.element)
     return tf.data.experimental.from_variant(tensor, spec)
   return tensor.numpy()
 
