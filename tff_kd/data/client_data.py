@@ -132,7 +132,7 @@ class FileClientData:
     return _prepare(
         directory,
         f'{key} {list(rows)}',
-        tf.nest.map_structure(raw_files.row_spec_of, examples),
+        raw_files.array_specs(examples),
         lambda: (raw_files.chunks_of(examples), rows),
         total=size,
     )
@@ -163,7 +163,7 @@ class FileClientData:
     arrays = [_arrays_of(client) for client in clients.values()]
     for name, client_arrays in zip(clients, arrays):
       raw_files.check_rows(client_arrays, f'client {name!r}')
-    specs = [tf.nest.map_structure(raw_files.row_spec_of, a) for a in arrays]
+    specs = [raw_files.array_specs(client_arrays) for client_arrays in arrays]
     for name, spec in zip(clients, specs):
       if spec != specs[0]:
         raise ValueError(
@@ -216,7 +216,7 @@ class FileClientData:
     names = client_data.client_ids
     if not names:
       raise ValueError('There must be at least one client, found none.')
-    element = _element_of(dataset_of(names[0]))
+    spec = _element_specs(dataset_of(names[0]))
 
     def read():
       rows, seen = {}, 0
@@ -233,12 +233,7 @@ class FileClientData:
 
       return chunks(), rows
 
-    return _prepare(
-        directory,
-        str(key),
-        tf.nest.map_structure(_row_spec, element),
-        read,
-    )
+    return _prepare(directory, str(key), spec, read)
 
   def numbers(self, clients: Iterable[client_names.Client]) -> list[int]:
     """Returns the numbers of clients, for `process.next`.
@@ -364,20 +359,11 @@ def _as_element(element: Any) -> Any:
   return dict(found) if isinstance(found, Mapping) else found
 
 
-def _element_of(dataset: tf.data.Dataset) -> Any:
-  """The `tf.TensorSpec`s of an example of a client's dataset."""
-  element = _as_element(dataset.element_spec)
-  for leaf in tf.nest.flatten(element):
-    if not isinstance(leaf, tf.TensorSpec) or not leaf.shape.is_fully_defined():
-      raise ValueError(
-          "The elements of a client's dataset must have fully defined shapes, "
-          f'found {leaf}. Pass them unbatched, and padded if their lengths differ.'
-      )
-  return element
-
-
-def _row_spec(spec: tf.TensorSpec) -> raw_files.RowSpec:
-  return raw_files.RowSpec(tuple(spec.shape), np.dtype(spec.dtype.as_numpy_dtype))
+def _element_specs(dataset: tf.data.Dataset) -> Any:
+  """Returns the `RowSpec`s of a client's unbatched dataset."""
+  return raw_files.element_specs(
+      _as_element(dataset.element_spec), "a client's dataset"
+  )
 
 
 def _arrays_of(client: Any) -> Any:
@@ -385,7 +371,7 @@ def _arrays_of(client: Any) -> Any:
   if not isinstance(client, tf.data.Dataset):
     return raw_files.as_arrays(_as_element(client))
   nothing = tf.nest.map_structure(
-      lambda s: np.zeros([0, *s.shape], s.dtype.as_numpy_dtype), _element_of(client)
+      lambda s: np.zeros([0, *s.shape], s.dtype), _element_specs(client)
   )
   batches = client.batch(raw_files.ROWS_PER_CHUNK).as_numpy_iterator()
   return tf.nest.map_structure(

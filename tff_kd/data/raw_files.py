@@ -6,11 +6,12 @@ its contents, so that a damaged file shows.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
 import hashlib
 import os
 import pathlib
 import tempfile
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -22,8 +23,9 @@ ROWS_PER_CHUNK = 4096
 _BFLOAT16 = np.dtype(tf.bfloat16.as_numpy_dtype)
 
 
-class RowSpec(NamedTuple):
-  """One array without its first axis: the shape of a row and the dtype."""
+@dataclasses.dataclass(frozen=True)
+class RowSpec:
+  """The shape and the dtype of one row of an array; `tf.nest` takes it as a leaf."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
@@ -67,31 +69,38 @@ def check_rows(arrays: Any, owner: str) -> int:
   return sizes.pop()
 
 
-def row_spec_of(array: np.ndarray) -> RowSpec:
-  return RowSpec(array.shape[1:], array.dtype)
+def array_specs(arrays: Any) -> Any:
+  """Returns the `RowSpec`s of a structure of arrays."""
+  return tf.nest.map_structure(lambda a: RowSpec(a.shape[1:], a.dtype), arrays)
 
 
-def map_spec(fn, spec: Any) -> Any:
-  """`tf.nest.map_structure` over a structure of `RowSpec`s."""
-  if isinstance(spec, RowSpec):
-    return fn(spec)
-  if isinstance(spec, dict):
-    return type(spec)((key, map_spec(fn, part)) for key, part in spec.items())
-  return tuple(map_spec(fn, part) for part in spec)
+def element_specs(element_spec: Any, owner: str) -> Any:
+  """Returns the `RowSpec`s of a dataset's elements.
 
+  Args:
+    element_spec: The `element_spec` of an unbatched dataset.
+    owner: Whose elements they are, for the error.
 
-def flatten_spec(spec: Any) -> list[RowSpec]:
-  """The `RowSpec`s of a structure, in tf.nest's order."""
-  if isinstance(spec, RowSpec):
-    return [spec]
-  if isinstance(spec, dict):
-    return [leaf for key in sorted(spec) for leaf in flatten_spec(spec[key])]
-  return [leaf for part in spec for leaf in flatten_spec(part)]
+  Raises:
+    ValueError: If a shape is not fully defined.
+  """
+
+  def row_spec(spec: Any) -> RowSpec:
+    if not isinstance(spec, tf.TensorSpec) or not spec.shape.is_fully_defined():
+      raise ValueError(
+          f'The elements of {owner} must have fully defined shapes, found {spec}. Pass '
+          'them unbatched, and padded if their lengths differ.'
+      )
+    return RowSpec(tuple(spec.shape), np.dtype(spec.dtype.as_numpy_dtype))
+
+  return tf.nest.map_structure(row_spec, element_spec)
 
 
 def batch_spec(spec: Any) -> Any:
-  """The `tf.TensorSpec`s of a batch."""
-  return map_spec(lambda s: tf.TensorSpec([None, *s.shape], s.dtype), spec)
+  """Returns the `tf.TensorSpec`s of a batch."""
+  return tf.nest.map_structure(
+      lambda s: tf.TensorSpec([None, *s.shape], s.dtype), spec
+  )
 
 
 # How to make numbers of the parts of an example.
@@ -114,7 +123,7 @@ def check_dtypes(example_spec: Sequence[Any], owner: str) -> None:
     ValueError: If an array holds neither numbers nor booleans.
   """
   for (part, hint), spec in zip(_ENCODINGS.items(), example_spec):
-    for leaf in flatten_spec(spec):
+    for leaf in tf.nest.flatten(spec):
       if leaf.dtype.kind == 'O':
         hint = (
             'Rows of different lengths make such an array: pad them to one length. '
@@ -173,7 +182,7 @@ class RawArrays:
     self.spec = spec
     self.size = size
     self.files = files
-    self._leaves = flatten_spec(spec)
+    self._leaves = tf.nest.flatten(spec)
 
   @classmethod
   def write(
@@ -197,7 +206,7 @@ class RawArrays:
     Raises:
       ValueError: If a number is not finite.
     """
-    leaves = flatten_spec(spec)
+    leaves = tf.nest.flatten(spec)
     partial = [
         tempfile.NamedTemporaryFile(dir=directory, suffix='.partial', delete=False)
         for _ in leaves
@@ -254,7 +263,7 @@ class RawArrays:
       )
 
     return tf.nest.pack_sequence_as(
-        map_spec(lambda _: 0, self.spec),
+        self.spec,
         [map_leaf(*leaf_and_file) for leaf_and_file in zip(self._leaves, self.files)],
     )
 
@@ -266,7 +275,7 @@ class RawArrays:
         else np.zeros((self.size, *leaf.shape), leaf.dtype)
         for leaf, path in zip(self._leaves, self.files)
     ]
-    return tf.nest.pack_sequence_as(map_spec(lambda _: 0, self.spec), leaves)
+    return tf.nest.pack_sequence_as(self.spec, leaves)
 
   def to_json(self) -> dict[str, Any]:
     """Returns the arguments of `from_json`, without the structure."""
@@ -281,7 +290,7 @@ class RawArrays:
       cls, saved: dict[str, Any], spec: Any, directory: pathlib.Path
   ) -> Optional['RawArrays']:
     """The arrays that `to_json` told of; `None` if they are not of this spec."""
-    leaves = [_row_to_json(s) for s in flatten_spec(spec)]
+    leaves = [_row_to_json(s) for s in tf.nest.flatten(spec)]
     if saved['rows'] != leaves:
       return None
     return cls(spec, saved['size'], [directory / name for name in saved['files']])

@@ -62,9 +62,12 @@ class TransferSet:
     raw_files.check_rows(data, 'a transfer set')
     self._setup(
         raw_files.chunks_of(data),
-        tf.nest.map_structure(raw_files.row_spec_of, data),
+        raw_files.array_specs(data),
         labels is not None,
-        subset_size, validation_size, seed, directory,
+        subset_size=subset_size,
+        validation_size=validation_size,
+        seed=seed,
+        directory=directory,
     )
 
   @classmethod
@@ -94,19 +97,8 @@ class TransferSet:
           'A labelled transfer set needs a dataset of pairs (inputs, label), '
           f'found elements of {spec}.'
       )
-    for leaf in tf.nest.flatten(spec):
-      if not isinstance(leaf, tf.TensorSpec) or not leaf.shape.is_fully_defined():
-        raise ValueError(
-            'The elements of a transfer set must have fully defined shapes, '
-            f'found {leaf}. Pass the dataset unbatched, and padded if its '
-            'lengths differ.'
-        )
-    data_spec = tuple(spec) if labelled else (spec,)
-    data_spec = tf.nest.map_structure(
-        lambda s: raw_files.RowSpec(
-            tuple(s.shape), np.dtype(s.dtype.as_numpy_dtype)
-        ),
-        data_spec,
+    data_spec = raw_files.element_specs(
+        tuple(spec) if labelled else (spec,), 'a transfer set'
     )
 
     def chunks():
@@ -114,7 +106,7 @@ class TransferSet:
         yield tuple(batch) if labelled else (batch,)
 
     self = cls.__new__(cls)
-    self._setup(chunks(), data_spec, labelled, **_options(**kwargs))
+    self._setup(chunks(), data_spec, labelled, **kwargs)
     return self
 
   @classmethod
@@ -148,9 +140,17 @@ class TransferSet:
     return cls(arrays, None if labels is None else load(labels), **kwargs)
 
   def _setup(
-      self, chunks: Iterable[Any], spec, labelled: bool, subset_size,
-      validation_size, seed, directory,
+      self,
+      chunks: Iterable[Any],
+      spec: Any,
+      labelled: bool,
+      *,
+      subset_size: Optional[int] = None,
+      validation_size: int = 0,
+      seed: int = 0,
+      directory: Optional[os.PathLike] = None,
   ):
+    """Writes the examples, whose specs are `spec`, and checks the options."""
     raw_files.check_dtypes(spec, _WHAT)
     self._arrays = raw_files.RawArrays.write(
         raw_files.open_directory(directory, 'transfer_'), chunks, spec, _WHAT
@@ -411,16 +411,3 @@ def as_transfer_set(
       f'`tf.data.Dataset`, found {type(value).__name__}.'
       + (' With labels: `tff_kd.TransferSet(inputs, labels)`.' if has_labels else '')
   )
-
-
-def _options(
-    subset_size=None, validation_size=0, seed=0, directory=None
-) -> dict[str, Any]:
-  return dict(
-      subset_size=subset_size,
-      validation_size=validation_size,
-      seed=seed,
-      directory=directory,
-  )
-
-
