@@ -23,6 +23,7 @@ from tff_kd.compat import tff
 import tqdm
 
 from tff_kd.data import client_names
+from tff_kd.data import partition
 from tff_kd.data import raw_files
 from tff_kd import models
 
@@ -171,8 +172,7 @@ class FileClientData:
             f'first one {specs[0]}.'
         )
     pool = tf.nest.map_structure(lambda *parts: np.concatenate(parts), *arrays)
-    ends = np.cumsum([len(tf.nest.flatten(a)[0]) for a in arrays])
-    rows = np.split(np.arange(ends[-1]), ends[:-1])
+    rows = partition.consecutive([len(tf.nest.flatten(a)[0]) for a in arrays])
     return cls.from_arrays(pool, dict(zip(clients, rows)), directory=directory)
 
   @classmethod

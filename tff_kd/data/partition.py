@@ -179,6 +179,15 @@ def by_client(clients: Sequence[Any]) -> dict[str, np.ndarray]:
   return dict(zip(map(str, found), np.split(order, ends[:-1])))
 
 
+def consecutive(sizes: Sequence[int]) -> list[np.ndarray]:
+  """Returns the rows of parts of these sizes that are stored one after the other.
+
+  Args:
+    sizes: The number of rows of each part.
+  """
+  return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
+
+
 # Flag value -> the function.
 PARTITIONS: dict[str, Callable[..., Sequence[np.ndarray]]] = {
     'dirichlet': dirichlet,

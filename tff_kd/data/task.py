@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from tff_kd.data import augmentation
 from tff_kd.data import client_names as client_names_lib
+from tff_kd.data import partition
 from tff_kd import models
 from tff_kd.models import labels as labels_lib
 from tff_kd.models import zoo
@@ -346,11 +347,44 @@ def pool(parts: Sequence[Examples]) -> tuple[Examples, list[np.ndarray]]:
         f'{weighted.index(False)} has none, and client {weighted.index(True)} has some. '
         'Give weights of 1 where examples count alike.'
     )
-  ends = np.cumsum([len(part) for part in parts])
   together = tf.nest.map_structure(
       lambda *arrays: np.concatenate(arrays), *(tuple(part) for part in parts)
   )
-  return Examples(*together), np.split(np.arange(ends[-1]), ends[:-1])
+  return Examples(*together), partition.consecutive([len(part) for part in parts])
+
+
+def image_examples(images: np.ndarray, labels: np.ndarray) -> Examples:
+  """Returns examples of images and class numbers, as `image_task` takes them.
+
+  Args:
+    images: `[n, height, width]` or `[n, height, width, channels]`. Bytes are scaled to
+      [0, 1].
+    labels: Class numbers, `[n]` or `[n, 1]`.
+  """
+  if images.ndim == 3:
+    images = images[..., np.newaxis]
+  scale = 255.0 if images.dtype == np.uint8 else 1.0
+  return Examples(
+      images.astype(np.float32) / scale, labels.reshape(-1).astype(np.int32)
+  )
+
+
+def split_image_task(
+    train: Examples, *, transfer_size: int, validation_size: int, seed: int, **kwargs
+) -> Task:
+  """Returns an `image_task` whose parts are random parts of the training examples.
+
+  Args:
+    train: The training examples.
+    transfer_size: How many of them form the transfer set.
+    validation_size: How many form the validation part. The others are the clients'.
+    seed: Decides which examples go where.
+    **kwargs: Further arguments of `image_task`.
+  """
+  transfer, validation, clients = split_examples(
+      train, [transfer_size, validation_size], seed=seed
+  )
+  return image_task(clients=clients, transfer=transfer, validation=validation, **kwargs)
 
 
 def task_from_clients(
@@ -423,48 +457,35 @@ def package_file(task: str, package: str, file: str) -> pathlib.Path:
   return pathlib.Path(str(path))
 
 
+def split_rows(count: int, sizes: Sequence[int], *, seed: int) -> list[np.ndarray]:
+  """Cuts random rows into parts of the given sizes and, as the last part, the rest.
+
+  Args:
+    count: The number of rows.
+    sizes: The sizes of all parts but the last.
+    seed: Decides the order.
+
+  Raises:
+    ValueError: If there are not so many rows.
+  """
+  if min(sizes, default=0) < 0 or sum(sizes) > count:
+    raise ValueError(
+        f'Parts of {list(sizes)} examples leave nothing of {count}. Make them smaller.'
+    )
+  return np.split(np.random.default_rng(seed).permutation(count), np.cumsum(sizes))
+
+
 def split_examples(
     examples: Examples, sizes: Sequence[int], *, seed: int
 ) -> list[Examples]:
-  """Cuts off random parts of the given sizes; the last part returned is the rest.
+  """Cuts examples as `split_rows` cuts their rows.
 
   Args:
     examples: All examples.
     sizes: The sizes of all parts but the last.
     seed: Decides the order.
-
-  Raises:
-    ValueError: If the sizes leave nothing for the rest.
   """
-  if min(sizes, default=0) < 0 or sum(sizes) >= len(examples):
-    raise ValueError(
-        f'Parts of {list(sizes)} examples leave nothing of {len(examples)} for '
-        'the clients. Make them smaller.'
-    )
-  order = np.random.default_rng(seed).permutation(len(examples))
-  return [examples.take(part) for part in np.split(order, np.cumsum(sizes))]
-
-
-def choose(
-    examples: Examples, size: int, *, seed: int, setting: str
-) -> Examples:
-  """So many random examples.
-
-  Args:
-    examples: All that there are.
-    size: How many.
-    seed: Decides which.
-    setting: What the error calls them, a flag such as '--transfer_size'.
-
-  Raises:
-    ValueError: If there are not so many.
-  """
-  if size > len(examples):
-    raise ValueError(
-        f'{setting} is {size}, but the task has only {len(examples)} such examples. '
-        'Lower it.'
-    )
-  return examples.take(np.random.default_rng(seed).permutation(len(examples))[:size])
+  return [examples.take(rows) for rows in split_rows(len(examples), sizes, seed=seed)]
 
 
 def client_dataset(

@@ -1,10 +1,9 @@
-"""Data sets that others serve: fetched once where the machine can, else a clear word."""
+"""Tasks whose data are downloaded once."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
 from tff_kd.data import task as task_lib
 
@@ -40,21 +39,10 @@ def keras_image_task(
   """A task of `keras.datasets`; their test images are the test part."""
   source = getattr(keras.datasets, name)
   train, test = (
-      _examples(*part)
+      task_lib.image_examples(*part)
       for part in fetch(name, source.load_data, '~/.keras/datasets')
   )
-  transfer, validation, clients = task_lib.split_examples(
-      train, [transfer_size, validation_size], seed=seed
-  )
-  return task_lib.image_task(
-      name=name, clients=clients, transfer=transfer, validation=validation, test=test,
-      num_classes=len(class_names), class_names=class_names,
-  )
-
-
-def _examples(images: np.ndarray, labels: np.ndarray) -> task_lib.Examples:
-  if images.ndim == 3:
-    images = images[..., np.newaxis]
-  return task_lib.Examples(
-      images.astype(np.float32) / 255.0, labels.reshape(-1).astype(np.int32)
+  return task_lib.split_image_task(
+      train, transfer_size=transfer_size, validation_size=validation_size, seed=seed,
+      name=name, test=test, num_classes=len(class_names), class_names=class_names,
   )

@@ -38,14 +38,10 @@ def build(
   names = train.client_ids
   pool, client_rows = _pool(train, names)
   tests, test_rows = _pool(test, names)
-  if transfer_size + validation_size >= len(pool):
-    raise ValueError(
-        f'Parts of {transfer_size} and {validation_size} examples leave nothing of '
-        f'{len(pool)} for the clients. Make them smaller.'
-    )
-  order = np.random.default_rng(seed).permutation(len(pool))
-  ends = transfer_size, transfer_size + validation_size
-  kept = np.sort(order[ends[1]:])
+  transfer, validation, kept = task_lib.split_rows(
+      len(pool), [transfer_size, validation_size], seed=seed
+  )
+  kept = np.sort(kept)
   # The rows of the clients among what is left.
   new_number = np.full(len(pool), -1)
   new_number[kept] = np.arange(len(kept))
@@ -54,8 +50,8 @@ def build(
   ]
   return task_lib.image_task(
       name='emnist', clients=pool.take(kept), client_rows=client_rows,
-      client_names=names,
-      transfer=pool.take(order[:ends[0]]), validation=pool.take(order[ends[0]:ends[1]]),
+      client_names=names, transfer=pool.take(transfer),
+      validation=pool.take(validation),
       test=tests, test_rows=test_rows, num_classes=10,
   )
 

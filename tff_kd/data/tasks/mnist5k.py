@@ -32,8 +32,7 @@ def _read() -> task_lib.Examples:
         f'The data file {path} should hold 5000 rows of 785 numbers, found '
         f'{table.shape}.'
     )
-  images = table[:, :-1].reshape(-1, 28, 28, 1).astype(np.float32) / 255.0
-  return task_lib.Examples(images, table[:, -1].astype(np.int32))
+  return task_lib.image_examples(table[:, :-1].reshape(-1, 28, 28), table[:, -1])
 
 
 def load(
@@ -51,10 +50,7 @@ def load(
     A `Task`: images `[28, 28, 1]` in [0, 1], ten classes.
   """
   test, rest = task_lib.split_examples(_read(), [_TEST_SIZE], seed=_TEST_SEED)
-  transfer, validation, clients = task_lib.split_examples(
-      rest, [transfer_size, validation_size], seed=seed
-  )
-  return task_lib.image_task(
-      name='mnist5k', clients=clients, transfer=transfer, validation=validation,
-      test=test, num_classes=10,
+  return task_lib.split_image_task(
+      rest, transfer_size=transfer_size, validation_size=validation_size, seed=seed,
+      name='mnist5k', test=test, num_classes=10,
   )

@@ -23,6 +23,7 @@ import keras
 from keras import ops
 import numpy as np
 
+from tff_kd.data import partition
 from tff_kd.data import task as task_lib
 
 _PACKAGE = 'recbole'
@@ -235,7 +236,11 @@ def load(
   histories |= zip(clients, train)
 
   rated = rng.permutation(ratings[np.isin(ratings[:, 0], volunteers)])
-  _check_validation_size(validation_size, len(rated))
+  if validation_size >= len(rated):
+    raise ValueError(
+        f'--validation_size is {validation_size}, but the volunteers of the task have '
+        f'only {len(rated)} ratings. Lower it.'
+    )
   validation, labelled = rated[:validation_size], rated[validation_size:]
   num_rated = min(transfer_size // 2, len(labelled))
   asked = np.concatenate([
@@ -251,11 +256,11 @@ def load(
   return task_lib.Task(
       name='movielens',
       clients=build_examples(np.concatenate(train), histories, rng),
-      client_rows=_rows(train),
+      client_rows=partition.consecutive([len(part) for part in train]),
       transfer=build_examples(asked, histories, rng),
       validation=build_examples(validation, histories, rng),
       test=build_tests(np.concatenate(tests)),
-      test_rows=_rows(tests),
+      test_rows=partition.consecutive([len(part) for part in tests]),
       num_classes=None,
       num_labelled=num_rated,
       loss_fn=keras.losses.MeanSquaredError,
@@ -264,14 +269,6 @@ def load(
       students={'factors': build_factors},
       teachers={'deep': build_deep},
   )
-
-
-def _check_validation_size(size: int, num_rated: int) -> None:
-  if size >= num_rated:
-    raise ValueError(
-        f'--validation_size is {size}, but the volunteers of the task have only '
-        f'{num_rated} ratings. Lower it.'
-    )
 
 
 def _by_person(ratings: np.ndarray) -> list[np.ndarray]:
@@ -292,12 +289,6 @@ def _train_and_test(
     tests.append(shuffled[:cut])
     train.append(shuffled[cut:])
   return train, tests
-
-
-def _rows(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-  """The rows of each part where all stand below each other."""
-  ends = np.cumsum([len(part) for part in parts])
-  return np.split(np.arange(ends[-1]), ends[:-1])
 
 
 def _unrated(

@@ -150,16 +150,14 @@ def load(
           for speech in speeches
       ])
   )
-  chosen = task_lib.choose(
-      public, transfer_size + validation_size, seed=seed,
-      setting='--transfer_size with --validation_size',
+  transfer, validation, _ = task_lib.split_examples(
+      public, [transfer_size, validation_size], seed=seed
   )
   (clients, client_rows), (tests, test_rows) = task_lib.pool(train), task_lib.pool(test)
   return task_lib.Task(
       name='shakespeare',
       clients=clients, client_rows=client_rows, client_names=names,
-      transfer=chosen.take(np.arange(transfer_size)),
-      validation=chosen.take(np.arange(transfer_size, len(chosen))),
+      transfer=transfer, validation=validation,
       test=tests, test_rows=test_rows,
       num_classes=VOCABULARY_SIZE,
       loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
