@@ -8,6 +8,7 @@ alone, so clients and server agree without sending any.
 
 from collections.abc import Callable, Iterable, Mapping
 import copy
+import dataclasses
 import os
 from typing import Any, Optional
 
@@ -335,22 +336,19 @@ class TransferSet:
     return self.open().gather_label_weights(ids)
 
 
+@dataclasses.dataclass(frozen=True)
 class OpenTransferSet:
-  """The examples of a transfer set inside a computation, read where it runs."""
+  """The examples of a transfer set inside a computation, read where it runs.
 
-  def __init__(
-      self, inputs: Any, labels: Optional[tf.Tensor], known: Optional[tf.Tensor]
-  ):
-    """Not to be called by hand.
+  Attributes:
+    inputs: The mapped inputs.
+    labels: The mapped labels, or `None` without labels.
+    known: Whether each label is known, mapped; `None` if all are.
+  """
 
-    Args:
-      inputs: Mapped inputs.
-      labels: Mapped labels, if there are any.
-      known: Whether each is known, if not all are.
-    """
-    self._inputs = inputs
-    self._labels = labels
-    self._known = known
+  inputs: Any
+  labels: Optional[tf.Tensor]
+  known: Optional[tf.Tensor]
 
   def gather_inputs(self, ids: tf.Tensor) -> Any:
     """The inputs of some rows.
@@ -361,7 +359,7 @@ class OpenTransferSet:
     Returns:
       The structure of inputs, each `[k, ...]`.
     """
-    return raw_files.gather(self._inputs, ids)
+    return raw_files.gather(self.inputs, ids)
 
   def gather_labels(self, ids: tf.Tensor) -> tf.Tensor:
     """The labels of some rows, `[k, ...]`.
@@ -369,17 +367,17 @@ class OpenTransferSet:
     Raises:
       ValueError: If the transfer set has no labels.
     """
-    if self._labels is None:
+    if self.labels is None:
       raise ValueError('This transfer set has no labels.')
-    return raw_files.gather(self._labels, ids)
+    return raw_files.gather(self.labels, ids)
 
   def gather_label_weights(self, ids: tf.Tensor) -> tf.Tensor:
     """float32 `[k]`: 1 for rows whose label is known, else 0."""
-    if self._labels is None:
+    if self.labels is None:
       return tf.zeros(tf.shape(ids))
-    if self._known is None:
+    if self.known is None:
       return tf.ones(tf.shape(ids))
-    return tf.cast(raw_files.gather(self._known, ids), tf.float32)
+    return tf.cast(raw_files.gather(self.known, ids), tf.float32)
 
 
 def as_transfer_set(

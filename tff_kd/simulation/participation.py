@@ -21,18 +21,14 @@ class _Beginning(NamedTuple):
   """A client that begins to work in some round.
 
   Attributes:
-    client: Its number.
-    reports_in: The round in which what it sends arrives.
-    step_share: The `step_share` of its `ClientConditions`.
-    reports: The `reports` of its `ClientConditions`.
-    seed: The `seed` of its `ClientConditions`.
+    client: The client's number.
+    reports_in: The round in which its report arrives.
+    conditions: Its simulated conditions.
   """
 
   client: int
   reports_in: int
-  step_share: float
-  reports: bool
-  seed: tuple[int, int]
+  conditions: conditions.ClientConditions
 
 
 class Availability:
@@ -242,12 +238,12 @@ class Participation:
 
   def __call__(self, round_num: int) -> list[Any]:
     """Returns the clients that report in a round, as `next` takes them."""
-    found = []
-    for began in range(max(1, round_num - self.max_delay), round_num + 1):
-      for beginning in self._begin(began)[0]:
-        if beginning.reports_in == round_num:
-          found.append(self._client(beginning, round_num - began))
-    return found
+    return [
+        self._client(beginning)
+        for began in range(max(1, round_num - self.max_delay), round_num + 1)
+        for beginning in self._begin(began)[0]
+        if beginning.reports_in == round_num
+    ]
 
   def counts(self, round_num: int) -> dict[str, int]:
     """Returns how many clients could not begin in a round, by cause.
@@ -262,7 +258,7 @@ class Participation:
     """
     return dict(self._begin(round_num)[1])
 
-  def _client(self, beginning: _Beginning, delay: int) -> Union[int, dict[str, Any]]:
+  def _client(self, beginning: _Beginning) -> Union[int, dict[str, Any]]:
     parts: dict[str, Any] = {}
     if self.cohort_fn is not None:
       parts['cohort'] = client_names.cohort_of(
@@ -270,13 +266,7 @@ class Participation:
       )
     parts['data'] = beginning.client
     if self.has_conditions:
-      parts['conditions'] = conditions.ClientConditions(
-          delay=np.int32(delay),
-          step_share=np.float32(beginning.step_share),
-          reports=np.bool_(beginning.reports),
-          coverage=np.float32(self.coverage),
-          seed=np.array(beginning.seed, np.int32),
-      )
+      parts['conditions'] = beginning.conditions
     return parts if len(parts) > 1 else beginning.client
 
   def _begin(self, round_num: int) -> tuple[list[_Beginning], dict[str, int]]:
@@ -300,24 +290,20 @@ class Participation:
       gone, lost, slow, late = rng.random(4)
       share = rng.uniform(self.straggler_steps, 1.0)
       delay = int(rng.integers(1, self.max_delay + 1)) if self.max_delay else 0
-      first_seed, second_seed = rng.integers(0, 2**31, 2).tolist()
-      if gone < self.dropout_before:
-        continue
-      begun.append(
-          _Beginning(
-              client=client,
-              reports_in=round_num + (delay if late < self.delay_share else 0),
-              step_share=share if slow < self.straggler_share else 1.0,
-              reports=lost >= self.dropout_after,
-              seed=(first_seed, second_seed),
-          )
+      delay = delay if late < self.delay_share else 0
+      drawn = conditions.ClientConditions(
+          delay=np.int32(delay),
+          step_share=np.float32(share if slow < self.straggler_share else 1.0),
+          reports=np.bool_(lost >= self.dropout_after),
+          coverage=np.float32(self.coverage),
+          seed=rng.integers(0, 2**31, 2).astype(np.int32),
       )
+      if gone >= self.dropout_before:
+        begun.append(_Beginning(client, round_num + delay, drawn))
     return begun, {
         'num_chosen': len(chosen),
         'num_missing': (
-            0
-            if self.sampling == 'poisson'
-            else self.clients_per_round - len(chosen)
+            0 if self.sampling == 'poisson' else self.clients_per_round - len(chosen)
         ),
         'num_dropped_before_training': len(chosen) - len(begun),
         'num_begun_late': sum(beginning.reports_in > round_num for beginning in begun),
