@@ -251,22 +251,11 @@ def train(
     return training.run(num_rounds)
 
 
-def _wait_for(loop: asyncio.AbstractEventLoop, awaitable: Any) -> Any:
-  """Returns the result of an awaitable, also where another loop is running.
-
-  A notebook's kernel calls its cells from a running loop, and a thread has one at most.
-  That loop waits for the cell anyway, so it is put aside for the time.
-
-  Args:
-    loop: The loop that the awaitable is run in; it is not running.
-    awaitable: A coroutine, or a future of the loop.
-  """
-  outer = asyncio._get_running_loop()
-  asyncio._set_running_loop(None)
-  try:
-    return loop.run_until_complete(awaitable)
-  finally:
-    asyncio._set_running_loop(outer)
+def _describes_itself(process: tff.learning.templates.LearningProcess) -> bool:
+  """Returns whether a process is of this package, and not only a `LearningProcess`."""
+  return isinstance(
+      process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)
+  )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -300,37 +289,43 @@ class _Training:
   seen: Optional[callbacks_lib.Training] = None
 
   @property
-  def is_ours(self) -> bool:
-    """Whether the process tells more of itself than a `LearningProcess` does."""
-    return isinstance(
-        self.process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)
-    )
-
-  @property
   def protection(self) -> description.Protection:
-    """How what clients send is protected."""
-    return self.process.protection if self.is_ours else description.Protection()
+    """How the clients' reports are protected."""
+    if not _describes_itself(self.process):
+      return description.Protection()
+    return self.process.protection
 
   @property
   def privacy(self) -> Any:
-    """How the process is private, or `None`."""
+    """The process's differential privacy, or `None`."""
     return self.protection.privacy
 
   @functools.cached_property
   def names(self) -> Optional[client_names.ClientNames]:
-    """The names of clients that the process reads by number."""
-    if not self.is_ours or self.process.client_data is None:
+    """The names of the clients whose data the process reads by number."""
+    if not _describes_itself(self.process) or self.process.client_data is None:
       return None
     return self.process.client_data.data.names
 
   @functools.cached_property
   def round_bytes(self) -> Optional[communication.RoundBytes]:
-    """Returns the bytes that each client of a round moves, if the process tells."""
-    return communication.round_bytes(self.process) if self.is_ours else None
+    """The bytes that each client of a round moves, or `None` if not known."""
+    if not _describes_itself(self.process):
+      return None
+    return communication.round_bytes(self.process)
 
   def _wait(self, awaitable: Any) -> Any:
-    """Returns the result of a manager's coroutine."""
-    return _wait_for(self.loop, awaitable)
+    """Returns the result of a coroutine, or of a future of the loop.
+
+    A notebook calls its cells from a running loop, and a thread can run only one. That
+    loop waits for the cell, so it is set aside meanwhile.
+    """
+    outer = asyncio._get_running_loop()
+    asyncio._set_running_loop(None)
+    try:
+      return self.loop.run_until_complete(awaitable)
+    finally:
+      asyncio._set_running_loop(outer)
 
   def begin(self, loop: asyncio.AbstractEventLoop, initial_state: Any) -> None:
     """Begins, or goes on from what is saved."""
@@ -479,10 +474,7 @@ class _Training:
     if self.evaluate is not None:
       metrics.update(self.evaluate(output.state))
     metrics[ROUND_SECONDS] = seconds
-    progress = _advance(
-        self.completed.progress, output.state, round_num, metrics, self.monitor,
-        self.monitor_mode,
-    )
+    progress = self._advance(output.state, round_num, metrics)
     if self.accountant is not None:
       progress = progress._replace(private_rounds=self.accountant.saved())
     released = collections.OrderedDict(metrics)
@@ -500,6 +492,21 @@ class _Training:
       self._save(self.completed)
       if self.client_states is not None:
         self._prune_clients()
+
+  def _advance(
+      self, state: Any, round_num: int, metrics: Mapping[str, float]
+  ) -> _Progress:
+    """Returns the progress after a round; a better monitored value makes a new best."""
+    progress = self.completed.progress._replace(state=state)
+    new_best = progress._replace(best_state=state, best_round=np.int32(round_num))
+    if self.monitor is None:
+      return new_best
+    # The best value is kept as the highest one.
+    sign = 1.0 if self.monitor_mode == 'max' else -1.0
+    value = sign * np.float64(metrics[self.monitor])
+    if value > progress.best_value:  # False for a value that is not a number.
+      return new_best._replace(best_value=value)
+    return progress
 
   def _prune_clients(self) -> None:
     """Forgets clients' states that no checkpoint, and no best state, goes with."""
@@ -581,7 +588,7 @@ def _made_by(
   for path, leaf in tree.flatten_with_path(state):
     if path and path[-1] in _HYPERPARAMETERS:
       made_by['/'.join(map(str, path))] = np.asarray(leaf).tolist()
-  if isinstance(process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)):
+  if _describes_itself(process):
     for spec in (*process.students.specs, process.teacher_spec):
       if spec is not None:
         made_by[f'loss of the {spec.name}'] = spec.loss_description
@@ -677,9 +684,9 @@ def _check_participation(
     process: tff.learning.templates.LearningProcess, select_clients: Callable[[int], Any]
 ) -> None:
   """Refuses a `Participation` of clients that the process does not have."""
-  if not isinstance(select_clients, participation.Participation) or not isinstance(
-      process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)
-  ):
+  if not isinstance(
+      select_clients, participation.Participation
+  ) or not _describes_itself(process):
     return
   if process.client_data is None:
     raise ValueError(
@@ -813,27 +820,3 @@ def _leaf_names(type_spec: tff.Type, prefix: str = '') -> list[str]:
       for key, element in tff.structure.iter_elements(type_spec)
       for name in _leaf_names(element, f'{prefix}{key}/')
   ]
-
-
-def _advance(
-    progress: _Progress,
-    state: Any,
-    round_num: int,
-    metrics: Mapping[str, float],
-    monitor: Optional[str],
-    monitor_mode: str,
-) -> _Progress:
-  """The progress after a round: a better monitored value makes a new best."""
-  if monitor is None:
-    return progress._replace(
-        state=state, best_state=state, best_round=np.int32(round_num)
-    )
-  # The best value is kept as the highest one.
-  sign = 1.0 if monitor_mode == 'max' else -1.0
-  value = sign * np.float64(metrics[monitor])
-  # False for a value that is not a number.
-  if value > progress.best_value:
-    return progress._replace(
-        state=state, best_state=state, best_round=np.int32(round_num), best_value=value
-    )
-  return progress._replace(state=state)
