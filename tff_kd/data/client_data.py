@@ -65,7 +65,6 @@ class FileClientData:
   def __init__(
       self,
       client_ids: Sequence[str],
-      num_examples: np.ndarray,
       examples: raw_files.RawArrays,
       rows: raw_files.RawArrays,
       starts: raw_files.RawArrays,
@@ -76,14 +75,13 @@ class FileClientData:
 
     Args:
       client_ids: The clients' names.
-      num_examples: int64 `[clients]`.
       examples: All examples, of n rows.
       rows: int64, the rows of the examples of all clients, one client after the other.
       starts: int64 `[clients + 1]`, positions in `rows`.
     """
     self.names = client_names.ClientNames(client_ids)
     self.client_ids = list(self.names)
-    self.num_examples = num_examples
+    self.num_examples = np.diff(np.asarray(starts.arrays()))
     self.element_spec = raw_files.batch_spec(examples.spec)
     self._examples = examples
     self._rows = rows
@@ -420,10 +418,9 @@ def _prepare(
     examples = raw_files.RawArrays.write(folder, counted(chunks), spec, _WHAT)
   if not rows:
     raise ValueError('There must be at least one client, found none.')
-  num_examples = np.array([len(client_rows) for client_rows in rows.values()], np.int64)
   columns = {
       'rows': np.concatenate(list(rows.values())),
-      'starts': np.concatenate([[0], np.cumsum(num_examples)]),
+      'starts': np.cumsum([0, *(len(client_rows) for client_rows in rows.values())]),
   }
   arrays = {'examples': examples} | {
       name: raw_files.RawArrays.write(folder, [column], _INDEX_SPEC, _WHAT)
@@ -433,13 +430,12 @@ def _prepare(
       'format': _FORMAT,
       'key': key,
       'client_ids': list(rows),
-      'num_examples': num_examples.tolist(),
       'arrays': {name: array.to_json() for name, array in arrays.items()},
   }
   partial = path.with_suffix(f'.{os.getpid()}.partial')
   partial.write_text(json.dumps(saved))
   os.replace(partial, path)
-  return FileClientData(list(rows), num_examples, **arrays)
+  return FileClientData(list(rows), **arrays)
 
 
 def _check_weights(weights: Optional[np.ndarray]) -> None:
@@ -468,7 +464,6 @@ def _find(path: pathlib.Path, key: str, spec: Any) -> Optional[FileClientData]:
       return None
     damaged = [file for array in arrays.values() for file in array.damaged()]
     client_ids = list(saved['client_ids'])
-    num_examples = np.array(saved['num_examples'], np.int64)
   except (ValueError, KeyError, TypeError):
     damaged = [path]
   if damaged:
@@ -477,7 +472,7 @@ def _find(path: pathlib.Path, key: str, spec: Any) -> Optional[FileClientData]:
         '%s', ', '.join(map(str, damaged)),
     )
     return None
-  return FileClientData(client_ids, num_examples, **arrays)
+  return FileClientData(client_ids, **arrays)
 
 
 def masked_inputs(batch: Any, mask: Any) -> Any:
