@@ -88,6 +88,17 @@ def _legend(figure: figure_lib.Figure, handles: Sequence[Any]) -> None:
     text.set(**_PLAIN)
 
 
+def _finish(
+    figure: figure_lib.Figure, title: str, handles: Sequence[Any]
+) -> figure_lib.Figure:
+  """Adds grids, the title and the legend."""
+  for panel in figure.axes:
+    panel.grid(alpha=0.3)
+  figure.suptitle(title, **_PLAIN)
+  _legend(figure, handles)
+  return figure
+
+
 def partition(
     counts: np.ndarray,
     *,
@@ -209,7 +220,6 @@ def curves(
       if len(of_name) == 1 and of_name[0].best_round:
         _mark(panel, of_name[0], column, against, color)
     _draw_levels(panel, levels)
-    panel.grid(alpha=0.3)
   panels[0].xaxis.get_major_locator().set_params(integer=True)
   panels[0].set(xlabel='round', ylabel=metric.replace('_', ' '))
   if has_bytes:
@@ -217,9 +227,7 @@ def curves(
     _scale_megabytes(
         panels[1], [_megabytes(run)[-1] for of in runs.values() for run in of]
     )
-  figure.suptitle(title, **_PLAIN)
-  _legend(figure, _handles(panels[:1]))
-  return figure
+  return _finish(figure, title, _handles(panels[:1]))
 
 
 def _named_runs(
@@ -405,12 +413,9 @@ def small_multiples(
         _draw_line(panel, of_panel[name], column, _rounds, **looks[name, column])
     _draw_levels(panel, levels)
     panel.set_title(panel_title, fontsize=9)
-    panel.grid(alpha=0.3)
-  figure.suptitle(title, **_PLAIN)
   for panel in shown[::_PANELS]:
     panel.set(ylabel=metric.replace('_', ' '))
-  _legend(figure, [*_explain(looks, columns), *_handles(shown)])
-  return figure
+  return _finish(figure, title, [*_explain(looks, columns), *_handles(shown)])
 
 
 def _grid(num_panels: int) -> tuple[figure_lib.Figure, list[Any]]:
@@ -487,10 +492,8 @@ def comparison(
   _scale_megabytes(panel, [megabytes for megabytes, *_ in points.values()])
   panel.margins(x=0.12, y=0.12)
   _draw_levels(panel, levels)
-  panel.grid(alpha=0.3)
   panel.set(xlabel=against, ylabel=metric.replace('_', ' '))
-  figure.suptitle(title, **_PLAIN)
-  _legend(figure, _handles([panel]))
+  _finish(figure, title, _handles([panel]))
   _write_names(figure, panel, points)
   return figure
 
@@ -524,10 +527,7 @@ def scores(
   names = [textwrap.fill(name, 34) for name in rows]
   panel.set_yticks(range(len(rows)), names, fontsize=8, **_PLAIN)
   panel.set(ylim=(len(rows) - 0.5, -0.5), xlabel=metric.replace('_', ' '))
-  panel.grid(alpha=0.3)
-  figure.suptitle(title, **_PLAIN)
-  _legend(figure, panel.get_legend_handles_labels()[0])
-  return figure
+  return _finish(figure, title, panel.get_legend_handles_labels()[0])
 
 
 def _write_names(
@@ -629,11 +629,7 @@ def calibration(
     shares.stairs(counts / counts.sum(), edges, linewidth=1.5)
   accuracy.set(xlabel='confidence', ylabel='accuracy')
   shares.set(xlabel='confidence', ylabel='share of the predictions')
-  for panel in (accuracy, shares):
-    panel.grid(alpha=0.3)
-  figure.suptitle(title, **_PLAIN)
-  _legend(figure, _handles([accuracy]))
-  return figure
+  return _finish(figure, title, _handles([accuracy]))
 
 
 def confusion(
@@ -707,10 +703,7 @@ def clients(
       xlabel='share of the clients', xlim=(0, 1),
       ylabel=f"{metric.replace('_', ' ')} on a client's own examples",
   )
-  panel.grid(alpha=0.3)
-  figure.suptitle(title, **_PLAIN)
-  _legend(figure, _handles([panel]))
-  return figure
+  return _finish(figure, title, _handles([panel]))
 
 
 def errors(
@@ -752,11 +745,7 @@ def errors(
   means.plot(ends, ends, ':', color=_GRAY, label='prediction equals true value')
   shares.set(xlabel='predicted - true', ylabel='share of the examples')
   means.set(xlabel='true value', ylabel='predicted: mean, standard deviation')
-  for panel in (shares, means):
-    panel.grid(alpha=0.3)
-  figure.suptitle(title, **_PLAIN)
-  _legend(figure, _handles([shares, means]))
-  return figure
+  return _finish(figure, title, _handles([shares, means]))
 
 
 def roc(
@@ -783,11 +772,8 @@ def roc(
       panel.plot(false_positives, true_positives, label=f'{name} (area {area:.3f})')
     panel.plot(ends, ends, ':', color=_GRAY, label='chance')
     panel.set(xlabel='false positive rate', ylabel='true positive rate')
-    panel.grid(alpha=0.3)
   panels[1].set(xscale='log', yscale='log', xlim=ends, ylim=ends, ylabel='')
-  figure.suptitle(title, **_PLAIN)
-  _legend(figure, _handles(panels[:1]))
-  return figure
+  return _finish(figure, title, _handles(panels[:1]))
 
 
 def images(columns: Mapping[str, Mapping[str, np.ndarray]]) -> figure_lib.Figure:
