@@ -242,15 +242,17 @@ def infer_membership(
       for rows in [rng.permutation(len(predictions.labels))[:size]]
   )
   scores = _score(members, non_members, int(rng.integers(2**32)))
-  # Their order is random: the first half chooses.
-  half = size // 2
+  # The examples are in random order: the first half chooses, the second one measures.
   rows = np.arange(size)
-  overall = _choose([_Candidate(attack, rows, rows) for attack in scores], scores, half)
-  of_classes = _candidates_of_classes(members, non_members, list(scores), half)
-  worst = _choose(of_classes, scores, half)
+  chooses = rows < size // 2
+  overall = _choose(
+      [_Candidate(attack, rows, rows) for attack in scores], scores, chooses
+  )
+  of_classes = _candidates_of_classes(members, non_members, list(scores), chooses)
+  worst = _choose(of_classes, scores, chooses)
   return Report(
-      overall=_measure(overall, scores, half),
-      worst_class=_measure(worst, scores, half) if worst is not None else None,
+      overall=_measure(overall, scores, chooses),
+      worst_class=_measure(worst, scores, chooses) if worst is not None else None,
       member_accuracy=_accuracy(members),
       non_member_accuracy=_accuracy(non_members),
   )
@@ -637,15 +639,18 @@ def difference_with_interval(
 
 
 def _candidates_of_classes(
-    members: Predictions, non_members: Predictions, attacks: Sequence[str], half: int
+    members: Predictions,
+    non_members: Predictions,
+    attacks: Sequence[str],
+    chooses: np.ndarray,
 ) -> list[_Candidate]:
-  """Each attack on each class that has enough examples in both halves."""
+  """Returns each attack on each class that has enough examples in both halves."""
   candidates = []
   for label in np.unique(members.labels):
     of_members = np.flatnonzero(members.labels == label)
     others = np.flatnonzero(non_members.labels == label)
     if any(
-        min(sum(rows < half), sum(rows >= half)) < MIN_EXAMPLES // 2
+        min(sum(chooses[rows]), sum(~chooses[rows])) < MIN_EXAMPLES // 2
         for rows in (of_members, others)
     ):
       continue
@@ -656,21 +661,20 @@ def _candidates_of_classes(
 
 
 def _choose(
-    candidates: Sequence[_Candidate], scores: dict[str, _Scores], half: int
+    candidates: Sequence[_Candidate], scores: dict[str, _Scores], chooses: np.ndarray
 ) -> Optional[_Candidate]:
-  """The candidate with the largest AUC on the first half; `None` of none."""
+  """Returns the candidate with the largest AUC on the half that chooses, if any."""
   return max(
-      candidates, key=lambda c: auc(*_scores_of(c, scores, slice(None, half))),
-      default=None,
+      candidates, key=lambda c: auc(*_scores_of(c, scores, chooses)), default=None
   )
 
 
 def _measure(
-    candidate: _Candidate, scores: dict[str, _Scores], half: int
+    candidate: _Candidate, scores: dict[str, _Scores], chooses: np.ndarray
 ) -> Finding:
-  """Measures an attack on the second half with the threshold of the first half."""
-  threshold = best_threshold(*_scores_of(candidate, scores, slice(None, half)))
-  inside, outside = _scores_of(candidate, scores, slice(half, None))
+  """Measures an attack on one half with the threshold that the other half chooses."""
+  threshold = best_threshold(*_scores_of(candidate, scores, chooses))
+  inside, outside = _scores_of(candidate, scores, ~chooses)
   false, true, _ = _roc(inside, outside)
   return Finding(
       attack=candidate.attack,
@@ -688,17 +692,12 @@ def _measure(
 
 
 def _scores_of(
-    candidate: _Candidate, scores: dict[str, _Scores], part: slice
+    candidate: _Candidate, scores: dict[str, _Scores], is_used: np.ndarray
 ) -> _Scores:
-  """Returns the candidate's scores of the examples that are in a part of all."""
-
-  def of(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    in_part = np.zeros(len(values), bool)
-    in_part[part] = True
-    return values[rows[in_part[rows]]]
-
+  """Returns the scores of those of the candidate's examples that are used."""
   inside, outside = scores[candidate.attack]
-  return of(inside, candidate.members), of(outside, candidate.non_members)
+  members, others = candidate.members, candidate.non_members
+  return inside[members[is_used[members]]], outside[others[is_used[others]]]
 
 
 def _lira_finding(
