@@ -187,10 +187,10 @@ def ledger(
   else:
     receivers = int(metrics[f'{_COUNTS}num_clients'])
     senders = receivers - int(metrics.get(f'{_COUNTS}num_dropped_after_training', 0))
-  if expected_clients is None and 'participation/num_chosen' in metrics:
-    receivers = int(metrics['participation/num_chosen']) - int(
-        metrics['participation/num_dropped_before_training']
-    )
+    if 'participation/num_chosen' in metrics:
+      receivers = int(metrics['participation/num_chosen']) - int(
+          metrics['participation/num_dropped_before_training']
+      )
   total = RoundBytes(*(
       value * (receivers if name.startswith('down') else senders)
       for name, value in each._asdict().items()

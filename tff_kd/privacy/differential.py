@@ -18,6 +18,7 @@ from tff_kd.compat import tff
 from tff_kd.compat import tensorflow_privacy as tfp
 import tree
 
+from tff_kd import checks
 from tff_kd import knowledge
 from tff_kd.privacy import accounting
 from tff_kd.privacy import secure as secure_lib
@@ -416,15 +417,11 @@ def check_initial_state(state: Any, of_process: Any) -> None:
     ValueError: If the two differ.
   """
   there, here = _query_settings(state.aggregator), _query_settings(of_process.aggregator)
-  changed = [
-      f'{name}: {there.get(name)} there, {here.get(name)} here'
-      for name in sorted({*there, *here})
-      if there.get(name) != here.get(name)
-  ]
+  changed = checks.differences(there, here)
   if changed:
     raise ValueError(
         '`initial_state` is of a process with another `privacy`, and would bring its '
-        f'noise or clip along ({"; ".join(changed)}). Begin with '
+        f'noise or clip along ({changed}). Begin with '
         '`process.set_model_weights(process.initialize(), weights)`.'
     )
 

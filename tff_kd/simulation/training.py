@@ -16,6 +16,7 @@ import numpy as np
 from tff_kd.compat import tff
 import tree
 
+from tff_kd import checks
 from tff_kd import communication
 from tff_kd.data import client_names
 from tff_kd import optimizers
@@ -615,15 +616,11 @@ def _check_made_by(saved: bytes, now: bytes) -> None:
   before, after = json.loads(saved), json.loads(now)
   for settings in (before, after):
     settings.pop(_MONITORED, None)
-  changed = [
-      f'{name}: {before.get(name)} there, {after.get(name)} here'
-      for name in sorted({*before, *after})
-      if before.get(name) != after.get(name)
-  ]
+  changed = checks.differences(before, after)
   if changed:
     raise checkpoints.CheckpointError(
-        f'The checkpoint was made by another process ({"; ".join(changed)}). Go on with '
-        'the same settings, or start again in another folder.'
+        f'The checkpoint was made by another process ({changed}). Go on with the same '
+        'settings, or start again in another folder.'
     )
 
 
