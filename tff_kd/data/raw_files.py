@@ -1,8 +1,8 @@
 """Examples in raw files that workers map into their memory.
 
-A graph that reads rows holds only file names; a gather touches only the rows that it
-needs, and processes on one machine share the pages. One file an array, named after
-its contents, so that a damaged file shows.
+A graph that reads rows holds only file names. A gather touches only the rows that it
+needs, and processes on one machine share the pages. Each array has one file, which is
+named after its contents, so that damage is detected.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
@@ -19,7 +19,7 @@ import tensorflow as tf
 from tff_kd import temporary
 
 ROWS_PER_CHUNK = 4096
-# NumPy has it from a package of its own, as a dtype of no kind.
+# A dtype of the package ml_dtypes, which NumPy does not count as floating.
 _BFLOAT16 = np.dtype(tf.bfloat16.as_numpy_dtype)
 
 
@@ -32,7 +32,7 @@ class RowSpec:
 
 
 def as_arrays(value: Any) -> Any:
-  """Tuples and dicts as structures of arrays; all else, lists too, as one array.
+  """Converts tuples and dicts to structures of arrays, all else (also lists) to arrays.
 
   Raises:
     ValueError: If the rows of a list have different lengths.
@@ -51,14 +51,14 @@ def as_arrays(value: Any) -> Any:
 
 
 def check_rows(arrays: Any, owner: str) -> int:
-  """How many rows all arrays of a structure have.
+  """Returns the number of rows, which must be the same for all arrays.
 
   Args:
-    arrays: The arrays.
+    arrays: A structure of arrays.
     owner: What the arrays belong to, for the error.
 
   Raises:
-    ValueError: If they differ in that, or one has no axes.
+    ValueError: If the numbers of rows differ, or an array is a scalar.
   """
   sizes = {len(a) if a.ndim else 0 for a in tf.nest.flatten(arrays)}
   if len(sizes) != 1 or not all(a.ndim for a in tf.nest.flatten(arrays)):
@@ -103,7 +103,7 @@ def batch_spec(spec: Any) -> Any:
   )
 
 
-# How to make numbers of the parts of an example.
+# How to encode each part of an example as numbers.
 _ENCODINGS = {
     'inputs': 'Encode the inputs first: text with `keras.layers.TextVectorization`, say.',
     'labels': 'Encode them: `names, y = np.unique(labels, return_inverse=True)`.',
@@ -112,10 +112,10 @@ _ENCODINGS = {
 
 
 def check_dtypes(example_spec: Sequence[Any], owner: str) -> None:
-  """Refuses what cannot be mapped.
+  """Checks that arrays can be stored in raw files.
 
   Args:
-    example_spec: The structures of `RowSpec`s of the inputs and, if they are there, of
+    example_spec: The structures of `RowSpec`s of the inputs and, if there are any, of
       labels and sample weights.
     owner: What error messages call the whole.
 
@@ -137,10 +137,15 @@ def check_dtypes(example_spec: Sequence[Any], owner: str) -> None:
 
 
 def check_finite(values: np.ndarray, seen: int, owner: str) -> None:
-  """Raises an error if numbers are not finite, which would ruin every model.
+  """Checks that numbers are finite; NaN or infinity would ruin every model.
+
+  Args:
+    values: The numbers.
+    seen: How many examples have been checked, these included, for the error.
+    owner: What the numbers belong to, for the error.
 
   Raises:
-    ValueError: If there is one.
+    ValueError: If a number is not finite.
   """
   if values.dtype == _BFLOAT16:
     values = values.astype(np.float32)
@@ -152,10 +157,11 @@ def check_finite(values: np.ndarray, seen: int, owner: str) -> None:
 
 
 def open_directory(directory: Optional[os.PathLike], prefix: str) -> pathlib.Path:
-  """The folder for the files, absolute; a temporary one if `None`.
+  """Returns the absolute path of the folder for the files, and makes it if need be.
 
-  One that is made here only its owner reads. A temporary folder stays until the program
-  ends, because computations name its files and may outlive the object that wrote them.
+  Only the owner can read a folder that is made here. If `directory` is `None`, the
+  folder is temporary: it stays until the program ends, because computations name its
+  files and may outlive the object that wrote them.
   """
   if directory is None:
     return temporary.new_directory(prefix)
@@ -170,7 +176,7 @@ def _digest(path: pathlib.Path) -> str:
 
 
 class RawArrays:
-  """Parallel arrays of `size` rows, a structure of them, each in a file.
+  """A structure of arrays with equally many rows, each in a file.
 
   Attributes:
     spec: The structure of `RowSpec`s.
@@ -195,7 +201,7 @@ class RawArrays:
     """Writes the files: all of them, or none.
 
     Args:
-      directory: Where.
+      directory: The folder.
       chunks: Structures of arrays with any number of rows each.
       spec: The structure of `RowSpec`s.
       owner: What error messages call the whole ('A transfer set').
@@ -237,7 +243,7 @@ class RawArrays:
       raise
 
   def damaged(self) -> list[pathlib.Path]:
-    """The files that are missing or do not hold what was written."""
+    """Returns the files that are missing or do not hold what was written."""
     return [
         path for path, leaf in zip(self.files, self._leaves)
         if not path.is_file()
@@ -247,10 +253,10 @@ class RawArrays:
     ]
 
   def map(self) -> Any:
-    """The arrays as tensors over the mapped files, in their structure.
+    """Returns the arrays as tensors over the mapped files, in their structure.
 
-    Every run of the op opens and maps the file anew, so call this outside loops and
-    gather rows inside; a gather reads only those.
+    Every run of the op opens and maps the file again, so call this outside loops and
+    gather rows inside. A gather reads only the rows that it needs.
     """
 
     def map_leaf(leaf: RowSpec, path: pathlib.Path) -> tf.Tensor:
@@ -268,7 +274,7 @@ class RawArrays:
     )
 
   def arrays(self) -> Any:
-    """The same as NumPy arrays that read the files, in their structure."""
+    """Returns the arrays as NumPy arrays over the files, in their structure."""
     leaves = [
         np.memmap(path, leaf.dtype, 'r', shape=(self.size, *leaf.shape))
         if self.size and all(leaf.shape)
@@ -289,7 +295,7 @@ class RawArrays:
   def from_json(
       cls, saved: dict[str, Any], spec: Any, directory: pathlib.Path
   ) -> Optional['RawArrays']:
-    """The arrays that `to_json` told of; `None` if they are not of this spec."""
+    """Returns the arrays that `to_json` described; `None` if they have another spec."""
     leaves = [_row_to_json(s) for s in tf.nest.flatten(spec)]
     if saved['rows'] != leaves:
       return None
@@ -297,13 +303,13 @@ class RawArrays:
 
 
 def _row_to_json(spec: RowSpec) -> list[Any]:
-  # NumPy's code for bfloat16 is one of any two bytes.
+  # For bfloat16 `dtype.str` says only that it has two bytes.
   name = 'bfloat16' if spec.dtype == _BFLOAT16 else spec.dtype.str
   return [list(spec.shape), name]
 
 
 def gather(mapped: Any, ids: tf.Tensor) -> Any:
-  """Rows of a structure of (mapped) tensors.
+  """Gathers rows of a structure of (mapped) tensors.
 
   Args:
     mapped: The structure.
@@ -322,7 +328,7 @@ def gather(mapped: Any, ids: tf.Tensor) -> Any:
 
 
 def chunks_of(arrays: Any) -> Iterable[Any]:
-  """A structure of arrays, a part at a time."""
+  """Yields a structure of arrays, `ROWS_PER_CHUNK` rows at a time."""
   size = len(tf.nest.flatten(arrays)[0])
   for start in range(0, size, ROWS_PER_CHUNK):
     yield tf.nest.map_structure(
@@ -331,12 +337,12 @@ def chunks_of(arrays: Any) -> Iterable[Any]:
 
 
 def content_digest(arrays: Any) -> str:
-  """Names the contents of a structure of arrays."""
+  """Returns a hash of the contents of a structure of arrays."""
   digest = hashlib.sha256()
   for array in tf.nest.flatten(arrays):
     digest.update(f'{array.dtype.str}{array.shape}'.encode())
     for chunk in chunks_of(array):
       chunk = np.ascontiguousarray(chunk)
-      # NumPy gives out no buffer of bfloat16.
+      # NumPy has no buffers of bfloat16.
       digest.update((chunk.view(np.uint16) if chunk.dtype == _BFLOAT16 else chunk).data)
   return digest.hexdigest()[:32]

@@ -108,13 +108,13 @@ _ONE_HOT_LOSSES = (
 )
 
 
-# What a prediction is worth beyond the labels: (inputs -> outputs) to named scores.
+# Maps a prediction function, (inputs -> outputs), to further scores by name.
 ScoresFn = Callable[[Callable[[Any], np.ndarray]], Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-  """A task. The four parts share no example.
+  """A task: models, a loss, metrics, and data in four disjoint parts.
 
   The examples of each part may have sample weights. Clients' training, evaluation and
   central training use them; the server's distillation does not, and takes transfer
@@ -146,7 +146,7 @@ class Task:
       neither Keras's own metric nor its name (an error, a loss) tells.
     scores_fn: Further scores of a model on the test part, if there are any.
     class_names: For pictures; the numbers if `None`.
-    num_labelled: So many of the first transfer examples have labels; all if `None`.
+    num_labelled: Only the first so many transfer examples have labels; all if `None`.
     augment: Changes a batch of inputs at random where their labels stay the same, as
       `tff_kd.Distillation.augment`; `None` if there is no such change.
 
@@ -237,11 +237,11 @@ class Task:
 
   @property
   def is_regression(self) -> bool:
-    """Whether labels are numbers and not classes."""
+    """Whether labels are numbers, not classes."""
     return self.num_classes is None
 
   def counted(self, examples: Examples) -> np.ndarray:
-    """Returns which examples count: with a label that does, of a weight above 0.
+    """Returns which examples have a label that counts and a weight above 0.
 
     Args:
       examples: Examples of this task.
@@ -257,15 +257,15 @@ class Task:
     return counts.any(axis=tuple(range(1, counts.ndim)))
 
   def class_numbers(self, examples: Examples) -> Optional[np.ndarray]:
-    """Returns the class of each example, int64 `[n]`, whatever its label is like.
+    """Returns the class of each example, int64 `[n]`, for labels of any form.
 
     Args:
       examples: Examples of this task.
 
     Returns:
-      The classes: 0 and 1 of binary labels, 0 of an example of weight 0 or with a label
-      that the loss ignores and that is no class; `None` if examples have several labels,
-      or numbers.
+      The classes; 0 and 1 for binary labels. An example has class 0 if its weight is 0,
+      or if the loss ignores its label and the label is no class. `None` if examples have
+      several labels, or numbers.
     """
     labels, loss = np.asarray(examples.labels), self.loss_fn()
     if examples.sample_weight is not None:
@@ -398,19 +398,19 @@ def task_from_clients(
     test_share: float = 0.2,
     **kwargs,
 ) -> Task:
-  """Returns a task of data that have clients of their own.
+  """Returns a task whose data are already split over clients.
 
   Args:
     name: What the task is called.
     clients: Each client's examples, with sample weights or without; a mapping gives the
       clients their names.
-    server: The server's, which no client holds: for the transfer set and for
-      validation.
-    seed: Decides which of the server's examples are used for what.
-    transfer_size: At most how many of these form the transfer set.
-    validation_size: How many of these choose the best round, at most a third.
+    server: The server's examples, for the transfer set and for validation; no client
+      holds them.
+    seed: Decides which of the server's examples are for which of the two.
+    transfer_size: The largest number of them in the transfer set.
+    validation_size: How many of them choose the best round, at most a third.
     test_share: The share of each client's examples that forms the test part, the same
-      for every seed; at least one of a client that has two or more.
+      for every seed. A client with two or more examples has at least one in it.
     **kwargs: Further arguments of `Task`, such as its models.
 
   Raises:
@@ -494,7 +494,7 @@ def client_dataset(
   """Returns a client's local training data for one round: shuffled epochs, in batches.
 
   Args:
-    examples: The client's.
+    examples: The client's examples.
     batch_size: The last batch of all epochs together may be smaller.
     epochs: Passes over the data, each in another order.
     seed: Integers that decide the orders, say (seed, round, client).

@@ -18,7 +18,7 @@ _SAMPLE_STREAM, _CLIENT_STREAM = 41, 42
 
 
 class _Beginning(NamedTuple):
-  """A client that begins to work in some round.
+  """A client that begins its work in a round.
 
   Attributes:
     client: The client's number.
@@ -42,8 +42,8 @@ class Availability:
     """Initializes the trace.
 
     Args:
-      intervals: By client, its (first, last) rounds, both included; clients that are
-        not there can never be reached.
+      intervals: By client, its (first, last) rounds, both included. Clients without
+        intervals can never be reached.
       names: The clients' names, of `FileClientData.names`, where clients are given by
         name.
 
@@ -73,13 +73,13 @@ class Availability:
     Args:
       path: The file.
       num_clients: Clients are numbered from 0 to one below this.
-      names: The clients' names, where the file may have these in place of numbers.
+      names: The clients' names, if the file may have these in place of numbers.
 
     Returns:
       The availability.
 
     Raises:
-      ValueError: If a line has another form; names it.
+      ValueError: If a line has another form; gives its number.
     """
     intervals = {}
     with open(path, newline='') as file:
@@ -118,34 +118,35 @@ class Participation:
 
   Called with a round's number, from 1, it returns what a process's `next` takes: client
   numbers; with `has_conditions`, {'data': number, 'conditions': `ClientConditions`}
-  each, for a process that is built with a `tff_kd.Reporting`. A client that is late
-  works on what was sent when it began, and is in the round in which it reports; until
-  then it is not chosen again.
+  each, for a process that is built with a `tff_kd.Reporting`. A late client works with
+  the broadcast of the round in which it began, and is among the clients of the round in
+  which it reports. Until then it is not chosen again.
 
   Attributes:
     num_clients: Clients are numbered from 0.
-    clients_per_round: The number of clients chosen to begin in a round; fewer where
-      fewer can be. Of 'poisson', in expectation.
+    clients_per_round: The number of clients chosen to begin in a round; fewer if fewer
+      are available. For 'poisson', the expected number.
     sampling: 'uniform'; 'weighted' by `weights`; 'cyclic', one after the other;
-      'poisson', each by itself with the probability `clients_per_round / num_clients`.
+      'poisson', each client independently with the probability `clients_per_round /
+      num_clients`.
     weights: Numbers above 0, for 'weighted', such as numbers of examples: `[clients]`,
       or a mapping from clients' names or numbers.
-    availability: Which clients can be reached when; all always if `None`.
-    dropout_before: The probability that a chosen client is gone before it begins.
-    dropout_after: That what it sends does not arrive, though it has done its work.
+    availability: When each client can be reached; always if `None`.
+    dropout_before: The probability that a chosen client drops out before its training.
+    dropout_after: The probability that a client's report is lost after its training.
     straggler_share: The probability that a client does only a part of its steps.
-    straggler_steps: The smallest such part; it is drawn evenly from there to 1.
+    straggler_steps: The smallest such part; it is drawn uniformly from there to 1.
     delay_share: The probability that a client reports late.
-    max_delay: By how many rounds at most; drawn evenly from 1.
-    coverage: The part of the transfer examples on which each client predicts.
+    max_delay: The longest delay in rounds; delays are drawn uniformly from 1.
+    coverage: The share of the transfer examples on which each client predicts.
     cohort_fn: Where there are cohorts, maps a client to the number of its cohort: a
       function of the client's name or, without `names`, number; or a mapping from names
       or numbers.
-    gives_conditions: Whether clients come with conditions even if nothing here hinders
-      them, for a process with a `Reporting`.
-    names: The clients' names, of `FileClientData.names`, where `weights` or `cohort_fn`
-      have clients by name.
-    seed: With round and client, decides everything.
+    gives_conditions: Whether clients come with conditions even without simulated faults,
+      for a process with a `Reporting`.
+    names: The clients' names, of `FileClientData.names`, if `weights` or `cohort_fn`
+      give clients by name.
+    seed: Decides all draws, with the round and the client.
   """
 
   num_clients: int
@@ -219,7 +220,7 @@ class Participation:
       )
 
   def _resolve_names(self) -> None:
-    """Puts what is given by client in the order of the clients' numbers."""
+    """Puts mappings from clients in the order of the clients' numbers."""
     client_names.check_cohort_fn(self.cohort_fn)
     for name in ('weights', 'cohort_fn'):
       value = getattr(self, name)
@@ -270,7 +271,7 @@ class Participation:
     return parts if len(parts) > 1 else beginning.client
 
   def _begin(self, round_num: int) -> tuple[list[_Beginning], dict[str, int]]:
-    """The clients that begin in a round, and its counts."""
+    """Returns the clients that begin in a round, and its counts."""
     for number in range(1, round_num + 1):
       if number not in self._begun:
         self._begun[number] = self._draw_round(number)
@@ -323,7 +324,7 @@ class Participation:
     if self.sampling == 'cyclic':
       first = (round_num - 1) * self.clients_per_round % self.num_clients
       return sorted(free, key=lambda client: (client - first) % self.num_clients)[:size]
-    # TFF's takes 32 bits, which are too few for a secret.
+    # TFF's seed has 32 bits, which are too few for a secret.
     is_for_tff = self.seed < 2**32 and len(free) == self.num_clients
     if self.sampling == 'uniform' and is_for_tff:
       sample = tff.simulation.build_uniform_sampling_fn(free, random_seed=self.seed)

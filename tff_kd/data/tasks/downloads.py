@@ -9,19 +9,22 @@ from tff_kd.data import task as task_lib
 
 
 def fetch(name: str, load_fn: Callable[[], Any], cache: str) -> Any:
-  """Returns what `load_fn` returns.
+  """Loads data that may have to be downloaded.
 
   Args:
     name: The task's name.
     load_fn: Reads the data, and downloads what is not in its cache.
-    cache: Where it looks first, for the error.
+    cache: Where `load_fn` looks first, for the error.
+
+  Returns:
+    What `load_fn` returns.
 
   Raises:
     OSError: If the data can be neither found nor downloaded; says what to do.
   """
   try:
     return load_fn()
-  # Keras raises plain exceptions, TFF what urllib and requests raise.
+  # Keras raises `Exception`, TFF the errors of urllib and requests.
   except Exception as error:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise OSError(
@@ -36,7 +39,7 @@ def keras_image_task(
     name: str, seed: int, transfer_size: int, validation_size: int,
     *, class_names: Sequence[str],
 ) -> task_lib.Task:
-  """A task of `keras.datasets`; their test images are the test part."""
+  """Returns a task of `keras.datasets`, with the same test images."""
   source = getattr(keras.datasets, name)
   train, test = (
       task_lib.image_examples(*part)

@@ -1,4 +1,4 @@
-"""Federated EMNIST, digits only: by the person who wrote them, as TFF has it."""
+"""Federated EMNIST, digits only, split by writer as in TFF."""
 
 import numpy as np
 from tff_kd.compat import tff
@@ -12,8 +12,8 @@ def load(
 ) -> task_lib.Task:
   """Loads the task `emnist`: images `[28, 28, 1]` in [0, 1], ten classes.
 
-  Clients are the 3,383 writers. The transfer set and the validation part are taken from
-  their training images at random, and from no client again.
+  Clients are the 3,383 writers. The transfer set and the validation part are random
+  training images, which no client keeps.
 
   Args:
     seed: Decides which images the server has.
@@ -34,7 +34,7 @@ def build(
     train: tff.simulation.datasets.ClientData, test: tff.simulation.datasets.ClientData,
     seed: int, transfer_size: int, validation_size: int,
 ) -> task_lib.Task:
-  """The task of client data with 'pixels' and 'label' by writer."""
+  """Builds the task from TFF client data of 'pixels' and 'label'."""
   names = train.client_ids
   pool, client_rows = _pool(train, names)
   tests, test_rows = _pool(test, names)
@@ -42,7 +42,7 @@ def build(
       len(pool), [transfer_size, validation_size], seed=seed
   )
   kept = np.sort(kept)
-  # The rows of the clients among what is left.
+  # The clients' rows among those that are kept.
   new_number = np.full(len(pool), -1)
   new_number[kept] = np.arange(len(kept))
   client_rows = [
@@ -57,16 +57,16 @@ def build(
 
 
 def _pool(data, names) -> tuple[task_lib.Examples, list[np.ndarray]]:
-  """All clients' examples, and the rows of each."""
+  """Returns all clients' examples, and the rows of each client."""
   parts = []
   for name in names:
     batches = list(
         data.create_tf_dataset_for_client(name).batch(4096).as_numpy_iterator()
     )
     parts.append(
-        task_lib.Examples(
-            np.concatenate([batch['pixels'] for batch in batches])[..., np.newaxis],
-            np.concatenate([batch['label'] for batch in batches]).astype(np.int32),
+        task_lib.image_examples(
+            np.concatenate([batch['pixels'] for batch in batches]),
+            np.concatenate([batch['label'] for batch in batches]),
         )
     )
   return task_lib.pool(parts)

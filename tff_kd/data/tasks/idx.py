@@ -63,7 +63,7 @@ def read_idx(path: os.PathLike) -> np.ndarray:
 
 
 def _find(data_dir: pathlib.Path, split: str, kind: str) -> pathlib.Path:
-  """The one file of a split: `[anything-]train-images-idx3-ubyte[.gz]`, say."""
+  """Returns the file of a split, such as `train-images-idx3-ubyte.gz`."""
   found = sorted(
       path
       for path in data_dir.glob(f'*{split}-{kind}*')
@@ -71,7 +71,7 @@ def _find(data_dir: pathlib.Path, split: str, kind: str) -> pathlib.Path:
   )
   plain = [path for path in found if path.suffix != '.gz']
   if len(plain) == 1:
-    # The same file stands beside its gzipped form.
+    # The gzipped form of the same file is there, too.
     return plain[0]
   if len(found) != 1:
     raise ValueError(

