@@ -328,7 +328,7 @@ def _row_numbers(client: str, rows: Any) -> np.ndarray:
   """Returns a client's rows as int64; refuses masks and fractions."""
   rows = np.asarray(rows).ravel()
   if len(rows) and rows.dtype.kind not in 'iu':
-    hint = ' Of a mask: `np.flatnonzero(mask)`.' if rows.dtype.kind == 'b' else ''
+    hint = ' Convert a mask by `np.flatnonzero(mask)`.' if rows.dtype.kind == 'b' else ''
     raise ValueError(
         f'The rows of client {client!r} must be integers, the numbers of examples, found '
         f'an array of the dtype {rows.dtype}.{hint}'

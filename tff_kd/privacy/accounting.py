@@ -46,8 +46,8 @@ class ClientSampling:
   def __post_init__(self):
     if self.sampling not in NEIGHBORS:
       raise ValueError(
-          f'`sampling` must be one of {sorted(NEIGHBORS)}, found {self.sampling!r}: of '
-          'another the cost in privacy is not known.'
+          f'`sampling` must be one of {sorted(NEIGHBORS)}, found {self.sampling!r}: the '
+          'privacy cost of other samplings is not known.'
       )
     if not 1 <= self.clients_per_round <= self.num_clients:
       raise ValueError(

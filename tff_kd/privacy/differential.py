@@ -108,8 +108,7 @@ class DifferentialPrivacy:
         )
       if clip == math.inf and self.noise_multiplier:
         raise ValueError(
-            f'`{name}` must be finite: noise in proportion to a clip that is not there '
-            'would be without bound, and any finite noise without a guarantee.'
+            f'`{name}` must be finite: without a clip, no noise gives a guarantee.'
         )
 
   def is_noised(self, channel: str) -> bool:
@@ -206,9 +205,9 @@ class DifferentialPrivacy:
     if not has_unit_weights and noise:
       if clip == ADAPTIVE:
         raise ValueError(
-            'What these clients send of their predictions are sums and their weights, '
-            'and a noised weight is told from none by its clip: `knowledge_clip` must '
-            "be a number, found 'adaptive'."
+            'These clients send weighted sums of predictions, and the clip decides which '
+            'noised weights count as missing: `knowledge_clip` must be a number, found '
+            "'adaptive'."
         )
       min_weight = _MIN_WEIGHT_STDDEVS * noise * clip / clients
     return _PrivateKnowledgeFactory(
@@ -252,7 +251,7 @@ def check_private(
   if has_cohorts:
     _refuse(
         'there can be one student only',
-        "how many of a round's clients are of each cohort is in no account.",
+        "the accountant does not cover how many of a round's clients each cohort has.",
         'Pass one `student_fn`.',
     )
   if rule is not None and rule.is_coded:
@@ -264,14 +263,14 @@ def check_private(
   if reporting is not None and reporting.max_delay:
     _refuse(
         f'`max_delay` must be 0, found {reporting.max_delay}',
-        'a client that is late could be in one sum twice, and who is chosen would '
-        'depend on the rounds before.',
+        'a late client could be in one sum twice, and the choice of clients would depend '
+        'on earlier rounds.',
         'Build the process without delays.',
     )
   if reporting is not None and reporting.min_reports:
     _refuse(
         f'`min_reports` must be 0, found {reporting.min_reports}',
-        'a round that is skipped tells how many clients came.',
+        'a skipped round reveals how many clients reported.',
         'Build the process without it.',
     )
   if companion is not None and companion.exchanges:
@@ -283,7 +282,7 @@ def check_private(
   if companion is not None and companion.corrects_student:
     _refuse(
         f'there can be no {type(companion).__name__}',
-        'how many clients reported goes into the student without noise.',
+        'the student would depend on the number of reports without noise.',
         'Choose an algorithm without one.',
     )
 
@@ -302,8 +301,8 @@ def _check_private_weights(
     if weighting is not tff.learning.ClientWeighting.UNIFORM:
       _refuse(
           f'`{name}` must be UNIFORM, found {weighting}',
-          'how many examples a client has is its secret, and a weight without a bound '
-          'would make its part as large as it likes.',
+          "a client's number of examples is private, and a weight without a bound would "
+          'give its report an unlimited influence.',
           'Pass `tff.learning.ClientWeighting.UNIFORM`.',
       )
   for name, aggregator in aggregators.items():
@@ -398,8 +397,8 @@ def _check_floats(value_type: tff.Type) -> None:
     if not np.issubdtype(leaf.dtype, np.floating):
       raise TypeError(
           'Only floating numbers can be noised, found '
-          f'{value_type}: a layer that counts, such as one that normalizes by what it '
-          'has seen, cannot be in a private sum.'
+          f'{value_type}. Layers with integer weights, such as counters, cannot be in a '
+          'private sum.'
       )
 
 

@@ -87,7 +87,7 @@ class SecureAggregation:
     for name in channels:
       if self.bits is not None and getattr(self, f'{name}_bound') is None:
         raise ValueError(
-            f'`bits` are of a fixed range: `{name}_bound` must be given.'
+            f'`bits` need a fixed range: `{name}_bound` must be given.'
         )
 
   def build_sum(

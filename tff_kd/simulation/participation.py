@@ -187,7 +187,7 @@ class Participation:
       )
     self._resolve_names()
     if (self.weights is not None) != (self.sampling == 'weighted'):
-      raise ValueError("`weights` go with sampling='weighted', and it with them.")
+      raise ValueError("`weights` are needed for sampling='weighted', and only for it.")
     weights = cast(np.ndarray, self.weights)  # `_resolve_names` has made it an array.
     if weights is not None and (
         len(weights) != self.num_clients
