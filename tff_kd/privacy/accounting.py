@@ -12,7 +12,7 @@ import json
 import math
 import os
 import pathlib
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import dp_accounting
 import numpy as np
@@ -288,9 +288,7 @@ class PrivacyAccountant:
     self._begun: collections.Counter[int] = collections.Counter()
     self._rdp_by_times: dict[int, np.ndarray] = {}
     if self._path is not None and self._path.exists():
-      ledger = read_ledger(self._path)
-      self._check_terms(ledger, ledger['begun'], f'The ledger {self._path}')
-      self._begun |= ledger['begun']
+      self._add(read_ledger(self._path), f'The ledger {self._path}')
 
   @property
   def noise_multiplier(self) -> float:
@@ -307,7 +305,7 @@ class PrivacyAccountant:
 
     The value is for a checkpoint; see `restore`.
     """
-    return json.dumps(self._terms() | {'begun': _as_runs(self._begun)}).encode()
+    return _account_to_json(self._terms() | {'begun': self._begun}).encode()
 
   def _terms(self) -> dict[str, Any]:
     """Returns the settings that determine the cost of a round, for JSON."""
@@ -320,21 +318,23 @@ class PrivacyAccountant:
         },
     }
 
-  def _check_terms(
-      self, account: Mapping[str, Any], begun: Mapping[int, int], name: str
-  ) -> None:
-    """Refuses rounds with another noise or sampling, which would have the wrong cost.
+  def _add(self, account: Mapping[str, Any], name: str) -> None:
+    """Adds the rounds of an account; the larger count of each round holds.
 
     Args:
-      account: Has the `_terms` of the rounds.
-      begun: How often each round has begun; there is nothing to check without rounds.
+      account: How often each round has `begun`, with the `_terms` of the rounds.
       name: The account's name, for the error.
+
+    Raises:
+      ValueError: If there are rounds that had another noise or sampling, which would
+        get the wrong cost.
     """
     here, noise = self._terms(), account.get('noise_multiplier', math.nan)
-    if not begun or (
+    if not account['begun'] or (
         account.get('sampling') == here['sampling']
         and is_same_noise(noise, here['noise_multiplier'])
     ):
+      self._begun |= account['begun']
       return
     changed = '; '.join(
         f'{key}: {account.get(key, "not known")} there, {value} here'
@@ -401,16 +401,14 @@ class PrivacyAccountant:
       ValueError: If it is another value, or its rounds had another noise or sampling.
     """
     try:
-      account = json.loads(saved)
-      begun = _from_runs(account['begun'])
+      account = _account_from_json(saved)
     except (ValueError, TypeError, KeyError):
       raise ValueError(
           'The checkpoint does not say how often each private round has begun, so that '
           'what was spent is not known: it was made by an earlier version of tff_kd. '
           f'Go on with that version, or start a new run. Found {saved!r}.'
       ) from None
-    self._check_terms(account, begun, 'The account of the checkpoint')
-    self._begun |= begun
+    self._add(account, 'The account of the checkpoint')
 
   def begin_round(self, round_num: int) -> None:
     """Counts a round, first on disk.
@@ -459,6 +457,20 @@ def _from_runs(runs: Any) -> collections.Counter[int]:
   return begun
 
 
+def _account_to_json(account: Mapping[str, Any]) -> str:
+  return json.dumps({**account, 'begun': _as_runs(account['begun'])})
+
+
+def _account_from_json(text: Union[str, bytes]) -> dict[str, Any]:
+  """Returns the account of which `_account_to_json` has made a text.
+
+  Raises:
+    KeyError, TypeError, ValueError: If it is no such text.
+  """
+  account = json.loads(text)
+  return account | {'begun': _from_runs(account['begun'])}
+
+
 def read_ledger(path: pathlib.Path) -> dict[str, Any]:
   """Returns the content of a ledger file.
 
@@ -474,8 +486,7 @@ def read_ledger(path: pathlib.Path) -> dict[str, Any]:
     ValueError: If it is not a ledger. What was spent is then not known.
   """
   try:
-    ledger = json.loads(path.read_text())
-    return ledger | {'begun': _from_runs(ledger['begun'])}
+    return _account_from_json(path.read_text())
   except (ValueError, TypeError, KeyError):
     raise ValueError(
         f'{path} must be the JSON of a privacy ledger that says in `begun` how often '
@@ -493,7 +504,7 @@ def write_ledger(path: pathlib.Path, ledger: Mapping[str, Any]) -> None:
   """
   partial = path.with_suffix('.partial')
   with open(partial, 'w') as file:
-    json.dump({**ledger, 'begun': _as_runs(ledger['begun'])}, file)
+    file.write(_account_to_json(ledger))
     file.flush()
     os.fsync(file.fileno())
   partial.replace(path)
