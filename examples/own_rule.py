@@ -11,7 +11,7 @@ from tff_kd import knowledge
 class ClippedMean(knowledge.ConsensusRule):
   """The mean of logits that are at most `bound` from their own mean over the classes."""
 
-  has_unit_weights = True  # A prediction weighs 1, whoever the client is.
+  has_unit_weights = True  # Predictions of all clients have the weight 1.
 
   def __init__(self, bound: float):
     self._bound = bound

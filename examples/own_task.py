@@ -12,7 +12,7 @@ import numpy as np
 
 from tff_kd import data
 
-DEFAULTS = {'rounds': 10, 'batch_size': 10}  # Of flags of pipelines.train.
+DEFAULTS = {'rounds': 10, 'batch_size': 10}  # Defaults of the flags of pipelines.train.
 
 
 def build_model(units):
@@ -22,7 +22,7 @@ def build_model(units):
   )
 
 
-def build_metrics():  # By the first one the best round is chosen.
+def build_metrics():  # The first one chooses the best round.
   return [
       keras.metrics.SparseCategoricalAccuracy(name='accuracy'),
       keras.metrics.SparseTopKCategoricalAccuracy(k=2, name='top_2'),

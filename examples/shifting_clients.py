@@ -1,8 +1,8 @@
-"""The task mnist5k with students that shift their images while clients train them.
+"""The task mnist5k with students that shift their input images in clients' training.
 
   python -m pipelines.train --task=examples/shifting_clients.py --algorithm=fed_avg
 
-Layers of Keras that change inputs at random are all it takes.
+Each student begins with a Keras layer that shifts its inputs at random.
 """
 
 import dataclasses

@@ -1,11 +1,11 @@
-"""The task mnist5k with transfer images of which the digits 0 to 4 are rare.
+"""The task mnist5k with a transfer set in which the digits 0 to 4 are rare.
 
   python -m pipelines.train --task=examples/skewed_transfer.py --transfer_labels=0 \
       --consensus=aligned --prior=average --clients_start_from=average \
       --student_start=released --augment
 
-Alignment takes a prior for granted: how often each class is among the transfer images.
-Here each of five digits is there a tenth as often as each of the others.
+Alignment needs a prior, the class frequencies of the transfer images. Here each of five
+digits is a tenth as frequent as each of the others.
 """
 
 import dataclasses

@@ -281,7 +281,7 @@ def test_a_damaged_ledger_is_named(tmp_path, text):
 @pytest.mark.parametrize(
     'call, message',
     [
-        (lambda: _sampling('weighted'), "'weighted': of another the cost in privacy"),
+        (lambda: _sampling('weighted'), "'weighted': the privacy cost of other"),
         (lambda: _sampling(a_round=101), 'from 1 to the 100 clients, found 101'),
         (lambda: _accountant(delta=1.0), '`delta` must be between 0 and 1, .* found 1'),
         (lambda: _accountant(max_epsilon=0.0), '`epsilon` must be above 0, found 0'),

@@ -408,7 +408,7 @@ def test_a_companion_that_exchanges_is_refused():
         (dict(clients=0), '`clients_per_round` must be 1 or more, found 0'),
         (dict(model_clip=0.0), "`model_clip` must be above 0, or 'adaptive', found 0"),
         (dict(knowledge_clip='much'), "found 'much'"),
-        (dict(model_clip=math.inf), '`model_clip` must be finite: noise in proportion'),
+        (dict(model_clip=math.inf), '`model_clip` must be finite: without a clip'),
         (dict(knowledge_share=1.0), '`knowledge_share` must be between 0 and 1'),
         (dict(channels=['weights']), "must be of 'model' and 'knowledge'"),
     ],

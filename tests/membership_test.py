@@ -158,6 +158,7 @@ _logits = hnp.arrays(
 )
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(logits=_logits, data=st.data())
 def test_scores_are_the_formulas_of_probabilities(logits, data):
   labels = data.draw(
@@ -196,6 +197,7 @@ def test_scores_of_the_surest_predictions_are_exact():
   )
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(
     positives=hnp.arrays(np.float64, st.integers(2, 20), elements=st.integers(-5, 5)),
     negatives=hnp.arrays(np.float64, st.integers(2, 20), elements=st.integers(-5, 5)),
@@ -317,6 +319,7 @@ def test_bad_predictions_are_named(logits, labels, message):
 # Likelihood ratios, from shadow models.
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(
     positives=hnp.arrays(np.float64, st.integers(1, 30), elements=st.integers(-5, 5)),
     negatives=hnp.arrays(np.float64, st.integers(1, 30), elements=st.integers(-5, 5)),
@@ -412,6 +415,7 @@ def _shadows(draw):
   )
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(shadows=_shadows(), fixed_variance=st.booleans())
 def test_scores_are_algorithm_1_example_by_example(shadows, fixed_variance):
   target, confidences, trained = shadows
@@ -438,6 +442,7 @@ def test_scores_are_algorithm_1_example_by_example(shadows, fixed_variance):
       assert scores[j] == pytest.approx(expected, rel=1e-6, abs=1e-6)
 
 
+@hypothesis.settings(deadline=None)
 @hypothesis.given(
     shadows=_shadows(), scale=st.floats(0.1, 10), shift=st.floats(-5, 5),
     online=st.booleans(), fixed_variance=st.booleans(),

@@ -133,7 +133,7 @@ def test_cohorts_stand_beside_the_numbers():
     [
         ({'clients_per_round': 5}, '`clients_per_round` must be from 1 to the 4 clients'),
         ({'sampling': 'some'}, '`sampling` must be one of'),
-        ({'sampling': 'weighted'}, "`weights` go with sampling='weighted'"),
+        ({'sampling': 'weighted'}, "`weights` are needed for sampling='weighted'"),
         ({'dropout_before': 1.5}, '`dropout_before` must be from 0 to 1, found 1.5'),
         ({'straggler_steps': 0.0}, '`straggler_steps` must be above 0'),
         ({'max_delay': 2}, '`delay_share` and `max_delay` must both be above 0'),

@@ -1,7 +1,8 @@
 """Checks of single values; imports no TensorFlow."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 import difflib
+from typing import Any
 
 # Above it, all that is left of a divergence is its limit, a squared difference.
 _MAX_TEMPERATURE = 1e4
@@ -32,3 +33,17 @@ def did_you_mean(name: str, names: Iterable[str]) -> str:
   """
   near = difflib.get_close_matches(name, list(names), 1)
   return f' Did you mean {near[0]!r}?' if near else ''
+
+
+def differences(there: Mapping[str, Any], here: Mapping[str, Any]) -> str:
+  """Returns the entries in which two mappings differ, as text; empty if none.
+
+  Args:
+    there: Settings that something was made with.
+    here: The present settings.
+  """
+  return '; '.join(
+      f'{name}: {there.get(name)} there, {here.get(name)} here'
+      for name in sorted({*there, *here})
+      if there.get(name) != here.get(name)
+  )

@@ -1,4 +1,4 @@
-"""Bytes of each channel, read off the computations' own types, or their code's."""
+"""The bytes that each channel moves, from the types of the computations."""
 
 from collections.abc import Mapping
 import re
@@ -8,10 +8,10 @@ import numpy as np
 from tff_kd.compat import tff
 from tff_kd.runtime import tff_internals
 
-# The name in `ledger` of what a client moved in the mean.
+# The key in `ledger` of the mean bytes that a client moved.
 CLIENT_BYTES = 'bytes/client'
 _COUNTS = 'client_work/participation/'
-# What `svd.TruncatedSvdFactory` measures, of each cohort where there are several.
+# Measurements of `svd.TruncatedSvdFactory`, one for each cohort if there are several.
 _TRUNCATED = re.compile(r'(aggregator/model(?:_\d+)?)/numbers_sent')
 
 
@@ -187,10 +187,10 @@ def ledger(
   else:
     receivers = int(metrics[f'{_COUNTS}num_clients'])
     senders = receivers - int(metrics.get(f'{_COUNTS}num_dropped_after_training', 0))
-  if expected_clients is None and 'participation/num_chosen' in metrics:
-    receivers = int(metrics['participation/num_chosen']) - int(
-        metrics['participation/num_dropped_before_training']
-    )
+    if 'participation/num_chosen' in metrics:
+      receivers = int(metrics['participation/num_chosen']) - int(
+          metrics['participation/num_dropped_before_training']
+      )
   total = RoundBytes(*(
       value * (receivers if name.startswith('down') else senders)
       for name, value in each._asdict().items()

@@ -1,9 +1,9 @@
 """Draws figures of data, rounds, models and comparisons, from plain data.
 
 Each function returns a `matplotlib.figure.Figure`, which a notebook shows and
-`figure.savefig(path)` writes. pyplot is not used: no state is left, and any thread may
-draw. matplotlib is imported with this module, which `import tff_kd` does not load.
-Titles and names are shown as they are: `$` begins no formula.
+`figure.savefig(path)` writes. pyplot is not used, so there is no global state, and any
+thread may draw. `import tff_kd` does not load this module, which imports matplotlib.
+Titles and names are shown literally: `$` does not begin a formula.
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -17,17 +17,17 @@ from matplotlib import figure as figure_lib
 from matplotlib import lines as lines_lib
 import numpy as np
 
-# Inches: about a page's, so that text is as large as the page's.
+# In inches, about the width of a page, so that text has the size of the page's text.
 _WIDTH = 8.0
 _DPI = 100
 _GRAY = '0.4'
-_PANELS = 3  # Of small multiples, in a row.
+_PANELS = 3  # In a row of small multiples.
 _MARKERS = ('o', 's', '^', 'D', 'v')
-# Up to so many classes have names on an axis.
+# The most classes whose names are shown on an axis.
 _MAX_NAMES = 40
 _BAND = {'alpha': 0.15, 'linewidth': 0}
 _STYLES = ('-', '--', ':', '-.')
-# For texts that may be names of users: the labels of ticks on log axes are formulas.
+# For text that users may have named. (The tick labels of log axes are formulas.)
 _PLAIN: dict[str, Any] = {'parse_math': False}
 _MEGABYTES = 'MB moved per participating client (up and down)'
 
@@ -58,9 +58,9 @@ class _Run(NamedTuple):
 def _subplots(
     num_rows: int = 1, num_columns: int = 1, *, height: float, **kwargs
 ) -> tuple[figure_lib.Figure, Any]:
-  """Returns `pyplot.subplots` without its state, at a page's width.
+  """Returns a figure and axes as `pyplot.subplots` does, without pyplot's state.
 
-  Titles and the names of axes are shown as they are.
+  Titles and the names of axes are shown literally.
   """
   figure = _Figure((_WIDTH, height), layout='constrained', dpi=_DPI)
   axes = figure.subplots(num_rows, num_columns, **kwargs)
@@ -88,6 +88,17 @@ def _legend(figure: figure_lib.Figure, handles: Sequence[Any]) -> None:
     text.set(**_PLAIN)
 
 
+def _finish(
+    figure: figure_lib.Figure, title: str, handles: Sequence[Any]
+) -> figure_lib.Figure:
+  """Adds grids, the title and the legend."""
+  for panel in figure.axes:
+    panel.grid(alpha=0.3)
+  figure.suptitle(title, **_PLAIN)
+  _legend(figure, handles)
+  return figure
+
+
 def partition(
     counts: np.ndarray,
     *,
@@ -96,8 +107,9 @@ def partition(
 ) -> figure_lib.Figure:
   """Draws how many examples clients have, of each class if the classes are given.
 
-  With classes, a map of clients and classes, white where there is no example, below the
-  sizes of the clients. Without, a histogram of the sizes.
+  With classes, it draws the number of each client's examples above a map of clients and
+  classes, which is white where there is no example. Without classes, it draws a histogram
+  of the numbers.
 
   Args:
     counts: int `[clients, classes]`, the examples of each class at each client; or
@@ -109,7 +121,7 @@ def partition(
     The figure.
 
   Raises:
-    ValueError: If `counts` has another rank, or the names are not one a class.
+    ValueError: If `counts` has another rank, or there is not one name for each class.
   """
   counts = np.asarray(counts)
   if counts.ndim not in (1, 2):
@@ -130,7 +142,7 @@ def partition(
   )
   sizes.bar(np.arange(num_clients), counts.sum(axis=1), width=0.8, color=_GRAY)
   sizes.set(ylabel='examples', title=title)
-  # White is none.
+  # Zero is masked, and therefore white.
   image = classes.imshow(
       np.ma.masked_equal(counts.T, 0), cmap='viridis_r', vmin=0, aspect='auto',
       interpolation='nearest',
@@ -166,23 +178,23 @@ def curves(
     levels: Mapping[str, float] = {},
     title: str = '',
 ) -> figure_lib.Figure:
-  """Draws a metric against rounds and, where they are known, against the MB moved.
+  """Draws a metric against rounds and, if they are known, against the MB moved.
 
-  A run is what `tff_kd.simulation.train` returns, or rows, one a round: the `history` of
-  that, or the `metrics.csv` of a run folder as dicts of numbers. If rows have
-  `bytes/client`, there is a second panel, of MB. For more than some six runs, see
-  `small_multiples`.
+  A run is the result of `tff_kd.simulation.train`, or a list of rows, one for each round:
+  the `history` of such a result, or the `metrics.csv` of a run folder as dicts of
+  numbers. If rows have `bytes/client`, a second panel shows MB. For more than about six
+  runs, see `small_multiples`.
 
   Args:
     history: A run; a list of runs that differ in the seed, drawn as their mean and a
-      band of one standard deviation; or by name, either of them.
+      band of one standard deviation; or a mapping from names to either of them.
     metric: The metric's name, on the axis.
-    columns: By name of a column of the rows, what the legend calls it. If `None`, all
+    columns: The columns to draw, with their names in the legend. If `None`, all columns
       whose names end in `metric`: those of the clients' training, and those that
       `evaluate` returned.
-    best_round: The round that is marked, by name if there are several runs; 0 for none.
-      If 0, that of a `TrainingResult`.
-    levels: By name, values to compare with, drawn as horizontal lines: such as the
+    best_round: The round to mark, by name if there are several runs. If 0, the best round
+      of a `TrainingResult`, and otherwise none.
+    levels: By name, values to compare with, drawn as horizontal lines, such as the
       accuracy of a model trained on the server's labels alone.
     title: The figure's title.
 
@@ -209,7 +221,6 @@ def curves(
       if len(of_name) == 1 and of_name[0].best_round:
         _mark(panel, of_name[0], column, against, color)
     _draw_levels(panel, levels)
-    panel.grid(alpha=0.3)
   panels[0].xaxis.get_major_locator().set_params(integer=True)
   panels[0].set(xlabel='round', ylabel=metric.replace('_', ' '))
   if has_bytes:
@@ -217,15 +228,13 @@ def curves(
     _scale_megabytes(
         panels[1], [_megabytes(run)[-1] for of in runs.values() for run in of]
     )
-  figure.suptitle(title, **_PLAIN)
-  _legend(figure, _handles(panels[:1]))
-  return figure
+  return _finish(figure, title, _handles(panels[:1]))
 
 
 def _named_runs(
     history: Any, best_round: Union[int, Mapping[str, int]]
 ) -> dict[str, list[_Run]]:
-  """Returns the runs by name, one a seed; the name is empty if there is none."""
+  """Returns the runs (one for each seed) by name; a single run has the name ''."""
   if not isinstance(history, Mapping):
     history = {'': history}
   if not isinstance(best_round, Mapping):
@@ -251,7 +260,7 @@ def _runs(value: Any, best_round: int) -> list[_Run]:
 
 
 def _columns_of(metric: str, runs: Iterable[Sequence[_Run]]) -> dict[str, str]:
-  """Returns the columns of a metric, and what the legend calls each."""
+  """Returns the columns of a metric, with their names in the legend."""
   known = {column: None for of in runs for run in of for column in run.rows[0]}
   found = {}
   for column in known:
@@ -299,13 +308,13 @@ def _values(run: _Run, column: str) -> np.ndarray:
 def _mean(
     runs: Sequence[_Run], column: str, against: Callable[[_Run], np.ndarray]
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """Returns what is on the axis, the mean over the seeds and the deviation.
+  """Returns the values on the axis, and the mean and deviation over the seeds.
 
-  The deviation is that of a sample, as tables of runs have it.
+  The deviation is that of a sample, as in the tables of runs.
   """
   length = min(len(run.rows) for run in runs)
   values = np.array([_values(run, column)[:length] for run in runs])
-  with np.errstate(invalid='ignore'):  # Where a run has diverged, there is none.
+  with np.errstate(invalid='ignore'):  # A run that has diverged has no deviation.
     deviation = values.std(axis=0, ddof=1) if len(runs) > 1 else np.zeros(length)
   return against(runs[0])[:length], values.mean(axis=0), deviation
 
@@ -321,7 +330,7 @@ def _draw_line(
     panel.fill_between(
         x, mean - deviation, mean + deviation, color=look['color'], **_BAND
     )
-    # In gray, since it is of each colour.
+    # The legend shows it in gray, because lines have different colours.
     panel.fill_between(
         [], [], [], color=_GRAY, label='one standard deviation over the seeds', **_BAND
     )
@@ -345,7 +354,7 @@ def _draw_levels(panel: Any, levels: Mapping[str, float]) -> None:
 
 
 def _scale_megabytes(panel: Any, megabytes: Sequence[float]) -> None:
-  """Makes the axis logarithmic, with plain numbers, where sizes differ by magnitudes."""
+  """Makes the axis logarithmic, with plain numbers, if sizes differ a lot."""
   if max(megabytes) > 10 * min(megabytes) > 0:
     panel.set_xscale('log')
     panel.xaxis.set_major_formatter('{x:g}')
@@ -353,7 +362,7 @@ def _scale_megabytes(panel: Any, megabytes: Sequence[float]) -> None:
 
 
 def _handles(panels: Iterable[Any]) -> list[Any]:
-  """Returns what the legend shows of the panels: each label once, bands last."""
+  """Returns the legend's handles for some panels: each label once, bands last."""
   found = {}
   for panel in panels:
     for handle, label in zip(*panel.get_legend_handles_labels()):
@@ -369,13 +378,15 @@ def small_multiples(
     levels: Mapping[str, float] = {},
     title: str = '',
 ) -> figure_lib.Figure:
-  """Draws a metric against rounds, a panel for each of many algorithms or settings.
+  """Draws a metric against rounds, in a panel for each of many algorithms or settings.
 
   Args:
-    panels: By title of a panel, what `curves` draws: a run, or a list of seeds, of which
-      each panel shows all others in light gray; or several of these by name.
+    panels: By title of the panel, a run or a list of seeds, as for `curves`, or several
+      of these by name. A panel with a single run shows those of the other panels in light
+      gray.
     metric: The metric's name, on the axis.
-    columns: As in `curves`. Lines of the first are solid, of others dashed or dotted.
+    columns: As in `curves`. Lines of the first column are solid, others are dashed or
+      dotted.
     levels: By name, values to compare with, drawn as horizontal lines.
     title: The figure's title.
 
@@ -405,16 +416,13 @@ def small_multiples(
         _draw_line(panel, of_panel[name], column, _rounds, **looks[name, column])
     _draw_levels(panel, levels)
     panel.set_title(panel_title, fontsize=9)
-    panel.grid(alpha=0.3)
-  figure.suptitle(title, **_PLAIN)
   for panel in shown[::_PANELS]:
     panel.set(ylabel=metric.replace('_', ' '))
-  _legend(figure, [*_explain(looks, columns), *_handles(shown)])
-  return figure
+  return _finish(figure, title, [*_explain(looks, columns), *_handles(shown)])
 
 
 def _grid(num_panels: int) -> tuple[figure_lib.Figure, list[Any]]:
-  """Returns panels in rows of three, with numbers below the last of each column."""
+  """Returns panels in rows of three; the last panel of each column has tick labels."""
   num_rows = math.ceil(num_panels / _PANELS)
   figure, axes = _subplots(
       num_rows, min(_PANELS, num_panels), height=0.4 + 1.9 * num_rows, sharex=True,
@@ -433,7 +441,7 @@ def _grid(num_panels: int) -> tuple[figure_lib.Figure, list[Any]]:
 def _explain(
     looks: Mapping[tuple[str, str], Mapping[str, Any]], columns: Mapping[str, str]
 ) -> list[Any]:
-  """Returns what the legend says of colours, which are names, and styles, columns."""
+  """Returns the legend's handles for colours (names) and line styles (columns)."""
   first = next(iter(columns))
   found = [
       lines_lib.Line2D([], [], color=look['color'], label=name)
@@ -459,10 +467,10 @@ def comparison(
   """Draws the final score of each algorithm against the MB that it moves.
 
   Args:
-    points: By name, the MB and the score, and the score's deviation where it is known:
-      a point with the name beside it, and an error bar.
+    points: By name, the MB, the score and, if known, the score's deviation. Each is drawn
+      as a point with its name and an error bar.
     metric: The score's name, on the axis.
-    against: What the MB are, on the axis.
+    against: The name of the MB, on the axis.
     levels: By name, values to compare with, drawn as horizontal lines.
     title: The figure's title.
 
@@ -487,10 +495,8 @@ def comparison(
   _scale_megabytes(panel, [megabytes for megabytes, *_ in points.values()])
   panel.margins(x=0.12, y=0.12)
   _draw_levels(panel, levels)
-  panel.grid(alpha=0.3)
   panel.set(xlabel=against, ylabel=metric.replace('_', ' '))
-  figure.suptitle(title, **_PLAIN)
-  _legend(figure, _handles([panel]))
+  _finish(figure, title, _handles([panel]))
   _write_names(figure, panel, points)
   return figure
 
@@ -501,11 +507,11 @@ def scores(
     metric: str = 'accuracy',
     title: str = '',
 ) -> figure_lib.Figure:
-  """Draws final scores as points in rows, such as of several models in many settings.
+  """Draws final scores as points in rows, such as several models in many settings.
 
   Args:
-    rows: By name of the row, from the top, and by what is compared in each, the score
-      and its deviation: a point with an error bar.
+    rows: By name of the row, from the top, and by name of the model, the score and its
+      deviation. Each is drawn as a point with an error bar.
     metric: The scores' name, on the axis.
     title: The figure's title.
 
@@ -524,16 +530,13 @@ def scores(
   names = [textwrap.fill(name, 34) for name in rows]
   panel.set_yticks(range(len(rows)), names, fontsize=8, **_PLAIN)
   panel.set(ylim=(len(rows) - 0.5, -0.5), xlabel=metric.replace('_', ' '))
-  panel.grid(alpha=0.3)
-  figure.suptitle(title, **_PLAIN)
-  _legend(figure, panel.get_legend_handles_labels()[0])
-  return figure
+  return _finish(figure, title, panel.get_legend_handles_labels()[0])
 
 
 def _write_names(
     figure: figure_lib.Figure, panel: Any, points: Mapping[str, Sequence[float]]
 ) -> None:
-  """Writes each name beside its point, where no other name, line or point is."""
+  """Writes each name beside its point, apart from other names, lines and points."""
   figure.draw_without_rendering()  # So that places in pixels are known.
   inside, taken = panel.get_window_extent().extents, []
   for x, y, deviation in (tuple([*point, 0.0][:3]) for point in points.values()):
@@ -559,16 +562,17 @@ def _write_names(
 def _free_offset(
     place: np.ndarray, size: np.ndarray, taken: list[Any], inside: np.ndarray
 ) -> tuple[int, int]:
-  """Returns the nearest offset at which a name meets least, and takes that place.
+  """Returns the nearest offset with the fewest overlaps, and marks its place as taken.
 
   Args:
     place: The point, in pixels.
     size: The name's width and height.
-    taken: Boxes that are taken, [left, bottom, right, top] each; is added to.
+    taken: The boxes that are taken, each [left, bottom, right, top]; extended in place.
     inside: The box in which names may be.
 
   Returns:
-    To the right and up, to the middle of the name's nearer edge.
+    The offset, to the right and up, from the point to the middle of the name's nearer
+    edge.
   """
   offsets = [(x, y) for x in range(-297, 298, 11) for y in range(-220, 221, 11) if x]
   offsets.sort(key=lambda offset: math.hypot(offset[0], 1.5 * offset[1]))
@@ -577,7 +581,7 @@ def _free_offset(
     low = place + offset - size * (float(offset[0] < 0), 0.5)
     if (low < inside[:2]).any() or (low + size > inside[2:]).any():
       continue
-    # And of the line to the point, but for its beginning among the points.
+    # Includes boxes along the line to the point, except where it begins.
     on_line = place + np.linspace(0.4, 1.0, 8)[:, np.newaxis] * offset
     boxes = np.vstack([[*low, *(low + size)], np.hstack([on_line - 1, on_line + 1])])
     one, other = boxes[:, np.newaxis], np.array(taken)
@@ -629,11 +633,7 @@ def calibration(
     shares.stairs(counts / counts.sum(), edges, linewidth=1.5)
   accuracy.set(xlabel='confidence', ylabel='accuracy')
   shares.set(xlabel='confidence', ylabel='share of the predictions')
-  for panel in (accuracy, shares):
-    panel.grid(alpha=0.3)
-  figure.suptitle(title, **_PLAIN)
-  _legend(figure, _handles([accuracy]))
-  return figure
+  return _finish(figure, title, _handles([accuracy]))
 
 
 def confusion(
@@ -646,7 +646,7 @@ def confusion(
 
   Args:
     counts: int `[classes, classes]`, the examples of each true class (rows) by the
-      predicted class (columns). Up to twelve classes have them written out.
+      predicted class (columns). For up to twelve classes the numbers are shown.
     class_names: The names of the classes, in their order; their numbers if `None`.
     title: The figure's title.
 
@@ -654,7 +654,7 @@ def confusion(
     The figure.
 
   Raises:
-    ValueError: If `counts` is not square, or the names are not one a class.
+    ValueError: If `counts` is not square, or there is not one name for each class.
   """
   counts = np.asarray(counts)
   if counts.ndim != 2 or counts.shape[0] != counts.shape[1]:
@@ -687,7 +687,7 @@ def clients(
     metric: str = 'accuracy',
     title: str = '',
 ) -> figure_lib.Figure:
-  """Draws a metric of every client, sorted: how unequal a model is to clients.
+  """Draws a metric of every client, sorted, to show how unequally a model serves them.
 
   Args:
     models: By name, the metric on the examples of each client, float `[clients]`.
@@ -707,10 +707,7 @@ def clients(
       xlabel='share of the clients', xlim=(0, 1),
       ylabel=f"{metric.replace('_', ' ')} on a client's own examples",
   )
-  panel.grid(alpha=0.3)
-  figure.suptitle(title, **_PLAIN)
-  _legend(figure, _handles([panel]))
-  return figure
+  return _finish(figure, title, _handles([panel]))
 
 
 def errors(
@@ -733,7 +730,7 @@ def errors(
   if len(values) > 20:  # Ten ranges with about as many examples each.
     values = np.unique(np.quantile(every_label, np.linspace(0.0, 1.0, 11))[:-1])
   for number, (name, (predictions, labels)) in enumerate(models.items()):
-    # The later ones are thinner and dashed, so that those below are seen, too.
+    # Later lines are thinner and dashed, so that those below are visible.
     look: dict[str, Any] = {
         'linestyle': _STYLES[number % len(_STYLES)],
         'linewidth': max(3.0 - 1.5 * number, 1.0), 'label': name,
@@ -752,11 +749,7 @@ def errors(
   means.plot(ends, ends, ':', color=_GRAY, label='prediction equals true value')
   shares.set(xlabel='predicted - true', ylabel='share of the examples')
   means.set(xlabel='true value', ylabel='predicted: mean, standard deviation')
-  for panel in (shares, means):
-    panel.grid(alpha=0.3)
-  figure.suptitle(title, **_PLAIN)
-  _legend(figure, _handles([shares, means]))
-  return figure
+  return _finish(figure, title, _handles([shares, means]))
 
 
 def roc(
@@ -764,7 +757,7 @@ def roc(
 ) -> figure_lib.Figure:
   """Draws ROC curves of membership inference, and their beginning on log axes.
 
-  Few false positives matter most: an attack that finds a few members for certain is a
+  Low false positive rates matter most: an attack that surely finds a few members is a
   leak, whatever the area is. Source: Carlini et al., "Membership Inference Attacks From
   First Principles" (S&P 2022), section IV.
 
@@ -783,20 +776,17 @@ def roc(
       panel.plot(false_positives, true_positives, label=f'{name} (area {area:.3f})')
     panel.plot(ends, ends, ':', color=_GRAY, label='chance')
     panel.set(xlabel='false positive rate', ylabel='true positive rate')
-    panel.grid(alpha=0.3)
   panels[1].set(xscale='log', yscale='log', xlim=ends, ylim=ends, ylabel='')
-  figure.suptitle(title, **_PLAIN)
-  _legend(figure, _handles(panels[:1]))
-  return figure
+  return _finish(figure, title, _handles(panels[:1]))
 
 
 def images(columns: Mapping[str, Mapping[str, np.ndarray]]) -> figure_lib.Figure:
   """Draws a grid of images, such as reconstructed ones beside the true ones.
 
   Args:
-    columns: By title, the images by name of the row, `[height, width]` or `[height,
-      width, channels]`; all have the same rows. An example of another rank is drawn as
-      one line of pixels.
+    columns: By title of the column, the images by name of the row, `[height, width]` or
+      `[height, width, channels]`; all columns have the same rows. An example of another
+      rank is drawn as one line of pixels.
 
   Returns:
     The figure.

@@ -1,4 +1,4 @@
-"""Prediction inversion: what examples do predictions on public ones give away?"""
+"""Prediction inversion: reconstructs private examples from predictions on public ones."""
 
 from typing import NamedTuple
 
@@ -7,7 +7,7 @@ import numpy as np
 import scipy.special
 import tensorflow as tf
 
-# How many public examples, those on which a client is surest, represent a class.
+# The number of public examples, of the highest confidence, that represent a class.
 _NUM_SUREST = 5
 _HIDDEN_UNITS = 256
 _BATCH_SIZE = 32
@@ -26,12 +26,12 @@ class Pairs(NamedTuple):
 
 
 class Inverter:
-  """Learns from public examples what the pair of predictions on one looks like.
+  """Learns to reconstruct an example from the predictions of two models on it.
 
-  The server holds the transfer inputs, a client's predictions on them, and its own. It
-  fits a network from the pair of both to the input, and feeds that with pairs as it
-  expects them on the client's private examples: where both models differ is what the
-  client knows and the public does not.
+  The server has the transfer inputs, a client's predictions on them, and its own. It fits
+  a network that maps a pair of predictions to the input, and applies it to the pairs that
+  it expects on the client's private examples. The difference between the two models is
+  what only the client's data teach.
 
   Source: Takahashi, Liu and Liu, "Breaching FedMD: Image Recovery via Paired-Logits
   Inversion Attack" (CVPR 2023). There the network is convolutional and the pair of a
@@ -52,8 +52,8 @@ class Inverter:
     Args:
       inputs: float32 `[n, ...]`, the public examples.
       pairs: The predictions of both models on them.
-      num_epochs: Passes over them, by Adam.
-      seed: Decides initial weights and order.
+      num_epochs: Passes over the examples, with Adam.
+      seed: Decides the initial weights and the order.
 
     Raises:
       ValueError: If the arrays do not fit, or are not finite.
@@ -128,13 +128,14 @@ def similarity(images: np.ndarray, others: np.ndarray, value_range: float):
   """Computes peak signal-to-noise ratios and structural similarities of examples.
 
   Args:
-    images: float32 `[k, height, width]` or `[k, height, width, channels]`; of another
-      rank there is no structural similarity.
+    images: float32 `[k, height, width]` or `[k, height, width, channels]`; for other
+      ranks there is no structural similarity.
     others: Examples of the same shape, to compare with.
     value_range: Largest minus smallest possible value.
 
   Returns:
-    float32 `[k]` decibels; float32 `[k]` from -1 to 1, not a number without images.
+    The ratios in decibels, float32 `[k]`, and the similarities from -1 to 1, float32
+    `[k]`, NaN if the examples are not images.
   """
   images, others = (np.asarray(array, np.float32) for array in (images, others))
   axes = tuple(range(1, images.ndim))

@@ -1,13 +1,13 @@
-"""Membership inference: does a model tell whom it was trained on?
+"""Membership inference: does a model reveal which examples it was trained on?
 
-Two families of attacks, on arrays alone.
+There are two families of attacks, on arrays alone.
 
-`infer_membership` needs the model only. It is honest about choosing: which attack, which
-class and which threshold are chosen on one half of the examples, and what they achieve is
-measured on the other, so that a model that tells nothing comes out at chance.
+`infer_membership` needs only the model. It chooses the attack, the class and the
+threshold on one half of the examples, and measures their success on the other half, so
+that a model that reveals nothing comes out at chance.
 
-`infer_by_shadow_models` compares the model with others, trained with and without each
-example (LiRA). Nothing is chosen there: all that is computed is reported.
+`infer_by_shadow_models` compares the model with others that were trained with and without
+each example (LiRA). It chooses nothing and reports everything that it computes.
 """
 
 from collections.abc import Sequence
@@ -25,19 +25,19 @@ import threadpoolctl
 
 # The least number of members, and of non-members: one half chooses, one measures.
 MIN_EXAMPLES = 20
-# For each example, two models with it and two without: a mean alone has no variance.
+# Two models with each example and two without: one value has no variance.
 MIN_SHADOW_MODELS = 4
 # False positive rates at which the attacks with shadow models are measured.
 LOW_RATES = (0.001, 0.01)
 _CONFIDENCE = 0.95
-# Of the trained attack: folds, of which each is scored by a model of the others, and
-# within those the inverse strengths of regularization to try, and folds to try them on.
+# For the trained attack: the folds, each of which is scored by a model of the others, the
+# inverse strengths of regularization to try, and the folds on which they are tried.
 _FOLDS = 2
 _STRENGTHS = np.logspace(-4, 2, 10)
 _STRENGTH_FOLDS = 3
-# With fewer shadow models, a variance of each example's own is mostly noise.
+# With fewer shadow models, a separate variance of each example is mostly noise.
 _MIN_FOR_OWN_VARIANCES = 64
-# Where shadow models agree to the last digit, a variance of 0 would be certainty.
+# The smallest variance: 0, if shadow models agree exactly, would mean certainty.
 _LEAST_VARIANCE = 1e-12
 
 # The scores of members and of non-members, in the order of their examples.
@@ -91,15 +91,15 @@ class Finding(NamedTuple):
   """The success of an attack on examples that were not used to choose it.
 
   Attributes:
-    attack: Its name.
+    attack: The name of the attack.
     auc: Area under the ROC curve: how often a member scores above a non-member; .5 is
       chance.
-    advantage: True minus false positive rate at the threshold that was chosen.
-    num_members: On how many it was measured.
+    advantage: True minus false positive rate at the chosen threshold.
+    num_members: The number of members.
     num_non_members: The number of non-members.
-    false_positive_rates: The ROC curve, for drawing.
+    false_positive_rates: The false positive rates of the ROC curve.
     true_positive_rates: The true positive rate at each of them.
-    label: The class that it is about; `None` for all.
+    label: The class of the examples; `None` for all classes.
   """
 
   attack: str
@@ -116,10 +116,11 @@ class Report(NamedTuple):
   """The results of membership inference against a model.
 
   Attributes:
-    overall: Over all examples.
-    worst_class: The class that looked worst; `None` if no class has enough examples.
-    member_accuracy: The model's, on members.
-    non_member_accuracy: And on non-members. The gap is what attacks live on.
+    overall: The finding over all examples.
+    worst_class: The finding for the class with the largest AUC on the half that chooses;
+      `None` if no class has enough examples.
+    member_accuracy: The model's accuracy on members.
+    non_member_accuracy: The model's accuracy on non-members. Attacks exploit the gap.
   """
 
   overall: Finding
@@ -129,15 +130,15 @@ class Report(NamedTuple):
 
 
 class Detection(NamedTuple):
-  """How many members an attack finds while it accuses few others.
+  """How many members an attack finds at a low false positive rate.
 
   Attributes:
-    allowed_rate: The false positive rate that was asked for.
-    true_positive_rate: Members found at the threshold; an exact interval.
-    false_positive_rate: Non-members taken for members there; an exact interval of what
-      that threshold does on further ones. Its upper end is above `allowed_rate` where
-      there are too few non-members to tell.
-    threshold: Scores above it count as members.
+    allowed_rate: The requested false positive rate.
+    true_positive_rate: The share of members above the threshold, with an exact interval.
+    false_positive_rate: The share of non-members above the threshold, with an exact
+      interval of the threshold's rate on further non-members. The upper end exceeds
+      `allowed_rate` if there are too few non-members.
+    threshold: Examples with scores above it count as members.
   """
 
   allowed_rate: float
@@ -150,12 +151,12 @@ class LiraFinding(NamedTuple):
   """The success of an attack with a fixed rule, for which nothing was chosen.
 
   Attributes:
-    attack: Its name.
+    attack: The name of the attack.
     auc: Area under the ROC curve; .5 is chance.
-    detections: At the false positive rates `LOW_RATES`.
-    num_members: On how many it was measured.
+    detections: The detections at the false positive rates `LOW_RATES`.
+    num_members: The number of members.
     num_non_members: The number of non-members.
-    false_positive_rates: The ROC curve, for drawing.
+    false_positive_rates: The false positive rates of the ROC curve.
     true_positive_rates: The true positive rate at each of them.
   """
 
@@ -172,13 +173,13 @@ class LiraReport(NamedTuple):
   """The results of the likelihood-ratio attacks against a model.
 
   Attributes:
-    online: By shadow models with and without each example.
-    offline: By those without it alone.
-    loss: By the model's own confidence: what one achieves without shadow models.
-    of_shadow: The online attack on the first shadow model, by all but its pair: what it
-      finds where training is known. `None` with fewer than `MIN_SHADOW_MODELS` others.
+    online: The attack with shadow models with and without each example.
+    offline: The attack with only the shadow models without each example.
+    loss: The attack with the model's own confidence, without shadow models.
+    of_shadow: The online attack on the first shadow model, with all others except its
+      pair, as a reference. `None` with fewer than `MIN_SHADOW_MODELS` others.
     num_shadow_models: The number of shadow models.
-    fixed_variance: Whether all examples had one variance.
+    fixed_variance: Whether all examples shared one variance.
   """
 
   online: LiraFinding
@@ -193,10 +194,10 @@ class _Candidate(NamedTuple):
   """An attack on some of the examples.
 
   Attributes:
-    attack: Its name.
-    members: int `[m]`, which members.
-    non_members: int `[k]`, which non-members.
-    label: The class that they have; `None` for all.
+    attack: The name of the attack.
+    members: The rows of the members, int `[m]`.
+    non_members: The rows of the non-members, int `[k]`.
+    label: The class of these examples; `None` for all classes.
   """
 
   attack: str
@@ -208,11 +209,11 @@ class _Candidate(NamedTuple):
 def infer_membership(
     members: Predictions, non_members: Predictions, *, seed: int = 0
 ) -> Report:
-  """Attacks a model, given what it says about members and about others.
+  """Attacks a model, given its predictions on members and on non-members.
 
-  The threshold attacks score by loss and by modified entropy; the trained one by
-  logistic regression on the logits and the loss, each example by a model that was
-  fitted without it. Members and non-members are made equally many, at random.
+  The threshold attacks score by the loss and by modified entropy. The trained attack
+  scores by logistic regression on the logits and the loss, each example with a model that
+  was fitted without it. A random choice makes members and non-members equally many.
 
   Source: Yeom et al., "Privacy Risk in Machine Learning: Analyzing the Connection to
   Overfitting" (CSF 2018), for the loss and the advantage; Song and Mittal, "Systematic
@@ -221,8 +222,8 @@ def infer_membership(
   Machine Learning Models" (S&P 2017), for the trained attack.
 
   Args:
-    members: On examples that the model was trained with.
-    non_members: On others of the same kind.
+    members: Predictions on examples that the model was trained with.
+    non_members: Predictions on other examples of the same kind.
     seed: Decides the halves and the folds.
 
   Returns:
@@ -242,28 +243,31 @@ def infer_membership(
       for rows in [rng.permutation(len(predictions.labels))[:size]]
   )
   scores = _score(members, non_members, int(rng.integers(2**32)))
-  # Their order is random: the first half chooses.
-  half = size // 2
+  # The examples are in random order: the first half chooses, the second one measures.
   rows = np.arange(size)
-  overall = _choose([_Candidate(attack, rows, rows) for attack in scores], scores, half)
-  of_classes = _candidates_of_classes(members, non_members, list(scores), half)
-  worst = _choose(of_classes, scores, half)
+  chooses = rows < size // 2
+  overall = _choose(
+      [_Candidate(attack, rows, rows) for attack in scores], scores, chooses
+  )
+  of_classes = _candidates_of_classes(members, non_members, list(scores), chooses)
+  worst = _choose(of_classes, scores, chooses)
   return Report(
-      overall=_measure(overall, scores, half),
-      worst_class=_measure(worst, scores, half) if worst is not None else None,
+      overall=_measure(overall, scores, chooses),
+      worst_class=_measure(worst, scores, chooses) if worst is not None else None,
       member_accuracy=_accuracy(members),
       non_member_accuracy=_accuracy(non_members),
   )
 
 
 def infer_by_loss(members: Predictions, non_members: Predictions) -> float:
-  """Returns the AUC of the loss alone, for few examples: there is nothing to choose.
+  """Returns the AUC of the loss alone, for few examples: it chooses nothing.
 
-  Non-members count by label as members do, so that the mix of labels tells nothing.
+  The AUC is computed within each label, so that the mix of labels has no influence.
 
   Args:
-    members: On a client's own examples.
-    non_members: On others, of which those with labels that no member has are left out.
+    members: Predictions on a client's own examples.
+    non_members: Predictions on other examples; those with labels that no member has are
+      left out.
 
   Returns:
     The AUC within each label, averaged over the members.
@@ -332,7 +336,7 @@ def infer_by_shadow_models(
       online=attack('LiRA, online', target, is_member, 0, True),
       offline=attack('LiRA, offline', target, is_member, 0, False),
       loss=_lira_finding('loss alone', target[is_member], target[~is_member]),
-      # Without its pair, or each member would have one model fewer than each other.
+      # Without the pair of the first model: otherwise members would have one model fewer.
       of_shadow=(
           attack('LiRA, online', confidences[0], membership[0], 2, True)
           if len(membership) >= MIN_SHADOW_MODELS + 2 else None
@@ -345,8 +349,8 @@ def infer_by_shadow_models(
 def logit_scaled_confidences(predictions: Predictions) -> np.ndarray:
   """Returns the confidence in the true label on the scale of logits, log(p / (1 - p)).
 
-  About normal over models, where p and log p are not. From logits, not from p: p rounds
-  to 1 long before a model's confidence stops to grow.
+  It is about normally distributed over models, unlike p and log p. It is computed from
+  logits, because p rounds to 1 while the confidence still grows.
 
   Source: Carlini et al., "Membership Inference Attacks From First Principles" (S&P
   2022), algorithm 1, phi.
@@ -378,13 +382,13 @@ def draw_shadow_membership(
 ) -> np.ndarray:
   """Returns which shadow model is trained with which examples.
 
-  Models 2k and 2k + 1 share the examples out at random, so that each example is in
-  exactly half of the models, and each model has half of the examples (the first of a
-  pair one more, of an odd number).
+  Models 2k and 2k + 1 divide the examples at random, so that exactly half of the models
+  are trained with each example, and each model with half of the examples (the first of a
+  pair with one more if their number is odd).
 
   Args:
     num_models: An even number.
-    num_examples: The number of examples that are shared out.
+    num_examples: The number of examples.
     seed: Decides the halves.
 
   Returns:
@@ -422,9 +426,9 @@ def lira_scores(
   source's 1 - P[Z > phi], which rounds to 1 for the surest members.
 
   Source: Carlini et al., "Membership Inference Attacks From First Principles" (S&P
-  2022), algorithm 1 and its offline variant. The fixed variance is that of the
-  deviations from each example's own mean; the spread of the means, which it would
-  otherwise hold, too, is what the attack takes out.
+  2022), algorithm 1 and its offline variant. The fixed variance is that of the deviations
+  from each example's own mean; it leaves out the spread of the means, which the attack
+  removes.
 
   Args:
     target_confidences: float `[n]`, of the attacked model, about normal over models,
@@ -468,10 +472,10 @@ def lira_scores(
 def tpr_at_fpr(positives: np.ndarray, negatives: np.ndarray, rate: float) -> Detection:
   """Returns how many positives score above all but a small share of the negatives.
 
-  The threshold is the smallest one that at most `rate` of the negatives exceed. Only
-  negatives decide it, so the positives above it are binomial. Of further negatives,
-  what the threshold's rate is follows a beta distribution, whose upper quantile is the
-  one of the exact binomial interval.
+  The threshold is the smallest one that at most `rate` of the negatives exceed. Only the
+  negatives decide it, so the number of positives above it is binomial. The threshold's
+  rate on further negatives has a beta distribution, whose upper quantile is that of the
+  exact binomial interval.
 
   Source: Clopper and Pearson, "The Use of Confidence or Fiducial Limits Illustrated in
   the Case of the Binomial" (Biometrika 1934), the intervals; David and Nagaraja, "Order
@@ -486,7 +490,7 @@ def tpr_at_fpr(positives: np.ndarray, negatives: np.ndarray, rate: float) -> Det
     A `Detection`.
 
   Raises:
-    ValueError: If there are no scores, or the rate is none.
+    ValueError: If there are no scores, or `rate` is out of range.
   """
   positives, negatives = np.asarray(positives), np.asarray(negatives)
   if not (len(positives) and len(negatives)):
@@ -502,7 +506,7 @@ def tpr_at_fpr(positives: np.ndarray, negatives: np.ndarray, rate: float) -> Det
       true_positive_rate=proportion_with_interval(
           int(np.sum(positives > threshold)), len(positives)
       ),
-      # Ties leave fewer above than are allowed; that says nothing of further ones.
+      # Ties leave fewer above than allowed, but not among further negatives.
       false_positive_rate=false._replace(
           high=proportion_with_interval(allowed, len(negatives)).high
       ),
@@ -521,7 +525,7 @@ def proportion_with_interval(count: int, total: int) -> Estimate:
     total: Trials, one or more.
 
   Returns:
-    The proportion; its interval covers with 95 % or more.
+    The proportion, with an interval that covers with 95 % or more.
   """
   tail = (1.0 - _CONFIDENCE) / 2
   beta = scipy.stats.beta
@@ -564,7 +568,7 @@ def auc_with_interval(positives: np.ndarray, negatives: np.ndarray) -> Estimate:
   """
   n, m = len(positives), len(negatives)
   ranks = scipy.stats.rankdata(np.concatenate([positives, negatives]))
-  # Of each positive, the share of negatives below; of each negative, of positives above.
+  # The share of negatives below each positive, and of positives above each negative.
   above = (ranks[:n] - scipy.stats.rankdata(positives)) / m
   below = 1.0 - (ranks[n:] - scipy.stats.rankdata(negatives)) / n
   stderr = np.sqrt(above.var(ddof=1) / n + below.var(ddof=1) / m)
@@ -576,14 +580,14 @@ def auc_with_interval(positives: np.ndarray, negatives: np.ndarray) -> Estimate:
 
 
 def best_threshold(positives: np.ndarray, negatives: np.ndarray) -> float:
-  """Returns the score from which on to say "member", for the largest advantage.
+  """Returns the lowest score of a "member", for the largest advantage.
 
   Args:
     positives: Scores of members, float `[n]`, one or more.
     negatives: Scores of non-members, float `[m]`, one or more.
 
   Returns:
-    A score; infinity where it is best to say "member" of nobody.
+    A score; infinity if it is best to call no example a member.
   """
   false, true, thresholds = _roc(positives, negatives)
   return float(thresholds[np.argmax(true - false)])
@@ -593,7 +597,7 @@ def mean_with_interval(values: Sequence[float]) -> Estimate:
   """Returns a mean with Student's interval, such as over clients.
 
   Args:
-    values: Two or more; the interval of one is everything.
+    values: Two or more numbers; the interval of a single one is infinite.
 
   Returns:
     The mean.
@@ -637,15 +641,18 @@ def difference_with_interval(
 
 
 def _candidates_of_classes(
-    members: Predictions, non_members: Predictions, attacks: Sequence[str], half: int
+    members: Predictions,
+    non_members: Predictions,
+    attacks: Sequence[str],
+    chooses: np.ndarray,
 ) -> list[_Candidate]:
-  """Each attack on each class that has enough examples in both halves."""
+  """Returns each attack on each class that has enough examples in both halves."""
   candidates = []
   for label in np.unique(members.labels):
     of_members = np.flatnonzero(members.labels == label)
     others = np.flatnonzero(non_members.labels == label)
     if any(
-        min(sum(rows < half), sum(rows >= half)) < MIN_EXAMPLES // 2
+        min(sum(chooses[rows]), sum(~chooses[rows])) < MIN_EXAMPLES // 2
         for rows in (of_members, others)
     ):
       continue
@@ -656,21 +663,20 @@ def _candidates_of_classes(
 
 
 def _choose(
-    candidates: Sequence[_Candidate], scores: dict[str, _Scores], half: int
+    candidates: Sequence[_Candidate], scores: dict[str, _Scores], chooses: np.ndarray
 ) -> Optional[_Candidate]:
-  """The candidate with the largest AUC on the first half; `None` of none."""
+  """Returns the candidate with the largest AUC on the half that chooses, if any."""
   return max(
-      candidates, key=lambda c: auc(*_scores_of(c, scores, slice(None, half))),
-      default=None,
+      candidates, key=lambda c: auc(*_scores_of(c, scores, chooses)), default=None
   )
 
 
 def _measure(
-    candidate: _Candidate, scores: dict[str, _Scores], half: int
+    candidate: _Candidate, scores: dict[str, _Scores], chooses: np.ndarray
 ) -> Finding:
-  """Measures an attack on the second half with the threshold of the first half."""
-  threshold = best_threshold(*_scores_of(candidate, scores, slice(None, half)))
-  inside, outside = _scores_of(candidate, scores, slice(half, None))
+  """Measures an attack on one half with the threshold that the other half chooses."""
+  threshold = best_threshold(*_scores_of(candidate, scores, chooses))
+  inside, outside = _scores_of(candidate, scores, ~chooses)
   false, true, _ = _roc(inside, outside)
   return Finding(
       attack=candidate.attack,
@@ -688,17 +694,12 @@ def _measure(
 
 
 def _scores_of(
-    candidate: _Candidate, scores: dict[str, _Scores], part: slice
+    candidate: _Candidate, scores: dict[str, _Scores], is_used: np.ndarray
 ) -> _Scores:
-  """Returns the candidate's scores of the examples that are in a part of all."""
-
-  def of(values: np.ndarray, rows: np.ndarray) -> np.ndarray:
-    in_part = np.zeros(len(values), bool)
-    in_part[part] = True
-    return values[rows[in_part[rows]]]
-
+  """Returns the scores of those of the candidate's examples that are used."""
   inside, outside = scores[candidate.attack]
-  return of(inside, candidate.members), of(outside, candidate.non_members)
+  members, others = candidate.members, candidate.non_members
+  return inside[members[is_used[members]]], outside[others[is_used[others]]]
 
 
 def _lira_finding(
@@ -719,7 +720,7 @@ def _lira_finding(
 def _fit_normals(
     confidences: np.ndarray, used: np.ndarray, fixed_variance: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-  """Means `[n]` and variances `[n]` (or one) of the used ones of `[models, n]`."""
+  """Returns the means `[n]` and the variances `[n]`, or one, of the used confidences."""
   counts = used.sum(axis=0)
   freedom = counts - 1
   if np.any(counts < 1) or (
@@ -741,7 +742,7 @@ def _fit_normals(
 def _score(
     members: Predictions, non_members: Predictions, seed: int
 ) -> dict[str, _Scores]:
-  """By attack, the scores of members and of non-members, in their order."""
+  """Returns the scores of members and of non-members by attack."""
   return {
       'threshold': (-_losses(members), -_losses(non_members)),
       'threshold entropy': (
@@ -752,7 +753,7 @@ def _score(
 
 
 def _regress(members: Predictions, non_members: Predictions, seed: int) -> _Scores:
-  """The probability of membership by models that were fitted without the example."""
+  """Returns the probability of membership by models fitted without the example."""
   features = np.concatenate(
       [np.column_stack([p.logits, _losses(p)]) for p in (members, non_members)]
   )
@@ -766,9 +767,9 @@ def _regress(members: Predictions, non_members: Predictions, seed: int) -> _Scor
         linear_model.LogisticRegression(max_iter=1000), {'C': _STRENGTHS},
         cv=_STRENGTH_FOLDS,
     )
-    # One thread: the arrays are small, and several wait for each other.
+    # The arrays are small: several threads would only wait for each other.
     with threadpoolctl.threadpool_limits(1), warnings.catch_warnings():
-      # Features that separate perfectly, where any direction serves.
+      # Perfectly separable features do not converge; any separating model will do.
       warnings.simplefilter('ignore', exceptions.ConvergenceWarning)
       search.fit(features[order[fitted]], is_member[order[fitted]])
     scores[order[held_out]] = search.predict_proba(features[order[held_out]])[:, 1]
@@ -778,7 +779,7 @@ def _regress(members: Predictions, non_members: Predictions, seed: int) -> _Scor
 def _roc(
     positives: np.ndarray, negatives: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-  """False and true positive rates, and the scores from which on they are."""
+  """Returns false positive rates, true positive rates, and their thresholds."""
   return metrics.roc_curve(
       np.repeat([1, 0], [len(positives), len(negatives)]),
       np.concatenate([positives, negatives]),
@@ -786,7 +787,7 @@ def _roc(
 
 
 def _wilson(count: int, total: int) -> tuple[float, float]:
-  """Wilson's interval of a proportion: where the normal test of it does not reject."""
+  """Returns Wilson's interval of a proportion."""
   z = scipy.stats.norm.ppf(0.5 + _CONFIDENCE / 2)
   center = (count + z**2 / 2) / (total + z**2)
   reach = z * np.sqrt(count * (total - count) / total + z**2 / 4) / (total + z**2)
@@ -838,7 +839,7 @@ def _losses(predictions: Predictions) -> np.ndarray:
 
 
 def _modified_entropies(predictions: Predictions) -> np.ndarray:
-  """The entropy of the predictions that knows the label: small if sure and right.
+  """Returns the modified entropy: small if a prediction is confident and right.
 
   Source: Song and Mittal (USENIX Security 2021), equation 8: -(1 - p_y) log p_y minus
   the sum over other classes i of p_i log(1 - p_i).
@@ -846,7 +847,7 @@ def _modified_entropies(predictions: Predictions) -> np.ndarray:
   logits = np.asarray(predictions.logits, np.float64)
   rows, top = np.arange(len(logits)), np.argmax(logits, axis=-1)
   log_p = scipy.special.log_softmax(logits, axis=-1)
-  # log(1 - p): where p may round to 1, of what is left of the others.
+  # log(1 - p); for the largest p, which may round to 1, from the other classes.
   others = log_p.copy()
   others[rows, top] = -np.inf
   p, log_rest = np.exp(log_p), np.zeros_like(log_p)

@@ -1,21 +1,21 @@
-"""Random changes of inputs after which their class is still the same."""
+"""Random changes of inputs that preserve their class."""
 
 import dataclasses
 from typing import Any
 
 # Keras's `RandomTranslation` takes no seed tensor: a resumed run could not repeat it.
-# TensorFlow is imported where inputs are changed: settings alone do not need it.
+# TensorFlow is imported in the call, so that settings can be made without it.
 
 
 @dataclasses.dataclass(frozen=True)
 class RandomShift:
-  """Shifts each image of a batch by a few whole pixels; what comes in is 0.
+  """Shifts each image of a batch by a few whole pixels, filled with 0.
 
-  Each image is shifted down and to the right by a number of pixels of its own, drawn
-  evenly from -`max_pixels` to `max_pixels`.
+  Each image has its own shifts, down and to the right, drawn uniformly from
+  -`max_pixels` to `max_pixels`.
 
   Attributes:
-    max_pixels: 1 or more.
+    max_pixels: The largest shift, 1 or more.
   """
 
   max_pixels: int = 2
@@ -37,7 +37,7 @@ class RandomShift:
       Images of the same shape and dtype.
 
     Raises:
-      ValueError: If these are no images.
+      ValueError: If `images` are not images.
     """
     import tensorflow as tf
 

@@ -1,9 +1,9 @@
-"""Clients' examples by reference: in files that workers read, chosen by a number.
+"""Clients' examples by reference: computations read them from files by client number.
 
-`FileClientData` keeps all clients' examples in raw files. `ClientBatches` says how a
-client reads its own: shuffling, epochs, batches. A process that is built with one
-takes client numbers in place of datasets, so a round sends no examples, and the order
-of a client's examples follows from (seed, round number, client) alone.
+`FileClientData` keeps all clients' examples in raw files. `ClientBatches` determines how
+a client reads its examples: shuffling, epochs, batches. A process that is built with
+`ClientBatches` takes client numbers in place of datasets, so a round sends no examples,
+and the order of a client's examples depends only on (seed, round number, client).
 """
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -23,6 +23,7 @@ from tff_kd.compat import tff
 import tqdm
 
 from tff_kd.data import client_names
+from tff_kd.data import partition
 from tff_kd.data import raw_files
 from tff_kd import models
 
@@ -50,13 +51,13 @@ class FileClientData:
   """The examples of many clients, in files.
 
   Built by `from_arrays`, `from_clients` or `from_client_data`. The files are written
-  once: a folder that has them, whole, is used as it is; a damaged file is named in a
-  warning and written again. Their parent folder must be the same on each machine
-  that computes clients.
+  once: if the folder already has them, they are used. A damaged file is named in a
+  warning and written again. All machines that compute clients must see the folder under
+  the same path.
 
   Attributes:
     client_ids: The clients' names, in the order of their numbers.
-    names: The same as `ClientNames`, which find a client's number.
+    names: The same names as `ClientNames`, which map a name to its number.
     num_examples: int64 `[clients]`, how many examples each has.
     element_spec: The structure of a batch, for `input_spec`.
   """
@@ -64,7 +65,6 @@ class FileClientData:
   def __init__(
       self,
       client_ids: Sequence[str],
-      num_examples: np.ndarray,
       examples: raw_files.RawArrays,
       rows: raw_files.RawArrays,
       starts: raw_files.RawArrays,
@@ -75,14 +75,13 @@ class FileClientData:
 
     Args:
       client_ids: The clients' names.
-      num_examples: int64 `[clients]`.
       examples: All examples, of n rows.
-      rows: int64, the rows of the examples of all clients, one client after the other.
+      rows: int64, the rows of all clients' examples, one client after the other.
       starts: int64 `[clients + 1]`, positions in `rows`.
     """
     self.names = client_names.ClientNames(client_ids)
     self.client_ids = list(self.names)
-    self.num_examples = num_examples
+    self.num_examples = np.diff(np.asarray(starts.arrays()))
     self.element_spec = raw_files.batch_spec(examples.spec)
     self._examples = examples
     self._rows = rows
@@ -125,14 +124,14 @@ class FileClientData:
             f'The rows of client {name!r} must be from 0 to {size - 1}, found '
             f'{client_rows.min()} to {client_rows.max()}.'
         )
-    # A temporary folder holds nothing to be found again.
+    # The files of a temporary folder are never used again.
     key = ''
     if directory is not None:
       key = raw_files.content_digest((examples, list(rows.values())))
     return _prepare(
         directory,
         f'{key} {list(rows)}',
-        tf.nest.map_structure(raw_files.row_spec_of, examples),
+        raw_files.array_specs(examples),
         lambda: (raw_files.chunks_of(examples), rows),
         total=size,
     )
@@ -147,15 +146,15 @@ class FileClientData:
     """Builds client data from the arrays, or the `tf.data.Dataset`, of each client.
 
     Args:
-      clients: By client, its arrays, as the examples of `from_arrays`, or an unbatched
-        dataset of such examples; all of one structure, shape and dtype.
+      clients: By client, arrays, as the examples of `from_arrays`, or an unbatched
+        dataset of such examples. All must have one structure, shape and dtype.
       directory: Where the files go; a temporary folder if `None`.
 
     Returns:
       The `FileClientData`.
 
     Raises:
-      ValueError: If there are none, or they differ from each other.
+      ValueError: If there are no clients, or their examples differ in kind.
     """
     clients = _by_name(clients)
     if not clients:
@@ -163,7 +162,7 @@ class FileClientData:
     arrays = [_arrays_of(client) for client in clients.values()]
     for name, client_arrays in zip(clients, arrays):
       raw_files.check_rows(client_arrays, f'client {name!r}')
-    specs = [tf.nest.map_structure(raw_files.row_spec_of, a) for a in arrays]
+    specs = [raw_files.array_specs(client_arrays) for client_arrays in arrays]
     for name, spec in zip(clients, specs):
       if spec != specs[0]:
         raise ValueError(
@@ -171,8 +170,7 @@ class FileClientData:
             f'first one {specs[0]}.'
         )
     pool = tf.nest.map_structure(lambda *parts: np.concatenate(parts), *arrays)
-    ends = np.cumsum([len(tf.nest.flatten(a)[0]) for a in arrays])
-    rows = np.split(np.arange(ends[-1]), ends[:-1])
+    rows = partition.consecutive([len(tf.nest.flatten(a)[0]) for a in arrays])
     return cls.from_arrays(pool, dict(zip(clients, rows)), directory=directory)
 
   @classmethod
@@ -216,7 +214,7 @@ class FileClientData:
     names = client_data.client_ids
     if not names:
       raise ValueError('There must be at least one client, found none.')
-    element = _element_of(dataset_of(names[0]))
+    spec = _element_specs(dataset_of(names[0]))
 
     def read():
       rows, seen = {}, 0
@@ -233,12 +231,7 @@ class FileClientData:
 
       return chunks(), rows
 
-    return _prepare(
-        directory,
-        str(key),
-        tf.nest.map_structure(_row_spec, element),
-        read,
-    )
+    return _prepare(directory, str(key), spec, read)
 
   def numbers(self, clients: Iterable[client_names.Client]) -> list[int]:
     """Returns the numbers of clients, for `process.next`.
@@ -254,14 +247,14 @@ class FileClientData:
   def check_labels(
       self, loss: keras.losses.Loss, outputs_shape: Sequence[Optional[int]]
   ) -> None:
-    """Looks for labels that a loss does not take; their clients are left out of rounds.
+    """Warns about clients with labels that a loss does not take: rounds leave them out.
 
     Args:
       loss: The loss.
       outputs_shape: The shape of the model's outputs.
 
     Raises:
-      ValueError: If no client could take part, or the labels seem to be counted from 1.
+      ValueError: If no client could take part, or the labels seem to count from 1.
     """
     examples = self._examples.arrays()
     labels = np.asarray(models.split_batch(examples)[1])
@@ -272,7 +265,7 @@ class FileClientData:
       counted &= np.reshape(weight != 0, shape)
     is_used = np.zeros(len(labels), bool)
     is_used[self._rows.arrays()] = True
-    counted[~is_used] = False  # Whose labels may be anything.
+    counted[~is_used] = False  # Examples of no client may have any label.
     wrong = counted & models.wrong_labels(labels, loss, outputs_shape)
     if not wrong.any():
       return
@@ -301,7 +294,8 @@ class FileClientData:
         (client >= 0) & (client < num_clients),
         [f'Clients are numbered from 0 to {num_clients - 1}, found', client],
     )
-    # Before the gather, which has an error of its own. `None` outside of graphs.
+    # The check runs before the gather, whose own error is less clear. In eager mode it
+    # has run already, and is `None`.
     with tf.control_dependencies([check] if check is not None else []):
       client = tf.identity(client)
     starts = raw_files.gather(self._starts.map(), tf.stack([client, client + 1]))
@@ -324,17 +318,17 @@ class FileClientData:
 
 
 def _by_name(clients: Union[Mapping[Any, Any], Sequence[Any]]) -> dict[str, Any]:
-  """Returns the clients' values by name; a client without a name has its number's."""
+  """Returns the clients' values by name; clients without names have their numbers."""
   if not isinstance(clients, Mapping):
     clients = dict(enumerate(clients))
   return dict(zip(client_names.ClientNames(clients), clients.values()))
 
 
 def _row_numbers(client: str, rows: Any) -> np.ndarray:
-  """A client's rows as int64; refuses masks and fractions."""
+  """Returns a client's rows as int64; refuses masks and fractions."""
   rows = np.asarray(rows).ravel()
   if len(rows) and rows.dtype.kind not in 'iu':
-    hint = ' Of a mask: `np.flatnonzero(mask)`.' if rows.dtype.kind == 'b' else ''
+    hint = ' Convert a mask by `np.flatnonzero(mask)`.' if rows.dtype.kind == 'b' else ''
     raise ValueError(
         f'The rows of client {client!r} must be integers, the numbers of examples, found '
         f'an array of the dtype {rows.dtype}.{hint}'
@@ -343,7 +337,7 @@ def _row_numbers(client: str, rows: Any) -> np.ndarray:
 
 
 def _as_element(element: Any) -> Any:
-  """A pair, a triple or the mapping of these, as `input_spec` knows them."""
+  """Returns examples as a pair, a triple or a mapping, as in an `input_spec`."""
   found = models.as_batch(element)
   if found is None:
     kind = type(element).__name__
@@ -364,28 +358,19 @@ def _as_element(element: Any) -> Any:
   return dict(found) if isinstance(found, Mapping) else found
 
 
-def _element_of(dataset: tf.data.Dataset) -> Any:
-  """The `tf.TensorSpec`s of an example of a client's dataset."""
-  element = _as_element(dataset.element_spec)
-  for leaf in tf.nest.flatten(element):
-    if not isinstance(leaf, tf.TensorSpec) or not leaf.shape.is_fully_defined():
-      raise ValueError(
-          "The elements of a client's dataset must have fully defined shapes, "
-          f'found {leaf}. Pass them unbatched, and padded if their lengths differ.'
-      )
-  return element
-
-
-def _row_spec(spec: tf.TensorSpec) -> raw_files.RowSpec:
-  return raw_files.RowSpec(tuple(spec.shape), np.dtype(spec.dtype.as_numpy_dtype))
+def _element_specs(dataset: tf.data.Dataset) -> Any:
+  """Returns the `RowSpec`s of a client's unbatched dataset."""
+  return raw_files.element_specs(
+      _as_element(dataset.element_spec), "a client's dataset"
+  )
 
 
 def _arrays_of(client: Any) -> Any:
-  """A client's examples as a structure of arrays."""
+  """Returns a client's examples as a structure of arrays."""
   if not isinstance(client, tf.data.Dataset):
     return raw_files.as_arrays(_as_element(client))
   nothing = tf.nest.map_structure(
-      lambda s: np.zeros([0, *s.shape], s.dtype.as_numpy_dtype), _element_of(client)
+      lambda s: np.zeros([0, *s.shape], s.dtype), _element_specs(client)
   )
   batches = client.batch(raw_files.ROWS_PER_CHUNK).as_numpy_iterator()
   return tf.nest.map_structure(
@@ -400,15 +385,15 @@ def _prepare(
     read: Callable[[], tuple[Iterable[Any], dict[str, np.ndarray]]],
     total: Optional[int] = None,
 ) -> FileClientData:
-  """Finds the files of a key in a folder, or writes them.
+  """Uses the files of a key that a folder has, or else writes them.
 
   Args:
     directory: The folder; a temporary one if `None`.
     key: Names the data.
     spec: The structure of `RowSpec`s of the examples.
-    read: Returns the chunks of examples, and each client's rows, which may be filled
-      while the chunks are read.
-    total: The number of examples, if known; for the progress bar.
+    read: Returns an iterable of chunks of examples, and a dict of each client's rows,
+      which may be filled while the chunks are read.
+    total: The number of examples, if known, for the progress bar.
   """
   parts = [*models.split_batch(spec), models.sample_weight_of(spec)]
   raw_files.check_dtypes([part for part in parts if part is not None], _WHAT)
@@ -434,10 +419,9 @@ def _prepare(
     examples = raw_files.RawArrays.write(folder, counted(chunks), spec, _WHAT)
   if not rows:
     raise ValueError('There must be at least one client, found none.')
-  num_examples = np.array([len(client_rows) for client_rows in rows.values()], np.int64)
   columns = {
       'rows': np.concatenate(list(rows.values())),
-      'starts': np.concatenate([[0], np.cumsum(num_examples)]),
+      'starts': np.cumsum([0, *(len(client_rows) for client_rows in rows.values())]),
   }
   arrays = {'examples': examples} | {
       name: raw_files.RawArrays.write(folder, [column], _INDEX_SPEC, _WHAT)
@@ -447,17 +431,16 @@ def _prepare(
       'format': _FORMAT,
       'key': key,
       'client_ids': list(rows),
-      'num_examples': num_examples.tolist(),
       'arrays': {name: array.to_json() for name, array in arrays.items()},
   }
   partial = path.with_suffix(f'.{os.getpid()}.partial')
   partial.write_text(json.dumps(saved))
   os.replace(partial, path)
-  return FileClientData(list(rows), num_examples, **arrays)
+  return FileClientData(list(rows), **arrays)
 
 
 def _check_weights(weights: Optional[np.ndarray]) -> None:
-  """Refuses sample weights below 0. (Not finite ones are refused as all numbers are.)"""
+  """Refuses negative sample weights; `RawArrays.write` refuses NaN and infinity."""
   if weights is not None and np.any(np.asarray(weights) < 0):
     raise ValueError(
         f'Sample weights must not be negative, found {np.min(weights)}. Use 0 for '
@@ -466,7 +449,7 @@ def _check_weights(weights: Optional[np.ndarray]) -> None:
 
 
 def _find(path: pathlib.Path, key: str, spec: Any) -> Optional[FileClientData]:
-  """Returns what `_prepare` wrote; `None`, with a warning, if it is not whole."""
+  """Returns what `_prepare` wrote; `None`, with a warning, if files are damaged."""
   if not path.is_file():
     return None
   specs = {'examples': spec, 'rows': _INDEX_SPEC, 'starts': _INDEX_SPEC}
@@ -482,7 +465,6 @@ def _find(path: pathlib.Path, key: str, spec: Any) -> Optional[FileClientData]:
       return None
     damaged = [file for array in arrays.values() for file in array.damaged()]
     client_ids = list(saved['client_ids'])
-    num_examples = np.array(saved['num_examples'], np.int64)
   except (ValueError, KeyError, TypeError):
     damaged = [path]
   if damaged:
@@ -491,7 +473,7 @@ def _find(path: pathlib.Path, key: str, spec: Any) -> Optional[FileClientData]:
         '%s', ', '.join(map(str, damaged)),
     )
     return None
-  return FileClientData(client_ids, num_examples, **arrays)
+  return FileClientData(client_ids, **arrays)
 
 
 def masked_inputs(batch: Any, mask: Any) -> Any:
@@ -518,9 +500,9 @@ def masked_inputs(batch: Any, mask: Any) -> Any:
 class ClientBatches:
   """How a client reads its examples in a round.
 
-  The passes over the examples, each in an order of its own, are laid end to end,
-  cut to `max_elements`, and cut into batches: like `shuffle`, `repeat`, `take` and
-  `batch` of a `tf.data.Dataset`, and as TFF's baselines preprocess.
+  The passes over the examples, each in its own order, are concatenated, cut to
+  `max_elements`, and divided into batches, like `shuffle`, `repeat`, `take` and `batch`
+  of a `tf.data.Dataset`. TFF's baselines preprocess in the same way.
 
   Attributes:
     data: The `FileClientData`.
@@ -530,12 +512,12 @@ class ClientBatches:
     max_elements: At most so many examples over all passes.
     max_batches: At most so many batches.
     drop_remainder: Whether to leave out a last batch that is smaller.
-    label_share: The part of its examples whose labels a client knows, above 0; which
-      these are follows from (seed, client). The others take part in the terms of the
-      loss that need no label, such as `LocalDistillation`, and in those only.
-    input_share: The part of the (floating-point) input features that a client observes,
-      above 0; which these are follows from (seed, client). The others are 0.
-    seed: Decides the orders, and what is missing.
+    label_share: The share of a client's examples whose labels are known, above 0; the
+      choice depends on (seed, client). The other examples take part only in the terms of
+      the loss that need no label, such as `LocalDistillation`.
+    input_share: The share of the (floating-point) input features that a client observes,
+      above 0; the choice depends on (seed, client). The others are 0.
+    seed: Decides the orders, and which labels and features are missing.
   """
 
   data: FileClientData
@@ -593,7 +575,7 @@ class ClientBatches:
     """Returns the client's examples in the order of use, as rows of `data.open()`.
 
     Args:
-      client: Its number, an int32 scalar.
+      client: The client's number, an int32 scalar.
       round_num: The round, an int32 scalar.
 
     Returns:
@@ -615,7 +597,7 @@ class ClientBatches:
       where the client knows the label, or `None` if it knows all.
     """
     start, count = self.data.span(client)
-    # Not more passes than the limits leave.
+    # Draws no more passes than the limits allow.
     needed = -(-self._limit // tf.maximum(count, 1))
     num_epochs = tf.minimum(tf.cast(needed, tf.int32), self.num_epochs)
     shape = tf.stack([num_epochs, tf.cast(count, tf.int32)])
@@ -656,7 +638,7 @@ class ClientBatches:
       An int32 scalar.
     """
     steps = tf.cast(tf.math.ceil(total / self.batch_size), tf.float32)
-    # What is a whole number but for rounding is that.
+    # A rounding error must not add a step.
     steps = tf.math.ceil(steps * step_share - 1e-4)
     steps = tf.maximum(tf.cast(steps, tf.int32), 1)
     return tf.minimum(steps * self.batch_size, total)
@@ -687,7 +669,7 @@ class ClientBatches:
   def dataset(self, client: Any, round_num: Any = 0) -> tf.data.Dataset:
     """Returns the same batches as a `tf.data.Dataset`, which holds file names only.
 
-    For what takes datasets: TFF's own processes, evaluation, a look at the data.
+    Use it for TFF's own processes, for evaluation, or to look at the data.
 
     Args:
       client: The client's number or name.
@@ -695,20 +677,20 @@ class ClientBatches:
 
     Raises:
       KeyError: If there is no client of that name.
-      ValueError: If some labels are unknown, which a dataset cannot say.
+      ValueError: If `label_share` is below 1: a dataset cannot mark unknown labels.
     """
     if self.label_share < 1.0:
       raise ValueError(
           'A dataset cannot say which labels are unknown: `label_share` must be 1 here, '
           f'found {self.label_share}.'
       )
-    if not tf.is_tensor(client):  # And not within `dataset_computation`.
+    if not tf.is_tensor(client):  # Within `dataset_computation` it is one.
       client = self.data.names.number(client)
     client = tf.convert_to_tensor(client, tf.int32)
     rows = self.rows(client, tf.convert_to_tensor(round_num, tf.int32))
 
     def read(ids):
-      # Opened in the function: what it captured would be sent with the dataset.
+      # Opened in the function: captured tensors would be sent with the dataset.
       batch = raw_files.gather(self.data.open(), ids)
       return masked_inputs(batch, self.input_mask(client))
 

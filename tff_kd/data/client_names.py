@@ -1,7 +1,7 @@
-"""Clients' names and numbers: the one place where they meet.
+"""Maps clients' names to their numbers.
 
-A client is a number inside this package, from 0 in the order of the data. Whatever takes
-a client takes its name as well, and what is shown of one shows its name.
+Inside this package a client is a number, from 0 in the order of the data. Public
+functions take a client by number or by name, and messages and tables show names.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -28,10 +28,10 @@ class ClientNames(Sequence[str]):
     """Initializes the names.
 
     Args:
-      names: One for each client; a key that is not a string becomes its `str`.
+      names: One for each client; keys that are not strings are converted by `str`.
 
     Raises:
-      ValueError: If two clients have one name.
+      ValueError: If two clients have the same name.
     """
     self._names = [str(name) for name in names]
     self._numbers = {name: number for number, name in enumerate(self._names)}
@@ -63,7 +63,7 @@ class ClientNames(Sequence[str]):
     Raises:
       KeyError: If there is no client of that name.
       ValueError: If there is none of that number.
-      TypeError: If it is neither.
+      TypeError: If `client` is neither a name nor a number.
     """
     if isinstance(client, str):
       if client not in self._numbers:

@@ -58,9 +58,9 @@ def dirichlet(
     alpha: Concentration, above 0: the smaller, the fewer classes a client has.
     seed: Decides the draw.
     min_examples: The least that any client must get.
-    cap: A client that has so many examples already gets none of the classes still to
-      be dealt out; it can end above. Li et al.'s own code takes an equal share of all
-      examples, others take more.
+    cap: A client that already has this many examples gets none of the remaining
+      classes; it can end above the cap. Li et al.'s own code uses an equal share of all
+      examples, others use more.
 
   Raises:
     ValueError: If an argument is out of range, or no draw gives every client
@@ -134,7 +134,7 @@ def quantity_skew(
     seed: int,
     min_examples: int = 1,
 ) -> list[np.ndarray]:
-  """Classes alike, amounts different: shares of the whole from a Dirichlet.
+  """Gives clients different amounts of data, by shares drawn from a Dirichlet.
 
   Source: Li et al., "Federated Learning on Non-IID Data Silos" (2022), section
   4.3.
@@ -158,12 +158,13 @@ def quantity_skew(
 
 
 def by_client(clients: Sequence[Any]) -> dict[str, np.ndarray]:
-  """The split that a column of clients' names makes, as of a table.
+  """Splits examples by a column that names the client of each.
 
-  What `df.groupby('client').indices` is of a pandas table.
+  Equivalent to `df.groupby('client').indices` of a pandas table.
 
   Args:
-    clients: Each example's client, `[n]`; a value that is not a string becomes its `str`.
+    clients: Each example's client, `[n]`; values that are not strings are converted by
+      `str`.
 
   Returns:
     The rows of each client by its name, in the order of the names.
@@ -177,6 +178,15 @@ def by_client(clients: Sequence[Any]) -> dict[str, np.ndarray]:
   order = np.argsort(numbers, kind='stable')
   ends = np.cumsum(np.bincount(numbers, minlength=len(found)))
   return dict(zip(map(str, found), np.split(order, ends[:-1])))
+
+
+def consecutive(sizes: Sequence[int]) -> list[np.ndarray]:
+  """Returns the rows of parts of these sizes that are stored one after the other.
+
+  Args:
+    sizes: The number of rows of each part.
+  """
+  return np.split(np.arange(sum(sizes)), np.cumsum(sizes)[:-1])
 
 
 # Flag value -> the function.
@@ -195,10 +205,10 @@ def matching(
     *,
     seed: int,
 ) -> list[np.ndarray]:
-  """Deals out other examples so that each client's classes are as before.
+  """Splits other examples so that each client has the same classes as before.
 
-  Gives every client a test set of its own distribution: of each class, a client
-  gets the share that it has of the first examples.
+  Use it to give every client a test set of its own distribution: a client gets the
+  share of each class that it has among the first examples.
 
   Args:
     labels: Class numbers of the first examples, `[n]`.

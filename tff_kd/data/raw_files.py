@@ -1,16 +1,17 @@
 """Examples in raw files that workers map into their memory.
 
-A graph that reads rows holds only file names; a gather touches only the rows that it
-needs, and processes on one machine share the pages. One file an array, named after
-its contents, so that a damaged file shows.
+A graph that reads rows holds only file names. A gather touches only the rows that it
+needs, and processes on one machine share the pages. Each array has one file, which is
+named after its contents, so that damage is detected.
 """
 
 from collections.abc import Iterable, Mapping, Sequence
+import dataclasses
 import hashlib
 import os
 import pathlib
 import tempfile
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -18,19 +19,20 @@ import tensorflow as tf
 from tff_kd import temporary
 
 ROWS_PER_CHUNK = 4096
-# NumPy has it from a package of its own, as a dtype of no kind.
+# A dtype of the package ml_dtypes, which NumPy does not count as floating.
 _BFLOAT16 = np.dtype(tf.bfloat16.as_numpy_dtype)
 
 
-class RowSpec(NamedTuple):
-  """One array without its first axis: the shape of a row and the dtype."""
+@dataclasses.dataclass(frozen=True)
+class RowSpec:
+  """The shape and the dtype of one row of an array; `tf.nest` takes it as a leaf."""
 
   shape: tuple[int, ...]
   dtype: np.dtype
 
 
 def as_arrays(value: Any) -> Any:
-  """Tuples and dicts as structures of arrays; all else, lists too, as one array.
+  """Converts tuples and dicts to structures of arrays, all else (also lists) to arrays.
 
   Raises:
     ValueError: If the rows of a list have different lengths.
@@ -49,14 +51,14 @@ def as_arrays(value: Any) -> Any:
 
 
 def check_rows(arrays: Any, owner: str) -> int:
-  """How many rows all arrays of a structure have.
+  """Returns the number of rows, which must be the same for all arrays.
 
   Args:
-    arrays: The arrays.
+    arrays: A structure of arrays.
     owner: What the arrays belong to, for the error.
 
   Raises:
-    ValueError: If they differ in that, or one has no axes.
+    ValueError: If the numbers of rows differ, or an array is a scalar.
   """
   sizes = {len(a) if a.ndim else 0 for a in tf.nest.flatten(arrays)}
   if len(sizes) != 1 or not all(a.ndim for a in tf.nest.flatten(arrays)):
@@ -67,34 +69,41 @@ def check_rows(arrays: Any, owner: str) -> int:
   return sizes.pop()
 
 
-def row_spec_of(array: np.ndarray) -> RowSpec:
-  return RowSpec(array.shape[1:], array.dtype)
+def array_specs(arrays: Any) -> Any:
+  """Returns the `RowSpec`s of a structure of arrays."""
+  return tf.nest.map_structure(lambda a: RowSpec(a.shape[1:], a.dtype), arrays)
 
 
-def map_spec(fn, spec: Any) -> Any:
-  """`tf.nest.map_structure` over a structure of `RowSpec`s."""
-  if isinstance(spec, RowSpec):
-    return fn(spec)
-  if isinstance(spec, dict):
-    return type(spec)((key, map_spec(fn, part)) for key, part in spec.items())
-  return tuple(map_spec(fn, part) for part in spec)
+def element_specs(element_spec: Any, owner: str) -> Any:
+  """Returns the `RowSpec`s of a dataset's elements.
 
+  Args:
+    element_spec: The `element_spec` of an unbatched dataset.
+    owner: Whose elements they are, for the error.
 
-def flatten_spec(spec: Any) -> list[RowSpec]:
-  """The `RowSpec`s of a structure, in tf.nest's order."""
-  if isinstance(spec, RowSpec):
-    return [spec]
-  if isinstance(spec, dict):
-    return [leaf for key in sorted(spec) for leaf in flatten_spec(spec[key])]
-  return [leaf for part in spec for leaf in flatten_spec(part)]
+  Raises:
+    ValueError: If a shape is not fully defined.
+  """
+
+  def row_spec(spec: Any) -> RowSpec:
+    if not isinstance(spec, tf.TensorSpec) or not spec.shape.is_fully_defined():
+      raise ValueError(
+          f'The elements of {owner} must have fully defined shapes, found {spec}. Pass '
+          'them unbatched, and padded if their lengths differ.'
+      )
+    return RowSpec(tuple(spec.shape), np.dtype(spec.dtype.as_numpy_dtype))
+
+  return tf.nest.map_structure(row_spec, element_spec)
 
 
 def batch_spec(spec: Any) -> Any:
-  """The `tf.TensorSpec`s of a batch."""
-  return map_spec(lambda s: tf.TensorSpec([None, *s.shape], s.dtype), spec)
+  """Returns the `tf.TensorSpec`s of a batch."""
+  return tf.nest.map_structure(
+      lambda s: tf.TensorSpec([None, *s.shape], s.dtype), spec
+  )
 
 
-# How to make numbers of the parts of an example.
+# How to encode each part of an example as numbers.
 _ENCODINGS = {
     'inputs': 'Encode the inputs first: text with `keras.layers.TextVectorization`, say.',
     'labels': 'Encode them: `names, y = np.unique(labels, return_inverse=True)`.',
@@ -103,10 +112,10 @@ _ENCODINGS = {
 
 
 def check_dtypes(example_spec: Sequence[Any], owner: str) -> None:
-  """Refuses what cannot be mapped.
+  """Checks that arrays can be stored in raw files.
 
   Args:
-    example_spec: The structures of `RowSpec`s of the inputs and, if they are there, of
+    example_spec: The structures of `RowSpec`s of the inputs and, if there are any, of
       labels and sample weights.
     owner: What error messages call the whole.
 
@@ -114,7 +123,7 @@ def check_dtypes(example_spec: Sequence[Any], owner: str) -> None:
     ValueError: If an array holds neither numbers nor booleans.
   """
   for (part, hint), spec in zip(_ENCODINGS.items(), example_spec):
-    for leaf in flatten_spec(spec):
+    for leaf in tf.nest.flatten(spec):
       if leaf.dtype.kind == 'O':
         hint = (
             'Rows of different lengths make such an array: pad them to one length. '
@@ -128,10 +137,15 @@ def check_dtypes(example_spec: Sequence[Any], owner: str) -> None:
 
 
 def check_finite(values: np.ndarray, seen: int, owner: str) -> None:
-  """Raises an error if numbers are not finite, which would ruin every model.
+  """Checks that numbers are finite; NaN or infinity would ruin every model.
+
+  Args:
+    values: The numbers.
+    seen: How many examples have been checked, these included, for the error.
+    owner: What the numbers belong to, for the error.
 
   Raises:
-    ValueError: If there is one.
+    ValueError: If a number is not finite.
   """
   if values.dtype == _BFLOAT16:
     values = values.astype(np.float32)
@@ -143,10 +157,11 @@ def check_finite(values: np.ndarray, seen: int, owner: str) -> None:
 
 
 def open_directory(directory: Optional[os.PathLike], prefix: str) -> pathlib.Path:
-  """The folder for the files, absolute; a temporary one if `None`.
+  """Returns the absolute path of the folder for the files, and makes it if need be.
 
-  One that is made here only its owner reads. A temporary folder stays until the program
-  ends, because computations name its files and may outlive the object that wrote them.
+  Only the owner can read a folder that is made here. If `directory` is `None`, the
+  folder is temporary: it stays until the program ends, because computations name its
+  files and may outlive the object that wrote them.
   """
   if directory is None:
     return temporary.new_directory(prefix)
@@ -161,7 +176,7 @@ def _digest(path: pathlib.Path) -> str:
 
 
 class RawArrays:
-  """Parallel arrays of `size` rows, a structure of them, each in a file.
+  """A structure of arrays with equally many rows, each in a file.
 
   Attributes:
     spec: The structure of `RowSpec`s.
@@ -173,7 +188,7 @@ class RawArrays:
     self.spec = spec
     self.size = size
     self.files = files
-    self._leaves = flatten_spec(spec)
+    self._leaves = tf.nest.flatten(spec)
 
   @classmethod
   def write(
@@ -186,7 +201,7 @@ class RawArrays:
     """Writes the files: all of them, or none.
 
     Args:
-      directory: Where.
+      directory: The folder.
       chunks: Structures of arrays with any number of rows each.
       spec: The structure of `RowSpec`s.
       owner: What error messages call the whole ('A transfer set').
@@ -197,7 +212,7 @@ class RawArrays:
     Raises:
       ValueError: If a number is not finite.
     """
-    leaves = flatten_spec(spec)
+    leaves = tf.nest.flatten(spec)
     partial = [
         tempfile.NamedTemporaryFile(dir=directory, suffix='.partial', delete=False)
         for _ in leaves
@@ -228,7 +243,7 @@ class RawArrays:
       raise
 
   def damaged(self) -> list[pathlib.Path]:
-    """The files that are missing or do not hold what was written."""
+    """Returns the files that are missing or do not hold what was written."""
     return [
         path for path, leaf in zip(self.files, self._leaves)
         if not path.is_file()
@@ -238,10 +253,10 @@ class RawArrays:
     ]
 
   def map(self) -> Any:
-    """The arrays as tensors over the mapped files, in their structure.
+    """Returns the arrays as tensors over the mapped files, in their structure.
 
-    Every run of the op opens and maps the file anew, so call this outside loops and
-    gather rows inside; a gather reads only those.
+    Every run of the op opens and maps the file again, so call this outside loops and
+    gather rows inside. A gather reads only the rows that it needs.
     """
 
     def map_leaf(leaf: RowSpec, path: pathlib.Path) -> tf.Tensor:
@@ -254,19 +269,19 @@ class RawArrays:
       )
 
     return tf.nest.pack_sequence_as(
-        map_spec(lambda _: 0, self.spec),
+        self.spec,
         [map_leaf(*leaf_and_file) for leaf_and_file in zip(self._leaves, self.files)],
     )
 
   def arrays(self) -> Any:
-    """The same as NumPy arrays that read the files, in their structure."""
+    """Returns the arrays as NumPy arrays over the files, in their structure."""
     leaves = [
         np.memmap(path, leaf.dtype, 'r', shape=(self.size, *leaf.shape))
         if self.size and all(leaf.shape)
         else np.zeros((self.size, *leaf.shape), leaf.dtype)
         for leaf, path in zip(self._leaves, self.files)
     ]
-    return tf.nest.pack_sequence_as(map_spec(lambda _: 0, self.spec), leaves)
+    return tf.nest.pack_sequence_as(self.spec, leaves)
 
   def to_json(self) -> dict[str, Any]:
     """Returns the arguments of `from_json`, without the structure."""
@@ -280,21 +295,21 @@ class RawArrays:
   def from_json(
       cls, saved: dict[str, Any], spec: Any, directory: pathlib.Path
   ) -> Optional['RawArrays']:
-    """The arrays that `to_json` told of; `None` if they are not of this spec."""
-    leaves = [_row_to_json(s) for s in flatten_spec(spec)]
+    """Returns the arrays that `to_json` described; `None` if they have another spec."""
+    leaves = [_row_to_json(s) for s in tf.nest.flatten(spec)]
     if saved['rows'] != leaves:
       return None
     return cls(spec, saved['size'], [directory / name for name in saved['files']])
 
 
 def _row_to_json(spec: RowSpec) -> list[Any]:
-  # NumPy's code for bfloat16 is one of any two bytes.
+  # For bfloat16 `dtype.str` says only that it has two bytes.
   name = 'bfloat16' if spec.dtype == _BFLOAT16 else spec.dtype.str
   return [list(spec.shape), name]
 
 
 def gather(mapped: Any, ids: tf.Tensor) -> Any:
-  """Rows of a structure of (mapped) tensors.
+  """Gathers rows of a structure of (mapped) tensors.
 
   Args:
     mapped: The structure.
@@ -313,7 +328,7 @@ def gather(mapped: Any, ids: tf.Tensor) -> Any:
 
 
 def chunks_of(arrays: Any) -> Iterable[Any]:
-  """A structure of arrays, a part at a time."""
+  """Yields a structure of arrays, `ROWS_PER_CHUNK` rows at a time."""
   size = len(tf.nest.flatten(arrays)[0])
   for start in range(0, size, ROWS_PER_CHUNK):
     yield tf.nest.map_structure(
@@ -322,12 +337,12 @@ def chunks_of(arrays: Any) -> Iterable[Any]:
 
 
 def content_digest(arrays: Any) -> str:
-  """Names the contents of a structure of arrays."""
+  """Returns a hash of the contents of a structure of arrays."""
   digest = hashlib.sha256()
   for array in tf.nest.flatten(arrays):
     digest.update(f'{array.dtype.str}{array.shape}'.encode())
     for chunk in chunks_of(array):
       chunk = np.ascontiguousarray(chunk)
-      # NumPy gives out no buffer of bfloat16.
+      # NumPy has no buffers of bfloat16.
       digest.update((chunk.view(np.uint16) if chunk.dtype == _BFLOAT16 else chunk).data)
   return digest.hexdigest()[:32]

@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from tff_kd.data import augmentation
 from tff_kd.data import client_names as client_names_lib
+from tff_kd.data import partition
 from tff_kd import models
 from tff_kd.models import labels as labels_lib
 from tff_kd.models import zoo
@@ -107,13 +108,13 @@ _ONE_HOT_LOSSES = (
 )
 
 
-# What a prediction is worth beyond the labels: (inputs -> outputs) to named scores.
+# Maps a prediction function, (inputs -> outputs), to further scores by name.
 ScoresFn = Callable[[Callable[[Any], np.ndarray]], Mapping[str, float]]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Task:
-  """A task. The four parts share no example.
+  """A task: models, a loss, metrics, and data in four disjoint parts.
 
   The examples of each part may have sample weights. Clients' training, evaluation and
   central training use them; the server's distillation does not, and takes transfer
@@ -145,7 +146,7 @@ class Task:
       neither Keras's own metric nor its name (an error, a loss) tells.
     scores_fn: Further scores of a model on the test part, if there are any.
     class_names: For pictures; the numbers if `None`.
-    num_labelled: So many of the first transfer examples have labels; all if `None`.
+    num_labelled: Only the first so many transfer examples have labels; all if `None`.
     augment: Changes a batch of inputs at random where their labels stay the same, as
       `tff_kd.Distillation.augment`; `None` if there is no such change.
 
@@ -236,11 +237,11 @@ class Task:
 
   @property
   def is_regression(self) -> bool:
-    """Whether labels are numbers and not classes."""
+    """Whether labels are numbers, not classes."""
     return self.num_classes is None
 
   def counted(self, examples: Examples) -> np.ndarray:
-    """Returns which examples count: with a label that does, of a weight above 0.
+    """Returns which examples have a label that counts and a weight above 0.
 
     Args:
       examples: Examples of this task.
@@ -256,15 +257,15 @@ class Task:
     return counts.any(axis=tuple(range(1, counts.ndim)))
 
   def class_numbers(self, examples: Examples) -> Optional[np.ndarray]:
-    """Returns the class of each example, int64 `[n]`, whatever its label is like.
+    """Returns the class of each example, int64 `[n]`, for labels of any form.
 
     Args:
       examples: Examples of this task.
 
     Returns:
-      The classes: 0 and 1 of binary labels, 0 of an example of weight 0 or with a label
-      that the loss ignores and that is no class; `None` if examples have several labels,
-      or numbers.
+      The classes; 0 and 1 for binary labels. An example has class 0 if its weight is 0,
+      or if the loss ignores its label and the label is no class. `None` if examples have
+      several labels, or numbers.
     """
     labels, loss = np.asarray(examples.labels), self.loss_fn()
     if examples.sample_weight is not None:
@@ -346,11 +347,44 @@ def pool(parts: Sequence[Examples]) -> tuple[Examples, list[np.ndarray]]:
         f'{weighted.index(False)} has none, and client {weighted.index(True)} has some. '
         'Give weights of 1 where examples count alike.'
     )
-  ends = np.cumsum([len(part) for part in parts])
   together = tf.nest.map_structure(
       lambda *arrays: np.concatenate(arrays), *(tuple(part) for part in parts)
   )
-  return Examples(*together), np.split(np.arange(ends[-1]), ends[:-1])
+  return Examples(*together), partition.consecutive([len(part) for part in parts])
+
+
+def image_examples(images: np.ndarray, labels: np.ndarray) -> Examples:
+  """Returns examples of images and class numbers, as `image_task` takes them.
+
+  Args:
+    images: `[n, height, width]` or `[n, height, width, channels]`. Bytes are scaled to
+      [0, 1].
+    labels: Class numbers, `[n]` or `[n, 1]`.
+  """
+  if images.ndim == 3:
+    images = images[..., np.newaxis]
+  scale = 255.0 if images.dtype == np.uint8 else 1.0
+  return Examples(
+      images.astype(np.float32) / scale, labels.reshape(-1).astype(np.int32)
+  )
+
+
+def split_image_task(
+    train: Examples, *, transfer_size: int, validation_size: int, seed: int, **kwargs
+) -> Task:
+  """Returns an `image_task` whose parts are random parts of the training examples.
+
+  Args:
+    train: The training examples.
+    transfer_size: How many of them form the transfer set.
+    validation_size: How many form the validation part. The others are the clients'.
+    seed: Decides which examples go where.
+    **kwargs: Further arguments of `image_task`.
+  """
+  transfer, validation, clients = split_examples(
+      train, [transfer_size, validation_size], seed=seed
+  )
+  return image_task(clients=clients, transfer=transfer, validation=validation, **kwargs)
 
 
 def task_from_clients(
@@ -364,19 +398,19 @@ def task_from_clients(
     test_share: float = 0.2,
     **kwargs,
 ) -> Task:
-  """Returns a task of data that have clients of their own.
+  """Returns a task whose data are already split over clients.
 
   Args:
     name: What the task is called.
     clients: Each client's examples, with sample weights or without; a mapping gives the
       clients their names.
-    server: The server's, which no client holds: for the transfer set and for
-      validation.
-    seed: Decides which of the server's examples are used for what.
-    transfer_size: At most how many of these form the transfer set.
-    validation_size: How many of these choose the best round, at most a third.
+    server: The server's examples, for the transfer set and for validation; no client
+      holds them.
+    seed: Decides which of the server's examples are for which of the two.
+    transfer_size: The largest number of them in the transfer set.
+    validation_size: How many of them choose the best round, at most a third.
     test_share: The share of each client's examples that forms the test part, the same
-      for every seed; at least one of a client that has two or more.
+      for every seed. A client with two or more examples has at least one in it.
     **kwargs: Further arguments of `Task`, such as its models.
 
   Raises:
@@ -423,48 +457,35 @@ def package_file(task: str, package: str, file: str) -> pathlib.Path:
   return pathlib.Path(str(path))
 
 
+def split_rows(count: int, sizes: Sequence[int], *, seed: int) -> list[np.ndarray]:
+  """Cuts random rows into parts of the given sizes and, as the last part, the rest.
+
+  Args:
+    count: The number of rows.
+    sizes: The sizes of all parts but the last.
+    seed: Decides the order.
+
+  Raises:
+    ValueError: If there are not so many rows.
+  """
+  if min(sizes, default=0) < 0 or sum(sizes) > count:
+    raise ValueError(
+        f'Parts of {list(sizes)} examples leave nothing of {count}. Make them smaller.'
+    )
+  return np.split(np.random.default_rng(seed).permutation(count), np.cumsum(sizes))
+
+
 def split_examples(
     examples: Examples, sizes: Sequence[int], *, seed: int
 ) -> list[Examples]:
-  """Cuts off random parts of the given sizes; the last part returned is the rest.
+  """Cuts examples as `split_rows` cuts their rows.
 
   Args:
     examples: All examples.
     sizes: The sizes of all parts but the last.
     seed: Decides the order.
-
-  Raises:
-    ValueError: If the sizes leave nothing for the rest.
   """
-  if min(sizes, default=0) < 0 or sum(sizes) >= len(examples):
-    raise ValueError(
-        f'Parts of {list(sizes)} examples leave nothing of {len(examples)} for '
-        'the clients. Make them smaller.'
-    )
-  order = np.random.default_rng(seed).permutation(len(examples))
-  return [examples.take(part) for part in np.split(order, np.cumsum(sizes))]
-
-
-def choose(
-    examples: Examples, size: int, *, seed: int, setting: str
-) -> Examples:
-  """So many random examples.
-
-  Args:
-    examples: All that there are.
-    size: How many.
-    seed: Decides which.
-    setting: What the error calls them, a flag such as '--transfer_size'.
-
-  Raises:
-    ValueError: If there are not so many.
-  """
-  if size > len(examples):
-    raise ValueError(
-        f'{setting} is {size}, but the task has only {len(examples)} such examples. '
-        'Lower it.'
-    )
-  return examples.take(np.random.default_rng(seed).permutation(len(examples))[:size])
+  return [examples.take(rows) for rows in split_rows(len(examples), sizes, seed=seed)]
 
 
 def client_dataset(
@@ -473,7 +494,7 @@ def client_dataset(
   """Returns a client's local training data for one round: shuffled epochs, in batches.
 
   Args:
-    examples: The client's.
+    examples: The client's examples.
     batch_size: The last batch of all epochs together may be smaller.
     epochs: Passes over the data, each in another order.
     seed: Integers that decide the orders, say (seed, round, client).

@@ -1,13 +1,14 @@
 """The transfer set: public inputs on which predictions are exchanged.
 
-The examples are written once to raw files, which every worker maps into its
-memory; a round's graph holds only the file names, and a gather touches only the
-rows that it needs. Which rows a round uses follows from (seed, round number)
-alone, so clients and server agree without sending any.
+The examples are written once to raw files, which every worker maps into its memory. A
+round's graph holds only the file names, and a gather touches only the rows that it
+needs. The rows of a round depend only on (seed, round number), so clients and server
+agree on them without communication.
 """
 
 from collections.abc import Callable, Iterable, Mapping
 import copy
+import dataclasses
 import os
 from typing import Any, Optional
 
@@ -17,9 +18,9 @@ import tensorflow as tf
 from tff_kd.data import raw_files
 
 _WHAT = 'A transfer set'
-# A tag that keeps the choice of the validation part apart from every round's.
+# Keeps the random stream of the validation part apart from those of rounds.
 _VALIDATION_STREAM = -1
-# Rows looked at together: bounds the memory of a pass over the examples.
+# The number of rows in a batch of `map_inputs`, which bounds its memory.
 _PASS_BATCH = 512
 
 
@@ -27,19 +28,19 @@ class TransferSet:
   """Public or server-held inputs, with or without labels.
 
   Args (constructor):
-    inputs: Arrays of n examples each: one array, or a tuple or dict of them for
-      a model with several inputs. Numeric or boolean.
+    inputs: Numeric or boolean arrays of n examples each: one array, or a tuple or dict
+      of them for a model with several inputs.
     labels: Optional labels, an array of n.
-    label_mask: Optional booleans, an array of n: which examples' labels are known.
-      The others' entries in `labels` are never used. All are if `None`.
-    subset_size: How many examples a round uses, m. All of the training part if
+    label_mask: Optional booleans, an array of n: which labels are known. The others are
+      never used. All labels are known if `None`.
+    subset_size: The number of examples that a round uses, m; the whole training part if
       `None`.
-    validation_size: How many examples are set aside, the same in every round, to
-      judge the server's distillation. They are never trained on.
+    validation_size: The number of examples that are set aside, the same in every round,
+      to judge the server's distillation. They are never trained on.
     seed: With the round number, decides each round's subset.
-    directory: Where the raw files go. A temporary folder, removed when the
-      program ends, if `None`. For several machines, name a folder that all of them see
-      under one path.
+    directory: Where the raw files go; if `None`, a temporary folder that is removed when
+      the program ends. For several machines, name a folder that all of them see under
+      the same path.
   """
 
   def __init__(
@@ -62,9 +63,12 @@ class TransferSet:
     raw_files.check_rows(data, 'a transfer set')
     self._setup(
         raw_files.chunks_of(data),
-        tf.nest.map_structure(raw_files.row_spec_of, data),
+        raw_files.array_specs(data),
         labels is not None,
-        subset_size, validation_size, seed, directory,
+        subset_size=subset_size,
+        validation_size=validation_size,
+        seed=seed,
+        directory=directory,
     )
 
   @classmethod
@@ -94,19 +98,8 @@ class TransferSet:
           'A labelled transfer set needs a dataset of pairs (inputs, label), '
           f'found elements of {spec}.'
       )
-    for leaf in tf.nest.flatten(spec):
-      if not isinstance(leaf, tf.TensorSpec) or not leaf.shape.is_fully_defined():
-        raise ValueError(
-            'The elements of a transfer set must have fully defined shapes, '
-            f'found {leaf}. Pass the dataset unbatched, and padded if its '
-            'lengths differ.'
-        )
-    data_spec = tuple(spec) if labelled else (spec,)
-    data_spec = tf.nest.map_structure(
-        lambda s: raw_files.RowSpec(
-            tuple(s.shape), np.dtype(s.dtype.as_numpy_dtype)
-        ),
-        data_spec,
+    data_spec = raw_files.element_specs(
+        tuple(spec) if labelled else (spec,), 'a transfer set'
     )
 
     def chunks():
@@ -114,7 +107,7 @@ class TransferSet:
         yield tuple(batch) if labelled else (batch,)
 
     self = cls.__new__(cls)
-    self._setup(chunks(), data_spec, labelled, **_options(**kwargs))
+    self._setup(chunks(), data_spec, labelled, **kwargs)
     return self
 
   @classmethod
@@ -148,9 +141,17 @@ class TransferSet:
     return cls(arrays, None if labels is None else load(labels), **kwargs)
 
   def _setup(
-      self, chunks: Iterable[Any], spec, labelled: bool, subset_size,
-      validation_size, seed, directory,
+      self,
+      chunks: Iterable[Any],
+      spec: Any,
+      labelled: bool,
+      *,
+      subset_size: Optional[int] = None,
+      validation_size: int = 0,
+      seed: int = 0,
+      directory: Optional[os.PathLike] = None,
   ):
+    """Writes the examples, whose specs are `spec`, and checks the options."""
     raw_files.check_dtypes(spec, _WHAT)
     self._arrays = raw_files.RawArrays.write(
         raw_files.open_directory(directory, 'transfer_'), chunks, spec, _WHAT
@@ -210,7 +211,7 @@ class TransferSet:
     return self.subset_size == self.size - self.validation_size
 
   def whole(self) -> 'TransferSet':
-    """Returns the same examples, of which every round uses all, without a subset."""
+    """Returns a transfer set of the same examples, all of which every round uses."""
     whole = copy.copy(self)
     whole.subset_size = self.size - self.validation_size
     return whole
@@ -230,9 +231,9 @@ class TransferSet:
     return shuffled[: self.subset_size]
 
   def prediction_ids(self, round_num: tf.Tensor) -> tf.Tensor:
-    """Returns the rows that clients predict: those of the round, then for validation.
+    """Returns the rows that clients predict: the round's, then those for validation.
 
-    With all labels, validation needs no predictions, and none are made or sent.
+    If all labels are known, validation needs no predictions, and none are sent.
 
     Args:
       round_num: The round's number, an int32 scalar.
@@ -247,7 +248,7 @@ class TransferSet:
 
   @property
   def num_predictions(self) -> int:
-    """How many rows `prediction_ids` has."""
+    """The number of rows of `prediction_ids`."""
     return self.subset_size + (
         0 if self.fully_labelled else self.validation_size
     )
@@ -335,25 +336,22 @@ class TransferSet:
     return self.open().gather_label_weights(ids)
 
 
+@dataclasses.dataclass(frozen=True)
 class OpenTransferSet:
-  """The examples of a transfer set inside a computation, read where it runs."""
+  """The examples of a transfer set inside a computation, read where it runs.
 
-  def __init__(
-      self, inputs: Any, labels: Optional[tf.Tensor], known: Optional[tf.Tensor]
-  ):
-    """Not to be called by hand.
+  Attributes:
+    inputs: The mapped inputs.
+    labels: The mapped labels, or `None` without labels.
+    known: Whether each label is known, mapped; `None` if all are.
+  """
 
-    Args:
-      inputs: Mapped inputs.
-      labels: Mapped labels, if there are any.
-      known: Whether each is known, if not all are.
-    """
-    self._inputs = inputs
-    self._labels = labels
-    self._known = known
+  inputs: Any
+  labels: Optional[tf.Tensor]
+  known: Optional[tf.Tensor]
 
   def gather_inputs(self, ids: tf.Tensor) -> Any:
-    """The inputs of some rows.
+    """Returns the inputs of some rows.
 
     Args:
       ids: An int32 tensor `[k]`.
@@ -361,41 +359,41 @@ class OpenTransferSet:
     Returns:
       The structure of inputs, each `[k, ...]`.
     """
-    return raw_files.gather(self._inputs, ids)
+    return raw_files.gather(self.inputs, ids)
 
   def gather_labels(self, ids: tf.Tensor) -> tf.Tensor:
-    """The labels of some rows, `[k, ...]`.
+    """Returns the labels of some rows, `[k, ...]`.
 
     Raises:
       ValueError: If the transfer set has no labels.
     """
-    if self._labels is None:
+    if self.labels is None:
       raise ValueError('This transfer set has no labels.')
-    return raw_files.gather(self._labels, ids)
+    return raw_files.gather(self.labels, ids)
 
   def gather_label_weights(self, ids: tf.Tensor) -> tf.Tensor:
-    """float32 `[k]`: 1 for rows whose label is known, else 0."""
-    if self._labels is None:
+    """Returns 1 for rows whose label is known, else 0, float32 `[k]`."""
+    if self.labels is None:
       return tf.zeros(tf.shape(ids))
-    if self._known is None:
+    if self.known is None:
       return tf.ones(tf.shape(ids))
-    return tf.cast(raw_files.gather(self._known, ids), tf.float32)
+    return tf.cast(raw_files.gather(self.known, ids), tf.float32)
 
 
 def as_transfer_set(
     value: Any, name: str = 'transfer_set', *, has_labels: bool = True
 ) -> TransferSet:
-  """A `TransferSet` as it is, or one of what can be nothing else.
+  """Converts a value to a `TransferSet`, unless it is one.
 
   Args:
     value: A `TransferSet`; inputs without labels: an array, or a dict of arrays; or an
       unbatched `tf.data.Dataset` of inputs, or of pairs (inputs, label).
     name: The argument's name, for the error.
-    has_labels: Whether there may be labels. If not, lists and tuples are taken, too: a
-      list is an array, and a tuple several inputs.
+    has_labels: Whether there may be labels. If not, `value` may also be a list, which is
+      one array, or a tuple, which is several inputs.
 
   Raises:
-    TypeError: If it is none of these.
+    TypeError: If `value` is none of these.
   """
   if isinstance(value, TransferSet):
     return value
@@ -411,16 +409,3 @@ def as_transfer_set(
       f'`tf.data.Dataset`, found {type(value).__name__}.'
       + (' With labels: `tff_kd.TransferSet(inputs, labels)`.' if has_labels else '')
   )
-
-
-def _options(
-    subset_size=None, validation_size=0, seed=0, directory=None
-) -> dict[str, Any]:
-  return dict(
-      subset_size=subset_size,
-      validation_size=validation_size,
-      seed=seed,
-      directory=directory,
-  )
-
-

@@ -1,7 +1,7 @@
-"""The privacy cost of rounds, by dp-accounting, for the sampling that happens.
+"""Computes the privacy cost of rounds with dp-accounting.
 
-The unit is a client: all of its examples together. What is released is the noised sums
-of each round, and whatever is computed from them.
+The unit of privacy is a client with all of its examples. Each round releases noised sums
+and everything that is computed from them.
 """
 
 import collections
@@ -12,12 +12,12 @@ import json
 import math
 import os
 import pathlib
-from typing import Any, Optional
+from typing import Any, Optional, Union
 
 import dp_accounting
 import numpy as np
 
-# By how clients are sampled: what two neighbouring sets of clients differ in.
+# By the kind of sampling: the difference between two neighbouring sets of clients.
 NEIGHBORS = {
     'poisson': 'one client added or removed',
     'uniform': 'one client replaced by another',
@@ -31,9 +31,10 @@ class ClientSampling:
 
   Attributes:
     num_clients: The number of all clients, which is public.
-    clients_per_round: The number of clients in a round; in expectation for 'poisson'.
-    sampling: 'poisson': each client by itself, with the probability
-      `clients_per_round / num_clients`; 'uniform': so many of them, without
+    clients_per_round: The number of clients in a round; for 'poisson', the expected
+      number.
+    sampling: 'poisson': each client independently, with the probability
+      `clients_per_round / num_clients`; 'uniform': `clients_per_round` clients without
       replacement; 'cyclic': one after the other, so that everybody may know who is in a
       round.
   """
@@ -45,8 +46,8 @@ class ClientSampling:
   def __post_init__(self):
     if self.sampling not in NEIGHBORS:
       raise ValueError(
-          f'`sampling` must be one of {sorted(NEIGHBORS)}, found {self.sampling!r}: of '
-          'another the cost in privacy is not known.'
+          f'`sampling` must be one of {sorted(NEIGHBORS)}, found {self.sampling!r}: the '
+          'privacy cost of other samplings is not known.'
       )
     if not 1 <= self.clients_per_round <= self.num_clients:
       raise ValueError(
@@ -73,13 +74,13 @@ class ClientSampling:
     deviation to the sensitivity. That is the clip where a client is added or removed,
     and twice the clip where it is replaced.
 
-    A round that is run again takes the same clients again. It is one sample, of which
-    the sums are released several times, each with its own noise. That costs more than
-    as many rounds with samples of their own.
+    A round that is run again has the same clients. It is one sample, whose sums are
+    released several times, each time with new noise. This costs more than the same number
+    of rounds with independent samples.
 
     Args:
-      noise_multipliers: For the sum of each channel, the noise's standard deviation
-        divided by the clip.
+      noise_multipliers: For each channel's sum, the noise's standard deviation divided by
+        the clip.
       times: How often the round has begun.
 
     Returns:
@@ -115,21 +116,21 @@ class ClientSampling:
   def count_events(self, begun: Mapping[int, int]) -> dict[int, int]:
     """Counts the events that may concern a single client, by their `times`.
 
-    With 'cyclic', every repetition of a round is counted as if it were with the client
-    who was in most rounds. That is an upper bound.
+    With 'cyclic', every repetition of a round counts as one with the client that was in
+    most rounds, which is an upper bound.
 
     Args:
-      begun: By the number of each round that has begun, how often it has.
+      begun: How often each round has begun, by its number.
 
     Returns:
-      By how often a round has begun (the argument `times` of `event`), the number of
-      events; with 'cyclic' all have `times` 1.
+      The number of events by `times`, the argument of `event`; with 'cyclic' all events
+      have `times` 1.
     """
     if self.sampling != 'cyclic':
       return dict(collections.Counter(begun.values()))
     if not begun:
       return {}
-    # Where rounds are missing in between, a client may have been in each that is there.
+    # If rounds are missing in between, a client may have been in each of the others.
     span = max(begun) - min(begun) + 1
     again = sum(begun.values()) - len(begun)
     return {1: min(len(begun), self.num_events(span)) + again}
@@ -141,9 +142,9 @@ def _new_accountant(
   """Returns a new accountant of some Renyi orders.
 
   Args:
-    sampling: As of `ClientSampling`.
-    orders: The orders; those of dp-accounting if `None`. The fewer they are, the larger
-      an epsilon may be.
+    sampling: The `sampling` of a `ClientSampling`.
+    orders: The orders; those of dp-accounting if `None`. With fewer orders, an epsilon
+      may be larger.
   """
   relation = dp_accounting.NeighboringRelation
   return dp_accounting.rdp.RdpAccountant(
@@ -155,15 +156,15 @@ def _new_accountant(
 
 
 def composed_noise(noise_multipliers: Sequence[float]) -> float:
-  """Returns the noise multiplier of the one Gaussian that several are equivalent to.
+  """Returns the noise multiplier of the one Gaussian equivalent to several.
 
-  All are about the same clients.
+  All are sums over the same clients.
 
   Source: McMahan et al., "A General Approach to Adding Differential Privacy to
   Iterative Training Procedures" (2018), section 3: (sum_i z_i^-2)^-1/2.
 
   Args:
-    noise_multipliers: Each one's standard deviation divided by its sensitivity.
+    noise_multipliers: The standard deviation of each, divided by its sensitivity.
 
   Returns:
     The multiplier; 0 if one of them is 0.
@@ -181,12 +182,12 @@ def is_same_noise(first: float, second: float) -> bool:
 def find_noise_multiplier(
     epsilon: float, delta: float, num_rounds: int, sampling: ClientSampling
 ) -> float:
-  """Returns the smallest noise with which so many rounds stay within (epsilon, delta).
+  """Returns the smallest noise with which rounds stay within (epsilon, delta).
 
   Args:
     epsilon: Above 0.
     delta: Between 0 and 1.
-    num_rounds: 1 or more.
+    num_rounds: The number of rounds, 1 or more.
     sampling: How clients are chosen.
 
   Returns:
@@ -208,7 +209,7 @@ def find_noise_multiplier(
     ) from None
 
 
-# Takes seconds, for numbers that are often asked for again.
+# Takes seconds, and is often called again with the same arguments.
 @functools.lru_cache(maxsize=64)
 def _calibrated(
     epsilon: float, delta: float, num_events: int, sampling: ClientSampling
@@ -216,8 +217,8 @@ def _calibrated(
   def event(z):
     return dp_accounting.SelfComposedDpEvent(sampling.event([z]), num_events)
 
-  # An epsilon is the least one of all orders, and each order costs time: some of them,
-  # and those around the best one, give the same noise.
+  # An epsilon is the minimum over all orders, and each order takes time. A few of them,
+  # with those around the best one, give the same noise.
   every = sampling.accountant.orders
   kept = {*every[::16], every[-1]}
   while True:
@@ -236,7 +237,7 @@ def _calibrated(
 
 
 def check_budget(epsilon: float, delta: float) -> None:
-  """Refuses what is no (epsilon, delta)."""
+  """Checks the ranges of epsilon and delta."""
   if not 0.0 < epsilon:
     raise ValueError(f'`epsilon` must be above 0, found {epsilon!r}.')
   if not 0.0 < delta < 1.0:
@@ -248,10 +249,10 @@ def check_budget(epsilon: float, delta: float) -> None:
 class PrivacyAccountant:
   """Counts how often each round of a private process has begun, and what that costs.
 
-  A round counts when it begins. One that is run again, after a crash or because the
-  training starts again at round 1, releases sums of the same clients a second time,
-  with other noise: see `ClientSampling.event`. With a `ledger_path` the count is on
-  disk before the round is.
+  A round counts when it begins. A round that is run again, after a crash or because the
+  training starts again at round 1, releases sums of the same clients a second time, with
+  new noise: see `ClientSampling.event`. With a `ledger_path`, the count is written to
+  disk before the round begins.
   """
 
   def __init__(
@@ -266,18 +267,19 @@ class PrivacyAccountant:
     """Initializes the accountant.
 
     Args:
-      noise_multipliers: For each channel that is released, the standard deviation of
-        its sum's noise, by its clip. See `DifferentialPrivacy.noise_multipliers`.
+      noise_multipliers: For each channel that is released, the standard deviation of the
+        noise of its sum, divided by its clip. See
+        `DifferentialPrivacy.noise_multipliers`.
       sampling: How clients are chosen.
       delta: The delta of (epsilon, delta).
-      max_epsilon: The budget: there is no round with which it would be passed.
-      ledger_path: A JSON file that holds how often each round has begun, and with which
-        noise and sampling. Without it, only this object and checkpoints know, and
-        checkpoints know nothing of rounds after the last one that was saved.
+      max_epsilon: The budget; rounds that would exceed it are refused.
+      ledger_path: A JSON file that records how often each round has begun, and with which
+        noise and sampling. Without it, this is recorded only in this object and in
+        checkpoints, which do not cover rounds after the last one that was saved.
 
     Raises:
-      ValueError: If a number is out of range, or the file is not such a ledger, or that
-        of rounds with another noise or sampling.
+      ValueError: If a number is out of range, the file is not such a ledger, or its
+        rounds had another noise or sampling.
     """
     check_budget(max_epsilon, delta)
     self.sampling, self.delta, self.max_epsilon = sampling, delta, max_epsilon
@@ -286,29 +288,27 @@ class PrivacyAccountant:
     self._begun: collections.Counter[int] = collections.Counter()
     self._rdp_by_times: dict[int, np.ndarray] = {}
     if self._path is not None and self._path.exists():
-      ledger = read_ledger(self._path)
-      self._check_terms(ledger, ledger['begun'], f'The ledger {self._path}')
-      self._begun |= ledger['begun']
+      self._add(read_ledger(self._path), f'The ledger {self._path}')
 
   @property
   def noise_multiplier(self) -> float:
-    """What the noise of all channels is worth, see `composed_noise`."""
+    """The `composed_noise` of all channels."""
     return composed_noise(self._noise_multipliers)
 
   @property
   def rounds(self) -> int:
-    """How many rounds have begun; one that was run again counts each time."""
+    """The number of rounds that have begun; repeated rounds count each time."""
     return self._begun.total()
 
   def saved(self) -> bytes:
     """Returns how often each round has begun, and with which noise and sampling.
 
-    It is for a checkpoint; see `restore`.
+    The value is for a checkpoint; see `restore`.
     """
-    return json.dumps(self._terms() | {'begun': _as_runs(self._begun)}).encode()
+    return _account_to_json(self._terms() | {'begun': self._begun}).encode()
 
   def _terms(self) -> dict[str, Any]:
-    """What a round costs by, as JSON has it."""
+    """Returns the settings that determine the cost of a round, for JSON."""
     return {
         'noise_multiplier': float(self.noise_multiplier),
         'sampling': {
@@ -318,21 +318,23 @@ class PrivacyAccountant:
         },
     }
 
-  def _check_terms(
-      self, account: Mapping[str, Any], begun: Mapping[int, int], name: str
-  ) -> None:
-    """Refuses rounds that had another noise or sampling: they would cost as new ones.
+  def _add(self, account: Mapping[str, Any], name: str) -> None:
+    """Adds the rounds of an account; the larger count of each round holds.
 
     Args:
-      account: Has `_terms` of the rounds.
-      begun: The rounds; of none it does not matter.
-      name: Of the account, for the error.
+      account: How often each round has `begun`, with the `_terms` of the rounds.
+      name: The account's name, for the error.
+
+    Raises:
+      ValueError: If there are rounds that had another noise or sampling, which would
+        get the wrong cost.
     """
     here, noise = self._terms(), account.get('noise_multiplier', math.nan)
-    if not begun or (
+    if not account['begun'] or (
         account.get('sampling') == here['sampling']
         and is_same_noise(noise, here['noise_multiplier'])
     ):
+      self._begun |= account['begun']
       return
     changed = '; '.join(
         f'{key}: {account.get(key, "not known")} there, {value} here'
@@ -347,7 +349,7 @@ class PrivacyAccountant:
     )
 
   def _rdp(self, times: int) -> np.ndarray:
-    """The Renyi divergences of a round that has begun so often, by their orders."""
+    """Returns the Renyi divergences, by order, of a round that begins `times` times."""
     if times not in self._rdp_by_times:
       event = self.sampling.event(self._noise_multipliers, times)
       self._rdp_by_times[times] = self.sampling.accountant.compose(event).rdp
@@ -367,8 +369,8 @@ class PrivacyAccountant:
     """Returns the epsilon that rounds cost, at the accountant's delta.
 
     Args:
-      num_rounds: The number of rounds, each of which has begun once; those that have
-        begun, each as often as it has, if `None`.
+      num_rounds: The number of rounds, each of which begins once. If `None`, the rounds
+        that have begun, with their repetitions.
     """
     if num_rounds is None:
       return self._epsilon(self._begun)
@@ -378,43 +380,41 @@ class PrivacyAccountant:
     """Returns whether a round stays within the budget.
 
     Args:
-      round_num: The number of the round that would begin, from 1; it may be one that has
-        begun before.
+      round_num: The number of the round that would begin, from 1; it may have begun
+        before.
     """
     return self._epsilon(self._with(round_num)) <= self.max_epsilon
 
   def _with(self, round_num: int) -> collections.Counter[int]:
-    """How often rounds will have begun when this one has."""
+    """Returns how often each round will have begun, including this one."""
     if round_num < 1:
       raise ValueError(f'`round_num` must be 1 or more, found {round_num}.')
     return self._begun + collections.Counter([int(round_num)])
 
   def restore(self, saved: bytes) -> None:
-    """Takes over the rounds of a checkpoint; where more are known, these stay.
+    """Restores the rounds of a checkpoint; the larger count of each round holds.
 
     Args:
-      saved: As `saved` has returned it.
+      saved: The value that `saved` returned.
 
     Raises:
-      ValueError: If it is something else, or of rounds with another noise or sampling.
+      ValueError: If it is another value, or its rounds had another noise or sampling.
     """
     try:
-      account = json.loads(saved)
-      begun = _from_runs(account['begun'])
+      account = _account_from_json(saved)
     except (ValueError, TypeError, KeyError):
       raise ValueError(
           'The checkpoint does not say how often each private round has begun, so that '
           'what was spent is not known: it was made by an earlier version of tff_kd. '
           f'Go on with that version, or start a new run. Found {saved!r}.'
       ) from None
-    self._check_terms(account, begun, 'The account of the checkpoint')
-    self._begun |= begun
+    self._add(account, 'The account of the checkpoint')
 
   def begin_round(self, round_num: int) -> None:
-    """Counts a round, on disk first.
+    """Counts a round, first on disk.
 
     Args:
-      round_num: The number of the round, from 1; the same one again where it is run
+      round_num: The number of the round, from 1; the same number if the round is run
         again with the same clients.
 
     Raises:
@@ -457,23 +457,36 @@ def _from_runs(runs: Any) -> collections.Counter[int]:
   return begun
 
 
+def _account_to_json(account: Mapping[str, Any]) -> str:
+  return json.dumps({**account, 'begun': _as_runs(account['begun'])})
+
+
+def _account_from_json(text: Union[str, bytes]) -> dict[str, Any]:
+  """Returns the account of which `_account_to_json` has made a text.
+
+  Raises:
+    KeyError, TypeError, ValueError: If it is no such text.
+  """
+  account = json.loads(text)
+  return account | {'begun': _from_runs(account['begun'])}
+
+
 def read_ledger(path: pathlib.Path) -> dict[str, Any]:
   """Returns the content of a ledger file.
 
   Args:
-    path: A JSON file with a list `begun` of runs of rounds, [first, last, how often
-      each of them has begun], in ascending order; beside it, `noise_multiplier` and
-      `sampling` of these rounds.
+    path: A JSON file with a list `begun` of runs of rounds, [first, last, how often each
+      of them has begun], in ascending order, and the `noise_multiplier` and `sampling`
+      of these rounds.
 
   Returns:
-    The content; of `begun`, a counter by the round's number.
+    The content, with `begun` as a counter by the round's number.
 
   Raises:
     ValueError: If it is not a ledger. What was spent is then not known.
   """
   try:
-    ledger = json.loads(path.read_text())
-    return ledger | {'begun': _from_runs(ledger['begun'])}
+    return _account_from_json(path.read_text())
   except (ValueError, TypeError, KeyError):
     raise ValueError(
         f'{path} must be the JSON of a privacy ledger that says in `begun` how often '
@@ -483,15 +496,15 @@ def read_ledger(path: pathlib.Path) -> dict[str, Any]:
 
 
 def write_ledger(path: pathlib.Path, ledger: Mapping[str, Any]) -> None:
-  """Writes a ledger so that a crash leaves the old one or the new.
+  """Writes a ledger atomically.
 
   Args:
     path: The file.
-    ledger: As `read_ledger` returns it.
+    ledger: A value like that of `read_ledger`.
   """
   partial = path.with_suffix('.partial')
   with open(partial, 'w') as file:
-    json.dump({**ledger, 'begun': _as_runs(ledger['begun'])}, file)
+    file.write(_account_to_json(ledger))
     file.flush()
     os.fsync(file.fileno())
   partial.replace(path)

@@ -1,9 +1,8 @@
-"""Differential privacy of what clients send: clipped, summed, and noised, by channel.
+"""Differential privacy: clients' reports are clipped, summed, and noised, by channel.
 
-The noise is added by the server to the sums (central differential privacy): others, who
-see the models and what is broadcast, learn little of any one client; the server itself
-must be trusted with the sums, and with what single clients send unless these are summed
-securely, too.
+The server adds noise to the sums (central differential privacy). Others, who see the
+models and the broadcasts, learn little about any one client. The server itself must be
+trusted with the sums and, without secure aggregation, with the clients' reports.
 """
 
 import collections
@@ -18,6 +17,7 @@ from tff_kd.compat import tff
 from tff_kd.compat import tensorflow_privacy as tfp
 import tree
 
+from tff_kd import checks
 from tff_kd import knowledge
 from tff_kd.privacy import accounting
 from tff_kd.privacy import secure as secure_lib
@@ -25,12 +25,12 @@ from tff_kd.privacy import secure as secure_lib
 ADAPTIVE = 'adaptive'
 # As TFF's `gaussian_adaptive`.
 _INITIAL_MODEL_CLIP, _QUANTILE, _CLIP_RATE = 0.1, 0.5, 0.2
-# Stands for no clip: an exact power of two, so that nothing is rounded.
+# Represents no clip: a power of two, so that nothing is rounded.
 _NO_CLIP = 2.0**100
 # A noised weight below this many standard deviations counts as missing.
 _MIN_WEIGHT_STDDEVS = 3.0
-# What the state of an aggregation calls that with which its query is made. Elsewhere, in
-# the sum of an adaptive clip, two of them are learned.
+# The names of a query's settings in the state of an aggregation. In the parts named
+# below, two of these names belong to learned values.
 _QUERY_SETTINGS = frozenset([
     'l2_norm_clip', 'stddev', 'noise_multiplier', 'denominator', 'target_quantile',
     'learning_rate',
@@ -40,33 +40,33 @@ _LEARNED_OR_DERIVED = frozenset(['sum_state', 'dp_event'])
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class DifferentialPrivacy:
-  """How the sums of a round are made private. The unit is a client.
+  """How the sums of a round are made private. The unit of privacy is a client.
 
-  A client's part of a channel is scaled down to the L2 norm `*_clip`, all of its
-  numbers together (of predictions: over this round's payload). To their sum the server
-  adds Gaussian noise, and divides by `clients_per_round`, whoever came. Clients then
-  all count the same.
+  A client's report on a channel is scaled down to the L2 norm `*_clip`, over all of its
+  numbers (all predictions of a round together). The server adds Gaussian noise to the
+  sum, and divides by `clients_per_round`, however many clients reported. All clients
+  count the same.
 
-  What a round costs is worth one Gaussian of `noise_multiplier`, however many channels
-  the algorithm sends: they share it (`noise_multipliers`).
+  A round costs as much as one Gaussian of `noise_multiplier`, however many channels the
+  algorithm sends: they share it (`noise_multipliers`).
 
   Source: McMahan et al., "Learning Differentially Private Recurrent Language Models"
   (ICLR 2018), Algorithm 1 with the fixed denominator; Andrew et al., "Differentially
   Private Learning with Adaptive Clipping" (NeurIPS 2021), for the adaptive clip.
 
   Attributes:
-    noise_multiplier: z, the noise's standard deviation by the clip; 0 for none.
+    noise_multiplier: z, the noise's standard deviation divided by the clip; 0 for no
+      noise.
     clients_per_round: The expected number of clients in a round.
-    model_clip: The L2 norm to which the weight delta is clipped; 'adaptive' for the
-      running median of norms, itself estimated with noise that is part of z (TFF's);
-      math.inf for none, if z is 0.
+    model_clip: The L2 norm to which the weight delta is clipped; 'adaptive' for TFF's
+      running estimate of the median norm, whose own noise is part of z; math.inf for no
+      clipping, if z is 0.
     knowledge_clip: The L2 norm to which the uploaded predictions are clipped, or
       'adaptive'.
-    knowledge_share: The share of the privacy that the predictions get where weights
-      travel, too, between 0 and 1.
-    channels: Which channels are noised, of 'model' and 'knowledge'; all that there are
-      if `None`. With one of them left out there is no guarantee at all: its epsilon is
-      infinite.
+    knowledge_share: The share of the privacy that the predictions get if weights are
+      sent, too, between 0 and 1.
+    channels: Which of the channels 'model' and 'knowledge' are noised; all that there are
+      if `None`. If one is left out, there is no guarantee: its epsilon is infinite.
   """
 
   noise_multiplier: float
@@ -108,8 +108,7 @@ class DifferentialPrivacy:
         )
       if clip == math.inf and self.noise_multiplier:
         raise ValueError(
-            f'`{name}` must be finite: noise in proportion to a clip that is not there '
-            'would be without bound, and any finite noise without a guarantee.'
+            f'`{name}` must be finite: without a clip, no noise gives a guarantee.'
         )
 
   def is_noised(self, channel: str) -> bool:
@@ -127,8 +126,8 @@ class DifferentialPrivacy:
       sent: The channels that the algorithm sends.
 
     Returns:
-      By channel; 0 for a channel that is left out of `channels`. Composed, those of the
-      others are equivalent to `noise_multiplier`.
+      By channel; 0 for a channel that is not in `channels`. The others compose to
+      `noise_multiplier`.
     """
     private = [c for c in sent if self.is_noised(c)]
     shares = {'model': 1.0 - self.knowledge_share, 'knowledge': self.knowledge_share}
@@ -179,7 +178,7 @@ class DifferentialPrivacy:
         )
       record_factory = secure.build_sum(float(clip))
     if clip == ADAPTIVE:
-      # So much that the estimate of the clip costs a quarter of the privacy at most.
+      # The estimate of the clip must not cost more than a quarter of the privacy.
       stddev = max(0.05 * clients, noise)
       divide = tff.aggregators.differential_privacy.adaptive_clip_noise_params
       value_noise, stddev = divide(float(noise), clients, stddev if noise else None)
@@ -206,9 +205,9 @@ class DifferentialPrivacy:
     if not has_unit_weights and noise:
       if clip == ADAPTIVE:
         raise ValueError(
-            'What these clients send of their predictions are sums and their weights, '
-            'and a noised weight is told from none by its clip: `knowledge_clip` must '
-            "be a number, found 'adaptive'."
+            'These clients send weighted sums of predictions, and the clip decides which '
+            'noised weights count as missing: `knowledge_clip` must be a number, found '
+            "'adaptive'."
         )
       min_weight = _MIN_WEIGHT_STDDEVS * noise * clip / clients
     return _PrivateKnowledgeFactory(
@@ -227,20 +226,20 @@ def check_private(
     reporting: Any,
     companion: Any,
 ) -> None:
-  """Refuses what would make the guarantee false, each with its reason.
+  """Refuses settings that would void the privacy guarantee.
 
   Args:
     dp: How sums are made private.
-    has_cohorts: Whether there are several.
-    weightings: Clients' weights, by channel.
-    aggregators: The channels' own factories, or `None`.
-    metrics_aggregator: Or `None`.
+    has_cohorts: Whether there are several cohorts.
+    weightings: The weightings of clients, by the argument's name.
+    aggregators: The channels' own factories, or `None`, by the argument's name.
+    metrics_aggregator: The aggregator of clients' metrics, or `None`.
     rule: How predictions are combined, or `None`.
     reporting: A `Reporting`, or `None`.
     companion: A `companions.Companion`, or `None`.
 
   Raises:
-    TypeError, ValueError: With the reason.
+    TypeError, ValueError: If there is such a setting.
   """
   if not isinstance(dp, DifferentialPrivacy):
     raise TypeError(
@@ -252,7 +251,7 @@ def check_private(
   if has_cohorts:
     _refuse(
         'there can be one student only',
-        "how many of a round's clients are of each cohort is in no account.",
+        "the accountant does not cover how many of a round's clients each cohort has.",
         'Pass one `student_fn`.',
     )
   if rule is not None and rule.is_coded:
@@ -264,14 +263,14 @@ def check_private(
   if reporting is not None and reporting.max_delay:
     _refuse(
         f'`max_delay` must be 0, found {reporting.max_delay}',
-        'a client that is late could be in one sum twice, and who is chosen would '
-        'depend on the rounds before.',
+        'a late client could be in one sum twice, and the choice of clients would depend '
+        'on earlier rounds.',
         'Build the process without delays.',
     )
   if reporting is not None and reporting.min_reports:
     _refuse(
         f'`min_reports` must be 0, found {reporting.min_reports}',
-        'a round that is skipped tells how many clients came.',
+        'a skipped round reveals how many clients reported.',
         'Build the process without it.',
     )
   if companion is not None and companion.exchanges:
@@ -283,7 +282,7 @@ def check_private(
   if companion is not None and companion.corrects_student:
     _refuse(
         f'there can be no {type(companion).__name__}',
-        'how many clients reported goes into the student without noise.',
+        'the student would depend on the number of reports without noise.',
         'Choose an algorithm without one.',
     )
 
@@ -297,13 +296,13 @@ def _check_private_weights(
     aggregators: Mapping[str, Any],
     metrics_aggregator: Any,
 ) -> None:
-  """Refuses weights and aggregations that are in no account."""
+  """Refuses weights and aggregations that the accountant does not cover."""
   for name, weighting in weightings.items():
     if weighting is not tff.learning.ClientWeighting.UNIFORM:
       _refuse(
           f'`{name}` must be UNIFORM, found {weighting}',
-          'how many examples a client has is its secret, and a weight without a bound '
-          'would make its part as large as it likes.',
+          "a client's number of examples is private, and a weight without a bound would "
+          'give its report an unlimited influence.',
           'Pass `tff.learning.ClientWeighting.UNIFORM`.',
       )
   for name, aggregator in aggregators.items():
@@ -322,7 +321,7 @@ def _check_private_weights(
 
 
 class _FloatsOnlyFactory(tff.aggregators.UnweightedAggregationFactory):
-  """Says what cannot be noised."""
+  """Refuses values that cannot be noised."""
 
   def __init__(self, inner: tff.aggregators.UnweightedAggregationFactory):
     self._inner = inner
@@ -335,9 +334,9 @@ class _FloatsOnlyFactory(tff.aggregators.UnweightedAggregationFactory):
 class _PrivateKnowledgeFactory(tff.aggregators.UnweightedAggregationFactory):
   """The private mean of `KnowledgePayload`s.
 
-  Weights that are 1 whoever the client is need no noise: the mean weight is 1. Others
-  are clipped and noised together with the values; where their mean does not stand out
-  from its noise, nothing counts as said.
+  Weights that are 1 for every client need no noise: the mean weight is 1. Other weights
+  are clipped and noised together with the values. Predictions whose mean weight does not
+  exceed its noise are treated as missing.
   """
 
   def __init__(
@@ -371,11 +370,11 @@ class _PrivateKnowledgeFactory(tff.aggregators.UnweightedAggregationFactory):
       if has_unit_weights:
         return knowledge.KnowledgePayload(values, tf.ones(value_type.weights.shape))
       weights = mean['weights']
-      is_said = weights > min_weight
+      is_present = weights > min_weight
       shape = [*weights.shape, *[1] * (values.shape.rank - weights.shape.rank)]
       return knowledge.KnowledgePayload(
-          values=tf.where(tf.reshape(is_said, shape), values, 0.0),
-          weights=tf.where(is_said, weights, 0.0),
+          values=tf.where(tf.reshape(is_present, shape), values, 0.0),
+          weights=tf.where(is_present, weights, 0.0),
       )
 
     @tff.federated_computation(
@@ -398,39 +397,35 @@ def _check_floats(value_type: tff.Type) -> None:
     if not np.issubdtype(leaf.dtype, np.floating):
       raise TypeError(
           'Only floating numbers can be noised, found '
-          f'{value_type}: a layer that counts, such as one that normalizes by what it '
-          'has seen, cannot be in a private sum.'
+          f'{value_type}. Layers with integer weights, such as counters, cannot be in a '
+          'private sum.'
       )
 
 
 def check_initial_state(state: Any, of_process: Any) -> None:
-  """Refuses a state that brings another noise or clip than its process is built with.
+  """Refuses an initial state with another noise or clip than those of the process.
 
-  A round takes both from the state, and what it costs is told by the process.
+  A round takes both from the state, but the accountant takes them from the process.
 
   Args:
-    state: Of a private process, to begin with.
-    of_process: As the process initializes it.
+    state: The initial state of a private process.
+    of_process: The state that the process initializes.
 
   Raises:
     ValueError: If the two differ.
   """
   there, here = _query_settings(state.aggregator), _query_settings(of_process.aggregator)
-  changed = [
-      f'{name}: {there.get(name)} there, {here.get(name)} here'
-      for name in sorted({*there, *here})
-      if there.get(name) != here.get(name)
-  ]
+  changed = checks.differences(there, here)
   if changed:
     raise ValueError(
         '`initial_state` is of a process with another `privacy`, and would bring its '
-        f'noise or clip along ({"; ".join(changed)}). Begin with '
+        f'noise or clip along ({changed}). Begin with '
         '`process.set_model_weights(process.initialize(), weights)`.'
     )
 
 
 def _query_settings(aggregator_state: Any) -> dict[str, float]:
-  """Returns with what the queries of an aggregation are made, by their paths."""
+  """Returns the settings of an aggregation's queries, by their paths."""
   return {
       '/'.join(map(str, path)): float(leaf)
       for path, leaf in tree.flatten_with_path(aggregator_state)
@@ -468,21 +463,21 @@ def build_aggregators(
     rule: Optional[knowledge.ConsensusRule],
     companion: Any,
 ) -> dict[str, Any]:
-  """The factories of a process's channels.
+  """Returns the aggregation factories of a process's channels.
 
   Args:
-    sent: The channels that it sends.
-    aggregators: Those it was given, or `None`, by channel; returned as they are where
-      neither of the next two is given.
-    privacy: How sums are made private, checked (`check_private`), or `None`.
-    secure: How they are secure, or `None`.
-    has_unit_weights: Whether the predictions' weights tell nothing of a client.
+    sent: The channels that the process sends.
+    aggregators: The factories that the user gave, or `None`, by channel; returned
+      unchanged without `privacy` and `secure`.
+    privacy: How sums are made private, checked by `check_private`, or `None`.
+    secure: How sums are made secure, or `None`.
+    has_unit_weights: Whether the weights of predictions reveal nothing about a client.
     num_predictions: The number of predicted examples.
     rule: How predictions are combined, or `None`.
     companion: A `companions.Companion`, or `None`.
 
   Raises:
-    TypeError, ValueError: If they do not go together.
+    TypeError, ValueError: If these do not go together.
   """
   if secure is not None:
     _check_secure(sent, aggregators, secure, privacy, rule, companion)
@@ -507,9 +502,9 @@ def build_aggregators(
 def _check_weights_fit(
     secure: secure_lib.SecureAggregation, rule: knowledge.ConsensusRule
 ) -> None:
-  """Refuses a bound that clips the weights of predictions, which go up beside them.
+  """Refuses a bound that clips the weights of predictions, which are uploaded, too.
 
-  A given certainty is at most 1, as `certainty.score` has it.
+  A given certainty is at most 1, as in `certainty.score`.
   """
   bound = secure.knowledge_bound
   goes_to_1 = rule.has_unit_weights or rule.needs_certainty
@@ -534,7 +529,7 @@ def _check_secure(
         '`secure_aggregation` must be a `tff_kd.privacy.SecureAggregation`, found '
         f'{secure!r}.'
     )
-  # Private ones are within their clip.
+  # Private channels are clipped to their own range.
   unnoised = [c for c in sent if privacy is None or not privacy.is_noised(c)]
   secure.check_channels(unnoised)
   if 'knowledge' in unnoised and rule is not None:

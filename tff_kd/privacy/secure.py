@@ -1,8 +1,8 @@
-"""Secure aggregation: sums of integers of which the server sees nothing but the sum.
+"""Secure aggregation: the server learns sums of integers, and no summand.
 
-TFF's factories say what goes through such a protocol: numbers clipped to a range, made
-integers, and summed under a modulus. The runtimes of this project carry no protocol out:
-they add the same integers in the clear. What is shown is the numerics.
+TFF's factories prepare the input of such a protocol: numbers are clipped to a range,
+rounded to integers, and summed under a modulus. The runtimes of this project run no
+secure protocol: they sum the same integers in the clear, which gives the same numbers.
 """
 
 from collections.abc import Sequence
@@ -15,27 +15,27 @@ from typing import Any, Optional
 import tensorflow as tf
 from tff_kd.compat import tff
 
-# Weights of clients are whole numbers up to this, as in TFF's `secure_aggregator`.
+# The largest weight of a client, as in TFF's `secure_aggregator`.
 _MAX_WEIGHT = 2.0**20 - 1
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class SecureAggregation:
-  """Secure sums of what clients send: both channels, their weights, and counts.
+  """Secure sums of clients' reports: both channels, weights, and counts.
 
   Source: Bonawitz et al., "Practical Secure Aggregation for Privacy-Preserving Machine
   Learning" (CCS 2017), for the sums; `tff.learning.secure_aggregator` for the clipping.
 
   Attributes:
-    model_bound: The largest absolute value of a number in a client's weight delta,
-      multiplied by the client's weight; what is beyond is clipped to it. `None`: TFF's
-      running estimate, itself by secure sums.
+    model_bound: The range of the numbers in a client's weight delta, multiplied by the
+      client's weight; they are clipped to +-`model_bound`. If `None`, TFF's running
+      estimate, which also uses secure sums.
     knowledge_bound: The same for the uploaded predictions.
     bits: The bits of each number, 2 to 24: it is rounded to a multiple of
-      bound / (2^(bits - 1) - 1), and summed under a modulus that no sum reaches.
-      `None`: TFF's 32 bits. Needs the bounds.
-    max_clients: The most that can be in one sum; needed with `bits`. A round of more is
-      refused.
+      bound / (2^(bits - 1) - 1), and summed under a modulus that no sum reaches. Needs
+      the bounds. If `None`, TFF's 32 bits.
+    max_clients: The largest number of clients in one sum; needed with `bits`. Rounds with
+      more clients are refused.
   """
 
   model_bound: Optional[float] = None
@@ -70,7 +70,7 @@ class SecureAggregation:
 
   @property
   def message_bits(self) -> int:
-    """The bits of a number on its way up: those of an element of the sum's group."""
+    """The bits of an uploaded number, an element of the sum's group."""
     if self.bits is None:
       return 32
     return math.ceil(math.log2(2 * self.modulus - 1))
@@ -87,7 +87,7 @@ class SecureAggregation:
     for name in channels:
       if self.bits is not None and getattr(self, f'{name}_bound') is None:
         raise ValueError(
-            f'`bits` are of a fixed range: `{name}_bound` must be given.'
+            f'`bits` need a fixed range: `{name}_bound` must be given.'
         )
 
   def build_sum(
@@ -143,7 +143,7 @@ class SecureAggregation:
 
 @functools.cache
 def _ignore_unused_assertions() -> None:
-  """Keeps TensorFlow from a page of log about checks that TFF's sums make and drop."""
+  """Filters TensorFlow's log of unused assertions, which TFF's secure sums create."""
 
   def is_worth_it(record: logging.LogRecord) -> bool:
     text = record.getMessage()
@@ -153,7 +153,7 @@ def _ignore_unused_assertions() -> None:
 
 
 class _ClippedSumFactory(tff.aggregators.UnweightedAggregationFactory):
-  """Clips each number to +-bound, then hands over to another factory."""
+  """Clips each number to +-bound before another aggregation."""
 
   def __init__(self, bound: float, inner: tff.aggregators.UnweightedAggregationFactory):
     self._bound, self._inner = bound, inner

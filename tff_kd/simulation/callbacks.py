@@ -1,4 +1,4 @@
-"""Callbacks of the training loop: what happens around rounds, and when it stops."""
+"""Callbacks of the training loop, which act around rounds and may stop it."""
 
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
@@ -25,15 +25,15 @@ class Training:
 
   Attributes:
     process: The process.
-    num_rounds: The last round.
-    round_num: The last round that is over; 0 before the first one.
+    num_rounds: The number of the last round.
+    round_num: The number of completed rounds; 0 before the first one.
     state: The process's state after that round. A callback may assign another one, of
       the same type, with which the next round begins.
     history: The flat metrics of the rounds that this call of `train` has run.
     monitor: The metric that `train` monitors, or `None`.
     stop_reason: Why a callback has stopped the training; `None` if none has.
-    ending: In `on_train_end`: 'finished' (also where it was stopped), 'interrupted', or
-      'failed'.
+    ending: In `on_train_end`: 'finished' (also if a callback stopped it), 'interrupted',
+      or 'failed'.
   """
 
   process: Any
@@ -67,9 +67,9 @@ class Callback:
         training.stop('The clients are good enough.')
   ```
 
-  A callback that remembers something from round to round returns it from `get_state`, so
-  that a resumed training goes on with it. Each callback gets back what the one of the
-  same class had (of several, in their order); others may be added or left out.
+  A callback with state returns it from `get_state`, so that a resumed training restores
+  it. States are matched by class (several of a class by their order), so callbacks may be
+  added or left out when a training is resumed.
   """
 
   def on_train_begin(self, training: Training) -> None:
@@ -88,21 +88,21 @@ class Callback:
     """
 
   def on_train_end(self, training: Training) -> None:
-    """Acts at the end, also where the training is interrupted or ends in an error.
+    """Acts at the end, also if the training is interrupted or fails.
 
     Args:
       training: The training; `training.ending` says how it ended.
     """
 
   def get_state(self) -> Any:
-    """Returns what a checkpoint keeps of this callback: what `json` can write."""
+    """Returns this callback's state for checkpoints, a value that `json` can write."""
     return None
 
   def set_state(self, state: Any) -> None:
-    """Takes back what `get_state` returned, before `on_train_begin` of a resumed run.
+    """Restores the state, before `on_train_begin` of a resumed training.
 
     Args:
-      state: What a checkpoint has kept, as `json` reads it.
+      state: The value that `get_state` returned, as `json` reads it.
     """
 
 
@@ -117,9 +117,9 @@ class ProgressBar(Callback):
     """Initializes the bar.
 
     Args:
-      description: The text before it.
-      summary_fn: Maps the training and a round's flat metrics to what stands behind it;
-        if `None`, the monitored metric, or else the clients' training metrics.
+      description: The text before the bar.
+      summary_fn: Maps the training and a round's flat metrics to the text after the bar.
+        If `None`, this is the monitored metric, or else the clients' training metrics.
     """
     self._description = description
     self._summary_fn = summary_fn or _summary
@@ -156,10 +156,10 @@ def _summary(training: Training, metrics: Mapping[str, Any]) -> str:
 
 
 class EarlyStopping(Callback):
-  """Stops when a metric has not become better for some rounds.
+  """Stops when a metric has not improved for some rounds.
 
-  As `keras.callbacks.EarlyStopping`. What it has seen is part of checkpoints; a resumed
-  training with another metric, or another mode, counts from where it is resumed.
+  Like `keras.callbacks.EarlyStopping`. Its state is part of checkpoints. If a training is
+  resumed with another metric or mode, counting starts again.
   """
 
   def __init__(
@@ -169,9 +169,9 @@ class EarlyStopping(Callback):
 
     Args:
       monitor: The metric, of `evaluate` or of the process.
-      patience: Stop after so many rounds without a better value; 1 or more.
+      patience: The number of rounds without a better value after which to stop.
       mode: 'max' if higher is better, 'min' if lower is.
-      min_delta: By how much a value must be better to count, 0 or more.
+      min_delta: The smallest improvement that counts, 0 or more.
 
     Raises:
       ValueError: If an argument is out of range.
@@ -190,7 +190,7 @@ class EarlyStopping(Callback):
 
   def on_train_begin(self, training: Training) -> None:
     if not training.round_num or not self._is_restored:
-      # Whatever this callback has seen before was another training.
+      # The state is that of another training.
       self._best, self._best_round = -math.inf, training.round_num
     self._is_restored = False
     self._check(training)
@@ -220,10 +220,9 @@ class EarlyStopping(Callback):
 class LearningRateSchedule(Callback):
   """Sets the learning rate of each round.
 
-  The rate is set in the process's state, so it needs a TFF optimizer. It follows from the
-  round's number alone, so a resumed training has the same rates. In place of it,
-  `learning_rate_fn` of a builder makes the clients' rate part of the process; use one of
-  them.
+  The rate is set in the process's state, so a TFF optimizer is needed. It depends only on
+  the round's number, so a resumed training has the same rates. Alternatively, a builder's
+  `learning_rate_fn` makes the clients' rate part of the process; use only one of them.
   """
 
   def __init__(self, schedule: Callable[[int], float], *, optimizer: str = 'client'):
@@ -232,7 +231,7 @@ class LearningRateSchedule(Callback):
     Args:
       schedule: Maps a round's number, from 1, to the learning rate, 0 or more; see
         `round_schedule`.
-      optimizer: 'client', or 'server' for the one that applies the mean delta.
+      optimizer: 'client', or 'server' for the optimizer that applies the mean delta.
 
     Raises:
       TypeError: If `schedule` is not a function.
@@ -255,7 +254,7 @@ class LearningRateSchedule(Callback):
     self._set_rate(training)
 
   def _set_rate(self, training: Training) -> None:
-    """Sets the rate of the round that comes next, if one does."""
+    """Sets the rate of the next round, if there is one."""
     round_num = training.round_num + 1
     if round_num > training.num_rounds:
       return
@@ -300,7 +299,7 @@ def round_schedule(
     kind: 'constant', 'cosine' (half a cosine), or 'linear'.
     learning_rate: The highest rate.
     num_rounds: The number of rounds.
-    warmup_rounds: How many of the first of these warm up.
+    warmup_rounds: The number of warm-up rounds, among these.
 
   Returns:
     A function from a round's number, from 1, to the rate.
@@ -319,7 +318,7 @@ def round_schedule(
   def rate(round_num: int) -> float:
     if round_num <= warmup_rounds:
       return learning_rate * round_num / warmup_rounds
-    # The share of the rounds after the warm-up that are over.
+    # The share of the rounds after the warm-up that are completed.
     done = min((round_num - 1 - warmup_rounds) / (num_rounds - warmup_rounds), 1.0)
     factors = {
         'constant': 1.0, 'cosine': 0.5 * (1.0 + math.cos(math.pi * done)),
@@ -352,7 +351,7 @@ def check_callbacks(callbacks: Any) -> tuple[Callback, ...]:
 
 
 def saved_states(callbacks: Sequence[Callback]) -> bytes:
-  """Returns what callbacks remember, as a checkpoint keeps it.
+  """Returns the states of callbacks for a checkpoint.
 
   Args:
     callbacks: The callbacks.
@@ -363,7 +362,7 @@ def saved_states(callbacks: Sequence[Callback]) -> bytes:
 
 
 def restore_states(callbacks: Sequence[Callback], saved: bytes) -> None:
-  """Gives each callback what the one of its class has remembered.
+  """Restores the states of callbacks, matched by class.
 
   Args:
     callbacks: The callbacks.

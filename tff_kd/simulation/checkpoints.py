@@ -1,4 +1,4 @@
-"""Checkpoints that are whole or not there, and that say what is wrong."""
+"""Checkpoints that are written atomically and verified when they are read."""
 
 import asyncio
 import os
@@ -15,7 +15,7 @@ import tree
 
 _PREFIX = 'program_state_'
 _DAMAGED = 'damaged_'
-# What TensorFlow raises where a disk is full or a folder is not ours.
+# Raised where a disk is full or a folder is not writable.
 _WRITE_ERRORS = (OSError, tf.errors.OpError)
 
 
@@ -26,11 +26,10 @@ class CheckpointError(RuntimeError):
 class Checkpoints(tff.program.ProgramStateManager):
   """Saves a program's state for runs that are killed and disks that are full.
 
-  A checkpoint is one file, a TFRecord of serialized tensors: a hundred times faster
-  than the SavedModel that `tff.program.FileProgramStateManager` traces for each. It is
-  written beside its place and then moved there. One that cannot be read (records have
-  checksums) is named in a warning, put aside as `damaged_...`, and the one before it is
-  used.
+  A checkpoint is one TFRecord file of serialized tensors, a hundred times faster than the
+  SavedModel that `tff.program.FileProgramStateManager` traces for each. It is written to
+  a temporary file, which is then renamed. A checkpoint that cannot be read (records have
+  checksums) is renamed to `damaged_...`, with a warning, and the one before it is used.
   """
 
   def __init__(self, root_dir: os.PathLike, *, keep_total: int = 2):
@@ -52,7 +51,7 @@ class Checkpoints(tff.program.ProgramStateManager):
     try:
       self._folder.mkdir(parents=True, exist_ok=True)
       for path in self._folder.glob(f'{_PREFIX}*_temp'):
-        path.unlink()  # A killed run has begun to write it.
+        path.unlink()  # A run was killed while it wrote this file.
       probe = self._folder / f'probe_{os.getpid()}'
       probe.touch()
       probe.unlink()
@@ -83,7 +82,7 @@ class Checkpoints(tff.program.ProgramStateManager):
     return not self._versions()
 
   async def get_versions(self) -> Optional[list[int]]:
-    """Returns the versions that are there; see `tff.program.ProgramStateManager`."""
+    """Returns the versions of all checkpoints; see `tff.program.ProgramStateManager`."""
     return self._versions() or None
 
   async def load(self, version: int, structure: Any) -> Any:
@@ -154,7 +153,7 @@ class Checkpoints(tff.program.ProgramStateManager):
       version: Its number, larger than those before.
 
     Raises:
-      CheckpointError: If it cannot be written; what was saved before stays.
+      CheckpointError: If it cannot be written; earlier checkpoints stay.
       tff.program.ProgramStateExistsError: If there is one of this version.
     """
     path = self._path(version)
@@ -177,7 +176,7 @@ class Checkpoints(tff.program.ProgramStateManager):
 
 
 def _write(path: pathlib.Path, leaves: list[Any]) -> None:
-  """Writes how many values there are, and the values."""
+  """Writes the number of values, then the values."""
   with tf.io.TFRecordWriter(os.fspath(path)) as writer:
     writer.write(str(len(leaves)).encode())
     for leaf in leaves:
@@ -202,7 +201,7 @@ def _parse(record: bytes) -> Any:
 
 
 def _difference(leaves: list[Any], structure: Any) -> str:
-  """How values differ in number, shape and type from a structure; empty if not."""
+  """Returns how values differ in number, shape or type from a structure, or ''."""
   expected = tree.flatten_with_path(structure)
   if len(leaves) != len(expected):
     return f'it holds {len(leaves)} arrays, {len(expected)} are expected'
@@ -210,8 +209,10 @@ def _difference(leaves: list[Any], structure: Any) -> str:
     name = '/'.join(map(str, path))
     if np.shape(found) != np.shape(leaf):
       return f'{name} is of shape {np.shape(found)}, {np.shape(leaf)} is expected'
-    # A number or a text of Python's has no type to keep to.
-    types = [tf.as_dtype(its.dtype) for its in (found, leaf) if hasattr(its, 'dtype')]
+    # Python's numbers and strings have no dtype.
+    types = [
+        tf.as_dtype(value.dtype) for value in (found, leaf) if hasattr(value, 'dtype')
+    ]
     if len(set(types)) > 1:
       return f'{name} is of type {types[0].name}, {types[1].name} is expected'
   return ''

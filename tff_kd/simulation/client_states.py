@@ -22,9 +22,9 @@ class ClientStatesError(RuntimeError):
 class ClientStates:
   """Clients' private states on disk, by client number and round.
 
-  Memory holds those of one round only. A file is written whole or not at all, and
-  never changed: what a client had in some round stays until `prune`, so training can
-  go on from an earlier checkpoint.
+  Memory holds only the states of one round. Files are written atomically and never
+  changed: a client's state after a round stays until `prune`, so training can resume
+  from an earlier checkpoint.
   """
 
   def __init__(
@@ -39,9 +39,9 @@ class ClientStates:
     """Opens the folder, and makes it if need be.
 
     Args:
-      initial: The state of a client that has none yet, a structure of arrays; with
-        cohorts, a tuple of such, one a cohort.
-      directory: Where the files are.
+      initial: The initial state of a client, a structure of arrays; with cohorts, a
+        tuple with the initial state of each.
+      directory: The folder of the files.
       cohort_fn: Maps a client to the number of its cohort: a function of the client's
         name or, without `names`, number; or a mapping from names or numbers. `None`
         without cohorts.
@@ -56,7 +56,7 @@ class ClientStates:
     self._cohort_fn = cohort_fn
     self._names = names
     self._directory = pathlib.Path(directory)
-    # What clients keep is theirs: only the owner reads a folder that is made here.
+    # Clients' states are private: only the owner can read a folder that is made here.
     self._directory.mkdir(mode=0o700, parents=True, exist_ok=True)
     self._rounds: dict[int, list[int]] = {}
     for path in self._directory.iterdir():
@@ -65,7 +65,7 @@ class ClientStates:
         self._rounds.setdefault(int(match[1]), []).append(int(match[2]))
     for rounds in self._rounds.values():
       rounds.sort()
-    # The last round of an earlier program, which this one has to go on after.
+    # The last round of an earlier program; this one must continue after it.
     self._earlier = max((rounds[-1] for rounds in self._rounds.values()), default=-1)
 
   def clients(self) -> list[int]:
@@ -85,7 +85,7 @@ class ClientStates:
 
     Args:
       clients: Their numbers, or names.
-      round_num: As they were after this round; the latest if `None`.
+      round_num: The round after which the states were saved; the latest if `None`.
 
     Returns:
       A list of structures like the initial one.
@@ -130,7 +130,7 @@ class ClientStates:
   def save(
       self, clients: Sequence[client_names.Client], states: Sequence[Any], round_num: int
   ) -> None:
-    """Keeps what clients have after a round.
+    """Saves clients' states after a round.
 
     Args:
       clients: Their numbers, or names.
@@ -138,9 +138,9 @@ class ClientStates:
       round_num: The round that has just ended.
 
     Raises:
-      ClientStatesError: If the folder holds states of an earlier program after this
-        round or a later one, which `load` has returned in place of this program's.
-      ValueError: If there is not one state a client.
+      ClientStatesError: If the folder has states of an earlier program after this round
+        or a later one, which `load` would return in place of this program's.
+      ValueError: If there is not one state for each client.
     """
     if round_num <= self._earlier:
       raise ClientStatesError(
@@ -167,7 +167,7 @@ class ClientStates:
         rounds.sort()
 
   def rewind(self, round_num: int) -> None:
-    """Forgets what came after a round, to go on from there.
+    """Deletes the states of later rounds, to resume after a round.
 
     Args:
       round_num: The last round that is kept; 0 for none.
@@ -177,16 +177,16 @@ class ClientStates:
     self._earlier = min(self._earlier, round_num)
 
   def restart(self) -> None:
-    """Makes what clients have now what they have before the first round."""
+    """Makes clients' latest states those before the first round."""
     for client, rounds in list(self._rounds.items()):
-      # First: if this breaks off, the latest file is still the last one.
+      # In this order, the latest file is still the last one if this is interrupted.
       self._drop(client, rounds[:-1])
       os.replace(self._path(client, rounds[-1]), self._path(client, 0))
       self._rounds[client] = [0]
     self._earlier = -1
 
   def prune(self, round_num: int, kept_rounds: Sequence[int] = ()) -> None:
-    """Forgets what is needed only to go back to before a round.
+    """Deletes states that are needed only to go back to before a round.
 
     Args:
       round_num: The earliest round to which `rewind` must still be able to go back.

@@ -18,21 +18,17 @@ _SAMPLE_STREAM, _CLIENT_STREAM = 41, 42
 
 
 class _Beginning(NamedTuple):
-  """A client that begins to work in some round.
+  """A client that begins its work in a round.
 
   Attributes:
-    client: Its number.
-    reports_in: The round in which what it sends arrives.
-    step_share: The `step_share` of its `ClientConditions`.
-    reports: The `reports` of its `ClientConditions`.
-    seed: The `seed` of its `ClientConditions`.
+    client: The client's number.
+    reports_in: The round in which its report arrives.
+    conditions: Its simulated conditions.
   """
 
   client: int
   reports_in: int
-  step_share: float
-  reports: bool
-  seed: tuple[int, int]
+  conditions: conditions.ClientConditions
 
 
 class Availability:
@@ -46,8 +42,8 @@ class Availability:
     """Initializes the trace.
 
     Args:
-      intervals: By client, its (first, last) rounds, both included; clients that are
-        not there can never be reached.
+      intervals: By client, its (first, last) rounds, both included. Clients without
+        intervals can never be reached.
       names: The clients' names, of `FileClientData.names`, where clients are given by
         name.
 
@@ -77,13 +73,13 @@ class Availability:
     Args:
       path: The file.
       num_clients: Clients are numbered from 0 to one below this.
-      names: The clients' names, where the file may have these in place of numbers.
+      names: The clients' names, if the file may have these in place of numbers.
 
     Returns:
       The availability.
 
     Raises:
-      ValueError: If a line has another form; names it.
+      ValueError: If a line has another form; gives its number.
     """
     intervals = {}
     with open(path, newline='') as file:
@@ -122,34 +118,35 @@ class Participation:
 
   Called with a round's number, from 1, it returns what a process's `next` takes: client
   numbers; with `has_conditions`, {'data': number, 'conditions': `ClientConditions`}
-  each, for a process that is built with a `tff_kd.Reporting`. A client that is late
-  works on what was sent when it began, and is in the round in which it reports; until
-  then it is not chosen again.
+  each, for a process that is built with a `tff_kd.Reporting`. A late client works with
+  the broadcast of the round in which it began, and is among the clients of the round in
+  which it reports. Until then it is not chosen again.
 
   Attributes:
     num_clients: Clients are numbered from 0.
-    clients_per_round: The number of clients chosen to begin in a round; fewer where
-      fewer can be. Of 'poisson', in expectation.
+    clients_per_round: The number of clients chosen to begin in a round; fewer if fewer
+      are available. For 'poisson', the expected number.
     sampling: 'uniform'; 'weighted' by `weights`; 'cyclic', one after the other;
-      'poisson', each by itself with the probability `clients_per_round / num_clients`.
+      'poisson', each client independently with the probability `clients_per_round /
+      num_clients`.
     weights: Numbers above 0, for 'weighted', such as numbers of examples: `[clients]`,
       or a mapping from clients' names or numbers.
-    availability: Which clients can be reached when; all always if `None`.
-    dropout_before: The probability that a chosen client is gone before it begins.
-    dropout_after: That what it sends does not arrive, though it has done its work.
+    availability: When each client can be reached; always if `None`.
+    dropout_before: The probability that a chosen client drops out before its training.
+    dropout_after: The probability that a client's report is lost after its training.
     straggler_share: The probability that a client does only a part of its steps.
-    straggler_steps: The smallest such part; it is drawn evenly from there to 1.
+    straggler_steps: The smallest such part; it is drawn uniformly from there to 1.
     delay_share: The probability that a client reports late.
-    max_delay: By how many rounds at most; drawn evenly from 1.
-    coverage: The part of the transfer examples on which each client predicts.
+    max_delay: The longest delay in rounds; delays are drawn uniformly from 1.
+    coverage: The share of the transfer examples on which each client predicts.
     cohort_fn: Where there are cohorts, maps a client to the number of its cohort: a
       function of the client's name or, without `names`, number; or a mapping from names
       or numbers.
-    gives_conditions: Whether clients come with conditions even if nothing here hinders
-      them, for a process with a `Reporting`.
-    names: The clients' names, of `FileClientData.names`, where `weights` or `cohort_fn`
-      have clients by name.
-    seed: With round and client, decides everything.
+    gives_conditions: Whether clients come with conditions even without simulated faults,
+      for a process with a `Reporting`.
+    names: The clients' names, of `FileClientData.names`, if `weights` or `cohort_fn`
+      give clients by name.
+    seed: Decides all draws, with the round and the client.
   """
 
   num_clients: int
@@ -190,7 +187,7 @@ class Participation:
       )
     self._resolve_names()
     if (self.weights is not None) != (self.sampling == 'weighted'):
-      raise ValueError("`weights` go with sampling='weighted', and it with them.")
+      raise ValueError("`weights` are needed for sampling='weighted', and only for it.")
     weights = cast(np.ndarray, self.weights)  # `_resolve_names` has made it an array.
     if weights is not None and (
         len(weights) != self.num_clients
@@ -223,7 +220,7 @@ class Participation:
       )
 
   def _resolve_names(self) -> None:
-    """Puts what is given by client in the order of the clients' numbers."""
+    """Puts mappings from clients in the order of the clients' numbers."""
     client_names.check_cohort_fn(self.cohort_fn)
     for name in ('weights', 'cohort_fn'):
       value = getattr(self, name)
@@ -242,12 +239,12 @@ class Participation:
 
   def __call__(self, round_num: int) -> list[Any]:
     """Returns the clients that report in a round, as `next` takes them."""
-    found = []
-    for began in range(max(1, round_num - self.max_delay), round_num + 1):
-      for beginning in self._begin(began)[0]:
-        if beginning.reports_in == round_num:
-          found.append(self._client(beginning, round_num - began))
-    return found
+    return [
+        self._client(beginning)
+        for began in range(max(1, round_num - self.max_delay), round_num + 1)
+        for beginning in self._begin(began)[0]
+        if beginning.reports_in == round_num
+    ]
 
   def counts(self, round_num: int) -> dict[str, int]:
     """Returns how many clients could not begin in a round, by cause.
@@ -262,7 +259,7 @@ class Participation:
     """
     return dict(self._begin(round_num)[1])
 
-  def _client(self, beginning: _Beginning, delay: int) -> Union[int, dict[str, Any]]:
+  def _client(self, beginning: _Beginning) -> Union[int, dict[str, Any]]:
     parts: dict[str, Any] = {}
     if self.cohort_fn is not None:
       parts['cohort'] = client_names.cohort_of(
@@ -270,17 +267,11 @@ class Participation:
       )
     parts['data'] = beginning.client
     if self.has_conditions:
-      parts['conditions'] = conditions.ClientConditions(
-          delay=np.int32(delay),
-          step_share=np.float32(beginning.step_share),
-          reports=np.bool_(beginning.reports),
-          coverage=np.float32(self.coverage),
-          seed=np.array(beginning.seed, np.int32),
-      )
+      parts['conditions'] = beginning.conditions
     return parts if len(parts) > 1 else beginning.client
 
   def _begin(self, round_num: int) -> tuple[list[_Beginning], dict[str, int]]:
-    """The clients that begin in a round, and its counts."""
+    """Returns the clients that begin in a round, and its counts."""
     for number in range(1, round_num + 1):
       if number not in self._begun:
         self._begun[number] = self._draw_round(number)
@@ -300,24 +291,20 @@ class Participation:
       gone, lost, slow, late = rng.random(4)
       share = rng.uniform(self.straggler_steps, 1.0)
       delay = int(rng.integers(1, self.max_delay + 1)) if self.max_delay else 0
-      first_seed, second_seed = rng.integers(0, 2**31, 2).tolist()
-      if gone < self.dropout_before:
-        continue
-      begun.append(
-          _Beginning(
-              client=client,
-              reports_in=round_num + (delay if late < self.delay_share else 0),
-              step_share=share if slow < self.straggler_share else 1.0,
-              reports=lost >= self.dropout_after,
-              seed=(first_seed, second_seed),
-          )
+      delay = delay if late < self.delay_share else 0
+      drawn = conditions.ClientConditions(
+          delay=np.int32(delay),
+          step_share=np.float32(share if slow < self.straggler_share else 1.0),
+          reports=np.bool_(lost >= self.dropout_after),
+          coverage=np.float32(self.coverage),
+          seed=rng.integers(0, 2**31, 2).astype(np.int32),
       )
+      if gone >= self.dropout_before:
+        begun.append(_Beginning(client, round_num + delay, drawn))
     return begun, {
         'num_chosen': len(chosen),
         'num_missing': (
-            0
-            if self.sampling == 'poisson'
-            else self.clients_per_round - len(chosen)
+            0 if self.sampling == 'poisson' else self.clients_per_round - len(chosen)
         ),
         'num_dropped_before_training': len(chosen) - len(begun),
         'num_begun_late': sum(beginning.reports_in > round_num for beginning in begun),
@@ -337,7 +324,7 @@ class Participation:
     if self.sampling == 'cyclic':
       first = (round_num - 1) * self.clients_per_round % self.num_clients
       return sorted(free, key=lambda client: (client - first) % self.num_clients)[:size]
-    # TFF's takes 32 bits, which are too few for a secret.
+    # TFF's seed has 32 bits, which are too few for a secret.
     is_for_tff = self.seed < 2**32 and len(free) == self.num_clients
     if self.sampling == 'uniform' and is_for_tff:
       sample = tff.simulation.build_uniform_sampling_fn(free, random_seed=self.seed)

@@ -1,6 +1,6 @@
-"""Experiment trackers as callbacks: MLflow and Weights & Biases, by their own libraries.
+"""Experiment trackers as callbacks: MLflow and Weights & Biases.
 
-Both libraries are optional: they are imported when a tracker is made.
+The libraries are optional, and are imported when a tracker is made.
 """
 
 from collections.abc import Mapping
@@ -14,7 +14,7 @@ import numpy as np
 
 from tff_kd.simulation import callbacks
 
-# What one call of MLflow takes, and the longest value of a parameter.
+# MLflow's limits for one call, and for the length of a parameter's value.
 _MAX_PARAMS, _MAX_METRICS, _MAX_LENGTH = 100, 1000, 500
 _STATUS = {'finished': 'FINISHED', 'interrupted': 'KILLED', 'failed': 'FAILED'}
 
@@ -39,11 +39,23 @@ def import_library(package: str) -> Any:
   return importlib.import_module(package)
 
 
-class MLflowTracker(callbacks.Callback):
+class _Tracker(callbacks.Callback):
+  """Keeps the id of the run in checkpoints."""
+
+  _run_id: Optional[str] = None
+
+  def get_state(self) -> Any:
+    return self._run_id
+
+  def set_state(self, state: Any) -> None:
+    self._run_id = state
+
+
+class MLflowTracker(_Tracker):
   """Logs a run to MLflow: its parameters once, its metrics after each round.
 
-  Uses MLflow's client, so no run of yours that is active is touched. A resumed training
-  goes on with its run, whose id is in the checkpoints.
+  Uses MLflow's client, so other active runs are not affected. A resumed training
+  continues the same run, whose id is in the checkpoints.
   """
 
   def __init__(
@@ -60,8 +72,8 @@ class MLflowTracker(callbacks.Callback):
       experiment: The name of the experiment, which is made if there is none.
       run_name: The name of the run; MLflow makes one up if `None`.
       params: The run's parameters, such as the settings.
-      tracking_uri: Where MLflow stores it; if `None`, as MLflow is set up (the
-        environment's MLFLOW_TRACKING_URI).
+      tracking_uri: Where MLflow stores the run; if `None`, MLflow's default (the
+        environment variable MLFLOW_TRACKING_URI).
 
     Raises:
       ImportError: If MLflow is not installed.
@@ -70,7 +82,6 @@ class MLflowTracker(callbacks.Callback):
     self._experiment, self._run_name = experiment, run_name
     self._params, self._tracking_uri = dict(params or {}), tracking_uri
     self._client: Any = None
-    self._run_id: Optional[str] = None
 
   def on_train_begin(self, training: callbacks.Training) -> None:
     self._client = self._mlflow.MlflowClient(tracking_uri=self._tracking_uri)
@@ -105,18 +116,12 @@ class MLflowTracker(callbacks.Callback):
   def on_train_end(self, training: callbacks.Training) -> None:
     self._client.set_terminated(self._run_id, status=_STATUS[training.ending])
 
-  def get_state(self) -> Any:
-    return self._run_id
 
-  def set_state(self, state: Any) -> None:
-    self._run_id = state
-
-
-class WandbTracker(callbacks.Callback):
+class WandbTracker(_Tracker):
   """Logs a run to Weights & Biases: its configuration, and metrics after each round.
 
-  A resumed training goes on with its run, whose id is in the checkpoints (offline, as a
-  further part of it).
+  A resumed training continues the same run, whose id is in the checkpoints (offline, as
+  another part of it).
   """
 
   def __init__(
@@ -134,9 +139,9 @@ class WandbTracker(callbacks.Callback):
       project: The name of the project.
       name: The name of the run; Weights & Biases makes one up if `None`.
       config: The run's configuration, such as the settings.
-      directory: Where its files go; as it is set up if `None`.
-      mode: 'online', 'offline' or 'disabled'; if `None`, as it is set up (the
-        environment's WANDB_MODE).
+      directory: Where the run's files go; the library's default if `None`.
+      mode: 'online', 'offline' or 'disabled'; if `None`, the library's default (the
+        environment variable WANDB_MODE).
 
     Raises:
       ImportError: If Weights & Biases is not installed.
@@ -147,7 +152,6 @@ class WandbTracker(callbacks.Callback):
         dir=None if directory is None else os.fspath(directory),
     )
     self._run: Any = None
-    self._run_id: Optional[str] = None
 
   def on_train_begin(self, training: callbacks.Training) -> None:
     if training.round_num and self._run_id is not None:
@@ -165,12 +169,6 @@ class WandbTracker(callbacks.Callback):
 
   def on_train_end(self, training: callbacks.Training) -> None:
     self._run.finish(exit_code=int(training.ending != 'finished'))
-
-  def get_state(self) -> Any:
-    return self._run_id
-
-  def set_state(self, state: Any) -> None:
-    self._run_id = state
 
 
 def numbers_of(metrics: Mapping[str, Any]) -> dict[str, float]:

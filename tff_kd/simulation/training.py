@@ -1,4 +1,4 @@
-"""The training loop: rounds until convergence, the best state kept, resumable."""
+"""The training loop, which stops at convergence, keeps the best state and resumes."""
 
 import asyncio
 import collections
@@ -16,6 +16,7 @@ import numpy as np
 from tff_kd.compat import tff
 import tree
 
+from tff_kd import checks
 from tff_kd import communication
 from tff_kd.data import client_names
 from tff_kd import optimizers
@@ -31,17 +32,17 @@ from tff_kd.simulation import participation
 
 ROUND_SECONDS = 'round_seconds'
 _COUNTS = 'client_work/participation/num_'
-# In a checkpoint's JSON: the metric that has chosen the best state, and its mode.
+# The key, in a checkpoint's JSON, of the metric that chose the best state, and its mode.
 _MONITORED = 'monitored'
-# What TFF's optimizers call in their state what is chosen and not learned; others have
-# no names there.
+# The names of hyperparameters in the states of TFF's optimizers. Other optimizers' states
+# have no names.
 _HYPERPARAMETERS = frozenset(
     [
         'learning_rate', 'momentum', 'beta_1', 'beta_2', 'epsilon', 'weight_decay',
         'clip_norm',
     ]
 )
-# So many rounds with clients that are left out are warned of.
+# The most rounds for which to warn about clients that are left out.
 _MAX_WARNINGS = 3
 
 
@@ -50,15 +51,15 @@ class TrainingResult(NamedTuple):
 
   Attributes:
     state: The process state after the last round.
-    round_num: The number of rounds that it has seen.
-    best_state: The state with the best monitored metric; `state` itself where
-      nothing is monitored.
-    best_round: The round that left `best_state`.
-    history: One flat dict of metrics for each round run by this call.
-    converged: Whether patience ended the training, not the number of rounds.
-    budget_spent: Whether the privacy budget did.
-    stop_reason: Why a callback stopped it; `None` if none did.
-    interrupted: Whether Ctrl-C, or a notebook's stop button, ended it.
+    round_num: The number of completed rounds.
+    best_state: The state with the best monitored metric; `state` itself if no metric is
+      monitored.
+    best_round: The round that produced `best_state`.
+    history: One flat dict of metrics for each round of this call.
+    converged: Whether `patience` ended the training, not the number of rounds.
+    budget_spent: Whether the privacy budget ended the training.
+    stop_reason: Why a callback stopped the training; `None` if none did.
+    interrupted: Whether Ctrl-C, or a notebook's stop button, ended the training.
   """
 
   state: Any
@@ -73,7 +74,7 @@ class TrainingResult(NamedTuple):
 
 
 class _Progress(NamedTuple):
-  """The content of a checkpoint: all that a resumed training needs."""
+  """The content of a checkpoint, from which a training resumes."""
 
   state: Any
   best_state: Any
@@ -81,18 +82,18 @@ class _Progress(NamedTuple):
   best_value: Any
   # How often each private round has begun, as JSON; b'' without an accountant.
   private_rounds: Any
-  # What the process is, as JSON: one of another model, rate or noise cannot go on from
-  # here; and what is monitored, which may change.
+  # The settings of the process, as JSON: a process of another model, rate or noise cannot
+  # resume from here. Also what is monitored, which may change.
   made_by: Any
-  # What callbacks remember, as JSON.
+  # The states of callbacks, as JSON.
   callbacks: Any
 
 
 class _Completed(NamedTuple):
-  """The values that are whole whenever the training is interrupted.
+  """The results of the completed rounds, consistent whenever training is interrupted.
 
   Attributes:
-    progress: After the last round that is over.
+    progress: The progress after the last completed round.
     round_num: The number of that round.
     history: The metrics of each round of this training.
   """
@@ -105,7 +106,7 @@ class _Completed(NamedTuple):
 def flatten_metrics(metrics: Any, prefix: str = '') -> dict[str, Any]:
   """Flattens nested metrics to one level: 'client_work/train/loss'.
 
-  Each number of a metric of several has a name: 'client_work/train/f1_score_0'.
+  Each number of an array has its own name: 'client_work/train/f1_score_0'.
 
   Args:
     metrics: Nested mappings of numbers and arrays.
@@ -148,67 +149,67 @@ def train(
     callbacks: Sequence[callbacks_lib.Callback] = (),
     progress_bar: Union[bool, callbacks_lib.ProgressBar] = True,
 ) -> TrainingResult:
-  """Runs rounds until a number of them, or until a metric stops getting better.
+  """Runs a number of rounds, or fewer if a metric stops improving.
 
-  Like `tff.simulation.run_training_process`, and takes the same managers, but
-  stops at convergence and keeps the best state. If the program state manager
-  holds a saved state, training goes on from it. A round depends on its number
-  only through `select_clients` and the process, so a resumed run repeats what an
-  unbroken one does wherever those do.
+  Like `tff.simulation.run_training_process`, and with the same managers, but it stops at
+  convergence and keeps the best state. If the program state manager has a saved state,
+  training resumes from it. A round depends on its number only through `select_clients`
+  and the process, so a resumed training gives the same results as an uninterrupted one
+  if these do.
 
-  Ctrl-C, or a notebook's stop button, ends the training after the last whole round,
-  which is saved and returned with the history so far; the round that was under way
-  leaves nothing behind. A second one is raised as `KeyboardInterrupt`.
+  Ctrl-C, or a notebook's stop button, ends the training. The last completed round is
+  saved and returned with the history so far; the interrupted round has no effect. A
+  second Ctrl-C is raised as `KeyboardInterrupt`.
 
   Args:
     process: Any `LearningProcess`.
     select_clients: Maps the round number, from 1, to the round's client data: datasets,
-      or a list or an array of clients' numbers or names. Of a `Participation`, its
-      counts are among the metrics.
-    num_rounds: The last round.
-    evaluate: Maps the state after a round to metrics. If it tells their names
-      (`metric_names`), it is not called before the first round to see them.
-    monitor: The metric, of `evaluate` or of the process, whose best value makes the
-      best state. Needed for `patience`. If it, or its mode, is another than that of the
-      checkpoint that is resumed, the best state is chosen anew from there on, with a
-      warning.
+      or a list or an array of clients' numbers or names. If it is a `Participation`, its
+      counts are added to the metrics.
+    num_rounds: The number of the last round.
+    evaluate: Maps the state after a round to metrics. If it has an attribute
+      `metric_names`, it is not called before the first round to learn the names.
+    monitor: The metric, of `evaluate` or of the process, that chooses the best state.
+      Needed for `patience`. If a training is resumed with another metric or mode, the
+      best state is chosen from the rounds after that, with a warning.
     monitor_mode: 'max' if higher is better, 'min' if lower is, as in Keras.
     patience: Stop after so many rounds without a better `monitor`.
-    initial_state: Where to begin if nothing was saved; `process.initialize()` if
-      `None`. One of a process with another `privacy` is refused: its noise and clip are
-      in it.
+    initial_state: The state to begin with if nothing was saved; `process.initialize()`
+      if `None`. It holds noise and clip, so the state of a process with another
+      `privacy` is refused.
     program_state_manager: Saves the training's progress; see
       `tff.program.FileProgramStateManager`.
-    rounds_per_saving: After how many rounds; the last one is always saved.
-    release_managers: Get each round's flat metrics with the round number as key; of a
-      process of ours, what moved is among them (`communication.ledger`).
-    client_states: The clients' own states, of a `StatefulClientsProcess`.
-      `select_clients` then returns numbers or names. It is part of what is saved: a
-      resumed run goes on with what clients had at its checkpoint. With an
-      `initial_state`, training begins with what they have; that is saved as round 0 at
-      once, if there is a `program_state_manager`.
-    accountant: For a process with `privacy`; adds `privacy/epsilon`, what all rounds so
-      far have cost, and `privacy/rounds`, how many have begun, to the metrics, saves the
-      account with the training, and ends the training before its budget would be
-      passed. A round with the number of one that has begun before is accounted as a
-      second release of the same clients' sums; so, with an `initial_state`, are those
-      of the same accountant's earlier training.
-    callbacks: Called around rounds, in their order; may stop the training: see
+    rounds_per_saving: The number of rounds between savings; the last round is always
+      saved.
+    release_managers: Get each round's flat metrics with the round number as key. For a
+      process of this package, these include the bytes moved (`communication.ledger`).
+    client_states: The states of the clients of a `StatefulClientsProcess`;
+      `select_clients` must then return numbers or names. A resumed training continues
+      with the states at its checkpoint. With an `initial_state`, training begins with
+      the clients' present states, which are saved at once as round 0 if there is a
+      `program_state_manager`.
+    accountant: For a process with `privacy`. Adds `privacy/epsilon`, the cost of all
+      rounds so far, and `privacy/rounds`, the number of rounds that have begun, to the
+      metrics; saves the account with the training; and ends the training before its
+      budget would be exceeded. A round that is run again is accounted as a second
+      release of the same clients' sums. So are, with an `initial_state`, the rounds of
+      an earlier training with the same accountant.
+    callbacks: Called around rounds, in their order; may stop the training. See
       `tff_kd.simulation.Callback`, `EarlyStopping`, `LearningRateSchedule`.
     progress_bar: Whether to show the progress on standard error (as a widget in
-      notebooks), or the `ProgressBar` that does.
+      notebooks), or the `ProgressBar` to use.
 
   Returns:
     A `TrainingResult`.
 
   Raises:
-    CheckpointError: If what was saved is of another model, other optimizers or another
-      `privacy` (of a process of TFF's own: another model, or a rate that the state
-      names), or there is an accountant now and was none, or the other way round.
-    TypeError: If a callback is none.
+    CheckpointError: If the saved training had another model, other optimizers or another
+      `privacy` (for a process of TFF's own: another model, or a hyperparameter that the
+      state names), or had an accountant and this one has none, or the other way round.
+    TypeError: If a callback is not a `Callback`.
     ValueError: If the arguments contradict each other, `monitor` is not among the
-      metrics, the `accountant` is of another noise or sampling than the process or what
-      was saved, or the `initial_state` brings another noise or clip.
+      metrics, the noise or sampling of the `accountant` differs from that of the process
+      or of the saved training, or the `initial_state` has another noise or clip.
   """
   if num_rounds < 1 or rounds_per_saving < 1:
     raise ValueError(
@@ -251,22 +252,11 @@ def train(
     return training.run(num_rounds)
 
 
-def _wait_for(loop: asyncio.AbstractEventLoop, awaitable: Any) -> Any:
-  """Returns the result of an awaitable, also where another loop is running.
-
-  A notebook's kernel calls its cells from a running loop, and a thread has one at most.
-  That loop waits for the cell anyway, so it is put aside for the time.
-
-  Args:
-    loop: The loop that the awaitable is run in; it is not running.
-    awaitable: A coroutine, or a future of the loop.
-  """
-  outer = asyncio._get_running_loop()
-  asyncio._set_running_loop(None)
-  try:
-    return loop.run_until_complete(awaitable)
-  finally:
-    asyncio._set_running_loop(outer)
+def _describes_itself(process: tff.learning.templates.LearningProcess) -> bool:
+  """Returns whether a process is of this package, and not only a `LearningProcess`."""
+  return isinstance(
+      process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)
+  )
 
 
 @dataclasses.dataclass(kw_only=True)
@@ -274,10 +264,10 @@ class _Training:
   """A training under way; the first attributes are arguments of `train`.
 
   Attributes:
-    loop: Where the managers' coroutines run.
-    completed: What the rounds that are over have left.
+    loop: The event loop of the managers' coroutines.
+    completed: The results of the completed rounds.
     saved_round: The last round that is saved.
-    best_rounds: The best round of each checkpoint that is known.
+    best_rounds: By checkpoint, its best round, if known.
     seen: The training as callbacks see it.
   """
 
@@ -300,40 +290,46 @@ class _Training:
   seen: Optional[callbacks_lib.Training] = None
 
   @property
-  def is_ours(self) -> bool:
-    """Whether the process tells more of itself than a `LearningProcess` does."""
-    return isinstance(
-        self.process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)
-    )
-
-  @property
   def protection(self) -> description.Protection:
-    """How what clients send is protected."""
-    return self.process.protection if self.is_ours else description.Protection()
+    """How the clients' reports are protected."""
+    if not _describes_itself(self.process):
+      return description.Protection()
+    return self.process.protection
 
   @property
   def privacy(self) -> Any:
-    """How the process is private, or `None`."""
+    """The process's differential privacy, or `None`."""
     return self.protection.privacy
 
   @functools.cached_property
   def names(self) -> Optional[client_names.ClientNames]:
-    """The names of clients that the process reads by number."""
-    if not self.is_ours or self.process.client_data is None:
+    """The names of the clients whose data the process reads by number."""
+    if not _describes_itself(self.process) or self.process.client_data is None:
       return None
     return self.process.client_data.data.names
 
   @functools.cached_property
   def round_bytes(self) -> Optional[communication.RoundBytes]:
-    """Returns the bytes that each client of a round moves, if the process tells."""
-    return communication.round_bytes(self.process) if self.is_ours else None
+    """The bytes that each client of a round moves, or `None` if not known."""
+    if not _describes_itself(self.process):
+      return None
+    return communication.round_bytes(self.process)
 
   def _wait(self, awaitable: Any) -> Any:
-    """Returns the result of a manager's coroutine."""
-    return _wait_for(self.loop, awaitable)
+    """Returns the result of a coroutine, or of a future of the loop.
+
+    A notebook calls its cells from a running loop, and a thread can run only one. That
+    loop waits for the cell, so it is set aside meanwhile.
+    """
+    outer = asyncio._get_running_loop()
+    asyncio._set_running_loop(None)
+    try:
+      return self.loop.run_until_complete(awaitable)
+    finally:
+      asyncio._set_running_loop(outer)
 
   def begin(self, loop: asyncio.AbstractEventLoop, initial_state: Any) -> None:
-    """Begins, or goes on from what is saved."""
+    """Initializes the training, or restores the saved one."""
     self.loop = loop
     state = self.process.initialize() if initial_state is None else initial_state
     progress = _Progress(
@@ -365,7 +361,7 @@ class _Training:
       self._begin_clients(is_resumed, initial_state)
 
   def _restore_account(self, saved: bytes, round_num: int) -> None:
-    """Takes over what private rounds have spent; refuses to lose count of them."""
+    """Restores the account of private rounds; refuses to lose count of them."""
     if self.accountant is not None and saved:
       self.accountant.restore(saved)
     elif self.accountant is not None:
@@ -383,18 +379,18 @@ class _Training:
 
   @property
   def _monitored(self) -> Optional[str]:
-    """Returns what chooses the best state, `None` where nothing does."""
+    """The metric that chooses the best state, and its mode; `None` without one."""
     return None if self.monitor is None else f'{self.monitor} ({self.monitor_mode})'
 
   def _begin_clients(self, is_resumed: bool, initial_state: Any) -> None:
-    """Brings what clients keep to where the training begins or goes on."""
+    """Brings clients' states to the round where the training begins or resumes."""
     if is_resumed:
       self.client_states.rewind(self.completed.round_num)
     elif initial_state is not None:
       self.client_states.restart()
       if self.program_state_manager is not None:
-        # A training that is killed in the first rounds begins here again, and not with
-        # what these have left at clients.
+        # A training that is killed in the first rounds restarts here, not with the
+        # clients' states after these rounds.
         self._save(self.completed)
     elif self.client_states.clients():
       raise ValueError(
@@ -404,7 +400,7 @@ class _Training:
       )
 
   def _check_monitors(self, state: Any) -> None:
-    """Refuses what is monitored and will not be there."""
+    """Refuses to monitor metrics that no round will report."""
     monitors = [self.monitor, *(getattr(c, 'monitor', None) for c in self.callbacks)]
     monitors = [monitor for monitor in monitors if monitor is not None]
     if not monitors:
@@ -416,7 +412,7 @@ class _Training:
       check_monitor(monitor, [*process_metric_names(self.process), *evaluated])
 
   def run(self, num_rounds: int) -> TrainingResult:
-    """Runs the rounds that are left."""
+    """Runs the remaining rounds."""
     budget_spent = interrupted = False
     self.seen = callbacks_lib.Training(
         process=self.process, num_rounds=num_rounds, round_num=self.completed.round_num,
@@ -479,10 +475,7 @@ class _Training:
     if self.evaluate is not None:
       metrics.update(self.evaluate(output.state))
     metrics[ROUND_SECONDS] = seconds
-    progress = _advance(
-        self.completed.progress, output.state, round_num, metrics, self.monitor,
-        self.monitor_mode,
-    )
+    progress = self._advance(output.state, round_num, metrics)
     if self.accountant is not None:
       progress = progress._replace(private_rounds=self.accountant.saved())
     released = collections.OrderedDict(metrics)
@@ -492,7 +485,7 @@ class _Training:
     self.seen.history.append(metrics)
     for callback in self.callbacks:
       callback.on_round_end(self.seen, metrics)
-    # At once: whatever interrupts, a round is over with all that it leaves or not begun.
+    # One assignment: an interrupted round is either completed or has no effect.
     self.completed = _Completed(
         self._with_callbacks(progress), round_num, (*self.completed.history, metrics)
     )
@@ -501,11 +494,26 @@ class _Training:
       if self.client_states is not None:
         self._prune_clients()
 
+  def _advance(
+      self, state: Any, round_num: int, metrics: Mapping[str, float]
+  ) -> _Progress:
+    """Returns the progress after a round; a better monitored value makes a new best."""
+    progress = self.completed.progress._replace(state=state)
+    new_best = progress._replace(best_state=state, best_round=np.int32(round_num))
+    if self.monitor is None:
+      return new_best
+    # The best value is kept as the highest one.
+    sign = 1.0 if self.monitor_mode == 'max' else -1.0
+    value = sign * np.float64(metrics[self.monitor])
+    if value > progress.best_value:  # False for a value that is not a number.
+      return new_best._replace(best_value=value)
+    return progress
+
   def _prune_clients(self) -> None:
-    """Forgets clients' states that no checkpoint, and no best state, goes with."""
+    """Deletes clients' states that belong to no checkpoint and no best state."""
     versions = self._wait(self.program_state_manager.get_versions())
     best_rounds = [self.best_rounds.get(version) for version in versions]
-    # Of what an earlier program saved only the last best round is known.
+    # The best rounds of an earlier program's checkpoints are not known, except the last.
     if None not in best_rounds:
       self.client_states.prune(min(versions), best_rounds)
 
@@ -518,7 +526,7 @@ class _Training:
     return progress._replace(callbacks=callbacks_lib.saved_states(self.callbacks))
 
   def _leave_the_round(self) -> None:
-    """Forgets what an interrupted round has left beside the progress."""
+    """Discards the effects of an interrupted round."""
     tasks = asyncio.all_tasks(self.loop)
     if tasks:  # Such as a checkpoint that is being written.
       self._wait(asyncio.gather(*tasks, return_exceptions=True))
@@ -532,25 +540,25 @@ class _Training:
     self.seen.history[:] = self.completed.history
 
   def _next(self, round_num: int) -> Any:
-    """Returns what the process makes of the round's clients."""
+    """Runs the process on the round's clients."""
     selected = round_arguments.as_list(self.select_clients(round_num))
     state = self.completed.progress.state
     if self.client_states is None:
       return self.process.next(state, selected)
     numbers = _client_numbers(selected, self.names)
     output = self.process.next(state, selected, self.client_states.load(numbers))
-    # Of a round that was skipped, `next` returns what clients had before.
+    # If a round is skipped, `next` returns the clients' states before it.
     if not output.metrics.get('round_skipped'):
       self.client_states.save(numbers, output.client_states, round_num)
     return output
 
   def _metrics(self, round_num: int, output: Any) -> dict[str, Any]:
-    """Returns a round's flat metrics, and what else is known of it."""
+    """Returns a round's flat metrics, with counts of clients, bytes and privacy."""
     metrics = flatten_metrics(output.metrics)
     _warn_of_left_out(round_num, metrics, self.completed.history)
     select = self.select_clients
     if isinstance(select, participation.Participation) and (
-        # How many came is not in the account.
+        # The accountant assumes that the number of clients is secret.
         self.privacy is None or select.sampling != 'poisson'
     ):
       metrics |= flatten_metrics(select.counts(round_num), 'participation/')
@@ -581,7 +589,7 @@ def _made_by(
   for path, leaf in tree.flatten_with_path(state):
     if path and path[-1] in _HYPERPARAMETERS:
       made_by['/'.join(map(str, path))] = np.asarray(leaf).tolist()
-  if isinstance(process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)):
+  if _describes_itself(process):
     for spec in (*process.students.specs, process.teacher_spec):
       if spec is not None:
         made_by[f'loss of the {spec.name}'] = spec.loss_description
@@ -599,37 +607,33 @@ def _made_by(
 
 
 def _plain(value: Any) -> Any:
-  """Returns what JSON has for what it has not: numbers of NumPy, and others' types."""
+  """Converts values for JSON: numbers of NumPy, and other objects to their type."""
   return np.asarray(value).tolist() if hasattr(value, 'dtype') else type(value).__name__
 
 
 def _check_made_by(saved: bytes, now: bytes) -> None:
-  """Refuses to go on with what another process has saved."""
+  """Refuses to resume what another process has saved."""
   before, after = json.loads(saved), json.loads(now)
   for settings in (before, after):
     settings.pop(_MONITORED, None)
-  changed = [
-      f'{name}: {before.get(name)} there, {after.get(name)} here'
-      for name in sorted({*before, *after})
-      if before.get(name) != after.get(name)
-  ]
+  changed = checks.differences(before, after)
   if changed:
     raise checkpoints.CheckpointError(
-        f'The checkpoint was made by another process ({"; ".join(changed)}). Go on with '
-        'the same settings, or start again in another folder.'
+        f'The checkpoint was made by another process ({changed}). Go on with the same '
+        'settings, or start again in another folder.'
     )
 
 
 def _choosing_by(progress: _Progress, round_num: int, made_by: bytes) -> _Progress:
-  """Returns loaded progress, with the best state chosen anew if by another metric.
+  """Returns the loaded progress; if another metric chose the best state, resets it.
 
   Args:
-    progress: As loaded.
+    progress: The loaded progress.
     round_num: The round after which it was saved.
-    made_by: `made_by` of this training.
+    made_by: The `made_by` of this training.
   """
   before, now = json.loads(progress.made_by), json.loads(made_by)[_MONITORED]
-  # Of what an earlier version has saved, it is not known.
+  # It is not known for checkpoints of an earlier version.
   is_same = before.get(_MONITORED, now) == now
   progress = progress._replace(made_by=made_by)
   if is_same:
@@ -662,7 +666,7 @@ def left_out(metrics: Mapping[str, float]) -> dict[str, int]:
 def _warn_of_left_out(
     round_num: int, metrics: Mapping[str, float], history: Sequence[Mapping[str, float]]
 ) -> None:
-  """Says that a round has left out clients, and why."""
+  """Warns that a round has left out clients, with the causes."""
   causes = ', '.join(f'{name}: {count}' for name, count in left_out(metrics).items())
   if metrics.get(f'{_COUNTS}included') == 0:
     logging.warning(
@@ -677,9 +681,9 @@ def _check_participation(
     process: tff.learning.templates.LearningProcess, select_clients: Callable[[int], Any]
 ) -> None:
   """Refuses a `Participation` of clients that the process does not have."""
-  if not isinstance(select_clients, participation.Participation) or not isinstance(
-      process, (rounds.DistillationProcess, rounds.StatefulClientsProcess)
-  ):
+  if not isinstance(
+      select_clients, participation.Participation
+  ) or not _describes_itself(process):
     return
   if process.client_data is None:
     raise ValueError(
@@ -714,7 +718,7 @@ def _check_accountant(
     protection: description.Protection,
     select_clients: Callable[[int], Any],
 ) -> None:
-  """Refuses an accountant of something else than what happens."""
+  """Refuses an accountant of another sampling or noise than the training has."""
   if accountant is None:
     return
   privacy = protection.privacy
@@ -756,7 +760,7 @@ def _check_accountant(
 def _client_numbers(
     selected: Sequence[Any], names: Optional[client_names.ClientNames]
 ) -> list[int]:
-  """The numbers of the clients, also where they stand beside cohorts."""
+  """Returns the clients' numbers, also of clients with a cohort or conditions."""
   clients = [
       client['data'] if isinstance(client, Mapping) else client for client in selected
   ]
@@ -803,7 +807,7 @@ def check_monitor(monitor: str, names: Iterable[str]) -> None:
 
 
 def _leaf_names(type_spec: tff.Type, prefix: str = '') -> list[str]:
-  """The names that `flatten_metrics` will give to a value of a type."""
+  """Returns the names that `flatten_metrics` gives to a value of a type."""
   if not isinstance(type_spec, tff.StructType):
     name = prefix.rstrip('/')
     places = np.ndindex(*getattr(type_spec, 'shape', ()))
@@ -813,27 +817,3 @@ def _leaf_names(type_spec: tff.Type, prefix: str = '') -> list[str]:
       for key, element in tff.structure.iter_elements(type_spec)
       for name in _leaf_names(element, f'{prefix}{key}/')
   ]
-
-
-def _advance(
-    progress: _Progress,
-    state: Any,
-    round_num: int,
-    metrics: Mapping[str, float],
-    monitor: Optional[str],
-    monitor_mode: str,
-) -> _Progress:
-  """The progress after a round: a better monitored value makes a new best."""
-  if monitor is None:
-    return progress._replace(
-        state=state, best_state=state, best_round=np.int32(round_num)
-    )
-  # The best value is kept as the highest one.
-  sign = 1.0 if monitor_mode == 'max' else -1.0
-  value = sign * np.float64(metrics[monitor])
-  # False for a value that is not a number.
-  if value > progress.best_value:
-    return progress._replace(
-        state=state, best_state=state, best_round=np.int32(round_num), best_value=value
-    )
-  return progress._replace(state=state)

@@ -26,7 +26,8 @@ class TaskInfo(NamedTuple):
     teachers: The names of its teacher models.
     has_clients: Whether its data have clients of their own, which are then not split by
       a partition.
-    options: Arguments of its `load` beyond those all have.
+    options: Arguments of its `load` beyond those that all tasks have.
+    path: The file of a user's own task, `None` for those of the package.
   """
 
   name: str
@@ -39,7 +40,7 @@ class TaskInfo(NamedTuple):
 
   @property
   def load(self) -> Callable[..., Any]:
-    """Its `load` function: seed, transfer_size, validation_size -> `Task`."""
+    """The task's `load` function: seed, transfer_size, validation_size -> `Task`."""
     if self.path is not None:
       return own_files.load(self.path).load
     return importlib.import_module(f'{__name__}.{self.name}').load
@@ -77,7 +78,7 @@ TASKS = {
 
 
 def task_info(name: str) -> TaskInfo:
-  """The task of a name, or of a user's own file.
+  """Returns the task of a name, or of a user's own file.
 
   The file has a function `load(*, seed, transfer_size, validation_size, ...)` that
   returns a `tff_kd.data.Task`.

@@ -1,28 +1,30 @@
-"""Data sets that others serve: fetched once where the machine can, else a clear word."""
+"""Tasks whose data are downloaded once."""
 
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import keras
-import numpy as np
 
 from tff_kd.data import task as task_lib
 
 
 def fetch(name: str, load_fn: Callable[[], Any], cache: str) -> Any:
-  """Returns what `load_fn` returns.
+  """Loads data that may have to be downloaded.
 
   Args:
     name: The task's name.
     load_fn: Reads the data, and downloads what is not in its cache.
-    cache: Where it looks first, for the error.
+    cache: Where `load_fn` looks first, for the error.
+
+  Returns:
+    What `load_fn` returns.
 
   Raises:
     OSError: If the data can be neither found nor downloaded; says what to do.
   """
   try:
     return load_fn()
-  # Keras raises plain exceptions, TFF what urllib and requests raise.
+  # Keras raises `Exception`, TFF the errors of urllib and requests.
   except Exception as error:
     reason = str(error).splitlines()[0] if str(error) else type(error).__name__
     raise OSError(
@@ -37,24 +39,13 @@ def keras_image_task(
     name: str, seed: int, transfer_size: int, validation_size: int,
     *, class_names: Sequence[str],
 ) -> task_lib.Task:
-  """A task of `keras.datasets`; their test images are the test part."""
+  """Returns a task of `keras.datasets`, with the same test images."""
   source = getattr(keras.datasets, name)
   train, test = (
-      _examples(*part)
+      task_lib.image_examples(*part)
       for part in fetch(name, source.load_data, '~/.keras/datasets')
   )
-  transfer, validation, clients = task_lib.split_examples(
-      train, [transfer_size, validation_size], seed=seed
-  )
-  return task_lib.image_task(
-      name=name, clients=clients, transfer=transfer, validation=validation, test=test,
-      num_classes=len(class_names), class_names=class_names,
-  )
-
-
-def _examples(images: np.ndarray, labels: np.ndarray) -> task_lib.Examples:
-  if images.ndim == 3:
-    images = images[..., np.newaxis]
-  return task_lib.Examples(
-      images.astype(np.float32) / 255.0, labels.reshape(-1).astype(np.int32)
+  return task_lib.split_image_task(
+      train, transfer_size=transfer_size, validation_size=validation_size, seed=seed,
+      name=name, test=test, num_classes=len(class_names), class_names=class_names,
   )

