@@ -304,9 +304,7 @@ class TransferExchange(TransferPredictions):
     server_distillation_lib.check_outputs(digest.distillation, student)
     self.digest, self._seed, self._relabelling = digest, seed, relabelling
     self.needs_server_model = relabelling is not None
-    self.keeps_sent = (
-        rule.is_coded and rule.codes_changes and transfer_set.is_same_every_round
-    )
+    self.keeps_sent = rule.codes_changes and transfer_set.is_same_every_round
 
   def initial_shared(self):
     return self.rule.decode(self.zero_payload())._replace(diversity=())

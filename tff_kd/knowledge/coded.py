@@ -28,7 +28,6 @@ class CodedRule(consensus.WrappedRule):
 
   Attributes:
     rule: The rule that combines them, a rule over probabilities.
-    codes_changes: Whether its code takes the client's last message about the same rows.
   """
 
   rule: consensus.ConsensusRule = consensus.MeanProbabilities()
