@@ -14,8 +14,9 @@ __getattr__, __dir__ = _lazy.attach(
         **{
             name: 'payload'
             for name in (
-                'class_probabilities', 'Consensus', 'consensus_of', 'KnowledgePayload',
-                'logits_shape', 'mean_of', 'payload_of', 'predict_logits', 'without_rows',
+                'class_probabilities', 'Consensus', 'consensus_of', 'finite_rows',
+                'KnowledgePayload', 'logits_shape', 'mean_of', 'payload_of',
+                'predict_logits', 'without_rows',
             )
         },
         **{

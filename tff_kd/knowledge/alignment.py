@@ -372,8 +372,7 @@ class Aligned(consensus.WrappedRule):
 
   def encode(self, logits, *certainty):
     if self.num_steps:
-      axes = list(range(1, logits.shape.rank))
-      present = tf.reduce_all(tf.math.is_finite(logits), axis=axes)
+      present = payload_lib.finite_rows(logits)
       logits = align(logits, present, num_steps=self.num_steps)
     return self.rule.encode(logits, *certainty)
 

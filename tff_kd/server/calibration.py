@@ -40,20 +40,11 @@ class CalibrationStage(NamedTuple):
   learner: str = 'student'
   prior: Optional[tuple[Any, ...]] = None
 
-  @property
-  def uses_ensemble(self) -> bool:
-    """Whether clients must send predictions for this stage: never."""
-    return False
-
-  @property
-  def learns_from_teacher(self) -> bool:
-    """Whether the teacher is the target: never."""
-    return False
-
-  @property
-  def starts_from_released(self) -> bool:
-    """Whether a student goes on from the released one: never."""
-    return False
+  # As `distill.DistillationStage` has them.
+  optimizer = None
+  uses_ensemble = False
+  learns_from_teacher = False
+  starts_from_released = False
 
   def check(self, *, has_teacher: bool, **unused: bool) -> None:
     """Raises an error if there is no model to calibrate.
@@ -128,18 +119,18 @@ class Calibration:
     logits = knowledge.predict_logits(
         models.BoundModel(self._learner, values), self._transfer_set, ids
     )
-    axes = list(range(1, logits.shape.rank))
-    present = tf.reduce_all(tf.math.is_finite(logits), axis=axes)
+    present = knowledge.finite_rows(logits)
     is_binary = logits.shape[-1] == 1
     shift = alignment.bias_to(
         losses.two_classes(logits), present, self._prior,
         num_steps=_NUM_STEPS, is_binary=is_binary,
     )
+    if is_binary:
+      shift = shift[..., 1:] - shift[..., :1]
     before = self._distance(logits, present)
-    after = self._distance(logits + self._of_logits(shift, is_binary), present)
+    after = self._distance(logits + shift, present)
     trainable = list(values.trainable)
     bias = trainable[self._place]
-    shift = shift[..., 1] - shift[..., 0] if is_binary else shift
     trainable[self._place] = bias + tf.cast(tf.reshape(shift, bias.shape), bias.dtype)
     measurements = collections.OrderedDict(
         num_targets=tf.math.count_nonzero(present, dtype=tf.float32),
@@ -147,13 +138,7 @@ class Calibration:
         marginal_distance_after=after,
     )
     calibrated = values._replace(trainable=trainable).weights
-    return distill.Learned(
-        calibrated, state, measurements, tf.reduce_any(present)
-    )
-
-  def _of_logits(self, shift: tf.Tensor, is_binary: bool) -> tf.Tensor:
-    """Returns a shift of the classes in the form of logits."""
-    return shift[..., 1:] - shift[..., :1] if is_binary else shift
+    return distill.Learned(calibrated, state, measurements, tf.reduce_any(present))
 
   def _distance(self, logits: tf.Tensor, present: tf.Tensor) -> tf.Tensor:
     """Returns the total variation between marginal and prior; of labels their mean."""
