@@ -62,9 +62,7 @@ def build_ds_fl(
   )
   rule = consensus_rule or tff_kd.knowledge.MeanProbabilities(temperature=0.1)
   stage = tff_kd.server.distill.DistillationStage(
-      'student',
-      student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
-      distillation,
+      'student', student_optimizer, distillation
   )
   return rounds.compose_process(
       rounds.Parts(

@@ -59,9 +59,7 @@ def build_fed_df(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   stage = tff_kd.server.distill.DistillationStage(
-      'student',
-      student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
-      distillation,
+      'student', student_optimizer, distillation
   )
   return rounds.compose_process(
       rounds.Parts(

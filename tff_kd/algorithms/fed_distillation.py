@@ -71,21 +71,10 @@ def build_fed_distillation(
   kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
   students = tff_kd.models.cohorts.build_students(student_fn, **kinds)
   teacher = tff_kd.models.build_model_spec(teacher_fn, name='teacher', **kinds)
-  stages = [
-      tff_kd.server.distill.DistillationStage(
-          'teacher',
-          teacher_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
-          distillation,
-      )
-  ]
+  stage = tff_kd.server.distill.DistillationStage
+  stages = [stage('teacher', teacher_optimizer, distillation)]
   if back_distillation is not None:
-    stages.append(
-        tff_kd.server.distill.DistillationStage(
-            'student',
-            student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
-            back_distillation,
-        )
-    )
+    stages.append(stage('student', student_optimizer, back_distillation))
   return rounds.compose_process(
       rounds.Parts(
           students=students,

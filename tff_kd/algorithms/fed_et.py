@@ -72,9 +72,7 @@ def build_fed_et(
     rules = (tff_kd.knowledge.CertaintyWeighted, tff_kd.knowledge.CertaintyWithDiversity)
     consensus_rule = rules[bool(distillation.diversity_weight)]('variance')
   stage = tff_kd.server.distill.DistillationStage(
-      'teacher',
-      teacher_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
-      distillation,
+      'teacher', teacher_optimizer, distillation
   )
   return rounds.compose_process(
       rounds.Parts(

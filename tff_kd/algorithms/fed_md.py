@@ -59,14 +59,13 @@ def build_fed_md(
   students = tff_kd.models.cohorts.build_students(
       student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
-  optimizer = digest_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3)
 
   def stage(
       epochs: int, size: int, **settings
   ) -> tff_kd.server.distill.DistillationStage:
     return tff_kd.server.distill.DistillationStage(
         'student',
-        optimizer,
+        digest_optimizer,
         tff_kd.Distillation(
             num_steps=epochs * -(-size // min(digest_batch_size, size)),
             batch_size=digest_batch_size,

@@ -8,6 +8,7 @@ finite. A stage of another kind (`calibration.CalibrationStage`) has the same me
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
+import dataclasses
 import functools
 from typing import Any, NamedTuple, Optional
 
@@ -70,18 +71,24 @@ def check_outputs(
     )
 
 
-class DistillationStage(NamedTuple):
+@dataclasses.dataclass
+class DistillationStage:
   """One direction of the server's distillation.
 
   Attributes:
     learner: 'teacher' or 'student', the model that learns.
-    optimizer: The learner's optimizer; its state lives in the process state.
+    optimizer: The learner's optimizer, whose state is in the process state; Adam with
+      rate 1e-3 if `None`.
     distillation: A `Distillation`.
   """
 
   learner: str
-  optimizer: optimizers.Optimizer
+  optimizer: Optional[optimizers.Optimizer]
   distillation: settings.Distillation
+
+  def __post_init__(self):
+    if self.optimizer is None:
+      self.optimizer = tff.learning.optimizers.build_adam(1e-3)
 
   @property
   def uses_ensemble(self) -> bool:
@@ -169,7 +176,6 @@ class DistillationStage(NamedTuple):
     Returns:
       The `Lesson`.
     """
-    check_outputs(self.distillation, learner)
     return Lesson(self, learner, transfer_set)
 
 
@@ -538,9 +544,13 @@ class Lesson:
       stage: The stage.
       learner: The model that learns.
       transfer_set: Where the examples are read.
+
+    Raises:
+      ValueError: If the settings do not fit the learner or the transfer inputs.
     """
     d = stage.distillation
-    self._stage, self._distillation = stage, d
+    check_outputs(d, learner)
+    self._distillation = d
     self._learner, self._transfer_set = learner, transfer_set
     self._loss = _loss_of(d, is_regression=learner.is_regression)
     self._stepper = optimizers.build_stepper(
