@@ -55,20 +55,15 @@ def build_fed_dyn(
       the number of clients is not known.
   """
   num_clients = options.count_clients(num_clients)
-  student = tff_kd.models.cohorts.build_one_student(
-      student_fn,
-      'FedDyn',
-      'by whose weights losses are regularised',
-      input_spec=input_spec,
-      loss_fn=loss_fn,
-      metrics_fn=metrics_fn,
+  students = tff_kd.models.cohorts.build_students(
+      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   return rounds.compose_process(
       rounds.Parts(
-          students=tff_kd.models.cohorts.as_students(student),
+          students=students,
           client_optimizer=client_optimizer,
           companion=tff_kd.client.companions.dynamic_regularizer.DynamicRegularizer(
-              student, num_clients, dynamic_weight
+              students.first, num_clients, dynamic_weight
           ),
       ),
       options.with_defaults(

@@ -72,16 +72,11 @@ def build_fed_gen(
   Raises:
     ValueError: If there are several architectures, or the student cannot be split.
   """
-  student = tff_kd.models.cohorts.build_one_student(
-      student_fn,
-      'FedGen',
-      'in whose features the generator works',
-      input_spec=input_spec,
-      loss_fn=loss_fn,
-      metrics_fn=metrics_fn,
+  students = tff_kd.models.cohorts.build_students(
+      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   companion = tff_kd.client.companions.generator.FeatureGenerator(
-      student,
+      students.first,
       optimizer=generator_optimizer or tff_kd.tff.learning.optimizers.build_adam(3e-4),
       split_layer=split_layer,
       generator_fn=generator_fn,
@@ -95,7 +90,7 @@ def build_fed_gen(
   )
   return rounds.compose_process(
       rounds.Parts(
-          students=tff_kd.models.cohorts.as_students(student),
+          students=students,
           client_optimizer=client_optimizer,
           companion=companion,
       ),

@@ -54,20 +54,15 @@ def build_moon(
   Raises:
     ValueError: If there are several architectures, or the student cannot be split.
   """
-  student = tff_kd.models.cohorts.build_one_student(
-      student_fn,
-      'MOON',
-      'whose features are compared',
-      input_spec=input_spec,
-      loss_fn=loss_fn,
-      metrics_fn=metrics_fn,
+  students = tff_kd.models.cohorts.build_students(
+      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
   )
   return rounds.compose_process(
       rounds.Parts(
-          students=tff_kd.models.cohorts.as_students(student),
+          students=students,
           client_optimizer=client_optimizer,
           companion=tff_kd.client.companions.contrast.ModelContrast(
-              student,
+              students.first,
               split_layer=split_layer,
               weight=contrast_weight,
               temperature=contrast_temperature,

@@ -173,31 +173,6 @@ def as_students(student: Union[models.ModelSpec, Students]) -> Students:
   return student if isinstance(student, Students) else Students([student])
 
 
-def build_one_student(
-    student_fn: Any, algorithm: str, why: str, **kinds: Any
-) -> models.ModelSpec:
-  """Builds the student of an algorithm that has one architecture for all clients.
-
-  Args:
-    student_fn: Returns a new `keras.Model`.
-    algorithm: The algorithm's name, for the error.
-    why: Why it has one architecture, the rest of the sentence that names it.
-    **kinds: Arguments of `models.build_model_spec`.
-
-  Returns:
-    The student.
-
-  Raises:
-    ValueError: If there are several builders.
-  """
-  if isinstance(student_fn, (list, tuple)):
-    raise ValueError(
-        f'{algorithm} has one architecture, {why}; found {len(student_fn)} builders in '
-        '`student_fn`.'
-    )
-  return models.build_model_spec(student_fn, name='student', **kinds)
-
-
 def build_students(
     student_fn: StudentFn,
     *,
