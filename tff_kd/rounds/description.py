@@ -103,45 +103,17 @@ class Accessors(NamedTuple):
 
 
 class _Described:
-  """The methods of both kinds of processes besides `initialize` and `next`."""
+  """What both kinds of processes have besides `initialize` and `next`."""
 
   def _describe(self, description: Description, accessors: Accessors) -> None:
-    self._description, self._accessors = description, accessors
-
-  @property
-  def description(self) -> Description:
-    """The `Description` of this process."""
-    return self._description
-
-  @property
-  def students(self) -> cohorts.Students:
-    """The student's architectures: one, or one a cohort."""
-    return self._description.students
-
-  @property
-  def student_spec(self) -> models.ModelSpec:
-    """The `ModelSpec` of the (first) student."""
-    return self._description.students.first
-
-  @property
-  def teacher_spec(self) -> Optional[models.ModelSpec]:
-    """The teacher's `ModelSpec`, or `None`."""
-    return self._description.teacher_spec
-
-  @property
-  def transfer_set(self) -> Optional[transfer.TransferSet]:
-    """The `TransferSet`, or `None`."""
-    return self._description.transfer_set
-
-  @property
-  def client_data(self) -> Optional[client_data_lib.ClientBatches]:
-    """The `ClientBatches` from which clients read, or `None`."""
-    return self._description.client_data
-
-  @property
-  def protection(self) -> Protection:
-    """How what clients send is protected."""
-    return self._description.protection
+    self._accessors = accessors
+    self.description = description
+    self.students = description.students
+    self.student_spec = description.students.first
+    self.teacher_spec = description.teacher_spec
+    self.transfer_set = description.transfer_set
+    self.client_data = description.client_data
+    self.protection = description.protection
 
   @property
   def get_teacher_weights(self) -> tff.Computation:
@@ -207,6 +179,15 @@ class DistillationProcess(_Described, tff.learning.templates.LearningProcess):
   `get_model_weights` and `set_model_weights` are the student's, as everywhere in
   `tff.learning`; `to_keras(state)` returns the student as a Keras model,
   `teacher_to_keras(state)` the teacher.
+
+  Attributes:
+    description: The `Description` of the process.
+    students: The student's architectures: one, or one a cohort.
+    student_spec: The `ModelSpec` of the (first) student.
+    teacher_spec: The teacher's `ModelSpec`, or `None`.
+    transfer_set: The `TransferSet`, or `None`.
+    client_data: The `ClientBatches` from which clients read, or `None`.
+    protection: How what clients send is protected, a `Protection`.
   """
 
   def __init__(
@@ -246,6 +227,7 @@ class StatefulClientsProcess(_Described, tff.templates.IterativeProcess):
 
   `next` has the type (<S@SERVER, {D}@CLIENTS, {ClientState}@CLIENTS> ->
   StatefulClientsOutput). `tff_kd.simulation.ClientStates` stores the clients' states.
+  It has the attributes of a `DistillationProcess`, too.
 
   Attributes:
     initialize_client: A `tff.Computation` ( -> ClientState); with cohorts of models that
@@ -255,6 +237,8 @@ class StatefulClientsProcess(_Described, tff.templates.IterativeProcess):
     set_model_weights: (<S, `ModelWeights`> -> S), or `None`.
     get_hparams: (S -> the optimizers' hyperparameters).
     set_hparams: (<S, hyperparameters> -> S).
+    kept_models: The architectures of the models that clients keep, or `None`. Where
+      there are several, `weights` of a client's state is a tuple by cohort.
   """
 
   def __init__(
@@ -272,11 +256,4 @@ class StatefulClientsProcess(_Described, tff.templates.IterativeProcess):
     self.set_model_weights = accessors.set_model_weights
     self.get_hparams = accessors.get_hparams
     self.set_hparams = accessors.set_hparams
-
-  @property
-  def kept_models(self) -> Optional[cohorts.Students]:
-    """The architectures of the models that clients keep, or `None`.
-
-    A client state's `weights` then are a tuple by cohort, where there are several.
-    """
-    return self._description.kept_models
+    self.kept_models = description.kept_models
