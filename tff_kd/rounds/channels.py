@@ -309,14 +309,9 @@ def _create_process(
 ) -> tff.templates.AggregationProcess:
   if isinstance(factory, tff.aggregators.WeightedAggregationFactory):
     return factory.create(value_type, tff.TensorType(np.float32))
-  if isinstance(factory, tff.aggregators.UnweightedAggregationFactory):
-    if has_cohorts:
-      raise ValueError(
-          f'`{name}` must be weighted where there are several cohorts, found '
-          f'{factory!r}: the clients of other cohorts have weight 0.'
-      )
-    return factory.create(value_type)
-  raise TypeError(
-      f'`{name}` must be a `tff.aggregators.WeightedAggregationFactory` or '
-      f'`UnweightedAggregationFactory`, found {factory!r}.'
-  )
+  if has_cohorts:
+    raise ValueError(
+        f'`{name}` must be weighted where there are several cohorts, found '
+        f'{factory!r}: the clients of other cohorts have weight 0.'
+    )
+  return factory.create(value_type)

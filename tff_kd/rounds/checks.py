@@ -37,24 +37,22 @@ def check(parts: parts_lib.Parts, options: options_lib.Options) -> None:
     _check_transfer_ids(parts)
   if options.client_data is not None:
     check_client_data(options.client_data, student)
-  _check_optimizers(parts, options)
+  optimizers.check_optimizer(parts.client_optimizer, 'client_optimizer')
+  optimizers.check_learning_rate_fn(options.learning_rate_fn, parts.client_optimizer)
   _check_local_terms(parts, options.client_data)
   _check_exchange(parts, options)
   _check_stages(parts)
   _check_companion(parts, options)
-  _check_reporting(options)
+  if options.reporting is not None and options.client_data is None:
+    raise ValueError(
+        '`reporting` needs clients that read their examples by reference: pass '
+        '`client_data=`.'
+    )
   _check_start(parts, options)
   if not parts.averages:
     _check_without_averaging(parts, options)
   if parts.personal:
     _check_personal(parts)
-
-
-def _check_optimizers(parts: parts_lib.Parts, options: options_lib.Options) -> None:
-  optimizers.check_optimizer(parts.client_optimizer, 'client_optimizer')
-  optimizers.check_learning_rate_fn(options.learning_rate_fn, parts.client_optimizer)
-  if options.server_optimizer is not None:
-    optimizers.check_optimizer(options.server_optimizer, 'server_optimizer')
 
 
 def _check_stages(parts: parts_lib.Parts) -> None:
@@ -167,14 +165,6 @@ def _check_start(parts: parts_lib.Parts, options: options_lib.Options) -> None:
     raise ValueError(
         '`clients_start_from` chooses between the averaged student and what the server '
         f'makes of it, and {why}: leave it out, found {start!r}.'
-    )
-
-
-def _check_reporting(options: options_lib.Options) -> None:
-  if options.reporting is not None and options.client_data is None:
-    raise ValueError(
-        '`reporting` needs clients that read their examples by reference: pass '
-        '`client_data=`.'
     )
 
 
