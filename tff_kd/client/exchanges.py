@@ -411,14 +411,112 @@ def check_stage(
   )
 
 
-class ClassExchange(Exchange):
+class SumsByClass(Exchange):
+  """Sums of vectors by class, with the classes' counts; their quotients teach clients.
+
+  A client adds up a vector for each of its predictions while it trains. In the next
+  round, each class's mean vector is the target of a term of the clients' loss. Values
+  and counts are both sums over clients, so no client's own means are seen. A class that
+  no client of the last round had has no target.
+
+  Subclasses set `keeps_sent` and `needs_exact_sums` if a client's own part is to be taken
+  out of its targets; that needs the exact sums.
+  """
+
+  sends_down = True
+
+  def __init__(self, num_classes: int, size: int):
+    """Initializes the exchange.
+
+    Args:
+      num_classes: The number of classes.
+      size: The length of the vectors.
+    """
+    self._shape = num_classes, size
+
+  @abc.abstractmethod
+  def vectors(
+      self, student: models.ModelSpec, step: local_terms_lib.LocalStep
+  ) -> tf.Tensor:
+    """Returns what is added up by class, float32 `[predictions, size]`.
+
+    Args:
+      student: The client's model.
+      step: The step of the local training.
+    """
+
+  @abc.abstractmethod
+  def term(
+      self, student: models.ModelSpec, means: tf.Tensor, is_known: tf.Tensor
+  ) -> local_terms_lib.LocalTerm:
+    """Returns the term by which a client learns.
+
+    Args:
+      student: The client's model.
+      means: float32 `[classes, size]`, the mean vectors; 0 where there is none.
+      is_known: float32 `[classes]`, 1 where a class has a mean vector, else 0.
+    """
+
+  def payload_spec(self):
+    return knowledge.KnowledgePayload(
+        values=tf.TensorSpec(self._shape, tf.float32),
+        weights=tf.TensorSpec(self._shape[:1], tf.float32),
+    )
+
+  def initial_shared(self):
+    return self.zero_payload()
+
+  def share(self, mean_payload, num_included, server_model, round_num):
+    # The factor of a mean cancels. A client can take its own part out of sums only.
+    factor = num_included if self.needs_exact_sums else 1.0
+    has_any = has_reports(mean_payload, num_included)
+    # Without any client the mean is NaN.
+    return tf.nest.map_structure(
+        lambda t: tf.where(has_any, t * factor, 0.0), mean_payload
+    )
+
+  def build_learning(self, student):
+
+    def learn(weights, broadcast, client_state):
+      values, counts = broadcast.shared
+      min_count = 0.0
+      if self.keeps_sent:
+        # Before the first round both are -1, and the client has sent nothing.
+        is_in = tf.equal(client_state.sent_round, broadcast.shared_round)
+        own = tf.cast(is_in, tf.float32)
+        values -= own * client_state.sent.values
+        counts -= own * client_state.sent.weights
+        min_count = 0.5  # They are whole numbers, give or take rounding.
+      is_known = counts > min_count
+      means = tf.math.divide_no_nan(
+          values, tf.where(is_known, counts, 0.0)[:, tf.newaxis]
+      )
+      term = self.term(student, means, tf.cast(is_known, tf.float32))
+      return Learned(weights, (term,), tf.reduce_any(is_known))
+
+    return learn
+
+  def observer(self, student):
+
+    def observe(step):
+      one_hot = step.one_hot_labels()
+      return knowledge.KnowledgePayload(
+          values=tf.matmul(one_hot, self.vectors(student, step), transpose_a=True),
+          weights=tf.reduce_sum(one_hot, axis=0),
+      )
+
+    return companions.Observer(zero=self.zero_payload, observe=observe)
+
+  def payload(self, report):
+    return report.observed
+
+
+class ClassExchange(SumsByClass):
   """Each class's mean logits up and down; a client's own part is left out of its target.
 
   Source: Jeong et al., "Communication-Efficient On-Device Machine Learning: Federated
   Distillation and Augmentation under Non-IID Private Data" (2018), Algorithm 1.
   """
-
-  sends_down = True
 
   def __init__(
       self, student: models.ModelSpec, weight: float, *, leaves_own_out: bool = True
@@ -434,91 +532,32 @@ class ClassExchange(Exchange):
     Raises:
       ValueError: If the weight is not above 0, or there are no classes to tell apart.
     """
-    if not 0.0 < weight < float('inf'):
-      raise ValueError(
-          'The weight of the class knowledge must be finite and above 0, found '
-          f'{weight!r}.'
-      )
-    self._classes, self._weight = student.logits_shape[-1], weight
-    self._student = student
-    self.keeps_sent = self.needs_exact_sums = leaves_own_out
+    local_terms_lib.check_weight('regularizer_weight', weight)
+    num_classes = student.logits_shape[-1]
     labels = tf.nest.flatten(models.split_batch(student.input_spec)[1])
     if (
-        self._classes < 2
+        num_classes < 2
         or len(labels) != 1
         or not labels[0].dtype.is_integer
         or labels[0].shape.rank > len(student.logits_shape)
     ):
       raise ValueError(
           'Knowledge by class needs class indices as labels and two logits or more, '
-          f'found labels {labels} and {self._classes} logits.'
+          f'found labels {labels} and {num_classes} logits.'
       )
+    super().__init__(num_classes, num_classes)
+    self._student, self._weight = student, weight
+    self.keeps_sent = self.needs_exact_sums = leaves_own_out
 
   def with_inexact_sums(self):
     # No client can take its own part out of such sums.
     return ClassExchange(self._student, self._weight, leaves_own_out=False)
 
-  def payload_spec(self):
-    return knowledge.KnowledgePayload(
-        values=tf.TensorSpec([self._classes, self._classes], tf.float32),
-        weights=tf.TensorSpec([self._classes], tf.float32),
-    )
+  def vectors(self, student, step):
+    return tf.reshape(step.logits, [-1, student.logits_shape[-1]])
 
-  def initial_shared(self):
-    return tf.nest.map_structure(
-        lambda spec: tf.zeros(spec.shape), self.payload_spec()
-    )
-
-  def share(self, mean_payload, num_included, server_model, round_num):
-    # The factor of a mean cancels. A client can take its own part out of sums only.
-    factor = num_included if self.keeps_sent else 1.0
-    has_any = has_reports(mean_payload, num_included)
-    # Without any client the mean is NaN.
-    return tf.nest.map_structure(
-        lambda t: tf.where(has_any, t * factor, 0.0), mean_payload
-    )
-
-  def build_learning(self, student):
-    del student
-
-    def learn(weights, broadcast, client_state):
-      values, counts = broadcast.shared
-      min_count = 0.0
-      if self.keeps_sent:
-        # Before the first round both are -1, and the client has sent nothing.
-        is_in = tf.equal(client_state.sent_round, broadcast.shared_round)
-        own = tf.cast(is_in, tf.float32)
-        values -= own * client_state.sent.values
-        counts -= own * client_state.sent.weights
-        min_count = 0.5  # They are whole numbers, give or take rounding.
-      is_known = counts > min_count
-      mask = tf.cast(is_known, tf.float32)
-      targets = tf.math.divide_no_nan(
-          values, tf.where(is_known, counts, 0.0)[:, tf.newaxis]
-      )
-      term = _ClassTargets(self._weight, targets, mask)
-      return Learned(weights, (term,), tf.reduce_any(mask > 0.0))
-
-    return learn
-
-  def observer(self, student):
-    del student
-
-    def observe(step):
-      one_hot = step.one_hot_labels()
-      flat = tf.reshape(step.logits, [-1, self._classes])
-      return knowledge.KnowledgePayload(
-          values=tf.matmul(one_hot, flat, transpose_a=True),
-          weights=tf.reduce_sum(one_hot, axis=0),
-      )
-
-    return companions.Observer(
-        zero=self.initial_shared,
-        observe=observe,
-    )
-
-  def payload(self, report):
-    return report.observed
+  def term(self, student, means, is_known):
+    return _ClassTargets(self._weight, means, is_known)
 
 
 class _ClassTargets(local_terms_lib.LocalTerm):
