@@ -177,8 +177,14 @@ class Companion(abc.ABC):
 
   def initial_client_state(self) -> Any:
     """Returns the state of a new client: a structure of tensors, a `ClientState`, or ().
+
+    By default a `ClientState` with the initial weights of `client_spec`, if there is one.
     """
-    return ()
+    if self.client_spec is None:
+      return ()
+    return ClientState(
+        weights=tf.nest.map_structure(tf.constant, self.client_spec.initial_weights)
+    )
 
   def initial_server_state(self) -> Any:
     """Returns the companion's part of the process state: a structure of tensors, or ().

@@ -120,11 +120,6 @@ class ModelContrast(companions.Companion):
     self._split = split.SplitModel(student, split_layer)
     self._weight, self._temperature = weight, temperature
 
-  def initial_client_state(self):
-    return companions.ClientState(
-        weights=tf.nest.map_structure(tf.constant, self.client_spec.initial_weights)
-    )
-
   def attach(self, student):
     del student  # The one that this was built for.
     spec = self.client_spec

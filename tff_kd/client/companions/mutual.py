@@ -69,11 +69,6 @@ class MutualLearning(companions.Companion):
     self._weights = None if is_adaptive else weights
     self._temperature = temperature
 
-  def initial_client_state(self):
-    return companions.ClientState(
-        weights=tf.nest.map_structure(tf.constant, self.client_spec.initial_weights)
-    )
-
   def attach(self, student):
     del student  # The mentor learns from its predictions.
     mentor = self.client_spec
