@@ -7,7 +7,7 @@ them (`tff_kd.simulation.Participation`) does not concern the process.
 
 import collections
 import dataclasses
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -111,33 +111,27 @@ class BroadcastHistory:
       max_delay: The number of earlier rounds to keep.
     """
     self.max_delay = max_delay
+    self.initial, self.push, self.sent_type = _nothing, None, broadcast_type
+    if not max_delay:
+      return
     specs = tff.types.type_to_tf_tensor_specs(broadcast_type)
 
-    def stacked(size: int) -> tff.Computation:
-      @tff.tensorflow.computation
-      def zeros():
-        return tf.nest.map_structure(
-            lambda spec: tf.zeros([size, *spec.shape], spec.dtype), specs
-        )
+    @tff.tensorflow.computation
+    def initial():
+      return tf.nest.map_structure(
+          lambda spec: tf.zeros([max_delay, *spec.shape], spec.dtype), specs
+      )
 
-      return zeros
+    @tff.tensorflow.computation(initial.type_signature.result, broadcast_type)
+    def push(kept, current):
+      sent = tf.nest.map_structure(
+          lambda earlier, new: tf.concat([new[tf.newaxis], earlier], axis=0),
+          kept, current,
+      )
+      return tf.nest.map_structure(lambda stacked: stacked[:-1], sent), sent
 
-    self.initial = _nothing
-    self.sent_type = broadcast_type
-    self.push = None
-    if max_delay:
-      self.initial = stacked(max_delay)
-      self.sent_type = stacked(max_delay + 1).type_signature.result
-
-      @tff.tensorflow.computation(self.initial.type_signature.result, broadcast_type)
-      def push(kept, current):
-        sent = tf.nest.map_structure(
-            lambda earlier, new: tf.concat([new[tf.newaxis], earlier], axis=0),
-            kept, current,
-        )
-        return tf.nest.map_structure(lambda stacked: stacked[:-1], sent), sent
-
-      self.push = push
+    self.initial, self.push = initial, push
+    self.sent_type = push.type_signature.result[1]
 
   def received(self, sent: Any, delay: tf.Tensor) -> Any:
     """Returns what a client received that began `delay` rounds ago.
@@ -248,25 +242,4 @@ def condition_counts(
       num_dropped_after_training=tf.cast(valid & ~conditions.reports, tf.int32),
       num_late=tf.cast(arrives & (conditions.delay > 0), tf.int32),
       num_stragglers=tf.cast(arrives & (conditions.step_share < 1.0), tf.int32),
-  )
-
-
-def client_data_type(data_type: tff.Type, reporting: Optional[Reporting]) -> tff.Type:
-  """Returns the type of what a client is given.
-
-  Args:
-    data_type: D, the type of the client's data; with cohorts <cohort=int32, data=D>.
-    reporting: The policy; `None` without conditions.
-
-  Returns:
-    The type itself; with conditions <..., conditions=`CONDITIONS_TYPE`>.
-  """
-  if reporting is None:
-    return data_type
-  elements = collections.OrderedDict(data=data_type)
-  if isinstance(data_type, tff.StructType):
-    # With cohorts it is a structure already.
-    elements = collections.OrderedDict(tff.structure.to_elements(data_type))
-  return tff.to_type(
-      collections.OrderedDict(elements, conditions=CONDITIONS_TYPE)
   )

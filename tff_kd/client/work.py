@@ -238,9 +238,13 @@ class ClientPlan:
       data_type = tff.SequenceType(
           tff.types.tensorflow_to_type(self.students.first.input_spec)
       )
-    return conditions_lib.client_data_type(
-        cohorts.client_data_type(self.students, data_type), self.reporting
-    )
+    parts = collections.OrderedDict()
+    if self.students.has_cohorts:
+      parts['cohort'] = tff.TensorType(np.int32)
+    parts['data'] = data_type
+    if self.reporting is not None:
+      parts['conditions'] = conditions_lib.CONDITIONS_TYPE
+    return tff.to_type(parts) if len(parts) > 1 else data_type
 
   @property
   def metric_finalizers(self) -> Mapping[str, Any]:
@@ -351,17 +355,26 @@ def build_client_work(plan: ClientPlan) -> ClientWork:
     return tff.federated_value(hparams, tff.SERVER)
 
   updates = [_ClientUpdate(plan, i) for i in range(len(plan.students.specs))]
-  for update in updates:
-    update.prepare()
 
   def run(client_hparams, broadcast, client, client_state=()):
-    return plan.students.run_client(
-        client,
-        updates,
-        (client_hparams, broadcast),
-        client_state,
-        has_conditions=plan.reporting is not None,
+    has_cohorts, conditions = plan.students.has_cohorts, None
+    if plan.reporting is not None:
+      conditions = client['conditions']
+    data = client['data'] if has_cohorts or conditions is not None else client
+    branches = [
+        functools.partial(
+            update, client_hparams, broadcast, data, client_state, conditions
+        )
+        for update in updates
+    ]
+    if not has_cohorts:
+      return branches[0]()
+    cohort, last = client['cohort'], len(updates) - 1
+    tf.debugging.Assert(
+        (cohort >= 0) & (cohort <= last),
+        [f"A client's cohort must be a number from 0 to {last}, found", cohort],
     )
+    return tf.switch_case(cohort, branches)
 
   hparams_type = initialize.type_signature.result.member
   types = [hparams_type, plan.broadcast_history.sent_type, plan.data_type]
@@ -369,7 +382,7 @@ def build_client_work(plan: ClientPlan) -> ClientWork:
 
     @graphs.computation(*types)
     def next_stateless(client_hparams, broadcast, data):
-      return run(client_hparams, broadcast, data)
+      return run(client_hparams, broadcast, data)[0]
 
     output_type = next_stateless.type_signature.result
     return ClientWork(plan, initialize, None, next_stateless, output_type)
@@ -385,15 +398,14 @@ def build_client_work(plan: ClientPlan) -> ClientWork:
 
 
 class _ClientUpdate:
-  """One client's round in a cohort, to be called where a computation is traced."""
+  """One client's round in a cohort, to be called where a computation is traced.
+
+  Optimizers, and whatever else must be built outside of a trace, are built before.
+  """
 
   def __init__(self, plan: ClientPlan, cohort: int):
     self.plan, self.cohort = plan, cohort
     self.student = plan.students.specs[cohort]
-
-  def prepare(self) -> None:
-    """Builds optimizers and what else must be built outside of any trace."""
-    plan = self.plan
     self.attachment = companions.Attachment()
     if plan.companion is not None:
       self.attachment = plan.companion.attach(self.student)
@@ -410,8 +422,8 @@ class _ClientUpdate:
         learning_rate_fn=plan.learning_rate_fn,
     )
 
-  def __call__(self, hparams, sent, data, client_state=(), conditions=None):
-    """Returns a client's `ClientOutput`; where the plan has it, its `ClientLeft` too."""
+  def __call__(self, hparams, sent, data, client_state, conditions):
+    """Returns a client's `ClientOutput` and its `ClientLeft`."""
     plan = self.plan
     broadcast, step_share = sent, None
     if plan.reporting is not None:
@@ -452,8 +464,6 @@ class _ClientUpdate:
         change, payload, trained, decision, conditions,
         self._counts(decision, conditions, learned, payload, client_state),
     )
-    if plan.companion is None and not plan.keeps_state:
-      return output
     if plan.state_is_companions:
       follows = plan.companion is not None and plan.companion.state_follows_report
       new_state = _where(

@@ -4,12 +4,9 @@ With several, a client's cohort is a number beside its data. Weights are average
 a cohort; what crosses cohorts is knowledge.
 """
 
-import collections
-from collections.abc import Callable, Sequence
-import functools
+from collections.abc import Sequence
 from typing import Any, Optional, Union
 
-import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
@@ -111,55 +108,6 @@ class Students:
         for i, spec in enumerate(self.specs)
     ])
 
-  def select(self, cohort: tf.Tensor, branches: Sequence[Callable[[], Any]]) -> Any:
-    """Returns the result of a cohort's branch.
-
-    Args:
-      cohort: The cohort's number, an int32 scalar.
-      branches: A function without arguments for each cohort; all have results of one
-        structure.
-    """
-    last = len(self.specs) - 1
-
-    tf.debugging.Assert(
-        (cohort >= 0) & (cohort <= last),
-        [f"A client's cohort must be a number from 0 to {last}, found", cohort],
-    )
-    return tf.switch_case(cohort, list(branches))
-
-  def run_client(
-      self,
-      client: Any,
-      updates: Sequence[Callable[..., Any]],
-      received: Sequence[Any],
-      client_state: Any,
-      *,
-      has_conditions: bool,
-  ) -> Any:
-    """Runs one client's round with the update of its cohort.
-
-    Args:
-      client: What the computation is given for the client: data, and where there are
-        such, the cohort and the conditions.
-      updates: By cohort, (*received, data, client_state, conditions) -> the result; all
-        of one structure.
-      received: The server's broadcast.
-      client_state: The client's state.
-      has_conditions: Whether the client comes with conditions.
-
-    Returns:
-      The result of the update.
-    """
-    conditions = client['conditions'] if has_conditions else None
-    data = client['data'] if has_conditions or self.has_cohorts else client
-    calls = [
-        functools.partial(update, *received, data, client_state, conditions)
-        for update in updates
-    ]
-    if not self.has_cohorts:
-      return calls[0]()
-    return self.select(client['cohort'], calls)
-
 
 def as_students(student: Union[models.ModelSpec, Students]) -> Students:
   """Wraps a single model in `Students`.
@@ -203,20 +151,3 @@ def build_students(
       )
       for i, fn in enumerate(builders)
   ])
-
-
-def client_data_type(students: Students, data_type: tff.Type) -> tff.Type:
-  """Returns the type of what a client is given.
-
-  Args:
-    students: The students.
-    data_type: D, the type of the client's data.
-
-  Returns:
-    D; with cohorts <cohort=int32, data=D>.
-  """
-  if not students.has_cohorts:
-    return data_type
-  return tff.to_type(
-      collections.OrderedDict(cohort=tff.TensorType(np.int32), data=data_type)
-  )
