@@ -1,7 +1,6 @@
 """The server's state of a round, and what is computed on it."""
 
 from collections.abc import Sequence
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -70,12 +69,6 @@ def replaced(state: tff.Value, **changed: Any) -> RoundState:
   return RoundState(**{
       field: changed.get(field, getattr(state, field)) for field in RoundState._fields
   })
-
-
-@functools.cache
-def build_increment() -> tff.Computation:
-  """Builds (int32 -> int32), which adds 1. Not at import: tracing starts TensorFlow."""
-  return graphs.computation(np.int32)(lambda x: x + 1)
 
 
 def build_history(students: cohorts.Students, size: int):
