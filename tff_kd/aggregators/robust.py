@@ -14,6 +14,7 @@ import tensorflow as tf
 from tff_kd.compat import tff
 
 from tff_kd import knowledge
+from tff_kd import losses
 
 
 def check_inner_factory(
@@ -191,15 +192,16 @@ class TrimmedMeanFactory(tff.aggregators.WeightedAggregationFactory):
 
       if is_knowledge:
         values, weights = sample['value']
-        predicted = _expand(takes_part, weights) & (weights > 0)
+        predicted = losses.with_rank(takes_part, weights.shape.rank) & (weights > 0)
         weight = trimmed(weights, predicted)
         prediction = trimmed(
-            tf.math.divide_no_nan(values, _expand(weights, values)),
+            tf.math.divide_no_nan(values, losses.with_rank(weights, values.shape.rank)),
             predicted & tf.math.is_finite(weights),
             weights,
         )
         result = knowledge.KnowledgePayload(
-            values=prediction * _expand(weight, prediction), weights=weight
+            values=prediction * losses.with_rank(weight, prediction.shape.rank),
+            weights=weight,
         )
       else:
         result = tf.nest.map_structure(
@@ -285,28 +287,22 @@ def trimmed_mean(
   Returns:
     float `[...]`; 0 where nothing is there.
   """
-  is_there = tf.logical_and(_expand(is_there, values), tf.math.is_finite(values))
+  rank = values.shape.rank
+  is_there = losses.with_rank(is_there, rank) & tf.math.is_finite(values)
   count = tf.reduce_sum(tf.cast(is_there, tf.int32), axis=0)
   # A share of .3 of 10 is 3, whatever the product's last digit.
   share = tf.cast(trimmed_share * tf.cast(count, tf.float64) + 1e-9, tf.int32)
   cut = tf.minimum(share, tf.maximum(count - 1, 0) // 2)
-  # What is missing is ranked last.
+  # What is missing comes last.
   missing = tf.constant(float('inf'), values.dtype)
   order = tf.argsort(tf.where(is_there, values, missing), axis=0, stable=True)
-  rank = tf.argsort(order, axis=0)
-  is_middle = tf.logical_and(rank >= cut, rank < count - cut)
+  place = tf.argsort(order, axis=0)
+  is_middle = (place >= cut) & (place < count - cut)
   weight = tf.ones_like(values)
   if weights is not None:
-    weight *= tf.cast(_expand(weights, values), values.dtype)
+    weight *= tf.cast(losses.with_rank(weights, rank), values.dtype)
   weight = tf.where(is_middle, weight, tf.zeros_like(weight))
   return tf.math.divide_no_nan(
       tf.reduce_sum(tf.math.multiply_no_nan(values, weight), axis=0),
       tf.reduce_sum(weight, axis=0),
   )
-
-
-def _expand(tensor: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
-  """A tensor with as many dimensions as another, by ones at the end."""
-  for _ in range(like.shape.rank - tensor.shape.rank):
-    tensor = tensor[..., tf.newaxis]
-  return tensor
