@@ -13,6 +13,7 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from tff_kd import checks
 from tff_kd import knowledge
 from tff_kd import losses
 
@@ -151,10 +152,7 @@ class TrimmedMeanFactory(tff.aggregators.WeightedAggregationFactory):
     Raises:
       ValueError: If a number is out of range.
     """
-    if not isinstance(sample_size, int) or sample_size < 1:
-      raise ValueError(
-          f'`sample_size` must be a positive integer, found {sample_size!r}.'
-      )
+    checks.check_positive_integer(sample_size, 'sample_size')
     if not 0.0 <= trimmed_share <= 0.5:
       raise ValueError(
           f'`trimmed_share` must be from 0 to .5, found {trimmed_share!r}.'

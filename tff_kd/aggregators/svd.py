@@ -13,6 +13,7 @@ import tensorflow as tf
 from tff_kd.compat import tff
 
 from tff_kd.aggregators import robust
+from tff_kd import checks
 
 
 def energy_rank(singular_values: tf.Tensor, energy: tf.Tensor) -> tf.Tensor:
@@ -111,8 +112,7 @@ class TruncatedSvdFactory(tff.aggregators.WeightedAggregationFactory):
     for name, energy in (('start_energy', start_energy), ('end_energy', end_energy)):
       if not 0.0 < energy <= 1.0:
         raise ValueError(f'`{name}` must be above 0 and at most 1, found {energy!r}.')
-    if not isinstance(num_rounds, int) or num_rounds < 1:
-      raise ValueError(f'`num_rounds` must be a positive integer, found {num_rounds!r}.')
+    checks.check_positive_integer(num_rounds, 'num_rounds')
     self._energies = start_energy, end_energy
     self._num_rounds = num_rounds
     self._inner = robust.check_inner_factory(inner_factory)

@@ -130,19 +130,6 @@ class LocalTerm(abc.ABC):
     """Returns the scalar loss with this term."""
 
 
-def check_history_size(value: Any) -> None:
-  """Raises an error if the number of past students is not a positive integer.
-
-  Args:
-    value: The number.
-
-  Raises:
-    ValueError: If it is not a positive integer.
-  """
-  if not isinstance(value, int) or value < 1:
-    raise ValueError(f'`history_size` must be a positive integer, found {value!r}.')
-
-
 def check_weight(name: str, value: float, at_most: float = float('inf')) -> None:
   """Raises an error if the weight of a term is not above 0, or above its limit.
 
@@ -190,7 +177,7 @@ class LocalDistillation(LocalTerm):
           f'{self.target!r}.'
       )
     check_weight('weight', self.weight, at_most=1.0)
-    check_history_size(self.history_size)
+    checks.check_positive_integer(self.history_size, 'history_size')
 
   def __call__(self, loss, step):
     divergence = step.mean(

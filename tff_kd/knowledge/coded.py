@@ -7,6 +7,7 @@ from typing import Optional
 
 import tensorflow as tf
 
+from tff_kd import checks
 from tff_kd.knowledge import codecs
 from tff_kd.knowledge import consensus
 from tff_kd.knowledge import payload as payload_lib
@@ -178,10 +179,7 @@ class TopClasses(CodedRule):
   num_classes: int = 1
 
   def __post_init__(self):
-    if not isinstance(self.num_classes, int) or self.num_classes < 1:
-      raise ValueError(
-          f'`num_classes` must be a positive integer, found {self.num_classes!r}.'
-      )
+    checks.check_positive_integer(self.num_classes, 'num_classes')
     super().__post_init__()
 
   def payload_spec(self, logits_shape, num_rows):

@@ -6,6 +6,7 @@ from typing import Any, Optional
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from tff_kd import checks as value_checks
 from tff_kd.client import class_counts
 from tff_kd.client import exchanges
 from tff_kd.client import local_terms as local_terms_lib
@@ -203,7 +204,7 @@ def history_size(terms: Sequence[local_terms_lib.LocalTerm]) -> int:
   """
   sizes = {term.history_size for term in terms if term.target == 'student_history'}
   for size in sizes:
-    local_terms_lib.check_history_size(size)
+    value_checks.check_positive_integer(size, 'history_size')
   if len(sizes) > 1:
     raise ValueError(
         f'Local terms must agree on `history_size`, found {sorted(sizes)}.'

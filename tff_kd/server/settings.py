@@ -123,13 +123,12 @@ class Distillation:
       raise ValueError(
           f"`start` must be 'average' or 'released', found {self.start!r}."
       )
-    for name in ('num_steps', 'batch_size', 'validate_every', 'patience'):
-      value = getattr(self, name)
-      optional = name in ('validate_every', 'patience')
-      if not (optional and value is None) and (
-          not isinstance(value, int) or value < 1
-      ):
-        raise ValueError(f'`{name}` must be a positive integer, found {value!r}.')
+    checks.check_positive_integer(self.num_steps, 'num_steps')
+    checks.check_positive_integer(self.batch_size, 'batch_size')
+    if self.validate_every is not None:
+      checks.check_positive_integer(self.validate_every, 'validate_every')
+    if self.patience is not None:
+      checks.check_positive_integer(self.patience, 'patience')
 
   @property
   def uses_ensemble(self) -> bool:

@@ -21,6 +21,7 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from tff_kd import checks
 from tff_kd.client import companions
 from tff_kd.client import local_terms
 from tff_kd import graphs
@@ -158,8 +159,7 @@ class FeatureGenerator(companions.Companion):
         ('noise_dim', noise_dim), ('hidden_units', hidden_units),
         ('generator_steps', num_steps), ('generator_batch_size', batch_size),
     ):
-      if not isinstance(value, int) or value < 1:
-        raise ValueError(f'`{name}` must be a positive integer, found {value!r}.')
+      checks.check_positive_integer(value, name)
     if not 0.0 < weight < math.inf or not 0.0 < decay <= 1.0:
       raise ValueError(
           '`generative_weight` must be above 0 and finite, and `generative_decay` above '
