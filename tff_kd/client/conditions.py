@@ -5,7 +5,6 @@ conditions come to a process with each client, as a value beside its number; who
 them (`tff_kd.simulation.Participation`) does not concern the process.
 """
 
-import collections
 import dataclasses
 from typing import Any, NamedTuple
 
@@ -226,20 +225,3 @@ def covered_rows(
       then[:, tf.newaxis], tf.ones_like(then), [transfer_set.size]
   )
   return covered & (tf.gather(predicted, ids) > 0)
-
-
-def condition_counts(
-    conditions: ClientConditions, valid: tf.Tensor
-) -> collections.OrderedDict[str, tf.Tensor]:
-  """Returns a client's counts, int32 scalars, beside those of `client.inclusion`.
-
-  Args:
-    conditions: Its conditions.
-    valid: Whether there was nothing else to leave it out for.
-  """
-  arrives = valid & conditions.reports
-  return collections.OrderedDict(
-      num_dropped_after_training=tf.cast(valid & ~conditions.reports, tf.int32),
-      num_late=tf.cast(arrives & (conditions.delay > 0), tf.int32),
-      num_stragglers=tf.cast(arrives & (conditions.step_share < 1.0), tf.int32),
-  )

@@ -128,7 +128,7 @@ class ClientPlan:
     reporting: Policy for late, partial or insufficient reports; clients then come with
       their `ClientConditions`.
     releases_metrics: Whether clients report their metrics, and why they are excluded;
-      else nothing but `inclusion.public_counts`.
+      else nothing but that there was one.
     seed: With the round and the client, decides what training draws (dropout).
   """
 
@@ -466,7 +466,7 @@ class _ClientUpdate:
     )
     if plan.state_is_companions:
       follows = plan.companion is not None and plan.companion.state_follows_report
-      new_state = _where(
+      new_state = graphs.where(
           included if follows else decision.valid, companion_state, client_state
       )
     else:
@@ -475,7 +475,7 @@ class _ClientUpdate:
           *self._last_sent(payload, sent, client_state, included),
       )
     zeros = tf.nest.map_structure(tf.zeros_like, exchanged)
-    return output, ClientLeft(new_state, _where(included, exchanged, zeros))
+    return output, ClientLeft(new_state, graphs.where(included, exchanged, zeros))
 
   def _before(self, broadcast: Broadcast, client_state: Any) -> Any:
     """Returns the `ModelWeights` with which the client's round begins."""
@@ -606,7 +606,7 @@ class _ClientUpdate:
     metrics: Any = ()
     if plan.releases_metrics:
       initial = self.student.metrics.initial_state()
-      states = _where(included, trained.metrics, initial)
+      states = graphs.where(included, trained.metrics, initial)
       # Lists, as `tff.learning.metrics` expects.
       metrics = collections.OrderedDict((n, list(s)) for n, s in states.items())
     return ClientOutput(update, weight, metrics, counts)
@@ -622,7 +622,8 @@ class _ClientUpdate:
 
   def _counts(self, decision, conditions, learned, payload, client_state):
     """Returns the client's counts."""
-    counts = inclusion.public_counts()
+    # It tells nothing of the client's examples.
+    counts = collections.OrderedDict(num_included=tf.constant(1))
     if self.plan.releases_metrics:
       counts = decision.counts(conditions)
       if self.learn is not None:
@@ -639,7 +640,7 @@ class _ClientUpdate:
     """Returns the client's own model for its next round; () if it keeps none."""
     if not self.plan.keeps_model:
       return ()
-    return self.plan.students.only(self.cohort, _where(valid, after, before))
+    return self.plan.students.only(self.cohort, graphs.where(valid, after, before))
 
   def _last_sent(self, payload, sent, client_state, included) -> tuple[Any, Any]:
     """Returns what the client sent last, and in which round; () if it need not know."""
@@ -648,13 +649,9 @@ class _ClientUpdate:
     round_num = self.plan.broadcast_history.current(sent).round_num
     # What was lost on the way is in no sum.
     return (
-        _where(included, payload, client_state.sent),
+        graphs.where(included, payload, client_state.sent),
         tf.where(included, round_num, client_state.sent_round),
     )
-
-
-def _where(condition: tf.Tensor, new: Any, old: Any) -> Any:
-  return tf.nest.map_structure(lambda a, b: tf.where(condition, a, b), new, old)
 
 
 def _times(update: Any, weight: tf.Tensor) -> Any:

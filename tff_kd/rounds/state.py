@@ -1,6 +1,5 @@
 """The server's state of a round, and what is computed on it."""
 
-from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -148,18 +147,12 @@ def build_personal_parts(plan: work_lib.ClientPlan):
   return shared_of, whole_of
 
 
-# What a skipped round changes all the same.
-_NOT_SKIPPED: Sequence[str] = ('round_num', 'broadcasts')
-
-
 def build_undoing(client_state_type: tff.Type) -> tff.Computation:
   """Builds (<client state before, after, int32 skipped> -> the one that holds)."""
 
   @graphs.computation(client_state_type, client_state_type, np.int32)
   def undo_if_skipped(before, after, skipped):
-    return tf.nest.map_structure(
-        lambda old, new: tf.where(skipped > 0, old, new), before, after
-    )
+    return graphs.where(skipped > 0, before, after)
 
   return undo_if_skipped
 
@@ -179,14 +172,8 @@ def build_skipping(state_type: tff.Type, min_reports: int) -> tff.Computation:
   @graphs.computation(state_type, state_type, np.int32)
   def keep_or_skip(before, after, num_reports):
     skipped = num_reports < min_reports
-    fields = {}
-    for name in RoundState._fields:
-      new = getattr(after, name)
-      if name not in _NOT_SKIPPED:
-        new = tf.nest.map_structure(
-            lambda old, new: tf.where(skipped, old, new), getattr(before, name), new
-        )
-      fields[name] = new
-    return RoundState(**fields), tf.cast(skipped, tf.int32)
+    # Rounds are counted, and broadcasts remembered, in any case.
+    before = before._replace(round_num=after.round_num, broadcasts=after.broadcasts)
+    return graphs.where(skipped, before, after), tf.cast(skipped, tf.int32)
 
   return keep_or_skip

@@ -9,7 +9,6 @@ finite. A stage of another kind (`calibration.CalibrationStage`) has the same me
 import collections
 from collections.abc import Callable, Mapping, Sequence
 import dataclasses
-import functools
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -406,10 +405,7 @@ class _Lessons:
       measurements[name] = learned.measurements
     if weights.released:
       released = self._students.unpack(weights.released)
-      students = [
-          tf.nest.map_structure(functools.partial(tf.where, has_learned), new, old)
-          for has_learned, new, old in zip(have_learned, students, released)
-      ]
+      students = list(map(graphs.where, have_learned, students, released))
     result = ServerModels(student=self._students.pack(students), teacher=teacher)
     return DistillationState(tuple(new_state), rule), result, measurements
 
@@ -827,10 +823,8 @@ class Lesson:
       # False for a loss that is not a number.
       improved &= (current_loss < loss) | ~self._can_validate(validation)
       loss = tf.where(improved, current_loss, loss)
-    weights, optimizer = tf.nest.map_structure(
-        lambda new, old: tf.where(improved, new, old),
-        current,
-        (best.weights, best.optimizer),
+    weights, optimizer = graphs.where(
+        improved, current, (best.weights, best.optimizer)
     )
     return _Best(
         weights,
