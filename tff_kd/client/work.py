@@ -426,11 +426,10 @@ class _ClientUpdate:
     """Returns a client's `ClientOutput` and its `ClientLeft`."""
     plan = self.plan
     broadcast, step_share = sent, None
+    # A late client began in an earlier round, whose broadcast it has.
+    round_num = plan.broadcast_history.current(sent).round_num
     if plan.reporting is not None:
-      current = plan.broadcast_history.current(sent)
-      conditions_lib.check_conditions(
-          plan.reporting, conditions, current.round_num
-      )
+      conditions_lib.check_conditions(plan.reporting, conditions, round_num)
       broadcast = plan.broadcast_history.received(sent, conditions.delay)
       step_share = conditions.step_share
     before = self._before(broadcast, client_state)
@@ -459,7 +458,9 @@ class _ClientUpdate:
         trained, [change, companion_state, exchanged, trained.observed], conditions
     )
     included = decision.included
-    payload = self._payload(sent, broadcast, conditions, included, trained)
+    payload = self._payload(
+        round_num, broadcast.round_num, conditions, included, trained
+    )
     output = self._output(
         change, payload, trained, decision, conditions,
         self._counts(decision, conditions, learned, payload, client_state),
@@ -472,7 +473,7 @@ class _ClientUpdate:
     else:
       new_state = companions.ClientState(
           self._kept_weights(trained.values.weights, before, decision.valid),
-          *self._last_sent(payload, sent, client_state, included),
+          *self._last_sent(payload, round_num, client_state, included),
       )
     zeros = tf.nest.map_structure(tf.zeros_like, exchanged)
     return output, ClientLeft(new_state, graphs.where(included, exchanged, zeros))
@@ -536,20 +537,18 @@ class _ClientUpdate:
       targets[name] = models.BoundModel(spec, spec.values(weights))
     return targets
 
-  def _payload(self, sent, broadcast, conditions, included, trained) -> Any:
+  def _payload(self, round_num, began, conditions, included, trained) -> Any:
     """Returns the payload of the exchange, without the client's weight."""
     plan = self.plan
     if plan.exchange is None:
       return ()
 
     def report():
-      round_num, covered = broadcast.round_num, None
-      if plan.reporting is not None:
-        round_num = plan.broadcast_history.current(sent).round_num
-        if plan.exchange.transfer_set is not None:
-          covered = conditions_lib.covered_rows(
-              plan.exchange.transfer_set, conditions, broadcast.round_num, round_num
-          )
+      covered = None
+      if plan.reporting is not None and plan.exchange.transfer_set is not None:
+        covered = conditions_lib.covered_rows(
+            plan.exchange.transfer_set, conditions, began, round_num
+        )
       certainty = None
       if self.attachment.certainty is not None:
         certainty = lambda x: self.attachment.certainty(x, trained.companion)
@@ -642,11 +641,10 @@ class _ClientUpdate:
       return ()
     return self.plan.students.only(self.cohort, graphs.where(valid, after, before))
 
-  def _last_sent(self, payload, sent, client_state, included) -> tuple[Any, Any]:
+  def _last_sent(self, payload, round_num, client_state, included) -> tuple[Any, Any]:
     """Returns what the client sent last, and in which round; () if it need not know."""
     if self.plan.exchange is None or not self.plan.exchange.keeps_sent:
       return (), ()
-    round_num = self.plan.broadcast_history.current(sent).round_num
     # What was lost on the way is in no sum.
     return (
         graphs.where(included, payload, client_state.sent),
