@@ -4,7 +4,7 @@ Everything that changes is a value: the loop carries the model's weights, statis
 seeds, the optimizer's state, the metrics' states and what a companion trains beside.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
@@ -67,7 +67,7 @@ class Trained(NamedTuple):
     bad_labels: bool, whether there were class labels out of range, or weights that are
       negative or not finite.
     bad_inputs: bool, whether there were ids that an embedding does not have.
-    observed: The observer's sums, () without one.
+    observed: The observers' sums, by the observer's name.
   """
 
   values: models.ModelValues
@@ -120,7 +120,7 @@ class LocalTraining:
       client_data: Optional[client_data_lib.ClientBatches],
       *,
       attachment: companions.Attachment = _NO_COMPANION,
-      observer: Optional[companions.Observer] = None,
+      observers: Optional[Mapping[str, companions.Observer]] = None,
       learning_rate_fn: Optional[LearningRateFn] = None,
   ):
     """Initializes the training.
@@ -131,8 +131,7 @@ class LocalTraining:
         client and round.
       client_data: Where clients read their examples, if not from datasets.
       attachment: What a companion adds to it.
-      observer: Looks at each step, if something is to be added up over them; that of the
-        attachment if `None`.
+      observers: What is added up over the steps, by name.
       learning_rate_fn: The optimizer's rate in a round, if it changes.
 
     Raises:
@@ -141,13 +140,9 @@ class LocalTraining:
     self._student = student
     self._client_data = client_data
     self._attachment = attachment
-    self._observer = observer or attachment.observer
+    self._observers = dict(observers or {})
     self._learning_rate_fn = learning_rate_fn
-    if (
-        client_data is not None
-        and client_data.label_share < 1.0
-        and self._observer is not None
-    ):
+    if client_data is not None and client_data.label_share < 1.0 and observers:
       raise ValueError(
           'This algorithm adds up something by label over the steps, so all labels must '
           f'be known: `label_share` must be 1, found {client_data.label_share}.'
@@ -181,7 +176,7 @@ class LocalTraining:
         num_batches=tf.constant(0),
         bad_labels=tf.constant(False),
         bad_inputs=tf.constant(False),
-        observed=self._observer.zero() if self._observer is not None else (),
+        observed={name: each.zero() for name, each in self._observers.items()},
     )
     run = self._over_dataset if self._client_data is None else self._over_slices
     progress = run(data, start, progress)
@@ -321,10 +316,7 @@ class LocalTraining:
         progress.optimizer, trained, tape.gradient(loss, trained)
     )
     size = tf.shape(outputs)[0]
-    observed = progress.observed
-    if self._observer is not None:
-      seen = self._observer.observe(step)
-      observed = tf.nest.map_structure(tf.add, observed, seen)
+    seen = {name: each.observe(step) for name, each in self._observers.items()}
     return _Progress(
         values=values._replace(trainable=list(trained[: self._num_own])),
         companion=companion._replace(trainable=list(trained[self._num_own :])),
@@ -345,7 +337,7 @@ class LocalTraining:
             if bad_inputs is None
             else progress.bad_inputs | bad_inputs
         ),
-        observed=observed,
+        observed=tf.nest.map_structure(tf.add, progress.observed, seen),
     )
 
   def _supervised_loss(

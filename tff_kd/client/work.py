@@ -409,16 +409,16 @@ class _ClientUpdate:
     self.attachment = companions.Attachment()
     if plan.companion is not None:
       self.attachment = plan.companion.attach(self.student)
-    self.learn, observer = None, None
+    self.learn, observers = None, {'companion': self.attachment.observer}
     if plan.exchange is not None:
       self.learn = plan.exchange.build_learning(self.student)
-      observer = plan.exchange.observer(self.student)
+      observers['exchange'] = plan.exchange.observer(self.student)
     self.training = local_training.LocalTraining(
         self.student,
         plan.optimizer,
         plan.client_data,
         attachment=self.attachment,
-        observer=observer,
+        observers={name: each for name, each in observers.items() if each is not None},
         learning_rate_fn=plan.learning_rate_fn,
     )
 
@@ -448,7 +448,7 @@ class _ClientUpdate:
     companion_state, exchanged = (), ()
     if plan.companion is not None:
       companion_state, exchanged = self.attachment.end(
-          trained.observed,
+          trained.observed.get('companion', ()),
           models.BoundModel(self.student, trained.values),
           trained.companion,
       )
@@ -556,7 +556,7 @@ class _ClientUpdate:
           exchanges.Report(
               models.BoundModel(self.student, trained.values),
               round_num,
-              trained.observed,
+              trained.observed.get('exchange', ()),
               covered,
               certainty,
           )
