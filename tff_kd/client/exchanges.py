@@ -402,11 +402,9 @@ def check_stage(
         'The diversity of the consensus is not sent to clients, which learn from the '
         f'consensus alone: leave `diversity_weight` at 0, found {d.diversity_weight!r}.'
     )
-  server_distillation_lib.check_stages(
-      [stage],
+  stage.check(
+      transfer_set,
       has_teacher=False,
-      labelled=transfer_set.labelled,
-      has_validation=transfer_set.validation_size > 0,
       has_diversity=rule is not None and rule.has_diversity,
   )
 

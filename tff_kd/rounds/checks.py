@@ -19,7 +19,6 @@ from tff_kd import optimizers
 from tff_kd.rounds import options as options_lib
 from tff_kd.rounds import parts as parts_lib
 from tff_kd.rounds import protection
-from tff_kd.server import distill
 
 _UNIFORM = tff.learning.ClientWeighting.UNIFORM
 
@@ -58,17 +57,14 @@ def check(parts: parts_lib.Parts, options: options_lib.Options) -> None:
 
 def _check_stages(parts: parts_lib.Parts) -> None:
   """Checks the server's lessons, and that of clients before the first round."""
-  transfer_set, rule = parts.distils_on, None
-  if parts.exchange is not None:
-    rule = parts.exchange.rule
+  transfer_set = parts.distils_on
+  rule = parts.exchange.rule if parts.exchange is not None else None
   if transfer_set is None and (parts.stages or parts.pretraining):
     raise ValueError('Distillation and pretraining need a `transfer_set`.')
-  if parts.stages:
-    distill.check_stages(
-        parts.stages,
+  for stage in parts.stages:
+    stage.check(
+        transfer_set,
         has_teacher=parts.teacher is not None,
-        labelled=transfer_set.labelled,
-        has_validation=transfer_set.validation_size > 0,
         has_diversity=rule is not None and rule.has_diversity,
     )
   if parts.pretraining is None:

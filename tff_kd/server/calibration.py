@@ -46,17 +46,20 @@ class CalibrationStage(NamedTuple):
   learns_from_teacher = False
   starts_from_released = False
 
-  def check(self, *, has_teacher: bool, **unused: bool) -> None:
+  def check(
+      self, transfer_set: transfer.TransferSet, *, has_teacher: bool, has_diversity: bool
+  ) -> None:
     """Raises an error if there is no model to calibrate.
 
     Args:
+      transfer_set: Not used; see `distill.DistillationStage.check`.
       has_teacher: Whether there is a teacher.
-      **unused: What other stages check, see `DistillationStage.check`.
+      has_diversity: Not used.
 
     Raises:
       ValueError: If the learner is a teacher that does not exist.
     """
-    del unused
+    del transfer_set, has_diversity
     if self.learner == 'teacher' and not has_teacher:
       raise ValueError('This calibration needs a teacher; pass `teacher_fn`.')
 

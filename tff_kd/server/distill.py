@@ -106,18 +106,16 @@ class DistillationStage:
 
   def check(
       self,
+      transfer_set: transfer.TransferSet,
       *,
       has_teacher: bool,
-      labelled: bool,
-      has_validation: bool,
       has_diversity: bool,
   ) -> None:
     """Raises an error if the stage lacks something it needs, before anything is built.
 
     Args:
+      transfer_set: The examples to learn from.
       has_teacher: Whether there is a teacher.
-      labelled: Whether the transfer set has labels.
-      has_validation: Whether examples are set aside for validation.
       has_diversity: Whether the consensus has a `diversity`.
 
     Raises:
@@ -144,7 +142,7 @@ class DistillationStage:
           "`start='released'` is of the student's distillation: a teacher goes on from "
           'where it is. Leave `start` out of the teacher\'s.'
       )
-    if not labelled and d.distillation_weight not in (None, 1.0):
+    if not transfer_set.labelled and d.distillation_weight not in (None, 1.0):
       raise ValueError(
           f'`distillation_weight` is {d.distillation_weight}, which leaves the '
           'rest of the loss to labels, but the transfer set has none. Give it '
@@ -155,7 +153,7 @@ class DistillationStage:
           '`diversity_weight` needs a `consensus_rule` that tells the diversity, such '
           'as `tff_kd.knowledge.CertaintyWithDiversity()`.'
       )
-    if not has_validation and (
+    if not transfer_set.validation_size and (
         d.patience is not None or d.validate_every is not None
     ):
       raise ValueError(
@@ -193,22 +191,6 @@ class ServerModels(NamedTuple):
   teacher: Any
   released: Any = ()
   sent: Any = ()
-
-
-def check_stages(stages: Sequence[Any], **available: bool) -> None:
-  """Refuses stages that lack something they need, before anything is built.
-
-  Args:
-    stages: The stages, in order.
-    **available: Whether there is what `DistillationStage.check` names.
-
-  Raises:
-    ValueError: If a stage needs a teacher, labels or a validation part that is
-      not there, or if a model would learn from itself.
-    TypeError: If a stage's optimizer is not one.
-  """
-  for stage in stages:
-    stage.check(**{'has_diversity': False, **available})
 
 
 class DistillationState(NamedTuple):
