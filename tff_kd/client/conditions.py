@@ -36,13 +36,7 @@ class ClientConditions(NamedTuple):
 
 
 CONDITIONS_TYPE = tff.to_type(
-    ClientConditions(
-        delay=tff.TensorType(np.int32),
-        step_share=tff.TensorType(np.float32),
-        reports=tff.TensorType(np.bool_),
-        coverage=tff.TensorType(np.float32),
-        seed=tff.TensorType(np.int32, [2]),
-    )
+    ClientConditions(*(tff.TensorType(v.dtype.type, v.shape) for v in ClientConditions()))
 )
 
 

@@ -23,7 +23,6 @@ LearningRateFn = Callable[[tf.Tensor], Any]
 
 # Keeps what training draws (dropout) apart from other random streams of the same seed.
 _TRAINING_STREAM = 41
-_NO_COMPANION = companions.Attachment()
 
 
 class Start(NamedTuple):
@@ -35,7 +34,7 @@ class Start(NamedTuple):
     terms: The `LocalTerm`s beside the supervised loss, in order.
     targets: By name ('student', 'teacher', ...), the `BoundModel`s that terms learn from.
     companion: A companion's `CompanionValues`.
-    hparams: The optimizer's hyperparameters in this round (`LocalTraining.hparams`).
+    hparams: The optimizer's hyperparameters in this round.
     round_num: int32 scalar, or () where nothing needs it.
     step_share: float32, which part of its steps the client does; all of them if `None`.
   """
@@ -118,10 +117,8 @@ class LocalTraining:
       student: models.ModelSpec,
       optimizer: optimizers.Optimizer,
       client_data: Optional[client_data_lib.ClientBatches],
-      *,
-      attachment: companions.Attachment = _NO_COMPANION,
-      observers: Optional[Mapping[str, companions.Observer]] = None,
-      learning_rate_fn: Optional[LearningRateFn] = None,
+      attachment: companions.Attachment,
+      observers: Mapping[str, companions.Observer],
   ):
     """Initializes the training.
 
@@ -132,7 +129,6 @@ class LocalTraining:
       client_data: Where clients read their examples, if not from datasets.
       attachment: What a companion adds to it.
       observers: What is added up over the steps, by name.
-      learning_rate_fn: The optimizer's rate in a round, if it changes.
 
     Raises:
       ValueError: If an observer needs labels that clients do not know.
@@ -140,8 +136,7 @@ class LocalTraining:
     self._student = student
     self._client_data = client_data
     self._attachment = attachment
-    self._observers = dict(observers or {})
-    self._learning_rate_fn = learning_rate_fn
+    self._observers = observers
     if client_data is not None and client_data.label_share < 1.0 and observers:
       raise ValueError(
           'This algorithm adds up something by label over the steps, so all labels must '
@@ -151,18 +146,6 @@ class LocalTraining:
     self._stepper = optimizers.build_stepper(
         optimizer, [*student.trainable_variables, *attachment.trainable_variables]
     )
-
-  def hparams(self, initial: Any, round_num: Any) -> Any:
-    """Returns the optimizer's hyperparameters in a round.
-
-    Args:
-      initial: Those of the server's state.
-      round_num: int32 scalar, or () where nothing needs it.
-    """
-    if self._learning_rate_fn is None:
-      return initial
-    rate = graphs.user_function(self._learning_rate_fn)(round_num)
-    return optimizers.with_learning_rate(initial, rate)
 
   def __call__(self, data: Any, start: Start) -> Trained:
     """Trains on a client's dataset, or on the examples of its number."""

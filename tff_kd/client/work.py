@@ -417,9 +417,8 @@ class _ClientUpdate:
         self.student,
         plan.optimizer,
         plan.client_data,
-        attachment=self.attachment,
-        observers={name: each for name, each in observers.items() if each is not None},
-        learning_rate_fn=plan.learning_rate_fn,
+        self.attachment,
+        {name: each for name, each in observers.items() if each is not None},
     )
 
   def __call__(self, hparams, sent, data, client_state, conditions):
@@ -445,13 +444,11 @@ class _ClientUpdate:
           lambda old, new, spec: tf.cast(old, spec.dtype) - tf.cast(new, spec.dtype),
           before, change, self.student.update_spec,
       )
-    companion_state, exchanged = (), ()
-    if plan.companion is not None:
-      companion_state, exchanged = self.attachment.end(
-          trained.observed.get('companion', ()),
-          models.BoundModel(self.student, trained.values),
-          trained.companion,
-      )
+    companion_state, exchanged = self.attachment.end(
+        trained.observed.get('companion', ()),
+        models.BoundModel(self.student, trained.values),
+        trained.companion,
+    )
     # What was summed over the steps may be all that is sent, and may be infinite where
     # the weights are not.
     decision = inclusion.decide(
@@ -503,7 +500,9 @@ class _ClientUpdate:
     client = data if plan.client_data is not None else None
     seed = local_training.client_seed(plan.seed, broadcast.round_num, client)
     values = self.student.values(learned.weights, seed)
-    hparams = self.training.hparams(hparams, broadcast.round_num)
+    if plan.learning_rate_fn is not None:
+      rate = graphs.user_function(plan.learning_rate_fn)(broadcast.round_num)
+      hparams = optimizers.with_learning_rate(hparams, rate)
     terms, companion = self.attachment.begin(
         companions.Beginning(
             received=broadcast.companion,

@@ -100,6 +100,11 @@ def _begin_nothing(beginning: Beginning):
   return (), CompanionValues()
 
 
+def _end_nothing(observed: Any, student: models.BoundModel, values: CompanionValues):
+  del observed, student, values
+  return (), ()
+
+
 class Attachment(NamedTuple):
   """A companion within the computation of one client's round.
 
@@ -121,9 +126,9 @@ class Attachment(NamedTuple):
   begin: Callable[
       [Beginning], tuple[Sequence[local_terms.LocalTerm], CompanionValues]
   ] = _begin_nothing
-  end: Optional[
-      Callable[[Any, models.BoundModel, CompanionValues], tuple[Any, Any]]
-  ] = None
+  end: Callable[
+      [Any, models.BoundModel, CompanionValues], tuple[Any, Any]
+  ] = _end_nothing
   joint_loss: Optional[
       Callable[
           [tf.Tensor, local_terms.LocalStep, CompanionValues],
