@@ -74,8 +74,7 @@ class Options:
   seed: int = 0
 
   def __post_init__(self):
-    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    tff_kd.rounds.arguments.check(fields, _OPTION_PARAMETERS)
+    tff_kd.rounds.arguments.check(vars(self), _OPTION_PARAMETERS)
 
   def count_clients(self, num_clients: Optional[int]) -> int:
     """Returns how many clients there are in all.
@@ -114,15 +113,7 @@ class Options:
     )
 
 
-_OPTION_PARAMETERS = {
-    field.name: inspect.Parameter(
-        field.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=field.default,
-        annotation=field.type,
-    )
-    for field in dataclasses.fields(Options)
-}
+_OPTION_PARAMETERS = inspect.signature(Options).parameters
 _EMPTY = inspect.Parameter.empty
 
 
