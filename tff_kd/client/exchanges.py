@@ -8,6 +8,7 @@ round, so that a client computes once a round.
 
 import abc
 from collections.abc import Callable, Sequence
+import dataclasses
 from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
@@ -558,11 +559,13 @@ class ClassExchange(SumsByClass):
     return _ClassTargets(self._weight, means, is_known)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _ClassTargets(local_terms_lib.LocalTerm):
   """L + weight CE(softmax(the label's class's target), z)."""
 
-  def __init__(self, weight: float, targets: tf.Tensor, mask: tf.Tensor):
-    self._weight, self._targets, self._mask = weight, targets, mask
+  weight: float
+  targets: tf.Tensor
+  mask: tf.Tensor
 
   def __call__(self, loss, step):
     labels = tf.cast(step.labels, tf.int32)
@@ -572,7 +575,7 @@ class _ClassTargets(local_terms_lib.LocalTerm):
       counted = tf.reshape(step.counted, tf.shape(labels))
       labels = tf.where(counted > 0.0, labels, 0)
     each = losses.soft_target_cross_entropy(
-        tf.nn.softmax(tf.gather(self._targets, labels)), step.logits
+        tf.nn.softmax(tf.gather(self.targets, labels)), step.logits
     )
     # Over all labels that count: one without a target has no such loss.
-    return loss + self._weight * step.mean(each * tf.gather(self._mask, labels))
+    return loss + self.weight * step.mean(each * tf.gather(self.mask, labels))

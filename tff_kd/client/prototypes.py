@@ -1,5 +1,6 @@
 """Prototypes: clients exchange each class's mean features, and draw theirs to these."""
 
+import dataclasses
 from typing import Optional
 
 import tensorflow as tf
@@ -65,23 +66,19 @@ class PrototypeExchange(exchanges.SumsByClass):
     return _PrototypeTerm(self._splits[id(student)], self._weight, means, is_known)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _PrototypeTerm(local_terms.LocalTerm):
   """L + weight times the mean squared distance of features to the class's prototype."""
 
-  def __init__(
-      self,
-      split_model: split.SplitModel,
-      weight: float,
-      prototypes: tf.Tensor,
-      is_known: tf.Tensor,
-  ):
-    self._split, self._weight = split_model, weight
-    self._prototypes, self._is_known = prototypes, is_known
+  split_model: split.SplitModel
+  weight: float
+  prototypes: tf.Tensor
+  is_known: tf.Tensor
 
   def __call__(self, loss, step):
     one_hot = step.one_hot_labels()
-    features = self._split.features(step.model, step.inputs)
-    distance = losses.mean_squared_error(tf.matmul(one_hot, self._prototypes), features)
+    features = self.split_model.features(step.model, step.inputs)
+    distance = losses.mean_squared_error(tf.matmul(one_hot, self.prototypes), features)
     # Over all labels that count: one without a prototype has no such loss.
-    has_one = tf.linalg.matvec(one_hot, self._is_known)
-    return loss + self._weight * step.mean(has_one * distance)
+    has_one = tf.linalg.matvec(one_hot, self.is_known)
+    return loss + self.weight * step.mean(has_one * distance)

@@ -8,6 +8,7 @@ Source: Li, He & Song, "Model-Contrastive Federated Learning" (MOON, CVPR 2021),
 3 and Algorithm 1.
 """
 
+import dataclasses
 import math
 from typing import Optional
 
@@ -49,27 +50,23 @@ def contrastive_loss(
   return tf.nn.softplus(difference / temperature)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _ContrastTerm(local_terms.LocalTerm):
   """L + weight times the contrastive loss."""
 
-  def __init__(
-      self,
-      split_model: split.SplitModel,
-      received: models.BoundModel,
-      previous: models.BoundModel,
-      weight: float,
-      temperature: float,
-  ):
-    self._split, self._received, self._previous = split_model, received, previous
-    self._weight, self._temperature = weight, temperature
+  split_model: split.SplitModel
+  received: models.BoundModel
+  previous: models.BoundModel
+  weight: float
+  temperature: float
 
   def __call__(self, loss, step):
     own, received, previous = (
-        self._split.features(model, step.inputs)
-        for model in (step.model, self._received, self._previous)
+        self.split_model.features(model, step.inputs)
+        for model in (step.model, self.received, self.previous)
     )
-    return loss + self._weight * step.mean(
-        contrastive_loss(own, received, previous, temperature=self._temperature)
+    return loss + self.weight * step.mean(
+        contrastive_loss(own, received, previous, temperature=self.temperature)
     )
 
 

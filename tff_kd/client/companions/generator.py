@@ -13,6 +13,7 @@ Learning" (FedGen, ICML 2021), section 4 and Algorithm 1.
 """
 
 from collections.abc import Callable
+import dataclasses
 import math
 from typing import Any, NamedTuple, Optional
 
@@ -368,45 +369,39 @@ class FeatureGenerator(companions.Companion):
     return down, up
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _GeneratorTerm(local_terms.LocalTerm):
   """L + a CE(h(G(noise', y')), y') + a KL(h(G(noise, y)) || z), y' of classes seen."""
 
-  def __init__(
-      self,
-      logits_fn: Callable[[models.BoundModel, tf.Tensor, tf.Tensor], tf.Tensor],
-      *,
-      noise_dim: int,
-      weight: tf.Tensor,
-      is_on: tf.Tensor,
-      seen: tf.Tensor,
-      seed: tf.Tensor,
-  ):
-    self._logits_fn, self._noise_dim = logits_fn, noise_dim
-    self._weight, self._is_on = weight, is_on
-    self._seen, self._seed = seen, seed
+  logits_fn: Callable[[models.BoundModel, tf.Tensor, tf.Tensor], tf.Tensor]
+  noise_dim: int
+  weight: tf.Tensor
+  is_on: tf.Tensor
+  seen: tf.Tensor
+  seed: tf.Tensor
 
   def __call__(self, loss, step):
     labels = tf.reshape(tf.cast(step.labels, tf.int32), [-1])
     size = tf.shape(step.logits)[0]
-    seed = self._seed
+    seed = self.seed
     # The labels make it differ from client to client.
     for number in (step.step_num, tf.reduce_sum(labels * tf.range(1, size + 1))):
       seed = tf.random.experimental.stateless_fold_in(seed, number)
     seeds = tf.random.experimental.stateless_split(seed, 3)
 
     def noise(seed: tf.Tensor) -> tf.Tensor:
-      return tf.random.stateless_normal([size, self._noise_dim], seed)
+      return tf.random.stateless_normal([size, self.noise_dim], seed)
 
     def terms() -> tf.Tensor:
       others = tf.random.stateless_categorical(
-          tf.math.log(self._seen)[tf.newaxis], size, seeds[0], dtype=tf.int32
+          tf.math.log(self.seen)[tf.newaxis], size, seeds[0], dtype=tf.int32
       )[0]
       taught = tf.nn.sparse_softmax_cross_entropy_with_logits(
-          others, self._logits_fn(step.model, noise(seeds[1]), others)
+          others, self.logits_fn(step.model, noise(seeds[1]), others)
       )
       near = losses.kl_divergence(
-          self._logits_fn(step.model, noise(seeds[2]), labels), step.logits
+          self.logits_fn(step.model, noise(seeds[2]), labels), step.logits
       )
-      return loss + self._weight * (tf.reduce_mean(taught) + step.mean(near))
+      return loss + self.weight * (tf.reduce_mean(taught) + step.mean(near))
 
-    return tf.cond(self._is_on & (tf.reduce_sum(self._seen) > 0.0), terms, lambda: loss)
+    return tf.cond(self.is_on & (tf.reduce_sum(self.seen) > 0.0), terms, lambda: loss)
