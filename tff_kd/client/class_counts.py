@@ -1,7 +1,8 @@
-"""How often each class is among a client's labels: the one place that counts them.
+"""Counts of the classes among a client's labels.
 
-Counts are numbers of a client's own labels. They serve its own loss and stay at the
-client: nothing here is sent.
+`count` counts them before the training, for terms of the client's own loss; these counts
+stay at the client. `one_hot` returns the rows that others add up over the steps (FD,
+FedProto, FedGen, label density), and send as sums over clients.
 """
 
 from typing import Any, Optional
@@ -91,10 +92,10 @@ def one_hot(
   """Returns labels as rows whose sum is `count`.
 
   Args:
-    spec: As of `count`.
-    labels: As of `count`.
-    labelled: As of `count`.
-    sample_weight: As of `count`.
+    spec: As in `count`.
+    labels: As in `count`.
+    labelled: As in `count`.
+    sample_weight: As in `count`.
 
   Returns:
     float32 `[predictions, classes]`, one row a prediction; zeros where the label does

@@ -16,16 +16,16 @@ from tff_kd.data import transfer
 
 
 class ClientConditions(NamedTuple):
-  """How one client fares in a round. The defaults: nothing hinders it.
+  """The conditions of one client in a round; by default nothing hinders it.
 
   Attributes:
     delay: int32, how many rounds ago the client began: it has what was sent then, and
       reports in this round. At most the number of rounds before this one.
-    step_share: float32, the part of its local steps that it does, above 0 and at most
+    step_share: float32, the share of the local steps that it takes, above 0 and at most
       1; at least one step.
     reports: Whether what it sends arrives.
-    coverage: float32, the part of this round's transfer examples on which it predicts.
-    seed: int32 `[2]`, decides which part.
+    coverage: float32, the share of this round's transfer examples on which it predicts.
+    seed: int32 `[2]`, decides which examples these are.
   """
 
   delay: Any = np.int32(0)
@@ -42,7 +42,7 @@ CONDITIONS_TYPE = tff.to_type(
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reporting:
-  """How a process takes what clients report: late, in part, or too few of them.
+  """The policy for reports that are late, partial or too few.
 
   A process that is built with one is given `{'data': number, 'conditions':
   ClientConditions}` a client.

@@ -1,9 +1,9 @@
 """Exchanges of knowledge beside, or in place of, weights.
 
 An `Exchange` says what a client uploads after its training, what the server sends back,
-and how a client learns from that before its own examples. A round ends where a paper's
-round ends in the middle: what it leaves is learned at the beginning of a client's next
-round, so that a client computes once a round.
+and how a client learns from that before its own examples. Clients learn what the server
+sends back at the beginning of their next round, so that they compute once a round, also
+where a paper's round has two phases.
 """
 
 import abc
@@ -88,7 +88,7 @@ class Exchange(abc.ABC):
     """Returns what a client sends after its training.
 
     Args:
-      report: What the client has at hand.
+      report: The inputs of the payload.
     """
 
   def initial_shared(self) -> Any:

@@ -1,7 +1,7 @@
-"""The one loop of local training: steps on a client's batches, further terms included.
+"""The loop of a client's local training.
 
-Everything that changes is a value: the loop carries the model's weights, statistics and
-seeds, the optimizer's state, the metrics' states and what a companion trains beside.
+The loop carries all values that change: the model's weights, statistics and seeds, the
+optimizer's state, the metrics' states and the companion's values.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -18,15 +18,15 @@ from tff_kd import graphs
 from tff_kd import models
 from tff_kd import optimizers
 
-# The round's number, from 0 -> a learning rate; as TFF's optimizer schedules.
+# Maps the round's number, from 0, to a learning rate, as TFF's optimizer schedules do.
 LearningRateFn = Callable[[tf.Tensor], Any]
 
-# Keeps what training draws (dropout) apart from other random streams of the same seed.
+# Separates the random numbers of training (dropout) from other streams of one seed.
 _TRAINING_STREAM = 41
 
 
 class Start(NamedTuple):
-  """With what a client's training begins.
+  """The inputs of a client's training.
 
   Attributes:
     values: The student's `ModelValues`.
@@ -36,7 +36,8 @@ class Start(NamedTuple):
     companion: A companion's `CompanionValues`.
     hparams: The optimizer's hyperparameters in this round.
     round_num: int32 scalar, or () where nothing needs it.
-    step_share: float32, which part of its steps the client does; all of them if `None`.
+    step_share: float32, the share of the steps that the client takes; all of them if
+      `None`.
   """
 
   values: models.ModelValues
@@ -61,8 +62,7 @@ class Trained(NamedTuple):
     values: The student's `ModelValues` after it.
     companion: The companion's `CompanionValues` after it.
     metrics: The metrics' states, totals included.
-    num_examples: int64, how many examples it has seen, all epochs counted; those of
-      weight 0 are none.
+    num_examples: int64, the number of examples in all epochs, without those of weight 0.
     bad_labels: bool, whether there were class labels out of range, or weights that are
       negative or not finite.
     bad_inputs: bool, whether there were ids that an embedding does not have.
@@ -97,10 +97,10 @@ def client_seed(seed: int, round_num: Any, client: Optional[tf.Tensor]) -> tf.Te
   """Returns the seed of one client's random draws, int32 `[2]`.
 
   Args:
-    seed: The process's.
+    seed: The seed of the process.
     round_num: int32 scalar, or () where the round is not known.
-    client: The client's number, int32; `None` where clients come as datasets. These
-      have no number, and those of one round draw alike.
+    client: The client's number, int32; `None` if clients come as datasets, which have no
+      number: all clients of a round then draw the same.
   """
   folded = tf.constant([seed, _TRAINING_STREAM])
   for number in (round_num, client):
@@ -127,8 +127,8 @@ class LocalTraining:
       optimizer: A TFF optimizer or a function that returns a Keras one; fresh for every
         client and round.
       client_data: Where clients read their examples, if not from datasets.
-      attachment: What a companion adds to it.
-      observers: What is added up over the steps, by name.
+      attachment: The companion's part of the training.
+      observers: The `Observer`s of the steps, by name.
 
     Raises:
       ValueError: If an observer needs labels that clients do not know.
@@ -357,7 +357,7 @@ class LocalTraining:
 
 
 def _dataset_options() -> tf.data.Options:
-  """For a few batches that are read once: tuning itself would cost as much."""
+  """Returns options for a few batches that are read once, where tuning does not pay."""
   options = tf.data.Options()
   options.autotune.enabled = False
   options.experimental_optimization.apply_default_optimizations = False

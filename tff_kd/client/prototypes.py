@@ -1,4 +1,4 @@
-"""Prototypes: clients exchange each class's mean features, and draw theirs to these."""
+"""The exchange of prototypes, the mean features of each class (FedProto)."""
 
 import dataclasses
 from typing import Optional

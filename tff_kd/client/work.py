@@ -127,8 +127,8 @@ class ClientPlan:
     learning_rate_fn: The optimizer's rate in a round, int32 from 0; constant if `None`.
     reporting: Policy for late, partial or insufficient reports; clients then come with
       their `ClientConditions`.
-    releases_metrics: Whether clients report their metrics, and why they are excluded;
-      else nothing but that there was one.
+    releases_metrics: Whether clients report their metrics and why they are excluded; else
+      only that there was one.
     seed: With the round and the client, decides what training draws (dropout).
   """
 
@@ -224,14 +224,14 @@ class ClientPlan:
 
   @functools.cached_property
   def broadcast_history(self) -> conditions_lib.BroadcastHistory:
-    """Returns the function that gives a `Broadcast` to a client with conditions."""
+    """The `BroadcastHistory` of the last rounds, for clients that are late."""
     return conditions_lib.BroadcastHistory(
         self.broadcast_type, self.reporting.max_delay if self.reporting else 0
     )
 
   @property
   def data_type(self) -> tff.Type:
-    """The type of what `next` takes a client."""
+    """The type of what `next` is given for each client."""
     if self.client_data is not None:
       data_type = tff.TensorType(np.int32)
     else:
@@ -259,7 +259,7 @@ class ClientPlan:
     weights = tf.nest.map_structure(tf.constant, spec.initial_weights)
     if self.pretraining is None:
       return weights
-    # Of all rounds: a new client has not seen any.
+    # The rows of all rounds, as a new client has seen none.
     transfer_set, rule = self.exchange.transfer_set.whole(), self.exchange.rule
     # Labels only: no example has a target.
     nothing = rule.decode(
@@ -449,8 +449,8 @@ class _ClientUpdate:
         models.BoundModel(self.student, trained.values),
         trained.companion,
     )
-    # What was summed over the steps may be all that is sent, and may be infinite where
-    # the weights are not.
+    # The sums over the steps may be all that is sent, and may be infinite where the
+    # weights are finite.
     decision = inclusion.decide(
         trained, [change, companion_state, exchanged, trained.observed], conditions
     )
@@ -644,7 +644,7 @@ class _ClientUpdate:
     """Returns what the client sent last, and in which round; () if it need not know."""
     if self.plan.exchange is None or not self.plan.exchange.keeps_sent:
       return (), ()
-    # What was lost on the way is in no sum.
+    # A report that was lost is in no sum.
     return (
         graphs.where(included, payload, client_state.sent),
         tf.where(included, round_num, client_state.sent_round),

@@ -40,10 +40,10 @@ from tff_kd import models
 # Inputs -> float [n, d], in plain TensorFlow.
 FeatureFn = Callable[[Any], tf.Tensor]
 
-# How far from the minimiser a fit may end.
+# The largest distance of a fit from the minimiser.
 FIT_TOLERANCE = 1e-6
 _LOWEST_SCORE = 1e-8
-# Keeps this random stream apart from others of the same seed.
+# Separates this random stream from others of the same seed.
 _NOISE_STREAM = 2
 
 

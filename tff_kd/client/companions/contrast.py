@@ -35,8 +35,9 @@ def contrastive_loss(
 
   Args:
     features: float32 `[batch, features]`, of the model in training.
-    received: The same of the received model; receives no gradient.
-    previous: The same of the client's previous model; receives no gradient.
+    received: float32 `[batch, features]`, of the received model; receives no gradient.
+    previous: float32 `[batch, features]`, of the client's previous model; receives no
+      gradient.
     temperature: T, above 0.
 
   Returns:

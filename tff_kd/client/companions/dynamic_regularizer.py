@@ -117,7 +117,8 @@ class DynamicRegularizer(companions.Companion):
     has_mean = (num_reports > 0) & graphs.all_finite(change)
     offsets, moved = [], []
     for u, w, mean in zip(server_state.values, student.trainable, change.trainable):
-      # Of how far the clients moved, whatever the server optimizer makes of it.
+      # The offset follows the clients' mean change, whatever the server optimizer made of
+      # it.
       offset = tf.where(has_mean, u + tf.cast(share, u.dtype) * mean, u)
       offsets.append(offset)
       moved.append(tf.cast(tf.cast(w, u.dtype) - offset, w.dtype))

@@ -41,7 +41,7 @@ class GeneratorState(NamedTuple):
 
   Attributes:
     weights: The generator's `ModelWeights`.
-    optimizer: Its optimizer's state.
+    optimizer: The state of the generator's optimizer.
     seen: float32 `[classes]`, 1 for each class that some client has had.
   """
 
@@ -344,7 +344,7 @@ class FeatureGenerator(companions.Companion):
           noise, labels,
       )
       diversity = diversity_loss(noise, features)
-      # Its gradient by the features is the clients'.
+      # The gradient by the features is that of the clients' losses.
       surrogate = tf.reduce_sum(features * answers.gradients * share[:, tf.newaxis])
       loss = surrogate + diversity
     gradients = tape.gradient(loss, trained)

@@ -20,7 +20,7 @@ from tff_kd import losses
 from tff_kd import models
 
 
-# Keeps the mentor's random draws apart from the student's.
+# Separates the mentor's random draws from the student's.
 _MENTOR_STREAM = 1
 
 
