@@ -280,7 +280,8 @@ def trimmed_mean(
     is_there: bool, the first dimensions of `values`: the others are missing.
     trimmed_share: The share of the values that is left out at each end; .5 for the
       median, of an even number the mean of both in the middle.
-    weights: Those of the mean, like `is_there`, above 0; equal if `None`.
+    weights: The weights of the mean, above 0, of the shape of `is_there`; equal if
+      `None`.
 
   Returns:
     float `[...]`; 0 where nothing is there.

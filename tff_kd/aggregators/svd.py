@@ -101,7 +101,7 @@ class TruncatedSvdFactory(tff.aggregators.WeightedAggregationFactory):
     Args:
       start_energy: Above 0 and at most 1.
       end_energy: The share in the last round.
-      num_rounds: From when on the latter holds, 1 or more.
+      num_rounds: The round from which on `end_energy` holds, 1 or more.
       inner_factory: The factory that aggregates then; `tff.aggregators.MeanFactory()`
         if `None`.
 

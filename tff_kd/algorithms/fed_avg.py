@@ -43,7 +43,7 @@ def build_fed_avg(
       is released; not at all if `None`. The model needs a trainable bias that is added
       to its logits. Clients then go on from the average as it is, unless
       `clients_start_from` says otherwise.
-    prior: How often each class is to be predicted on `calibrate_on`: 'uniform', also
+    prior: The share of each class in the predictions on `calibrate_on`: 'uniform', also
       if `None`; or probabilities `[classes]` above 0 that sum to 1, `[2]` of a single
       logit (no and yes), `[labels, 2]` of labels that are present or not.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.

@@ -47,8 +47,8 @@ def build_fed_df(
     student_optimizer: The server's, for the distillation; Adam with the paper's
       rate 1e-3 if `None`.
     distillation: How the student learns from the ensemble.
-    consensus_rule: How the predictions become the ensemble's; the mean of the logits,
-      as in the paper, if `None`.
+    consensus_rule: The rule that combines the clients' predictions; the mean of the
+      logits, as in the paper, if `None`.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 

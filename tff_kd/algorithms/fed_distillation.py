@@ -60,7 +60,7 @@ def build_fed_distillation(
     distillation: How the teacher learns.
     back_distillation: How the student learns from the teacher afterwards; not at
       all if `None`.
-    consensus_rule: How the clients' predictions become the ensemble's; the mean of the
+    consensus_rule: The rule that combines the clients' predictions; the mean of the
       logits if `None`.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.

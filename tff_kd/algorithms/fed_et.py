@@ -55,8 +55,8 @@ def build_fed_et(
     client_optimizer: The clients' optimizer.
     teacher_optimizer: The server model's; Adam with rate 1e-3 if `None`.
     distillation: How the server model learns.
-    consensus_rule: How the predictions become the ensemble's; the paper's, weighted by
-      variance, if `None`.
+    consensus_rule: The rule that combines the clients' predictions; the paper's, weighted
+      by variance, if `None`.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
       Predictions weigh the same whatever a client's examples, as in the paper, unless

@@ -58,11 +58,11 @@ def build_fed_gen(
     noise_dim: The number of noise dimensions of the generator.
     hidden_units: The width of the generator's hidden layer.
     generator_optimizer: Adam with the paper's rate 3e-4 if `None`.
-    generator_steps: A round.
+    generator_steps: The number of the generator's steps in a round.
     generator_batch_size: Generated examples a step.
-    generative_weight: a of the second round. The paper has 10, with a clients' rate of
-      .01; with a rate of .1 that is too much.
-    generative_decay: a's factor from round to round.
+    generative_weight: The weight a in the second round. The paper has 10, with a rate of
+      the clients of .01; with a rate of .1 that is too much.
+    generative_decay: The factor of a from round to round.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 

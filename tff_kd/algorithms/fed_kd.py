@@ -45,7 +45,7 @@ def build_fed_kd(
     loss_fn: Returns a `keras.losses.Loss`, for both.
     client_optimizer: The clients' optimizer, for both.
     start_energy: The share of the update's energy that goes up in the first round.
-    end_energy: And from round `energy_rounds` on; linear between them.
+    end_energy: The share from round `energy_rounds` on; it is linear in between.
     energy_rounds: 1 or more.
     temperature: T of both divergences, above 0.
     metrics_fn: Returns a list of `keras.metrics.Metric`s, of the student.

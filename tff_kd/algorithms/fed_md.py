@@ -48,8 +48,8 @@ def build_fed_md(
     pretraining_epochs: Passes over all of the transfer set's labels, also with a
       `subset_size`, before a client's first round; with them the transfer set must have
       labels.
-    consensus_rule: How the predictions become what clients fit; the mean logits, as in
-      the paper.
+    consensus_rule: The rule that combines the clients' predictions; the mean of the
+      logits, as in the paper, if `None`.
     metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 

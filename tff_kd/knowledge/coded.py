@@ -94,7 +94,7 @@ class CodedRule(consensus.WrappedRule):
     p = self.compress_probabilities(payload_lib.class_probabilities(logits))
     if logits.shape[-1] == 1:
       p = p[..., 1:]
-    # What is not finite has no probabilities: it stays so, and is missing.
+    # Rows that are not finite have no probabilities: they stay so, and count as missing.
     logits_of = losses.logits_from_probabilities(p)
     return self.rule.encode(
         tf.where(tf.math.is_finite(logits), logits_of, float('nan')), *certainty

@@ -116,8 +116,8 @@ class ConsensusRule(abc.ABC):
 
     Args:
       state: As `initial_state` or the last round returned it.
-      mean_payload: As of `decode`.
-      *average_logits: As of `decode`.
+      mean_payload: As in `decode`.
+      *average_logits: As in `decode`.
 
     Returns:
       The next state, of the types of `state`, and the `Consensus`.
@@ -409,7 +409,7 @@ class CertaintyWithDiversity(CertaintyWeighted):
 def _entropy_certainty(logits: tf.Tensor) -> tf.Tensor:
   p = payload_lib.class_probabilities(logits)
   entropy = -tf.reduce_sum(tf.math.xlogy(p, p), axis=-1)
-  # Of equal probabilities, rounding may leave it below 0.
+  # For equal probabilities, rounding may give a number below 0.
   return tf.maximum(1.0 - entropy / tf.math.log(float(p.shape[-1])), 0.0)
 
 

@@ -54,7 +54,7 @@ def predict_logits(
 
   Args:
     model: Anything with `logits(inputs)`, such as a `models.BoundModel`.
-    transfer_set: Where the inputs are read.
+    transfer_set: The examples.
     ids: int32 `[k]` with a static k.
 
   Returns:

@@ -1,8 +1,7 @@
 """Checks of the arguments of builders, before anything is built.
 
 A model costs seconds to build and to trace, so a wrong argument is refused before that.
-What can be nothing else is taken as what it stands for: an array of inputs, or a dataset,
-as a transfer set.
+An array of inputs, or a dataset, is taken as a transfer set.
 """
 
 from collections.abc import Callable, Mapping

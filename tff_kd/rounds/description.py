@@ -1,4 +1,4 @@
-"""Learning processes that know what they are made of."""
+"""The two kinds of learning processes, and their descriptions."""
 
 import dataclasses
 from typing import Any, NamedTuple, Optional
@@ -23,10 +23,10 @@ _NO_TEACHER = (
 
 @dataclasses.dataclass(frozen=True)
 class Protection:
-  """How what clients send is protected.
+  """The protection of what clients send.
 
   Attributes:
-    channels: The channels that they use, of 'model' and 'knowledge'.
+    channels: The channels in use, of 'model' and 'knowledge'.
     privacy: The `DifferentialPrivacy`, or `None`.
     secure_aggregation: The `SecureAggregation`, or `None`.
   """
@@ -37,7 +37,7 @@ class Protection:
 
   @property
   def max_clients(self) -> Optional[int]:
-    """How many clients a round can have before a sum wraps around; `None`: any."""
+    """The largest number of clients whose sum cannot wrap around; any if `None`."""
     secure_sums = self.secure_aggregation
     if secure_sums is None or secure_sums.bits is None:
       return None
@@ -54,7 +54,7 @@ class Description:
     teacher_spec: The teacher's `ModelSpec`, or `None`.
     kept_models: The architectures of the models that clients keep, or `None`.
     transfer_set: The `TransferSet`, or `None`.
-    protection: How what clients send is protected.
+    protection: The `Protection` of what clients send.
     broadcast_type: The `tff.Type` that goes down to each client.
     update_type: The `tff.Type` that comes up from each client, channel by channel,
       before an aggregator encodes it.
@@ -64,7 +64,8 @@ class Description:
     client_data: The `ClientBatches` from which clients read, or `None`.
     sends_average: Whether clients are sent the average as it was before the server's
       distillation, and not the student that is released.
-    optimizers: Of the clients, the server, its companion and lessons, by name.
+    optimizers: The optimizers of the clients, the server, the companion and the lessons,
+      by name.
   """
 
   students: cohorts.Students
@@ -187,7 +188,7 @@ class DistillationProcess(_Described, tff.learning.templates.LearningProcess):
     teacher_spec: The teacher's `ModelSpec`, or `None`.
     transfer_set: The `TransferSet`, or `None`.
     client_data: The `ClientBatches` from which clients read, or `None`.
-    protection: How what clients send is protected, a `Protection`.
+    protection: The `Protection` of what clients send.
   """
 
   def __init__(
@@ -214,7 +215,7 @@ class StatefulClientsOutput(NamedTuple):
   Attributes:
     state: The server's next state.
     client_states: The clients' next states, in their order.
-    metrics: As of a `LearningProcess`.
+    metrics: The round's metrics, as a `LearningProcess` returns them.
   """
 
   state: Any

@@ -25,9 +25,9 @@ class Options:
       (SGD with rate 1) if `None`. Only where weights are averaged.
     client_weighting: A client's weight in the mean update: its number of examples
       (`NUM_EXAMPLES`, the default) or 1 (`UNIFORM`). Only where weights are averaged.
-    knowledge_weighting: Its weight in what clients exchange; if `None`, that of the
-      mean update, and `UNIFORM` where no weights are averaged, or sums are secure (whose
-      bounds would cut predictions that are multiplied by numbers of examples).
+    knowledge_weighting: A client's weight in what clients exchange; if `None`, that of
+      the mean update, and `UNIFORM` where no weights are averaged, or sums are secure
+      (whose bounds would cut predictions that are multiplied by numbers of examples).
     model_aggregator: A `tff.aggregators` factory for the updates; if `None`, the
       weighted mean, as `tff.aggregators.MeanFactory()` but with the products made by the
       clients. Unweighted factories get no weights. Only where weights are averaged.

@@ -6,9 +6,9 @@
                                          +----- knowledge ----------+--> shared next
 ```
 
-The student that goes down is the released one, as distillation left it, or, with
-`clients_start_from='average'`, as averaging left it: `Round.sent_field` of the state. All
-that is about the student that was sent, and the next average, follows it.
+The student that is sent is the released one, as distillation left it, or, with
+`clients_start_from='average'`, as averaging left it: `Round.sent_field` of the state. The
+next average, and the history of students, follow the student that is sent.
 """
 
 import collections
@@ -88,7 +88,7 @@ class Round:
 
     @graphs.computation()
     def initial_values():
-      """What needs no stage of its own."""
+      """Returns the initial values that no stage initializes."""
       student = ()
       if students is not None:
         student = students.pack([
@@ -257,7 +257,7 @@ class Round:
     return new_state, kept, tff.federated_zip(metrics)
 
   def _send(self, state) -> tuple[tff.Value, dict[str, tff.Value], tff.Value]:
-    """What clients receive, the changed fields of the state, and the measurements."""
+    """Returns what clients receive, the changed fields of the state, the measurements."""
     changed, mean_of_history = {}, _nothing()
     if self.remember is not None:
       changed['student_history'], mean_of_history = tff.federated_map(
@@ -293,7 +293,7 @@ class Round:
     return distributed.result, changed, distributed.measurements
 
   def _work(self, state, received: tff.Value, client_data, client_states):
-    """The clients' part: what they send, and what they keep, if anything."""
+    """Returns what clients send, and what they keep, if anything."""
     arguments = (tff.federated_broadcast(state.client_work), received, client_data)
     if self.parts.companion is None and not self.plan.keeps_state:
       return tff.federated_map(self.client_work.next, arguments), None
@@ -348,7 +348,7 @@ class Round:
     return changed, metrics
 
   def _shared(self, state, up, student) -> tff.Value:
-    """What goes down in the next round."""
+    """Returns what the exchange sends down in the next round."""
     num_included = _nothing()
     if self.tells_num_included:
       num_included = up.measurements.client_work['participation']['num_included']

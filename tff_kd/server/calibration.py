@@ -1,9 +1,9 @@
-"""Calibration on the server: the averaged student's last bias is set, nothing is learned.
+"""Calibration on the server, which sets the last bias of the averaged student.
 
-What a model predicts on average over unlabelled inputs, the marginal, is brought to a
-prior by what is added to its logits, one number a class: its last bias. This takes a pass
-over the inputs, and is the baseline against which distillation without labels has to be
-measured under label skew. Sources: `tff_kd.knowledge.alignment`.
+One number a class is added to the logits, such that the mean prediction over unlabelled
+inputs, the marginal, is a prior. That takes a pass over the inputs and no training, and
+is the baseline for distillation without labels under label skew. Sources:
+`tff_kd.knowledge.alignment`.
 """
 
 import collections
@@ -22,8 +22,8 @@ from tff_kd.server import distill
 
 # The marginal is then within rounding of the prior; a step costs little.
 _NUM_STEPS = 50
-# Of the search for the bias: examples, and how far apart logits may be. (Models may
-# compute in 16 bits.)
+# The search for the bias: the number of examples, and the largest difference of logits,
+# as models may compute in 16 bits.
 _PROBES, _TOLERANCE = 4, 0.02
 
 
@@ -97,9 +97,9 @@ class Calibration:
     """Initializes the calibration.
 
     Args:
-      prior: As of `CalibrationStage`.
+      prior: As in `CalibrationStage`.
       learner: The model that is calibrated.
-      transfer_set: On whose rows the marginal is taken.
+      transfer_set: The examples on which the marginal is taken.
 
     Raises:
       ValueError: If the model has no bias that is added to its logits.
@@ -115,7 +115,7 @@ class Calibration:
       self, weights, state, models_by_name, consensus, round_num, seed, *,
       may_learn=None,
   ) -> distill.Learned:
-    """Calibrates; arguments as of `distill.Lesson`, most of which it does not need."""
+    """Calibrates the model; takes the arguments of `distill.Lesson`."""
     del models_by_name, consensus, seed, may_learn
     ids = self._transfer_set.round_ids(round_num)
     values = self._learner.values(weights)
@@ -158,7 +158,7 @@ def output_bias(spec: models.ModelSpec, transfer_set: transfer.TransferSet) -> i
 
   Args:
     spec: The model.
-    transfer_set: Where inputs are read.
+    transfer_set: The examples to try it with.
 
   Returns:
     The place of the bias among the model's trainable weights.

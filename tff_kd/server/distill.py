@@ -182,9 +182,10 @@ class ServerModels(NamedTuple):
   Attributes:
     student: The student's `ModelWeights`.
     teacher: The teacher's `ModelWeights`, or ().
-    released: The student that the last round released, where that is not what this round
-      began with; it is released again if the student has nothing to learn from. Else ().
-    sent: Where there is a released one, the average that this round began with.
+    released: The student that the last round released, where this round began with
+      another one; it is released again if the student has nothing to learn from. Else ().
+    sent: The average that this round began with, where there is a `released` one; else
+      ().
   """
 
   student: Any
@@ -194,11 +195,11 @@ class ServerModels(NamedTuple):
 
 
 class DistillationState(NamedTuple):
-  """What the server's distillation remembers from round to round.
+  """The state of the server's distillation.
 
   Attributes:
     lessons: The optimizers' states, in the order of the stages.
-    rule: The consensus rule's (`ConsensusRule.initial_state`); () of most.
+    rule: The state of the consensus rule (`ConsensusRule.initial_state`); () of most.
   """
 
   lessons: tuple[Any, ...]
@@ -226,7 +227,7 @@ def build_server_distillation(
     students: The student, or those of the cohorts: each of them learns in turn where
       the student does, and the mean of their logits is the student's target.
     teacher: The teacher, if a stage uses one.
-    transfer_set: Where the examples are read; its `round_ids` are learned from.
+    transfer_set: The examples; models learn from its `round_ids`.
     stages: The stages, in order: `DistillationStage`s, and others that have
       their methods.
     consensus_rule: How the aggregated payload becomes the ensemble's logits.
@@ -457,13 +458,13 @@ class _Examples(NamedTuple):
 
 
 class _Round(NamedTuple):
-  """What all steps of a round's lesson share.
+  """The values that all steps of a lesson share.
 
   Attributes:
     opened: The transfer set.
     seed: int32 `[2]`, decides how inputs are changed.
-    asked: The model whose predictions on changed inputs are the targets; `None` where the
-      targets are those of the inputs as they were.
+    asked: The model whose predictions on changed inputs are the targets; `None` if the
+      targets are computed once, on the inputs as they were.
   """
 
   opened: transfer.OpenTransferSet
@@ -472,7 +473,7 @@ class _Round(NamedTuple):
 
 
 class _Steps(NamedTuple):
-  """What the steps of a lesson carry."""
+  """The loop variables of a lesson."""
 
   step: tf.Tensor
   values: models.ModelValues
@@ -492,7 +493,7 @@ class _Best(NamedTuple):
 
 
 class Learned(NamedTuple):
-  """What a lesson leaves.
+  """The result of a lesson.
 
   Attributes:
     weights: The learner's `ModelWeights`.
@@ -521,7 +522,7 @@ class Lesson:
     Args:
       stage: The stage.
       learner: The model that learns.
-      transfer_set: Where the examples are read.
+      transfer_set: The examples to learn from.
 
     Raises:
       ValueError: If the settings do not fit the learner or the transfer inputs.
@@ -562,8 +563,8 @@ class Lesson:
     Args:
       weights: The learner's `ModelWeights`.
       state: The optimizer's state; a fresh one if `None`.
-      models_by_name: What there is to learn from beside the consensus, by the name of the
-        target: anything with `logits(inputs)`.
+      models_by_name: The models to learn from, by the name of the target; each has a
+        method `logits(inputs)`.
       consensus: The ensemble's, where the stage uses it.
       round_num: int32 scalar.
       seed: int32 `[2]`, decides the order of the examples and what training draws.
@@ -571,7 +572,7 @@ class Lesson:
     """
     if self._distillation.reset_optimizer or state is None:
       state = self._stepper.initialize()
-    # A model that is asked about changed inputs gives its targets step by step.
+    # The predictions of a model on changed inputs are computed step by step.
     asked = None
     if self._distillation.augment is not None:
       asked = models_by_name.get(str(self._distillation.target))
