@@ -178,29 +178,23 @@ class ClientPlan:
     """Whether what a client keeps is its companion's, if anything, and no model."""
     return self.receives_student and not self.keeps_model
 
-  def shared(self, packed: Any) -> Any:
+  def shared(self, values: Sequence[Any]) -> list[Any]:
     """Returns the part of students' values that travels.
 
     Args:
-      packed: Values of whole students, as `Students.pack` returns them.
+      values: The values of whole students, by cohort.
     """
     if not self.personal:
-      return packed
-    return self.students.pack([
-        personal.shared(values)
-        for personal, values in zip(self.personal, self.students.unpack(packed))
-    ])
-
-  @property
-  def _students_type(self) -> tff.Type:
-    """The type of what travels of the students."""
-    specs = self.students.pack([spec.weights_spec for spec in self.students.specs])
-    return tff.types.tensorflow_to_type(self.shared(specs))
+      return list(values)
+    return [own.shared(whole) for own, whole in zip(self.personal, values)]
 
   @functools.cached_property
   def broadcast_type(self) -> tff.Type:
     """The `tff.Type` of a `Broadcast`."""
-    shared, companion = (), ()
+    student, shared, companion = (), (), ()
+    if self.receives_student:
+      specs = self.shared([spec.weights_spec for spec in self.students.specs])
+      student = tff.types.tensorflow_to_type(self.students.pack(specs))
     if self.exchange is not None:
       shared = type_of(self.exchange.initial_shared())
     if self.companion is not None:
@@ -210,7 +204,7 @@ class ClientPlan:
     shares = self.exchange is not None and self.exchange.sends_down
     return tff.to_type(
         Broadcast(
-            student=self._students_type if self.receives_student else (),
+            student=student,
             teacher=self.teacher.weights_type if 'teacher' in self.targets else (),
             student_history=(
                 self.students.weights_type if 'student_history' in self.targets else ()
@@ -575,39 +569,35 @@ class _ClientUpdate:
     def weight_of(weighting: tff.learning.ClientWeighting) -> tf.Tensor:
       return inclusion.weight(weighting, trained.num_examples, included, staleness)
 
-    update, weight = ClientUpdate((), ()), ClientUpdate((), ())
+    model, model_weight, knowledge_weight = (), (), ()
     if plan.receives_student:
-      model_weight = weight_of(plan.weightings.model)
+      weight = weight_of(plan.weightings.model)
       if plan.personal:
         change = plan.personal[self.cohort].shared(change)
       model = tf.cond(
           included,
-          lambda: _times(change, model_weight) if plan.applies_weight.model else change,
+          lambda: _times(change, weight) if plan.applies_weight.model else change,
           lambda: tf.nest.map_structure(tf.zeros_like, change),
       )
-      specs = plan.students.unpack(
-          plan.shared(
-              plan.students.pack([spec.update_spec for spec in plan.students.specs])
-          )
-      )
-      update = update._replace(model=self._in_cohort(model, specs))
-      scalars = [tf.TensorSpec([])] * len(plan.students.specs)
-      weight = weight._replace(model=self._in_cohort(model_weight, scalars))
+      specs = plan.students.specs
+      model = self._in_cohort(model, plan.shared([spec.update_spec for spec in specs]))
+      model_weight = self._in_cohort(weight, [tf.TensorSpec([])] * len(specs))
     if plan.exchange is not None:
-      weight = weight._replace(knowledge=weight_of(plan.weightings.knowledge))
-      update = update._replace(
-          knowledge=(
-              _times(payload, weight.knowledge)
-              if plan.applies_weight.knowledge else payload
-          )
-      )
+      knowledge_weight = weight_of(plan.weightings.knowledge)
+      if plan.applies_weight.knowledge:
+        payload = _times(payload, knowledge_weight)
     metrics: Any = ()
     if plan.releases_metrics:
       initial = self.student.metrics.initial_state()
       states = graphs.where(included, trained.metrics, initial)
       # Lists, as `tff.learning.metrics` expects.
       metrics = collections.OrderedDict((n, list(s)) for n, s in states.items())
-    return ClientOutput(update, weight, metrics, counts)
+    return ClientOutput(
+        ClientUpdate(model, payload),
+        ClientUpdate(model_weight, knowledge_weight),
+        metrics,
+        counts,
+    )
 
   def _in_cohort(self, value: Any, specs: Sequence[Any]) -> Any:
     """Returns the value at the place of the cohort, with zeros for the others."""

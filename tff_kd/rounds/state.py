@@ -131,9 +131,13 @@ def build_personal_parts(plan: work_lib.ClientPlan):
   if not plan.personal:
     return None, None
   students = plan.students
-  shared_of = graphs.computation(students.weights_type)(plan.shared)
+
+  @graphs.computation(students.weights_type)
+  def shared_of(weights):
+    return students.pack(plan.shared(students.unpack(weights)))
+
   specs = [spec.update_spec for spec in students.specs]
-  shared_type = tff.types.tensorflow_to_type(plan.shared(students.pack(specs)))
+  shared_type = tff.types.tensorflow_to_type(students.pack(plan.shared(specs)))
 
   @graphs.computation(shared_type)
   def whole_of(change):
