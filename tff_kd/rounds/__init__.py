@@ -11,7 +11,7 @@ __getattr__, __dir__ = _lazy.attach(
     {
         'channels': ['AggregationFactory'],
         'description': ['DistillationProcess', 'StatefulClientsProcess'],
-        'options': ['Options', 'takes_options'],
+        'options': ['ClientTraining', 'Options', 'takes_options'],
         'parts': ['ClientModel', 'Parts'],
         'process': ['compose_process'],
         'state': ['RoundState'],
