@@ -224,5 +224,5 @@ def _with_docs_of(kinds: Mapping[str, type], doc: Optional[str]) -> Optional[str
   doc = inspect.cleandoc(doc)
   for name, kind in kinds.items():
     items = inspect.cleandoc(kind.__doc__).partition('Attributes:\n')[2].rstrip()
-    doc = re.sub(rf'(?m)^  {name}: .*\n', lambda _, items=items: f'{items}\n', doc)
+    doc = re.sub(rf'(?m)^  {name}: .*\n', lambda _: f'{items}\n', doc)
   return doc

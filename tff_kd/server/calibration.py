@@ -7,7 +7,8 @@ is the baseline for distillation without labels under label skew. Sources:
 """
 
 import collections
-from typing import Any, NamedTuple, Optional
+import dataclasses
+from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -27,7 +28,8 @@ _NUM_STEPS = 50
 _PROBES, _TOLERANCE = 4, 0.02
 
 
-class CalibrationStage(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class CalibrationStage:
   """Sets a model's last bias, so that its marginal on the round's rows is a prior.
 
   A stage as `distill.DistillationStage`, without an optimizer.
