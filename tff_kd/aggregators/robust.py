@@ -47,12 +47,11 @@ class NormBoundFactory(tff.aggregators.WeightedAggregationFactory):
   """Wraps another factory: values beyond a norm, or not finite, are left out.
 
   A client that is left out has the weight 0, where TFF's zeroing counts it with zeros.
-  The `measurements` are `num_left_out`, int32, of clients whose weight was above 0, and
-  `inner`, those of the wrapped factory.
+  `measurements` has `num_left_out`, int32, the number of clients left out whose weight
+  was above 0, and `inner`, the measurements of the wrapped factory.
 
-  The norm is that of all numbers of the value together, as in `tff.aggregators.
-  clipping_factory`: of weights, how far a client went in the round; of predictions, of
-  all that it says about the transfer examples.
+  The norm is taken over all numbers of the value, as in
+  `tff.aggregators.clipping_factory`.
 
   Source: Sun et al., "Can You Really Backdoor Federated Learning?" (2019), norm
   thresholding of updates (there by scaling them down).
@@ -124,17 +123,17 @@ class NormBoundFactory(tff.aggregators.WeightedAggregationFactory):
 class TrimmedMeanFactory(tff.aggregators.WeightedAggregationFactory):
   """The mean of the middle of clients' values, number by number; or their median.
 
-  Of each number the highest and the lowest share of clients is left out. Every client
-  counts the same: of a weight only whether it is above 0 matters, because a weight is
-  what a client claims. Of predictions (a `knowledge.KnowledgePayload`), only the
-  clients that predicted an example count there; their certainties, where the consensus
-  rule has any, weigh those in the middle. Numbers that are not finite are missing.
+  For each number, the highest and the lowest share of clients is left out. Every client
+  counts the same: only whether a weight is above 0 matters, because a weight is what a
+  client claims. In predictions (a `knowledge.KnowledgePayload`), only clients that
+  predicted an example count for it; their certainties, if the consensus rule has any,
+  weigh the clients in the middle. Numbers that are not finite are missing.
 
   This is not a sum: the server gets the values of single clients, of all of them or of
-  a uniform sample (TFF's reservoir). It can go with no secure aggregation, and hides no
-  client from the server. `measurements` is `num_clients`, int32: of how many it is. Of
-  none, the mean of weights is not a number, as any mean of none, so that the student
-  stays; predictions are all missing.
+  a uniform sample (TFF's reservoir). It does not go with secure aggregation, and hides no
+  client from the server. `measurements` has `num_clients`, int32, the number of clients
+  in the mean. Without any, the mean of weights is not a number, so that the student
+  stays, and all predictions are missing.
 
   Source: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal
   Statistical Rates" (ICML 2018), definitions 1 and 2.

@@ -81,12 +81,12 @@ def truncate(
 class TruncatedSvdFactory(tff.aggregators.WeightedAggregationFactory):
   """Wraps another factory: clients' values reach it as truncated decompositions.
 
-  The share of energy kept goes from `start_energy` in the first round to `end_energy`
-  in round `num_rounds` on. It is what goes up that is truncated; the server's weights
-  go down whole. In simulation the numbers are as they would be; no factors are sent.
+  The share of energy that is kept goes from `start_energy` in the first round to
+  `end_energy` from round `num_rounds` on. Only uploads are truncated. In simulation
+  clients send the products of the factors, whose values are the same.
 
-  Its measurements have `numbers_sent`, how many numbers a client's update takes in the
-  mean, and `num_senders`, how many clients have a weight above 0.
+  `measurements` has `numbers_sent`, the mean size of a client's update in numbers, and
+  `num_senders`, the number of clients with a weight above 0.
   """
 
   def __init__(

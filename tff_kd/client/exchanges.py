@@ -268,7 +268,7 @@ def for_stages(
 
 
 class TransferExchange(TransferPredictions):
-  """Predictions on the transfer set go up, labels for it come down.
+  """Uploads predictions on the transfer set, and sends labels for it down.
 
   Coded predictions (`knowledge.CodedRule`) are encoded as changes of those that the
   client sent last, which it keeps for that, if the transfer set has the same rows in
@@ -511,7 +511,7 @@ class SumsByClass(Exchange):
 
 
 class ClassExchange(SumsByClass):
-  """Each class's mean logits up and down; a client's own part is left out of its target.
+  """Exchanges each class's mean logits, without a client's own part in its target.
 
   Source: Jeong et al., "Communication-Efficient On-Device Machine Learning: Federated
   Distillation and Augmentation under Non-IID Private Data" (2018), Algorithm 1.

@@ -33,7 +33,7 @@ class Inclusion(NamedTuple):
   def counts(
       self, conditions: Optional[conditions_lib.ClientConditions] = None
   ) -> collections.OrderedDict[str, tf.Tensor]:
-    """Returns a client's counts, int32 scalars: that it was there, and in or why not."""
+    """Returns a client's counts, int32 scalars: whether it is included, or why not."""
     causes = dict(
         empty=self.is_empty,
         bad_labels=self.bad_labels,

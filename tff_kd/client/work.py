@@ -110,8 +110,9 @@ class ClientPlan:
       client and round.
     receives_student: Whether a client begins with the server's student, and sends back
       its change.
-    keeps_model: Whether it begins with its own model of its last round. Of neither:
-      with the initial weights. Of both: with its own in the `personal` layers.
+    keeps_model: Whether a client begins with its own model of its last round. If neither
+      of the two holds, it begins with the initial weights; if both do, only the
+      `personal` layers are its own.
     personal: By cohort, the layers that are not received and not sent; none if empty.
     weightings: A client's weight in each channel, a `ClientUpdate` of
       `ClientWeighting`s.
@@ -267,7 +268,7 @@ class ClientPlan:
     ).weights
 
   def initial_client_state(self) -> Any:
-    """Returns what a new client has, in a trace; with cohorts of kept models, a tuple."""
+    """Returns a new client's state, in a trace; a tuple with cohorts of kept models."""
     if self.state_is_companions:
       return self.companion.initial_client_state() if self.companion else ()
     keeps_sent = self.exchange is not None and self.exchange.keeps_sent
@@ -489,7 +490,7 @@ class _ClientUpdate:
   def _start(
       self, hparams, broadcast, data, client_state, learned, step_share
   ) -> local_training.Start:
-    """Returns with what the client's training begins."""
+    """Returns the inputs of the client's training."""
     plan = self.plan
     client = data if plan.client_data is not None else None
     seed = local_training.client_seed(plan.seed, broadcast.round_num, client)

@@ -300,7 +300,7 @@ class Round:
     return tff.federated_map(self.client_work.next, (*arguments, client_states))
 
   def _learn(self, state, up, companion: tff.Value) -> tuple[dict, dict]:
-    """The student moves along the mean update; then the server distils.
+    """Moves the student along the mean update, then distils on the server.
 
     Returns the changed fields of the state, and the measurements.
     """

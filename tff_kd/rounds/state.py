@@ -25,7 +25,7 @@ class StudentHistory(NamedTuple):
 
 
 class RoundState(NamedTuple):
-  """The server's state; a slot that an algorithm does not use is ().
+  """The server's state; fields that an algorithm does not use are ().
 
   Attributes:
     global_model_weights: The `ModelWeights` of the student that is released, after
@@ -64,7 +64,7 @@ class RoundState(NamedTuple):
 
 
 def replaced(state: tff.Value, **changed: Any) -> RoundState:
-  """Returns a state with other fields in a TFF computation, which has no `_replace`."""
+  """Returns a state with some fields changed, where TFF is traced: `_replace` for it."""
   return RoundState(**{
       field: changed.get(field, getattr(state, field)) for field in RoundState._fields
   })

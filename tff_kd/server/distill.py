@@ -1,9 +1,9 @@
 """Distillation on the server: teacher from the clients, student from the teacher.
 
 A round's server work is a sequence of stages. A `DistillationStage` lets one model learn
-from one target on this round's transfer examples. One loop serves all of them. What it
-leaves is never worse than what it found, where a validation part can tell, and always
-finite. A stage of another kind (`calibration.CalibrationStage`) has the same methods.
+from one target on this round's transfer examples. One loop serves all of them. Its result
+is always finite and, with a validation part, not worse than what was there before. A
+stage of another kind (`calibration.CalibrationStage`) has the same methods.
 """
 
 import collections

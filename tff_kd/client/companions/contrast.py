@@ -72,7 +72,7 @@ class _ContrastTerm(local_terms.LocalTerm):
 
 
 class ModelContrast(companions.Companion):
-  """The previous model of each client, as what takes part beside the student.
+  """Keeps each client's previous model, and contrasts the student with it.
 
   A new client's previous model has the initial weights: where these are what it receives,
   the term's gradient is 0. Features are those of inference mode (no dropout, and the

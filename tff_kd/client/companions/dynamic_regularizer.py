@@ -59,7 +59,7 @@ class _DynamicTerm(local_terms.LocalTerm):
 
 
 class DynamicRegularizer(companions.Companion):
-  """The dynamic regulariser, as what takes part beside the student.
+  """Regularises each client's loss, and moves the student at the server.
 
   A client's h_k moves only in rounds that count its report, and all reports weigh the
   same, so that the server's state stays what all of them add up to. The student is moved

@@ -114,7 +114,7 @@ def diversity_loss(noise: tf.Tensor, features: tf.Tensor) -> tf.Tensor:
 
 
 class FeatureGenerator(companions.Companion):
-  """The generator, as what takes part beside the student."""
+  """Trains a generator of features, from which clients learn."""
 
   needs_one_architecture = True
 

@@ -25,7 +25,7 @@ _MENTOR_STREAM = 1
 
 
 class MutualLearning(companions.Companion):
-  """The mentor, as what takes part beside the student.
+  """Trains a private mentor of each client beside the student.
 
   With weights w the losses are (1 - w) L + w KL_T(other || own), of student and mentor
   each with its own w; adaptive, L + KL_T(other || own) / (L_student + L_mentor), whose
