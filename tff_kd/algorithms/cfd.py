@@ -17,7 +17,7 @@ import tff_kd
 from tff_kd.algorithms import info
 from tff_kd import rounds
 
-# The number of bits that stands for labels as they are, floats.
+# The number of bits for labels that are not quantised, but floats.
 NOT_QUANTIZED = 32
 
 DEFAULT_DISTILLATION = tff_kd.Distillation(

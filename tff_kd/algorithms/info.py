@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 from typing import Any, Optional
 
-# What a required parameter stands for.
+# What an algorithm needs whose builder has the parameter.
 _NEEDS = {
     'transfer_set': 'transfer set',
     'teacher_fn': 'teacher',

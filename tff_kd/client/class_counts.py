@@ -77,7 +77,7 @@ def count(
   labels, mask = _usable(spec, labels, labelled, sample_weight)
   if _are_distributions(spec, labels) or spec.logits_shape[-1] == 1:
     return tf.reduce_sum(_rows(spec, labels, mask), axis=0)
-  # Not of all examples of a client at once: rows of zeros and ones would be large.
+  # One-hot rows of all examples of a client would be large.
   indices, mask = _in_range(spec, labels, mask)
   # Whole numbers: their sum does not depend on the order.
   return tf.math.unsorted_segment_sum(mask, indices, num_classes(spec))

@@ -138,7 +138,7 @@ class BroadcastHistory:
     """
     if not self.max_delay:
       return sent
-    # `check_conditions` tells; a slice out of range would, too, and less clearly.
+    # `check_conditions` reports a delay out of range more clearly than a slice would.
     delay = tf.clip_by_value(delay, 0, self.max_delay)
     return tf.nest.map_structure(lambda stacked: stacked[delay], sent)
 

@@ -466,7 +466,8 @@ class SumsByClass(Exchange):
     return self.zero_payload()
 
   def share(self, mean_payload, num_included, server_model, round_num):
-    # The factor of a mean cancels. A client can take its own part out of sums only.
+    # The number of clients cancels in a mean, but a client can take its own part out of
+    # sums only.
     factor = num_included if self.needs_exact_sums else 1.0
     has_any = has_reports(mean_payload, num_included)
     # Without any client the mean is NaN.
@@ -577,5 +578,5 @@ class _ClassTargets(local_terms_lib.LocalTerm):
     each = losses.soft_target_cross_entropy(
         tf.nn.softmax(tf.gather(self.targets, labels)), step.logits
     )
-    # Over all labels that count: one without a target has no such loss.
+    # The mean is over all labels that count; one without a target adds nothing.
     return loss + self.weight * step.mean(each * tf.gather(self.mask, labels))

@@ -79,6 +79,6 @@ class _PrototypeTerm(local_terms.LocalTerm):
     one_hot = step.one_hot_labels()
     features = self.split_model.features(step.model, step.inputs)
     distance = losses.mean_squared_error(tf.matmul(one_hot, self.prototypes), features)
-    # Over all labels that count: one without a prototype has no such loss.
+    # The mean is over all labels that count; one without a prototype adds nothing.
     has_one = tf.linalg.matvec(one_hot, self.is_known)
     return loss + self.weight * step.mean(has_one * distance)

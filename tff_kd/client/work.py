@@ -256,7 +256,7 @@ class ClientPlan:
       return weights
     # The rows of all rounds, as a new client has seen none.
     transfer_set, rule = self.exchange.transfer_set.whole(), self.exchange.rule
-    # Labels only: no example has a target.
+    # It learns from labels only: no example has a target.
     nothing = rule.decode(
         rule.zero_payload(
             knowledge.logits_shape(spec, transfer_set), transfer_set.num_predictions

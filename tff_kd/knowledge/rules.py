@@ -12,7 +12,7 @@ def _given() -> Any:
   return tff_kd.knowledge.CertaintyWeighted('given', average='probabilities')
 
 
-# By name, what returns the rule.
+# Functions that return the rules, by name.
 RULES: dict[str, Callable[[], Any]] = {
     'mean_logits': lambda: tff_kd.knowledge.MeanLogits(),
     'mean_probabilities': lambda: tff_kd.knowledge.MeanProbabilities(),

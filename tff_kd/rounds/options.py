@@ -167,7 +167,7 @@ class Options:
     )
 
 
-# By the name of a builder's argument, the class whose fields stand in its place.
+# The classes whose fields replace an argument of a builder, by the argument's name.
 _SPELLED_OUT = {'training': ClientTraining, 'options': Options}
 _EMPTY = inspect.Parameter.empty
 

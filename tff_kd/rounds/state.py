@@ -101,7 +101,7 @@ def build_history(students: cohorts.Students, size: int):
         lambda past, w: tf.tensor_scatter_nd_update(past, place, [w]),
         history.sent, weights,
     )
-    # Not the round's number: a round that is skipped leaves the history as it was.
+    # Skipped rounds do not count: this is not the number of rounds.
     num_sent = history.num_sent + 1
     count = tf.minimum(num_sent, size)
 

@@ -179,7 +179,7 @@ def output_bias(spec: models.ModelSpec, transfer_set: transfer.TransferSet) -> i
     return transfer_set.map_inputs(models.BoundModel(spec, values).logits, ids)
 
   def normalized(logits):
-    # A softmax knows logits but for a constant.
+    # Softmax does not depend on a constant that is added to the logits.
     return logits - logits.mean(-1, keepdims=True) if logits.shape[-1] > 1 else logits
 
   trainable = [tf.constant(w) for w in weights.trainable]

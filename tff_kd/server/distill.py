@@ -308,7 +308,7 @@ class _Lessons:
     self._students, self._teacher, self._seed = students, teacher, seed
     self._rule = rule
     self._transfer_set = transfer_set
-    # Each stage once for its learner; the student's once a cohort.
+    # The stages with their learners; a student's stage is there once for each cohort.
     self._order = [
         (stage, cohort)
         for stage in stages

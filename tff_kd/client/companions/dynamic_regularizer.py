@@ -122,7 +122,7 @@ class DynamicRegularizer(companions.Companion):
       offset = tf.where(has_mean, u + tf.cast(share, u.dtype) * mean, u)
       offsets.append(offset)
       moved.append(tf.cast(tf.cast(w, u.dtype) - offset, w.dtype))
-    # The server optimizer's step was under the constraints; this one goes beyond it.
+    # The constraints of the layers hold again after this further step.
     moved = models.apply_constraints(self._student.trainable_variables, moved)
     trainable = [
         tf.where(has_mean, new, old) for new, old in zip(moved, student.trainable)
