@@ -44,6 +44,30 @@ def check(spec: models.ModelSpec, subject: str) -> None:
   )
 
 
+def check_indices(spec: models.ModelSpec, subject: str) -> None:
+  """Refuses a model whose labels are not class indices, of two classes or more.
+
+  Args:
+    spec: The model.
+    subject: Names what needs the indices, for the error.
+
+  Raises:
+    ValueError: If labels are no integers, or not one a prediction, or if there is a
+      single logit.
+  """
+  labels = tf.nest.flatten(models.split_batch(spec.input_spec)[1])
+  if (
+      spec.logits_shape[-1] < 2
+      or len(labels) != 1
+      or not labels[0].dtype.is_integer
+      or labels[0].shape.rank > len(spec.logits_shape)
+  ):
+    raise ValueError(
+        f'{subject} needs class indices as labels and two logits or more, found labels '
+        f'{labels} and {spec.logits_shape[-1]} logits.'
+    )
+
+
 def num_classes(spec: models.ModelSpec) -> int:
   """Returns how many classes a model tells apart; a single logit tells two.
 

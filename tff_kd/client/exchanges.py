@@ -13,6 +13,7 @@ from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
 
+from tff_kd.client import class_counts
 from tff_kd.client import companions
 from tff_kd.client import local_terms as local_terms_lib
 from tff_kd import communication
@@ -533,19 +534,8 @@ class ClassExchange(SumsByClass):
       ValueError: If the weight is not above 0, or there are no classes to tell apart.
     """
     local_terms_lib.check_weight('regularizer_weight', weight)
-    num_classes = student.logits_shape[-1]
-    labels = tf.nest.flatten(models.split_batch(student.input_spec)[1])
-    if (
-        num_classes < 2
-        or len(labels) != 1
-        or not labels[0].dtype.is_integer
-        or labels[0].shape.rank > len(student.logits_shape)
-    ):
-      raise ValueError(
-          'Knowledge by class needs class indices as labels and two logits or more, '
-          f'found labels {labels} and {num_classes} logits.'
-      )
-    super().__init__(num_classes, num_classes)
+    class_counts.check_indices(student, 'Knowledge by class')
+    super().__init__(student.logits_shape[-1], student.logits_shape[-1])
     self._student, self._weight = student, weight
     self.keeps_sent = self.needs_exact_sums = leaves_own_out
 

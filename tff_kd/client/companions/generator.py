@@ -23,6 +23,7 @@ import tensorflow as tf
 from tff_kd.compat import tff
 
 from tff_kd import checks
+from tff_kd.client import class_counts
 from tff_kd.client import companions
 from tff_kd.client import local_terms
 from tff_kd import graphs
@@ -166,20 +167,13 @@ class FeatureGenerator(companions.Companion):
           '`generative_weight` must be above 0 and finite, and `generative_decay` above '
           f'0 and at most 1, found {weight!r} and {decay!r}.'
       )
-    labels = tf.nest.flatten(models.split_batch(student.input_spec)[1])
-    self._classes = student.logits_shape[-1]
-    if (
-        len(student.logits_shape) != 1
-        or self._classes < 2
-        or len(labels) != 1
-        or not labels[0].dtype.is_integer
-        or labels[0].shape.rank > 1
-    ):
+    class_counts.check_indices(student, 'The generator')
+    if len(student.logits_shape) != 1:
       raise ValueError(
-          'The generator needs class indices as labels and one prediction over two '
-          f'classes or more an example, found labels {labels} and logits of shape '
+          'The generator needs one prediction an example, found logits of shape '
           f'{student.logits_shape}.'
       )
+    self._classes = student.logits_shape[-1]
     self._split = split.SplitModel(student, split_layer)
     self._generator_fn = generator_fn or self._default_generator
     self._noise_dim, self._hidden_units = noise_dim, hidden_units
