@@ -93,7 +93,8 @@ def _client_faults() -> Any:
       'fed_distillation: student': 'fed_distillation: student',
       'teacher': 'fed_distillation: teacher',
   }
-  return plots.scores(_rows(tables('client_faults.md')[0], columns), metric='test accuracy')
+  rows = _rows(tables('client_faults.md')[0], columns)
+  return plots.scores(rows, metric='test accuracy')
 
 
 def _privacy() -> Any:

@@ -19,16 +19,15 @@ class Decay(tff_kd.client.local_terms.LocalTerm):
     return loss + 0.5 * self._weight * tf.add_n(squares)
 
 
-@rounds.takes_options  # seed=, privacy=, model_aggregator= and so on.
+@rounds.takes_options  # input_spec=, loss_fn=, seed=, privacy= and so on.
 def build_decay(
-    *, student_fn, input_spec, loss_fn, client_optimizer, decay: float = 1e-3,
-    metrics_fn=None, options: rounds.Options,
+    *, student_fn, training: rounds.ClientTraining, decay: float = 1e-3,
+    options: rounds.Options,
 ):
-  students = tff_kd.models.cohorts.build_students(
-      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
-  )
   parts = rounds.Parts(
-      students=students, client_optimizer=client_optimizer, local_terms=[Decay(decay)]
+      students=training.build_students(student_fn),
+      client_optimizer=training.client_optimizer,
+      local_terms=[Decay(decay)],
   )
   return rounds.compose_process(parts, options)
 

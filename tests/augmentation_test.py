@@ -143,9 +143,7 @@ def test_a_teacher_does_not_start_from_the_released_student():
       'teacher', helpers.sgd(0.1), tff_kd.Distillation(start='released')
   )
   with pytest.raises(ValueError, match="Leave `start` out of the teacher's"):
-    stage.check(
-        has_teacher=True, labelled=False, has_validation=False, has_diversity=False
-    )
+    stage.check(tff_kd.TransferSet(_X), has_teacher=True, has_diversity=False)
 
 
 def test_images_are_shifted_by_whole_pixels():

@@ -180,12 +180,12 @@ def test_fed_dyn_does_not_move_the_student_where_there_is_no_mean():
 
 
 def test_fed_dyn_moves_the_student_within_the_constraints_of_its_layers():
-  student = tff_kd.models.cohorts.build_one_student(
+  student = tff_kd.models.cohorts.build_students(
       helpers.dense_fn(
           kernel_constraint=keras.constraints.NonNeg(), kernel_initializer='ones'
       ),
-      'A test', 'as it is', input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn,
-  )
+      input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn,
+  ).first
   companion = dynamic_regularizer.DynamicRegularizer(student, 4, _ALPHA)
   weights, update = (
       tf.nest.map_structure(lambda w, v=v: tf.fill(w.shape, v), student.initial_weights)
@@ -323,7 +323,7 @@ def test_control_variates_follow_the_rate_and_cost_as_much_as_weights(batches):
         (dict(num_clients=0), '`num_clients` must be a positive integer'),
         (
             dict(num_clients=4, student_fn=[helpers.dense_fn(), helpers.dense_fn()]),
-            'has one architecture',
+            'for clients of one architecture, and there are 2 students',
         ),
         (
             dict(

@@ -215,11 +215,11 @@ def test_refused_before_anything_is_built():
     ids=['ControlVariates', 'DynamicRegularizer', 'ModelContrast'],
 )
 def test_companions_of_one_architecture_are_refused(make):
-  spec = cohorts.build_one_student(
-      helpers.features_fn(4), 'A test', 'as it is', input_spec=helpers.INPUT_SPEC,
-      loss_fn=helpers.loss_fn,
+  companion = make(
+      cohorts.build_students(
+          helpers.features_fn(4), input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn
+      ).first
   )
-  companion = make(spec)
   name = type(companion).__name__
   with pytest.raises(ValueError, match=f'{name} .* one architecture, .* are 2 students'):
     tff_kd.algorithms.build_fed_avg(

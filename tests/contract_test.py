@@ -34,12 +34,12 @@ _LIKE_ANOTHER = {
 # What is left out of an algorithm's process, and the reason that its builder gives.
 _REFUSED = {
     ('cfd', 'secure'): 'what masks hide cannot be told by a code',
-    ('fed_dyn', 'cohorts'): 'has one architecture',
-    ('fed_gen', 'cohorts'): 'FedGen has one architecture',
+    ('fed_dyn', 'cohorts'): 'DynamicRegularizer is built for .* one architecture',
+    ('fed_gen', 'cohorts'): 'FeatureGenerator is built for .* one architecture',
     ('fed_gen', 'secure'): 'what it exchanges with clients is not summed securely',
     ('fed_kd', 'secure'): 'it may need what single clients send',
-    ('moon', 'cohorts'): 'MOON has one architecture',
-    ('scaffold', 'cohorts'): 'has one architecture',
+    ('moon', 'cohorts'): 'ModelContrast is built for .* one architecture',
+    ('scaffold', 'cohorts'): 'ControlVariates is built for .* one architecture',
     ('scaffold', 'secure'): 'With secure aggregation there can be no',
 }
 # With bounds, as estimating them takes as long to build as the rest.

@@ -140,7 +140,9 @@ def test_docstrings_of_the_api_are_whole():
 
 
 # The first is about what is imported before TFF is there.
-_INTERNALS = ('tff_kd/compat.py', 'tff_kd/internals.py', 'tff_kd/runtime/tff_internals.py')
+_INTERNALS = (
+    'tff_kd/compat.py', 'tff_kd/internals.py', 'tff_kd/runtime/tff_internals.py',
+)
 _OF_LIBRARIES = re.compile(
     r'\btf\.__internal__|\bkeras\.src|\btensorflow\.python\b'
     r'|\btensorflow_federated\.(python|proto)\b'

@@ -144,7 +144,7 @@ def test_nothing_but_weights_travels_and_it_goes_with_secure_sums_and_privacy():
         (dict(contrast_temperature=0.0), '`contrast_temperature` must be above 0'),
         (dict(split_layer='nowhere'), "must be one of the student's layers"),
         (dict(student_fn=helpers.dense_fn()), 'must have layers before the split'),
-        (dict(student_fn=[_student_fn, _student_fn]), 'MOON has one architecture'),
+        (dict(student_fn=[_student_fn, _student_fn]), 'clients of one architecture'),
     ],
 )
 def test_what_does_not_fit_is_refused(kwargs, match):

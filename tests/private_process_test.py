@@ -16,6 +16,7 @@ from tff_kd.algorithms import cfd
 from tff_kd.algorithms import ds_fl
 from tff_kd.algorithms import fd
 from tff_kd.algorithms import fed_md
+from tff_kd.client import companions
 from tff_kd import knowledge
 from tff_kd.knowledge import codecs
 from tff_kd.server import distill
@@ -515,6 +516,30 @@ def test_fd_needs_class_indices():
     )
   with pytest.raises(ValueError, match='above 0'):
     fd.build_fd(**helpers.common(regularizer_weight=0.0))
+
+
+class _Steps(companions.Companion):
+  """Counts the clients' steps."""
+
+  def attach(self, student):
+    return companions.Attachment(
+        end=lambda observed, student, values: ((), observed),
+        observer=companions.Observer(lambda: tf.constant(0), lambda _: tf.constant(1)),
+    )
+
+  def exchange(self, server_state, exchanged, round_num):
+    return server_state, tff.federated_sum(exchanged)
+
+
+def test_a_companion_and_the_exchange_each_add_up_over_the_steps():
+  process = fd.build_fd(**helpers.common(), companion=_Steps())
+  output = process.next(
+      process.initialize(),
+      [_dataset(0), _dataset(1).repeat(2)],
+      [process.initialize_client()] * 2,
+  )
+  assert output.metrics['companion'] == 1 + 2
+  assert np.sum(output.state.shared.weights) == _SIZES[0] + 2 * _SIZES[1]
 
 
 @pytest.mark.parametrize(

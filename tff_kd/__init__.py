@@ -9,32 +9,26 @@ quiet.quiet_tensorflow()
 # setup.cfg reads it from here.
 __version__ = '0.2.0'
 
-_MODULES = (
-    'aggregators', 'algorithms', 'audits', 'client', 'communication', 'data',
-    'evaluation', 'knowledge', 'losses', 'models', 'optimizers', 'own_files', 'plots',
-    'privacy', 'quiet', 'rounds', 'runtime', 'server', 'simulation',
-)
-
 __getattr__, __dir__ = _lazy.attach(
     __name__,
+    [
+        'aggregators', 'algorithms', 'audits', 'client', 'communication', 'data',
+        'evaluation', 'knowledge', 'losses', 'models', 'optimizers', 'own_files', 'plots',
+        'privacy', 'quiet', 'rounds', 'runtime', 'server', 'simulation',
+    ],
     {
-        **{name: name for name in _MODULES},
-        'tff': 'compat',
-        'ClientBatches': 'data.client_data',
-        'ClientConditions': 'client.conditions',
-        'Reporting': 'client.conditions',
-        'FileClientData': 'data.client_data',
-        'LocalDistillation': 'client.local_terms',
-        'NotTrueDistillation': 'client.local_terms',
-        'PriorCorrection': 'client.label_skew',
-        'ProximalTerm': 'client.local_terms',
-        'RestrictedSoftmax': 'client.label_skew',
-        'VacantClassDistillation': 'client.label_skew',
-        'StatefulClientsProcess': 'rounds.description',
-        'DistillationProcess': 'rounds.description',
-        'RoundState': 'rounds.state',
-        'cosine_schedule': 'server.settings',
-        'Distillation': 'server.settings',
-        'TransferSet': 'data.transfer',
+        'compat': ['tff'],
+        'client.conditions': ['ClientConditions', 'Reporting'],
+        'client.label_skew': [
+            'PriorCorrection', 'RestrictedSoftmax', 'VacantClassDistillation'
+        ],
+        'client.local_terms': [
+            'LocalDistillation', 'NotTrueDistillation', 'ProximalTerm'
+        ],
+        'data.client_data': ['ClientBatches', 'FileClientData'],
+        'data.transfer': ['TransferSet'],
+        'rounds.description': ['DistillationProcess', 'StatefulClientsProcess'],
+        'rounds.state': ['RoundState'],
+        'server.settings': ['cosine_schedule', 'Distillation'],
     },
 )

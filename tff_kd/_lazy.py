@@ -1,28 +1,29 @@
 """Modules that load when they are used: TensorFlow takes seconds, `--help` should not."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 import importlib
-from typing import Any
+from typing import Any, Optional
 
 
 def attach(
-    package: str, attributes: Mapping[str, str]
+    package: str,
+    modules: Sequence[str],
+    names: Optional[Mapping[str, Sequence[str]]] = None,
 ) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-  """Makes the `__getattr__` and `__dir__` of a package (PEP 562).
+  """Returns the `__getattr__` and `__dir__` of a package (PEP 562).
 
   Args:
-    package: Its `__name__`.
-    attributes: Each public name's module, relative to the package; a name that equals
-      its module is the module itself.
-
-  Returns:
-    The two functions.
+    package: The package's `__name__`.
+    modules: Its public modules, relative to the package.
+    names: By module, the names of the module that are public in the package, too.
   """
+  owners = {name: owner for owner, owned in (names or {}).items() for name in owned}
 
   def get(name: str) -> Any:
-    if name not in attributes:
-      raise AttributeError(f'module {package!r} has no attribute {name!r}')
-    module = importlib.import_module(f'{package}.{attributes[name]}')
-    return module if attributes[name] == name else getattr(module, name)
+    if name in modules:
+      return importlib.import_module(f'{package}.{name}')
+    if name in owners:
+      return getattr(importlib.import_module(f'{package}.{owners[name]}'), name)
+    raise AttributeError(f'module {package!r} has no attribute {name!r}')
 
-  return get, lambda: sorted(attributes)
+  return get, lambda: sorted([*modules, *owners])

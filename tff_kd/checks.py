@@ -24,6 +24,17 @@ def check_temperature(temperature: float, name: str = 'temperature') -> float:
   return value
 
 
+def check_positive_integer(value: int, name: str) -> int:
+  """Returns the value, or refuses it unless it is an integer of 1 or more.
+
+  Raises:
+    ValueError: If it is not.
+  """
+  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+    raise ValueError(f'`{name}` must be a positive integer, found {value!r}.')
+  return value
+
+
 def did_you_mean(name: str, names: Iterable[str]) -> str:
   """Returns ' Did you mean ...?' with the name that is near; nothing if none is.
 

@@ -57,6 +57,13 @@ def wide_dtype(dtype: tf.DType) -> tf.DType:
   return tf.float32 if dtype.is_floating and dtype.size < 4 else dtype
 
 
+def where(condition: tf.Tensor, chosen: Any, otherwise: Any) -> Any:
+  """Returns one of two structures of tensors, as `tf.where` does of two tensors."""
+  return tf.nest.map_structure(
+      lambda a, b: tf.where(condition, a, b), chosen, otherwise
+  )
+
+
 def all_finite(values: Any) -> tf.Tensor:
   """Returns whether the sums of all tensors are finite.
 

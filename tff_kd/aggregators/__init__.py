@@ -2,4 +2,4 @@
 
 from tff_kd import _lazy
 
-__getattr__, __dir__ = _lazy.attach(__name__, {'robust': 'robust', 'svd': 'svd'})
+__getattr__, __dir__ = _lazy.attach(__name__, ['robust', 'svd'])

@@ -13,7 +13,9 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from tff_kd import checks
 from tff_kd import knowledge
+from tff_kd import losses
 
 
 def check_inner_factory(
@@ -45,12 +47,11 @@ class NormBoundFactory(tff.aggregators.WeightedAggregationFactory):
   """Wraps another factory: values beyond a norm, or not finite, are left out.
 
   A client that is left out has the weight 0, where TFF's zeroing counts it with zeros.
-  The `measurements` are `num_left_out`, int32, of clients whose weight was above 0, and
-  `inner`, those of the wrapped factory.
+  `measurements` has `num_left_out`, int32, the number of clients left out whose weight
+  was above 0, and `inner`, the measurements of the wrapped factory.
 
-  The norm is that of all numbers of the value together, as in `tff.aggregators.
-  clipping_factory`: of weights, how far a client went in the round; of predictions, of
-  all that it says about the transfer examples.
+  The norm is taken over all numbers of the value, as in
+  `tff.aggregators.clipping_factory`.
 
   Source: Sun et al., "Can You Really Backdoor Federated Learning?" (2019), norm
   thresholding of updates (there by scaling them down).
@@ -122,17 +123,17 @@ class NormBoundFactory(tff.aggregators.WeightedAggregationFactory):
 class TrimmedMeanFactory(tff.aggregators.WeightedAggregationFactory):
   """The mean of the middle of clients' values, number by number; or their median.
 
-  Of each number the highest and the lowest share of clients is left out. Every client
-  counts the same: of a weight only whether it is above 0 matters, because a weight is
-  what a client claims. Of predictions (a `knowledge.KnowledgePayload`), only the
-  clients that predicted an example count there; their certainties, where the consensus
-  rule has any, weigh those in the middle. Numbers that are not finite are missing.
+  For each number, the highest and the lowest share of clients is left out. Every client
+  counts the same: only whether a weight is above 0 matters, because a weight is what a
+  client claims. In predictions (a `knowledge.KnowledgePayload`), only clients that
+  predicted an example count for it; their certainties, if the consensus rule has any,
+  weigh the clients in the middle. Numbers that are not finite are missing.
 
   This is not a sum: the server gets the values of single clients, of all of them or of
-  a uniform sample (TFF's reservoir). It can go with no secure aggregation, and hides no
-  client from the server. `measurements` is `num_clients`, int32: of how many it is. Of
-  none, the mean of weights is not a number, as any mean of none, so that the student
-  stays; predictions are all missing.
+  a uniform sample (TFF's reservoir). It does not go with secure aggregation, and hides no
+  client from the server. `measurements` has `num_clients`, int32, the number of clients
+  in the mean. Without any, the mean of weights is not a number, so that the student
+  stays, and all predictions are missing.
 
   Source: Yin et al., "Byzantine-Robust Distributed Learning: Towards Optimal
   Statistical Rates" (ICML 2018), definitions 1 and 2.
@@ -150,10 +151,7 @@ class TrimmedMeanFactory(tff.aggregators.WeightedAggregationFactory):
     Raises:
       ValueError: If a number is out of range.
     """
-    if not isinstance(sample_size, int) or sample_size < 1:
-      raise ValueError(
-          f'`sample_size` must be a positive integer, found {sample_size!r}.'
-      )
+    checks.check_positive_integer(sample_size, 'sample_size')
     if not 0.0 <= trimmed_share <= 0.5:
       raise ValueError(
           f'`trimmed_share` must be from 0 to .5, found {trimmed_share!r}.'
@@ -191,15 +189,16 @@ class TrimmedMeanFactory(tff.aggregators.WeightedAggregationFactory):
 
       if is_knowledge:
         values, weights = sample['value']
-        predicted = _expand(takes_part, weights) & (weights > 0)
+        predicted = losses.with_rank(takes_part, weights.shape.rank) & (weights > 0)
         weight = trimmed(weights, predicted)
         prediction = trimmed(
-            tf.math.divide_no_nan(values, _expand(weights, values)),
+            tf.math.divide_no_nan(values, losses.with_rank(weights, values.shape.rank)),
             predicted & tf.math.is_finite(weights),
             weights,
         )
         result = knowledge.KnowledgePayload(
-            values=prediction * _expand(weight, prediction), weights=weight
+            values=prediction * losses.with_rank(weight, prediction.shape.rank),
+            weights=weight,
         )
       else:
         result = tf.nest.map_structure(
@@ -280,33 +279,28 @@ def trimmed_mean(
     is_there: bool, the first dimensions of `values`: the others are missing.
     trimmed_share: The share of the values that is left out at each end; .5 for the
       median, of an even number the mean of both in the middle.
-    weights: Those of the mean, like `is_there`, above 0; equal if `None`.
+    weights: The weights of the mean, above 0, of the shape of `is_there`; equal if
+      `None`.
 
   Returns:
     float `[...]`; 0 where nothing is there.
   """
-  is_there = tf.logical_and(_expand(is_there, values), tf.math.is_finite(values))
+  rank = values.shape.rank
+  is_there = losses.with_rank(is_there, rank) & tf.math.is_finite(values)
   count = tf.reduce_sum(tf.cast(is_there, tf.int32), axis=0)
   # A share of .3 of 10 is 3, whatever the product's last digit.
   share = tf.cast(trimmed_share * tf.cast(count, tf.float64) + 1e-9, tf.int32)
   cut = tf.minimum(share, tf.maximum(count - 1, 0) // 2)
-  # What is missing is ranked last.
+  # What is missing comes last.
   missing = tf.constant(float('inf'), values.dtype)
   order = tf.argsort(tf.where(is_there, values, missing), axis=0, stable=True)
-  rank = tf.argsort(order, axis=0)
-  is_middle = tf.logical_and(rank >= cut, rank < count - cut)
+  place = tf.argsort(order, axis=0)
+  is_middle = (place >= cut) & (place < count - cut)
   weight = tf.ones_like(values)
   if weights is not None:
-    weight *= tf.cast(_expand(weights, values), values.dtype)
+    weight *= tf.cast(losses.with_rank(weights, rank), values.dtype)
   weight = tf.where(is_middle, weight, tf.zeros_like(weight))
   return tf.math.divide_no_nan(
       tf.reduce_sum(tf.math.multiply_no_nan(values, weight), axis=0),
       tf.reduce_sum(weight, axis=0),
   )
-
-
-def _expand(tensor: tf.Tensor, like: tf.Tensor) -> tf.Tensor:
-  """A tensor with as many dimensions as another, by ones at the end."""
-  for _ in range(like.shape.rank - tensor.shape.rank):
-    tensor = tensor[..., tf.newaxis]
-  return tensor

@@ -13,6 +13,7 @@ import tensorflow as tf
 from tff_kd.compat import tff
 
 from tff_kd.aggregators import robust
+from tff_kd import checks
 
 
 def energy_rank(singular_values: tf.Tensor, energy: tf.Tensor) -> tf.Tensor:
@@ -80,12 +81,12 @@ def truncate(
 class TruncatedSvdFactory(tff.aggregators.WeightedAggregationFactory):
   """Wraps another factory: clients' values reach it as truncated decompositions.
 
-  The share of energy kept goes from `start_energy` in the first round to `end_energy`
-  in round `num_rounds` on. It is what goes up that is truncated; the server's weights
-  go down whole. In simulation the numbers are as they would be; no factors are sent.
+  The share of energy that is kept goes from `start_energy` in the first round to
+  `end_energy` from round `num_rounds` on. Only uploads are truncated. In simulation
+  clients send the products of the factors, whose values are the same.
 
-  Its measurements have `numbers_sent`, how many numbers a client's update takes in the
-  mean, and `num_senders`, how many clients have a weight above 0.
+  `measurements` has `numbers_sent`, the mean size of a client's update in numbers, and
+  `num_senders`, the number of clients with a weight above 0.
   """
 
   def __init__(
@@ -100,7 +101,7 @@ class TruncatedSvdFactory(tff.aggregators.WeightedAggregationFactory):
     Args:
       start_energy: Above 0 and at most 1.
       end_energy: The share in the last round.
-      num_rounds: From when on the latter holds, 1 or more.
+      num_rounds: The round from which on `end_energy` holds, 1 or more.
       inner_factory: The factory that aggregates then; `tff.aggregators.MeanFactory()`
         if `None`.
 
@@ -111,8 +112,7 @@ class TruncatedSvdFactory(tff.aggregators.WeightedAggregationFactory):
     for name, energy in (('start_energy', start_energy), ('end_energy', end_energy)):
       if not 0.0 < energy <= 1.0:
         raise ValueError(f'`{name}` must be above 0 and at most 1, found {energy!r}.')
-    if not isinstance(num_rounds, int) or num_rounds < 1:
-      raise ValueError(f'`num_rounds` must be a positive integer, found {num_rounds!r}.')
+    checks.check_positive_integer(num_rounds, 'num_rounds')
     self._energies = start_energy, end_energy
     self._num_rounds = num_rounds
     self._inner = robust.check_inner_factory(inner_factory)

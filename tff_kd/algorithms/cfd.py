@@ -11,13 +11,13 @@ examples; these labels, quantised, go down in the next round.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import tff_kd
 from tff_kd.algorithms import info
 from tff_kd import rounds
 
-# The number of bits that stands for labels as they are, floats.
+# The number of bits for labels that are not quantised, but floats.
 NOT_QUANTIZED = 32
 
 DEFAULT_DISTILLATION = tff_kd.Distillation(
@@ -29,15 +29,12 @@ DEFAULT_DISTILLATION = tff_kd.Distillation(
 def build_cfd(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
+    training: rounds.ClientTraining,
     transfer_set: tff_kd.TransferSet,
-    client_optimizer: tff_kd.optimizers.Optimizer,
     student_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
     distillation: tff_kd.Distillation = DEFAULT_DISTILLATION,
     up_bits: int = 1,
     down_bits: int = 1,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds CFD.
@@ -52,10 +49,8 @@ def build_cfd(
     student_fn: Returns a new `keras.Model`; its first weights are those with which
       every client begins each round. A list of such functions, one a cohort, of which
       the first is the server's.
-    input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `keras.losses.Loss`.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     transfer_set: The examples on which labels are exchanged.
-    client_optimizer: For the clients' own examples.
     student_optimizer: For the transfer examples, of the clients and of the server; Adam
       with rate 1e-3 if `None`.
     distillation: How both learn labels; a client all of them in each round. (KL's
@@ -63,7 +58,6 @@ def build_cfd(
     up_bits: Bits of a class's probability in what clients send: 1 (the most likely
       class only) to 8, or 32: not quantised.
     down_bits: The bits of a class's probability in the server's labels.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
@@ -73,18 +67,14 @@ def build_cfd(
     ValueError: If a number of bits has no meaning.
   """
   up, down = _labels('up_bits', up_bits), _labels('down_bits', down_bits)
-  students = tff_kd.models.cohorts.build_students(
-      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
-  )
+  students = training.build_students(student_fn)
   stage = tff_kd.server.distill.DistillationStage(
-      'student',
-      student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
-      distillation,
+      'student', student_optimizer, distillation
   )
   return rounds.compose_process(
       rounds.Parts(
           students=students,
-          client_optimizer=client_optimizer,
+          client_optimizer=training.client_optimizer,
           client_model=rounds.ClientModel.INITIAL,
           exchange=tff_kd.client.exchanges.TransferExchange(
               students.first, transfer_set, up, stage, options.seed, relabelling=down

@@ -9,7 +9,7 @@ and the server's model learn it by cross-entropy.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -24,14 +24,11 @@ DEFAULT_DISTILLATION = tff_kd.Distillation(
 def build_ds_fl(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
+    training: rounds.ClientTraining,
     transfer_set: tff_kd.TransferSet,
-    client_optimizer: tff_kd.optimizers.Optimizer,
     student_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
     distillation: tff_kd.Distillation = DEFAULT_DISTILLATION,
     consensus_rule: Optional[tff_kd.knowledge.ConsensusRule] = None,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds DS-FL.
@@ -40,10 +37,8 @@ def build_ds_fl(
     student_fn: Returns a new `keras.Model`, of which each client has its own, and
       the server one; a list of such functions, one a cohort, of which the first is the
       server's.
-    input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `keras.losses.Loss`.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     transfer_set: The examples on which clients predict.
-    client_optimizer: For the clients' own examples.
     student_optimizer: For the transfer examples, of the clients and of the server;
       Adam with rate 1e-3 if `None`.
     distillation: How both learn from the consensus. (KL's gradient is that of the
@@ -51,25 +46,20 @@ def build_ds_fl(
     consensus_rule: ERA with the paper's temperature 0.1 if `None`.
       `MeanProbabilities(power=2.0)` is Enhanced ERA; `MeanProbabilities()` is the
       paper's simple aggregation.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `StatefulClientsProcess` with a server model.
   """
-  students = tff_kd.models.cohorts.build_students(
-      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
-  )
+  students = training.build_students(student_fn)
   rule = consensus_rule or tff_kd.knowledge.MeanProbabilities(temperature=0.1)
   stage = tff_kd.server.distill.DistillationStage(
-      'student',
-      student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
-      distillation,
+      'student', student_optimizer, distillation
   )
   return rounds.compose_process(
       rounds.Parts(
           students=students,
-          client_optimizer=client_optimizer,
+          client_optimizer=training.client_optimizer,
           client_model=rounds.ClientModel.KEPT,
           exchange=tff_kd.client.exchanges.TransferExchange(
               students.first, transfer_set, rule, stage, options.seed

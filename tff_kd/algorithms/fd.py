@@ -13,7 +13,6 @@ means. No transfer set, no server model, and a few hundred bytes a round.
 
 from __future__ import annotations
 
-from typing import Any, Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -24,35 +23,27 @@ from tff_kd import rounds
 def build_fd(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
-    client_optimizer: tff_kd.optimizers.Optimizer,
+    training: rounds.ClientTraining,
     regularizer_weight: float = 1.0,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
-  """Builds FD.
+  """Builds FD. Labels must be class indices.
 
   Args:
     student_fn: Returns a new `keras.Model`, of which each client has its own; a list
       of such functions, one a cohort.
-    input_spec: The clients' `dataset.element_spec`; labels are class indices.
-    loss_fn: Returns a `keras.losses.Loss`.
-    client_optimizer: The clients' optimizer.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     regularizer_weight: lambda, above 0.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `StatefulClientsProcess` without a server model.
   """
-  students = tff_kd.models.cohorts.build_students(
-      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
-  )
+  students = training.build_students(student_fn)
   return rounds.compose_process(
       rounds.Parts(
           students=students,
-          client_optimizer=client_optimizer,
+          client_optimizer=training.client_optimizer,
           client_model=rounds.ClientModel.KEPT,
           exchange=tff_kd.client.exchanges.ClassExchange(
               students.first, regularizer_weight

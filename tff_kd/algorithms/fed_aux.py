@@ -28,11 +28,9 @@ DEFAULT_DISTILLATION = tff_kd.server.settings.FED_DF_DISTILLATION
 def build_fed_aux(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
+    training: rounds.ClientTraining,
     transfer_set: tff_kd.TransferSet,
     negatives: Any,
-    client_optimizer: tff_kd.optimizers.Optimizer,
     student_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
     distillation: tff_kd.Distillation = DEFAULT_DISTILLATION,
     consensus_rule: Optional[tff_kd.knowledge.ConsensusRule] = None,
@@ -40,7 +38,6 @@ def build_fed_aux(
     epsilon: Optional[float] = 0.5,
     delta: float = 1e-5,
     regularization: float = 0.01,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds FedAUX.
@@ -56,12 +53,10 @@ def build_fed_aux(
 
   Args:
     student_fn: Returns a new `keras.Model`; a list of such functions, one a cohort.
-    input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `keras.losses.Loss`.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     transfer_set: The examples on which the ensemble is distilled.
     negatives: Further public inputs, arrays or a `TransferSet`, for what is not a
       client's own; not those of the transfer set.
-    client_optimizer: The clients' optimizer.
     student_optimizer: The server's, for the distillation; Adam with rate 1e-3 if
       `None`.
     distillation: How the student learns from the ensemble; FedDF's if not given.
@@ -72,7 +67,6 @@ def build_fed_aux(
       `client_data`.
     delta: The delta of the scores' privacy.
     regularization: lambda of the logistic regression.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
       Predictions weigh the same whatever a client's examples, unless
       `knowledge_weighting` says otherwise. `seed` also decides, with a client's number,
@@ -81,11 +75,9 @@ def build_fed_aux(
   Returns:
     A `StatefulClientsProcess` whose clients keep their scorers.
   """
-  students = tff_kd.models.cohorts.build_students(
-      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
-  )
+  students = training.build_students(student_fn)
   scorer = tff_kd.client.companions.certainty.CertaintyScorer(
-      input_spec=input_spec,
+      input_spec=training.input_spec,
       negatives=negatives,
       feature_fn=feature_fn or tff_kd.client.companions.certainty.flat_inputs,
       epsilon=epsilon,
@@ -97,14 +89,12 @@ def build_fed_aux(
       'given', average='probabilities'
   )
   stage = tff_kd.server.distill.DistillationStage(
-      'student',
-      student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
-      distillation,
+      'student', student_optimizer, distillation
   )
   return rounds.compose_process(
       rounds.Parts(
           students=students,
-          client_optimizer=client_optimizer,
+          client_optimizer=training.client_optimizer,
           companion=scorer,
           exchange=tff_kd.client.exchanges.for_stages(
               [stage], students.first, transfer_set, rule

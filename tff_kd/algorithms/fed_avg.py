@@ -21,12 +21,9 @@ from tff_kd import rounds
 def build_fed_avg(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
-    client_optimizer: tff_kd.optimizers.Optimizer,
+    training: rounds.ClientTraining,
     calibrate_on: Optional[tff_kd.TransferSet] = None,
     prior: Any = None,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
   """Builds federated averaging of any Keras model.
@@ -36,17 +33,14 @@ def build_fed_avg(
 
   Args:
     student_fn: Returns a new `keras.Model`; a list of such functions, one a cohort.
-    input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `keras.losses.Loss`.
-    client_optimizer: The clients' optimizer.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     calibrate_on: Unlabelled inputs, on which the averaged model is calibrated before it
       is released; not at all if `None`. The model needs a trainable bias that is added
       to its logits. Clients then go on from the average as it is, unless
       `clients_start_from` says otherwise.
-    prior: How often each class is to be predicted on `calibrate_on`: 'uniform', also
+    prior: The share of each class in the predictions on `calibrate_on`: 'uniform', also
       if `None`; or probabilities `[classes]` above 0 that sum to 1, `[2]` of a single
       logit (no and yes), `[labels, 2]` of labels that are present or not.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
@@ -55,9 +49,7 @@ def build_fed_avg(
   Raises:
     ValueError: If `prior` is given without `calibrate_on`.
   """
-  students = tff_kd.models.cohorts.build_students(
-      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
-  )
+  students = training.build_students(student_fn)
   stages = []
   if calibrate_on is not None:
     stages = [tff_kd.server.calibration.CalibrationStage('student', prior)]
@@ -70,7 +62,7 @@ def build_fed_avg(
   return rounds.compose_process(
       rounds.Parts(
           students=students,
-          client_optimizer=client_optimizer,
+          client_optimizer=training.client_optimizer,
           transfer_set=calibrate_on,
           stages=stages,
       ),

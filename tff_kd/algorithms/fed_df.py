@@ -8,7 +8,7 @@ no client's model is seen.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -21,14 +21,11 @@ DEFAULT_DISTILLATION = tff_kd.server.settings.FED_DF_DISTILLATION
 def build_fed_df(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
+    training: rounds.ClientTraining,
     transfer_set: tff_kd.TransferSet,
-    client_optimizer: tff_kd.optimizers.Optimizer,
     student_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
     distillation: tff_kd.Distillation = DEFAULT_DISTILLATION,
     consensus_rule: Optional[tff_kd.knowledge.ConsensusRule] = None,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
   """Builds FedDF.
@@ -40,33 +37,26 @@ def build_fed_df(
   Args:
     student_fn: Returns a new `keras.Model`; a list of such functions, one a cohort
       (the paper's prototypes), all of which learn from the ensemble of all clients.
-    input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `keras.losses.Loss`.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     transfer_set: The examples on which the ensemble is distilled.
-    client_optimizer: The clients' optimizer.
     student_optimizer: The server's, for the distillation; Adam with the paper's
       rate 1e-3 if `None`.
     distillation: How the student learns from the ensemble.
-    consensus_rule: How the predictions become the ensemble's; the mean of the logits,
-      as in the paper, if `None`.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
+    consensus_rule: The rule that combines the clients' predictions; the mean of the
+      logits, as in the paper, if `None`.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `DistillationProcess` without a teacher.
   """
-  students = tff_kd.models.cohorts.build_students(
-      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
-  )
+  students = training.build_students(student_fn)
   stage = tff_kd.server.distill.DistillationStage(
-      'student',
-      student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
-      distillation,
+      'student', student_optimizer, distillation
   )
   return rounds.compose_process(
       rounds.Parts(
           students=students,
-          client_optimizer=client_optimizer,
+          client_optimizer=training.client_optimizer,
           exchange=tff_kd.client.exchanges.for_stages(
               [stage],
               students.first,

@@ -10,7 +10,7 @@ and the student is refreshed from the teacher; clients go on from it, or from th
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -29,10 +29,8 @@ def build_fed_distillation(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
     teacher_fn: tff_kd.models.KerasModelFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
+    training: rounds.ClientTraining,
     transfer_set: tff_kd.TransferSet,
-    client_optimizer: tff_kd.optimizers.Optimizer,
     teacher_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
     student_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
     distillation: tff_kd.Distillation = DEFAULT_DISTILLATION,
@@ -40,7 +38,6 @@ def build_fed_distillation(
         DEFAULT_BACK_DISTILLATION
     ),
     consensus_rule: Optional[tff_kd.knowledge.ConsensusRule] = None,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
   """Builds teacher-student federated distillation: averaging, and a teacher.
@@ -49,10 +46,8 @@ def build_fed_distillation(
     student_fn: Returns a new, small `keras.Model`, which clients train; a list of
       such functions, one a cohort.
     teacher_fn: Returns a new, large `keras.Model`, which stays on the server.
-    input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `keras.losses.Loss`, for both models.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     transfer_set: The examples on which knowledge passes between models.
-    client_optimizer: The clients' optimizer.
     teacher_optimizer: The teacher's own; its state lives in the process state.
       Adam with rate 1e-3 if `None`.
     student_optimizer: The student's for the way back; Adam with rate 1e-3 if
@@ -60,37 +55,24 @@ def build_fed_distillation(
     distillation: How the teacher learns.
     back_distillation: How the student learns from the teacher afterwards; not at
       all if `None`.
-    consensus_rule: How the clients' predictions become the ensemble's; the mean of the
+    consensus_rule: The rule that combines the clients' predictions; the mean of the
       logits if `None`.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `DistillationProcess` with a teacher.
   """
-  kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
-  students = tff_kd.models.cohorts.build_students(student_fn, **kinds)
-  teacher = tff_kd.models.build_model_spec(teacher_fn, name='teacher', **kinds)
-  stages = [
-      tff_kd.server.distill.DistillationStage(
-          'teacher',
-          teacher_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
-          distillation,
-      )
-  ]
+  students = training.build_students(student_fn)
+  teacher = training.build_model(teacher_fn, 'teacher')
+  stage = tff_kd.server.distill.DistillationStage
+  stages = [stage('teacher', teacher_optimizer, distillation)]
   if back_distillation is not None:
-    stages.append(
-        tff_kd.server.distill.DistillationStage(
-            'student',
-            student_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
-            back_distillation,
-        )
-    )
+    stages.append(stage('student', student_optimizer, back_distillation))
   return rounds.compose_process(
       rounds.Parts(
           students=students,
           teacher=teacher,
-          client_optimizer=client_optimizer,
+          client_optimizer=training.client_optimizer,
           exchange=tff_kd.client.exchanges.for_stages(
               stages,
               students.first,

@@ -11,7 +11,7 @@ clients, and the student to the mean of the clients' models minus h / alpha.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -22,12 +22,9 @@ from tff_kd import rounds
 def build_fed_dyn(
     *,
     student_fn: tff_kd.models.KerasModelFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
-    client_optimizer: tff_kd.optimizers.Optimizer,
+    training: rounds.ClientTraining,
     dynamic_weight: float = 0.1,
     num_clients: Optional[int] = None,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds FedDyn.
@@ -38,13 +35,10 @@ def build_fed_dyn(
 
   Args:
     student_fn: Returns a new `keras.Model`; one architecture for all clients.
-    input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `keras.losses.Loss`.
-    client_optimizer: The clients' optimizer.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     dynamic_weight: alpha, above 0; the paper chooses of .001, .01 and .1. The smaller,
       the further the server goes.
     num_clients: The total number of clients; that of `client_data` if `None`.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
@@ -55,20 +49,13 @@ def build_fed_dyn(
       the number of clients is not known.
   """
   num_clients = options.count_clients(num_clients)
-  student = tff_kd.models.cohorts.build_one_student(
-      student_fn,
-      'FedDyn',
-      'by whose weights losses are regularised',
-      input_spec=input_spec,
-      loss_fn=loss_fn,
-      metrics_fn=metrics_fn,
-  )
+  students = training.build_students(student_fn)
   return rounds.compose_process(
       rounds.Parts(
-          students=tff_kd.models.cohorts.as_students(student),
-          client_optimizer=client_optimizer,
+          students=students,
+          client_optimizer=training.client_optimizer,
           companion=tff_kd.client.companions.dynamic_regularizer.DynamicRegularizer(
-              student, num_clients, dynamic_weight
+              students.first, num_clients, dynamic_weight
           ),
       ),
       options.with_defaults(

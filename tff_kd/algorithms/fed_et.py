@@ -13,7 +13,7 @@ The students are averaged, as there within models of one architecture.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -29,14 +29,11 @@ def build_fed_et(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
     teacher_fn: tff_kd.models.KerasModelFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
+    training: rounds.ClientTraining,
     transfer_set: tff_kd.TransferSet,
-    client_optimizer: tff_kd.optimizers.Optimizer,
     teacher_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
     distillation: tff_kd.Distillation = DEFAULT_DISTILLATION,
     consensus_rule: Optional[tff_kd.knowledge.ConsensusRule] = None,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
   """Builds Fed-ET.
@@ -49,15 +46,12 @@ def build_fed_et(
     student_fn: Returns a new, small `keras.Model`, which clients train; a list of
       such functions, one a cohort.
     teacher_fn: Returns a new, large `keras.Model`, the server's.
-    input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `keras.losses.Loss`, for both models.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     transfer_set: The examples on which the ensemble is distilled.
-    client_optimizer: The clients' optimizer.
     teacher_optimizer: The server model's; Adam with rate 1e-3 if `None`.
     distillation: How the server model learns.
-    consensus_rule: How the predictions become the ensemble's; the paper's, weighted by
-      variance, if `None`.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
+    consensus_rule: The rule that combines the clients' predictions; the paper's, weighted
+      by variance, if `None`.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
       Predictions weigh the same whatever a client's examples, as in the paper, unless
       `knowledge_weighting` says otherwise.
@@ -65,22 +59,19 @@ def build_fed_et(
   Returns:
     A `DistillationProcess` with the server model as teacher.
   """
-  kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
-  students = tff_kd.models.cohorts.build_students(student_fn, **kinds)
-  teacher = tff_kd.models.build_model_spec(teacher_fn, name='teacher', **kinds)
+  students = training.build_students(student_fn)
+  teacher = training.build_model(teacher_fn, 'teacher')
   if consensus_rule is None:
     rules = (tff_kd.knowledge.CertaintyWeighted, tff_kd.knowledge.CertaintyWithDiversity)
     consensus_rule = rules[bool(distillation.diversity_weight)]('variance')
   stage = tff_kd.server.distill.DistillationStage(
-      'teacher',
-      teacher_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3),
-      distillation,
+      'teacher', teacher_optimizer, distillation
   )
   return rounds.compose_process(
       rounds.Parts(
           students=students,
           teacher=teacher,
-          client_optimizer=client_optimizer,
+          client_optimizer=training.client_optimizer,
           exchange=tff_kd.client.exchanges.for_stages(
               [stage], students.first, transfer_set, consensus_rule
           ),

@@ -12,7 +12,7 @@ seen, see `tff_kd.client.companions.generator`.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -23,9 +23,7 @@ from tff_kd import rounds
 def build_fed_gen(
     *,
     student_fn: tff_kd.models.KerasModelFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
-    client_optimizer: tff_kd.optimizers.Optimizer,
+    training: rounds.ClientTraining,
     split_layer: Optional[str] = None,
     generator_fn: Optional[tff_kd.client.companions.generator.GeneratorFn] = None,
     noise_dim: int = 32,
@@ -35,21 +33,18 @@ def build_fed_gen(
     generator_batch_size: int = 32,
     generative_weight: float = 1.0,
     generative_decay: float = 0.98,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
   """Builds FedGen.
 
-  Each of the generator's steps is an exchange with all clients of the round: a batch of
-  features down, as many floats up. With the defaults and 32 features that is .2 MB both
-  ways a round, and 50 round trips.
+  Labels must be class indices. Each of the generator's steps is an exchange with all
+  clients of the round: a batch of features down, as many floats up. With the defaults and
+  32 features that is .2 MB both ways a round, and 50 round trips.
 
   Args:
     student_fn: Returns a new `keras.Model` that applies its layers one after the
       other; one architecture for all clients.
-    input_spec: The clients' `dataset.element_spec`; labels are class indices.
-    loss_fn: Returns a `keras.losses.Loss`.
-    client_optimizer: The clients' optimizer.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     split_layer: The name of the student's layer whose outputs are generated; the one
       before the last with weights if `None`.
     generator_fn: Returns a new Keras model from noise and one-hot label, `[batch,
@@ -58,12 +53,11 @@ def build_fed_gen(
     noise_dim: The number of noise dimensions of the generator.
     hidden_units: The width of the generator's hidden layer.
     generator_optimizer: Adam with the paper's rate 3e-4 if `None`.
-    generator_steps: A round.
+    generator_steps: The number of the generator's steps in a round.
     generator_batch_size: Generated examples a step.
-    generative_weight: a of the second round. The paper has 10, with a clients' rate of
-      .01; with a rate of .1 that is too much.
-    generative_decay: a's factor from round to round.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
+    generative_weight: The weight a in the second round. The paper has 10, with a rate of
+      the clients of .01; with a rate of .1 that is too much.
+    generative_decay: The factor of a from round to round.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
@@ -72,16 +66,9 @@ def build_fed_gen(
   Raises:
     ValueError: If there are several architectures, or the student cannot be split.
   """
-  student = tff_kd.models.cohorts.build_one_student(
-      student_fn,
-      'FedGen',
-      'in whose features the generator works',
-      input_spec=input_spec,
-      loss_fn=loss_fn,
-      metrics_fn=metrics_fn,
-  )
+  students = training.build_students(student_fn)
   companion = tff_kd.client.companions.generator.FeatureGenerator(
-      student,
+      students.first,
       optimizer=generator_optimizer or tff_kd.tff.learning.optimizers.build_adam(3e-4),
       split_layer=split_layer,
       generator_fn=generator_fn,
@@ -95,8 +82,8 @@ def build_fed_gen(
   )
   return rounds.compose_process(
       rounds.Parts(
-          students=tff_kd.models.cohorts.as_students(student),
-          client_optimizer=client_optimizer,
+          students=students,
+          client_optimizer=training.client_optimizer,
           companion=companion,
       ),
       options,

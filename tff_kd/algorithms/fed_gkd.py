@@ -9,7 +9,6 @@ down. The term, `tff_kd.LocalDistillation`, goes with any algorithm.
 
 from __future__ import annotations
 
-from typing import Any, Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -20,27 +19,21 @@ from tff_kd import rounds
 def build_fed_gkd(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
-    client_optimizer: tff_kd.optimizers.Optimizer,
+    training: rounds.ClientTraining,
     local_weight: float = 0.2,
     local_temperature: float = 1.0,
     history_size: int = 5,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
   """Builds FedGKD.
 
   Args:
     student_fn: Returns a new `keras.Model`; a list of such functions, one a cohort.
-    input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `keras.losses.Loss`.
-    client_optimizer: The clients' optimizer.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     local_weight: gamma, above 0 and at most 1.
     local_temperature: T, above 0.
     history_size: M, 1 or more. The server's state holds M students; with more than
       one their mean goes down, too.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
@@ -52,12 +45,12 @@ def build_fed_gkd(
       temperature=local_temperature,
       history_size=history_size,
   )
-  students = tff_kd.models.cohorts.build_students(
-      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
-  )
+  students = training.build_students(student_fn)
   return rounds.compose_process(
       rounds.Parts(
-          students=students, client_optimizer=client_optimizer, local_terms=[term]
+          students=students,
+          client_optimizer=training.client_optimizer,
+          local_terms=[term],
       ),
       options,
   )

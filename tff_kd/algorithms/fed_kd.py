@@ -13,7 +13,6 @@ down, and compares hidden states where both models are transformers.)
 from __future__ import annotations
 
 import dataclasses
-from typing import Any, Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -25,14 +24,11 @@ def build_fed_kd(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
     mentor_fn: tff_kd.models.KerasModelFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
-    client_optimizer: tff_kd.optimizers.Optimizer,
+    training: rounds.ClientTraining,
     start_energy: float = 0.95,
     end_energy: float = 0.98,
     energy_rounds: int = 100,
     temperature: float = 1.0,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds FedKD.
@@ -40,15 +36,13 @@ def build_fed_kd(
   Args:
     student_fn: Returns a new, shared `keras.Model`; a list of such functions, one a
       cohort.
-    mentor_fn: Returns a new, larger `keras.Model`, of which each client has its own.
-    input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `keras.losses.Loss`, for both.
-    client_optimizer: The clients' optimizer, for both.
+    mentor_fn: Returns a new, larger `keras.Model`, of which each client has its own. It
+      is trained by the clients' optimizer, too.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     start_energy: The share of the update's energy that goes up in the first round.
-    end_energy: And from round `energy_rounds` on; linear between them.
+    end_energy: The share from round `energy_rounds` on; it is linear in between.
     energy_rounds: 1 or more.
     temperature: T of both divergences, above 0.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s, of the student.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
       A `model_aggregator` is what the truncated updates go through, and must be
       weighted.
@@ -65,13 +59,12 @@ def build_fed_kd(
   aggregator = tff_kd.aggregators.svd.TruncatedSvdFactory(
       start_energy, end_energy, energy_rounds, options.model_aggregator
   )
-  kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
-  students = tff_kd.models.cohorts.build_students(student_fn, **kinds)
-  mentor = tff_kd.models.build_model_spec(mentor_fn, name='mentor', **kinds)
+  students = training.build_students(student_fn)
+  mentor = training.build_model(mentor_fn, 'mentor')
   return rounds.compose_process(
       rounds.Parts(
           students=students,
-          client_optimizer=client_optimizer,
+          client_optimizer=training.client_optimizer,
           companion=tff_kd.client.companions.mutual.MutualLearning(
               students.first,
               mentor,

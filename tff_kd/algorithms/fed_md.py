@@ -9,7 +9,7 @@ sends its logits on the transfer examples. The server has no model.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -20,16 +20,13 @@ from tff_kd import rounds
 def build_fed_md(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
+    training: rounds.ClientTraining,
     transfer_set: tff_kd.TransferSet,
-    client_optimizer: tff_kd.optimizers.Optimizer,
     digest_optimizer: Optional[tff_kd.optimizers.Optimizer] = None,
     digest_epochs: int = 1,
     digest_batch_size: int = 256,
     pretraining_epochs: int = 0,
     consensus_rule: Optional[tff_kd.knowledge.ConsensusRule] = None,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds FedMD.
@@ -37,10 +34,8 @@ def build_fed_md(
   Args:
     student_fn: Returns a new `keras.Model`, of which each client has its own; a list
       of such functions, one a cohort.
-    input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `keras.losses.Loss`.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     transfer_set: The examples on which clients predict; 5,000 a round in the paper.
-    client_optimizer: For the clients' own examples.
     digest_optimizer: For the transfer examples; Adam with the paper's rate 1e-3 if
       `None`. It starts anew each round.
     digest_epochs: Passes over the round's transfer examples.
@@ -48,25 +43,21 @@ def build_fed_md(
     pretraining_epochs: Passes over all of the transfer set's labels, also with a
       `subset_size`, before a client's first round; with them the transfer set must have
       labels.
-    consensus_rule: How the predictions become what clients fit; the mean logits, as in
-      the paper.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
+    consensus_rule: The rule that combines the clients' predictions; the mean of the
+      logits, as in the paper, if `None`.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `StatefulClientsProcess` without a server model.
   """
-  students = tff_kd.models.cohorts.build_students(
-      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
-  )
-  optimizer = digest_optimizer or tff_kd.tff.learning.optimizers.build_adam(1e-3)
+  students = training.build_students(student_fn)
 
   def stage(
       epochs: int, size: int, **settings
   ) -> tff_kd.server.distill.DistillationStage:
     return tff_kd.server.distill.DistillationStage(
         'student',
-        optimizer,
+        digest_optimizer,
         tff_kd.Distillation(
             num_steps=epochs * -(-size // min(digest_batch_size, size)),
             batch_size=digest_batch_size,
@@ -83,7 +74,7 @@ def build_fed_md(
   return rounds.compose_process(
       rounds.Parts(
           students=students,
-          client_optimizer=client_optimizer,
+          client_optimizer=training.client_optimizer,
           client_model=rounds.ClientModel.KEPT,
           exchange=tff_kd.client.exchanges.TransferExchange(
               students.first,

@@ -9,7 +9,6 @@ goes with any algorithm.
 
 from __future__ import annotations
 
-from typing import Any, Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -20,25 +19,18 @@ from tff_kd import rounds
 def build_fed_ntd(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
-    client_optimizer: tff_kd.optimizers.Optimizer,
+    training: rounds.ClientTraining,
     not_true_weight: float = 1.0,
     not_true_temperature: float = 1.0,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
-  """Builds FedNTD.
+  """Builds FedNTD. Labels must be class indices, of three classes or more.
 
   Args:
     student_fn: Returns a new `keras.Model`; a list of such functions, one a cohort.
-    input_spec: The clients' `dataset.element_spec`; labels must be class indices, of
-      three classes or more.
-    loss_fn: Returns a `keras.losses.Loss`.
-    client_optimizer: The clients' optimizer.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     not_true_weight: beta, above 0; 1 in the paper.
     not_true_temperature: tau, above 0; 1 in the paper.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
@@ -47,12 +39,12 @@ def build_fed_ntd(
   term = tff_kd.client.local_terms.NotTrueDistillation(
       weight=not_true_weight, temperature=not_true_temperature
   )
-  students = tff_kd.models.cohorts.build_students(
-      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
-  )
+  students = training.build_students(student_fn)
   return rounds.compose_process(
       rounds.Parts(
-          students=students, client_optimizer=client_optimizer, local_terms=[term]
+          students=students,
+          client_optimizer=training.client_optimizer,
+          local_terms=[term],
       ),
       options,
   )

@@ -7,7 +7,7 @@ own, and send the change of the base layers only.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -18,11 +18,8 @@ from tff_kd import rounds
 def build_fed_per(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
-    client_optimizer: tff_kd.optimizers.Optimizer,
+    training: rounds.ClientTraining,
     split_layer: Optional[str] = None,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds FedPer.
@@ -31,12 +28,9 @@ def build_fed_per(
 
   Args:
     student_fn: Returns a new `keras.Model`; a list of such functions, one a cohort.
-    input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `keras.losses.Loss`.
-    client_optimizer: The clients' optimizer, for both parts.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     split_layer: The name of the last layer of the body; the one before the last layer
       with weights if `None`.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
@@ -46,13 +40,11 @@ def build_fed_per(
   Raises:
     ValueError: If the body or the head has nothing to train.
   """
-  students = tff_kd.models.cohorts.build_students(
-      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
-  )
+  students = training.build_students(student_fn)
   return rounds.compose_process(
       rounds.Parts(
           students=students,
-          client_optimizer=client_optimizer,
+          client_optimizer=training.client_optimizer,
           personal=tff_kd.models.personal.build_personal(
               students, split_layer, keeps='head'
           ),

@@ -13,7 +13,7 @@ differential privacy apply. No transfer set, no server model.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -24,30 +24,24 @@ from tff_kd import rounds
 def build_fed_proto(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
-    client_optimizer: tff_kd.optimizers.Optimizer,
+    training: rounds.ClientTraining,
     prototype_weight: float = 1.0,
     split_layer: Optional[str] = None,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds FedProto.
 
-  A client predicts by its own model's outputs. (The paper also predicts by the nearest
-  prototype.)
+  Examples must have one class each. A client predicts by its own model's outputs. (The
+  paper also predicts by the nearest prototype.)
 
   Args:
     student_fn: Returns a new `keras.Model` that applies its layers one after the other,
       of which each client has its own; a list of such functions, one a cohort, whose
       features must be as many.
-    input_spec: The clients' `dataset.element_spec`; one class an example.
-    loss_fn: Returns a `keras.losses.Loss`.
-    client_optimizer: The clients' optimizer.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     prototype_weight: lambda, above 0; 1 in the authors' implementation.
     split_layer: The name of the student's layer whose outputs are the features; the one
       before the last with weights if `None`.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
@@ -57,13 +51,11 @@ def build_fed_proto(
     ValueError: If a student has no classes, cannot be split, or has other features than
       another.
   """
-  students = tff_kd.models.cohorts.build_students(
-      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
-  )
+  students = training.build_students(student_fn)
   return rounds.compose_process(
       rounds.Parts(
           students=students,
-          client_optimizer=client_optimizer,
+          client_optimizer=training.client_optimizer,
           client_model=rounds.ClientModel.KEPT,
           exchange=tff_kd.client.prototypes.PrototypeExchange(
               students, prototype_weight, split_layer

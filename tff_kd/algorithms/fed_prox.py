@@ -11,7 +11,6 @@ from the server's model. With mu it is what this would be with -mu.
 
 from __future__ import annotations
 
-from typing import Any, Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -22,34 +21,28 @@ from tff_kd import rounds
 def build_fed_prox(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
-    client_optimizer: tff_kd.optimizers.Optimizer,
+    training: rounds.ClientTraining,
     proximal_weight: float = 0.01,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.DistillationProcess:
   """Builds FedProx.
 
   Args:
     student_fn: Returns a new `keras.Model`; a list of such functions, one a cohort.
-    input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `keras.losses.Loss`.
-    client_optimizer: The clients' optimizer.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     proximal_weight: mu, above 0; the paper tries 0.001, 0.01, 0.1 and 1.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `DistillationProcess` without a teacher.
   """
   term = tff_kd.client.local_terms.ProximalTerm(weight=proximal_weight)
-  students = tff_kd.models.cohorts.build_students(
-      student_fn, input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn
-  )
+  students = training.build_students(student_fn)
   return rounds.compose_process(
       rounds.Parts(
-          students=students, client_optimizer=client_optimizer, local_terms=[term]
+          students=students,
+          client_optimizer=training.client_optimizer,
+          local_terms=[term],
       ),
       options,
   )

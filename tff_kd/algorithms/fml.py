@@ -10,7 +10,6 @@ step
 
 from __future__ import annotations
 
-from typing import Any, Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -22,13 +21,10 @@ def build_fml(
     *,
     student_fn: tff_kd.models.cohorts.StudentFn,
     mentor_fn: tff_kd.models.KerasModelFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
-    client_optimizer: tff_kd.optimizers.Optimizer,
+    training: rounds.ClientTraining,
     student_weight: float = 0.5,
     mentor_weight: float = 0.5,
     temperature: float = 1.0,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds FML.
@@ -36,26 +32,23 @@ def build_fml(
   Args:
     student_fn: Returns a new, shared `keras.Model`; a list of such functions, one a
       cohort.
-    mentor_fn: Returns a new `keras.Model`, of which each client has its own.
-    input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `keras.losses.Loss`, for both.
-    client_optimizer: The clients' optimizer, for both.
+    mentor_fn: Returns a new `keras.Model`, of which each client has its own. It is
+      trained by the clients' optimizer, too.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     student_weight: w, between 0 and 1.
     mentor_weight: v, between 0 and 1.
     temperature: T of both divergences, above 0.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s, of the student.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
     A `StatefulClientsProcess`: clients keep their mentors.
   """
-  kinds = dict(input_spec=input_spec, loss_fn=loss_fn, metrics_fn=metrics_fn)
-  students = tff_kd.models.cohorts.build_students(student_fn, **kinds)
-  mentor = tff_kd.models.build_model_spec(mentor_fn, name='mentor', **kinds)
+  students = training.build_students(student_fn)
+  mentor = training.build_model(mentor_fn, 'mentor')
   return rounds.compose_process(
       rounds.Parts(
           students=students,
-          client_optimizer=client_optimizer,
+          client_optimizer=training.client_optimizer,
           companion=tff_kd.client.companions.mutual.MutualLearning(
               students.first,
               mentor,

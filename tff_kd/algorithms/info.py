@@ -5,7 +5,7 @@ import dataclasses
 import inspect
 from typing import Any, Optional
 
-# What a required parameter stands for.
+# What an algorithm needs whose builder has the parameter.
 _NEEDS = {
     'transfer_set': 'transfer set',
     'teacher_fn': 'teacher',
@@ -30,14 +30,15 @@ class Info:
   ```
 
   Attributes:
-    build: Its `build_*` function, decorated with `tff_kd.rounds.takes_options`.
+    build: The algorithm's `build_*` function, decorated with
+      `tff_kd.rounds.takes_options`.
     summary: One line for a list of algorithms.
     uploads: The parts of a client's upload, in order; 'weights' if the student's
       weights are averaged.
     client_state: Whether clients keep something from round to round.
     flags: Flags of `pipelines.train` by the parameters that get their values as they
       are, where the user gives them.
-    flag_defaults: Its own defaults of flags.
+    flag_defaults: The algorithm's own defaults of flags.
     consensus: The name of the rule (`tff_kd.knowledge.rules.RULES`) by which it
       combines predictions unless told otherwise; `None` if it has none, or none to
       choose.
@@ -64,12 +65,12 @@ class Info:
 
   @property
   def name(self) -> str:
-    """That of its function, without `build_`."""
+    """The name of the function, without `build_`."""
     return self.build.__name__.removeprefix('build_')
 
   @property
   def parameters(self) -> Mapping[str, inspect.Parameter]:
-    """Its builder's parameters, by name."""
+    """The builder's parameters, by name."""
     return inspect.signature(self.build).parameters
 
   @property

@@ -13,7 +13,7 @@ build it into the student, and name its last layer in `split_layer`.)
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -24,28 +24,22 @@ from tff_kd import rounds
 def build_moon(
     *,
     student_fn: tff_kd.models.KerasModelFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
-    client_optimizer: tff_kd.optimizers.Optimizer,
+    training: rounds.ClientTraining,
     split_layer: Optional[str] = None,
     contrast_weight: float = 1.0,
     contrast_temperature: float = 0.5,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
-  """Builds MOON.
+  """Builds MOON. Examples must have one prediction each.
 
   Args:
     student_fn: Returns a new `keras.Model` that applies its layers one after the
       other; one architecture for all clients.
-    input_spec: The clients' `dataset.element_spec`; one prediction an example.
-    loss_fn: Returns a `keras.losses.Loss`.
-    client_optimizer: The clients' optimizer.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     split_layer: The name of the student's layer whose outputs are compared; the one
       before the last with weights if `None`.
     contrast_weight: mu, above 0; the paper chooses of .1, 1, 5 and 10.
     contrast_temperature: tau, above 0; .5 in the paper.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
@@ -54,20 +48,13 @@ def build_moon(
   Raises:
     ValueError: If there are several architectures, or the student cannot be split.
   """
-  student = tff_kd.models.cohorts.build_one_student(
-      student_fn,
-      'MOON',
-      'whose features are compared',
-      input_spec=input_spec,
-      loss_fn=loss_fn,
-      metrics_fn=metrics_fn,
-  )
+  students = training.build_students(student_fn)
   return rounds.compose_process(
       rounds.Parts(
-          students=tff_kd.models.cohorts.as_students(student),
-          client_optimizer=client_optimizer,
+          students=students,
+          client_optimizer=training.client_optimizer,
           companion=tff_kd.client.companions.contrast.ModelContrast(
-              student,
+              students.first,
               split_layer=split_layer,
               weight=contrast_weight,
               temperature=contrast_temperature,

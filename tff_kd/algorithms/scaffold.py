@@ -12,7 +12,7 @@ and the change of c_k goes up beside the weights.
 
 from __future__ import annotations
 
-from typing import Any, Optional
+from typing import Optional
 
 import tff_kd
 from tff_kd.algorithms import info
@@ -23,14 +23,14 @@ from tff_kd import rounds
 def build_scaffold(
     *,
     student_fn: tff_kd.models.KerasModelFn,
-    input_spec: Any,
-    loss_fn: tff_kd.models.LossFn,
-    client_optimizer: tff_kd.optimizers.Optimizer,
+    training: rounds.ClientTraining,
     num_clients: Optional[int] = None,
-    metrics_fn: Optional[tff_kd.models.MetricsFn] = None,
     options: rounds.Options,
 ) -> rounds.StatefulClientsProcess:
   """Builds SCAFFOLD.
+
+  The clients' optimizer must be plain SGD of TFF,
+  `tff.learning.optimizers.build_sgdm(rate)`.
 
   Twice the bytes of FedAvg go down (weights and c) and up (weights and the change of
   c_k). The paper's mean over a round's clients is plain, so `client_weighting` is
@@ -38,12 +38,8 @@ def build_scaffold(
 
   Args:
     student_fn: Returns a new `keras.Model`; one architecture for all clients.
-    input_spec: The clients' `dataset.element_spec`.
-    loss_fn: Returns a `keras.losses.Loss`.
-    client_optimizer: The clients' optimizer, plain SGD of TFF:
-      `tff.learning.optimizers.build_sgdm(rate)`.
+    training: Each field of `tff_kd.rounds.ClientTraining` as an argument of its own.
     num_clients: The total number of clients; that of `client_data` if `None`.
-    metrics_fn: Returns a list of `keras.metrics.Metric`s.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
 
   Returns:
@@ -54,20 +50,13 @@ def build_scaffold(
       the number of clients is not known.
   """
   num_clients = options.count_clients(num_clients)
-  student = tff_kd.models.cohorts.build_one_student(
-      student_fn,
-      'SCAFFOLD',
-      'along whose gradients steps are corrected',
-      input_spec=input_spec,
-      loss_fn=loss_fn,
-      metrics_fn=metrics_fn,
-  )
+  students = training.build_students(student_fn)
   return rounds.compose_process(
       rounds.Parts(
-          students=tff_kd.models.cohorts.as_students(student),
-          client_optimizer=client_optimizer,
+          students=students,
+          client_optimizer=training.client_optimizer,
           companion=tff_kd.client.companions.control_variates.ControlVariates(
-              student, num_clients
+              students.first, num_clients
           ),
       ),
       options.with_defaults(

@@ -2,6 +2,4 @@
 
 from tff_kd import _lazy
 
-__getattr__, __dir__ = _lazy.attach(
-    __name__, {'inversion': 'inversion', 'membership': 'membership'}
-)
+__getattr__, __dir__ = _lazy.attach(__name__, ['inversion', 'membership'])

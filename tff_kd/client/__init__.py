@@ -4,11 +4,8 @@ from tff_kd import _lazy
 
 __getattr__, __dir__ = _lazy.attach(
     __name__,
-    {
-        name: name
-        for name in (
-            'class_counts', 'companions', 'conditions', 'exchanges', 'inclusion',
-            'label_skew', 'local_terms', 'local_training', 'prototypes', 'work',
-        )
-    },
+    [
+        'class_counts', 'companions', 'conditions', 'exchanges', 'inclusion',
+        'label_skew', 'local_terms', 'local_training', 'prototypes', 'work',
+    ],
 )

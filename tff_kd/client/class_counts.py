@@ -1,7 +1,8 @@
-"""How often each class is among a client's labels: the one place that counts them.
+"""Counts of the classes among a client's labels.
 
-Counts are numbers of a client's own labels. They serve its own loss and stay at the
-client: nothing here is sent.
+`count` counts them before the training, for terms of the client's own loss; these counts
+stay at the client. `one_hot` returns the rows that others add up over the steps (FD,
+FedProto, FedGen, label density), and send as sums over clients.
 """
 
 from typing import Any, Optional
@@ -43,6 +44,30 @@ def check(spec: models.ModelSpec, subject: str) -> None:
   )
 
 
+def check_indices(spec: models.ModelSpec, subject: str) -> None:
+  """Refuses a model whose labels are not class indices, of two classes or more.
+
+  Args:
+    spec: The model.
+    subject: Names what needs the indices, for the error.
+
+  Raises:
+    ValueError: If labels are no integers, or not one a prediction, or if there is a
+      single logit.
+  """
+  labels = tf.nest.flatten(models.split_batch(spec.input_spec)[1])
+  if (
+      spec.logits_shape[-1] < 2
+      or len(labels) != 1
+      or not labels[0].dtype.is_integer
+      or labels[0].shape.rank > len(spec.logits_shape)
+  ):
+    raise ValueError(
+        f'{subject} needs class indices as labels and two logits or more, found labels '
+        f'{labels} and {spec.logits_shape[-1]} logits.'
+    )
+
+
 def num_classes(spec: models.ModelSpec) -> int:
   """Returns how many classes a model tells apart; a single logit tells two.
 
@@ -76,7 +101,7 @@ def count(
   labels, mask = _usable(spec, labels, labelled, sample_weight)
   if _are_distributions(spec, labels) or spec.logits_shape[-1] == 1:
     return tf.reduce_sum(_rows(spec, labels, mask), axis=0)
-  # Not of all examples of a client at once: rows of zeros and ones would be large.
+  # One-hot rows of all examples of a client would be large.
   indices, mask = _in_range(spec, labels, mask)
   # Whole numbers: their sum does not depend on the order.
   return tf.math.unsorted_segment_sum(mask, indices, num_classes(spec))
@@ -91,10 +116,10 @@ def one_hot(
   """Returns labels as rows whose sum is `count`.
 
   Args:
-    spec: As of `count`.
-    labels: As of `count`.
-    labelled: As of `count`.
-    sample_weight: As of `count`.
+    spec: As in `count`.
+    labels: As in `count`.
+    labelled: As in `count`.
+    sample_weight: As in `count`.
 
   Returns:
     float32 `[predictions, classes]`, one row a prediction; zeros where the label does

@@ -5,9 +5,8 @@ conditions come to a process with each client, as a value beside its number; who
 them (`tff_kd.simulation.Participation`) does not concern the process.
 """
 
-import collections
 import dataclasses
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -17,16 +16,16 @@ from tff_kd.data import transfer
 
 
 class ClientConditions(NamedTuple):
-  """How one client fares in a round. The defaults: nothing hinders it.
+  """The conditions of one client in a round; by default nothing hinders it.
 
   Attributes:
     delay: int32, how many rounds ago the client began: it has what was sent then, and
       reports in this round. At most the number of rounds before this one.
-    step_share: float32, the part of its local steps that it does, above 0 and at most
+    step_share: float32, the share of the local steps that it takes, above 0 and at most
       1; at least one step.
     reports: Whether what it sends arrives.
-    coverage: float32, the part of this round's transfer examples on which it predicts.
-    seed: int32 `[2]`, decides which part.
+    coverage: float32, the share of this round's transfer examples on which it predicts.
+    seed: int32 `[2]`, decides which examples these are.
   """
 
   delay: Any = np.int32(0)
@@ -37,19 +36,13 @@ class ClientConditions(NamedTuple):
 
 
 CONDITIONS_TYPE = tff.to_type(
-    ClientConditions(
-        delay=tff.TensorType(np.int32),
-        step_share=tff.TensorType(np.float32),
-        reports=tff.TensorType(np.bool_),
-        coverage=tff.TensorType(np.float32),
-        seed=tff.TensorType(np.int32, [2]),
-    )
+    ClientConditions(*(tff.TensorType(v.dtype.type, v.shape) for v in ClientConditions()))
 )
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Reporting:
-  """How a process takes what clients report: late, in part, or too few of them.
+  """The policy for reports that are late, partial or too few.
 
   A process that is built with one is given `{'data': number, 'conditions':
   ClientConditions}` a client.
@@ -111,33 +104,27 @@ class BroadcastHistory:
       max_delay: The number of earlier rounds to keep.
     """
     self.max_delay = max_delay
+    self.initial, self.push, self.sent_type = _nothing, None, broadcast_type
+    if not max_delay:
+      return
     specs = tff.types.type_to_tf_tensor_specs(broadcast_type)
 
-    def stacked(size: int) -> tff.Computation:
-      @tff.tensorflow.computation
-      def zeros():
-        return tf.nest.map_structure(
-            lambda spec: tf.zeros([size, *spec.shape], spec.dtype), specs
-        )
+    @tff.tensorflow.computation
+    def initial():
+      return tf.nest.map_structure(
+          lambda spec: tf.zeros([max_delay, *spec.shape], spec.dtype), specs
+      )
 
-      return zeros
+    @tff.tensorflow.computation(initial.type_signature.result, broadcast_type)
+    def push(kept, current):
+      sent = tf.nest.map_structure(
+          lambda earlier, new: tf.concat([new[tf.newaxis], earlier], axis=0),
+          kept, current,
+      )
+      return tf.nest.map_structure(lambda stacked: stacked[:-1], sent), sent
 
-    self.initial = _nothing
-    self.sent_type = broadcast_type
-    self.push = None
-    if max_delay:
-      self.initial = stacked(max_delay)
-      self.sent_type = stacked(max_delay + 1).type_signature.result
-
-      @tff.tensorflow.computation(self.initial.type_signature.result, broadcast_type)
-      def push(kept, current):
-        sent = tf.nest.map_structure(
-            lambda earlier, new: tf.concat([new[tf.newaxis], earlier], axis=0),
-            kept, current,
-        )
-        return tf.nest.map_structure(lambda stacked: stacked[:-1], sent), sent
-
-      self.push = push
+    self.initial, self.push = initial, push
+    self.sent_type = push.type_signature.result[1]
 
   def received(self, sent: Any, delay: tf.Tensor) -> Any:
     """Returns what a client received that began `delay` rounds ago.
@@ -151,7 +138,7 @@ class BroadcastHistory:
     """
     if not self.max_delay:
       return sent
-    # `check_conditions` tells; a slice out of range would, too, and less clearly.
+    # `check_conditions` reports a delay out of range more clearly than a slice would.
     delay = tf.clip_by_value(delay, 0, self.max_delay)
     return tf.nest.map_structure(lambda stacked: stacked[delay], sent)
 
@@ -232,41 +219,3 @@ def covered_rows(
       then[:, tf.newaxis], tf.ones_like(then), [transfer_set.size]
   )
   return covered & (tf.gather(predicted, ids) > 0)
-
-
-def condition_counts(
-    conditions: ClientConditions, valid: tf.Tensor
-) -> collections.OrderedDict[str, tf.Tensor]:
-  """Returns a client's counts, int32 scalars, beside those of `client.inclusion`.
-
-  Args:
-    conditions: Its conditions.
-    valid: Whether there was nothing else to leave it out for.
-  """
-  arrives = valid & conditions.reports
-  return collections.OrderedDict(
-      num_dropped_after_training=tf.cast(valid & ~conditions.reports, tf.int32),
-      num_late=tf.cast(arrives & (conditions.delay > 0), tf.int32),
-      num_stragglers=tf.cast(arrives & (conditions.step_share < 1.0), tf.int32),
-  )
-
-
-def client_data_type(data_type: tff.Type, reporting: Optional[Reporting]) -> tff.Type:
-  """Returns the type of what a client is given.
-
-  Args:
-    data_type: D, the type of the client's data; with cohorts <cohort=int32, data=D>.
-    reporting: The policy; `None` without conditions.
-
-  Returns:
-    The type itself; with conditions <..., conditions=`CONDITIONS_TYPE`>.
-  """
-  if reporting is None:
-    return data_type
-  elements = collections.OrderedDict(data=data_type)
-  if isinstance(data_type, tff.StructType):
-    # With cohorts it is a structure already.
-    elements = collections.OrderedDict(tff.structure.to_elements(data_type))
-  return tff.to_type(
-      collections.OrderedDict(elements, conditions=CONDITIONS_TYPE)
-  )

@@ -1,17 +1,19 @@
 """Exchanges of knowledge beside, or in place of, weights.
 
 An `Exchange` says what a client uploads after its training, what the server sends back,
-and how a client learns from that before its own examples. A round ends where a paper's
-round ends in the middle: what it leaves is learned at the beginning of a client's next
-round, so that a client computes once a round.
+and how a client learns from that before its own examples. Clients learn what the server
+sends back at the beginning of their next round, so that they compute once a round, also
+where a paper's round has two phases.
 """
 
 import abc
 from collections.abc import Callable, Sequence
+import dataclasses
 from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
 
+from tff_kd.client import class_counts
 from tff_kd.client import companions
 from tff_kd.client import local_terms as local_terms_lib
 from tff_kd import communication
@@ -87,7 +89,7 @@ class Exchange(abc.ABC):
     """Returns what a client sends after its training.
 
     Args:
-      report: What the client has at hand.
+      report: The inputs of the payload.
     """
 
   def initial_shared(self) -> Any:
@@ -267,7 +269,7 @@ def for_stages(
 
 
 class TransferExchange(TransferPredictions):
-  """Predictions on the transfer set go up, labels for it come down.
+  """Uploads predictions on the transfer set, and sends labels for it down.
 
   Coded predictions (`knowledge.CodedRule`) are encoded as changes of those that the
   client sent last, which it keeps for that, if the transfer set has the same rows in
@@ -301,12 +303,9 @@ class TransferExchange(TransferPredictions):
     """
     super().__init__(student, transfer_set, rule)
     check_stage(digest, transfer_set, rule)
-    server_distillation_lib.check_outputs(digest.distillation, student)
     self.digest, self._seed, self._relabelling = digest, seed, relabelling
     self.needs_server_model = relabelling is not None
-    self.keeps_sent = (
-        rule.is_coded and rule.codes_changes and transfer_set.is_same_every_round
-    )
+    self.keeps_sent = rule.codes_changes and transfer_set.is_same_every_round
 
   def initial_shared(self):
     return self.rule.decode(self.zero_payload())._replace(diversity=())
@@ -405,23 +404,120 @@ def check_stage(
         'The diversity of the consensus is not sent to clients, which learn from the '
         f'consensus alone: leave `diversity_weight` at 0, found {d.diversity_weight!r}.'
     )
-  server_distillation_lib.check_stages(
-      [stage],
+  stage.check(
+      transfer_set,
       has_teacher=False,
-      labelled=transfer_set.labelled,
-      has_validation=transfer_set.validation_size > 0,
       has_diversity=rule is not None and rule.has_diversity,
   )
 
 
-class ClassExchange(Exchange):
-  """Each class's mean logits up and down; a client's own part is left out of its target.
+class SumsByClass(Exchange):
+  """Sums of vectors by class, with the classes' counts; their quotients teach clients.
+
+  A client adds up a vector for each of its predictions while it trains. In the next
+  round, each class's mean vector is the target of a term of the clients' loss. Values
+  and counts are both sums over clients, so no client's own means are seen. A class that
+  no client of the last round had has no target.
+
+  Subclasses set `keeps_sent` and `needs_exact_sums` if a client's own part is to be taken
+  out of its targets; that needs the exact sums.
+  """
+
+  sends_down = True
+
+  def __init__(self, num_classes: int, size: int):
+    """Initializes the exchange.
+
+    Args:
+      num_classes: The number of classes.
+      size: The length of the vectors.
+    """
+    self._shape = num_classes, size
+
+  @abc.abstractmethod
+  def vectors(
+      self, student: models.ModelSpec, step: local_terms_lib.LocalStep
+  ) -> tf.Tensor:
+    """Returns what is added up by class, float32 `[predictions, size]`.
+
+    Args:
+      student: The client's model.
+      step: The step of the local training.
+    """
+
+  @abc.abstractmethod
+  def term(
+      self, student: models.ModelSpec, means: tf.Tensor, is_known: tf.Tensor
+  ) -> local_terms_lib.LocalTerm:
+    """Returns the term by which a client learns.
+
+    Args:
+      student: The client's model.
+      means: float32 `[classes, size]`, the mean vectors; 0 where there is none.
+      is_known: float32 `[classes]`, 1 where a class has a mean vector, else 0.
+    """
+
+  def payload_spec(self):
+    return knowledge.KnowledgePayload(
+        values=tf.TensorSpec(self._shape, tf.float32),
+        weights=tf.TensorSpec(self._shape[:1], tf.float32),
+    )
+
+  def initial_shared(self):
+    return self.zero_payload()
+
+  def share(self, mean_payload, num_included, server_model, round_num):
+    # The number of clients cancels in a mean, but a client can take its own part out of
+    # sums only.
+    factor = num_included if self.needs_exact_sums else 1.0
+    has_any = has_reports(mean_payload, num_included)
+    # Without any client the mean is NaN.
+    return tf.nest.map_structure(
+        lambda t: tf.where(has_any, t * factor, 0.0), mean_payload
+    )
+
+  def build_learning(self, student):
+
+    def learn(weights, broadcast, client_state):
+      values, counts = broadcast.shared
+      min_count = 0.0
+      if self.keeps_sent:
+        # Before the first round both are -1, and the client has sent nothing.
+        is_in = tf.equal(client_state.sent_round, broadcast.shared_round)
+        own = tf.cast(is_in, tf.float32)
+        values -= own * client_state.sent.values
+        counts -= own * client_state.sent.weights
+        min_count = 0.5  # They are whole numbers, give or take rounding.
+      is_known = counts > min_count
+      means = tf.math.divide_no_nan(
+          values, tf.where(is_known, counts, 0.0)[:, tf.newaxis]
+      )
+      term = self.term(student, means, tf.cast(is_known, tf.float32))
+      return Learned(weights, (term,), tf.reduce_any(is_known))
+
+    return learn
+
+  def observer(self, student):
+
+    def observe(step):
+      one_hot = step.one_hot_labels()
+      return knowledge.KnowledgePayload(
+          values=tf.matmul(one_hot, self.vectors(student, step), transpose_a=True),
+          weights=tf.reduce_sum(one_hot, axis=0),
+      )
+
+    return companions.Observer(zero=self.zero_payload, observe=observe)
+
+  def payload(self, report):
+    return report.observed
+
+
+class ClassExchange(SumsByClass):
+  """Exchanges each class's mean logits, without a client's own part in its target.
 
   Source: Jeong et al., "Communication-Efficient On-Device Machine Learning: Federated
   Distillation and Augmentation under Non-IID Private Data" (2018), Algorithm 1.
   """
-
-  sends_down = True
 
   def __init__(
       self, student: models.ModelSpec, weight: float, *, leaves_own_out: bool = True
@@ -437,98 +533,30 @@ class ClassExchange(Exchange):
     Raises:
       ValueError: If the weight is not above 0, or there are no classes to tell apart.
     """
-    if not 0.0 < weight < float('inf'):
-      raise ValueError(
-          'The weight of the class knowledge must be finite and above 0, found '
-          f'{weight!r}.'
-      )
-    self._classes, self._weight = student.logits_shape[-1], weight
-    self._student = student
+    local_terms_lib.check_weight('regularizer_weight', weight)
+    class_counts.check_indices(student, 'Knowledge by class')
+    super().__init__(student.logits_shape[-1], student.logits_shape[-1])
+    self._student, self._weight = student, weight
     self.keeps_sent = self.needs_exact_sums = leaves_own_out
-    labels = tf.nest.flatten(models.split_batch(student.input_spec)[1])
-    if (
-        self._classes < 2
-        or len(labels) != 1
-        or not labels[0].dtype.is_integer
-        or labels[0].shape.rank > len(student.logits_shape)
-    ):
-      raise ValueError(
-          'Knowledge by class needs class indices as labels and two logits or more, '
-          f'found labels {labels} and {self._classes} logits.'
-      )
 
   def with_inexact_sums(self):
     # No client can take its own part out of such sums.
     return ClassExchange(self._student, self._weight, leaves_own_out=False)
 
-  def payload_spec(self):
-    return knowledge.KnowledgePayload(
-        values=tf.TensorSpec([self._classes, self._classes], tf.float32),
-        weights=tf.TensorSpec([self._classes], tf.float32),
-    )
+  def vectors(self, student, step):
+    return tf.reshape(step.logits, [-1, student.logits_shape[-1]])
 
-  def initial_shared(self):
-    return tf.nest.map_structure(
-        lambda spec: tf.zeros(spec.shape), self.payload_spec()
-    )
-
-  def share(self, mean_payload, num_included, server_model, round_num):
-    # The factor of a mean cancels. A client can take its own part out of sums only.
-    factor = num_included if self.keeps_sent else 1.0
-    has_any = has_reports(mean_payload, num_included)
-    # Without any client the mean is NaN.
-    return tf.nest.map_structure(
-        lambda t: tf.where(has_any, t * factor, 0.0), mean_payload
-    )
-
-  def build_learning(self, student):
-    del student
-
-    def learn(weights, broadcast, client_state):
-      values, counts = broadcast.shared
-      min_count = 0.0
-      if self.keeps_sent:
-        # Before the first round both are -1, and the client has sent nothing.
-        is_in = tf.equal(client_state.sent_round, broadcast.shared_round)
-        own = tf.cast(is_in, tf.float32)
-        values -= own * client_state.sent.values
-        counts -= own * client_state.sent.weights
-        min_count = 0.5  # They are whole numbers, give or take rounding.
-      is_known = counts > min_count
-      mask = tf.cast(is_known, tf.float32)
-      targets = tf.math.divide_no_nan(
-          values, tf.where(is_known, counts, 0.0)[:, tf.newaxis]
-      )
-      term = _ClassTargets(self._weight, targets, mask)
-      return Learned(weights, (term,), tf.reduce_any(mask > 0.0))
-
-    return learn
-
-  def observer(self, student):
-    del student
-
-    def observe(step):
-      one_hot = step.one_hot_labels()
-      flat = tf.reshape(step.logits, [-1, self._classes])
-      return knowledge.KnowledgePayload(
-          values=tf.matmul(one_hot, flat, transpose_a=True),
-          weights=tf.reduce_sum(one_hot, axis=0),
-      )
-
-    return companions.Observer(
-        zero=self.initial_shared,
-        observe=observe,
-    )
-
-  def payload(self, report):
-    return report.observed
+  def term(self, student, means, is_known):
+    return _ClassTargets(self._weight, means, is_known)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _ClassTargets(local_terms_lib.LocalTerm):
   """L + weight CE(softmax(the label's class's target), z)."""
 
-  def __init__(self, weight: float, targets: tf.Tensor, mask: tf.Tensor):
-    self._weight, self._targets, self._mask = weight, targets, mask
+  weight: float
+  targets: tf.Tensor
+  mask: tf.Tensor
 
   def __call__(self, loss, step):
     labels = tf.cast(step.labels, tf.int32)
@@ -538,7 +566,7 @@ class _ClassTargets(local_terms_lib.LocalTerm):
       counted = tf.reshape(step.counted, tf.shape(labels))
       labels = tf.where(counted > 0.0, labels, 0)
     each = losses.soft_target_cross_entropy(
-        tf.nn.softmax(tf.gather(self._targets, labels)), step.logits
+        tf.nn.softmax(tf.gather(self.targets, labels)), step.logits
     )
-    # Over all labels that count: one without a target has no such loss.
-    return loss + self._weight * step.mean(each * tf.gather(self._mask, labels))
+    # The mean is over all labels that count; one without a target adds nothing.
+    return loss + self.weight * step.mean(each * tf.gather(self.mask, labels))

@@ -33,7 +33,7 @@ class Inclusion(NamedTuple):
   def counts(
       self, conditions: Optional[conditions_lib.ClientConditions] = None
   ) -> collections.OrderedDict[str, tf.Tensor]:
-    """Returns a client's counts, int32 scalars: that it was there, and in or why not."""
+    """Returns a client's counts, int32 scalars: whether it is included, or why not."""
     causes = dict(
         empty=self.is_empty,
         bad_labels=self.bad_labels,
@@ -49,7 +49,13 @@ class Inclusion(NamedTuple):
         },
     )
     if conditions is not None:
-      counts.update(conditions_lib.condition_counts(conditions, self.valid))
+      of_conditions = dict(
+          num_dropped_after_training=self.valid & ~conditions.reports,
+          num_late=self.included & (conditions.delay > 0),
+          num_stragglers=self.included & (conditions.step_share < 1.0),
+      )
+      for name, found in of_conditions.items():
+        counts[name] = tf.cast(found, tf.int32)
     return counts
 
 
@@ -72,11 +78,6 @@ def decide(
   return Inclusion(
       finite, is_empty, trained.bad_labels, trained.bad_inputs, valid, included
   )
-
-
-def public_counts() -> collections.OrderedDict[str, tf.Tensor]:
-  """Returns counts that tell nothing of a client's examples, int32 scalars."""
-  return collections.OrderedDict(num_included=tf.constant(1))
 
 
 def weight(

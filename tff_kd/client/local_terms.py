@@ -17,12 +17,12 @@ from tff_kd.client import class_counts
 from tff_kd import losses
 from tff_kd import models
 
-# What a term may compare the model with; all but the teacher are students.
+# The models that a term may learn from; all but the teacher are students.
 TARGETS = ('student', 'student_history', 'teacher')
 
 
 class LocalStep(NamedTuple):
-  """What a term may look at in one step of local training.
+  """The values of one step of local training, as a term sees them.
 
   Attributes:
     inputs: The batch's inputs.
@@ -34,7 +34,7 @@ class LocalStep(NamedTuple):
       `adjusted_logits`, which comes before it.
     step_num: int32, how many of the client's steps in this round came before.
     weights: The model's trainable weights.
-    received: The same as the server sent them.
+    received: The trainable weights as the server sent them.
     counted: 0/1 float32 like `labels`, 0 where the loss ignores the label (padding);
       `None` where it ignores none.
     is_regression: Whether the outputs are numbers to be fitted, not logits.
@@ -89,9 +89,9 @@ class LocalTerm(abc.ABC):
   """A term of the clients' loss.
 
   Attributes:
-    target: Whose logits it needs: 'student' (the global one as received),
-      'student_history' (the mean of the last global ones), 'teacher', or `None`.
-      What is not the received student is sent down too, and costs bytes.
+    target: The model whose logits the term needs: 'student' (the global one as received),
+      'student_history' (the mean of the last global ones), 'teacher', or `None`. Any
+      other than the received student is sent down too, and costs bytes.
     history_size: For 'student_history': how many global students the mean is taken of.
       The server's state holds that many.
     needs_labels: Whether it needs the label of every example.
@@ -128,19 +128,6 @@ class LocalTerm(abc.ABC):
   @abc.abstractmethod
   def __call__(self, loss: tf.Tensor, step: LocalStep) -> tf.Tensor:
     """Returns the scalar loss with this term."""
-
-
-def check_history_size(value: Any) -> None:
-  """Raises an error if the number of past students is not a positive integer.
-
-  Args:
-    value: The number.
-
-  Raises:
-    ValueError: If it is not a positive integer.
-  """
-  if not isinstance(value, int) or value < 1:
-    raise ValueError(f'`history_size` must be a positive integer, found {value!r}.')
 
 
 def check_weight(name: str, value: float, at_most: float = float('inf')) -> None:
@@ -190,7 +177,7 @@ class LocalDistillation(LocalTerm):
           f'{self.target!r}.'
       )
     check_weight('weight', self.weight, at_most=1.0)
-    check_history_size(self.history_size)
+    checks.check_positive_integer(self.history_size, 'history_size')
 
   def __call__(self, loss, step):
     divergence = step.mean(

@@ -1,10 +1,10 @@
-"""The one loop of local training: steps on a client's batches, further terms included.
+"""The loop of a client's local training.
 
-Everything that changes is a value: the loop carries the model's weights, statistics and
-seeds, the optimizer's state, the metrics' states and what a companion trains beside.
+The loop carries all values that change: the model's weights, statistics and seeds, the
+optimizer's state, the metrics' states and the companion's values.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple, Optional
 
 import tensorflow as tf
@@ -18,16 +18,15 @@ from tff_kd import graphs
 from tff_kd import models
 from tff_kd import optimizers
 
-# The round's number, from 0 -> a learning rate; as TFF's optimizer schedules.
+# Maps the round's number, from 0, to a learning rate, as TFF's optimizer schedules do.
 LearningRateFn = Callable[[tf.Tensor], Any]
 
-# Keeps what training draws (dropout) apart from other random streams of the same seed.
+# Separates the random numbers of training (dropout) from other streams of one seed.
 _TRAINING_STREAM = 41
-_NO_COMPANION = companions.Attachment()
 
 
 class Start(NamedTuple):
-  """With what a client's training begins.
+  """The inputs of a client's training.
 
   Attributes:
     values: The student's `ModelValues`.
@@ -35,9 +34,10 @@ class Start(NamedTuple):
     terms: The `LocalTerm`s beside the supervised loss, in order.
     targets: By name ('student', 'teacher', ...), the `BoundModel`s that terms learn from.
     companion: A companion's `CompanionValues`.
-    hparams: The optimizer's hyperparameters in this round (`LocalTraining.hparams`).
+    hparams: The optimizer's hyperparameters in this round.
     round_num: int32 scalar, or () where nothing needs it.
-    step_share: float32, which part of its steps the client does; all of them if `None`.
+    step_share: float32, the share of the steps that the client takes; all of them if
+      `None`.
   """
 
   values: models.ModelValues
@@ -62,12 +62,11 @@ class Trained(NamedTuple):
     values: The student's `ModelValues` after it.
     companion: The companion's `CompanionValues` after it.
     metrics: The metrics' states, totals included.
-    num_examples: int64, how many examples it has seen, all epochs counted; those of
-      weight 0 are none.
+    num_examples: int64, the number of examples in all epochs, without those of weight 0.
     bad_labels: bool, whether there were class labels out of range, or weights that are
       negative or not finite.
     bad_inputs: bool, whether there were ids that an embedding does not have.
-    observed: The observer's sums, () without one.
+    observed: The observers' sums, by the observer's name.
   """
 
   values: models.ModelValues
@@ -98,10 +97,10 @@ def client_seed(seed: int, round_num: Any, client: Optional[tf.Tensor]) -> tf.Te
   """Returns the seed of one client's random draws, int32 `[2]`.
 
   Args:
-    seed: The process's.
+    seed: The seed of the process.
     round_num: int32 scalar, or () where the round is not known.
-    client: The client's number, int32; `None` where clients come as datasets. These
-      have no number, and those of one round draw alike.
+    client: The client's number, int32; `None` if clients come as datasets, which have no
+      number: all clients of a round then draw the same.
   """
   folded = tf.constant([seed, _TRAINING_STREAM])
   for number in (round_num, client):
@@ -118,10 +117,8 @@ class LocalTraining:
       student: models.ModelSpec,
       optimizer: optimizers.Optimizer,
       client_data: Optional[client_data_lib.ClientBatches],
-      *,
-      attachment: companions.Attachment = _NO_COMPANION,
-      observer: Optional[companions.Observer] = None,
-      learning_rate_fn: Optional[LearningRateFn] = None,
+      attachment: companions.Attachment,
+      observers: Mapping[str, companions.Observer],
   ):
     """Initializes the training.
 
@@ -130,10 +127,8 @@ class LocalTraining:
       optimizer: A TFF optimizer or a function that returns a Keras one; fresh for every
         client and round.
       client_data: Where clients read their examples, if not from datasets.
-      attachment: What a companion adds to it.
-      observer: Looks at each step, if something is to be added up over them; that of the
-        attachment if `None`.
-      learning_rate_fn: The optimizer's rate in a round, if it changes.
+      attachment: The companion's part of the training.
+      observers: The `Observer`s of the steps, by name.
 
     Raises:
       ValueError: If an observer needs labels that clients do not know.
@@ -141,13 +136,8 @@ class LocalTraining:
     self._student = student
     self._client_data = client_data
     self._attachment = attachment
-    self._observer = observer or attachment.observer
-    self._learning_rate_fn = learning_rate_fn
-    if (
-        client_data is not None
-        and client_data.label_share < 1.0
-        and self._observer is not None
-    ):
+    self._observers = observers
+    if client_data is not None and client_data.label_share < 1.0 and observers:
       raise ValueError(
           'This algorithm adds up something by label over the steps, so all labels must '
           f'be known: `label_share` must be 1, found {client_data.label_share}.'
@@ -156,18 +146,6 @@ class LocalTraining:
     self._stepper = optimizers.build_stepper(
         optimizer, [*student.trainable_variables, *attachment.trainable_variables]
     )
-
-  def hparams(self, initial: Any, round_num: Any) -> Any:
-    """Returns the optimizer's hyperparameters in a round.
-
-    Args:
-      initial: Those of the server's state.
-      round_num: int32 scalar, or () where nothing needs it.
-    """
-    if self._learning_rate_fn is None:
-      return initial
-    rate = graphs.user_function(self._learning_rate_fn)(round_num)
-    return optimizers.with_learning_rate(initial, rate)
 
   def __call__(self, data: Any, start: Start) -> Trained:
     """Trains on a client's dataset, or on the examples of its number."""
@@ -181,7 +159,7 @@ class LocalTraining:
         num_batches=tf.constant(0),
         bad_labels=tf.constant(False),
         bad_inputs=tf.constant(False),
-        observed=self._observer.zero() if self._observer is not None else (),
+        observed={name: each.zero() for name, each in self._observers.items()},
     )
     run = self._over_dataset if self._client_data is None else self._over_slices
     progress = run(data, start, progress)
@@ -321,10 +299,7 @@ class LocalTraining:
         progress.optimizer, trained, tape.gradient(loss, trained)
     )
     size = tf.shape(outputs)[0]
-    observed = progress.observed
-    if self._observer is not None:
-      seen = self._observer.observe(step)
-      observed = tf.nest.map_structure(tf.add, observed, seen)
+    seen = {name: each.observe(step) for name, each in self._observers.items()}
     return _Progress(
         values=values._replace(trainable=list(trained[: self._num_own])),
         companion=companion._replace(trainable=list(trained[self._num_own :])),
@@ -345,7 +320,7 @@ class LocalTraining:
             if bad_inputs is None
             else progress.bad_inputs | bad_inputs
         ),
-        observed=observed,
+        observed=tf.nest.map_structure(tf.add, progress.observed, seen),
     )
 
   def _supervised_loss(
@@ -382,7 +357,7 @@ class LocalTraining:
 
 
 def _dataset_options() -> tf.data.Options:
-  """For a few batches that are read once: tuning itself would cost as much."""
+  """Returns options for a few batches that are read once, where tuning does not pay."""
   options = tf.data.Options()
   options.autotune.enabled = False
   options.experimental_optimization.apply_default_optimizations = False

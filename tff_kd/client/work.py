@@ -110,8 +110,9 @@ class ClientPlan:
       client and round.
     receives_student: Whether a client begins with the server's student, and sends back
       its change.
-    keeps_model: Whether it begins with its own model of its last round. Of neither:
-      with the initial weights. Of both: with its own in the `personal` layers.
+    keeps_model: Whether a client begins with its own model of its last round. If neither
+      of the two holds, it begins with the initial weights; if both do, only the
+      `personal` layers are its own.
     personal: By cohort, the layers that are not received and not sent; none if empty.
     weightings: A client's weight in each channel, a `ClientUpdate` of
       `ClientWeighting`s.
@@ -127,8 +128,8 @@ class ClientPlan:
     learning_rate_fn: The optimizer's rate in a round, int32 from 0; constant if `None`.
     reporting: Policy for late, partial or insufficient reports; clients then come with
       their `ClientConditions`.
-    releases_metrics: Whether clients report their metrics, and why they are excluded;
-      else nothing but `inclusion.public_counts`.
+    releases_metrics: Whether clients report their metrics and why they are excluded; else
+      only that there was one.
     seed: With the round and the client, decides what training draws (dropout).
   """
 
@@ -178,29 +179,23 @@ class ClientPlan:
     """Whether what a client keeps is its companion's, if anything, and no model."""
     return self.receives_student and not self.keeps_model
 
-  def shared(self, packed: Any) -> Any:
+  def shared(self, values: Sequence[Any]) -> list[Any]:
     """Returns the part of students' values that travels.
 
     Args:
-      packed: Values of whole students, as `Students.pack` returns them.
+      values: The values of whole students, by cohort.
     """
     if not self.personal:
-      return packed
-    return self.students.pack([
-        personal.shared(values)
-        for personal, values in zip(self.personal, self.students.unpack(packed))
-    ])
-
-  @property
-  def _students_type(self) -> tff.Type:
-    """The type of what travels of the students."""
-    specs = self.students.pack([spec.weights_spec for spec in self.students.specs])
-    return tff.types.tensorflow_to_type(self.shared(specs))
+      return list(values)
+    return [own.shared(whole) for own, whole in zip(self.personal, values)]
 
   @functools.cached_property
   def broadcast_type(self) -> tff.Type:
     """The `tff.Type` of a `Broadcast`."""
-    shared, companion = (), ()
+    student, shared, companion = (), (), ()
+    if self.receives_student:
+      specs = self.shared([spec.weights_spec for spec in self.students.specs])
+      student = tff.types.tensorflow_to_type(self.students.pack(specs))
     if self.exchange is not None:
       shared = type_of(self.exchange.initial_shared())
     if self.companion is not None:
@@ -210,7 +205,7 @@ class ClientPlan:
     shares = self.exchange is not None and self.exchange.sends_down
     return tff.to_type(
         Broadcast(
-            student=self._students_type if self.receives_student else (),
+            student=student,
             teacher=self.teacher.weights_type if 'teacher' in self.targets else (),
             student_history=(
                 self.students.weights_type if 'student_history' in self.targets else ()
@@ -224,23 +219,27 @@ class ClientPlan:
 
   @functools.cached_property
   def broadcast_history(self) -> conditions_lib.BroadcastHistory:
-    """Returns the function that gives a `Broadcast` to a client with conditions."""
+    """The `BroadcastHistory` of the last rounds, for clients that are late."""
     return conditions_lib.BroadcastHistory(
         self.broadcast_type, self.reporting.max_delay if self.reporting else 0
     )
 
   @property
   def data_type(self) -> tff.Type:
-    """The type of what `next` takes a client."""
+    """The type of what `next` is given for each client."""
     if self.client_data is not None:
       data_type = tff.TensorType(np.int32)
     else:
       data_type = tff.SequenceType(
           tff.types.tensorflow_to_type(self.students.first.input_spec)
       )
-    return conditions_lib.client_data_type(
-        cohorts.client_data_type(self.students, data_type), self.reporting
-    )
+    parts = collections.OrderedDict()
+    if self.students.has_cohorts:
+      parts['cohort'] = tff.TensorType(np.int32)
+    parts['data'] = data_type
+    if self.reporting is not None:
+      parts['conditions'] = conditions_lib.CONDITIONS_TYPE
+    return tff.to_type(parts) if len(parts) > 1 else data_type
 
   @property
   def metric_finalizers(self) -> Mapping[str, Any]:
@@ -255,9 +254,9 @@ class ClientPlan:
     weights = tf.nest.map_structure(tf.constant, spec.initial_weights)
     if self.pretraining is None:
       return weights
-    # Of all rounds: a new client has not seen any.
+    # The rows of all rounds, as a new client has seen none.
     transfer_set, rule = self.exchange.transfer_set.whole(), self.exchange.rule
-    # Labels only: no example has a target.
+    # It learns from labels only: no example has a target.
     nothing = rule.decode(
         rule.zero_payload(
             knowledge.logits_shape(spec, transfer_set), transfer_set.num_predictions
@@ -269,7 +268,7 @@ class ClientPlan:
     ).weights
 
   def initial_client_state(self) -> Any:
-    """Returns what a new client has, in a trace; with cohorts of kept models, a tuple."""
+    """Returns a new client's state, in a trace; a tuple with cohorts of kept models."""
     if self.state_is_companions:
       return self.companion.initial_client_state() if self.companion else ()
     keeps_sent = self.exchange is not None and self.exchange.keeps_sent
@@ -351,17 +350,26 @@ def build_client_work(plan: ClientPlan) -> ClientWork:
     return tff.federated_value(hparams, tff.SERVER)
 
   updates = [_ClientUpdate(plan, i) for i in range(len(plan.students.specs))]
-  for update in updates:
-    update.prepare()
 
   def run(client_hparams, broadcast, client, client_state=()):
-    return plan.students.run_client(
-        client,
-        updates,
-        (client_hparams, broadcast),
-        client_state,
-        has_conditions=plan.reporting is not None,
+    has_cohorts, conditions = plan.students.has_cohorts, None
+    if plan.reporting is not None:
+      conditions = client['conditions']
+    data = client['data'] if has_cohorts or conditions is not None else client
+    branches = [
+        functools.partial(
+            update, client_hparams, broadcast, data, client_state, conditions
+        )
+        for update in updates
+    ]
+    if not has_cohorts:
+      return branches[0]()
+    cohort, last = client['cohort'], len(updates) - 1
+    tf.debugging.Assert(
+        (cohort >= 0) & (cohort <= last),
+        [f"A client's cohort must be a number from 0 to {last}, found", cohort],
     )
+    return tf.switch_case(cohort, branches)
 
   hparams_type = initialize.type_signature.result.member
   types = [hparams_type, plan.broadcast_history.sent_type, plan.data_type]
@@ -369,7 +377,7 @@ def build_client_work(plan: ClientPlan) -> ClientWork:
 
     @graphs.computation(*types)
     def next_stateless(client_hparams, broadcast, data):
-      return run(client_hparams, broadcast, data)
+      return run(client_hparams, broadcast, data)[0]
 
     output_type = next_stateless.type_signature.result
     return ClientWork(plan, initialize, None, next_stateless, output_type)
@@ -385,40 +393,37 @@ def build_client_work(plan: ClientPlan) -> ClientWork:
 
 
 class _ClientUpdate:
-  """One client's round in a cohort, to be called where a computation is traced."""
+  """One client's round in a cohort, to be called where a computation is traced.
+
+  Optimizers, and whatever else must be built outside of a trace, are built before.
+  """
 
   def __init__(self, plan: ClientPlan, cohort: int):
     self.plan, self.cohort = plan, cohort
     self.student = plan.students.specs[cohort]
-
-  def prepare(self) -> None:
-    """Builds optimizers and what else must be built outside of any trace."""
-    plan = self.plan
     self.attachment = companions.Attachment()
     if plan.companion is not None:
       self.attachment = plan.companion.attach(self.student)
-    self.learn, observer = None, None
+    self.learn, observers = None, {'companion': self.attachment.observer}
     if plan.exchange is not None:
       self.learn = plan.exchange.build_learning(self.student)
-      observer = plan.exchange.observer(self.student)
+      observers['exchange'] = plan.exchange.observer(self.student)
     self.training = local_training.LocalTraining(
         self.student,
         plan.optimizer,
         plan.client_data,
-        attachment=self.attachment,
-        observer=observer,
-        learning_rate_fn=plan.learning_rate_fn,
+        self.attachment,
+        {name: each for name, each in observers.items() if each is not None},
     )
 
-  def __call__(self, hparams, sent, data, client_state=(), conditions=None):
-    """Returns a client's `ClientOutput`; where the plan has it, its `ClientLeft` too."""
+  def __call__(self, hparams, sent, data, client_state, conditions):
+    """Returns a client's `ClientOutput` and its `ClientLeft`."""
     plan = self.plan
     broadcast, step_share = sent, None
+    # A late client began in an earlier round, whose broadcast it has.
+    round_num = plan.broadcast_history.current(sent).round_num
     if plan.reporting is not None:
-      current = plan.broadcast_history.current(sent)
-      conditions_lib.check_conditions(
-          plan.reporting, conditions, current.round_num
-      )
+      conditions_lib.check_conditions(plan.reporting, conditions, round_num)
       broadcast = plan.broadcast_history.received(sent, conditions.delay)
       step_share = conditions.step_share
     before = self._before(broadcast, client_state)
@@ -434,38 +439,36 @@ class _ClientUpdate:
           lambda old, new, spec: tf.cast(old, spec.dtype) - tf.cast(new, spec.dtype),
           before, change, self.student.update_spec,
       )
-    companion_state, exchanged = (), ()
-    if plan.companion is not None:
-      companion_state, exchanged = self.attachment.end(
-          trained.observed,
-          models.BoundModel(self.student, trained.values),
-          trained.companion,
-      )
-    # What was summed over the steps may be all that is sent, and may be infinite where
-    # the weights are not.
+    companion_state, exchanged = self.attachment.end(
+        trained.observed.get('companion', ()),
+        models.BoundModel(self.student, trained.values),
+        trained.companion,
+    )
+    # The sums over the steps may be all that is sent, and may be infinite where the
+    # weights are finite.
     decision = inclusion.decide(
         trained, [change, companion_state, exchanged, trained.observed], conditions
     )
     included = decision.included
-    payload = self._payload(sent, broadcast, conditions, included, trained)
+    payload = self._payload(
+        round_num, broadcast.round_num, conditions, included, trained
+    )
     output = self._output(
         change, payload, trained, decision, conditions,
         self._counts(decision, conditions, learned, payload, client_state),
     )
-    if plan.companion is None and not plan.keeps_state:
-      return output
     if plan.state_is_companions:
       follows = plan.companion is not None and plan.companion.state_follows_report
-      new_state = _where(
+      new_state = graphs.where(
           included if follows else decision.valid, companion_state, client_state
       )
     else:
       new_state = companions.ClientState(
           self._kept_weights(trained.values.weights, before, decision.valid),
-          *self._last_sent(payload, sent, client_state, included),
+          *self._last_sent(payload, round_num, client_state, included),
       )
     zeros = tf.nest.map_structure(tf.zeros_like, exchanged)
-    return output, ClientLeft(new_state, _where(included, exchanged, zeros))
+    return output, ClientLeft(new_state, graphs.where(included, exchanged, zeros))
 
   def _before(self, broadcast: Broadcast, client_state: Any) -> Any:
     """Returns the `ModelWeights` with which the client's round begins."""
@@ -487,12 +490,14 @@ class _ClientUpdate:
   def _start(
       self, hparams, broadcast, data, client_state, learned, step_share
   ) -> local_training.Start:
-    """Returns with what the client's training begins."""
+    """Returns the inputs of the client's training."""
     plan = self.plan
     client = data if plan.client_data is not None else None
     seed = local_training.client_seed(plan.seed, broadcast.round_num, client)
     values = self.student.values(learned.weights, seed)
-    hparams = self.training.hparams(hparams, broadcast.round_num)
+    if plan.learning_rate_fn is not None:
+      rate = graphs.user_function(plan.learning_rate_fn)(broadcast.round_num)
+      hparams = optimizers.with_learning_rate(hparams, rate)
     terms, companion = self.attachment.begin(
         companions.Beginning(
             received=broadcast.companion,
@@ -526,20 +531,18 @@ class _ClientUpdate:
       targets[name] = models.BoundModel(spec, spec.values(weights))
     return targets
 
-  def _payload(self, sent, broadcast, conditions, included, trained) -> Any:
+  def _payload(self, round_num, began, conditions, included, trained) -> Any:
     """Returns the payload of the exchange, without the client's weight."""
     plan = self.plan
     if plan.exchange is None:
       return ()
 
     def report():
-      round_num, covered = broadcast.round_num, None
-      if plan.reporting is not None:
-        round_num = plan.broadcast_history.current(sent).round_num
-        if plan.exchange.transfer_set is not None:
-          covered = conditions_lib.covered_rows(
-              plan.exchange.transfer_set, conditions, broadcast.round_num, round_num
-          )
+      covered = None
+      if plan.reporting is not None and plan.exchange.transfer_set is not None:
+        covered = conditions_lib.covered_rows(
+            plan.exchange.transfer_set, conditions, began, round_num
+        )
       certainty = None
       if self.attachment.certainty is not None:
         certainty = lambda x: self.attachment.certainty(x, trained.companion)
@@ -547,7 +550,7 @@ class _ClientUpdate:
           exchanges.Report(
               models.BoundModel(self.student, trained.values),
               round_num,
-              trained.observed,
+              trained.observed.get('exchange', ()),
               covered,
               certainty,
           )
@@ -567,39 +570,35 @@ class _ClientUpdate:
     def weight_of(weighting: tff.learning.ClientWeighting) -> tf.Tensor:
       return inclusion.weight(weighting, trained.num_examples, included, staleness)
 
-    update, weight = ClientUpdate((), ()), ClientUpdate((), ())
+    model, model_weight, knowledge_weight = (), (), ()
     if plan.receives_student:
-      model_weight = weight_of(plan.weightings.model)
+      weight = weight_of(plan.weightings.model)
       if plan.personal:
         change = plan.personal[self.cohort].shared(change)
       model = tf.cond(
           included,
-          lambda: _times(change, model_weight) if plan.applies_weight.model else change,
+          lambda: _times(change, weight) if plan.applies_weight.model else change,
           lambda: tf.nest.map_structure(tf.zeros_like, change),
       )
-      specs = plan.students.unpack(
-          plan.shared(
-              plan.students.pack([spec.update_spec for spec in plan.students.specs])
-          )
-      )
-      update = update._replace(model=self._in_cohort(model, specs))
-      scalars = [tf.TensorSpec([])] * len(plan.students.specs)
-      weight = weight._replace(model=self._in_cohort(model_weight, scalars))
+      specs = plan.students.specs
+      model = self._in_cohort(model, plan.shared([spec.update_spec for spec in specs]))
+      model_weight = self._in_cohort(weight, [tf.TensorSpec([])] * len(specs))
     if plan.exchange is not None:
-      weight = weight._replace(knowledge=weight_of(plan.weightings.knowledge))
-      update = update._replace(
-          knowledge=(
-              _times(payload, weight.knowledge)
-              if plan.applies_weight.knowledge else payload
-          )
-      )
+      knowledge_weight = weight_of(plan.weightings.knowledge)
+      if plan.applies_weight.knowledge:
+        payload = _times(payload, knowledge_weight)
     metrics: Any = ()
     if plan.releases_metrics:
       initial = self.student.metrics.initial_state()
-      states = _where(included, trained.metrics, initial)
+      states = graphs.where(included, trained.metrics, initial)
       # Lists, as `tff.learning.metrics` expects.
       metrics = collections.OrderedDict((n, list(s)) for n, s in states.items())
-    return ClientOutput(update, weight, metrics, counts)
+    return ClientOutput(
+        ClientUpdate(model, payload),
+        ClientUpdate(model_weight, knowledge_weight),
+        metrics,
+        counts,
+    )
 
   def _in_cohort(self, value: Any, specs: Sequence[Any]) -> Any:
     """Returns the value at the place of the cohort, with zeros for the others."""
@@ -612,7 +611,8 @@ class _ClientUpdate:
 
   def _counts(self, decision, conditions, learned, payload, client_state):
     """Returns the client's counts."""
-    counts = inclusion.public_counts()
+    # It tells nothing of the client's examples.
+    counts = collections.OrderedDict(num_included=tf.constant(1))
     if self.plan.releases_metrics:
       counts = decision.counts(conditions)
       if self.learn is not None:
@@ -629,22 +629,17 @@ class _ClientUpdate:
     """Returns the client's own model for its next round; () if it keeps none."""
     if not self.plan.keeps_model:
       return ()
-    return self.plan.students.only(self.cohort, _where(valid, after, before))
+    return self.plan.students.only(self.cohort, graphs.where(valid, after, before))
 
-  def _last_sent(self, payload, sent, client_state, included) -> tuple[Any, Any]:
+  def _last_sent(self, payload, round_num, client_state, included) -> tuple[Any, Any]:
     """Returns what the client sent last, and in which round; () if it need not know."""
     if self.plan.exchange is None or not self.plan.exchange.keeps_sent:
       return (), ()
-    round_num = self.plan.broadcast_history.current(sent).round_num
-    # What was lost on the way is in no sum.
+    # A report that was lost is in no sum.
     return (
-        _where(included, payload, client_state.sent),
+        graphs.where(included, payload, client_state.sent),
         tf.where(included, round_num, client_state.sent_round),
     )
-
-
-def _where(condition: tf.Tensor, new: Any, old: Any) -> Any:
-  return tf.nest.map_structure(lambda a, b: tf.where(condition, a, b), new, old)
 
 
 def _times(update: Any, weight: tf.Tensor) -> Any:

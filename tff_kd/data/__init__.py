@@ -8,18 +8,9 @@ from tff_kd.data.tasks import TASKS
 
 __getattr__, __dir__ = _lazy.attach(
     __name__,
+    ['augmentation', 'client_data', 'client_names', 'raw_files', 'transfer'],
     {
-        'augmentation': 'augmentation',
-        'RandomShift': 'augmentation',
-        **{
-            name: name
-            for name in ('client_data', 'client_names', 'raw_files', 'transfer')
-        },
-        **{
-            name: 'task'
-            for name in (
-                'client_dataset', 'Examples', 'image_task', 'Task', 'task_from_clients'
-            )
-        },
+        'augmentation': ['RandomShift'],
+        'task': ['client_dataset', 'Examples', 'image_task', 'Task', 'task_from_clients'],
     },
 )

@@ -4,28 +4,18 @@ from tff_kd import _lazy
 
 __getattr__, __dir__ = _lazy.attach(
     __name__,
+    ['alignment', 'codecs', 'coded', 'consensus', 'payload', 'rules'],
     {
-        **{
-            name: name
-            for name in (
-                'alignment', 'codecs', 'coded', 'consensus', 'payload', 'rules',
-            )
-        },
-        **{
-            name: 'payload'
-            for name in (
-                'class_probabilities', 'Consensus', 'consensus_of', 'KnowledgePayload',
-                'logits_shape', 'mean_of', 'payload_of', 'predict_logits', 'without_rows',
-            )
-        },
-        **{
-            name: 'consensus'
-            for name in (
-                'CertaintyWeighted', 'CertaintyWithDiversity', 'check_rule',
-                'ConsensusRule', 'MeanLogits', 'MeanProbabilities', 'WrappedRule',
-            )
-        },
-        'Aligned': 'alignment',
-        **{name: 'coded' for name in ('CodedRule', 'Quantized', 'TopClasses')},
+        'alignment': ['Aligned'],
+        'coded': ['CodedRule', 'Quantized', 'TopClasses'],
+        'consensus': [
+            'CertaintyWeighted', 'CertaintyWithDiversity', 'check_rule', 'ConsensusRule',
+            'MeanLogits', 'MeanProbabilities', 'WrappedRule',
+        ],
+        'payload': [
+            'class_probabilities', 'Consensus', 'consensus_of', 'finite_rows',
+            'KnowledgePayload', 'logits_shape', 'mean_of', 'payload_of',
+            'predict_logits', 'without_rows',
+        ],
     },
 )

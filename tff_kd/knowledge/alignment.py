@@ -38,11 +38,12 @@ from tff_kd import losses
 # Steps of the EM algorithm; each is cheap, and they converge slowly.
 _EM_STEPS = 50
 _ESTIMATED = ('average', 'em')
-# Of the prior from averages: what a round keeps of the mean so far; how many times the
-# variance of the noise the square of a deviation must be to count (two standard errors).
+# The prior from averages: the share of the running mean that a round keeps, and by how
+# many times the square of a deviation must exceed the variance of the noise to count (two
+# standard errors).
 _KEPT, _NOISE_FACTOR = 0.9, 4.0
-# The least share of a class that an estimate gives it; no number of rows tells less, and
-# its logarithm stays finite.
+# The least share that an estimate gives to a class, so that its logarithm is finite; no
+# number of rows tells of less.
 _LEAST_SHARE = 1e-8
 # The least float32 whose logarithm is a number.
 _TINY = float(np.finfo(np.float32).tiny)
@@ -180,10 +181,10 @@ class Marginals(NamedTuple):
 
   Attributes:
     weight: float32, the sum of the rounds' weights: 1 - .9^t after t rounds.
-    shares: float32, of m, of the shape that `marginal` returns, with shares below 1e-8
-      raised to that.
-    logs: Likewise, of log m less the mean of that over the classes.
-    squares: Likewise, of the squares of these.
+    shares: float32 of the shape that `marginal` returns, the sum of m, with shares below
+      1e-8 raised to that.
+    logs: The sum of log m less its mean over the classes, of the same shape.
+    squares: The sum of the squares of these logarithms, of the same shape.
   """
 
   weight: tf.Tensor
@@ -372,8 +373,7 @@ class Aligned(consensus.WrappedRule):
 
   def encode(self, logits, *certainty):
     if self.num_steps:
-      axes = list(range(1, logits.shape.rank))
-      present = tf.reduce_all(tf.math.is_finite(logits), axis=axes)
+      present = payload_lib.finite_rows(logits)
       logits = align(logits, present, num_steps=self.num_steps)
     return self.rule.encode(logits, *certainty)
 

@@ -1,4 +1,4 @@
-"""Quantised soft labels and their code: points of a simplex, as few bytes as they need.
+"""Quantised soft labels, and a short code for messages of them.
 
 A prediction over C classes is rounded to k/N with whole k >= 0 that add up to
 N = 2^bits - 1: one of binomial(N + C - 1, C - 1) points. A message of m rows is coded

@@ -7,6 +7,7 @@ from typing import Optional
 
 import tensorflow as tf
 
+from tff_kd import checks
 from tff_kd.knowledge import codecs
 from tff_kd.knowledge import consensus
 from tff_kd.knowledge import payload as payload_lib
@@ -28,7 +29,6 @@ class CodedRule(consensus.WrappedRule):
 
   Attributes:
     rule: The rule that combines them, a rule over probabilities.
-    codes_changes: Whether its code takes the client's last message about the same rows.
   """
 
   rule: consensus.ConsensusRule = consensus.MeanProbabilities()
@@ -94,7 +94,7 @@ class CodedRule(consensus.WrappedRule):
     p = self.compress_probabilities(payload_lib.class_probabilities(logits))
     if logits.shape[-1] == 1:
       p = p[..., 1:]
-    # What is not finite has no probabilities: it stays so, and is missing.
+    # Rows that are not finite have no probabilities: they stay so, and count as missing.
     logits_of = losses.logits_from_probabilities(p)
     return self.rule.encode(
         tf.where(tf.math.is_finite(logits), logits_of, float('nan')), *certainty
@@ -179,10 +179,7 @@ class TopClasses(CodedRule):
   num_classes: int = 1
 
   def __post_init__(self):
-    if not isinstance(self.num_classes, int) or self.num_classes < 1:
-      raise ValueError(
-          f'`num_classes` must be a positive integer, found {self.num_classes!r}.'
-      )
+    checks.check_positive_integer(self.num_classes, 'num_classes')
     super().__post_init__()
 
   def payload_spec(self, logits_shape, num_rows):

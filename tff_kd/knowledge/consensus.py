@@ -22,6 +22,7 @@ class ConsensusRule(abc.ABC):
     needs_certainty: Whether its `encode` also takes the client's certainties, float32
       `[m]`, which a companion gives.
     is_coded: Whether it is a `CodedRule`, whose messages are shorter than their floats.
+    codes_changes: Whether its code takes the client's last message about the same rows.
     has_unit_weights: Whether the weight of a prediction is 1, whoever the client is.
     needs_classes: Whether it takes outputs for logits, so that regression models cannot
       use it.
@@ -35,6 +36,7 @@ class ConsensusRule(abc.ABC):
   over_probabilities: bool = False
   needs_certainty: bool = False
   is_coded: bool = False
+  codes_changes: bool = False
   has_unit_weights: bool = False
   needs_classes: bool = True
   needs_average: bool = False
@@ -114,13 +116,18 @@ class ConsensusRule(abc.ABC):
 
     Args:
       state: As `initial_state` or the last round returned it.
-      mean_payload: As of `decode`.
-      *average_logits: As of `decode`.
+      mean_payload: As in `decode`.
+      *average_logits: As in `decode`.
 
     Returns:
       The next state, of the types of `state`, and the `Consensus`.
     """
     return state, self.decode(mean_payload, *average_logits)
+
+
+def _of_inner_rule(name: str) -> property:
+  """Returns a property of a `WrappedRule` that has the value of the inner rule."""
+  return property(lambda wrapped: getattr(wrapped.rule, name))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,38 +155,14 @@ class WrappedRule(ConsensusRule):
 
   rule: Any
 
-  @property
-  def has_diversity(self):
-    return self.rule.has_diversity
-
-  @property
-  def over_probabilities(self):
-    return self.rule.over_probabilities
-
-  @property
-  def needs_certainty(self):
-    return self.rule.needs_certainty
-
-  @property
-  def is_coded(self):
-    return self.rule.is_coded
-
-  @property
-  def codes_changes(self):
-    """Whether the inner rule codes a message against the client's last one."""
-    return self.rule.codes_changes
-
-  @property
-  def has_unit_weights(self):
-    return self.rule.has_unit_weights
-
-  @property
-  def needs_classes(self):
-    return self.rule.needs_classes
-
-  @property
-  def needs_average(self):
-    return self.rule.needs_average
+  has_diversity = _of_inner_rule('has_diversity')
+  over_probabilities = _of_inner_rule('over_probabilities')
+  needs_certainty = _of_inner_rule('needs_certainty')
+  is_coded = _of_inner_rule('is_coded')
+  codes_changes = _of_inner_rule('codes_changes')
+  has_unit_weights = _of_inner_rule('has_unit_weights')
+  needs_classes = _of_inner_rule('needs_classes')
+  needs_average = _of_inner_rule('needs_average')
 
   def payload_spec(self, logits_shape, num_rows):
     return self.rule.payload_spec(logits_shape, num_rows)
@@ -426,7 +409,7 @@ class CertaintyWithDiversity(CertaintyWeighted):
 def _entropy_certainty(logits: tf.Tensor) -> tf.Tensor:
   p = payload_lib.class_probabilities(logits)
   entropy = -tf.reduce_sum(tf.math.xlogy(p, p), axis=-1)
-  # Of equal probabilities, rounding may leave it below 0.
+  # For equal probabilities, rounding may give a number below 0.
   return tf.maximum(1.0 - entropy / tf.math.log(float(p.shape[-1])), 0.0)
 
 

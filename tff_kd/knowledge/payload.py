@@ -54,7 +54,7 @@ def predict_logits(
 
   Args:
     model: Anything with `logits(inputs)`, such as a `models.BoundModel`.
-    transfer_set: Where the inputs are read.
+    transfer_set: The examples.
     ids: int32 `[k]` with a static k.
 
   Returns:
@@ -92,6 +92,19 @@ def without_rows(logits: tf.Tensor, kept: tf.Tensor) -> tf.Tensor:
   return tf.where(per_row(kept, logits), logits, float('nan'))
 
 
+def finite_rows(values: tf.Tensor) -> tf.Tensor:
+  """Returns in which rows all numbers are finite.
+
+  Args:
+    values: Float `[m, ...]`.
+
+  Returns:
+    bool `[m]`.
+  """
+  axes = list(range(1, values.shape.rank))
+  return tf.reduce_all(tf.math.is_finite(values), axis=axes)
+
+
 def payload_of(values: tf.Tensor, weights: tf.Tensor) -> KnowledgePayload:
   """Makes a payload of weighted predictions: the contract of what clients send.
 
@@ -103,9 +116,7 @@ def payload_of(values: tf.Tensor, weights: tf.Tensor) -> KnowledgePayload:
   Returns:
     The payload of `values` times `weights`.
   """
-  axes = list(range(1, values.shape.rank))
-  present = tf.reduce_all(tf.math.is_finite(values), axis=axes)
-  present = tf.logical_and(present, tf.math.is_finite(weights))
+  present = finite_rows(values) & tf.math.is_finite(weights)
   weights = tf.where(present, weights, 0.0)
   return KnowledgePayload(
       values=tf.math.multiply_no_nan(values, per_row(weights, values)),
@@ -138,11 +149,7 @@ def consensus_of(logits: tf.Tensor, weights: tf.Tensor) -> Consensus:
     A `Consensus` with mask 1 where the weight is above 0 and all logits are finite, and
     with logits 0 elsewhere.
   """
-  axes = list(range(1, logits.shape.rank))
-  valid = tf.logical_and(
-      weights > 0.0, tf.reduce_all(tf.math.is_finite(logits), axis=axes)
-  )
-  mask = tf.cast(valid, tf.float32)
+  mask = tf.cast((weights > 0.0) & finite_rows(logits), tf.float32)
   return Consensus(
       logits=tf.math.multiply_no_nan(logits, per_row(mask, logits)), mask=mask
   )

@@ -7,7 +7,12 @@ import tff_kd
 from tff_kd import checks
 from tff_kd import own_files
 
-# By name, what returns the rule.
+
+def _given() -> Any:
+  return tff_kd.knowledge.CertaintyWeighted('given', average='probabilities')
+
+
+# Functions that return the rules, by name.
 RULES: dict[str, Callable[[], Any]] = {
     'mean_logits': lambda: tff_kd.knowledge.MeanLogits(),
     'mean_probabilities': lambda: tff_kd.knowledge.MeanProbabilities(),
@@ -27,19 +32,13 @@ RULES: dict[str, Callable[[], Any]] = {
     'aligned_entropy': lambda: tff_kd.knowledge.Aligned(
         tff_kd.knowledge.CertaintyWeighted('entropy', temperature=4.0)
     ),
-    # With `client.companions.density.LabelDensity`, which gives the densities.
-    'density': lambda: tff_kd.knowledge.CertaintyWeighted(
-        'given', average='probabilities'
-    ),
-    'aligned_density': lambda: tff_kd.knowledge.Aligned(
-        tff_kd.knowledge.CertaintyWeighted('given', average='probabilities')
-    ),
-    # For algorithms that give certainties.
-    'given': lambda: tff_kd.knowledge.CertaintyWeighted(
-        'given', average='probabilities'
-    ),
+    # By the certainty that a companion gives: that of the algorithm ...
+    'given': _given,
+    # ... or `client.companions.density.LabelDensity`, whose certainties are densities.
+    'density': _given,
+    'aligned_density': lambda: tff_kd.knowledge.Aligned(_given()),
 }
-# Those that weigh by what `LabelDensity` says.
+# The rules that need a `LabelDensity`.
 BY_DENSITY = ('density', 'aligned_density')
 
 

@@ -31,9 +31,5 @@ from tff_kd.models.spec import ModelValues
 
 # Modules that import this package; they load when they are used.
 __getattr__, _ = _lazy.attach(
-    __name__,
-    {
-        name: name
-        for name in ('cohorts', 'embeddings', 'personal', 'split', 'stateless', 'zoo')
-    },
+    __name__, ['cohorts', 'embeddings', 'personal', 'split', 'stateless', 'zoo']
 )

@@ -4,12 +4,9 @@ With several, a client's cohort is a number beside its data. Weights are average
 a cohort; what crosses cohorts is knowledge.
 """
 
-import collections
-from collections.abc import Callable, Sequence
-import functools
+from collections.abc import Sequence
 from typing import Any, Optional, Union
 
-import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
@@ -111,44 +108,6 @@ class Students:
         for i, spec in enumerate(self.specs)
     ])
 
-  def run_client(
-      self,
-      client: Any,
-      updates: Sequence[Callable[..., Any]],
-      received: Sequence[Any],
-      client_state: Any,
-      *,
-      has_conditions: bool,
-  ) -> Any:
-    """Runs one client's round with the update of its cohort.
-
-    Args:
-      client: What the computation is given for the client: data, and where there are
-        such, the cohort and the conditions.
-      updates: By cohort, (*received, data, client_state, conditions) -> the result; all
-        of one structure.
-      received: The server's broadcast.
-      client_state: The client's state.
-      has_conditions: Whether the client comes with conditions.
-
-    Returns:
-      The result of the update.
-    """
-    conditions = client['conditions'] if has_conditions else None
-    data = client['data'] if has_conditions or self.has_cohorts else client
-    calls = [
-        functools.partial(update, *received, data, client_state, conditions)
-        for update in updates
-    ]
-    if not self.has_cohorts:
-      return calls[0]()
-    cohort, last = client['cohort'], len(self.specs) - 1
-    tf.debugging.Assert(
-        (cohort >= 0) & (cohort <= last),
-        [f"A client's cohort must be a number from 0 to {last}, found", cohort],
-    )
-    return tf.switch_case(cohort, calls)
-
 
 def as_students(student: Union[models.ModelSpec, Students]) -> Students:
   """Wraps a single model in `Students`.
@@ -160,31 +119,6 @@ def as_students(student: Union[models.ModelSpec, Students]) -> Students:
     The students.
   """
   return student if isinstance(student, Students) else Students([student])
-
-
-def build_one_student(
-    student_fn: Any, algorithm: str, why: str, **kinds: Any
-) -> models.ModelSpec:
-  """Builds the student of an algorithm that has one architecture for all clients.
-
-  Args:
-    student_fn: Returns a new `keras.Model`.
-    algorithm: The algorithm's name, for the error.
-    why: Why it has one architecture, the rest of the sentence that names it.
-    **kinds: Arguments of `models.build_model_spec`.
-
-  Returns:
-    The student.
-
-  Raises:
-    ValueError: If there are several builders.
-  """
-  if isinstance(student_fn, (list, tuple)):
-    raise ValueError(
-        f'{algorithm} has one architecture, {why}; found {len(student_fn)} builders in '
-        '`student_fn`.'
-    )
-  return models.build_model_spec(student_fn, name='student', **kinds)
 
 
 def build_students(
@@ -217,20 +151,3 @@ def build_students(
       )
       for i, fn in enumerate(builders)
   ])
-
-
-def client_data_type(students: Students, data_type: tff.Type) -> tff.Type:
-  """Returns the type of what a client is given.
-
-  Args:
-    students: The students.
-    data_type: D, the type of the client's data.
-
-  Returns:
-    D; with cohorts <cohort=int32, data=D>.
-  """
-  if not students.has_cohorts:
-    return data_type
-  return tff.to_type(
-      collections.OrderedDict(cohort=tff.TensorType(np.int32), data=data_type)
-  )

@@ -4,14 +4,13 @@ from tff_kd import _lazy
 
 __getattr__, __dir__ = _lazy.attach(
     __name__,
-    {name: name for name in ('accounting', 'differential', 'secure')}
-    | {
-        name: 'accounting'
-        for name in (
+    ['accounting', 'differential', 'secure'],
+    {
+        'accounting': [
             'ClientSampling', 'composed_noise', 'find_noise_multiplier',
             'PrivacyAccountant',
-        )
-    }
-    | {name: 'differential' for name in ('build_accountant', 'DifferentialPrivacy')}
-    | {'SecureAggregation': 'secure'},
+        ],
+        'differential': ['build_accountant', 'DifferentialPrivacy'],
+        'secure': ['SecureAggregation'],
+    },
 )

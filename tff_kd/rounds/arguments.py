@@ -1,8 +1,7 @@
 """Checks of the arguments of builders, before anything is built.
 
 A model costs seconds to build and to trace, so a wrong argument is refused before that.
-What can be nothing else is taken as what it stands for: an array of inputs, or a dataset,
-as a transfer set.
+An array of inputs, or a dataset, is taken as a transfer set.
 """
 
 from collections.abc import Callable, Mapping
@@ -12,6 +11,7 @@ from typing import Any
 
 from tff_kd.compat import tff
 
+from tff_kd import checks
 from tff_kd.client import companions
 from tff_kd.client import conditions
 from tff_kd.client import local_terms
@@ -74,12 +74,6 @@ def _function(expected: str) -> Callable[[Any, str], Any]:
     return value
 
   return check
-
-
-def _positive_integer(value: Any, name: str) -> Any:
-  if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-    raise ValueError(f'`{name}` must be a positive integer, found {value!r}.')
-  return value
 
 
 def _model_fn(value: Any, name: str) -> Any:
@@ -190,7 +184,7 @@ _CHECKS: dict[str, Callable[[Any, str], Any]] = {
     ),
     'client_weighting': _weighting,
     'knowledge_weighting': _weighting,
-    'num_clients': _positive_integer,
+    'num_clients': checks.check_positive_integer,
     'feature_fn': _function('from inputs to features `[n, d]`'),
     # Last: these may be large, and go to files.
     'transfer_set': transfer.as_transfer_set,

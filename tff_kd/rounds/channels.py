@@ -36,7 +36,7 @@ class Measurements(NamedTuple):
   client_work: Any
   aggregator: Any
 
-# Of a client's sums of metrics, which TFF clips where they are summed securely.
+# The range of a client's sums of metrics, to which TFF clips them in secure sums.
 _METRIC_RANGE = (-float(2**20 - 1), float(2**20 - 1))
 
 
@@ -152,8 +152,8 @@ class _Channel(NamedTuple):
   """One mean over clients: weights (of one cohort, if there are several), knowledge.
 
   Attributes:
-    field: That of a `ClientUpdate`.
-    cohort: Whose, or `None` without cohorts.
+    field: The field of the `ClientUpdate`.
+    cohort: The cohort's number; `None` without cohorts.
   """
 
   field: str
@@ -182,10 +182,10 @@ class _CommonSum:
     """Initializes the sum.
 
     Args:
-      channels: Those that are summed here.
+      channels: The channels that are summed here.
       output_type: The type of a `ClientOutput`.
       metric_finalizers: By metric's name; `None` if metrics are not summed here.
-      secure: How it is summed securely, or `None`.
+      secure: The `SecureAggregation`; a plain sum if `None`.
     """
     self._channels, self._sums_metrics = channels, metric_finalizers is not None
     summed_type = tff.to_type(
@@ -299,7 +299,7 @@ def _aggregated_bytes(
       for channel, process in processes.items()
   }
   if secure is not None and secure.bits is not None:
-    # In TFF's types they are of 32.
+    # The integers have 32 bits in TFF's types.
     found = {name: size * secure.message_bits // 32 for name, size in found.items()}
   return found
 
@@ -309,14 +309,9 @@ def _create_process(
 ) -> tff.templates.AggregationProcess:
   if isinstance(factory, tff.aggregators.WeightedAggregationFactory):
     return factory.create(value_type, tff.TensorType(np.float32))
-  if isinstance(factory, tff.aggregators.UnweightedAggregationFactory):
-    if has_cohorts:
-      raise ValueError(
-          f'`{name}` must be weighted where there are several cohorts, found '
-          f'{factory!r}: the clients of other cohorts have weight 0.'
-      )
-    return factory.create(value_type)
-  raise TypeError(
-      f'`{name}` must be a `tff.aggregators.WeightedAggregationFactory` or '
-      f'`UnweightedAggregationFactory`, found {factory!r}.'
-  )
+  if has_cohorts:
+    raise ValueError(
+        f'`{name}` must be weighted where there are several cohorts, found '
+        f'{factory!r}: the clients of other cohorts have weight 0.'
+    )
+  return factory.create(value_type)

@@ -6,6 +6,7 @@ from typing import Any, Optional
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from tff_kd import checks as value_checks
 from tff_kd.client import class_counts
 from tff_kd.client import exchanges
 from tff_kd.client import local_terms as local_terms_lib
@@ -18,7 +19,6 @@ from tff_kd import optimizers
 from tff_kd.rounds import options as options_lib
 from tff_kd.rounds import parts as parts_lib
 from tff_kd.rounds import protection
-from tff_kd.server import distill
 
 _UNIFORM = tff.learning.ClientWeighting.UNIFORM
 
@@ -37,12 +37,17 @@ def check(parts: parts_lib.Parts, options: options_lib.Options) -> None:
     _check_transfer_ids(parts)
   if options.client_data is not None:
     check_client_data(options.client_data, student)
-  _check_optimizers(parts, options)
+  optimizers.check_optimizer(parts.client_optimizer, 'client_optimizer')
+  optimizers.check_learning_rate_fn(options.learning_rate_fn, parts.client_optimizer)
   _check_local_terms(parts, options.client_data)
   _check_exchange(parts, options)
   _check_stages(parts)
   _check_companion(parts, options)
-  _check_reporting(options)
+  if options.reporting is not None and options.client_data is None:
+    raise ValueError(
+        '`reporting` needs clients that read their examples by reference: pass '
+        '`client_data=`.'
+    )
   _check_start(parts, options)
   if not parts.averages:
     _check_without_averaging(parts, options)
@@ -50,26 +55,16 @@ def check(parts: parts_lib.Parts, options: options_lib.Options) -> None:
     _check_personal(parts)
 
 
-def _check_optimizers(parts: parts_lib.Parts, options: options_lib.Options) -> None:
-  optimizers.check_optimizer(parts.client_optimizer, 'client_optimizer')
-  optimizers.check_learning_rate_fn(options.learning_rate_fn, parts.client_optimizer)
-  if options.server_optimizer is not None:
-    optimizers.check_optimizer(options.server_optimizer, 'server_optimizer')
-
-
 def _check_stages(parts: parts_lib.Parts) -> None:
   """Checks the server's lessons, and that of clients before the first round."""
-  transfer_set, rule = parts.distils_on, None
-  if parts.exchange is not None:
-    rule = parts.exchange.rule
+  transfer_set = parts.distils_on
+  rule = parts.exchange.rule if parts.exchange is not None else None
   if transfer_set is None and (parts.stages or parts.pretraining):
     raise ValueError('Distillation and pretraining need a `transfer_set`.')
-  if parts.stages:
-    distill.check_stages(
-        parts.stages,
+  for stage in parts.stages:
+    stage.check(
+        transfer_set,
         has_teacher=parts.teacher is not None,
-        labelled=transfer_set.labelled,
-        has_validation=transfer_set.validation_size > 0,
         has_diversity=rule is not None and rule.has_diversity,
     )
   if parts.pretraining is None:
@@ -170,14 +165,6 @@ def _check_start(parts: parts_lib.Parts, options: options_lib.Options) -> None:
     )
 
 
-def _check_reporting(options: options_lib.Options) -> None:
-  if options.reporting is not None and options.client_data is None:
-    raise ValueError(
-        '`reporting` needs clients that read their examples by reference: pass '
-        '`client_data=`.'
-    )
-
-
 def _check_local_terms(
     parts: parts_lib.Parts, client_data: Optional[client_data_lib.ClientBatches]
 ) -> None:
@@ -213,7 +200,7 @@ def history_size(terms: Sequence[local_terms_lib.LocalTerm]) -> int:
   """
   sizes = {term.history_size for term in terms if term.target == 'student_history'}
   for size in sizes:
-    local_terms_lib.check_history_size(size)
+    value_checks.check_positive_integer(size, 'history_size')
   if len(sizes) > 1:
     raise ValueError(
         f'Local terms must agree on `history_size`, found {sorted(sizes)}.'
@@ -250,7 +237,7 @@ def _check_companion(parts: parts_lib.Parts, options: options_lib.Options) -> No
   if companion.needs_one_architecture and num_cohorts > 1:
     raise ValueError(
         f'{name} is built for clients of one architecture, and there are {num_cohorts} '
-        'students. Pass one `student_fn`, or leave `companion` out.'
+        'students. Pass one `student_fn`, or choose another algorithm or companion.'
     )
   if companion.corrects_student and parts.averages:
     _check_plain_mean(name, parts, options)

@@ -1,4 +1,4 @@
-"""Learning processes that know what they are made of."""
+"""The two kinds of learning processes, and their descriptions."""
 
 import dataclasses
 from typing import Any, NamedTuple, Optional
@@ -23,10 +23,10 @@ _NO_TEACHER = (
 
 @dataclasses.dataclass(frozen=True)
 class Protection:
-  """How what clients send is protected.
+  """The protection of what clients send.
 
   Attributes:
-    channels: The channels that they use, of 'model' and 'knowledge'.
+    channels: The channels in use, of 'model' and 'knowledge'.
     privacy: The `DifferentialPrivacy`, or `None`.
     secure_aggregation: The `SecureAggregation`, or `None`.
   """
@@ -37,7 +37,7 @@ class Protection:
 
   @property
   def max_clients(self) -> Optional[int]:
-    """How many clients a round can have before a sum wraps around; `None`: any."""
+    """The largest number of clients whose sum cannot wrap around; any if `None`."""
     secure_sums = self.secure_aggregation
     if secure_sums is None or secure_sums.bits is None:
       return None
@@ -54,7 +54,7 @@ class Description:
     teacher_spec: The teacher's `ModelSpec`, or `None`.
     kept_models: The architectures of the models that clients keep, or `None`.
     transfer_set: The `TransferSet`, or `None`.
-    protection: How what clients send is protected.
+    protection: The `Protection` of what clients send.
     broadcast_type: The `tff.Type` that goes down to each client.
     update_type: The `tff.Type` that comes up from each client, channel by channel,
       before an aggregator encodes it.
@@ -64,7 +64,8 @@ class Description:
     client_data: The `ClientBatches` from which clients read, or `None`.
     sends_average: Whether clients are sent the average as it was before the server's
       distillation, and not the student that is released.
-    optimizers: Of the clients, the server, its companion and lessons, by name.
+    optimizers: The optimizers of the clients, the server, the companion and the lessons,
+      by name.
   """
 
   students: cohorts.Students
@@ -103,45 +104,17 @@ class Accessors(NamedTuple):
 
 
 class _Described:
-  """The methods of both kinds of processes besides `initialize` and `next`."""
+  """What both kinds of processes have besides `initialize` and `next`."""
 
   def _describe(self, description: Description, accessors: Accessors) -> None:
-    self._description, self._accessors = description, accessors
-
-  @property
-  def description(self) -> Description:
-    """The `Description` of this process."""
-    return self._description
-
-  @property
-  def students(self) -> cohorts.Students:
-    """The student's architectures: one, or one a cohort."""
-    return self._description.students
-
-  @property
-  def student_spec(self) -> models.ModelSpec:
-    """The `ModelSpec` of the (first) student."""
-    return self._description.students.first
-
-  @property
-  def teacher_spec(self) -> Optional[models.ModelSpec]:
-    """The teacher's `ModelSpec`, or `None`."""
-    return self._description.teacher_spec
-
-  @property
-  def transfer_set(self) -> Optional[transfer.TransferSet]:
-    """The `TransferSet`, or `None`."""
-    return self._description.transfer_set
-
-  @property
-  def client_data(self) -> Optional[client_data_lib.ClientBatches]:
-    """The `ClientBatches` from which clients read, or `None`."""
-    return self._description.client_data
-
-  @property
-  def protection(self) -> Protection:
-    """How what clients send is protected."""
-    return self._description.protection
+    self._accessors = accessors
+    self.description = description
+    self.students = description.students
+    self.student_spec = description.students.first
+    self.teacher_spec = description.teacher_spec
+    self.transfer_set = description.transfer_set
+    self.client_data = description.client_data
+    self.protection = description.protection
 
   @property
   def get_teacher_weights(self) -> tff.Computation:
@@ -207,6 +180,15 @@ class DistillationProcess(_Described, tff.learning.templates.LearningProcess):
   `get_model_weights` and `set_model_weights` are the student's, as everywhere in
   `tff.learning`; `to_keras(state)` returns the student as a Keras model,
   `teacher_to_keras(state)` the teacher.
+
+  Attributes:
+    description: The `Description` of the process.
+    students: The student's architectures: one, or one a cohort.
+    student_spec: The `ModelSpec` of the (first) student.
+    teacher_spec: The teacher's `ModelSpec`, or `None`.
+    transfer_set: The `TransferSet`, or `None`.
+    client_data: The `ClientBatches` from which clients read, or `None`.
+    protection: The `Protection` of what clients send.
   """
 
   def __init__(
@@ -233,7 +215,7 @@ class StatefulClientsOutput(NamedTuple):
   Attributes:
     state: The server's next state.
     client_states: The clients' next states, in their order.
-    metrics: As of a `LearningProcess`.
+    metrics: The round's metrics, as a `LearningProcess` returns them.
   """
 
   state: Any
@@ -246,6 +228,7 @@ class StatefulClientsProcess(_Described, tff.templates.IterativeProcess):
 
   `next` has the type (<S@SERVER, {D}@CLIENTS, {ClientState}@CLIENTS> ->
   StatefulClientsOutput). `tff_kd.simulation.ClientStates` stores the clients' states.
+  It has the attributes of a `DistillationProcess`, too.
 
   Attributes:
     initialize_client: A `tff.Computation` ( -> ClientState); with cohorts of models that
@@ -255,6 +238,8 @@ class StatefulClientsProcess(_Described, tff.templates.IterativeProcess):
     set_model_weights: (<S, `ModelWeights`> -> S), or `None`.
     get_hparams: (S -> the optimizers' hyperparameters).
     set_hparams: (<S, hyperparameters> -> S).
+    kept_models: The architectures of the models that clients keep, or `None`. Where
+      there are several, `weights` of a client's state is a tuple by cohort.
   """
 
   def __init__(
@@ -272,11 +257,4 @@ class StatefulClientsProcess(_Described, tff.templates.IterativeProcess):
     self.set_model_weights = accessors.set_model_weights
     self.get_hparams = accessors.get_hparams
     self.set_hparams = accessors.set_hparams
-
-  @property
-  def kept_models(self) -> Optional[cohorts.Students]:
-    """The architectures of the models that clients keep, or `None`.
-
-    A client state's `weights` then are a tuple by cohort, where there are several.
-    """
-    return self._description.kept_models
+    self.kept_models = description.kept_models

@@ -1,8 +1,8 @@
-"""The options of every algorithm; imports no TensorFlow."""
+"""The clients' training and options of every algorithm; imports no TensorFlow."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import dataclasses
 import functools
 import inspect
@@ -11,6 +11,60 @@ from typing import Any, Optional
 
 import tff_kd
 from tff_kd import checks
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class ClientTraining:
+  """How clients train, whatever the algorithm.
+
+  Attributes:
+    input_spec: The clients' `dataset.element_spec`.
+    loss_fn: Returns a `keras.losses.Loss`, for all models.
+    client_optimizer: The clients' optimizer: a TFF optimizer, or a function that returns
+      a Keras one.
+    metrics_fn: Returns a list of `keras.metrics.Metric`s.
+  """
+
+  input_spec: Any
+  loss_fn: tff_kd.models.LossFn
+  client_optimizer: tff_kd.optimizers.Optimizer
+  metrics_fn: Optional[tff_kd.models.MetricsFn] = None
+
+  def __post_init__(self):
+    tff_kd.rounds.arguments.check(vars(self), _parameters(ClientTraining))
+
+  @property
+  def _of_models(self) -> dict[str, Any]:
+    return dict(
+        input_spec=self.input_spec, loss_fn=self.loss_fn, metrics_fn=self.metrics_fn
+    )
+
+  def build_students(
+      self, student_fn: tff_kd.models.cohorts.StudentFn
+  ) -> tff_kd.models.cohorts.Students:
+    """Builds the clients' models.
+
+    Args:
+      student_fn: Returns a new `keras.Model`; or a list of such functions, one a cohort.
+
+    Returns:
+      The checked `Students`.
+    """
+    return tff_kd.models.cohorts.build_students(student_fn, **self._of_models)
+
+  def build_model(
+      self, model_fn: tff_kd.models.KerasModelFn, name: str
+  ) -> tff_kd.models.ModelSpec:
+    """Builds a model beside the students.
+
+    Args:
+      model_fn: Returns a new `keras.Model`.
+      name: The model's name in errors.
+
+    Returns:
+      The checked `ModelSpec`.
+    """
+    return tff_kd.models.build_model_spec(model_fn, name=name, **self._of_models)
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -25,9 +79,9 @@ class Options:
       (SGD with rate 1) if `None`. Only where weights are averaged.
     client_weighting: A client's weight in the mean update: its number of examples
       (`NUM_EXAMPLES`, the default) or 1 (`UNIFORM`). Only where weights are averaged.
-    knowledge_weighting: Its weight in what clients exchange; if `None`, that of the
-      mean update, and `UNIFORM` where no weights are averaged, or sums are secure (whose
-      bounds would cut predictions that are multiplied by numbers of examples).
+    knowledge_weighting: A client's weight in what clients exchange; if `None`, that of
+      the mean update, and `UNIFORM` where no weights are averaged, or sums are secure
+      (whose bounds would cut predictions that are multiplied by numbers of examples).
     model_aggregator: A `tff.aggregators` factory for the updates; if `None`, the
       weighted mean, as `tff.aggregators.MeanFactory()` but with the products made by the
       clients. Unweighted factories get no weights. Only where weights are averaged.
@@ -74,8 +128,7 @@ class Options:
   seed: int = 0
 
   def __post_init__(self):
-    fields = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
-    tff_kd.rounds.arguments.check(fields, _OPTION_PARAMETERS)
+    tff_kd.rounds.arguments.check(vars(self), _parameters(Options))
 
   def count_clients(self, num_clients: Optional[int]) -> int:
     """Returns how many clients there are in all.
@@ -114,61 +167,62 @@ class Options:
     )
 
 
-_OPTION_PARAMETERS = {
-    field.name: inspect.Parameter(
-        field.name,
-        inspect.Parameter.KEYWORD_ONLY,
-        default=field.default,
-        annotation=field.type,
-    )
-    for field in dataclasses.fields(Options)
-}
+# The classes whose fields replace an argument of a builder, by the argument's name.
+_SPELLED_OUT = {'training': ClientTraining, 'options': Options}
 _EMPTY = inspect.Parameter.empty
 
 
+def _parameters(kind: type) -> Mapping[str, inspect.Parameter]:
+  return inspect.signature(kind).parameters
+
+
 def takes_options(build: Callable[..., Any]) -> Callable[..., Any]:
-  """Spells the fields of `Options` out as arguments of a builder, and checks them.
+  """Spells out what every algorithm takes as arguments of a builder, and checks them.
 
   Args:
-    build: Keyword-only, with an argument `options: Options`.
+    build: Keyword-only, with an argument `options: Options`, and perhaps another one,
+      `training: ClientTraining`.
 
   Returns:
-    The builder with the fields of `Options` in place of `options`; `inspect.signature`
-    and `help` show them, with the text of `Options`.
+    The builder with the fields of `Options` and `ClientTraining` in place of `options`
+    and `training`; `inspect.signature` and `help` show them, with their text.
   """
   signature = inspect.signature(build)
-  own = {
-      name: parameter
-      for name, parameter in signature.parameters.items() if name != 'options'
-  }
-  full = signature.replace(parameters=[*own.values(), *_OPTION_PARAMETERS.values()])
-  names = list(full.parameters)
+  kinds = {n: kind for n, kind in _SPELLED_OUT.items() if n in signature.parameters}
+  parameters: dict[str, inspect.Parameter] = {}
+  for name, parameter in signature.parameters.items():
+    parameters.update(_parameters(kinds[name]) if name in kinds else {name: parameter})
 
   @functools.wraps(build)
   def with_options(**kwargs):
     for name in kwargs:
-      if name not in names:
-        hint = checks.did_you_mean(name, names)
+      if name not in parameters:
+        hint = checks.did_you_mean(name, parameters)
         raise TypeError(
             f'{build.__name__}() has no argument {name!r}.{hint} Its arguments are '
-            f'{", ".join(names)}.'
+            f'{", ".join(parameters)}.'
         )
-    missing = [n for n, p in own.items() if p.default is _EMPTY and n not in kwargs]
-    if missing:
-      raise TypeError(f'{build.__name__}() needs the argument {missing[0]!r}.')
-    chosen = {name: kwargs.pop(name) for name in _OPTION_PARAMETERS if name in kwargs}
-    options = Options(**chosen)
-    return build(**tff_kd.rounds.arguments.check(kwargs, own), options=options)
+    for name, parameter in parameters.items():
+      if parameter.default is _EMPTY and name not in kwargs:
+        raise TypeError(f'{build.__name__}() needs the argument {name!r}.')
+    made = {}
+    for argument, kind in kinds.items():
+      names = [name for name in _parameters(kind) if name in kwargs]
+      made[argument] = kind(**{name: kwargs.pop(name) for name in names})
+    return build(**tff_kd.rounds.arguments.check(kwargs, parameters), **made)
 
+  full = signature.replace(parameters=list(parameters.values()))
   setattr(with_options, '__signature__', full)  # noqa: B010 (no attribute for mypy)
-  with_options.__doc__ = _with_option_docs(build.__doc__)
+  with_options.__doc__ = _with_docs_of(kinds, build.__doc__)
   return with_options
 
 
-def _with_option_docs(doc: Optional[str]) -> Optional[str]:
-  """Replaces the item `options` of a docstring by the attributes of `Options`."""
+def _with_docs_of(kinds: Mapping[str, type], doc: Optional[str]) -> Optional[str]:
+  """Replaces the items of a docstring that are spelled out by those of their classes."""
   if doc is None or Options.__doc__ is None:  # Python was started with -OO.
     return doc
-  attributes = inspect.cleandoc(Options.__doc__).partition('Attributes:\n')[2]
-  items = f'{attributes.rstrip()}\n'
-  return re.sub(r'(?m)^  options: .*\n', lambda _: items, inspect.cleandoc(doc))
+  doc = inspect.cleandoc(doc)
+  for name, kind in kinds.items():
+    items = inspect.cleandoc(kind.__doc__).partition('Attributes:\n')[2].rstrip()
+    doc = re.sub(rf'(?m)^  {name}: .*\n', lambda _: f'{items}\n', doc)
+  return doc

@@ -17,12 +17,12 @@ from tff_kd.server import distill
 
 
 class ClientModel(enum.Enum):
-  """With which weights a client's round begins, and what becomes of them.
+  """The weights with which a client's round begins.
 
   Attributes:
-    RECEIVED: With the server's student; the change goes up and is averaged.
-    KEPT: With the client's own of its last round, which never leave it.
-    INITIAL: With the initial weights in every round; they never leave the client.
+    RECEIVED: The server's student; the change goes up and is averaged.
+    KEPT: The client's own of its last round, which never leave it.
+    INITIAL: The initial weights in every round; they never leave the client.
   """
 
   RECEIVED = 'received'
@@ -39,7 +39,7 @@ class Parts:
       not receive weights, the server's student, if there is one, is the first of them.
     client_optimizer: The clients' TFF optimizer, or a function that returns a Keras
       one.
-    client_model: With which weights clients begin.
+    client_model: The weights with which clients begin.
     personal: By cohort, the layers that a client keeps for itself, where it receives
       the others; none if empty.
     local_terms: Terms of the clients' loss beside the supervised one, in order.

@@ -173,7 +173,5 @@ def _optimizers(
   if parts.pretraining is not None:
     lessons.append(parts.pretraining)
   for number, lesson in enumerate(lessons, 1):
-    # A calibration has none.
-    its = getattr(lesson, 'optimizer', None)
-    found[f'{lesson.learner}_optimizer of lesson {number}'] = its
-  return {name: its for name, its in found.items() if its is not None}
+    found[f'{lesson.learner}_optimizer of lesson {number}'] = lesson.optimizer
+  return {name: value for name, value in found.items() if value is not None}

@@ -10,7 +10,6 @@ from tff_kd.rounds import options as options_lib
 from tff_kd.rounds import parts as parts_lib
 
 _UNIFORM = tff.learning.ClientWeighting.UNIFORM
-_NUM_EXAMPLES = tff.learning.ClientWeighting.NUM_EXAMPLES
 
 
 def build_protection(
@@ -31,7 +30,7 @@ def weightings(
     parts: parts_lib.Parts, options: options_lib.Options
 ) -> dict[str, tff.learning.ClientWeighting]:
   """Returns a client's weighting in each channel, by the name of the option."""
-  by_model = options.client_weighting or _NUM_EXAMPLES
+  by_model = options.client_weighting or tff.learning.ClientWeighting.NUM_EXAMPLES
   by_knowledge = options.knowledge_weighting
   if by_knowledge is None:
     # One bound clips a prediction and its weight where sums are secure: where these are
@@ -99,8 +98,6 @@ def _check_statistics(
     parts: parts_lib.Parts, privacy: differential.DifferentialPrivacy
 ) -> None:
   """Refuses noise on statistics, of which a variance may not be negative."""
-  if not isinstance(privacy, differential.DifferentialPrivacy):
-    return  # What it is then is told by `check_private`.
   if parts.averages_statistics and privacy.noise_multipliers(('model',))['model']:
     raise ValueError(
         'With differential privacy the student can have no statistics that move while it '

@@ -6,13 +6,13 @@
                                          +----- knowledge ----------+--> shared next
 ```
 
-The student that goes down is the released one, as distillation left it, or, with
-`clients_start_from='average'`, as averaging left it: `Round.sent_field` of the state. All
-that is about the student that was sent, and the next average, follows it.
+The student that is sent is the released one, as distillation left it, or, with
+`clients_start_from='average'`, as averaging left it: `Round.sent_field` of the state. The
+next average, and the history of students, follow the student that is sent.
 """
 
 import collections
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -29,28 +29,6 @@ from tff_kd.rounds import parts as parts_lib
 from tff_kd.rounds import state as state_lib
 from tff_kd.server import distill as server_distillation_lib
 from tff_kd.server import finalizer as finalizer_lib
-
-
-class _Down(NamedTuple):
-  """What goes down in a round, and what the server remembers of it."""
-
-  received: tff.Value
-  distributor: Any
-  history: tff.Value
-  broadcasts: tff.Value
-
-
-class _Models(NamedTuple):
-  """The server's models after a round, with the states of what moved them."""
-
-  student: tff.Value
-  aggregated: tff.Value
-  teacher: tff.Value
-  companion: tff.Value
-  finalizer: tff.Value
-  distillation: tff.Value
-  finalizer_metrics: tff.Value
-  distillation_metrics: tff.Value
 
 
 def _nothing() -> tff.Value:
@@ -110,7 +88,7 @@ class Round:
 
     @graphs.computation()
     def initial_values():
-      """What needs no stage of its own."""
+      """Returns the initial values that no stage initializes."""
       student = ()
       if students is not None:
         student = students.pack([
@@ -188,7 +166,7 @@ class Round:
 
   def _build_server_parts(self, member: tff.Type) -> None:
     """Builds the small computations between the stages."""
-    parts, self.increment = self.parts, state_lib.build_increment()
+    parts, self.increment = self.parts, graphs.computation(np.int32)(lambda x: x + 1)
     self.shared_of, self.whole_of = state_lib.build_personal_parts(self.plan)
     self.share = self.keep_or_skip = self.undo_if_skipped = None
     if self.min_reports:
@@ -239,47 +217,35 @@ class Round:
 
   def _run(self, state, client_data, client_states):
     """One round: the next state, what clients keep, the metrics."""
-    down = self._send(state)
-    output, left = self._work(state, down, client_data, client_states)
-    companion_state, companion_metrics = state.companion, _nothing()
+    received, changed, distributor_metrics = self._send(state)
+    output, left = self._work(state, received, client_data, client_states)
+    companion, companion_metrics = state.companion, _nothing()
     if self.parts.companion is not None:
-      companion_state, companion_metrics = self.parts.companion.exchange(
+      companion, companion_metrics = self.parts.companion.exchange(
           state.companion, left.exchanged, state.round_num
       )
     up = self.aggregator.next(state.aggregator, output)
     participation = up.measurements.client_work['participation']
-    models_after = self._learn(state, up, companion_state)
-    new_state = tff.federated_zip(
-        state_lib.RoundState(
-            global_model_weights=models_after.student,
-            aggregated_model_weights=models_after.aggregated,
-            teacher_weights=models_after.teacher,
-            student_history=down.history,
-            shared=self._shared(state, up, models_after.student),
-            shared_round=state.round_num if self.share is not None else _nothing(),
-            round_num=tff.federated_map(self.increment, state.round_num),
-            distributor=down.distributor.state,
-            client_work=state.client_work,
-            aggregator=up.state,
-            finalizer=models_after.finalizer,
-            server_distillation=models_after.distillation,
-            companion=models_after.companion,
-            broadcasts=down.broadcasts,
-        )
-    )
+    changed['aggregator'] = up.state
+    learned, learned_metrics = self._learn(state, up, companion)
+    changed.update(learned)
+    if self.share is not None:
+      changed['shared'] = self._shared(state, up, changed['global_model_weights'])
+      changed['shared_round'] = state.round_num
+    changed['round_num'] = tff.federated_map(self.increment, state.round_num)
+    new_state = tff.federated_zip(state_lib.replaced(state, **changed))
     skipped = _nothing()
     if self.keep_or_skip is not None:
       new_state, skipped = tff.federated_map(
           self.keep_or_skip, (state, new_state, participation['num_included'])
       )
     metrics = collections.OrderedDict(
-        distributor=down.distributor.measurements,
+        distributor=distributor_metrics,
         client_work=(
             up.measurements.client_work if self.plan.releases_metrics else _nothing()
         ),
         aggregator=up.measurements.aggregator,
-        finalizer=models_after.finalizer_metrics,
-        server_distillation=models_after.distillation_metrics,
+        **learned_metrics,
         companion=companion_metrics,
         round_skipped=skipped,
     )
@@ -290,11 +256,11 @@ class Round:
       )
     return new_state, kept, tff.federated_zip(metrics)
 
-  def _send(self, state) -> _Down:
-    """What goes down."""
-    history, mean_of_history = state.student_history, _nothing()
+  def _send(self, state) -> tuple[tff.Value, dict[str, tff.Value], tff.Value]:
+    """Returns what clients receive, the changed fields of the state, the measurements."""
+    changed, mean_of_history = {}, _nothing()
     if self.remember is not None:
-      history, mean_of_history = tff.federated_map(
+      changed['student_history'], mean_of_history = tff.federated_map(
           self.remember, (state.student_history, getattr(state, self.sent_field))
       )
     companion = _nothing()
@@ -318,50 +284,44 @@ class Round:
             companion=companion,
         )
     )
-    broadcasts, history_of_sent = _nothing(), self.plan.broadcast_history
-    if history_of_sent.max_delay:
-      broadcasts, sent = tff.federated_map(
-          history_of_sent.push, (state.broadcasts, sent)
+    if self.plan.broadcast_history.push is not None:
+      changed['broadcasts'], sent = tff.federated_map(
+          self.plan.broadcast_history.push, (state.broadcasts, sent)
       )
     distributed = self.distributor.next(state.distributor, sent)
-    return _Down(distributed.result, distributed, history, broadcasts)
+    changed['distributor'] = distributed.state
+    return distributed.result, changed, distributed.measurements
 
-  def _work(self, state, down: _Down, client_data, client_states):
-    """The clients' part: what they send, and what they keep, if anything."""
-    arguments = (
-        tff.federated_broadcast(state.client_work), down.received, client_data
-    )
+  def _work(self, state, received: tff.Value, client_data, client_states):
+    """Returns what clients send, and what they keep, if anything."""
+    arguments = (tff.federated_broadcast(state.client_work), received, client_data)
     if self.parts.companion is None and not self.plan.keeps_state:
       return tff.federated_map(self.client_work.next, arguments), None
     return tff.federated_map(self.client_work.next, (*arguments, client_states))
 
-  def _learn(self, state, up, companion: tff.Value) -> _Models:
-    """The student moves along the mean update; then the server distils."""
+  def _learn(self, state, up, companion: tff.Value) -> tuple[dict, dict]:
+    """Moves the student along the mean update, then distils on the server.
+
+    Returns the changed fields of the state, and the measurements.
+    """
     mean, sent = up.result, getattr(state, self.sent_field)
-    student, finalizer, measured = sent, _nothing(), _nothing()
+    student, changed = sent, {}
+    metrics = {'finalizer': _nothing(), 'server_distillation': _nothing()}
     if self.finalizer is not None:
       change = mean.model
       if self.whole_of is not None:
         change = tff.federated_map(self.whole_of, change)
       finalized = self.finalizer.next(state.finalizer, student, change)
-      student, finalizer = finalized.result, finalized.state
-      measured = finalized.measurements
+      student, changed['finalizer'] = finalized.result, finalized.state
+      metrics['finalizer'] = finalized.measurements
     if self.correct is not None:
       num_reports = up.measurements.client_work['participation']['num_included']
       companion, student = tff.federated_map(
           self.correct, (companion, student, mean.model, num_reports)
       )
+    changed.update(global_model_weights=student, companion=companion)
     if self.server_distillation is None:
-      return _Models(
-          student=student,
-          aggregated=_nothing(),
-          teacher=state.teacher_weights,
-          companion=companion,
-          finalizer=finalizer,
-          distillation=_nothing(),
-          finalizer_metrics=measured,
-          distillation_metrics=_nothing(),
-      )
+      return changed, metrics
     distilled = self.server_distillation.next(
         state.server_distillation,
         tff.federated_zip(
@@ -377,21 +337,18 @@ class Round:
         mean.knowledge if self.parts.uses_ensemble else _nothing(),
         state.round_num,
     )
-    return _Models(
-        student=distilled.result.student,
-        aggregated=student if self.parts.averages else _nothing(),
-        teacher=distilled.result.teacher,
-        companion=companion,
-        finalizer=finalizer,
-        distillation=distilled.state,
-        finalizer_metrics=measured,
-        distillation_metrics=distilled.measurements,
+    if self.parts.averages:
+      changed['aggregated_model_weights'] = student
+    changed.update(
+        global_model_weights=distilled.result.student,
+        teacher_weights=distilled.result.teacher,
+        server_distillation=distilled.state,
     )
+    metrics['server_distillation'] = distilled.measurements
+    return changed, metrics
 
   def _shared(self, state, up, student) -> tff.Value:
-    """What goes down in the next round."""
-    if self.share is None:
-      return _nothing()
+    """Returns what the exchange sends down in the next round."""
     num_included = _nothing()
     if self.tells_num_included:
       num_included = up.measurements.client_work['participation']['num_included']
@@ -438,11 +395,12 @@ class Round:
         )
       return state_lib.replaced(state, **changed)
 
-    exist = (self.parts.releases_student, self.parts.teacher is not None)
-    # Clients go on from a student that is set, whichever they are sent.
-    fields = (('global_model_weights', self.sent_field), ('teacher_weights',))
-    pairs = [
-        (getter(names[0]), setter(*names)) if exists else (None, None)
-        for names, exists in zip(fields, exist)
-    ]
-    return description_lib.Accessors(*pairs[0], *pairs[1], get_hparams, set_hparams)
+    model = teacher = (None, None)
+    if self.parts.releases_student:
+      # Clients go on from a student that is set, whichever they are sent.
+      model = (
+          getter('global_model_weights'), setter('global_model_weights', self.sent_field)
+      )
+    if self.parts.teacher is not None:
+      teacher = getter('teacher_weights'), setter('teacher_weights')
+    return description_lib.Accessors(*model, *teacher, get_hparams, set_hparams)

@@ -12,7 +12,7 @@ from tff_kd.compat import tff
 from tff_kd.data import client_data as client_data_lib
 from tff_kd import models
 
-# Looked at; whatever else it is (a `tff.Value`, a reference) belongs to TFF.
+# The values that are checked; any other (a `tff.Value`, a reference) belongs to TFF.
 _PYTHON_VALUES = (
     Sequence, Mapping, set, frozenset, numbers.Number, np.ndarray, np.generic, tf.Tensor,
     tf.data.Dataset,
@@ -29,7 +29,7 @@ class ClientArguments(NamedTuple):
     input_spec: The spec of a batch of a client's dataset.
     num_cohorts: The number of cohorts.
     has_conditions: Whether clients come with `ClientConditions`.
-    max_clients: How many there can be; `None`: any.
+    max_clients: The largest number of clients; any if `None`.
   """
 
   client_data: Optional[client_data_lib.ClientBatches]
@@ -39,7 +39,7 @@ class ClientArguments(NamedTuple):
   max_clients: Optional[int]
 
   def check(self, selected: Any) -> Any:
-    """A round's clients as TFF takes them.
+    """Checks a round's clients, and returns them as TFF takes them.
 
     Args:
       selected: The clients given to `next`: a list, or an array of numbers.

@@ -1,7 +1,5 @@
 """The server's state of a round, and what is computed on it."""
 
-from collections.abc import Sequence
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -27,7 +25,7 @@ class StudentHistory(NamedTuple):
 
 
 class RoundState(NamedTuple):
-  """The server's state; a slot that an algorithm does not use is ().
+  """The server's state; fields that an algorithm does not use are ().
 
   Attributes:
     global_model_weights: The `ModelWeights` of the student that is released, after
@@ -66,16 +64,10 @@ class RoundState(NamedTuple):
 
 
 def replaced(state: tff.Value, **changed: Any) -> RoundState:
-  """Returns a state with other fields in a TFF computation, which has no `_replace`."""
+  """Returns a state with some fields changed, where TFF is traced: `_replace` for it."""
   return RoundState(**{
       field: changed.get(field, getattr(state, field)) for field in RoundState._fields
   })
-
-
-@functools.cache
-def build_increment() -> tff.Computation:
-  """Builds (int32 -> int32), which adds 1. Not at import: tracing starts TensorFlow."""
-  return graphs.computation(np.int32)(lambda x: x + 1)
 
 
 def build_history(students: cohorts.Students, size: int):
@@ -109,7 +101,7 @@ def build_history(students: cohorts.Students, size: int):
         lambda past, w: tf.tensor_scatter_nd_update(past, place, [w]),
         history.sent, weights,
     )
-    # Not the round's number: a round that is skipped leaves the history as it was.
+    # Skipped rounds do not count: this is not the number of rounds.
     num_sent = history.num_sent + 1
     count = tf.minimum(num_sent, size)
 
@@ -139,9 +131,13 @@ def build_personal_parts(plan: work_lib.ClientPlan):
   if not plan.personal:
     return None, None
   students = plan.students
-  shared_of = graphs.computation(students.weights_type)(plan.shared)
+
+  @graphs.computation(students.weights_type)
+  def shared_of(weights):
+    return students.pack(plan.shared(students.unpack(weights)))
+
   specs = [spec.update_spec for spec in students.specs]
-  shared_type = tff.types.tensorflow_to_type(plan.shared(students.pack(specs)))
+  shared_type = tff.types.tensorflow_to_type(students.pack(plan.shared(specs)))
 
   @graphs.computation(shared_type)
   def whole_of(change):
@@ -155,18 +151,12 @@ def build_personal_parts(plan: work_lib.ClientPlan):
   return shared_of, whole_of
 
 
-# What a skipped round changes all the same.
-_NOT_SKIPPED: Sequence[str] = ('round_num', 'broadcasts')
-
-
 def build_undoing(client_state_type: tff.Type) -> tff.Computation:
   """Builds (<client state before, after, int32 skipped> -> the one that holds)."""
 
   @graphs.computation(client_state_type, client_state_type, np.int32)
   def undo_if_skipped(before, after, skipped):
-    return tf.nest.map_structure(
-        lambda old, new: tf.where(skipped > 0, old, new), before, after
-    )
+    return graphs.where(skipped > 0, before, after)
 
   return undo_if_skipped
 
@@ -186,14 +176,8 @@ def build_skipping(state_type: tff.Type, min_reports: int) -> tff.Computation:
   @graphs.computation(state_type, state_type, np.int32)
   def keep_or_skip(before, after, num_reports):
     skipped = num_reports < min_reports
-    fields = {}
-    for name in RoundState._fields:
-      new = getattr(after, name)
-      if name not in _NOT_SKIPPED:
-        new = tf.nest.map_structure(
-            lambda old, new: tf.where(skipped, old, new), getattr(before, name), new
-        )
-      fields[name] = new
-    return RoundState(**fields), tf.cast(skipped, tf.int32)
+    # Rounds are counted, and broadcasts remembered, in any case.
+    before = before._replace(round_num=after.round_num, broadcasts=after.broadcasts)
+    return graphs.where(skipped, before, after), tf.cast(skipped, tf.int32)
 
   return keep_or_skip

@@ -3,11 +3,5 @@
 from tff_kd import _lazy
 
 __getattr__, __dir__ = _lazy.attach(
-    __name__,
-    {
-        'calibration': 'calibration',
-        'distill': 'distill',
-        'finalizer': 'finalizer',
-        'settings': 'settings',
-    },
+    __name__, ['calibration', 'distill', 'finalizer', 'settings']
 )

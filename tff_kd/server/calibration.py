@@ -1,13 +1,14 @@
-"""Calibration on the server: the averaged student's last bias is set, nothing is learned.
+"""Calibration on the server, which sets the last bias of the averaged student.
 
-What a model predicts on average over unlabelled inputs, the marginal, is brought to a
-prior by what is added to its logits, one number a class: its last bias. This takes a pass
-over the inputs, and is the baseline against which distillation without labels has to be
-measured under label skew. Sources: `tff_kd.knowledge.alignment`.
+One number a class is added to the logits, such that the mean prediction over unlabelled
+inputs, the marginal, is a prior. That takes a pass over the inputs and no training, and
+is the baseline for distillation without labels under label skew. Sources:
+`tff_kd.knowledge.alignment`.
 """
 
 import collections
-from typing import Any, NamedTuple, Optional
+import dataclasses
+from typing import Any, Optional
 
 import numpy as np
 import tensorflow as tf
@@ -22,12 +23,13 @@ from tff_kd.server import distill
 
 # The marginal is then within rounding of the prior; a step costs little.
 _NUM_STEPS = 50
-# Of the search for the bias: examples, and how far apart logits may be. (Models may
-# compute in 16 bits.)
+# The search for the bias: the number of examples, and the largest difference of logits,
+# as models may compute in 16 bits.
 _PROBES, _TOLERANCE = 4, 0.02
 
 
-class CalibrationStage(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class CalibrationStage:
   """Sets a model's last bias, so that its marginal on the round's rows is a prior.
 
   A stage as `distill.DistillationStage`, without an optimizer.
@@ -40,32 +42,26 @@ class CalibrationStage(NamedTuple):
   learner: str = 'student'
   prior: Optional[tuple[Any, ...]] = None
 
-  @property
-  def uses_ensemble(self) -> bool:
-    """Whether clients must send predictions for this stage: never."""
-    return False
+  # As `distill.DistillationStage` has them.
+  optimizer = None
+  uses_ensemble = False
+  learns_from_teacher = False
+  starts_from_released = False
 
-  @property
-  def learns_from_teacher(self) -> bool:
-    """Whether the teacher is the target: never."""
-    return False
-
-  @property
-  def starts_from_released(self) -> bool:
-    """Whether a student goes on from the released one: never."""
-    return False
-
-  def check(self, *, has_teacher: bool, **unused: bool) -> None:
+  def check(
+      self, transfer_set: transfer.TransferSet, *, has_teacher: bool, has_diversity: bool
+  ) -> None:
     """Raises an error if there is no model to calibrate.
 
     Args:
+      transfer_set: Not used; see `distill.DistillationStage.check`.
       has_teacher: Whether there is a teacher.
-      **unused: What other stages check, see `DistillationStage.check`.
+      has_diversity: Not used.
 
     Raises:
       ValueError: If the learner is a teacher that does not exist.
     """
-    del unused
+    del transfer_set, has_diversity
     if self.learner == 'teacher' and not has_teacher:
       raise ValueError('This calibration needs a teacher; pass `teacher_fn`.')
 
@@ -103,9 +99,9 @@ class Calibration:
     """Initializes the calibration.
 
     Args:
-      prior: As of `CalibrationStage`.
+      prior: As in `CalibrationStage`.
       learner: The model that is calibrated.
-      transfer_set: On whose rows the marginal is taken.
+      transfer_set: The examples on which the marginal is taken.
 
     Raises:
       ValueError: If the model has no bias that is added to its logits.
@@ -121,25 +117,25 @@ class Calibration:
       self, weights, state, models_by_name, consensus, round_num, seed, *,
       may_learn=None,
   ) -> distill.Learned:
-    """Calibrates; arguments as of `distill.Lesson`, most of which it does not need."""
+    """Calibrates the model; takes the arguments of `distill.Lesson`."""
     del models_by_name, consensus, seed, may_learn
     ids = self._transfer_set.round_ids(round_num)
     values = self._learner.values(weights)
     logits = knowledge.predict_logits(
         models.BoundModel(self._learner, values), self._transfer_set, ids
     )
-    axes = list(range(1, logits.shape.rank))
-    present = tf.reduce_all(tf.math.is_finite(logits), axis=axes)
+    present = knowledge.finite_rows(logits)
     is_binary = logits.shape[-1] == 1
     shift = alignment.bias_to(
         losses.two_classes(logits), present, self._prior,
         num_steps=_NUM_STEPS, is_binary=is_binary,
     )
+    if is_binary:
+      shift = shift[..., 1:] - shift[..., :1]
     before = self._distance(logits, present)
-    after = self._distance(logits + self._of_logits(shift, is_binary), present)
+    after = self._distance(logits + shift, present)
     trainable = list(values.trainable)
     bias = trainable[self._place]
-    shift = shift[..., 1] - shift[..., 0] if is_binary else shift
     trainable[self._place] = bias + tf.cast(tf.reshape(shift, bias.shape), bias.dtype)
     measurements = collections.OrderedDict(
         num_targets=tf.math.count_nonzero(present, dtype=tf.float32),
@@ -147,13 +143,7 @@ class Calibration:
         marginal_distance_after=after,
     )
     calibrated = values._replace(trainable=trainable).weights
-    return distill.Learned(
-        calibrated, state, measurements, tf.reduce_any(present)
-    )
-
-  def _of_logits(self, shift: tf.Tensor, is_binary: bool) -> tf.Tensor:
-    """Returns a shift of the classes in the form of logits."""
-    return shift[..., 1:] - shift[..., :1] if is_binary else shift
+    return distill.Learned(calibrated, state, measurements, tf.reduce_any(present))
 
   def _distance(self, logits: tf.Tensor, present: tf.Tensor) -> tf.Tensor:
     """Returns the total variation between marginal and prior; of labels their mean."""
@@ -170,7 +160,7 @@ def output_bias(spec: models.ModelSpec, transfer_set: transfer.TransferSet) -> i
 
   Args:
     spec: The model.
-    transfer_set: Where inputs are read.
+    transfer_set: The examples to try it with.
 
   Returns:
     The place of the bias among the model's trainable weights.
@@ -189,7 +179,7 @@ def output_bias(spec: models.ModelSpec, transfer_set: transfer.TransferSet) -> i
     return transfer_set.map_inputs(models.BoundModel(spec, values).logits, ids)
 
   def normalized(logits):
-    # A softmax knows logits but for a constant.
+    # Softmax does not depend on a constant that is added to the logits.
     return logits - logits.mean(-1, keepdims=True) if logits.shape[-1] > 1 else logits
 
   trainable = [tf.constant(w) for w in weights.trainable]

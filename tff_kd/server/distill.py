@@ -1,14 +1,14 @@
 """Distillation on the server: teacher from the clients, student from the teacher.
 
 A round's server work is a sequence of stages. A `DistillationStage` lets one model learn
-from one target on this round's transfer examples. One loop serves all of them. What it
-leaves is never worse than what it found, where a validation part can tell, and always
-finite. A stage of another kind (`calibration.CalibrationStage`) has the same methods.
+from one target on this round's transfer examples. One loop serves all of them. Its result
+is always finite and, with a validation part, not worse than what was there before. A
+stage of another kind (`calibration.CalibrationStage`) has the same methods.
 """
 
 import collections
 from collections.abc import Callable, Mapping, Sequence
-import functools
+import dataclasses
 from typing import Any, NamedTuple, Optional
 
 import numpy as np
@@ -70,18 +70,24 @@ def check_outputs(
     )
 
 
-class DistillationStage(NamedTuple):
+@dataclasses.dataclass
+class DistillationStage:
   """One direction of the server's distillation.
 
   Attributes:
     learner: 'teacher' or 'student', the model that learns.
-    optimizer: The learner's optimizer; its state lives in the process state.
+    optimizer: The learner's optimizer, whose state is in the process state; Adam with
+      rate 1e-3 if `None`.
     distillation: A `Distillation`.
   """
 
   learner: str
-  optimizer: optimizers.Optimizer
+  optimizer: Optional[optimizers.Optimizer]
   distillation: settings.Distillation
+
+  def __post_init__(self):
+    if self.optimizer is None:
+      self.optimizer = tff.learning.optimizers.build_adam(1e-3)
 
   @property
   def uses_ensemble(self) -> bool:
@@ -100,18 +106,16 @@ class DistillationStage(NamedTuple):
 
   def check(
       self,
+      transfer_set: transfer.TransferSet,
       *,
       has_teacher: bool,
-      labelled: bool,
-      has_validation: bool,
       has_diversity: bool,
   ) -> None:
     """Raises an error if the stage lacks something it needs, before anything is built.
 
     Args:
+      transfer_set: The examples to learn from.
       has_teacher: Whether there is a teacher.
-      labelled: Whether the transfer set has labels.
-      has_validation: Whether examples are set aside for validation.
       has_diversity: Whether the consensus has a `diversity`.
 
     Raises:
@@ -138,7 +142,7 @@ class DistillationStage(NamedTuple):
           "`start='released'` is of the student's distillation: a teacher goes on from "
           'where it is. Leave `start` out of the teacher\'s.'
       )
-    if not labelled and d.distillation_weight not in (None, 1.0):
+    if not transfer_set.labelled and d.distillation_weight not in (None, 1.0):
       raise ValueError(
           f'`distillation_weight` is {d.distillation_weight}, which leaves the '
           'rest of the loss to labels, but the transfer set has none. Give it '
@@ -149,7 +153,7 @@ class DistillationStage(NamedTuple):
           '`diversity_weight` needs a `consensus_rule` that tells the diversity, such '
           'as `tff_kd.knowledge.CertaintyWithDiversity()`.'
       )
-    if not has_validation and (
+    if not transfer_set.validation_size and (
         d.patience is not None or d.validate_every is not None
     ):
       raise ValueError(
@@ -169,7 +173,6 @@ class DistillationStage(NamedTuple):
     Returns:
       The `Lesson`.
     """
-    check_outputs(self.distillation, learner)
     return Lesson(self, learner, transfer_set)
 
 
@@ -179,9 +182,10 @@ class ServerModels(NamedTuple):
   Attributes:
     student: The student's `ModelWeights`.
     teacher: The teacher's `ModelWeights`, or ().
-    released: The student that the last round released, where that is not what this round
-      began with; it is released again if the student has nothing to learn from. Else ().
-    sent: Where there is a released one, the average that this round began with.
+    released: The student that the last round released, where this round began with
+      another one; it is released again if the student has nothing to learn from. Else ().
+    sent: The average that this round began with, where there is a `released` one; else
+      ().
   """
 
   student: Any
@@ -190,28 +194,12 @@ class ServerModels(NamedTuple):
   sent: Any = ()
 
 
-def check_stages(stages: Sequence[Any], **available: bool) -> None:
-  """Refuses stages that lack something they need, before anything is built.
-
-  Args:
-    stages: The stages, in order.
-    **available: Whether there is what `DistillationStage.check` names.
-
-  Raises:
-    ValueError: If a stage needs a teacher, labels or a validation part that is
-      not there, or if a model would learn from itself.
-    TypeError: If a stage's optimizer is not one.
-  """
-  for stage in stages:
-    stage.check(**{'has_diversity': False, **available})
-
-
 class DistillationState(NamedTuple):
-  """What the server's distillation remembers from round to round.
+  """The state of the server's distillation.
 
   Attributes:
     lessons: The optimizers' states, in the order of the stages.
-    rule: The consensus rule's (`ConsensusRule.initial_state`); () of most.
+    rule: The state of the consensus rule (`ConsensusRule.initial_state`); () of most.
   """
 
   lessons: tuple[Any, ...]
@@ -239,7 +227,7 @@ def build_server_distillation(
     students: The student, or those of the cohorts: each of them learns in turn where
       the student does, and the mean of their logits is the student's target.
     teacher: The teacher, if a stage uses one.
-    transfer_set: Where the examples are read; its `round_ids` are learned from.
+    transfer_set: The examples; models learn from its `round_ids`.
     stages: The stages, in order: `DistillationStage`s, and others that have
       their methods.
     consensus_rule: How the aggregated payload becomes the ensemble's logits.
@@ -320,7 +308,7 @@ class _Lessons:
     self._students, self._teacher, self._seed = students, teacher, seed
     self._rule = rule
     self._transfer_set = transfer_set
-    # Each stage once for its learner; the student's once a cohort.
+    # The stages with their learners; a student's stage is there once for each cohort.
     self._order = [
         (stage, cohort)
         for stage in stages
@@ -400,10 +388,7 @@ class _Lessons:
       measurements[name] = learned.measurements
     if weights.released:
       released = self._students.unpack(weights.released)
-      students = [
-          tf.nest.map_structure(functools.partial(tf.where, has_learned), new, old)
-          for has_learned, new, old in zip(have_learned, students, released)
-      ]
+      students = list(map(graphs.where, have_learned, students, released))
     result = ServerModels(student=self._students.pack(students), teacher=teacher)
     return DistillationState(tuple(new_state), rule), result, measurements
 
@@ -473,13 +458,13 @@ class _Examples(NamedTuple):
 
 
 class _Round(NamedTuple):
-  """What all steps of a round's lesson share.
+  """The values that all steps of a lesson share.
 
   Attributes:
     opened: The transfer set.
     seed: int32 `[2]`, decides how inputs are changed.
-    asked: The model whose predictions on changed inputs are the targets; `None` where the
-      targets are those of the inputs as they were.
+    asked: The model whose predictions on changed inputs are the targets; `None` if the
+      targets are computed once, on the inputs as they were.
   """
 
   opened: transfer.OpenTransferSet
@@ -488,7 +473,7 @@ class _Round(NamedTuple):
 
 
 class _Steps(NamedTuple):
-  """What the steps of a lesson carry."""
+  """The loop variables of a lesson."""
 
   step: tf.Tensor
   values: models.ModelValues
@@ -508,7 +493,7 @@ class _Best(NamedTuple):
 
 
 class Learned(NamedTuple):
-  """What a lesson leaves.
+  """The result of a lesson.
 
   Attributes:
     weights: The learner's `ModelWeights`.
@@ -537,10 +522,14 @@ class Lesson:
     Args:
       stage: The stage.
       learner: The model that learns.
-      transfer_set: Where the examples are read.
+      transfer_set: The examples to learn from.
+
+    Raises:
+      ValueError: If the settings do not fit the learner or the transfer inputs.
     """
     d = stage.distillation
-    self._stage, self._distillation = stage, d
+    check_outputs(d, learner)
+    self._distillation = d
     self._learner, self._transfer_set = learner, transfer_set
     self._loss = _loss_of(d, is_regression=learner.is_regression)
     self._stepper = optimizers.build_stepper(
@@ -574,8 +563,8 @@ class Lesson:
     Args:
       weights: The learner's `ModelWeights`.
       state: The optimizer's state; a fresh one if `None`.
-      models_by_name: What there is to learn from beside the consensus, by the name of the
-        target: anything with `logits(inputs)`.
+      models_by_name: The models to learn from, by the name of the target; each has a
+        method `logits(inputs)`.
       consensus: The ensemble's, where the stage uses it.
       round_num: int32 scalar.
       seed: int32 `[2]`, decides the order of the examples and what training draws.
@@ -583,7 +572,7 @@ class Lesson:
     """
     if self._distillation.reset_optimizer or state is None:
       state = self._stepper.initialize()
-    # A model that is asked about changed inputs gives its targets step by step.
+    # The predictions of a model on changed inputs are computed step by step.
     asked = None
     if self._distillation.augment is not None:
       asked = models_by_name.get(str(self._distillation.target))
@@ -817,10 +806,8 @@ class Lesson:
       # False for a loss that is not a number.
       improved &= (current_loss < loss) | ~self._can_validate(validation)
       loss = tf.where(improved, current_loss, loss)
-    weights, optimizer = tf.nest.map_structure(
-        lambda new, old: tf.where(improved, new, old),
-        current,
-        (best.weights, best.optimizer),
+    weights, optimizer = graphs.where(
+        improved, current, (best.weights, best.optimizer)
     )
     return _Best(
         weights,

@@ -48,23 +48,24 @@ class Distillation:
       Needs target 'ensemble' and a consensus rule that tells the diversity.
     num_steps: The number of steps a round at most.
     batch_size: Examples a step; the whole subset if it is smaller.
-    schedule: Optional; maps the share of steps done, a float32 scalar in [0, 1),
-      to a factor on the learning rate. `cosine_schedule`, say.
+    schedule: Maps the share of steps done, a float32 scalar in [0, 1), to a factor on the
+      learning rate, such as `cosine_schedule`; a constant rate if `None`.
     validate_every: Steps between looks at the validation part of the transfer
       set; at the end only if `None`. The best weights seen win, those from before
       the stage included.
-    patience: Stop after so many looks without improvement; never if `None`.
-    reset_optimizer: Start every round with a fresh optimizer state.
+    patience: The number of looks without improvement after which to stop; never if
+      `None`.
+    reset_optimizer: Whether every round starts with a fresh optimizer state.
     augment: Optional; changes a batch of transfer inputs at random before a step, such
       as `tff_kd.data.RandomShift()`: a function of the inputs and a seed,
       int32 `[2]`, to inputs of the same shapes and dtypes. A target that is a model
       ('teacher', 'student') is asked about the changed inputs, so that both see the same;
       the ensemble's consensus, and labels, are those of the inputs as they were (Beyer et
       al., "Knowledge Distillation: A Good Teacher Is Patient and Consistent", CVPR 2022).
-    start: Where a student begins whose average clients go on from
-      (`clients_start_from='average'`): at each round's 'average'; or at the student that
-      was last 'released', moved by what the average moved, so that it goes on learning
-      from round to round. Without effect on others, for which both are the same.
+    start: Where the student's distillation begins if clients go on from the average
+      (`clients_start_from='average'`): 'average', each round's average; or 'released',
+      the student that was last released, moved by what the average moved, so that it
+      learns from round to round. Without effect otherwise, as both are then the same.
   """
 
   target: Union[str, float] = 'ensemble'
@@ -123,13 +124,12 @@ class Distillation:
       raise ValueError(
           f"`start` must be 'average' or 'released', found {self.start!r}."
       )
-    for name in ('num_steps', 'batch_size', 'validate_every', 'patience'):
-      value = getattr(self, name)
-      optional = name in ('validate_every', 'patience')
-      if not (optional and value is None) and (
-          not isinstance(value, int) or value < 1
-      ):
-        raise ValueError(f'`{name}` must be a positive integer, found {value!r}.')
+    checks.check_positive_integer(self.num_steps, 'num_steps')
+    checks.check_positive_integer(self.batch_size, 'batch_size')
+    if self.validate_every is not None:
+      checks.check_positive_integer(self.validate_every, 'validate_every')
+    if self.patience is not None:
+      checks.check_positive_integer(self.patience, 'patience')
 
   @property
   def uses_ensemble(self) -> bool:

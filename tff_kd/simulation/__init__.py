@@ -4,29 +4,22 @@ from tff_kd import _lazy
 
 __getattr__, __dir__ = _lazy.attach(
     __name__,
+    [
+        'callbacks', 'checkpoints', 'client_states', 'participation', 'trackers',
+        'training',
+    ],
     {
-        name: name
-        for name in (
-            'callbacks', 'checkpoints', 'client_states', 'participation', 'trackers',
-            'training',
-        )
-    }
-    | {
-        name: 'callbacks'
-        for name in (
+        'callbacks': [
             'Callback', 'EarlyStopping', 'LearningRateSchedule', 'ProgressBar',
             'round_schedule', 'Training',
-        )
-    }
-    | {name: 'checkpoints' for name in ('CheckpointError', 'Checkpoints')}
-    | {name: 'client_states' for name in ('ClientStates', 'ClientStatesError')}
-    | {name: 'participation' for name in ('Availability', 'Participation')}
-    | {name: 'trackers' for name in ('MLflowTracker', 'WandbTracker')}
-    | {
-        name: 'training'
-        for name in (
+        ],
+        'checkpoints': ['CheckpointError', 'Checkpoints'],
+        'client_states': ['ClientStates', 'ClientStatesError'],
+        'participation': ['Availability', 'Participation'],
+        'trackers': ['MLflowTracker', 'WandbTracker'],
+        'training': [
             'check_monitor', 'flatten_metrics', 'left_out', 'process_metric_names',
             'ROUND_SECONDS', 'train', 'TrainingResult',
-        )
+        ],
     },
 )

@@ -4,20 +4,14 @@ from tff_kd import _lazy
 
 __getattr__, __dir__ = _lazy.attach(
     __name__,
+    [
+        'certainty', 'companion', 'contrast', 'control_variates', 'density',
+        'dynamic_regularizer', 'generator', 'mutual',
+    ],
     {
-        **{
-            name: name
-            for name in (
-                'certainty', 'companion', 'contrast', 'control_variates', 'density',
-                'dynamic_regularizer', 'generator', 'mutual',
-            )
-        },
-        **{
-            name: 'companion'
-            for name in (
-                'Attachment', 'Beginning', 'ClientExamples', 'ClientState', 'Companion',
-                'CompanionValues', 'Observer',
-            )
-        },
+        'companion': [
+            'Attachment', 'Beginning', 'ClientExamples', 'ClientState', 'Companion',
+            'CompanionValues', 'Observer',
+        ],
     },
 )

@@ -40,10 +40,10 @@ from tff_kd import models
 # Inputs -> float [n, d], in plain TensorFlow.
 FeatureFn = Callable[[Any], tf.Tensor]
 
-# How far from the minimiser a fit may end.
+# The largest distance of a fit from the minimiser.
 FIT_TOLERANCE = 1e-6
 _LOWEST_SCORE = 1e-8
-# Keeps this random stream apart from others of the same seed.
+# Separates this random stream from others of the same seed.
 _NOISE_STREAM = 2
 
 
@@ -261,7 +261,11 @@ class CertaintyScorer(companions.Companion):
     self._negatives = transfer.as_transfer_set(
         negatives, 'negatives', has_labels=False
     )
-    _check_same_inputs(inputs_spec, self._negatives.inputs_spec)
+    if not models.is_compatible(inputs_spec, self._negatives.inputs_spec):
+      raise ValueError(
+          f"`negatives` must be like the clients' inputs: expected {inputs_spec}, found "
+          f'{self._negatives.inputs_spec}. Convert them to that shape and dtype.'
+      )
     self._dim = _num_features(feature_fn, inputs_spec) + 1
 
   def initial_client_state(self):
@@ -313,19 +317,6 @@ class CertaintyScorer(companions.Companion):
           [self._dim], seed, dtype=tf.float64
       )
     return tf.cast(weights, tf.float32)
-
-
-def _check_same_inputs(expected: Any, found: Any) -> None:
-  """Refuses negatives that the clients' inputs cannot be told from."""
-
-  def rows(spec):
-    return tf.nest.map_structure(lambda s: (tuple(s.shape[1:]), s.dtype.name), spec)
-
-  if rows(expected) != rows(found):
-    raise ValueError(
-        "`negatives` must be like the clients' inputs: expected rows of "
-        f'{rows(expected)}, found {rows(found)}. Convert them to that shape and dtype.'
-    )
 
 
 def _num_features(feature_fn: FeatureFn, inputs_spec: Any) -> int:

@@ -37,8 +37,8 @@ class ClientState(NamedTuple):
 
   Attributes:
     weights: The `ModelWeights` of its own model.
-    sent: Its last upload, if it must remember that; else ().
-    sent_round: int32, the round in which it did, -1 before the first; or ().
+    sent: The client's last upload, if it must remember it; else ().
+    sent_round: int32, the round of that upload, -1 before the first; or ().
   """
 
   weights: Any
@@ -51,9 +51,10 @@ class ClientExamples(NamedTuple):
 
   Attributes:
     client: The client's number, int32; `None` where its data is a dataset.
-    map_inputs: (fn) -> what fn, from a batch of inputs to a tensor `[batch, ...]`, makes
-      of all of them, concatenated, but for those of weight 0. Read by reference, each
-      counts once whatever the epochs; of a dataset, as often as it is there.
+    map_inputs: (fn) -> the results of `fn`, a function from a batch of inputs to a tensor
+      `[batch, ...]`, for all examples but those of weight 0, concatenated. Examples that
+      are read by reference count once, whatever the epochs; those of a dataset as often
+      as it has them.
   """
 
   client: Optional[tf.Tensor]
@@ -82,8 +83,8 @@ class Beginning(NamedTuple):
     examples: The `ClientExamples`.
     seed: int32 `[2]`, decides what this training draws.
     student: The `models.BoundModel` with which the training begins.
-    learning_rate: float32 scalar, the optimizer's in this round; `None` where it does
-      not tell (a Keras optimizer, or one with a schedule of its own).
+    learning_rate: float32 scalar, the optimizer's rate in this round; `None` for a Keras
+      optimizer, or one with a schedule of its own.
   """
 
   received: Any
@@ -100,6 +101,11 @@ def _begin_nothing(beginning: Beginning):
   return (), CompanionValues()
 
 
+def _end_nothing(observed: Any, student: models.BoundModel, values: CompanionValues):
+  del observed, student, values
+  return (), ()
+
+
 class Attachment(NamedTuple):
   """A companion within the computation of one client's round.
 
@@ -113,7 +119,7 @@ class Attachment(NamedTuple):
     joint_loss: (loss, `LocalStep`, `CompanionValues`) -> (loss, `CompanionValues`): the
       loss with a term that trains the companion's weights too; after all other terms.
     trainable_variables: The Keras variables of `CompanionValues.trainable`.
-    observer: Looks at the steps, if something is to be added up over them.
+    observer: The sums to take over the steps, if any.
     certainty: (inputs, `CompanionValues`) -> float32 `[batch]`, 0 or more: how certain
       the client is of its predictions on them. There if the companion `gives_certainty`.
   """
@@ -121,9 +127,9 @@ class Attachment(NamedTuple):
   begin: Callable[
       [Beginning], tuple[Sequence[local_terms.LocalTerm], CompanionValues]
   ] = _begin_nothing
-  end: Optional[
-      Callable[[Any, models.BoundModel, CompanionValues], tuple[Any, Any]]
-  ] = None
+  end: Callable[
+      [Any, models.BoundModel, CompanionValues], tuple[Any, Any]
+  ] = _end_nothing
   joint_loss: Optional[
       Callable[
           [tf.Tensor, local_terms.LocalStep, CompanionValues],
@@ -156,7 +162,7 @@ class Companion(abc.ABC):
     needs_plain_sgd: Whether the clients' optimizer must be SGD without momentum.
     corrects_student: Whether it moves the student at the server, see `correct`. All
       reports must then weigh the same.
-    optimizer: What moves weights of its own at the server, or `None`.
+    optimizer: The optimizer of the companion's own weights at the server, or `None`.
   """
 
   client_spec: Optional[models.ModelSpec] = None
@@ -177,8 +183,14 @@ class Companion(abc.ABC):
 
   def initial_client_state(self) -> Any:
     """Returns the state of a new client: a structure of tensors, a `ClientState`, or ().
+
+    By default a `ClientState` with the initial weights of `client_spec`, if there is one.
     """
-    return ()
+    if self.client_spec is None:
+      return ()
+    return ClientState(
+        weights=tf.nest.map_structure(tf.constant, self.client_spec.initial_weights)
+    )
 
   def initial_server_state(self) -> Any:
     """Returns the companion's part of the process state: a structure of tensors, or ().

@@ -8,6 +8,7 @@ Source: Li, He & Song, "Model-Contrastive Federated Learning" (MOON, CVPR 2021),
 3 and Algorithm 1.
 """
 
+import dataclasses
 import math
 from typing import Optional
 
@@ -34,8 +35,9 @@ def contrastive_loss(
 
   Args:
     features: float32 `[batch, features]`, of the model in training.
-    received: The same of the received model; receives no gradient.
-    previous: The same of the client's previous model; receives no gradient.
+    received: float32 `[batch, features]`, of the received model; receives no gradient.
+    previous: float32 `[batch, features]`, of the client's previous model; receives no
+      gradient.
     temperature: T, above 0.
 
   Returns:
@@ -49,32 +51,28 @@ def contrastive_loss(
   return tf.nn.softplus(difference / temperature)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _ContrastTerm(local_terms.LocalTerm):
   """L + weight times the contrastive loss."""
 
-  def __init__(
-      self,
-      split_model: split.SplitModel,
-      received: models.BoundModel,
-      previous: models.BoundModel,
-      weight: float,
-      temperature: float,
-  ):
-    self._split, self._received, self._previous = split_model, received, previous
-    self._weight, self._temperature = weight, temperature
+  split_model: split.SplitModel
+  received: models.BoundModel
+  previous: models.BoundModel
+  weight: float
+  temperature: float
 
   def __call__(self, loss, step):
     own, received, previous = (
-        self._split.features(model, step.inputs)
-        for model in (step.model, self._received, self._previous)
+        self.split_model.features(model, step.inputs)
+        for model in (step.model, self.received, self.previous)
     )
-    return loss + self._weight * step.mean(
-        contrastive_loss(own, received, previous, temperature=self._temperature)
+    return loss + self.weight * step.mean(
+        contrastive_loss(own, received, previous, temperature=self.temperature)
     )
 
 
 class ModelContrast(companions.Companion):
-  """The previous model of each client, as what takes part beside the student.
+  """Keeps each client's previous model, and contrasts the student with it.
 
   A new client's previous model has the initial weights: where these are what it receives,
   the term's gradient is 0. Features are those of inference mode (no dropout, and the
@@ -119,11 +117,6 @@ class ModelContrast(companions.Companion):
     self.client_spec = student
     self._split = split.SplitModel(student, split_layer)
     self._weight, self._temperature = weight, temperature
-
-  def initial_client_state(self):
-    return companions.ClientState(
-        weights=tf.nest.map_structure(tf.constant, self.client_spec.initial_weights)
-    )
 
   def attach(self, student):
     del student  # The one that this was built for.

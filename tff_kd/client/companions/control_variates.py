@@ -72,7 +72,7 @@ def zeros_like_trainable(student: models.ModelSpec) -> list[tf.Tensor]:
 
 
 class ControlVariates(companions.Companion):
-  """The control variates, as what takes part beside the student.
+  """Corrects the clients' steps by control variates.
 
   The clients' optimizer must be plain SGD: the change of the weights, divided by the
   number of steps and the rate, is then the mean of the corrected gradients. (Where layers

@@ -33,7 +33,7 @@ from tff_kd import graphs
 from tff_kd import knowledge
 from tff_kd import models
 
-# Labels of a class above this count as this: secure sums are of bounded numbers.
+# The largest count of a class that is sent: secure sums need a bound.
 MAX_COUNT = 2**20 - 1
 
 

@@ -59,7 +59,7 @@ class _DynamicTerm(local_terms.LocalTerm):
 
 
 class DynamicRegularizer(companions.Companion):
-  """The dynamic regulariser, as what takes part beside the student.
+  """Regularises each client's loss, and moves the student at the server.
 
   A client's h_k moves only in rounds that count its report, and all reports weigh the
   same, so that the server's state stays what all of them add up to. The student is moved
@@ -117,11 +117,12 @@ class DynamicRegularizer(companions.Companion):
     has_mean = (num_reports > 0) & graphs.all_finite(change)
     offsets, moved = [], []
     for u, w, mean in zip(server_state.values, student.trainable, change.trainable):
-      # Of how far the clients moved, whatever the server optimizer makes of it.
+      # The offset follows the clients' mean change, whatever the server optimizer made of
+      # it.
       offset = tf.where(has_mean, u + tf.cast(share, u.dtype) * mean, u)
       offsets.append(offset)
       moved.append(tf.cast(tf.cast(w, u.dtype) - offset, w.dtype))
-    # The server optimizer's step was under the constraints; this one goes beyond it.
+    # The constraints of the layers hold again after this further step.
     moved = models.apply_constraints(self._student.trainable_variables, moved)
     trainable = [
         tf.where(has_mean, new, old) for new, old in zip(moved, student.trainable)

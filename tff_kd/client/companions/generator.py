@@ -13,6 +13,7 @@ Learning" (FedGen, ICML 2021), section 4 and Algorithm 1.
 """
 
 from collections.abc import Callable
+import dataclasses
 import math
 from typing import Any, NamedTuple, Optional
 
@@ -21,6 +22,8 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
+from tff_kd import checks
+from tff_kd.client import class_counts
 from tff_kd.client import companions
 from tff_kd.client import local_terms
 from tff_kd import graphs
@@ -39,7 +42,7 @@ class GeneratorState(NamedTuple):
 
   Attributes:
     weights: The generator's `ModelWeights`.
-    optimizer: Its optimizer's state.
+    optimizer: The state of the generator's optimizer.
     seen: float32 `[classes]`, 1 for each class that some client has had.
   """
 
@@ -112,7 +115,7 @@ def diversity_loss(noise: tf.Tensor, features: tf.Tensor) -> tf.Tensor:
 
 
 class FeatureGenerator(companions.Companion):
-  """The generator, as what takes part beside the student."""
+  """Trains a generator of features, from which clients learn."""
 
   needs_one_architecture = True
 
@@ -158,27 +161,19 @@ class FeatureGenerator(companions.Companion):
         ('noise_dim', noise_dim), ('hidden_units', hidden_units),
         ('generator_steps', num_steps), ('generator_batch_size', batch_size),
     ):
-      if not isinstance(value, int) or value < 1:
-        raise ValueError(f'`{name}` must be a positive integer, found {value!r}.')
+      checks.check_positive_integer(value, name)
     if not 0.0 < weight < math.inf or not 0.0 < decay <= 1.0:
       raise ValueError(
           '`generative_weight` must be above 0 and finite, and `generative_decay` above '
           f'0 and at most 1, found {weight!r} and {decay!r}.'
       )
-    labels = tf.nest.flatten(models.split_batch(student.input_spec)[1])
-    self._classes = student.logits_shape[-1]
-    if (
-        len(student.logits_shape) != 1
-        or self._classes < 2
-        or len(labels) != 1
-        or not labels[0].dtype.is_integer
-        or labels[0].shape.rank > 1
-    ):
+    class_counts.check_indices(student, 'The generator')
+    if len(student.logits_shape) != 1:
       raise ValueError(
-          'The generator needs class indices as labels and one prediction over two '
-          f'classes or more an example, found labels {labels} and logits of shape '
+          'The generator needs one prediction an example, found logits of shape '
           f'{student.logits_shape}.'
       )
+    self._classes = student.logits_shape[-1]
     self._split = split.SplitModel(student, split_layer)
     self._generator_fn = generator_fn or self._default_generator
     self._noise_dim, self._hidden_units = noise_dim, hidden_units
@@ -343,7 +338,7 @@ class FeatureGenerator(companions.Companion):
           noise, labels,
       )
       diversity = diversity_loss(noise, features)
-      # Its gradient by the features is the clients'.
+      # The gradient by the features is that of the clients' losses.
       surrogate = tf.reduce_sum(features * answers.gradients * share[:, tf.newaxis])
       loss = surrogate + diversity
     gradients = tape.gradient(loss, trained)
@@ -368,45 +363,39 @@ class FeatureGenerator(companions.Companion):
     return down, up
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
 class _GeneratorTerm(local_terms.LocalTerm):
   """L + a CE(h(G(noise', y')), y') + a KL(h(G(noise, y)) || z), y' of classes seen."""
 
-  def __init__(
-      self,
-      logits_fn: Callable[[models.BoundModel, tf.Tensor, tf.Tensor], tf.Tensor],
-      *,
-      noise_dim: int,
-      weight: tf.Tensor,
-      is_on: tf.Tensor,
-      seen: tf.Tensor,
-      seed: tf.Tensor,
-  ):
-    self._logits_fn, self._noise_dim = logits_fn, noise_dim
-    self._weight, self._is_on = weight, is_on
-    self._seen, self._seed = seen, seed
+  logits_fn: Callable[[models.BoundModel, tf.Tensor, tf.Tensor], tf.Tensor]
+  noise_dim: int
+  weight: tf.Tensor
+  is_on: tf.Tensor
+  seen: tf.Tensor
+  seed: tf.Tensor
 
   def __call__(self, loss, step):
     labels = tf.reshape(tf.cast(step.labels, tf.int32), [-1])
     size = tf.shape(step.logits)[0]
-    seed = self._seed
+    seed = self.seed
     # The labels make it differ from client to client.
     for number in (step.step_num, tf.reduce_sum(labels * tf.range(1, size + 1))):
       seed = tf.random.experimental.stateless_fold_in(seed, number)
     seeds = tf.random.experimental.stateless_split(seed, 3)
 
     def noise(seed: tf.Tensor) -> tf.Tensor:
-      return tf.random.stateless_normal([size, self._noise_dim], seed)
+      return tf.random.stateless_normal([size, self.noise_dim], seed)
 
     def terms() -> tf.Tensor:
       others = tf.random.stateless_categorical(
-          tf.math.log(self._seen)[tf.newaxis], size, seeds[0], dtype=tf.int32
+          tf.math.log(self.seen)[tf.newaxis], size, seeds[0], dtype=tf.int32
       )[0]
       taught = tf.nn.sparse_softmax_cross_entropy_with_logits(
-          others, self._logits_fn(step.model, noise(seeds[1]), others)
+          others, self.logits_fn(step.model, noise(seeds[1]), others)
       )
       near = losses.kl_divergence(
-          self._logits_fn(step.model, noise(seeds[2]), labels), step.logits
+          self.logits_fn(step.model, noise(seeds[2]), labels), step.logits
       )
-      return loss + self._weight * (tf.reduce_mean(taught) + step.mean(near))
+      return loss + self.weight * (tf.reduce_mean(taught) + step.mean(near))
 
-    return tf.cond(self._is_on & (tf.reduce_sum(self._seen) > 0.0), terms, lambda: loss)
+    return tf.cond(self.is_on & (tf.reduce_sum(self.seen) > 0.0), terms, lambda: loss)

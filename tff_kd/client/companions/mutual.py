@@ -20,12 +20,12 @@ from tff_kd import losses
 from tff_kd import models
 
 
-# Keeps the mentor's random draws apart from the student's.
+# Separates the mentor's random draws from the student's.
 _MENTOR_STREAM = 1
 
 
 class MutualLearning(companions.Companion):
-  """The mentor, as what takes part beside the student.
+  """Trains a private mentor of each client beside the student.
 
   With weights w the losses are (1 - w) L + w KL_T(other || own), of student and mentor
   each with its own w; adaptive, L + KL_T(other || own) / (L_student + L_mentor), whose
@@ -68,11 +68,6 @@ class MutualLearning(companions.Companion):
     self.client_spec = mentor
     self._weights = None if is_adaptive else weights
     self._temperature = temperature
-
-  def initial_client_state(self):
-    return companions.ClientState(
-        weights=tf.nest.map_structure(tf.constant, self.client_spec.initial_weights)
-    )
 
   def attach(self, student):
     del student  # The mentor learns from its predictions.
