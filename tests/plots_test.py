@@ -343,8 +343,8 @@ def test_pictures_of_the_pages_show_their_tables(draw_results):
   assert len(panel.texts) == len(table) - 1 == 21
   for text in panel.texts:
     cells, = (row for row in table if row[0].partition(' ')[0] == text.get_text())
-    assert cells[1].startswith(f'{text.xy[1]:.3f} ± '.lstrip('0'))
-    assert float(cells[2]) == text.xy[0]
+    assert cells[2].startswith(f'{text.xy[1]:.3f} ± '.lstrip('0'))
+    assert float(cells[4]) == text.xy[0]
   for name, rows, models in (('client_faults.png', 8, 4), ('privacy.png', 6, 3)):
     panel = figures[name].axes[0]
     assert (len(panel.get_yticklabels()), len(panel.containers)) == (rows, models)
