@@ -20,10 +20,9 @@ import json
 import math
 import pathlib
 import re
-import signal
 import statistics
 import sys
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from absl import app
 from absl import flags
@@ -639,9 +638,8 @@ def _panels(
   return panels
 
 
-def main(argv: list[str]) -> Optional[int]:
-  if len(argv) > 1:
-    raise app.UsageError(f'Not a flag: {argv[1:]}.')
+@pipelines.for_users
+def main(argv: list[str]) -> None:
   _check_algorithms()
   if _central_flags() and not _CEILINGS.value:
     raise app.UsageError(
@@ -655,7 +653,7 @@ def main(argv: list[str]) -> Optional[int]:
   settings = _settings(rows)
   folder = train_flags.output_dir('compare')
   with parallel.exclusive_lock(folder):
-    return _compare(folder, seeds, rows, settings)
+    _compare(folder, seeds, rows, settings)
 
 
 def _compare(
@@ -663,32 +661,29 @@ def _compare(
     seeds: list[int],
     rows: list[list[tuple[str, ...]]],
     settings: dict[_Setting, list[str]],
-) -> int:
-  """Trains what is missing, and reports; returns the exit status."""
+) -> None:
+  """Trains what is missing, and reports.
+
+  Raises:
+    UserError: If a run has failed.
+  """
   runs = [
       _Run(setting, seed, folder / f'{_folder_name(setting)}-{seed}')
       for seed in seeds for setting in settings
   ]
   _check_same_problem(folder, settings)
-  # As Ctrl-C: the runs are stopped, too.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
-  try:
+  with parallel.stoppable():
     failed = _train_all(runs, settings)
     done = [run for run in runs if _is_done(run)]
     if _CEILINGS.value:
       failed += _train_ceilings(seeds, folder)
     if _AUDIT.value:
       failed += _audit_all(done)
-  except KeyboardInterrupt:
-    print('Stopped. The same command goes on.', file=sys.stderr)
-    return 130
   if done:
     order = list(settings)
     _report(sorted(done, key=lambda run: order.index(run.setting)), rows, seeds, folder)
   if failed:
-    print(f'error: failed: {"; ".join(failed)}.', file=sys.stderr)
-    return 1
-  return 0
+    raise pipelines.UserError(f'failed: {"; ".join(failed)}.')
 
 
 if __name__ == '__main__':

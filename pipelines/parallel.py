@@ -7,12 +7,13 @@ import fcntl
 import os
 import pathlib
 import queue
+import signal
 import subprocess
 import threading
 import time
 from typing import NamedTuple, Optional
 
-from absl import app
+from pipelines import UserError
 
 
 class Job(NamedTuple):
@@ -39,18 +40,32 @@ def exclusive_lock(folder: pathlib.Path) -> Iterator[None]:
   """Holds a folder, so that no second script runs the same jobs in it.
 
   Raises:
-    app.UsageError: If another script holds it.
+    UserError: If another script holds it.
   """
   folder.mkdir(parents=True, exist_ok=True)
   with open(folder / 'lock', 'w') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise app.UsageError(
+      raise UserError(
           f'{folder} is in use by another run of a script. Wait for it, or choose '
           'another --output_dir.'
       ) from None
     yield
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+  """Ends jobs on SIGTERM as on Ctrl-C, and says how to go on.
+
+  Raises:
+    KeyboardInterrupt: On either; with the text for the user.
+  """
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  try:
+    yield
+  except KeyboardInterrupt:
+    raise KeyboardInterrupt('Stopped. The same command goes on.') from None
 
 
 def run_all(

@@ -20,14 +20,12 @@ that, of the rounds that were tested.
 import csv
 import json
 import pathlib
-import signal
 import statistics
 import sys
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from absl import app
 from absl import flags
-from absl import logging
 
 import pipelines
 from pipelines import parallel
@@ -190,9 +188,8 @@ def _report(runs: list[_Run]) -> None:
   )
 
 
-def main(argv: list[str]) -> Optional[int]:
-  if len(argv) > 1:
-    raise app.UsageError(f'Not a flag: {argv[1:]}.')
+@pipelines.for_users
+def main(argv: list[str]) -> None:
   if not _DATA_DIR.value or not pathlib.Path(_DATA_DIR.value).is_dir():
     raise app.UsageError(
         "--data_dir must be a folder with MNIST's IDX files, found "
@@ -202,17 +199,16 @@ def main(argv: list[str]) -> Optional[int]:
   if _ONLY.value:
     from pipelines import fedgen_table_job
 
-    logging.set_verbosity(logging.WARNING)
     (run,) = [each for each in runs if each.name == _ONLY.value]
     fedgen_table_job.run(
         run.algorithm, run.alpha, run.seed, data_dir=pathlib.Path(_DATA_DIR.value),
         folder=run.folder, results=run.results, num_rounds=_ROUNDS.value,
         rounds_per_evaluation=_ROUNDS_PER_EVALUATION.value,
     )
-    return 0
+    return
   with parallel.exclusive_lock(pathlib.Path(_OUTPUT_DIR.value)):
     _check_same_problem()
-    return _run_all(runs)
+    _run_all(runs)
 
 
 def _check_same_problem() -> None:
@@ -236,8 +232,12 @@ def _check_same_problem() -> None:
   run_folders.write_json(path, problem)
 
 
-def _run_all(runs: list[_Run]) -> int:
-  """Runs what is missing, and reports; returns the exit status."""
+def _run_all(runs: list[_Run]) -> None:
+  """Runs what is missing, and reports.
+
+  Raises:
+    UserError: If a run has failed.
+  """
   todo = {run.name: run for run in runs if not run.results.is_file()}
   if len(todo) < len(runs):
     print(f'{len(runs) - len(todo)} of {len(runs)} runs are done already.')
@@ -258,19 +258,12 @@ def _run_all(runs: list[_Run]) -> int:
     found = ', '.join(f'{key} {value:.4f}' for key, value in sorted(last.items()))
     return f'{found}, {seconds:.0f} s'
 
-  # As Ctrl-C: the runs are stopped, too.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
-  try:
+  with parallel.stoppable():
     failed = parallel.run_all(jobs, _JOBS.value, line)
-  except KeyboardInterrupt:
-    print('Stopped. The same command goes on.', file=sys.stderr)
-    return 130
   if len(failed) < len(runs):
     _report(runs)
   if failed:
-    print(f'error: failed: {"; ".join(failed)}.', file=sys.stderr)
-    return 1
-  return 0
+    raise pipelines.UserError(f'failed: {"; ".join(failed)}.')
 
 
 if __name__ == '__main__':

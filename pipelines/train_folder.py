@@ -10,7 +10,6 @@ import pathlib
 import shlex
 from typing import Any
 
-from absl import app
 import numpy as np
 import tensorflow as tf
 
@@ -68,20 +67,10 @@ def check(run_dir: pathlib.Path) -> None:
     raise UserError(f'{run_dir} holds no run to resume (no rounds).')
 
 
-@contextlib.contextmanager
-def _locked(run_dir: pathlib.Path) -> Iterator[None]:
-  with contextlib.ExitStack() as stack:
-    try:
-      stack.enter_context(parallel.exclusive_lock(run_dir))
-    except app.UsageError as error:
-      raise UserError(str(error)) from None
-    yield
-
-
 def check_free(run_dir: pathlib.Path) -> None:
   """Refuses a folder that another run is in, before anything is built for this one."""
   if run_dir.exists():
-    with _locked(run_dir):
+    with parallel.exclusive_lock(run_dir):
       pass
 
 
@@ -100,7 +89,7 @@ def held(run_dir: pathlib.Path) -> Iterator[pathlib.Path]:
   """
   if not args.OUTPUT_DIR.value:
     run_dir = _new(run_dir)
-  with _locked(run_dir):
+  with parallel.exclusive_lock(run_dir):
     check(run_dir)
     versions = {m.__name__: m.__version__ for m in (tf, tff, np)}
     run_folders.write_json(
