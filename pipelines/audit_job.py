@@ -348,7 +348,7 @@ def _who_took_part(
     )
   # Later rounds have left nothing in the models that are kept, nor has a skipped one.
   best_round = json.loads((run_dir / train_folder.RESULTS).read_text())['best_round']
-  history = train_folder.read_history(run_dir / 'metrics.csv')
+  history = run_folders.read_history(run_dir / 'metrics.csv')
   skipped = {row['round'] for row in history if row.get('round_skipped')}
   found = set()
   for round_num in range(1, best_round + 1):

@@ -15,7 +15,8 @@ varied.png, too), and each run's own folder.
 """
 
 import csv
-import itertools
+import dataclasses
+import functools
 import json
 import math
 import pathlib
@@ -93,7 +94,10 @@ class _Setting(NamedTuple):
     return ' '.join((self.algorithm, *self.varied))
 
 
-class _Run(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """A run of a setting; what it has left can be read once it is done."""
+
   setting: _Setting
   seed: int
   folder: pathlib.Path
@@ -101,6 +105,22 @@ class _Run(NamedTuple):
   @property
   def name(self) -> str:
     return f'{self.setting.name}, seed {self.seed}'
+
+  @property
+  def is_done(self) -> bool:
+    return (self.folder / 'results.json').is_file() and _is_of(self.folder, self.setting)
+
+  @functools.cached_property
+  def results(self) -> dict[str, Any]:
+    return json.loads((self.folder / 'results.json').read_text())
+
+  @functools.cached_property
+  def history(self) -> list[dict[str, float]]:
+    return run_folders.read_history(self.folder / 'metrics.csv')
+
+  @property
+  def audit_path(self) -> pathlib.Path:
+    return self.folder / 'audit' / 'report.json'
 
 
 def _seeds() -> list[int]:
@@ -142,7 +162,7 @@ def _check_algorithms() -> None:
 
 def _variations() -> list[list[tuple[str, ...]]]:
   """The sets of flags to vary, by row."""
-  known = _train_flags()
+  known = train_flags.own_flags()
   rows = []
   for text in _VARY.value:
     row = [tuple(variant.split()) for variant in text.split('|')]
@@ -176,15 +196,10 @@ def _check_folders(rows: list[list[tuple[str, ...]]]) -> None:
       )
 
 
-def _train_flags() -> dict[str, flags.Flag]:
-  module = flags.FLAGS.flags_by_module_dict()[train_flags.__name__]
-  return {flag.name: flag for flag in module}
-
-
 def _flag_name(argument: str) -> str:
   """Returns the flag's name in --flag=value, --flag or --noflag."""
   name = argument.removeprefix('--').partition('=')[0]
-  return name if name in _train_flags() else name.removeprefix('no')
+  return name if name in train_flags.own_flags() else name.removeprefix('no')
 
 
 def _takes(algorithm: str, argument: str) -> bool:
@@ -193,7 +208,7 @@ def _takes(algorithm: str, argument: str) -> bool:
 
 def _settings(rows: list[list[tuple[str, ...]]]) -> dict[_Setting, list[str]]:
   """Returns the settings to compare, each with all flags of its training."""
-  known = _train_flags()
+  known = train_flags.own_flags()
   for name in sorted(_PER_RUN - {'output_dir'}):
     if known[name].present:
       raise app.UsageError(f'--{name} is set for each run. Leave it out.')
@@ -225,10 +240,6 @@ def _is_of(folder: pathlib.Path, setting: _Setting) -> bool:
   if not path.is_file():
     return False
   return json.loads(path.read_text())['flags'].get('algorithm') == setting.algorithm
-
-
-def _is_done(run: _Run) -> bool:
-  return (run.folder / 'results.json').is_file() and _is_of(run.folder, run.setting)
 
 
 def _has_begun(folder: pathlib.Path, setting: _Setting) -> bool:
@@ -291,12 +302,12 @@ def _train_all(
     runs: list[_Run], settings: dict[_Setting, list[str]]
 ) -> list[str]:
   """Runs what is not done yet, so many at a time; returns what failed."""
-  todo = {run.name: run for run in runs if not _is_done(run)}
+  todo = {run.name: run for run in runs if not run.is_done}
   if len(todo) < len(runs):
     print(f'{len(runs) - len(todo)} of {len(runs)} runs are done already.')
 
   def line(job: parallel.Job, seconds: float) -> str:
-    results = _results(todo[job.name])
+    results = todo[job.name].results
     best = results['best'][f"test/student_{results['metric']}"]
     return f'student {best:.3f}, {seconds:.0f} s'
 
@@ -336,7 +347,7 @@ def _central_arguments() -> list[str]:
   """Returns the flags of this script for the training in one place."""
   shared = [
       flag
-      for name, flag in _train_flags().items()
+      for name, flag in train_flags.own_flags().items()
       if flag.present and name in central_flags.OF_TRAIN - _PER_RUN
   ]
   return [flag.serialize() for flag in [*shared, *_central_flags()]]
@@ -374,12 +385,8 @@ def _ceilings(
 
 
 def _further_scores(run: _Run) -> list[str]:
-  """The names of what the student is worth beyond its metric."""
-  return list(_results(run).get('further_scores', {}).get('student', {}))
-
-
-def _audit_path(run: _Run) -> pathlib.Path:
-  return run.folder / 'audit' / 'report.json'
+  """Returns the names of the student's scores beside the metric, which tasks can have."""
+  return list(run.results['further_scores'].get('student', {}))
 
 
 def _audit_all(runs: list[_Run]) -> list[str]:
@@ -394,45 +401,23 @@ def _audit_all(runs: list[_Run]) -> list[str]:
     return parallel.Job(f'audit of {run.name}', command, log)
 
   return parallel.run_all(
-      [job(run) for run in runs if not _audit_path(run).is_file()], _JOBS.value
+      [job(run) for run in runs if not run.audit_path.is_file()], _JOBS.value
   )
-
-
-def _results(run: _Run) -> dict[str, Any]:
-  results = json.loads((run.folder / 'results.json').read_text())
-  # Those of an earlier version were all of classifiers, then of errors as well.
-  results.setdefault('metric', 'accuracy')
-  results.setdefault('lower_is_better', results['metric'] != 'accuracy')
-  return results
-
-
-def _megabytes(history: list[dict[str, float]]) -> list[float]:
-  """Returns the mean bytes that a participating client has moved up to each round."""
-  moved = (row['bytes/client'] / 1e6 for row in history)
-  return list(itertools.accumulate(moved))
-
-
-def _history(run: _Run) -> list[dict[str, float]]:
-  with open(run.folder / 'metrics.csv', newline='') as file:
-    return [
-        {key: float(value) for key, value in row.items() if value}
-        for row in csv.DictReader(file)
-    ]
 
 
 class _Table:
   """The table: one algorithm, with one set of flags, a row."""
 
-  def __init__(self, runs: list[_Run], ceilings: dict[str, list[float]]):
-    self._runs, self._ceilings = runs, ceilings
-    self._results = {run: _results(run) for run in runs}
-    self._histories = {run: _history(run) for run in runs}
-    self._metric = self._results[runs[0]]['metric']
-    self._is_error = self._results[runs[0]]['lower_is_better']
+  def __init__(
+      self, runs: list[_Run], floor: dict[str, list[float]],
+      ceilings: dict[str, list[float]],
+  ):
+    self._metric = runs[0].results['metric']
+    self._is_error = runs[0].results['lower_is_better']
     self._further = _further_scores(runs[0])
     self._audits = {
-        run: json.loads(_audit_path(run).read_text())
-        for run in runs if _AUDIT.value and _audit_path(run).is_file()
+        run: json.loads(run.audit_path.read_text())
+        for run in runs if _AUDIT.value and run.audit_path.is_file()
     }
     by_setting = _by_setting(runs)
     self._target = _TARGET_ACCURACY.value
@@ -443,7 +428,6 @@ class _Table:
       self._target = 1.01 * min(means) if self._is_error else 0.95 * max(means)
     self.rows = [self._head()]
     self.rows += [self._row(setting, of) for setting, of in by_setting.items()]
-    floor = _floor(runs, self._results, self._metric)
     if floor['student']:
       self._add_reference(_ALONE, floor)
     if ceilings['student']:
@@ -453,7 +437,7 @@ class _Table:
     audits = ['AUC: student', 'AUC: one client'] if self._audits else []
     return (
         'algorithm', 'student', 'teacher',
-        *(name.replace('_', ' ') for name in self._further), _STUDENT_LAST, _TEACHER_LAST,
+        *map(tables.words, self._further), _STUDENT_LAST, _TEACHER_LAST,
         f'rounds to {self._target:.3f}', f'MB to {self._target:.3f}', 'MB a round',
         's a round', *audits, 'seeds',
     )
@@ -461,13 +445,12 @@ class _Table:
   def _best(self, runs: list[_Run], model: str) -> list[float]:
     """The test score of each run in the round that is best by validation."""
     key = f'test/{model}_{self._metric}'
-    results = [self._results[run]['best'] for run in runs]
-    return [best[key] for best in results if key in best]
+    return [run.results['best'][key] for run in runs if key in run.results['best']]
 
   def _last(self, runs: list[_Run], model: str) -> list[float]:
     """The mean test score of each run's last rounds."""
     key = f'test/{model}_{self._metric}'
-    lasts = [self._histories[run][-_LAST_ROUNDS:] for run in runs]
+    lasts = [run.history[-_LAST_ROUNDS:] for run in runs]
     return [
         statistics.mean(row[key] for row in last if key in row)
         for last in lasts if any(key in row for row in last)
@@ -478,8 +461,7 @@ class _Table:
     sign = -1.0 if self._is_error else 1.0
     rounds, megabytes = [], []
     for run in runs:
-      history = self._histories[run]
-      for row, moved in zip(history, _megabytes(history)):
+      for row, moved in zip(run.history, run_folders.megabytes(run.history)):
         if sign * row[f'test/student_{self._metric}'] >= sign * self._target:
           rounds.append(row['round'])
           megabytes.append(moved)
@@ -489,13 +471,13 @@ class _Table:
   def _row(self, setting: _Setting, runs: list[_Run]) -> tuple[str, ...]:
     rounds, megabytes = self._reached(runs)
     missed = f' ({len(rounds)} of {len(runs)})' if len(rounds) < len(runs) else ''
-    histories = [self._histories[run] for run in runs]
-    a_round = [_megabytes(history)[-1] / len(history) for history in histories]
-    seconds = [
-        statistics.median(row['round_seconds'] for row in history)
-        for history in histories
+    a_round = [
+        run_folders.megabytes(run.history)[-1] / len(run.history) for run in runs
     ]
-    further = [self._results[run].get('further_scores', {}) for run in runs]
+    seconds = [
+        statistics.median(row['round_seconds'] for row in run.history) for run in runs
+    ]
+    further = [run.results['further_scores'] for run in runs]
     audits = [self._audits[run] for run in runs if run in self._audits]
     return (
         setting.name,
@@ -517,17 +499,14 @@ class _Table:
     self.rows.append((*row, *blank, str(len(cells['student']))))
 
 
-def _floor(
-    runs: list[_Run], results: dict[_Run, dict[str, Any]], metric: str
-) -> dict[str, list[float]]:
-  """Student and teacher trained on the server's labels alone: of each seed, once.
+def _floor(runs: list[_Run], metric: str) -> dict[str, list[float]]:
+  """Returns the scores of models trained on the server's labels alone, one a seed.
 
-  Nothing where runs differ in flags: they may differ in these labels.
+  Runs with varied flags are left out: they may differ in these labels.
   """
   found = {'student': {}, 'teacher': {}}
   for run in runs:
-    # Those of an earlier version have none.
-    alone = results[run].get('alone', {}) if not run.setting.varied else {}
+    alone = run.results['alone'] if not run.setting.varied else {}
     for kind, by_seed in found.items():
       # The mean over cohorts.
       values = [scores[metric] for name, scores in alone.items() if name.startswith(kind)]
@@ -557,14 +536,14 @@ def _report(
     runs: list[_Run], rows: list[list[tuple[str, ...]]], seeds: list[int],
     folder: pathlib.Path,
 ) -> None:
-  metric = _results(runs[0])['metric']
+  metric = runs[0].results['metric']
+  floor = _floor(runs, metric)
   ceilings = _ceilings(seeds, folder, metric, _further_scores(runs[0]))
-  table = _Table(runs, ceilings).rows
+  table = _Table(runs, floor, ceilings).rows
   with open(folder / 'table.csv', 'w', newline='') as file:
     csv.writer(file).writerows(table)
   (folder / 'table.md').write_text(tables.markdown_table(table))
   files = ['table.md', 'table.csv']
-  floor = _floor(runs, {run: _results(run) for run in runs}, metric)
   levels = {
       f'{model}, {where}': statistics.mean(of[model])
       for where, of in ((_ALONE, floor), (_IN_ONE_PLACE, ceilings))
@@ -591,15 +570,15 @@ def _figures(
   """Returns the figures by the names of their files."""
   from tff_kd import plots
 
-  test = f"test {metric.replace('_', ' ')}"
-  columns = {f'test/{model}_{metric}': model for model in ('student', 'teacher')}
-  student = dict(list(columns.items())[:1])
+  test = f'test {tables.words(metric)}'
+  student = {f'test/student_{metric}': 'student'}
+  columns = student | {f'test/teacher_{metric}': 'teacher'}
   histories, points = {}, {}
   for setting, of_setting in _by_setting(runs).items():
-    histories[setting] = [_history(run) for run in of_setting]
-    scores = [_results(run)['best'][f'test/student_{metric}'] for run in of_setting]
+    histories[setting] = [run.history for run in of_setting]
+    scores = [run.results['best'][f'test/student_{metric}'] for run in of_setting]
     points[setting.name] = (
-        statistics.mean(_megabytes(history)[-1] for history in histories[setting]),
+        statistics.mean(run_folders.megabytes(run.history)[-1] for run in of_setting),
         statistics.mean(scores), tables.deviation(scores),
     )
   named = {setting.name: seeds for setting, seeds in histories.items()}
@@ -674,7 +653,7 @@ def _compare(
   _check_same_problem(folder, settings)
   with parallel.stoppable():
     failed = _train_all(runs, settings)
-    done = [run for run in runs if _is_done(run)]
+    done = [run for run in runs if run.is_done]
     if _CEILINGS.value:
       failed += _train_ceilings(seeds, folder)
     if _AUDIT.value:

@@ -1,7 +1,6 @@
 """One run of `pipelines.reproduce_fedgen_table`."""
 
 from collections.abc import Callable
-import csv
 import dataclasses
 import os
 import pathlib
@@ -322,11 +321,7 @@ def _write(
     metrics_path: pathlib.Path,
 ) -> None:
   """Writes the results, with the curve of the rounds before a stop, too."""
-  with open(metrics_path, newline='') as file:
-    rounds = [
-        {key: float(value) for key, value in row.items() if value}
-        for row in csv.DictReader(file)
-    ]
+  rounds = run_folders.read_history(metrics_path)
   content = {
       'last': last,
       'curve': [

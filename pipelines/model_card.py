@@ -4,7 +4,6 @@ Source of the form: Mitchell et al., "Model Cards for Model Reporting" (2019).
 """
 
 from collections.abc import Mapping, Sequence
-import csv
 import datetime
 import json
 import math
@@ -14,6 +13,7 @@ from typing import Any, Optional
 import tensorflow as tf
 
 from pipelines import released
+from pipelines import run_folders
 from pipelines import tables
 from pipelines import train_checks
 from pipelines import train_flags as args
@@ -74,7 +74,8 @@ def write(
     worse: The names of files that are worse than the model.
   """
   results = _json(run_dir / 'results.json')
-  history = _rows(run_dir / 'metrics.csv')
+  metrics_path = run_dir / 'metrics.csv'
+  history = run_folders.read_history(metrics_path) if metrics_path.exists() else []
   info = args.algorithm()
   names = ' and '.join(model.name for model in models)
   sections = [
@@ -98,19 +99,8 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
   return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _rows(path: pathlib.Path) -> list[dict[str, str]]:
-  if not path.exists():
-    return []
-  with open(path, newline='') as file:
-    return list(csv.DictReader(file))
-
-
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
   return tables.markdown_table(rows).rstrip()
-
-
-def _words(name: str) -> str:
-  return name.replace('_', ' ')
 
 
 def _purpose(
@@ -133,7 +123,7 @@ def _files(
     task: tff_kd.data.Task, files: Mapping[str, Mapping[str, Any]], num_examples: int
 ) -> str:
   agreement = 'rms_difference' if task.is_regression else 'same_class'
-  metric = _words(task.metric)
+  metric = tables.words(task.metric)
   rows = [(
       'file', 'model', 'format', 'bytes', f'test {metric}', f'{metric} of the model',
       'RMS difference' if task.is_regression else 'same class', 'largest difference',
@@ -300,7 +290,7 @@ def _scores(
   }
   known = dict.fromkeys(key for scores in of_models.values() for key in scores)
   keys = sorted(known, key=lambda key: key != task.metric)  # That one first.
-  rows = [('model', *map(_words, keys))]
+  rows = [('model', *map(tables.words, keys))]
   for name, scores in (of_models | alone).items():
     rows.append(
         (name, *(f'{scores[key]:.4f}' if key in scores else '' for key in keys))
@@ -308,7 +298,7 @@ def _scores(
   finished = results.get('finished')
   when = f', at the end of the training ({finished})' if finished else ''
   lower = [key for key in keys if task.is_lower_better(key)]
-  hint = f' Lower is better: {", ".join(map(_words, lower))}.' if lower else ''
+  hint = f' Lower is better: {", ".join(map(tables.words, lower))}.' if lower else ''
   return (
       f'On the {len(task.test):,} test examples{when}.{hint}\n\n{_table(rows)}'
   )
@@ -363,19 +353,14 @@ def _privacy(
   return text
 
 
-def _bytes(history: Sequence[Mapping[str, str]]) -> str:
+def _bytes(history: Sequence[dict[str, float]]) -> str:
   """What was moved in all rounds, by channel."""
   if not history:
     return "The run's metrics.csv is not there."
-  each = tff_kd.communication.CLIENT_BYTES
-  rows = [('moved, MB', 'all rounds', 'a round')]
-  names = [name for name in history[0] if name.startswith('bytes/') and name != each]
-  for name, shown in (
-      *((name, _words(name.removeprefix('bytes/'))) for name in names),
-      (each, 'by a client that takes part in each round'),
-  ):
-    total = sum(float(row[name]) for row in history if row.get(name)) / 1e6
-    rows.append((shown, f'{total:.4g}', f'{total / len(history):.3g}'))
+  rows = [
+      ('moved, MB', 'all rounds', 'a round'),
+      *run_folders.moved_rows(history, 'by a client that takes part in each round'),
+  ]
   return (
       f'In {len(history)} rounds; all clients together, but for the last line.\n\n'
       + _table(rows)

@@ -1,15 +1,21 @@
-"""Folders of runs: which one is asked for, and which there are; no TensorFlow."""
+"""Folders of runs: which there are, and what is read and written; no TensorFlow."""
 
+from collections.abc import Sequence
+import csv
+import itertools
 import json
 import pathlib
 from typing import Any, Optional
 
+from pipelines import tables
 from pipelines import UserError
 
 # Where `pipelines.train` makes them.
 RUNS = pathlib.Path('runs')
 _CONFIG = 'config.json'
 _MAX_LISTED = 10
+# As `tff_kd.communication.CLIENT_BYTES`, which needs TensorFlow.
+_CLIENT_BYTES = 'bytes/client'
 
 
 def chosen(path: Optional[str], script: str) -> pathlib.Path:
@@ -44,6 +50,42 @@ def write_json(path: pathlib.Path, content: Any) -> None:
   partial = path.with_name(f'{path.name}.partial')
   partial.write_text(json.dumps(content, indent=2) + '\n')
   partial.replace(path)
+
+
+def read_history(path: pathlib.Path) -> list[dict[str, float]]:
+  """Returns the rows of metrics.csv, those of a resumed run's earlier rounds included."""
+  with open(path, newline='') as file:
+    return [
+        {key: float(value) for key, value in row.items() if value}
+        for row in csv.DictReader(file)
+    ]
+
+
+def megabytes(history: Sequence[dict[str, float]]) -> list[float]:
+  """Returns the mean MB that a participating client has moved up to each round."""
+  moved = itertools.accumulate(row[_CLIENT_BYTES] for row in history)
+  return [size / 1e6 for size in moved]
+
+
+def moved_rows(
+    history: Sequence[dict[str, float]], client: str
+) -> list[tuple[str, ...]]:
+  """Returns rows of a table with the MB moved in all rounds, and in one.
+
+  Args:
+    history: The rows of metrics.csv.
+    client: The name of the last row, of a participating client; the other rows are
+      of all clients, by channel.
+  """
+  channels = {
+      name: tables.words(name.removeprefix('bytes/'))
+      for name in history[0] if name.startswith('bytes/') and name != _CLIENT_BYTES
+  }
+  rows: list[tuple[str, ...]] = []
+  for name, shown in (channels | {_CLIENT_BYTES: client}).items():
+    total = sum(row.get(name, 0.0) for row in history) / 1e6
+    rows.append((shown, f'{total:.4g}', f'{total / len(history):.3g}'))
+  return rows
 
 
 def _those_there(script: str) -> str:

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import csv
 import datetime
 import json
 import math
@@ -119,15 +118,6 @@ def resume_command(run_dir: pathlib.Path) -> str:
       f'--output_dir={run_dir}',
   ]
   return shlex.join(words)
-
-
-def read_history(path: pathlib.Path) -> list[dict[str, float]]:
-  """The rows of metrics.csv, a resumed run's earlier rounds included."""
-  with open(path, newline='') as file:
-    return [
-        {key: float(value) for key, value in row.items() if value != ''}
-        for row in csv.DictReader(file)
-    ]
 
 
 def best_row(

@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 import pipelines
+from pipelines import run_folders
 from pipelines import tables
 from pipelines import train_alone
 from pipelines import train_checks
@@ -173,7 +174,7 @@ def _train_fed_avg(
   keras.utils.set_random_seed(args.SEED.value)
   pipelines.say('Building fed_avg, to compare with.')
   process = algorithms.build_fed_avg(**setup.common)
-  moved = int(train_report.megabytes(history)[-1] * 1e6)
+  moved = int(run_folders.megabytes(history)[-1] * 1e6)
   for_bytes = moved // tff_kd.communication.round_bytes(process).total
   _, rows = _train(
       process, initial_state(process),
@@ -232,7 +233,7 @@ def _train(
   )
   if result.interrupted:
     raise KeyboardInterrupt
-  return result, train_folder.read_history(metrics_path)
+  return result, run_folders.read_history(metrics_path)
 
 
 class _Summary:
@@ -248,7 +249,7 @@ class _Summary:
   def __call__(self, training: Any, metrics: Mapping[str, float]) -> str:
     del training
     if self._moved is None:  # With the rounds before a resumed run.
-      history = train_folder.read_history(self._path)
+      history = run_folders.read_history(self._path)
       self._moved = sum(row[_CLIENT_BYTES] for row in history)
     else:
       self._moved += metrics[_CLIENT_BYTES]

@@ -25,7 +25,6 @@ import tff_kd
 # FedAvg, to compare with, gets so many times the rounds at most: where predictions are
 # large, the same bytes would be a hundred times the rounds.
 _MOST_FED_AVG = 3
-_CLIENT_BYTES = tff_kd.communication.CLIENT_BYTES
 
 
 class Baseline(NamedTuple):
@@ -358,16 +357,11 @@ def _print_left_out(history: list[dict[str, float]]) -> None:
 
 
 def _print_ledger(history: list[dict[str, float]]) -> None:
-  """Returns the bytes moved, by channel."""
-  rows = [('moved, MB', 'all clients, all rounds', 'a round')]
-  for name in history[0]:
-    if name.startswith('bytes/') and name != _CLIENT_BYTES:
-      total = sum(row[name] for row in history) / 1e6
-      channel = name.removeprefix('bytes/').replace('_', ' ')
-      rows.append((channel, f'{total:.4g}', f'{total / len(history):.3g}'))
-  each = megabytes(history)[-1]
-  rows.append(('a client that takes part', f'{each:.4g}', f'{each / len(history):.3g}'))
-  tables.print_table(rows)
+  """Prints the bytes moved, by channel."""
+  tables.print_table([
+      ('moved, MB', 'all clients, all rounds', 'a round'),
+      *run_folders.moved_rows(history, 'a client that takes part'),
+  ])
   print()
 
 
@@ -398,8 +392,3 @@ def _print_comparison(finished: Finished) -> None:
       f"FedAvg's test {tables.words(task.metric)} after {num_rounds} rounds is "
       f'{goal:.4f}; the {ending}'
   )
-
-
-def megabytes(history: list[dict[str, float]]) -> list[float]:
-  """Returns the mean bytes that a participating client has moved up to each round."""
-  return list(np.cumsum([row[_CLIENT_BYTES] for row in history]) / 1e6)
