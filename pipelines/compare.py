@@ -14,7 +14,6 @@ on where it was. Leaves table.md, table.csv, curves.png, scores.png (with --vary
 varied.png, too), and each run's own folder.
 """
 
-import csv
 import dataclasses
 import functools
 import json
@@ -22,7 +21,6 @@ import math
 import pathlib
 import re
 import statistics
-import sys
 from typing import Any, NamedTuple
 
 from absl import app
@@ -263,15 +261,9 @@ def _folder_name(setting: _Setting) -> str:
   return algorithms.get(setting.algorithm).name + _folder_words(setting.varied)
 
 
-def _job(run: _Run, arguments: list[str]) -> parallel.Job:
-  """The training, or the rest of it."""
-  command = [
-      sys.executable, '-m', 'pipelines.train', f'--algorithm={run.setting.algorithm}',
-      f'--seed={run.seed}', f'--output_dir={run.folder}', '--nocompare_with_fed_avg',
-      *arguments,
-  ]
-  log = run.folder.with_name(f'{run.folder.name}.log')
-  return parallel.Job(run.name, command, log)
+def _log(folder: pathlib.Path, suffix: str = '') -> pathlib.Path:
+  """Returns the file beside a run's folder in which its output is."""
+  return folder.with_name(f'{folder.name}{suffix}.log')
 
 
 def _check_same_problem(
@@ -311,7 +303,18 @@ def _train_all(
     best = results['best'][f"test/student_{results['metric']}"]
     return f'student {best:.3f}, {seconds:.0f} s'
 
-  jobs = [_job(run, settings[run.setting]) for run in todo.values()]
+  jobs = [
+      parallel.script_job(
+          run.name, 'train',
+          [
+              f'--algorithm={run.setting.algorithm}', f'--seed={run.seed}',
+              f'--output_dir={run.folder}', '--nocompare_with_fed_avg',
+              *settings[run.setting],
+          ],
+          _log(run.folder),
+      )
+      for run in todo.values()
+  ]
   return parallel.run_all(jobs, _JOBS.value, line)
 
 
@@ -321,21 +324,17 @@ def _ceiling_path(seed: int, folder: pathlib.Path) -> pathlib.Path:
 
 def _train_ceilings(seeds: list[int], folder: pathlib.Path) -> list[str]:
   """Trains in one place what is not trained yet; returns what failed."""
-  given = _central_arguments()
-
-  def job(seed: int) -> parallel.Job:
+  jobs = []
+  for seed in seeds:
     path = _ceiling_path(seed, folder)
-    command = [
-        sys.executable, '-m', 'pipelines.centralized', f'--seed={seed}',
-        f'--output_dir={path.parent}', *given,
-    ]
-    log = path.parent.with_name(f'{path.parent.name}.log')
-    return parallel.Job(f'{_IN_ONE_PLACE}, seed {seed}', command, log)
-
-  return parallel.run_all(
-      [job(seed) for seed in seeds if not _ceiling_path(seed, folder).is_file()],
-      _JOBS.value,
-  )
+    if not path.is_file():
+      given = [f'--seed={seed}', f'--output_dir={path.parent}', *_central_arguments()]
+      jobs.append(
+          parallel.script_job(
+              f'{_IN_ONE_PLACE}, seed {seed}', 'centralized', given, _log(path.parent)
+          )
+      )
+  return parallel.run_all(jobs, _JOBS.value)
 
 
 def _central_flags() -> list[flags.Flag]:
@@ -391,18 +390,14 @@ def _further_scores(run: _Run) -> list[str]:
 
 def _audit_all(runs: list[_Run]) -> list[str]:
   """Attacks what is not attacked yet; returns what failed."""
-
-  def job(run: _Run) -> parallel.Job:
-    command = [
-        sys.executable, '-m', 'pipelines.audit', f'--run={run.folder}',
-        '--inversion_epochs=0',
-    ]
-    log = run.folder.with_name(f'{run.folder.name}-audit.log')
-    return parallel.Job(f'audit of {run.name}', command, log)
-
-  return parallel.run_all(
-      [job(run) for run in runs if not run.audit_path.is_file()], _JOBS.value
-  )
+  jobs = [
+      parallel.script_job(
+          f'audit of {run.name}', 'audit',
+          [f'--run={run.folder}', '--inversion_epochs=0'], _log(run.folder, '-audit'),
+      )
+      for run in runs if not run.audit_path.is_file()
+  ]
+  return parallel.run_all(jobs, _JOBS.value)
 
 
 class _Table:
@@ -540,9 +535,7 @@ def _report(
   floor = _floor(runs, metric)
   ceilings = _ceilings(seeds, folder, metric, _further_scores(runs[0]))
   table = _Table(runs, floor, ceilings).rows
-  with open(folder / 'table.csv', 'w', newline='') as file:
-    csv.writer(file).writerows(table)
-  (folder / 'table.md').write_text(tables.markdown_table(table))
+  tables.write_table(table, folder)
   files = ['table.md', 'table.csv']
   levels = {
       f'{model}, {where}': statistics.mean(of[model])

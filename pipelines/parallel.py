@@ -9,6 +9,7 @@ import pathlib
 import queue
 import signal
 import subprocess
+import sys
 import threading
 import time
 from typing import NamedTuple, Optional
@@ -28,6 +29,20 @@ class Job(NamedTuple):
   name: str
   command: Sequence[str]
   log: pathlib.Path
+
+
+def script_job(
+    name: str, script: str, arguments: Sequence[str], log: pathlib.Path
+) -> Job:
+  """Returns the job that runs a script of `pipelines`.
+
+  Args:
+    name: What messages call it.
+    script: The script, such as 'train'.
+    arguments: The flags that it is given.
+    log: Where its output goes.
+  """
+  return Job(name, [sys.executable, '-m', f'pipelines.{script}', *arguments], log)
 
 
 def num_cores() -> int:

@@ -17,11 +17,9 @@ best rounds by test accuracy, which the numbers in its table may be, too: 'best 
 that, of the rounds that were tested.
 """
 
-import csv
 import json
 import pathlib
 import statistics
-import sys
 from typing import Any, NamedTuple
 
 from absl import app
@@ -175,9 +173,7 @@ def _report(runs: list[_Run]) -> None:
   cells = _cells(runs)
   rows = _rows(cells)
   folder = pathlib.Path(_OUTPUT_DIR.value)
-  with open(folder / 'table.csv', 'w', newline='') as file:
-    csv.writer(file).writerows(rows)
-  (folder / 'table.md').write_text(tables.markdown_table(rows))
+  tables.write_table(rows, folder)
   run_folders.write_json(folder / 'table.json', cells)
   print()
   tables.print_table(rows)
@@ -244,14 +240,18 @@ def _run_all(runs: list[_Run]) -> None:
   jobs = []
   for run in todo.values():
     run.folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable, '-m', 'pipelines.reproduce_fedgen_table', f'--only={run.name}',
+    arguments = [
+        f'--only={run.name}',
         *(f'--{flag.name}={flag.value}' for flag in (
             _DATA_DIR, _OUTPUT_DIR, _ROUNDS, _ROUNDS_PER_EVALUATION,
         )),
         f'--algorithms={run.algorithm}', f'--alphas={run.alpha}', f'--seeds={run.seed}',
     ]
-    jobs.append(parallel.Job(run.name, command, run.folder / 'log'))
+    jobs.append(
+        parallel.script_job(
+            run.name, 'reproduce_fedgen_table', arguments, run.folder / 'log'
+        )
+    )
 
   def line(job: parallel.Job, seconds: float) -> str:
     last = json.loads(todo[job.name].results.read_text())['last']

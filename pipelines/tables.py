@@ -1,7 +1,9 @@
-"""Tables on the terminal."""
+"""Tables on the terminal and in files."""
 
 from collections.abc import Sequence
+import csv
 import math
+import pathlib
 import statistics
 
 
@@ -21,6 +23,13 @@ def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
   head, *body = rows
   lines = [head, ('---',) * len(head), *body]
   return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
+
+
+def write_table(rows: Sequence[tuple[str, ...]], folder: pathlib.Path) -> None:
+  """Writes rows into table.csv and table.md of a folder."""
+  with open(folder / 'table.csv', 'w', newline='') as file:
+    csv.writer(file).writerows(rows)
+  (folder / 'table.md').write_text(markdown_table(rows))
 
 
 def words(name: str) -> str:
