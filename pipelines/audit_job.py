@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import pathlib
-import sys
 import time
 from typing import Any, NamedTuple, Optional
 
@@ -13,6 +12,7 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
+import pipelines
 from pipelines import central
 from pipelines import kept
 from pipelines import released as released_lib
@@ -299,13 +299,7 @@ def _open_run(run_dir: pathlib.Path) -> _Run:
           model.name: model.keras_model
           for model in released_lib.load(run_dir, task, must_exist=False)
       },
-      reader=_Reader(
-          task,
-          tff_kd.models.build_model_spec(
-              task.students[args.STUDENT.value[0]], input_spec=task.input_spec,
-              loss_fn=task.loss_fn,
-          ),
-      ),
+      reader=_Reader(task, released_lib.build_spec(task, 'student')),
   )
 
 
@@ -443,18 +437,6 @@ def _local_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
   return [found[client] for client in clients]
 
 
-def _students_released(
-    task: tff_kd.data.Task, released: Sequence[str]
-) -> dict[str, tff_kd.models.KerasModelFn]:
-  """The builders of the released students, by their names."""
-  names = args.STUDENT.value
-  if len(names) == 1:
-    builders = {'student': task.students[names[0]]}
-  else:
-    builders = {f'student_{i}': task.students[name] for i, name in enumerate(names)}
-  return {name: builder for name, builder in builders.items() if name in released}
-
-
 def _attack_by_shadow_models(
     reader: _Reader,
     members: tff_kd.data.Examples,
@@ -472,9 +454,11 @@ def _attack_by_shadow_models(
   is_member = np.arange(len(audited)) < len(members)
   trained = membership.draw_shadow_membership(num_models, len(audited), seed=seed)
   reports = {}
-  for name, builder in _students_released(reader.task, list(answers)).items():
+  for name in answers:
+    if not name.startswith('student'):
+      continue
     confidences = _train_shadows(
-        name, builder, reader, audited, trained, max_epochs=max_epochs, seed=seed
+        name, reader, audited, trained, max_epochs=max_epochs, seed=seed
     )
     reports[name] = membership.infer_by_shadow_models(
         np.concatenate(
@@ -487,7 +471,6 @@ def _attack_by_shadow_models(
 
 def _train_shadows(
     name: str,
-    builder: tff_kd.models.KerasModelFn,
     reader: _Reader,
     audited: tff_kd.data.Examples,
     trained: np.ndarray,
@@ -496,34 +479,24 @@ def _train_shadows(
     seed: int,
 ) -> np.ndarray:
   """The confidences `[models, n]` of models that are trained as `trained` says."""
-  print(
+  pipelines.say(
       f'{name}: trains {len(trained)} shadow models on {trained[0].sum():,} examples '
-      f'each, up to {max_epochs} passes each. This can take long.',
-      file=sys.stderr, flush=True,
+      f'each, up to {max_epochs} passes each. This can take long.'
   )
   task = reader.task
-  evaluator = tff_kd.evaluation.CentralEvaluator(
-      tff_kd.models.build_model_spec(
-          builder, input_spec=task.input_spec, loss_fn=task.loss_fn,
-          metrics_fn=task.metrics_fn, name=name,
-      )
-  )
-  spec = evaluator.spec
+  spec = released_lib.build_spec(task, name)
+  evaluator = tff_kd.evaluation.CentralEvaluator(spec)
   confidences, start = [], time.monotonic()
   for number, rows in enumerate(trained):
     keras.utils.set_random_seed(seed + number)
-    fresh = builder()
+    fresh = released_lib.builder(task, name)()
     fresh(tf.nest.map_structure(lambda a: a[:1], audited.inputs))
     training = central.Training(
         spec, audited.take(np.flatnonzero(rows)), batch_size=_SHADOW_BATCH,
         seed=seed + number, initial_weights=spec.weights_of(fresh),
         optimizer_fn=lambda: keras.optimizers.Adam(_SHADOW_RATE),
     )
-    weights, best = central.fit(
-        training,
-        lambda weights: evaluator.evaluate(weights, *task.validation)[task.metric],
-        higher_is_better=not task.is_lower_better(), max_epochs=max_epochs,
-    )
+    weights, best = central.fit(training, evaluator, task, max_epochs=max_epochs)
     model = spec.to_keras(weights)
     if not best:
       raise UserError(
@@ -535,9 +508,9 @@ def _train_shadows(
         membership.logit_scaled_confidences(reader.predict(model, audited))
     )
     left = (time.monotonic() - start) / (number + 1) * (len(trained) - number - 1)
-    print(
+    pipelines.say(
         f'{name}: shadow model {number + 1} of {len(trained)}, best after pass {best}; '
-        f'about {left:,.0f} s to go.', file=sys.stderr, flush=True,
+        f'about {left:,.0f} s to go.'
     )
   return np.stack(confidences)
 

@@ -94,10 +94,10 @@ class Training:
 
 def fit(
     training: Training,
-    evaluate: Callable[[Any], float],
+    evaluator: tff_kd.evaluation.CentralEvaluator,
+    task: tff_kd.data.Task,
     *,
     max_epochs: int,
-    higher_is_better: bool = True,
     epochs_per_look: int = 1,
     patience: int = 3,
     on_look: Optional[Callable[[int, float], None]] = None,
@@ -106,10 +106,10 @@ def fit(
 
   Args:
     training: The training, before its first epoch.
-    evaluate: Maps `ModelWeights` to the validation score.
+    evaluator: Evaluates the model.
+    task: The task, whose metric on its validation part is the score.
     max_epochs: Passes at most; the last look's are whole, so that where
       `epochs_per_look` does not divide it, there may be up to so many more less one.
-    higher_is_better: Whether the score is none of an error.
     epochs_per_look: Passes between looks at the validation score.
     patience: So many looks without a better score end it.
     on_look: Called with the epoch and the score at each look.
@@ -118,12 +118,12 @@ def fit(
     The best weights and the best epoch; the initial weights and 0 if the first score is
     not finite.
   """
-  sign = 1.0 if higher_is_better else -1.0
+  sign = -1.0 if task.is_lower_better() else 1.0
   best_score, best_epoch, best_weights, misses = -np.inf, 0, training.weights, 0
   for epoch in range(epochs_per_look, max_epochs + epochs_per_look, epochs_per_look):
     training.run(epochs_per_look)
     weights = training.weights
-    score = evaluate(weights)
+    score = evaluator.evaluate(weights, *task.validation)[task.metric]
     if on_look is not None:
       on_look(epoch, score)
     if not np.isfinite(score):

@@ -95,6 +95,38 @@ def own_classes(model: keras.Model) -> dict[str, type]:
   }
 
 
+def _architecture(name: str) -> str:
+  """Returns which of the task's models a model of a run is."""
+  if not name.startswith('student'):
+    return args.TEACHER.value
+  number = name.removeprefix('student').removeprefix('_')
+  return args.STUDENT.value[int(number or 0)]
+
+
+def builder(task: tff_kd.data.Task, name: str) -> tff_kd.models.KerasModelFn:
+  """Returns the function that builds a model of a run.
+
+  Args:
+    task: What the run is about.
+    name: The name of the model: 'student', 'student_0' and so on, or 'teacher'.
+  """
+  models = task.students if name.startswith('student') else task.teachers
+  return models[_architecture(name)]
+
+
+def build_spec(task: tff_kd.data.Task, name: str) -> tff_kd.models.ModelSpec:
+  """Returns the spec of a model of a run.
+
+  Args:
+    task: What the run is about.
+    name: The name of the model, as for `builder`.
+  """
+  return tff_kd.models.build_model_spec(
+      builder(task, name), input_spec=task.input_spec, loss_fn=task.loss_fn,
+      metrics_fn=task.metrics_fn, name=name,
+  )
+
+
 def load(
     run_dir: pathlib.Path, task: tff_kd.data.Task, must_exist: bool = True
 ) -> list[Released]:
@@ -121,22 +153,13 @@ def load(
   found = []
   for path in paths:
     name = path.name.removesuffix(_WHOLE).removesuffix(_WEIGHTS)
-    builders = task.teachers
-    architecture = args.TEACHER.value
-    if name.startswith('student'):
-      builders = task.students
-      number = name.removeprefix('student').removeprefix('_')
-      architecture = args.STUDENT.value[int(number) if number else 0]
-    spec = tff_kd.models.build_model_spec(
-        builders[architecture], input_spec=task.input_spec, loss_fn=task.loss_fn,
-        metrics_fn=task.metrics_fn, name=name,
-    )
+    spec = build_spec(task, name)
     model = spec.to_keras(spec.initial_weights)
     try:
       model.load_weights(path)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
       raise UserError(
-          f'{path} is damaged, or not of the model {architecture!r} of the task '
+          f'{path} is damaged, or not of the model {_architecture(name)!r} of the task '
           f'{task.name}: {str(error).splitlines()[0]}'
       ) from error
     found.append(Released(name, path, model, spec, spec.weights_of(model)))

@@ -63,8 +63,8 @@ def _train_alone(
 
   weights, _ = central.fit(
       _on_server_labels(evaluator.spec, task),
-      lambda weights: evaluator.evaluate(weights, *task.validation)[task.metric],
-      higher_is_better=not task.is_lower_better(),
+      evaluator,
+      task,
       max_epochs=min(_ALONE_EPOCHS, -(-most_steps // steps)),
       epochs_per_look=-(-_ALONE_LOOK // steps),
       patience=_ALONE_PATIENCE,

@@ -75,11 +75,7 @@ def _apply_task_defaults(task: tff_kd.data.Task) -> None:
   for name, value in defaults.items():
     if name not in settled:
       flags.FLAGS[name].value = value
-  for flag, known in (
-      ('student', task.students), ('teacher', task.teachers), ('mentor', task.teachers)
-  ):
-    if args.is_taken(algorithm, flag):
-      train_checks.check_models(flag, list(known))
+  train_checks.check_models_of(task)
 
 
 def split_clients(task: tff_kd.data.Task) -> Sequence[np.ndarray]:
