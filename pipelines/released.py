@@ -4,6 +4,8 @@ Models are built as the task says and get their weights from the files, so that 
 of one's own need not be registered with Keras.
 """
 
+from collections.abc import Callable
+import operator
 import pathlib
 from typing import Any, NamedTuple, Optional
 import zipfile
@@ -41,7 +43,6 @@ class Released(NamedTuple):
 SENT = 'sent'
 # The suffixes of a whole model, and of the weights of one that Keras cannot serialize.
 _WHOLE, _WEIGHTS = '.keras', '.weights.h5'
-_BATCH = 256
 
 
 def predict(model: keras.Model, inputs: Any) -> np.ndarray:
@@ -51,19 +52,31 @@ def predict(model: keras.Model, inputs: Any) -> np.ndarray:
     model: The model.
     inputs: An array `[n, ...]`, or a dict of such.
   """
+
+  def call(batch: Any) -> np.ndarray:
+    # Not by `predict`, which refuses classes whose names begin with an underscore.
+    outputs = model(tf.nest.map_structure(tf.constant, batch), training=False)
+    # They are bfloat16 under a mixed policy.
+    return tf.cast(outputs, tf.float32).numpy()
+
+  return in_batches(call, inputs)
+
+
+def in_batches(
+    call: Callable[[Any], np.ndarray], inputs: Any, batch_size: int = 256
+) -> np.ndarray:
+  """Returns the outputs of a function that is called with one batch after the other.
+
+  Args:
+    call: Maps a batch of inputs to outputs.
+    inputs: An array `[n, ...]`, or a dict of such.
+    batch_size: The number of examples in a batch; the last one may have fewer.
+  """
   size = len(tf.nest.flatten(inputs)[0])
-  # Not by `predict`, which refuses classes whose names begin with an underscore.
-  outputs = [
-      model(
-          tf.nest.map_structure(
-              lambda a, start=start: tf.constant(a[start : start + _BATCH]), inputs
-          ),
-          training=False,
-      )
-      for start in range(0, size, _BATCH)
-  ]
-  # They are bfloat16 under a mixed policy.
-  return np.concatenate([tf.cast(part, tf.float32).numpy() for part in outputs])
+  batches = [slice(start, start + batch_size) for start in range(0, size, batch_size)]
+  return np.concatenate([
+      call(tf.nest.map_structure(operator.itemgetter(rows), inputs)) for rows in batches
+  ])
 
 
 def save(model: keras.Model, folder: pathlib.Path, name: str) -> None:
