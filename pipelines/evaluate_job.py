@@ -82,7 +82,9 @@ def _evaluate(
   evaluator = evaluation.CentralEvaluator(model.spec)
   outputs = evaluator.outputs(model.weights, examples.inputs)
   by_client = np.array([
-      _metric(outputs[client_rows], examples.take(client_rows), model.spec, task)
+      train_evaluation.metric_of(
+          outputs[client_rows], examples.take(client_rows), model.spec, task
+      )
       for client_rows in rows
   ])
   scores = _scores(outputs, examples, model.spec)
@@ -116,21 +118,16 @@ def _evaluate_own(
     return None
   specs = models.specs
   evaluators = [evaluation.CentralEvaluator(spec) for spec in specs]
-  outputs_of_clients, by_client, counted = [], [], _counted(task, examples, rows)
+  parts, by_client, counted = [], [], _counted(task, examples, rows)
   for client, client_rows in enumerate(rows):
-    own_examples = examples.take(client_rows)
-    if not len(own_examples):
+    own = examples.take(client_rows)
+    if not len(own):
       by_client.append(float('nan'))
       continue
-    outputs_of_clients.append(
-        evaluators[client % len(specs)].outputs(
-            models.weights(client), own_examples.inputs
-        )
-    )
-    by_client.append(
-        _metric(outputs_of_clients[-1], own_examples, specs[0], task)
-    )
-  outputs = np.concatenate(outputs_of_clients)
+    evaluator = evaluators[client % len(specs)]
+    parts.append(evaluator.outputs(models.weights(client), own.inputs))
+    by_client.append(train_evaluation.metric_of(parts[-1], own, specs[0], task))
+  outputs = np.concatenate(parts)
   examples = examples.take(np.concatenate(rows))
   return _Evaluated(
       'client', specs[0], outputs, examples, _scores(outputs, examples, specs[0]),
@@ -146,21 +143,20 @@ def _counted(
   return np.array([k for k, of_k in enumerate(rows) if counts[of_k].any()], int)
 
 
-def _metric(
-    outputs: np.ndarray, examples: tff_kd.data.Examples, spec: tff_kd.models.ModelSpec,
-    task: tff_kd.data.Task,
-) -> float:
-  """The task's metric alone; NaN without examples."""
-  value = train_evaluation.metric_of(outputs, examples, spec, task)
-  return float('nan') if value is None else value
-
-
 def _worst_first(found: _Evaluated, task: tff_kd.data.Task) -> np.ndarray:
   """The clients of which an example counts; those without a number are the worst."""
   sign = -1.0 if task.is_lower_better() else 1.0
   values = sign * found.by_client[found.counted]
   values[np.isnan(values)] = -np.inf
   return found.counted[np.argsort(values, kind='stable')]
+
+
+def _over_clients(
+    found: _Evaluated, task: tff_kd.data.Task
+) -> evaluation.FederatedEvaluation:
+  """Summarises the metric over the clients of which an example counts."""
+  values = found.by_client[_worst_first(found, task)]
+  return evaluation.over_clients(values, lower_is_better=task.is_lower_better())
 
 
 def _print(
@@ -170,17 +166,19 @@ def _print(
   # Of clients' own models the task's further scores are not known.
   keys = list(dict.fromkeys(key for model in found for key in model.scores))
   name_of = {'clients': 'training'}.get(part, part)
-  head = ['model', *(f"{name_of} {key.replace('_', ' ')}" for key in keys)]
+  head = ['model', *(f'{name_of} {tables.words(key)}' for key in keys)]
   if len(rows):
-    head += [f"clients: mean {metric.replace('_', ' ')}", '10th pct.', 'worst']
+    head += [f'clients: mean {tables.words(metric)}', '10th pct.', 'worst']
   table = [tuple(head)]
   for model in found:
     row = [model.name]
     row += [f'{model.scores[key]:.4f}' if key in model.scores else '' for key in keys]
     if len(rows):
-      values = model.by_client[_worst_first(model, task)]
-      tenth = np.percentile(values, 90 if task.is_lower_better() else 10)
-      row += [f'{number:.4f}' for number in (values.mean(), tenth, values[0])]
+      summary = _over_clients(model, task)
+      row += [
+          f'{number:.4f}'
+          for number in (summary.mean, summary.percentile_10, summary.worst)
+      ]
     table.append(tuple(row))
   print(f'{task.name}: {len(examples)} examples ({part}).\n')
   tables.print_table(table)
@@ -222,13 +220,10 @@ def _write(report_dir, task, part, examples, found, names, clients, rows) -> Non
   for model in found:
     report['models'][model.name] = {'scores': model.scores}
     if len(rows):
-      values = model.by_client[_worst_first(model, task)]
+      summary = _over_clients(model, task)
       report['models'][model.name]['clients'] = {
-          'metric': task.metric, 'count': len(values), 'mean': float(values.mean()),
-          'percentile_10': float(
-              np.percentile(values, 90 if task.is_lower_better() else 10)
-          ),
-          'worst': float(values[0]),
+          'metric': task.metric, 'count': summary.num_clients, 'mean': summary.mean,
+          'percentile_10': summary.percentile_10, 'worst': summary.worst,
       }
   run_folders.write_json(report_dir / 'report.json', report)
   if not len(rows):
@@ -239,17 +234,17 @@ def _write(report_dir, task, part, examples, found, names, clients, rows) -> Non
         'client', 'examples', 'trained_on',
         *(f'{model.name}_{task.metric}' for model in found),
     ])
-    for client, its_rows in enumerate(rows):
+    for client, client_rows in enumerate(rows):
       values = [model.by_client[client] for model in found]
       writer.writerow([
-          names[client], len(its_rows), len(clients[client]),
+          names[client], len(client_rows), len(clients[client]),
           *('' if np.isnan(value) else value for value in values),
       ])
 
 
 def _draw(report_dir, task, title, found, has_clients: bool) -> list[str]:
   """Draws the pictures; returns the names of their files."""
-  shown = {model.name: model.name.replace('_', ' ') for model in found}
+  shown = {model.name: tables.words(model.name) for model in found}
   if 'client' in shown:
     shown['client'] = "clients' own models"
   figures = {}

@@ -164,12 +164,11 @@ def over_clients(
     test_split: Sequence[np.ndarray],
 ) -> tff_kd.evaluation.FederatedEvaluation:
   """The task's metric over clients, each on its share of the test part."""
-  outputs = evaluator.outputs(weights, task.test.inputs)
+  outputs, counted = evaluator.outputs(weights, task.test.inputs), task.counted(task.test)
   values = [
       metric_of(outputs[rows], task.test.take(rows), evaluator.spec, task)
-      for rows in test_split
+      for rows in test_split if counted[rows].any()
   ]
-  values = [value for value in values if value is not None]
   return tff_kd.evaluation.over_clients(
       np.array(values), lower_is_better=task.is_lower_better()
   )
@@ -180,10 +179,10 @@ def metric_of(
     examples: tff_kd.data.Examples,
     spec: tff_kd.models.ModelSpec,
     task: tff_kd.data.Task,
-) -> Optional[float]:
-  """Returns the task's metric alone; `None` where no example counts."""
+) -> float:
+  """Returns the task's metric alone; NaN where no example counts."""
   if not task.counted(examples).any():
-    return None
+    return float('nan')
   name = task.metric
   return tff_kd.evaluation.score(
       outputs, examples.labels, spec=spec, names=[name],
