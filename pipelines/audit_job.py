@@ -5,6 +5,7 @@ import dataclasses
 import json
 import pathlib
 import time
+import types
 from typing import Any, NamedTuple, Optional
 
 import keras
@@ -18,12 +19,13 @@ from pipelines import kept
 from pipelines import released as released_lib
 from pipelines import run_folders
 from pipelines import tables
-from pipelines import train_flags as args
-from pipelines import train_process
+from pipelines import train_checks
 from pipelines import train_data
+from pipelines import train_flags as args
 from pipelines import train_folder
-from pipelines import train_setup
 from pipelines import train_privacy
+from pipelines import train_process
+from pipelines import train_setup
 from pipelines import UserError
 import tff_kd
 from tff_kd import algorithms
@@ -39,6 +41,10 @@ _MIN_VICTIM_EXAMPLES = 5
 _MAX_SHOWN = 8
 # Adam's learning rate and the batch size of shadow models.
 _SHADOW_RATE, _SHADOW_BATCH = 0.001, 32
+# Fields of what membership inference has found that report.json does not have.
+_NOT_IN_JSON = (
+    'false_positive_rates', 'true_positive_rates', 'threshold', 'num_shadow_models',
+)
 _NO_SHADOWS = """\
 - Attacks that train models of their own to compare with (shadow models, LiRA), which find
   more at low false positive rates; `--shadow_models=16` runs them.
@@ -91,7 +97,6 @@ class _Run(NamedTuple):
 
   Attributes:
     folder: Where it is.
-    config: Its flags.
     algorithm: Which.
     task: Its data.
     rows: The rows of each client's examples that it was trained on.
@@ -103,7 +108,6 @@ class _Run(NamedTuple):
   """
 
   folder: pathlib.Path
-  config: Mapping[str, Any]
   algorithm: algorithms.Info
   task: tff_kd.data.Task
   rows: Sequence[np.ndarray]
@@ -141,29 +145,17 @@ class _Victim(NamedTuple):
   examples: Any
 
 
-class _Inverted(NamedTuple):
-  """A class of a victim, to be drawn.
-
-  Attributes:
-    title: Which.
-    images: By what they are, `[height, width, ...]` each.
-  """
-
-  title: str
-  images: Mapping[str, np.ndarray]
-
-
 class _Inversion(NamedTuple):
   """Examples reconstructed from predictions.
 
   Attributes:
     gains: By score, over what needs no client; `None` if nothing was tried.
-    shown: To be drawn.
+    shown: By the title of a row of pictures, images `[height, width, ...]` by title.
     reason: Why nothing was tried.
   """
 
   gains: Optional[Mapping[str, membership.Estimate]] = None
-  shown: Sequence[_Inverted] = ()
+  shown: Mapping[str, Mapping[str, np.ndarray]] = types.MappingProxyType({})
   reason: Optional[str] = None
 
 
@@ -250,7 +242,7 @@ def run(
         )
         for victim in victims
     ])
-  inverted = _try_inversion(finished, victims, num_epochs=num_epochs, seed=seed)
+  inverted = _invert(finished, victims, num_epochs=num_epochs, seed=seed)
   shadows = None
   if num_shadow_models:
     shadows = _attack_by_shadow_models(
@@ -268,7 +260,7 @@ def run(
 
 def _open_run(run_dir: pathlib.Path) -> _Run:
   """The run, if it can be attacked."""
-  config = args.take_run(run_dir)
+  args.take_run(run_dir)
   if not (run_dir / train_folder.RESULTS).exists():
     raise UserError(
         f'The run in {run_dir} has not ended. Let pipelines.train go on with it first.'
@@ -293,8 +285,7 @@ def _open_run(run_dir: pathlib.Path) -> _Run:
         'round, whose models are kept: there is nothing to find out.'
     )
   return _Run(
-      run_dir, config, algorithm, task, rows, batches,
-      took_part,
+      run_dir, algorithm, task, rows, batches, took_part,
       released={
           model.name: model.keras_model
           for model in released_lib.load(run_dir, task, must_exist=False)
@@ -515,18 +506,6 @@ def _train_shadows(
   return np.stack(confidences)
 
 
-def _try_inversion(
-    finished: _Run, victims: Sequence[_Victim], *, num_epochs: int, seed: int
-) -> _Inversion:
-  reason = _why_not_inverted(finished, num_epochs)
-  if reason is not None:
-    return _Inversion(reason=reason)
-  return _invert(
-      finished.reader, _server_model(finished.released), victims,
-      num_epochs=num_epochs, seed=seed,
-  )
-
-
 def _why_not_inverted(finished: _Run, num_epochs: int) -> Optional[str]:
   if not num_epochs:
     return 'It was turned off.'
@@ -544,10 +523,13 @@ def _why_not_inverted(finished: _Run, num_epochs: int) -> Optional[str]:
 
 
 def _invert(
-    reader: _Reader, server: keras.Model, victims: Sequence[_Victim], *,
-    num_epochs: int, seed: int,
+    finished: _Run, victims: Sequence[_Victim], *, num_epochs: int, seed: int
 ) -> _Inversion:
-  """Scores of the reconstructions, each against what needs no client; and pictures."""
+  """Reconstructs examples, if the run has predictions to reconstruct them from."""
+  reason = _why_not_inverted(finished, num_epochs)
+  if reason is not None:
+    return _Inversion(reason=reason)
+  reader, server = finished.reader, _server_model(finished.released)
   public = reader.task.transfer.inputs
   server_public = reader.logits(server, public)
   # What the server thinks that a class looks like, without any client.
@@ -555,9 +537,8 @@ def _invert(
       int(label): public[np.argmax(server_public, -1) == label].mean(0)
       for label in np.unique(np.argmax(server_public, -1))
   }
-  gains = {name: [] for name in ('class PSNR', 'class SSIM', 'example PSNR',
-                                 'example SSIM')}
-  shown = []
+  names = ('class PSNR', 'class SSIM', 'example PSNR', 'example SSIM')
+  gains, shown = {name: [] for name in names}, {}
   for victim in victims:
     inverter = inversion.Inverter(
         public, inversion.Pairs(reader.logits(victim.model, public), server_public),
@@ -565,7 +546,7 @@ def _invert(
     )
     classes = reader.task.class_numbers(victim.examples)
     by_class, images = _invert_classes(inverter, victim, classes, of_class, public)
-    shown += images[: _MAX_SHOWN - len(shown)]
+    shown |= images
     # One number a client: its examples are alike.
     of_client = [
         *(np.mean(by_class, axis=0) if by_class else (np.nan, np.nan)),
@@ -579,7 +560,7 @@ def _invert(
           name: membership.mean_with_interval(values)
           for name, values in gains.items() if values
       },
-      shown,
+      dict(list(shown.items())[:_MAX_SHOWN]),
   )
 
 
@@ -599,10 +580,10 @@ def _gains(
 def _invert_classes(
     inverter: inversion.Inverter, victim: _Victim, classes: np.ndarray,
     of_class: Mapping[int, np.ndarray], public: np.ndarray,
-) -> tuple[list[list[float]], list[_Inverted]]:
-  """By class of the victim, the gains; and pictures."""
+) -> tuple[list[list[float]], dict[str, dict[str, np.ndarray]]]:
+  """Returns the gains of each class of a victim, and the pictures."""
   private = victim.examples
-  by_class, shown = [], []
+  by_class, shown = [], {}
   for label in np.unique(classes):
     if int(label) not in of_class:
       continue
@@ -613,17 +594,12 @@ def _invert_classes(
         float(gain[0])
         for gain in _gains(image, known, own.mean(0)[np.newaxis], np.ptp(public))
     ])
-    shown.append(
-        _Inverted(
-            f'client {victim.client},\nclass {label}',
-            {
-                'private: one example': own[0],
-                'private: mean of the class': own.mean(0),
-                'reconstructed from predictions': image[0],
-                'public: mean of the class': known[0],
-            },
-        )
-    )
+    shown[f'client {victim.client},\nclass {label}'] = {
+        'private: one example': own[0],
+        'private: mean of the class': own.mean(0),
+        'reconstructed from predictions': image[0],
+        'public: mean of the class': known[0],
+    }
   return by_class, shown
 
 
@@ -648,7 +624,7 @@ def _invert_examples(
 def _report(report_dir: pathlib.Path, finished: _Run, results: _Results) -> None:
   """Prints the tables; writes report.md, report.json and the pictures."""
   setup = _setup(finished, results)
-  guards = _guards(finished.config)
+  guards = _guards()
   released = _rows_of_released(results.found)
   clients = _rows_of_clients(finished, results)
   _write_text(report_dir, setup, guards, released, clients, results)
@@ -674,12 +650,12 @@ def _report(report_dir: pathlib.Path, finished: _Run, results: _Results) -> None
 
 
 def _setup(finished: _Run, results: _Results) -> str:
-  config, num_clients = finished.config, len(finished.took_part)
   is_of_labelled = _is_of_labelled(finished.batches, finished.algorithm)
   kind = 'examples with known labels' if is_of_labelled else 'examples'
   setup = (
-      f'{config["algorithm"]} on {config["task"]}. Members: {results.num_members} '
-      f'{kind} of the {num_clients} clients that took part up to the best round, whose '
+      f'{args.ALGORITHM.value} on {args.TASK.value}. Members: {results.num_members} '
+      f'{kind} of the {len(finished.took_part)} clients that took part up to the best '
+      'round, whose '
       'models are kept; others: the test part, equally many. Attack, class and threshold '
       'were chosen on one half and measured on the other. '
       f'{len(results.clients)} clients were attacked one by one, with '
@@ -695,15 +671,15 @@ def _setup(finished: _Run, results: _Results) -> str:
   return setup if results.found else f'{setup} This run releases no model.'
 
 
-def _guards(config: Mapping[str, Any]) -> list[str]:
+def _guards() -> list[str]:
   """Returns the run's protections against these attacks, and the missing ones."""
   guards = []
-  if config.get('epsilon') is not None or config.get('noise_multiplier') is not None:
+  if train_checks.is_private():
     guards.append(
         'The run was differentially private: what is released is; what single clients '
         'send to the server, before its noise, is not.'
     )
-  if config.get('secure_aggregation'):
+  if args.SECURE_AGGREGATION.value:
     guards.append(
         'Under a secure protocol the server would see sums only. What single clients '
         'send is attacked here as if it saw that.'
@@ -862,75 +838,34 @@ def _draw(report_dir: pathlib.Path, results: _Results) -> None:
     })
     figure.savefig(report_dir / 'shadow_models.png')
   if results.inversion.shown:
-    figure = plots.images(
-        {inverted.title: inverted.images for inverted in results.inversion.shown}
-    )
-    figure.savefig(report_dir / 'inversion.png')
+    plots.images(results.inversion.shown).savefig(report_dir / 'inversion.png')
 
 
 def _results_as_json(results: _Results) -> dict[str, Any]:
-  gains = results.inversion.gains
   shadows = results.shadows
   return {
-      'membership': {name: _as_json(report) for name, report in results.found.items()},
+      'membership': _as_json(results.found),
       'clients': {
-          'membership_auc': results.leaks._asdict(),
-          'names': list(results.clients),
+          'membership_auc': _as_json(results.leaks), 'names': list(results.clients)
       },
-      'inversion': gains and {name: gain._asdict() for name, gain in gains.items()},
+      'inversion': _as_json(results.inversion.gains),
       'shadow_models': shadows and {
           'num_models': shadows.num_models,
           'num_examples': shadows.num_examples,
           'max_epochs': shadows.max_epochs,
-          'students': {
-              name: _lira_as_json(report) for name, report in shadows.reports.items()
-          },
+          'students': _as_json(shadows.reports),
       },
   }
 
 
-def _lira_as_json(report: membership.LiraReport) -> dict[str, Any]:
-
-  def of(finding: Optional[membership.LiraFinding]) -> Optional[dict[str, Any]]:
-    return finding and {
-        'attack': finding.attack,
-        'auc': finding.auc._asdict(),
-        'num_members': finding.num_members,
-        'num_non_members': finding.num_non_members,
-        'detections': [
-            {
-                'allowed_rate': found.allowed_rate,
-                'true_positive_rate': found.true_positive_rate._asdict(),
-                'false_positive_rate': found.false_positive_rate._asdict(),
-            }
-            for found in finding.detections
-        ],
+def _as_json(value: Any) -> Any:
+  """Returns named tuples as dicts, without the fields that report.json leaves out."""
+  if hasattr(value, '_asdict'):
+    value = value._asdict()
+  if isinstance(value, Mapping):
+    return {
+        name: _as_json(each) for name, each in value.items() if name not in _NOT_IN_JSON
     }
-
-  return {
-      'online': of(report.online),
-      'offline': of(report.offline),
-      'loss': of(report.loss),
-      'of_shadow': of(report.of_shadow),
-      'fixed_variance': report.fixed_variance,
-  }
-
-
-def _as_json(report: membership.Report) -> dict[str, Any]:
-
-  def of(finding: Optional[membership.Finding]) -> Optional[dict[str, Any]]:
-    return finding and {
-        'attack': finding.attack,
-        'auc': finding.auc._asdict(),
-        'advantage': finding.advantage._asdict(),
-        'num_members': finding.num_members,
-        'num_non_members': finding.num_non_members,
-        'label': finding.label,
-    }
-
-  return {
-      'overall': of(report.overall),
-      'worst_class': of(report.worst_class),
-      'member_accuracy': report.member_accuracy,
-      'non_member_accuracy': report.non_member_accuracy,
-  }
+  if isinstance(value, tuple):
+    return [_as_json(each) for each in value]
+  return value

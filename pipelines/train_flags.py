@@ -963,7 +963,7 @@ def take_defaults() -> None:
     _take_config(pathlib.Path(CONFIG.value), _NOT_REPEATED)
 
 
-def take_run(run_dir: pathlib.Path) -> dict[str, Any]:
+def take_run(run_dir: pathlib.Path) -> None:
   """Gives the flags that are not given those of a run that a script looks at.
 
   But for those that say where it runs: that is this script's own.
@@ -971,17 +971,14 @@ def take_run(run_dir: pathlib.Path) -> dict[str, Any]:
   Args:
     run_dir: The folder of the run.
 
-  Returns:
-    The run's flags, by name.
-
   Raises:
     app.UsageError: As `take_defaults`.
   """
-  return _take_config(run_dir / CONFIG_NAME, _NOT_REPEATED | _WHERE)
+  _take_config(run_dir / CONFIG_NAME, _NOT_REPEATED | _WHERE)
 
 
-def _take_config(path: pathlib.Path, left: Set[str]) -> dict[str, Any]:
-  """Takes the flags of a run, but for those that are left out; returns all of them."""
+def _take_config(path: pathlib.Path, left: Set[str]) -> None:
+  """Takes the flags of a run, but for those that are left out."""
   values, given = _read_config(path)
   known = own_flags()
   for name in given - left:
@@ -995,14 +992,13 @@ def _take_config(path: pathlib.Path, left: Set[str]) -> dict[str, Any]:
   ran_with = [values.get(name, known[name].value) for name in _OF_DEFAULTS]
   if [known[name].value for name in _OF_DEFAULTS] != ran_with:
     _take(defaults)
-    return values
+    return
   of_run = {
       name: value for name, value in values.items() if name not in given | left
   }
   for name in _take(defaults | of_run) & set(of_run):
     # A user's own task, which has more defaults once it is loaded, must leave it.
     known[name].using_default_value = False
-  return values
 
 
 def _read_config(path: pathlib.Path) -> tuple[dict[str, Any], set[str]]:

@@ -363,7 +363,7 @@ def test_what_looks_at_a_run_does_not_run_where_it_ran(tmp_path):
   where = ['--device=GPU', '--ray_address=auto', '--ray_workers=3']
   _config_of(path, '--seed=4', *where)
   with helpers.flags_of():
-    assert train_flags.take_run(tmp_path)['device'] == ['GPU']
+    train_flags.take_run(tmp_path)
     assert train_flags.SEED.value == 4
     assert not train_flags.DEVICE.value and train_flags.RAY_ADDRESS.value is None
   with helpers.flags_of(f'--config={path}'):
