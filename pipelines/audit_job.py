@@ -652,21 +652,15 @@ def _report(report_dir: pathlib.Path, finished: _Run, results: _Results) -> None
 def _setup(finished: _Run, results: _Results) -> str:
   is_of_labelled = _is_of_labelled(finished.batches, finished.algorithm)
   kind = 'examples with known labels' if is_of_labelled else 'examples'
+  attacked = 'keep' if finished.keeps_models else 'would send after one more round'
   setup = (
       f'{args.ALGORITHM.value} on {args.TASK.value}. Members: {results.num_members} '
       f'{kind} of the {len(finished.took_part)} clients that took part up to the best '
-      'round, whose '
-      'models are kept; others: the test part, equally many. Attack, class and threshold '
-      'were chosen on one half and measured on the other. '
-      f'{len(results.clients)} clients were attacked one by one, with '
-      + (
-          'the models that they keep. In'
-          if finished.keeps_models
-          else 'the models that they would send after one more round. In'
-      )
-      + ' brackets: 95 % confidence intervals. Chance '
-      'is an AUC of .5, an advantage of 0, and no decibel and no SSIM over the public '
-      'mean.'
+      'round, whose models are kept; others: the test part, equally many. Attack, class '
+      'and threshold were chosen on one half and measured on the other. '
+      f'{len(results.clients)} clients were attacked one by one, with the models that '
+      f'they {attacked}. In brackets: 95 % confidence intervals. Chance is an AUC of .5, '
+      'an advantage of 0, and no decibel and no SSIM over the public mean.'
   )
   return setup if results.found else f'{setup} This run releases no model.'
 

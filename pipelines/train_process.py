@@ -46,16 +46,11 @@ def _client_optimizer() -> tff.learning.optimizers.Optimizer:
 
 def schedules() -> list[tff_kd.simulation.LearningRateSchedule]:
   """Returns the learning-rate schedules over --rounds that flags ask for."""
-  flags_of = {
-      'client': (
-          args.CLIENT_RATE_SCHEDULE, args.CLIENT_RATE, args.CLIENT_WARMUP_ROUNDS
-      ),
-      'server': (
-          args.SERVER_RATE_SCHEDULE, args.SERVER_RATE, args.SERVER_WARMUP_ROUNDS
-      ),
-  }
   found = []
-  for optimizer, (kind, rate, warmup) in flags_of.items():
+  for optimizer, kind, rate, warmup in (
+      ('client', args.CLIENT_RATE_SCHEDULE, args.CLIENT_RATE, args.CLIENT_WARMUP_ROUNDS),
+      ('server', args.SERVER_RATE_SCHEDULE, args.SERVER_RATE, args.SERVER_WARMUP_ROUNDS),
+  ):
     if kind.value != 'constant' or warmup.value:
       found.append(
           tff_kd.simulation.LearningRateSchedule(
@@ -70,8 +65,7 @@ def schedules() -> list[tff_kd.simulation.LearningRateSchedule]:
 
 
 def _aggregator(
-    channel: str, methods: Sequence[str], norm_bound: Optional[float],
-    bits: Optional[int],
+    methods: Sequence[str], norm_bound: Optional[float], bits: Optional[int]
 ) -> Optional[tff.aggregators.WeightedAggregationFactory]:
   """How one channel is compressed and made robust; `None` where it is neither."""
   factory = None
@@ -117,20 +111,17 @@ def common_arguments(
       metrics_fn=task.metrics_fn,
       client_optimizer=_client_optimizer(),
       model_aggregator=_aggregator(
-          'model', args.ROBUST_MODEL.value, args.MODEL_NORM_BOUND.value,
-          args.MODEL_BITS.value,
+          args.ROBUST_MODEL.value, args.MODEL_NORM_BOUND.value, args.MODEL_BITS.value
       ),
   )
-  if any(flag.present or flag.value != flag.default for flag in _of_server_optimizer()):
+  of_server = (args.SERVER_OPTIMIZER, args.SERVER_RATE, args.SERVER_RATE_SCHEDULE)
+  if any(flag.present or flag.value != flag.default for flag in of_server):
     build = _OPTIMIZERS[args.SERVER_OPTIMIZER.value]
     common['server_optimizer'] = build(args.SERVER_RATE.value)
   if args.WEIGHTING.value is not None or train_checks.is_private():
-    common['client_weighting'] = tff.learning.ClientWeighting[_weighting().upper()]
+    weighting = args.WEIGHTING.value or 'uniform'
+    common['client_weighting'] = tff.learning.ClientWeighting[weighting.upper()]
   return common
-
-
-def _of_server_optimizer() -> list[flags.FlagHolder]:
-  return [args.SERVER_OPTIMIZER, args.SERVER_RATE, args.SERVER_RATE_SCHEDULE]
 
 
 def build_process(
@@ -168,11 +159,6 @@ def build_process(
   return algorithm.build(**kwargs)
 
 
-def _weighting() -> str:
-  unset = 'uniform' if train_checks.is_private() else 'num_examples'
-  return args.WEIGHTING.value or unset
-
-
 def _local_terms(
     algorithm: algorithms.Info,
 ) -> list[tff_kd.client.local_terms.LocalTerm]:
@@ -196,12 +182,7 @@ def _local_terms(
     )
   if args.PROXIMAL_WEIGHT.value and 'proximal_weight' not in of_algorithm:
     terms.append(tff_kd.ProximalTerm(weight=args.PROXIMAL_WEIGHT.value))
-  return [*terms, *_terms_for_label_skew()]
-
-
-def _terms_for_label_skew() -> list[tff_kd.client.local_terms.LocalTerm]:
-  """The terms that look at how often a client has each class."""
-  terms = []
+  # Terms that look at how often a client has each class.
   if args.PRIOR_TAU.value:
     terms.append(
         tff_kd.PriorCorrection(
@@ -215,9 +196,8 @@ def _terms_for_label_skew() -> list[tff_kd.client.local_terms.LocalTerm]:
   return terms
 
 
-def _consensus_rule(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  """How clients' predictions are combined, and how they are compressed."""
-  del task
+def _consensus_rule(algorithm: algorithms.Info) -> Any:
+  """Returns how clients' predictions are combined and compressed."""
   if algorithm.consensus is None:
     return _UNSET
   given = (
@@ -302,37 +282,28 @@ def _transfer_set(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
   )
 
 
-def _calibrate_on(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  del algorithm
+def _calibrate_on(task: tff_kd.data.Task) -> Any:
   if not args.CALIBRATE.value:
     return None
   return tff_kd.TransferSet(task.transfer.inputs, directory=args.CACHE_DIR.value)
 
 
-def _prior(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  del algorithm, task
-  return args.prior() if args.CALIBRATE.value else None
-
-
-def _clients_start_from(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  del task
+def _clients_start_from(algorithm: algorithms.Info) -> Optional[str]:
   if 'back_distillation' in algorithm.parameters and not args.BACK.value:
     return None  # A task's default; what is given is refused.
   return args.CLIENTS_START_FROM.value
 
 
-def _knowledge_aggregator(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  del task
+def _knowledge_aggregator(algorithm: algorithms.Info) -> Any:
   if 'transfer_set' not in algorithm.parameters:
     return _UNSET
   return _aggregator(
-      'knowledge', args.ROBUST_KNOWLEDGE.value, args.KNOWLEDGE_NORM_BOUND.value,
+      args.ROBUST_KNOWLEDGE.value, args.KNOWLEDGE_NORM_BOUND.value,
       args.KNOWLEDGE_BITS.value,
   )
 
 
-def _epsilon(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  del algorithm, task
+def _epsilon() -> Any:
   epsilon = args.CERTAINTY_EPSILON.value
   if epsilon is None:
     return _UNSET
@@ -385,34 +356,28 @@ def _back(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
   )
 
 
-def _adam(flag: flags.FlagHolder) -> Callable[..., Any]:
-  """Makes Adam with the rate of a flag, if it is given."""
-
-  def make(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-    del algorithm, task
-    if flag.value is None:
-      return _UNSET
-    return tff.learning.optimizers.build_adam(flag.value)
-
-  return make
+def _adam(learning_rate: Optional[float]) -> Any:
+  if learning_rate is None:
+    return _UNSET
+  return tff.learning.optimizers.build_adam(learning_rate)
 
 
 # By parameter of a builder, what makes it of the flags: (algorithm, task) -> a value.
 _MAKERS: dict[str, Callable[[algorithms.Info, tff_kd.data.Task], Any]] = {
     'negatives': _negatives,
-    'epsilon': _epsilon,
+    'epsilon': lambda algorithm, task: _epsilon(),
     'transfer_set': _transfer_set,
-    'calibrate_on': _calibrate_on,
-    'prior': _prior,
-    'clients_start_from': _clients_start_from,
-    'consensus_rule': _consensus_rule,
+    'calibrate_on': lambda algorithm, task: _calibrate_on(task),
+    'prior': lambda algorithm, task: args.prior() if args.CALIBRATE.value else None,
+    'clients_start_from': lambda algorithm, task: _clients_start_from(algorithm),
+    'consensus_rule': lambda algorithm, task: _consensus_rule(algorithm),
     'companion': _companion,
-    'knowledge_aggregator': _knowledge_aggregator,
+    'knowledge_aggregator': lambda algorithm, task: _knowledge_aggregator(algorithm),
     'mentor_fn': lambda algorithm, task: task.teachers[args.MENTOR.value],
     'teacher_fn': lambda algorithm, task: task.teachers[args.TEACHER.value],
-    'generator_optimizer': _adam(args.GENERATOR_RATE),
-    'teacher_optimizer': _adam(args.TEACHER_RATE),
-    'student_optimizer': _adam(args.STUDENT_RATE),
+    'generator_optimizer': lambda algorithm, task: _adam(args.GENERATOR_RATE.value),
+    'teacher_optimizer': lambda algorithm, task: _adam(args.TEACHER_RATE.value),
+    'student_optimizer': lambda algorithm, task: _adam(args.STUDENT_RATE.value),
     'distillation': _forward,
     'back_distillation': _back,
 }

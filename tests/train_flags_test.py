@@ -276,7 +276,7 @@ def test_flags_make_the_consensus_rule(given, expected):
   from pipelines import train_process
 
   with helpers.flags_of(*given):
-    made = train_process._consensus_rule(train_flags.algorithm(), None)
+    made = train_process._consensus_rule(train_flags.algorithm())
   if expected is None:
     assert made is train_process._UNSET
   else:
