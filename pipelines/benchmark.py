@@ -40,6 +40,7 @@ from absl import flags
 import pipelines
 from pipelines import benchmark_work as work
 from pipelines import run_folders
+from pipelines import tables
 
 _CASES = flags.DEFINE_list(
     'cases',
@@ -464,13 +465,9 @@ class _Child:
     self.close()
 
 
-def _say(text: str) -> None:
-  print(f'  {text} ...', file=sys.stderr, flush=True)
-
-
 def _measure_case(name: str, case: work.Case, sides: Sequence[str]) -> dict[str, Any]:
   """Returns the medians of all sides of a case, round by round in turns."""
-  _say(name)
+  work.say(name)
   with contextlib.ExitStack() as stack:
     children = {
         side: stack.enter_context(_Child(side, case))
@@ -498,7 +495,7 @@ def _measure_case(name: str, case: work.Case, sides: Sequence[str]) -> dict[str,
 
 def _measure_scaling(num_clients: int) -> dict[str, Any]:
   """Ours alone, over the same examples whatever the number of clients."""
-  _say(f'{num_clients} clients')
+  work.say(f'{num_clients} clients')
   size = _SCALING_EXAMPLES // num_clients
   case = work.Case('mlp', num_clients, size, _SEED.value)
   with _Child('ours', case) as child:
@@ -512,7 +509,7 @@ def _measure_scaling(num_clients: int) -> dict[str, Any]:
 
 def _measure_long(num_rounds: int, low: int, high: int) -> dict[str, Any]:
   """Memory over many rounds, with a number of clients that changes."""
-  _say(f'{num_rounds} rounds')
+  work.say(f'{num_rounds} rounds')
   rng = random.Random(_SEED.value)
   points = {-(-i * num_rounds // _LONG_POINTS) for i in range(1, _LONG_POINTS + 1)}
   found: dict[str, list[Any]] = {'clients': [low, high], 'rounds': [], 'mib': []}
@@ -564,8 +561,6 @@ def _case_rows(cases: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _print_results(results: dict[str, Any]) -> None:
-  from pipelines import tables
-
   print(f"{results['cores']} cores; batch {work.BATCH}; medians of rounds in turns.\n")
   if results['cases']:
     tables.print_table(_case_rows(results['cases']))
@@ -633,12 +628,11 @@ def _draw(results: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 @pipelines.for_users
-def main(argv: list[str]) -> Optional[int]:
-  del argv
+def main(argv: list[str]) -> None:
   if _CHILD.value:
     name, case, pipe = json.loads(_CHILD.value)
     _serve(name, work.Case(*case), pipe)
-    return 0
+    return
   cases = {
       case: work.parse_case(_CASES.name, case, _SEED.value) for case in _CASES.value
   }
@@ -663,7 +657,6 @@ def main(argv: list[str]) -> Optional[int]:
   _draw(results, folder / 'speed.png')
   _print_results(results)
   print(f"\n{folder / 'results.json'}, {folder / 'speed.png'}")
-  return 0
 
 
 if __name__ == '__main__':

@@ -5,6 +5,8 @@ from typing import Any, NamedTuple
 
 from absl import app
 
+import pipelines
+
 MODELS = ['mlp', 'cnn', 'batch_norm', 'dropout', 'subclassed', 'fed_distillation']
 BATCH = 20
 RATE = 0.1
@@ -55,6 +57,11 @@ class Case(NamedTuple):
     import numpy as np
 
     return np.random.default_rng(self.seed).random((TRANSFER, *self.shape), np.float32)
+
+
+def say(text: str) -> None:
+  """Says on standard error what is measured next."""
+  pipelines.say(f'  {text} ...')
 
 
 def parse_case(flag: str, text: str, seed: int) -> Case:

@@ -2,9 +2,10 @@
 
 from collections.abc import Callable
 import dataclasses
+import functools
 import os
 import pathlib
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import keras
 import numpy as np
@@ -42,12 +43,8 @@ def _network(filters: tuple[int, int], units: int) -> keras.Model:
   return model
 
 
-def _student() -> keras.Model:
-  return _network((6, 16), 32)
-
-
-def _teacher() -> keras.Model:
-  return _network((16, 32), 128)
+_student = functools.partial(_network, (6, 16), 32)
+_teacher = functools.partial(_network, (16, 32), 128)
 
 
 def _learning_rate(round_num: tf.Tensor) -> tf.Tensor:
@@ -124,25 +121,17 @@ class _Test:
         right[self._task.test.labels == c].mean() for c in range(len(self._share))
     ])
 
-  def _answers(
-      self, evaluator: tff_kd.evaluation.CentralEvaluator, weights: list[Any]
-  ) -> np.ndarray:
-    return np.array([
-        self._by_class(evaluator.logits(of_user, self._task.test.inputs))
-        for of_user in weights
-    ])
-
-  def _of_own_classes(self, by_class: np.ndarray) -> float:
-    return float((by_class * self._own).sum() / float(self._own.sum()))
-
   def __call__(
       self, evaluator: tff_kd.evaluation.CentralEvaluator, weights: list[Any]
   ) -> dict[str, float]:
     """Evaluates one model for all users, or each user's own model."""
-    by_class = self._answers(evaluator, weights)
+    by_class = np.array([
+        self._by_class(evaluator.logits(of_user, self._task.test.inputs))
+        for of_user in weights
+    ])
     return {
-        'all': (by_class @ self._share).mean(),
-        'own classes': self._of_own_classes(by_class),
+        'all': float((by_class @ self._share).mean()),
+        'own classes': float((by_class * self._own).sum() / float(self._own.sum())),
     }
 
   def with_own_statistics(
@@ -165,27 +154,18 @@ class _Test:
       for inputs, _ in batches.dataset(user, round_num):
         model(inputs, training=True)
       of_users.append(spec.weights_of(model))
-    return self._of_own_classes(self._answers(evaluator, of_users))
-
-
-class _Problem(NamedTuple):
-  """The paper's setting of one split.
-
-  Attributes:
-    task: With the 15,000 training images as the clients' examples.
-    split: Each user's rows of them.
-    batches: The users' examples as they are read.
-  """
-
-  task: tff_kd.data.Task
-  split: list[np.ndarray]
-  batches: tff_kd.ClientBatches
+    return self(evaluator, of_users)['own classes']
 
 
 def _load(
     alpha: float, seed: int, data_dir: os.PathLike, cache: pathlib.Path
-) -> _Problem:
-  """Draws the images and splits them over the users."""
+) -> tuple[tff_kd.data.Task, list[np.ndarray], tff_kd.ClientBatches]:
+  """Draws the images and splits them over the users.
+
+  Returns:
+    The task, with the 15,000 training images as the clients' examples; each user's rows
+    of these; and the users' examples as they are read.
+  """
   task = tff_kd.data.TASKS['idx'].load(
       data_dir=data_dir, seed=seed, transfer_size=1, validation_size=1
   )
@@ -210,7 +190,7 @@ def _load(
       max_batches=_STEPS,
       seed=seed,
   )
-  return _Problem(dataclasses.replace(task, clients=train, test=test), split, batches)
+  return dataclasses.replace(task, clients=train, test=test), split, batches
 
 
 class _Evaluation:
@@ -243,7 +223,7 @@ class _Evaluation:
     if 'teacher' in self.evaluators:
       weights['teacher'] = [state.teacher_weights]
     return {
-        f'{name}/{test}': float(value)
+        f'{name}/{test}': value
         for name, of_model in weights.items()
         for test, value in self._test_fn(self.evaluators[name], of_model).items()
     }
@@ -307,11 +287,9 @@ def run(
     last = evaluate(result.state)
     tested = [*last]
     if store is None:
-      last['student/own statistics'] = float(
-          test_fn.with_own_statistics(
-              evaluate.evaluators['student'], process.student_spec,
-              result.state.global_model_weights, batches, num_rounds,
-          )
+      last['student/own statistics'] = test_fn.with_own_statistics(
+          evaluate.evaluators['student'], process.student_spec,
+          result.state.global_model_weights, batches, num_rounds,
       )
   _write(results, last, tested, metrics_path)
 

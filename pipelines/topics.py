@@ -69,18 +69,15 @@ def _of_flags(of_topic: list[flags.Flag], width: int) -> list[str]:
         default = ','.join(map(str, default))
       usage = f'--{flag.name}={default}'
     lines.append(f'  {usage}')
-    head, *items = flag.help.split('\n')
-    if items:
+    parts = flag.help.split('\n')
+    if len(parts) > 1:
       # They say what absl has put before it: <all|the|values>.
-      head = re.sub('^<[^>]*>: ', '', head)
-    lines += textwrap.wrap(
-        head, width, initial_indent=' ' * 6, subsequent_indent=' ' * 6,
-        break_on_hyphens=False, break_long_words=False,
-    )
-    for item in items:
+      parts[0] = re.sub('^<[^>]*>: ', '', parts[0])
+    for number, part in enumerate(parts):
       lines += textwrap.wrap(
-          item, width, initial_indent=' ' * 6, subsequent_indent=' ' * 10,
-          break_on_hyphens=False, break_long_words=False,
+          part, width, initial_indent=' ' * 6,
+          subsequent_indent=' ' * (10 if number else 6), break_on_hyphens=False,
+          break_long_words=False,
       )
   return lines
 
