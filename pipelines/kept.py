@@ -8,6 +8,7 @@ from typing import Any, Optional
 from absl import flags
 
 from pipelines import released
+from pipelines import train_evaluation
 from pipelines import train_flags as args
 from pipelines import train_folder
 from pipelines import train_setup
@@ -44,14 +45,9 @@ class KeptModels:
     self._students = process.kept_models
     self.specs = self._students.specs
     self._names = process.client_data.data.names
-    count = len(self.specs)
     # Here, whatever workers the run had.
     with tff_kd.runtime.in_process():
-      initial = process.initialize_client()
-    self._states = tff_kd.simulation.ClientStates(
-        initial, run_dir / 'clients',
-        cohort_fn=(lambda client: client % count) if count > 1 else None,
-    )
+      self._states = train_evaluation.client_states(process, run_dir / 'clients')
 
   def spec(self, client: int) -> tff_kd.models.ModelSpec:
     """Returns the architecture of a client's model."""

@@ -1,7 +1,7 @@
 """The data of a run and its clients, as flags say."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
 
 from absl import flags
 import numpy as np
@@ -160,11 +160,15 @@ def build_batches(
   )
 
 
+def cohort_fn(num_cohorts: int) -> Optional[Callable[[int], int]]:
+  """Returns the function of a client's number to its cohort; `None` without cohorts."""
+  return (lambda client: client % num_cohorts) if num_cohorts > 1 else None
+
+
 def build_participation(
     batches: tff_kd.ClientBatches,
 ) -> tff_kd.simulation.Participation:
   """Builds the participation and the client faults from the flags."""
-  num_cohorts = len(args.STUDENT.value)
   trace = args.AVAILABILITY.value
   if trace is not None:
     trace = tff_kd.simulation.Availability.from_csv(
@@ -187,7 +191,7 @@ def build_participation(
       delay_share=args.DELAY_SHARE.value,
       max_delay=args.MAX_DELAY.value,
       coverage=args.COVERAGE.value,
-      cohort_fn=(lambda client: client % num_cohorts) if num_cohorts > 1 else None,
+      cohort_fn=cohort_fn(len(args.STUDENT.value)),
       gives_conditions=args.MIN_REPORTS.value > 0,
       seed=args.SEED.value,
   )

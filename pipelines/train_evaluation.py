@@ -2,10 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 import pathlib
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
+from pipelines import train_data
 from pipelines import train_flags as args
 import tff_kd
 from tff_kd.models import cohorts
@@ -27,9 +28,20 @@ def _by_cohort(
   return {f'{name}_{i}': value for i, value in enumerate(values)}
 
 
-def _clients(process) -> Optional[cohorts.Students]:
-  """The models that clients keep, if they do."""
-  return getattr(process, 'kept_models', None)
+def client_states(
+    process: tff_kd.StatefulClientsProcess, folder: pathlib.Path
+) -> tff_kd.simulation.ClientStates:
+  """Opens what clients keep.
+
+  Args:
+    process: The process.
+    folder: The folder of the clients' states.
+  """
+  models = process.kept_models
+  return tff_kd.simulation.ClientStates(
+      process.initialize_client(), folder,
+      cohort_fn=train_data.cohort_fn(1 if models is None else len(models.specs)),
+  )
 
 
 class Evaluation:
@@ -49,7 +61,8 @@ class Evaluation:
   def names(process) -> dict[str, tuple[str, str]]:
     """The names of the metrics, each with the model and the name without it."""
     found = {**specs_of(process), 'student': None}
-    if _clients(process) is not None and process.get_model_weights is not None:
+    description = process.description
+    if description.kept_models is not None and process.get_model_weights is not None:
       found['client'] = None
     state_type = process.initialize.type_signature.result.member
     if len(getattr(state_type, 'aggregated_model_weights', ())):
@@ -67,15 +80,11 @@ class Evaluation:
     self._task = task
     self._students = process.students
     self._has_student = process.get_model_weights is not None
-    self._clients = _clients(process)
+    self._clients = process.description.kept_models
     self.metric_names = self.names(process)
     self.client_states = None
     if isinstance(process, tff_kd.StatefulClientsProcess):
-      count = len(self._clients.specs) if self._clients is not None else 1
-      self.client_states = tff_kd.simulation.ClientStates(
-          process.initialize_client(), clients_dir,
-          cohort_fn=(lambda client: client % count) if count > 1 else None,
-      )
+      self.client_states = client_states(process, clients_dir)
     if self._clients is not None:
       self._client_evaluators = [
           tff_kd.evaluation.CentralEvaluator(spec) for spec in self._clients.specs

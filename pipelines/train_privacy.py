@@ -131,7 +131,7 @@ def print_guards(process, accountant: Optional[privacy.PrivacyAccountant]) -> No
         f'{accountant.delta:g} after {args.ROUNDS.value} rounds. It is against those who '
         'see models and broadcasts; the server adds the noise, and is trusted.'
     )
-    if getattr(process, 'kept_models', None) is not None:
+    if process.description.kept_models is not None:
       print(
           "The accuracy of clients' own models is the simulator's look at what never "
           'leaves them: it is in no account.'

@@ -94,7 +94,7 @@ def print_plan(setup: train_setup.Setup) -> None:
   for name, value in each._asdict().items():
     if value:
       total = value * clients * rounds / 1e6
-      rows.append((name.replace('_', ' '), f'{value / 1e6:.3g}', f'{total:.4g}'))
+      rows.append((tables.words(name), f'{value / 1e6:.3g}', f'{total:.4g}'))
   total = each.total * clients * rounds / 1e6
   rows.append(('all', f'{each.total / 1e6:.3g}', f'{total:.4g}'))
   state = tff_kd.communication.type_bytes(
@@ -318,9 +318,9 @@ def _write_results(
       'lower_is_better': finished.task.is_lower_better(),
       'further_scores': further,
       'alone': alone,
-      'clients_keep_models': getattr(
-          finished.setup.process, 'kept_models', None
-      ) is not None,
+      'clients_keep_models': (
+          finished.setup.process.description.kept_models is not None
+      ),
   }
   if finished.accountant is not None:
     # Of all rounds: the best round is chosen among all of them.
