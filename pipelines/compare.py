@@ -140,15 +140,13 @@ def _check_algorithms() -> None:
         f'--algorithms must name some of {", ".join(algorithms.REGISTRY)}, or files of '
         'your own, found none.'
     )
-  for name in _ALGORITHMS.value:
-    try:
-      algorithms.get(name)
-    except ValueError as error:
-      raise app.UsageError(f'--algorithms: {error}') from None
   # Their runs would share folders: the table would show one's results for both.
   found = {_CENTRAL_FOLDER: f'the runs {_IN_ONE_PLACE}'} if _CEILINGS.value else {}
   for algorithm in _ALGORITHMS.value:
-    info = algorithms.get(algorithm)
+    try:
+      info = algorithms.get(algorithm)
+    except ValueError as error:
+      raise app.UsageError(f'--algorithms: {error}') from None
     other = found.setdefault(info.name, algorithm)
     if other != algorithm:
       raise app.UsageError(
