@@ -68,8 +68,8 @@ class _Reader(NamedTuple):
   """Reads what models predict as logits of classes, and labels as class numbers.
 
   Attributes:
-    task: Whose labels they are.
-    spec: A model of the task, which says what outputs are: logits or probabilities.
+    task: The task of the labels.
+    spec: A model of the task, which tells whether outputs are logits or probabilities.
   """
 
   task: tff_kd.data.Task
@@ -96,15 +96,15 @@ class _Run(NamedTuple):
   """A finished run.
 
   Attributes:
-    folder: Where it is.
-    algorithm: Which.
-    task: Its data.
-    rows: The rows of each client's examples that it was trained on.
-    batches: How clients read them.
+    folder: The folder of the run.
+    algorithm: The algorithm.
+    task: The data.
+    rows: The rows of the examples on which each client was trained.
+    batches: The `ClientBatches`.
     took_part: The numbers of the clients with examples that have reported in a round
       up to the best one, whose models are kept.
-    released: The models, by name.
-    reader: Reads what these and others predict.
+    released: The released models, by name.
+    reader: Reads the predictions of models.
   """
 
   folder: pathlib.Path
@@ -118,7 +118,7 @@ class _Run(NamedTuple):
 
   @property
   def keeps_models(self) -> bool:
-    """Whether clients go on with models of their own, and send something about these."""
+    """Returns whether clients keep their models, and send something about them."""
     return not self.algorithm.averages and any(
         (self.folder / 'clients').glob('client-*')
     )
@@ -135,9 +135,9 @@ class _Victim(NamedTuple):
   """A client, and its model after local training.
 
   Attributes:
-    client: Its name.
-    model: A Keras model.
-    examples: Its own.
+    client: The client's name.
+    model: The Keras model.
+    examples: The client's examples.
   """
 
   client: str
@@ -149,8 +149,8 @@ class _Inversion(NamedTuple):
   """Examples reconstructed from predictions.
 
   Attributes:
-    gains: By score, over what needs no client; `None` if nothing was tried.
-    shown: By the title of a row of pictures, images `[height, width, ...]` by title.
+    gains: The gain over the public images, by score; `None` if nothing was tried.
+    shown: Images `[height, width, ...]` by title, by the title of the row.
     reason: Why nothing was tried.
   """
 
@@ -163,10 +163,10 @@ class _Shadows(NamedTuple):
   """The results of the attacks with shadow models.
 
   Attributes:
-    reports: By released student.
+    reports: The findings, by released student.
     num_models: The number of shadow models of each released model.
-    num_examples: What each was trained with.
-    max_epochs: Passes over these, at most.
+    num_examples: The number of examples that each was trained on.
+    max_epochs: The maximum number of passes over these.
   """
 
   reports: Mapping[str, membership.LiraReport]
@@ -179,12 +179,12 @@ class _Results(NamedTuple):
   """All that the audit found.
 
   Attributes:
-    found: By released model, what membership inference found.
-    leaks: The AUC on single clients, by loss.
-    clients: The names of these.
+    found: The findings of membership inference, by released model.
+    leaks: The AUC of the attack by loss on single clients.
+    clients: The names of these clients.
     inversion: The reconstruction from their predictions.
-    shadows: `None` if there were none.
-    num_members: Examples of all clients that took part.
+    shadows: The attacks with shadow models; `None` without.
+    num_members: The number of examples of all clients that took part.
   """
 
   found: Mapping[str, membership.Report]
@@ -205,7 +205,7 @@ def run(
     num_shadow_models: int = 0,
     shadow_epochs: int = 20,
 ) -> None:
-  """The whole job.
+  """Attacks a run and writes the report.
 
   Args:
     run_dir: The folder of the run that is attacked.
@@ -259,7 +259,7 @@ def run(
 
 
 def _open_run(run_dir: pathlib.Path) -> _Run:
-  """The run, if it can be attacked."""
+  """Reads a run, and refuses one that cannot be attacked."""
   args.take_run(run_dir)
   if not (run_dir / train_folder.RESULTS).exists():
     raise UserError(
@@ -298,7 +298,7 @@ def _trained_on(
     rows: Sequence[np.ndarray], batches: tff_kd.ClientBatches,
     algorithm: algorithms.Info,
 ) -> Sequence[np.ndarray]:
-  """The rows of each client on which it trains: not those without a known label."""
+  """Returns the rows on which each client trains: those with a known label, or all."""
   if not _is_of_labelled(batches, algorithm):
     return rows
   found = []
@@ -323,7 +323,7 @@ def _is_of_labelled(
 def _who_took_part(
     run_dir: pathlib.Path, batches: tff_kd.ClientBatches
 ) -> list[int]:
-  """The numbers of the clients that have reported in a round up to the best one."""
+  """Returns the numbers of the clients that reported in a round up to the best one."""
   participation = train_data.build_participation(batches)
   ledger = run_dir / train_privacy.LEDGER
   if ledger.exists():
@@ -365,7 +365,7 @@ def _server_model(released: Mapping[str, keras.Model]) -> Optional[keras.Model]:
 
 
 def _train_victims(finished: _Run, num_victims: int, seed: int) -> list[_Victim]:
-  """Some clients with the models that they would send, or keep, after one more round."""
+  """Returns some clients, with the models that they would send next or that they keep."""
   rows, counted = finished.rows, finished.task.counted(finished.task.clients)
   fitting = [
       k for k in finished.took_part if counted[rows[k]].sum() >= _MIN_VICTIM_EXAMPLES
@@ -469,7 +469,7 @@ def _train_shadows(
     max_epochs: int,
     seed: int,
 ) -> np.ndarray:
-  """The confidences `[models, n]` of models that are trained as `trained` says."""
+  """Trains models as `trained` says; returns their confidences `[models, n]`."""
   pipelines.say(
       f'{name}: trains {len(trained)} shadow models on {trained[0].sum():,} examples '
       f'each, up to {max_epochs} passes each. This can take long.'
@@ -567,7 +567,7 @@ def _invert(
 def _gains(
     found: np.ndarray, known: np.ndarray, truth: np.ndarray, value_range: float
 ) -> list[np.ndarray]:
-  """How much nearer the truth it is than what was known: PSNR and SSIM, by image."""
+  """Returns the gains in PSNR and SSIM over the public images, by image."""
   return [
       np.asarray(of_found) - np.asarray(of_known)
       for of_found, of_known in zip(*(
@@ -607,7 +607,7 @@ def _invert_examples(
     inverter: inversion.Inverter, reader: _Reader, victim: _Victim,
     server: keras.Model, of_class: Mapping[int, np.ndarray], public: np.ndarray,
 ) -> list[float]:
-  """The mean gains over the victim's examples whose predictions leak."""
+  """Returns the mean gains over the victim's examples whose predictions leak."""
   private = victim.examples.inputs
   pairs = inversion.Pairs(
       reader.logits(victim.model, private), reader.logits(server, private)

@@ -156,7 +156,7 @@ def _distillation(learner: Any, inputs: Any) -> Callable[[Any], None]:
 
 
 def _floor(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
-  """The round's arithmetic and nothing else."""
+  """Runs the arithmetic of a round and nothing else."""
   del stack
   import keras
   import numpy as np
@@ -221,7 +221,7 @@ def _rounds_of(process: Any, data: Sequence[Any]) -> _Round:
 
 
 def _tff(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
-  """TFF's own, on its own worker."""
+  """Runs the rounds of TFF on the worker that it ships."""
   from tff_kd import tff
   from tff_kd import runtime
   import tf_keras
@@ -245,7 +245,7 @@ def _tff(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
 
 
 def _memory(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
-  """Ours, with datasets in memory."""
+  """Runs our rounds, with datasets in memory."""
   del stack
   data = _datasets(case)
   return lambda: _rounds_of(
@@ -254,7 +254,7 @@ def _memory(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round
 
 
 def _ours(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
-  """Ours, with clients' data by reference."""
+  """Runs our rounds, with clients' data by reference."""
   del stack
   batches = case.batches()
   return lambda: _rounds_of(
@@ -266,7 +266,7 @@ def _ours(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
 
 
 def _pfl(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
-  """Apple's pfl-research, with TensorFlow."""
+  """Runs the rounds of Apple's pfl-research, with TensorFlow."""
   del stack
   from pfl.aggregate import simulate
   from pfl.algorithm import base
@@ -316,10 +316,10 @@ class _Side(NamedTuple):
   """One side of a case.
 
   Attributes:
-    imports: The modules whose import it waits for.
+    imports: The modules whose import is timed.
     prepare: Makes the data; returns a function that builds what runs rounds.
-    models: The models that it can train.
-    environment: Variables of its process.
+    models: The models that the side can train.
+    environment: Environment variables of the side's process.
   """
 
   imports: Sequence[str]
@@ -342,7 +342,7 @@ _SIDES = {
 
 
 def _mib(pid: int, field: str) -> float:
-  """MiB of a process: VmHWM, the most it had, or VmRSS, what it has."""
+  """Returns the MiB of a process: VmHWM is the peak, VmRSS the present value."""
   for line in pathlib.Path(f'/proc/{pid}/status').read_text().splitlines():
     if line.startswith(field):
       return int(line.split()[1]) / 1024
@@ -350,7 +350,7 @@ def _mib(pid: int, field: str) -> float:
 
 
 def _peak_mib() -> float:
-  """MiB at the most, of this process and those that it has started."""
+  """Returns the peak MiB of this process and of those that it has started."""
   import psutil
 
   pids = [child.pid for child in psutil.Process().children(recursive=True)]
@@ -364,7 +364,7 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _serve(name: str, case: work.Case, pipe: int) -> None:
-  """Is one side: runs a round for each line on stdin, and answers on a pipe."""
+  """Runs a round of a side for each line on stdin, and answers on a pipe."""
   os.set_inheritable(pipe, False)
   with os.fdopen(pipe, 'w') as answers, contextlib.ExitStack() as stack:
     answer = lambda **found: print(json.dumps(found), file=answers, flush=True)
@@ -394,12 +394,12 @@ class _Child:
   """A side in its own process.
 
   Attributes:
-    found: What it has told about itself: seconds to import, to build, of the first
-      round; its most memory once it has ended.
+    found: The seconds to import, to build and of the first round; after `end`, the
+      peak memory, too.
   """
 
   def __init__(self, name: str, case: work.Case):
-    """Starts it, and waits until it is ready for rounds."""
+    """Starts the process, and waits until it is ready for rounds."""
     self._name, self._case = name, case
     read, write = os.pipe()
     child = json.dumps([name, case, write])
@@ -443,11 +443,11 @@ class _Child:
     return answer
 
   def end(self) -> None:
-    """Asks for the most memory it had."""
+    """Asks for the peak memory, after which the process ends."""
     self.found |= self._ask('end')
 
   def close(self) -> None:
-    """Ends it, whatever it is at."""
+    """Ends the process, whatever it is doing."""
     with contextlib.suppress(BrokenPipeError):
       self._process.stdin.close()  # It ends then, and a worker that it started.
     try:
@@ -494,7 +494,7 @@ def _measure_case(name: str, case: work.Case, sides: Sequence[str]) -> dict[str,
 
 
 def _measure_scaling(num_clients: int) -> dict[str, Any]:
-  """Ours alone, over the same examples whatever the number of clients."""
+  """Times our rounds over the same examples, whatever the number of clients."""
   work.say(f'{num_clients} clients')
   size = _SCALING_EXAMPLES // num_clients
   case = work.Case('mlp', num_clients, size, _SEED.value)
@@ -508,7 +508,7 @@ def _measure_scaling(num_clients: int) -> dict[str, Any]:
 
 
 def _measure_long(num_rounds: int, low: int, high: int) -> dict[str, Any]:
-  """Memory over many rounds, with a number of clients that changes."""
+  """Returns the memory over many rounds with a changing number of clients."""
   work.say(f'{num_rounds} rounds')
   rng = random.Random(_SEED.value)
   points = {-(-i * num_rounds // _LONG_POINTS) for i in range(1, _LONG_POINTS + 1)}

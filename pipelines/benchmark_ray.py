@@ -218,7 +218,7 @@ def _measure_nodes(case: work.Case) -> dict[str, Any]:
 
 
 def _resident_mib(pid: int) -> float:
-  """MiB of a process, without pages that it shares with others in memory."""
+  """Returns the MiB of a process without the memory that it shares with others."""
   fields = {}
   for line in pathlib.Path(f'/proc/{pid}/status').read_text().splitlines():
     name, _, value = line.partition(':')
@@ -228,7 +228,7 @@ def _resident_mib(pid: int) -> float:
 
 
 def _object_store_mib(raylet: int) -> float:
-  """MiB of the files in memory in which a raylet keeps objects."""
+  """Returns the MiB of the files in memory in which a raylet keeps objects."""
   sizes = {}
   for path in pathlib.Path(f'/proc/{raylet}/fd').iterdir():
     with contextlib.suppress(OSError):

@@ -16,10 +16,10 @@ OptimizerFn = Callable[[], keras.optimizers.Optimizer]
 
 
 class Training:
-  """A model in training on examples in one place.
+  """Trains a model on examples in one place.
 
   Attributes:
-    weights: The `ModelWeights` that it has reached.
+    weights: The present `ModelWeights`.
   """
 
   def __init__(
@@ -32,15 +32,15 @@ class Training:
       optimizer_fn: OptimizerFn = keras.optimizers.Adam,
       initial_weights: Optional[tff.learning.models.ModelWeights] = None,
   ):
-    """Begins.
+    """Initializes the training.
 
     Args:
       spec: The model.
-      examples: What it is trained on; with sample weights, as in Keras's `fit`.
-      batch_size: Examples a step; the last step of all may have fewer.
+      examples: The examples; with sample weights, as in Keras's `fit`.
+      batch_size: The number of examples in a step; the last step may have fewer.
       seed: Decides the order of the examples, and what training draws.
       optimizer_fn: Returns a new optimizer.
-      initial_weights: With what it begins; the initial weights of the spec if `None`.
+      initial_weights: The initial weights; those of the spec if `None`.
     """
     self._spec, self._batch_size = spec, batch_size
     self._size, self._rng = len(examples), np.random.default_rng(seed)
@@ -108,10 +108,10 @@ def fit(
     training: The training, before its first epoch.
     evaluator: Evaluates the model.
     task: The task, whose metric on its validation part is the score.
-    max_epochs: Passes at most; the last look's are whole, so that where
-      `epochs_per_look` does not divide it, there may be up to so many more less one.
-    epochs_per_look: Passes between looks at the validation score.
-    patience: So many looks without a better score end it.
+    max_epochs: The maximum number of passes, rounded up to a multiple of
+      `epochs_per_look`.
+    epochs_per_look: The number of passes between looks at the validation score.
+    patience: The number of looks without a better score that ends the training.
     on_look: Called with the epoch and the score at each look.
 
   Returns:

@@ -22,13 +22,13 @@ import tff_kd
 def run(
     folder: pathlib.Path, *, epochs: int, learning_rate: float, batch_size: int
 ) -> None:
-  """The whole job.
+  """Trains student and teacher in one place and reports.
 
   Args:
     folder: Where the results go.
-    epochs: Passes at most.
-    learning_rate: Adam's.
-    batch_size: Examples a step.
+    epochs: The maximum number of passes.
+    learning_rate: The learning rate of Adam.
+    batch_size: The number of examples in a step.
   """
   with train_setup.errors_for_users():
     task = train_data.load_task()

@@ -82,7 +82,7 @@ _STUDENT_LAST, _TEACHER_LAST = (
 
 
 class _Setting(NamedTuple):
-  """An algorithm, with flags that it is given beside the common ones."""
+  """An algorithm, and the flags that it is given beside the common ones."""
 
   algorithm: str
   varied: tuple[str, ...] = ()
@@ -94,7 +94,7 @@ class _Setting(NamedTuple):
 
 @dataclasses.dataclass(frozen=True)
 class _Run:
-  """A run of a setting; what it has left can be read once it is done."""
+  """A run of a setting; its results can be read once it is done."""
 
   setting: _Setting
   seed: int
@@ -157,7 +157,7 @@ def _check_algorithms() -> None:
 
 
 def _variations() -> list[list[tuple[str, ...]]]:
-  """The sets of flags to vary, by row."""
+  """Returns the sets of flags to vary, by row."""
   known = train_flags.own_flags()
   rows = []
   for text in _VARY.value:
@@ -231,7 +231,7 @@ def _settings(rows: list[list[tuple[str, ...]]]) -> dict[_Setting, list[str]]:
 
 
 def _is_of(folder: pathlib.Path, setting: _Setting) -> bool:
-  """Whether the run in a folder is of this algorithm, not of one of the same name."""
+  """Returns whether the run in a folder is of this algorithm, not of a namesake."""
   path = folder / 'config.json'
   if not path.is_file():
     return False
@@ -239,7 +239,7 @@ def _is_of(folder: pathlib.Path, setting: _Setting) -> bool:
 
 
 def _has_begun(folder: pathlib.Path, setting: _Setting) -> bool:
-  """Whether a run of a setting, of any seed, has ended a round."""
+  """Returns whether a run of a setting, of any seed, has ended a round."""
   return any(
       path.parent.name.rpartition('-')[0] == _folder_name(setting)
       and _is_of(path.parent, setting)
@@ -353,7 +353,7 @@ def _central_arguments() -> list[str]:
 def _ceilings(
     seeds: list[int], folder: pathlib.Path, metric: str, further: list[str]
 ) -> dict[str, list[float]]:
-  """The table's cells: what -> its value of each seed that is trained.
+  """Returns the scores of each seed's models trained in one place, by column.
 
   Args:
     seeds: The seeds.
@@ -399,7 +399,7 @@ def _audit_all(runs: list[_Run]) -> list[str]:
 
 
 class _Table:
-  """The table: one algorithm, with one set of flags, a row."""
+  """The table, with a row for each algorithm and set of flags."""
 
   def __init__(
       self, runs: list[_Run], floor: dict[str, list[float]],
@@ -436,12 +436,12 @@ class _Table:
     )
 
   def _best(self, runs: list[_Run], model: str) -> list[float]:
-    """The test score of each run in the round that is best by validation."""
+    """Returns the test score of each run in the round that is best by validation."""
     key = f'test/{model}_{self._metric}'
     return [run.results['best'][key] for run in runs if key in run.results['best']]
 
   def _last(self, runs: list[_Run], model: str) -> list[float]:
-    """The mean test score of each run's last rounds."""
+    """Returns the mean test score of the last rounds of each run."""
     key = f'test/{model}_{self._metric}'
     lasts = [run.history[-_LAST_ROUNDS:] for run in runs]
     return [
@@ -450,7 +450,7 @@ class _Table:
     ]
 
   def _reached(self, runs: list[_Run]) -> tuple[list[float], list[float]]:
-    """The rounds, and the MB a client, until the target, of the runs that reach it."""
+    """Returns rounds and MB a client until the target, of the runs that reach it."""
     sign = -1.0 if self._is_error else 1.0
     rounds, megabytes = [], []
     for run in runs:
@@ -509,7 +509,7 @@ def _floor(runs: list[_Run], metric: str) -> dict[str, list[float]]:
 
 
 def _leaks(audits: list[dict[str, Any]]) -> list[str]:
-  """The AUCs of membership inference: the released student's, and single clients'."""
+  """Returns the AUCs of membership inference on the student and on single clients."""
   students = [
       audit['membership']['student']['overall']['auc']['value']
       for audit in audits if 'student' in audit['membership']

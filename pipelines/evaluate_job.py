@@ -20,7 +20,7 @@ import tff_kd
 from tff_kd import evaluation
 from tff_kd import plots
 
-# Beyond that a matrix of shares is a smear.
+# A confusion matrix of more classes cannot be read.
 _MAX_CLASSES = 100
 
 
@@ -28,12 +28,12 @@ class _Evaluated(NamedTuple):
   """A model on the examples, or each client's own model on that client's.
 
   Attributes:
-    name: The model's.
-    spec: What it predicts.
-    outputs: What it returns, `[n, ...]`.
+    name: The name of the model.
+    spec: The spec of the model.
+    outputs: The outputs of the model, `[n, ...]`.
     examples: The examples.
-    scores: On all examples, by name.
-    by_client: The metric of each client, NaN where it is no number.
+    scores: The scores on all examples, by name.
+    by_client: The metric of each client, NaN where no example counts.
     counted: The numbers of the clients of which an example counts.
   """
 
@@ -49,7 +49,7 @@ class _Evaluated(NamedTuple):
 def run(
     run_dir: pathlib.Path, report_dir: pathlib.Path, *, part: str, num_worst: int
 ) -> None:
-  """The whole job."""
+  """Evaluates the models of a run and reports."""
   with train_setup.errors_for_users():
     task = train_data.load_task()
     clients = train_data.split_clients(task)
@@ -108,7 +108,7 @@ def _evaluate_own(
     run_dir: pathlib.Path, task: tff_kd.data.Task, examples: tff_kd.data.Examples,
     rows: Sequence[np.ndarray],
 ) -> Optional[_Evaluated]:
-  """The models that clients keep, as they were in the best round; `None` without."""
+  """Evaluates the models that clients keep, of the best round; `None` without any."""
   try:
     models = kept.load(run_dir) if len(rows) else None
   except kept.OtherClientsError as error:
@@ -144,7 +144,7 @@ def _counted(
 
 
 def _worst_first(found: _Evaluated, task: tff_kd.data.Task) -> np.ndarray:
-  """The clients of which an example counts; those without a number are the worst."""
+  """Returns the clients of which an example counts, the worst and NaN first."""
   sign = -1.0 if task.is_lower_better() else 1.0
   values = sign * found.by_client[found.counted]
   values[np.isnan(values)] = -np.inf

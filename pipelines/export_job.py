@@ -44,7 +44,7 @@ class _Exported(NamedTuple):
   """A file, loaded again.
 
   Attributes:
-    path: Where it is.
+    path: The path of the file.
     size: The bytes of the file, or of all files in the folder.
     score: The task's metric on the examples.
     agreement: The share of examples (positions, of sequences) for which its class is
@@ -138,7 +138,7 @@ def _warning(worse: Sequence[str], task: tff_kd.data.Task) -> str:
 def _chosen(
     models: Sequence[released.Released], names: Sequence[str], run_dir: pathlib.Path
 ) -> list[released.Released]:
-  """The models of these names; all of them if there are no names."""
+  """Returns the models of these names; all of them if there are no names."""
   known = [model.name for model in models]
   unknown = sorted(set(names) - set(known))
   if unknown:
@@ -167,7 +167,7 @@ def _of_clients(
 
 
 def _is_worse(after: float, before: float, task: tff_kd.data.Task) -> bool:
-  """Whether a file's score is so much below the model's that the user is told."""
+  """Returns whether the score of a file is so much worse that the user is told."""
   if task.is_lower_better():
     return after - before > _WORSE * before
   return before - after > _WORSE
@@ -398,7 +398,7 @@ def _write_tflite(
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Nothing of what C++ prints: the converter's own words; errors are exceptions."""
+  """Hides what a converter's C++ prints; its errors are exceptions."""
   sys.stderr.flush()
   kept = os.dup(2)
   nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -414,11 +414,11 @@ def _quiet() -> Iterator[None]:
 def _copy(
     model: keras.Model, *, unroll: bool = False, in_float32: bool = False
 ) -> keras.Model:
-  """A copy of a model that computes with operations that every device has.
+  """Copies a model so that it computes with operations that every device has.
 
   Args:
     model: The model.
-    unroll: Whether recurrent layers have a step after the other in place of a loop.
+    unroll: Whether the loops of recurrent layers are unrolled.
     in_float32: Whether all layers compute in float32, whatever their dtype policy.
 
   Returns:
@@ -455,7 +455,7 @@ def _without_config(model: keras.Model) -> str:
 
 
 def _is_fit_for_devices(model: keras.Model, in_float32: bool) -> bool:
-  """Whether a copy would be as the model is."""
+  """Returns whether a copy would compute as the model does."""
   layers = internals.all_layers(model)
   return not any(isinstance(layer, keras.layers.RNN) for layer in layers) and not (
       in_float32 and any(layer.dtype_policy.name in _FLOATS for layer in layers)
@@ -463,7 +463,7 @@ def _is_fit_for_devices(model: keras.Model, in_float32: bool) -> bool:
 
 
 def _load(path: pathlib.Path, model: keras.Model) -> keras.Model:
-  """A saved model, whose classes need not be registered with Keras."""
+  """Loads a model, whose classes need not be registered with Keras."""
   return keras.models.load_model(
       path, compile=False, custom_objects=released.own_classes(model)
   )
@@ -481,7 +481,7 @@ def _rewrite_in_float32(path: pathlib.Path) -> None:
 
 
 def _float32_config(config: Any) -> Any:
-  """The configuration of a model with float32 for each other floating-point type."""
+  """Replaces each floating-point type in a model's configuration by float32."""
   if isinstance(config, list):
     return [_float32_config(part) for part in config]
   if not isinstance(config, dict):

@@ -29,7 +29,7 @@ _SPLIT_LAYER = 'features'
 
 
 def _network(filters: tuple[int, int], units: int) -> keras.Model:
-  """The paper's network for (6, 16) filters and 32 units: 26,434 trained weights."""
+  """Builds the paper's network for (6, 16) filters and 32 units: 26,434 weights."""
   layers = keras.layers
   model = keras.Sequential([layers.InputLayer((28, 28, 1))])
   for count in filters:
@@ -55,7 +55,7 @@ def _build(
     name: str, batches: tff_kd.ClientBatches, inputs: np.ndarray,
     task: tff_kd.data.Task, seed: int,
 ) -> Any:
-  """The process of an algorithm in this setting."""
+  """Builds the process of an algorithm in this setting."""
   algorithm = algorithms.REGISTRY[name]
   kwargs = dict(
       student_fn=_student,
@@ -99,7 +99,7 @@ def _build(
 
 
 class _Test:
-  """The ways of testing, from the accuracy in each class.
+  """Tests models in several ways, from the accuracy in each class.
 
   'all': the whole test part. 'own classes', as the paper's: each user is tested on an
   equal part of the test images of each class that it has, and all users' answers are
@@ -142,7 +142,7 @@ class _Test:
       batches: tff_kd.ClientBatches,
       round_num: int,
   ) -> float:
-    """On own classes, of one model with each user's batch-norm statistics.
+    """Tests a model on own classes, with the batch-norm statistics of each user.
 
     As the paper's: there the statistics stay with the users. Training does not see
     them, so it is the same; a round's batches bring them to the user's.
@@ -213,7 +213,7 @@ class _Evaluation:
       )
 
   def __call__(self, state: Any) -> dict[str, float]:
-    """The accuracies by model and way of testing; none between two tests."""
+    """Returns the accuracies by model and way of testing; none between two tests."""
     if not self._is_tested(int(state.round_num)):
       return {}
     weights = {'student': [state.global_model_weights]}

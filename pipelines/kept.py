@@ -23,18 +23,18 @@ _OF_THE_SPLIT = (
 
 
 class OtherClientsError(UserError):
-  """Flags that are given make other clients than those that keep the models."""
+  """Raised if flags make other clients than those that keep the models."""
 
 
 class KeptModels:
-  """Clients' own models in the folder of a run; the flags must have the run's values.
+  """The models that clients keep, in the folder of a run whose flags have been taken.
 
   Attributes:
-    specs: Their architectures, one a cohort.
+    specs: The architectures of the models, one a cohort.
   """
 
   def __init__(self, run_dir: pathlib.Path, process: Any):
-    """Initializes it.
+    """Opens the models.
 
     Args:
       run_dir: The folder of the run.

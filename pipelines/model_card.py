@@ -146,7 +146,7 @@ def _loading(
     task: tff_kd.data.Task, model: released.Released,
     files: Mapping[str, Mapping[str, Any]],
 ) -> str:
-  """How the files of the first model are loaded, a block for each kind of file."""
+  """Describes how to load the first model, with a block for each kind of file."""
   specs = task.input_spec[0]
   named = specs if isinstance(specs, dict) else {'inputs': specs}
   value = "inputs['{0}']" if isinstance(specs, dict) else '{0}'
@@ -234,7 +234,7 @@ def _split(task: tff_kd.data.Task) -> str:
 
 
 def _algorithm(info: tff_kd.algorithms.Info, results: Mapping[str, Any]) -> str:
-  """What it sends, how long it was trained, and its settings."""
+  """Describes the algorithm, how long it was trained, and the settings."""
   text = f'`{info.name}`: {info.summary}. Clients upload {", ".join(info.uploads)}.'
   if 'best_round' in results:
     monitor = args.MONITOR.value or f"validation/student_{results['metric']}"
@@ -354,7 +354,7 @@ def _privacy(
 
 
 def _bytes(history: Sequence[dict[str, float]]) -> str:
-  """What was moved in all rounds, by channel."""
+  """Describes the bytes moved in all rounds, by channel."""
   if not history:
     return "The run's metrics.csv is not there."
   rows = [

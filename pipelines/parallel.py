@@ -18,12 +18,12 @@ from pipelines import UserError
 
 
 class Job(NamedTuple):
-  """One run.
+  """One run of a program.
 
   Attributes:
-    name: What messages call it.
+    name: The name in messages.
     command: The program and its arguments.
-    log: Where its output goes.
+    log: The file for its output.
   """
 
   name: str
@@ -37,16 +37,16 @@ def script_job(
   """Returns the job that runs a script of `pipelines`.
 
   Args:
-    name: What messages call it.
+    name: The name in messages.
     script: The script, such as 'train'.
     arguments: The flags that it is given.
-    log: Where its output goes.
+    log: The file for its output.
   """
   return Job(name, [sys.executable, '-m', f'pipelines.{script}', *arguments], log)
 
 
 def num_cores() -> int:
-  """How many cores this process may use."""
+  """Returns the number of cores that this process may use."""
   return len(os.sched_getaffinity(0))
 
 
@@ -88,14 +88,14 @@ def run_all(
     num_at_once: Optional[int] = None,
     on_done: Callable[[Job, float], str] = lambda job, seconds: f'{seconds:.0f} s',
 ) -> list[str]:
-  """Runs jobs, so many at a time, and prints a line for each that ends.
+  """Runs jobs, several at a time, and prints a line for each that ends.
 
   A job that fails does not stop the others. Ctrl-C ends those that run.
 
   Args:
-    jobs: What to run.
-    num_at_once: How many at a time; one a core, pinned to it, if `None`.
-    on_done: Maps a job and its seconds to what its line says; the seconds if not given.
+    jobs: The jobs.
+    num_at_once: How many run at a time; one a core, pinned to it, if `None`.
+    on_done: Maps a job and its seconds to the text of its line.
 
   Returns:
     The names of the jobs that failed.

@@ -26,10 +26,10 @@ class Released(NamedTuple):
   Attributes:
     name: 'student', 'teacher', or of cohorts 'student_0' and so on; of a client's own
       model 'client_NAME'.
-    path: The file that it is from; `None` of a client's own model.
-    keras_model: It.
-    spec: What it predicts.
-    weights: Its `ModelWeights`.
+    path: The file; `None` for a client's own model.
+    keras_model: The Keras model.
+    spec: The spec of the model.
+    weights: The `ModelWeights`.
   """
 
   name: str
@@ -143,11 +143,11 @@ def build_spec(task: tff_kd.data.Task, name: str) -> tff_kd.models.ModelSpec:
 def load(
     run_dir: pathlib.Path, task: tff_kd.data.Task, must_exist: bool = True
 ) -> list[Released]:
-  """All models in the folder of a run.
+  """Loads all models in the folder of a run.
 
   Args:
     run_dir: The folder.
-    task: What the run was about.
+    task: The task of the run.
     must_exist: Whether to refuse a folder without any.
 
   Raises:

@@ -78,7 +78,7 @@ class _Run(NamedTuple):
 
 
 def _runs() -> list[_Run]:
-  """All runs, those of one seed and alpha together."""
+  """Returns all runs, those of one seed and alpha together."""
   unknown = sorted(set(_ALGORITHMS.value) - set(PAPER))
   if unknown or not _ALGORITHMS.value:
     raise app.UsageError(f'--algorithms: {unknown} not among {", ".join(PAPER)}.')
@@ -100,7 +100,7 @@ def _runs() -> list[_Run]:
 
 
 def _cells(runs: list[_Run]) -> list[dict[str, Any]]:
-  """The table's numbers, in percent by seed: a model, way of testing and alpha each."""
+  """Returns the cells of the table, in percent by seed."""
   found = {}
   for run in runs:
     if not run.results.is_file():
@@ -123,7 +123,7 @@ def _cells(runs: list[_Run]) -> list[dict[str, Any]]:
 
 
 def _spread(values: list[float], num_seeds: int) -> str:
-  """Mean and standard deviation over the seeds; how many, where some are missing."""
+  """Returns mean and standard deviation; the number of seeds, if some are missing."""
   text = tables.spread(values, 2)
   if len(values) < num_seeds:
     text += f' ({len(values)} of {num_seeds})'
@@ -139,7 +139,7 @@ def _label(algorithm: str, model: str) -> str:
 
 
 def _rows(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-  """The table; what the paper has stands below the rows that it compares with."""
+  """Returns the table, with the paper's numbers below the rows that they compare to."""
   alphas = sorted(float(alpha) for alpha in _ALPHAS.value)
   rows = [('algorithm', 'test', 'rounds', *(f'alpha {alpha:g}' for alpha in alphas))]
   lines = {}

@@ -14,14 +14,14 @@ _MAX_WIDTH = 96
 
 
 def topic(heading: str) -> None:
-  """The calling module's flags from here to the next heading are of this topic."""
+  """Puts the calling module's flags from here to the next call under a heading."""
   module = sys._getframe(1).f_globals['__name__']
   count = len(flags.FLAGS.flags_by_module_dict().get(module, []))
   _HEADINGS.setdefault(module, []).append((heading, count))
 
 
 def by_topic() -> dict[str, list[flags.Flag]]:
-  """The flags of all modules that have headings, in the order of definition."""
+  """Returns the flags of all modules with headings, in the order of definition."""
   found = {}
   for module, headings in _HEADINGS.items():
     defined = flags.FLAGS.flags_by_module_dict()[module]
@@ -83,7 +83,7 @@ def _of_flags(of_topic: list[flags.Flag], width: int) -> list[str]:
 
 
 class _HelpFlag(app.HelpFlag):
-  """`--help`, by topic."""
+  """The flag `--help`, which prints flags by topic."""
 
   def parse(self, arg):
     if self._parse(arg):

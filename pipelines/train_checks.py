@@ -125,13 +125,13 @@ def _task() -> data.tasks.TaskInfo:
 
 
 def _no_effect(name: str, other: str, is_used: Callable[[], bool], why: str) -> None:
-  """A flag that is given has to be used.
+  """Refuses a flag that is given and has no effect.
 
   Args:
     name: The flag.
-    other: The flag that decides that.
-    is_used: Whether it is.
-    why: When it is not: 'with --...' or 'without --...'. A {} is the other's value.
+    other: The flag that decides whether it has an effect.
+    is_used: Returns whether it has.
+    why: When it has none: 'with --...' or 'without --...'; {} is the other's value.
   """
 
   @_together(name, other)

@@ -17,7 +17,7 @@ _PARTITIONS_BY_SIZE = ('iid', 'quantity_skew')
 
 
 def load_task() -> tff_kd.data.Task:
-  """The task, checked against the flags that depend on its data."""
+  """Loads the task, and checks the flags that depend on its data."""
   info = tff_kd.data.task_info(args.TASK.value)
   kwargs = {'data_dir': args.DATA_DIR.value} if 'data_dir' in info.options else {}
   task = info.load(
@@ -79,7 +79,7 @@ def _apply_task_defaults(task: tff_kd.data.Task) -> None:
 
 
 def split_clients(task: tff_kd.data.Task) -> Sequence[np.ndarray]:
-  """The rows of each client's examples."""
+  """Returns the rows of each client's examples."""
   if task.client_rows is not None:
     return [task.client_rows[k] for k in _clients_used(task)]
   kwargs: dict[str, Any] = {'seed': args.SEED.value}
@@ -101,7 +101,7 @@ def split_clients(task: tff_kd.data.Task) -> Sequence[np.ndarray]:
 
 
 def _clients_used(task: tff_kd.data.Task) -> np.ndarray:
-  """Which of the clients that the data have: all, or --num_clients at random."""
+  """Returns which clients of the data are used: all, or --num_clients at random."""
   there, used = len(task.client_rows), args.NUM_CLIENTS.value
   if used > there:
     raise UserError(
@@ -114,7 +114,7 @@ def _clients_used(task: tff_kd.data.Task) -> np.ndarray:
 def names_of_clients(
     task: tff_kd.data.Task, clients: Sequence[np.ndarray]
 ) -> tff_kd.data.client_names.ClientNames:
-  """The clients' names: those of the data, or their numbers.
+  """Returns the clients' names: those of the data, or their numbers.
 
   Args:
     task: The data.
@@ -130,7 +130,7 @@ def names_of_clients(
 def split_tests(
     task: tff_kd.data.Task, clients: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-  """Each client's rows of the test part: its own, or drawn like its classes."""
+  """Returns each client's rows of the test part: its own, or drawn like its classes."""
   if task.test_rows is not None:
     return [task.test_rows[k] for k in _clients_used(task)]
   classes = task.class_numbers(task.clients)
@@ -145,7 +145,7 @@ def split_tests(
 def build_batches(
     task: tff_kd.data.Task, clients: Sequence[np.ndarray]
 ) -> tff_kd.ClientBatches:
-  """How clients read their examples, given the rows of each."""
+  """Returns how clients read their examples, given the rows of each."""
   return tff_kd.ClientBatches(
       data=tff_kd.FileClientData.from_arrays(
           tuple(task.clients),

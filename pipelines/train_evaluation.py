@@ -13,7 +13,7 @@ from tff_kd.models import cohorts
 
 
 def specs_of(process) -> dict[str, tff_kd.models.ModelSpec]:
-  """The models by name; the students of cohorts are `student_0` and so on."""
+  """Returns the specs by name; the students of cohorts are `student_0` and so on."""
   specs = _by_cohort('student', process.students, process.students.specs)
   if process.teacher_spec is not None:
     specs['teacher'] = process.teacher_spec
@@ -52,14 +52,14 @@ class Evaluation:
   students, which are there too.
 
   Attributes:
-    metric_names: What it returns the values of.
+    metric_names: The names of the metrics, as of `names`.
     client_states: What clients keep, in `clients_dir`; `None` if they keep nothing.
-    evaluators: Name -> the evaluator of a kind of model.
+    evaluators: The evaluators by the names of `specs_of`.
   """
 
   @staticmethod
   def names(process) -> dict[str, tuple[str, str]]:
-    """The names of the metrics, each with the model and the name without it."""
+    """Returns the names of the metrics, each with the model and the rest of the name."""
     found = {**specs_of(process), 'student': None}
     description = process.description
     if description.kept_models is not None and process.get_model_weights is not None:
@@ -95,7 +95,7 @@ class Evaluation:
     }
 
   def models(self, state) -> dict[str, tuple[Any, Any]]:
-    """Name -> (evaluator, weights) of the server's models in a state."""
+    """Returns evaluator and weights of the server's models in a state, by name."""
     found = {}
 
     def add(name: str, kind: str, weights: Any) -> None:
@@ -156,12 +156,12 @@ def _mean_of(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def monitored(task: tff_kd.data.Task) -> str:
-  """The name of the metric that decides which round is the best."""
+  """Returns the name of the metric that decides which round is the best."""
   return args.MONITOR.value or f'validation/student_{task.metric}'
 
 
 def best_in_words(task: tff_kd.data.Task) -> str:
-  """Which value of which metric the best round has."""
+  """Describes the value that the best round has."""
   monitor = monitored(task)
   return f"{'lowest' if task.is_lower_better(monitor) else 'highest'} {monitor}"
 
@@ -172,7 +172,7 @@ def over_clients(
     task: tff_kd.data.Task,
     test_split: Sequence[np.ndarray],
 ) -> tff_kd.evaluation.FederatedEvaluation:
-  """The task's metric over clients, each on its share of the test part."""
+  """Evaluates the task's metric over clients, each on its share of the test part."""
   outputs, counted = evaluator.outputs(weights, task.test.inputs), task.counted(task.test)
   values = [
       metric_of(outputs[rows], task.test.take(rows), evaluator.spec, task)

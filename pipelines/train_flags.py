@@ -740,7 +740,7 @@ RAY_RESOURCES = flags.DEFINE_list(
 
 
 def output_dir(script: str) -> pathlib.Path:
-  """--output_dir, or a script's folder for the task."""
+  """Returns --output_dir, or a script's folder for the task."""
   task = pathlib.Path(TASK.value).stem
   return pathlib.Path(OUTPUT_DIR.value or f'runs/{script}-{task}')
 
@@ -763,7 +763,7 @@ def prior() -> Union[None, str, list[float]]:
 
 
 def target() -> Union[None, float, str]:
-  """--target: a name, or the share of the ensemble.
+  """Returns --target: a name, or the share of the ensemble.
 
   Raises:
     flags.ValidationError: If it is neither.
@@ -869,7 +869,7 @@ CONFIG_NAME = 'config.json'
 
 
 def own_flags() -> dict[str, flags.Flag]:
-  """The flags of this module, by name."""
+  """Returns the flags of this module, by name."""
   by_module = flags.FLAGS.flags_by_module_dict()
   return {flag.name: flag for flag in by_module[__name__]}
 
@@ -881,7 +881,7 @@ _OF_PREDICTIONS = frozenset(
 
 
 def _task_defaults(task: str, algorithm: str) -> dict[str, Any]:
-  """The defaults of a task with an algorithm.
+  """Returns the defaults of a task with an algorithm.
 
   Raises:
     app.UsageError: If there is no such task or algorithm, or it names what is no flag.
@@ -1002,7 +1002,7 @@ def _take_config(path: pathlib.Path, left: Set[str]) -> None:
 
 
 def _read_config(path: pathlib.Path) -> tuple[dict[str, Any], set[str]]:
-  """The flags of a run, and which of them were given.
+  """Returns the flags of a run, and which of them were given.
 
   Raises:
     app.UsageError: If there is no such file, or it is of another version.

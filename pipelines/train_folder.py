@@ -26,7 +26,7 @@ RESULTS = 'results.json'
 
 
 def named() -> pathlib.Path:
-  """The run folder, as flags name it."""
+  """Returns the folder of the run, as flags name it."""
   if args.OUTPUT_DIR.value:
     return pathlib.Path(args.OUTPUT_DIR.value)
   now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
@@ -112,7 +112,7 @@ def _new(run_dir: pathlib.Path) -> pathlib.Path:
 
 
 def resume_command(run_dir: pathlib.Path) -> str:
-  """The command that goes on with a run, all of whose flags are in the folder."""
+  """Returns the command that goes on with a run, whose flags are in the folder."""
   words = [
       'python', '-m', 'pipelines.train', f'--config={run_dir / args.CONFIG_NAME}',
       f'--output_dir={run_dir}',
@@ -123,7 +123,7 @@ def resume_command(run_dir: pathlib.Path) -> str:
 def best_row(
     history: list[dict[str, float]], rounds: int, monitor: str, task: tff_kd.data.Task
 ) -> dict[str, float]:
-  """The row with the best monitored metric within the first rounds."""
+  """Returns the row with the best monitored metric within the first rounds."""
   sign = -1.0 if task.is_lower_better(monitor) else 1.0
 
   def value(row: dict[str, float]) -> float:

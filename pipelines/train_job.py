@@ -35,7 +35,7 @@ _CLIENT_BYTES = tff_kd.communication.CLIENT_BYTES
 
 
 def run() -> None:
-  """The whole job."""
+  """Trains and reports, or prints the plan of a dry run."""
   with contextlib.ExitStack() as stack:
     with train_setup.errors_for_users():
       run_dir = None if args.DRY_RUN.value else train_folder.named()
@@ -267,7 +267,7 @@ class _Summary:
 
 
 def _trackers(run_dir: pathlib.Path, prefix: str) -> list[tff_kd.simulation.Callback]:
-  """The trackers that --tracker names, beside TensorBoard."""
+  """Returns the trackers that --tracker names, except TensorBoard."""
   project, name = f'tff_kd {args.TASK.value}', f'{run_dir.name}{prefix and " FedAvg"}'
   settings = {key: flag.value for key, flag in sorted(args.own_flags().items())}
   found = []
@@ -292,10 +292,11 @@ def _trackers(run_dir: pathlib.Path, prefix: str) -> list[tff_kd.simulation.Call
 
 
 class _ModelsTogether(tff.program.ReleaseManager):
-  """To TensorBoard, a curve a model: student and teacher are on one chart.
+  """Writes metrics to TensorBoard so that student and teacher share a chart.
 
-  A chart is a tag, and a curve in it a folder: `test/teacher_accuracy` goes as
-  `test/accuracy` to the folder `teacher`; what is about no model, to `round`.
+  TensorBoard draws a chart for each tag, and in it a curve for each folder:
+  `test/teacher_accuracy` goes as `test/accuracy` to the folder `teacher`, and metrics of
+  no model go to `round`.
   """
 
   def __init__(self, folder: pathlib.Path, names: Mapping[str, tuple[str, str]]):

@@ -27,7 +27,7 @@ def sampling() -> privacy.ClientSampling:
 
 
 def build_guards() -> dict[str, Any]:
-  """How what clients send is private and secure: arguments of a process."""
+  """Returns the arguments of a process for privacy and secure aggregation."""
   found = {}
   if train_checks.is_private():
     noise = args.NOISE_MULTIPLIER.value
@@ -94,7 +94,7 @@ def check_budget(process) -> None:
 def build_accountant(
     process, run_dir: Optional[pathlib.Path]
 ) -> privacy.PrivacyAccountant:
-  """The accountant of a private run, whose ledger is in its folder, if it has one."""
+  """Builds the accountant of a private run; the ledger is in the folder, if given."""
   return privacy.build_accountant(
       process.protection,
       sampling=sampling(),

@@ -67,7 +67,7 @@ def schedules() -> list[tff_kd.simulation.LearningRateSchedule]:
 def _aggregator(
     methods: Sequence[str], norm_bound: Optional[float], bits: Optional[int]
 ) -> Optional[tff.aggregators.WeightedAggregationFactory]:
-  """How one channel is compressed and made robust; `None` where it is neither."""
+  """Returns the aggregator of a channel; `None` if it is neither coded nor robust."""
   factory = None
   if bits is not None:
     # Not TFF's random rounding: a resumed run could not repeat it.
@@ -162,7 +162,7 @@ def build_process(
 def _local_terms(
     algorithm: algorithms.Info,
 ) -> list[tff_kd.client.local_terms.LocalTerm]:
-  """The terms of the clients' loss that flags add to the algorithm's own."""
+  """Returns the terms of the clients' loss that flags add to the algorithm's own."""
   of_algorithm, terms = set(algorithm.flags.values()), []
   if args.LOCAL_TARGET.value != 'none':
     terms.append(
@@ -222,7 +222,7 @@ def _consensus_rule(algorithm: algorithms.Info) -> Any:
 
 
 def _companion(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  """What gives the densities by which some rules weigh."""
+  """Returns the companion that gives the densities by which some rules weigh."""
   if algorithm.consensus is None or args.CONSENSUS.value not in rules.BY_DENSITY:
     return _UNSET
   if task.num_classes is None:
@@ -252,7 +252,7 @@ def _coded(rule: knowledge.ConsensusRule) -> knowledge.ConsensusRule:
 def _public_rows(
     algorithm: algorithms.Info, task: tff_kd.data.Task
 ) -> tuple[np.ndarray, np.ndarray]:
-  """The rows of the transfer examples that are distilled on, and of the negatives."""
+  """Returns the transfer examples' rows for the distillation, and for negatives."""
   rows = np.arange(len(task.transfer))
   left = len(rows)
   if 'negatives' in algorithm.parameters:
@@ -313,7 +313,7 @@ def _epsilon() -> Any:
 def _distillation(
     algorithm: algorithms.Info, task: tff_kd.data.Task, parameter: str, **own: Any
 ) -> Any:
-  """The builder's default settings with the flags that were set."""
+  """Returns the builder's default settings, changed by the flags that were set."""
   if args.AUGMENT.value and task.augment is None:
     raise UserError(
         f'--augment: the task {task.name} has no random change of its inputs '

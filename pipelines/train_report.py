@@ -28,11 +28,11 @@ _MOST_FED_AVG = 3
 
 
 class Baseline(NamedTuple):
-  """FedAvg of the same student, beside a run.
+  """FedAvg of the same student, to compare a run with.
 
   Attributes:
-    rows: Those of its metrics.csv.
-    for_bytes: In how many rounds it moves as many bytes as the run.
+    rows: The rows of its metrics.csv.
+    for_bytes: The number of rounds in which it moves as many bytes as the run.
   """
 
   rows: list[dict[str, float]]
@@ -127,13 +127,13 @@ class Finished:
   """A training that is over.
 
   Attributes:
-    setup: What it began with.
-    evaluation: What judged its rounds.
-    result: What it ended with.
+    setup: The parts of the run.
+    evaluation: The evaluation of each round.
+    result: The result of the training.
     history: The rows of metrics.csv.
     baseline: FedAvg; `None` without that comparison.
-    accountant: The privacy accountant of a private run; else `None`.
-    run_dir: The run's folder.
+    accountant: The privacy accountant; `None` if the run is not private.
+    run_dir: The folder of the run.
   """
 
   setup: train_setup.Setup
@@ -150,7 +150,7 @@ class Finished:
 
   @functools.cached_property
   def best(self) -> dict[str, float]:
-    """The best round's row."""
+    """Returns the row of the best round."""
     monitor = train_evaluation.monitored(self.task)
     return train_folder.best_row(
         self.history, self.result.round_num, monitor, self.task
@@ -158,13 +158,13 @@ class Finished:
 
   @functools.cached_property
   def scores(self) -> list[str]:
-    """The names of the scores that the table has."""
+    """Returns the names of the scores in the table."""
     names = tff_kd.evaluation.score_names(self.setup.process.students.first)
     return [name for name in names if name != 'loss']
 
   @functools.cached_property
   def server_models(self) -> dict[str, Any]:
-    """By name, the evaluator and the weights of each model of the best round."""
+    """Returns evaluator and weights of each model of the best round, by name."""
     return self.evaluation.models(self.result.best_state)
 
   @functools.cached_property
@@ -227,7 +227,7 @@ def report(finished: Finished, alone: Callable[[], dict[str, Any]]) -> None:
 
 
 def _model_rows(finished: Finished) -> list[tuple[str, ...]]:
-  """The table's head, and a row for each model of the best round."""
+  """Returns the table's head, and a row for each model of the best round."""
   task, test = finished.task, finished.best
   test_split = train_data.split_tests(task, finished.setup.clients)
   rows = [(
@@ -251,7 +251,7 @@ def _model_rows(finished: Finished) -> list[tuple[str, ...]]:
 
 
 def _baseline_rows(finished: Finished) -> list[tuple[str, ...]]:
-  """The table's rows of FedAvg."""
+  """Returns the table's rows of FedAvg."""
   if finished.baseline is None:
     return []
   num_rounds, for_bytes = finished.result.round_num, finished.baseline.for_bytes
@@ -345,7 +345,7 @@ def _print_end(finished: Finished) -> None:
 
 
 def _print_left_out(history: list[dict[str, float]]) -> None:
-  """How many reports did not count in all rounds, and why."""
+  """Prints how many reports did not count in all rounds, and why."""
   causes = collections.Counter()
   for row in history:
     causes.update(tff_kd.simulation.left_out(row))
