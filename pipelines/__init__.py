@@ -61,8 +61,8 @@ def run(main: Callable[[list[str]], Optional[int]]) -> None:
   Args:
     main: Takes the arguments that are not flags; returns the exit status.
   """
-  # Graphs are many small objects that live on: Python's default looks through all of
-  # them so often that a start takes an eighth longer.
+  # Graphs are many small objects that stay. With Python's default, the collector looks
+  # through all of them so often that a start takes an eighth longer.
   gc.set_threshold(100_000, 20, 20)
   logging.use_absl_handler()
   # Here and not above: it defines a flag.

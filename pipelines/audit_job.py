@@ -37,7 +37,7 @@ from tff_kd import privacy
 
 # A client with fewer examples is not attacked: the result would be chance.
 _MIN_VICTIM_EXAMPLES = 5
-# Classes that a picture shows.
+# The number of classes in the picture.
 _MAX_SHOWN = 8
 # Adam's learning rate and the batch size of shadow models.
 _SHADOW_RATE, _SHADOW_BATCH = 0.001, 32
@@ -276,7 +276,7 @@ def _open_run(run_dir: pathlib.Path) -> _Run:
   batches = train_data.build_batches(task, rows)
   algorithm = args.algorithm()
   took_part = _who_took_part(run_dir, batches)
-  # After the clients' own draws, which are of all that they have.
+  # The draws above are from all examples of a client, so this comes after them.
   rows = _trained_on(rows, batches, algorithm)
   took_part = [client for client in took_part if len(rows[client])]
   if not took_part:
@@ -303,7 +303,7 @@ def _trained_on(
     return rows
   found = []
   for client in range(len(rows)):
-    # In every round the same, in another order.
+    # The rows are the same in every round, in another order.
     used, labelled = batches.rows_and_labelled(tf.constant(client), tf.constant(1))
     found.append(np.unique(used.numpy()[labelled.numpy() > 0]))
   return found
@@ -331,7 +331,7 @@ def _who_took_part(
         participation,
         seed=privacy.accounting.read_ledger(ledger)['sampling_seed'],
     )
-  # Later rounds have left nothing in the models that are kept, nor has a skipped one.
+  # Neither later nor skipped rounds have changed the models that are kept.
   best_round = json.loads((run_dir / train_folder.RESULTS).read_text())['best_round']
   history = run_folders.read_history(run_dir / 'metrics.csv')
   skipped = {row['round'] for row in history if row.get('round_skipped')}
@@ -339,7 +339,7 @@ def _who_took_part(
   for round_num in range(1, best_round + 1):
     if round_num not in skipped:
       found.update(map(_reporting, participation(round_num)))
-  # An empty client has nothing to be found out.
+  # A client without examples cannot be attacked.
   return sorted(k for k in found - {None} if batches.data.num_examples[k])
 
 
@@ -532,7 +532,7 @@ def _invert(
   reader, server = finished.reader, _server_model(finished.released)
   public = reader.task.transfer.inputs
   server_public = reader.logits(server, public)
-  # What the server thinks that a class looks like, without any client.
+  # The mean image of each class as the server predicts it, without any client.
   of_class = {
       int(label): public[np.argmax(server_public, -1) == label].mean(0)
       for label in np.unique(np.argmax(server_public, -1))
@@ -547,7 +547,7 @@ def _invert(
     classes = reader.task.class_numbers(victim.examples)
     by_class, images = _invert_classes(inverter, victim, classes, of_class, public)
     shown |= images
-    # One number a client: its examples are alike.
+    # One number a client, as the examples of a client are alike.
     of_client = [
         *(np.mean(by_class, axis=0) if by_class else (np.nan, np.nan)),
         *_invert_examples(inverter, reader, victim, server, of_class, public),

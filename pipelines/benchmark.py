@@ -84,7 +84,7 @@ _LONG_EXAMPLES = 200
 _LONG_POINTS = 10
 _END_S = 30.0
 
-# Runs a round with so many clients.
+# Runs a round with a number of clients.
 _Round = Callable[[int], Any]
 
 
@@ -300,7 +300,7 @@ def _pfl(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
     def one_round(num_clients: int) -> None:
       nonlocal number
       number += 1
-      # It goes on after the rounds that it has run, up to this many in all.
+      # It continues after the rounds that it has run, up to this number in all.
       params = base.NNAlgorithmParams(
           central_num_iterations=number, evaluation_frequency=sys.maxsize,
           train_cohort_size=num_clients, val_cohort_size=None,
@@ -374,7 +374,7 @@ def _serve(name: str, case: work.Case, pipe: int) -> None:
     tf.random.set_seed(case.seed)
     build = _SIDES[name].prepare(case, stack)
     gc.collect()
-    # What making the examples took is not this side's.
+    # The peak does not count the making of the examples.
     with contextlib.suppress(OSError):
       pathlib.Path('/proc/self/clear_refs').write_text('5')
     one_round, build_s = _timed(build)
@@ -449,7 +449,7 @@ class _Child:
   def close(self) -> None:
     """Ends the process, whatever it is doing."""
     with contextlib.suppress(BrokenPipeError):
-      self._process.stdin.close()  # It ends then, and a worker that it started.
+      self._process.stdin.close()  # This ends the process and its worker.
     try:
       self._process.wait(_END_S)
     except subprocess.TimeoutExpired:

@@ -178,7 +178,7 @@ def _pinned_nodes() -> Iterator[str]:
   if len(cores) < 2:
     raise pipelines.UserError('Two nodes need two cores, and here is one.')
   size: dict[str, Any] = dict(num_cpus=1, object_store_memory=_OBJECT_STORE_BYTES)
-  # What a process starts is pinned to the same cores.
+  # Child processes are pinned to the same cores as their parent.
   first, second = sorted(cores)[:2]
   try:
     os.sched_setaffinity(0, {first})
@@ -387,7 +387,7 @@ def main(argv: list[str]) -> None:
   _use_token()
   folder = pathlib.Path(_OUTPUT_DIR.value)
   folder.mkdir(parents=True, exist_ok=True)
-  # Memory first: what the other figures leave would count as the script's.
+  # Memory first: what the other figures leave in memory would be counted.
   results: dict[str, Any] = {'cores': len(os.sched_getaffinity(0))}
   if 'memory' in _FIGURES.value:
     results['memory'] = _measure_memory()

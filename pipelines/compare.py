@@ -68,13 +68,13 @@ _CEILINGS = flags.DEFINE_bool(
 _JOBS = flags.DEFINE_integer(
     'jobs', None, 'Runs at a time; one a core if unset.', lower_bound=1
 )
-# What the table and messages call the ceilings, and the floor.
+# The names of the ceilings and of the floor in the table and in messages.
 _IN_ONE_PLACE = 'in one place'
 _CENTRAL_FOLDER = 'centralized'
 _ALONE = "the server's labels alone"
 # Algorithms whose curves are drawn in one panel; more have one each.
 _MOST_TOGETHER = 5
-# The columns of what stays in the end, beside those of the best round.
+# The columns of the last rounds, beside those of the best round.
 _LAST_ROUNDS = 10
 _STUDENT_LAST, _TEACHER_LAST = (
     f'{model}, last {_LAST_ROUNDS}' for model in ('student', 'teacher')
@@ -140,7 +140,7 @@ def _check_algorithms() -> None:
         f'--algorithms must name some of {", ".join(algorithms.REGISTRY)}, or files of '
         'your own, found none.'
     )
-  # Their runs would share folders: the table would show one's results for both.
+  # Runs that share folders would show the results of one for both.
   found = {_CENTRAL_FOLDER: f'the runs {_IN_ONE_PLACE}'} if _CEILINGS.value else {}
   for algorithm in _ALGORITHMS.value:
     try:
@@ -269,7 +269,7 @@ def _check_same_problem(
 ) -> None:
   """Refuses a folder that has rounds with other flags; notes the flags."""
   arguments = {setting.name: flags_of_run for setting, flags_of_run in settings.items()}
-  # What ended before its first round left nothing that other flags would mix with.
+  # A run that ended before its first round may go on with other flags.
   begun = {setting.name for setting in settings if _has_begun(folder, setting)}
   if _CEILINGS.value:
     arguments[_IN_ONE_PLACE] = _central_arguments()
@@ -416,7 +416,7 @@ class _Table:
     self._target = _TARGET_ACCURACY.value
     if self._target is None:
       means = [statistics.mean(self._best(of, 'student')) for of in by_setting.values()]
-      # Of those that did not diverge.
+      # Runs that diverged do not count.
       means = [mean for mean in means if math.isfinite(mean)] or [math.nan]
       self._target = 1.01 * min(means) if self._is_error else 0.95 * max(means)
     self.rows = [self._head()]

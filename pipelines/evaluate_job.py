@@ -163,7 +163,7 @@ def _print(
     task, part, examples, found, names, clients, rows, num_worst
 ) -> None:
   metric = task.metric
-  # Of clients' own models the task's further scores are not known.
+  # The clients' own models do not have the further scores of the task.
   keys = list(dict.fromkeys(key for model in found for key in model.scores))
   name_of = {'clients': 'training'}.get(part, part)
   head = ['model', *(f'{name_of} {tables.words(key)}' for key in keys)]
@@ -275,7 +275,7 @@ def _draw(report_dir, task, title, found, has_clients: bool) -> list[str]:
       sure[name] = tf.nn.softmax(logits).numpy().max(-1), logits.argmax(-1) == labels
       if logits.shape[-1] <= _MAX_CLASSES:
         names = _class_names(task)
-        if len(names) != logits.shape[-1]:  # Labels that are present or not.
+        if len(names) != logits.shape[-1]:  # Each label is present or not.
           names = ['no', 'yes']
         figures[f'confusion_{model.name}.png'] = plots.confusion(
             _confusion(logits, labels), class_names=names,

@@ -32,10 +32,10 @@ from tff_kd import internals
 
 # A file that is worse by more than this is named: of accuracy, or of an error's own size.
 _WORSE = 0.01
-# Transfer examples that show TFLite the ranges of what it quantises.
+# The number of transfer examples that show TFLite the ranges of activations.
 _REPRESENTATIVE = 200
 _SIGNATURE = 'serving_default'
-# Types and policies of Keras layers for which TFLite has float32.
+# Types and policies of Keras layers that become float32 in TFLite and ONNX.
 _FLOATS = ('bfloat16', 'float16', 'float64', 'mixed_bfloat16', 'mixed_float16')
 Predict = Callable[[Any], np.ndarray]
 
@@ -201,7 +201,7 @@ def _export(
 ) -> _Exported:
   """Writes one file, loads it again and compares it."""
   suffix, write = _FORMATS[name]
-  # A client's name may be a path; as in a URL, no two names become one.
+  # A client's name may be a path. Escaped as in a URL, different names stay different.
   file_name = model.name.replace('%', '%25').replace('/', '%2F')
   path = export_dir / f'{file_name}{suffix}'
   outputs = write(model.keras_model, path, task)(examples.inputs)
@@ -253,7 +253,7 @@ def _write_saved_model(
 def _write_onnx(
     model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task
 ) -> Predict:
-  # Optional packages: `pipelines.export` asks for them where the format is chosen.
+  # Optional packages, for which `pipelines.export` has looked.
   import onnxruntime
   import tf2onnx
 
@@ -272,8 +272,7 @@ def _write_onnx(
           convertible, input_signature=list(signature.values()), output_path=path
       )
       session = onnxruntime.InferenceSession(path)
-  # What ONNX does not have is a converter's error, or one of the runtime, which has no
-  # public type.
+  # The errors of the converter and of the runtime have no public types.
   except Exception as error:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     raise UserError(
@@ -311,7 +310,7 @@ def _serving(
   has_names = isinstance(task.transfer.inputs, dict)
 
   def serve(**inputs):
-    # Keras's names of layers (`__mine`) may be none of TensorFlow's at a graph's root.
+    # Names of Keras layers (`__mine`) may not be valid at the root of a graph.
     with tf.name_scope('model'):
       outputs = model(inputs if has_names else inputs['inputs'], training=False)
     return {'outputs': tf.cast(outputs, tf.float32)}
@@ -370,7 +369,7 @@ def _write_tflite(
     for row in range(min(_REPRESENTATIVE, len(task.transfer))):
       yield _SIGNATURE, {name: a[row : row + 1] for name, a in named.items()}
 
-  # It dies (a segmentation fault) of a loop whose activations it is to quantise.
+  # TFLite crashes (a segmentation fault) on a loop whose activations are quantised.
   model = _copy(model, unroll=int8_activations, in_float32=True)
   with tempfile.TemporaryDirectory() as folder:
     _save(model, pathlib.Path(folder), task, batch_size=1)
@@ -445,7 +444,7 @@ def _copy(
   for layer in internals.all_layers(copy):
     if isinstance(layer, keras.layers.RNN):
       layer.unroll = unroll or layer.unroll
-      # Where there is a GPU, GRU and LSTM would be cuDNN's, which are nowhere else.
+      # On a GPU, GRU and LSTM would use cuDNN, which other devices do not have.
       layer.use_cudnn = False
   return copy
 
@@ -498,7 +497,7 @@ def _float32_config(config: Any) -> Any:
 
 def _tflite_predict(path: pathlib.Path) -> Predict:
   with _quiet(), warnings.catch_warnings():
-    # It announces its removal in TensorFlow 2.20, but is in 2.21.
+    # It warns that TensorFlow 2.20 will remove it, but 2.21 has it.
     warnings.simplefilter('ignore', UserWarning)
     interpreter = tf.lite.Interpreter(os.fspath(path))
     interpreter.allocate_tensors()

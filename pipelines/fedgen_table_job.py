@@ -23,7 +23,7 @@ _EXAMPLES_PER_CLASS = 1500
 # A user that has so many images gets none of the classes still to be dealt out.
 _CAP = 1500
 _RATE, _RATE_DECAY = 0.01, 0.99
-# Ours: what of the 15,000 images a round distils on, and in how many steps.
+# Our choice: on how many of the 15,000 images a round distils, in how many steps.
 _TRANSFER_PER_ROUND, _SERVER_STEPS, _SERVER_BATCH = 640, 50, 64
 _SPLIT_LAYER = 'features'
 
@@ -34,7 +34,7 @@ def _network(filters: tuple[int, int], units: int) -> keras.Model:
   model = keras.Sequential([layers.InputLayer((28, 28, 1))])
   for count in filters:
     model.add(layers.Conv2D(count, 3, 2, padding='same'))
-    # The momentum and epsilon that their framework has by default.
+    # The defaults of the framework of the paper.
     model.add(layers.BatchNormalization(momentum=0.9, epsilon=1e-5))
     model.add(layers.ReLU())
   model.add(layers.Flatten())
@@ -218,7 +218,7 @@ class _Evaluation:
       return {}
     weights = {'student': [state.global_model_weights]}
     if not len(weights['student'][0]):
-      # Each user has a model of its own, and there is no other.
+      # There are only the users' own models.
       weights['student'] = [kept.weights for kept in self._store.load(range(_USERS))]
     if 'teacher' in self.evaluators:
       weights['teacher'] = [state.teacher_weights]

@@ -45,7 +45,7 @@ class KeptModels:
     self._students = process.kept_models
     self.specs = self._students.specs
     self._names = process.client_data.data.names
-    # Here, whatever workers the run had.
+    # In this process, whatever workers the run had.
     with tff_kd.runtime.in_process():
       self._states = train_evaluation.client_states(process, run_dir / 'clients')
 
@@ -104,7 +104,7 @@ def load(run_dir: pathlib.Path) -> Optional[KeptModels]:
   results = json.loads((run_dir / train_folder.RESULTS).read_text())
   if not results['clients_keep_models']:
     return None  # They keep states that are not models.
-  # Before a process is built, which the flags of other clients may not make.
+  # Checked before the process is built, which may fail with other clients.
   ran_with = json.loads((run_dir / args.CONFIG_NAME).read_text())['flags']
   for flag in _OF_THE_SPLIT:
     if flags.FLAGS[flag].value != ran_with[flag]:

@@ -26,7 +26,7 @@ _ALWAYS = (
     'student', 'teacher', 'mentor', 'client_optimizer', 'client_learning_rate',
     'client_epochs', 'batch_size', 'server_optimizer', 'server_learning_rate',
 )
-# Said in other sections, or of the machine and not of the model.
+# Settings that other sections name, or that are about the machine.
 _ELSEWHERE = frozenset({
     'algorithm', 'task', 'data_dir', 'transfer_size', 'transfer_labels',
     'validation_size', 'num_clients', 'clients_per_round', 'partition', 'alpha',
@@ -35,7 +35,7 @@ _ELSEWHERE = frozenset({
     'tracker', 'rounds_per_checkpoint', 'device', 'runtime', 'ray_address',
     'ray_workers', 'ray_resources',
 })
-# By format, how a file is loaded; `{file}` is the file and `{feed}` the inputs by name.
+# The code that loads a file, by format; `{feed}` are the inputs by name.
 _LOADING = {
     'keras': '''import keras
 model = keras.models.load_model('{file}', compile=False{classes})
@@ -289,7 +289,7 @@ def _scores(
       if name in of_models
   }
   known = dict.fromkeys(key for scores in of_models.values() for key in scores)
-  keys = sorted(known, key=lambda key: key != task.metric)  # That one first.
+  keys = sorted(known, key=lambda key: key != task.metric)  # It comes first.
   rows = [('model', *map(tables.words, keys))]
   for name, scores in (of_models | alone).items():
     rows.append(
@@ -333,7 +333,7 @@ def _privacy(
     )
   else:
     neighbors = train_privacy.sampling().neighbors
-    # More than were completed, if some were begun again after a crash.
+    # Rounds that were begun again after a crash count each time.
     rounds, ledger = results['rounds'], run_dir / train_privacy.LEDGER
     if ledger.exists():
       begun = tff_kd.privacy.accounting.read_ledger(ledger)['begun']

@@ -104,7 +104,7 @@ def run_all(
   count = min(num_at_once or len(available), max(1, len(jobs)))
   free, running, is_stopped = queue.SimpleQueue(), set(), threading.Event()
   for place in range(count):
-    # A core for each; the usual freedom where there are fewer jobs, or more.
+    # Jobs are pinned only if there is one for each core.
     free.put(available[place] if count == len(available) > 1 else None)
 
   def run(job: Job) -> float:
@@ -129,7 +129,7 @@ def run_all(
     except BaseException:  # Ctrl-C, or what `on_done` raises.
       is_stopped.set()
       pool.shutdown(wait=False, cancel_futures=True)
-      # Not Ctrl-C: what a shell starts in the background ignores it, and so do its runs.
+      # Not SIGINT, which processes that a shell started in the background ignore.
       for process in list(running):
         process.terminate()
       raise
@@ -153,7 +153,7 @@ def _run(
         preexec_fn=pin,
     )
     running.add(process)
-    # It may have started while the others were ended.
+    # It may have started after the others were ended.
     if is_stopped.is_set():
       process.terminate()
     code = process.wait()

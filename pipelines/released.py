@@ -54,9 +54,9 @@ def predict(model: keras.Model, inputs: Any) -> np.ndarray:
   """
 
   def call(batch: Any) -> np.ndarray:
-    # Not by `predict`, which refuses classes whose names begin with an underscore.
+    # `predict` refuses classes whose names begin with an underscore.
     outputs = model(tf.nest.map_structure(tf.constant, batch), training=False)
-    # They are bfloat16 under a mixed policy.
+    # Under a mixed policy, outputs are bfloat16.
     return tf.cast(outputs, tf.float32).numpy()
 
   return in_batches(call, inputs)

@@ -55,7 +55,7 @@ _ROUNDS_PER_EVALUATION = flags.DEFINE_integer(
 _JOBS = flags.DEFINE_integer(
     'jobs', None, 'Runs at a time; one a core if unset.', lower_bound=1
 )
-# How the script calls itself for one run.
+# Given when the script calls itself for one run.
 _ONLY = flags.DEFINE_string('only', None, 'One run, as algorithm:alpha:seed.')
 
 
@@ -211,12 +211,12 @@ def _check_same_problem() -> None:
   """Refuses a folder whose runs had other data, or tests; notes this one's."""
   folder = pathlib.Path(_OUTPUT_DIR.value)
   path = folder / 'problem.json'
-  # From wherever the script is called.
+  # The path is the same wherever the script is called.
   problem = {
       _DATA_DIR.name: str(pathlib.Path(_DATA_DIR.value).resolve()),
       _ROUNDS_PER_EVALUATION.name: _ROUNDS_PER_EVALUATION.value,
   }
-  # What ended before its first round left nothing that other data would mix with.
+  # A run that ended before its first round may go on with other data.
   if path.is_file() and any(folder.glob('*/metrics.csv')):
     before = json.loads(path.read_text())
     for name, value in problem.items():

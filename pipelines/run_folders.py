@@ -10,7 +10,7 @@ from typing import Any, Optional
 from pipelines import tables
 from pipelines import UserError
 
-# Where `pipelines.train` makes them.
+# Where `pipelines.train` makes folders of runs.
 RUNS = pathlib.Path('runs')
 _CONFIG = 'config.json'
 _MAX_LISTED = 10
@@ -46,7 +46,7 @@ def write_json(path: pathlib.Path, content: Any) -> None:
     path: The file; what is there stays until the new one is complete.
     content: What JSON can hold.
   """
-  # Not in its place: a full disk would leave half of it.
+  # Written beside it first: a full disk would leave half of the file.
   partial = path.with_name(f'{path.name}.partial')
   partial.write_text(json.dumps(content, indent=2) + '\n')
   partial.replace(path)

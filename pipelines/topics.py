@@ -8,7 +8,7 @@ import textwrap
 from absl import app
 from absl import flags
 
-# Module -> (heading, how many of the module's flags come before it).
+# By module: headings, each with the number of the module's flags before it.
 _HEADINGS: dict[str, list[tuple[str, int]]] = {}
 _MAX_WIDTH = 96
 
@@ -63,7 +63,7 @@ def _of_flags(of_topic: list[flags.Flag], width: int) -> list[str]:
     elif flag.default in (None, []):
       usage = f'--{flag.name}='
     else:
-      # `serialize` is of the value that a flag has now.
+      # `serialize` would give the present value.
       default = flag.default
       if isinstance(default, list):
         default = ','.join(map(str, default))
@@ -71,7 +71,7 @@ def _of_flags(of_topic: list[flags.Flag], width: int) -> list[str]:
     lines.append(f'  {usage}')
     parts = flag.help.split('\n')
     if len(parts) > 1:
-      # They say what absl has put before it: <all|the|values>.
+      # Remove the values that absl puts first, which the items list: <all|the|values>.
       parts[0] = re.sub('^<[^>]*>: ', '', parts[0])
     for number, part in enumerate(parts):
       lines += textwrap.wrap(

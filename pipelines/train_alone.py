@@ -50,7 +50,7 @@ def _train_alone(
     bar: tqdm.tqdm,
 ) -> dict[str, float]:
   """Trains a model on the server's labels alone; returns its test scores."""
-  steps = -(-args.TRANSFER_LABELS.value // _CENTRAL_BATCH)  # An epoch's.
+  steps = -(-args.TRANSFER_LABELS.value // _CENTRAL_BATCH)  # Of an epoch.
   done = 0
 
   def show(epoch: int, score: float) -> None:

@@ -16,9 +16,9 @@ from tff_kd import checks
 from tff_kd import data
 from tff_kd import own_files
 
-# While they are asked.
+# Whether the checks are being run.
 _running = False
-# Those that mean something with differential privacy only.
+# Flags that have an effect with differential privacy only.
 _OF_PRIVACY = (
     'delta', 'model_clip', 'knowledge_clip', 'knowledge_share', 'private_channels',
 )
@@ -26,7 +26,7 @@ _OF_SECURE_SUMS = ('secure_bits', 'secure_model_bound', 'secure_knowledge_bound'
 
 
 def run() -> None:
-  """Asks all checks.
+  """Runs all checks.
 
   Raises:
     UserError: If flags do not go together; a line for each reason.
@@ -276,14 +276,14 @@ def _():
 
 @_together('student', 'teacher', 'mentor', 'task', 'algorithm')
 def _():
-  # Those of a task of one's own are known when it is loaded.
+  # The models of a user's own task are known when it is loaded.
   if not own_files.is_own(args.TASK.value):
     check_models_of(_task())
 
 
 @_together('partition', 'alpha', 'task')
 def _():
-  # For a user's own task it is known only when the task is loaded.
+  # For a user's own task this is checked when it is loaded.
   check_partition(_task().has_clients)
 
 

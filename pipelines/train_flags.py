@@ -17,7 +17,7 @@ from tff_kd import data
 from tff_kd.knowledge import rules
 from tff_kd import own_files
 
-# The keys of the job's tables.
+# The keys of the tables in `train_process`.
 OPTIMIZERS = ['adam', 'sgd']
 SCHEDULES = ['constant', 'cosine']
 # Schedules of learning rates over rounds.
@@ -485,7 +485,7 @@ CONSENSUS = flags.DEFINE_string(
     'clients whose classes differ; see --prior. A path that ends in .py is '
     "a rule of your own (examples/own_rule.py). Unset: the algorithm's own.",
 )
-# Without TensorFlow, unless the rule is of the user's own.
+# Needs no TensorFlow, unless the rule is the user's own.
 flags.register_validator(CONSENSUS, _is_known(rules.check))
 PRIOR = flags.DEFINE_string(
     'prior', None,
@@ -779,7 +779,7 @@ def target() -> Union[None, float, str]:
     ) from None
 
 
-# Flags that are made into a parameter of builders, which only some algorithms have.
+# By parameter of builders, the flags that it is made of; not all algorithms have it.
 _FLAGS_OF_PARAMETER = {
     'transfer_set': [
         'coverage', 'transfer_per_round', 'transfer_validation', 'consensus',
@@ -801,7 +801,7 @@ _FLAGS_OF_PARAMETER = {
     'mentor_fn': ['mentor'],
     'generator_optimizer': ['generator_learning_rate'],
 }
-# Flags of the averaging of weights, whether an algorithm has such parameters or not.
+# Flags that have an effect with all algorithms that average weights.
 _AVERAGING = (
     'server_optimizer', 'server_learning_rate', 'server_rate_schedule',
     'server_warmup_rounds', 'client_weighting', 'local_target',
@@ -838,7 +838,7 @@ def is_taken(algorithm: algorithms.Info, name: str) -> bool:
   if name == 'prior':
     return algorithm.consensus is not None or 'calibrate_on' in algorithm.parameters
   if name == 'clients_start_from':
-    # These change the average of the algorithms that average weights.
+    # These make the released student differ from the average.
     changes = {'student_optimizer', 'calibrate_on'} & set(algorithm.parameters)
     return algorithm.averages and bool(changes)
   if name == 'student_start':
@@ -864,7 +864,7 @@ _NOT_REPEATED = frozenset({'config', 'dry_run', 'output_dir', 'resume'})
 _WHERE = frozenset({'device', 'runtime', 'ray_address', 'ray_workers', 'ray_resources'})
 # Flags that decide what the others are by default.
 _OF_DEFAULTS = ('task', 'algorithm', 'data_dir')
-# In the folder of a run.
+# The name of the file in the folder of a run.
 CONFIG_NAME = 'config.json'
 
 
@@ -874,7 +874,8 @@ def own_flags() -> dict[str, flags.Flag]:
   return {flag.name: flag for flag in by_module[__name__]}
 
 
-# How predictions are combined and coded: a task's defaults of these go together.
+# Flags of how predictions are combined and coded. A task's defaults of these are taken
+# all or none.
 _OF_PREDICTIONS = frozenset(
     {'consensus', 'prior', 'prediction_bits', 'prediction_top', 'knowledge_bits'}
 )
@@ -939,7 +940,7 @@ def _take(defaults: Mapping[str, Any]) -> set[str]:
       if defaults.get(name) is not None:
         defaults[name] = min(defaults[name], TRANSFER_SIZE.value)
   if 'transfer_labels' in given and not TRANSFER_LABELS.value:
-    given.add('distillation_weight')  # There is nothing else to learn from.
+    given.add('distillation_weight')  # There are no labels to share the loss with.
   taken = set(defaults) - given
   for name in taken:
     flags.FLAGS[name].value = defaults[name]
@@ -983,7 +984,7 @@ def _take_config(path: pathlib.Path, left: Set[str]) -> None:
   known = own_flags()
   for name in given - left:
     if not known[name].present:
-      # As if it was given: that it does not fit the other flags must be said.
+      # As if given here, so that a conflict with the other flags is an error.
       known[name].value, known[name].present = values[name], 1
   for name in _OF_DEFAULTS:
     if not known[name].present and name in values:
@@ -997,7 +998,7 @@ def _take_config(path: pathlib.Path, left: Set[str]) -> None:
       name: value for name, value in values.items() if name not in given | left
   }
   for name in _take(defaults | of_run) & set(of_run):
-    # A user's own task, which has more defaults once it is loaded, must leave it.
+    # The defaults of a user's own task, taken once it is loaded, must not replace it.
     known[name].using_default_value = False
 
 

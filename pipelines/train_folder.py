@@ -37,7 +37,7 @@ def named() -> pathlib.Path:
 def check(run_dir: pathlib.Path) -> None:
   """Refuses a folder that holds another run than this one, or none to resume."""
   config, path = args.config()['flags'], run_dir / args.CONFIG_NAME
-  # One that ended before its first round left nothing to go on with.
+  # A run that ended before its first round left nothing to go on with.
   has_rounds = (run_dir / 'metrics.csv').exists()
   if path.exists() and has_rounds:
     if not args.RESUME.value:
@@ -48,9 +48,9 @@ def check(run_dir: pathlib.Path) -> None:
     before = json.loads(path.read_text())['flags']
     free = set(args.FREE_ON_RESUME)
     if args.NOISE_MULTIPLIER.value is not None:
-      free.add('epsilon')  # The budget only.
+      free.add('epsilon')  # It is only the budget.
     elif args.EPSILON.value is not None:
-      free.discard('rounds')  # The noise was found for them.
+      free.discard('rounds')  # The noise was computed for them.
     if train_checks.has_falling_rate():
       free.discard('rounds')  # Rates fall to 0 after the last of them.
     changed = sorted(
@@ -94,7 +94,7 @@ def held(run_dir: pathlib.Path) -> Iterator[pathlib.Path]:
     run_folders.write_json(
         run_dir / args.CONFIG_NAME, {**args.config(), 'versions': versions}
     )
-    # Those of a run that goes on are not of what it will leave.
+    # The results of a run that goes on will be others.
     (run_dir / RESULTS).unlink(missing_ok=True)
     yield run_dir
 
@@ -127,7 +127,7 @@ def best_row(
   sign = -1.0 if task.is_lower_better(monitor) else 1.0
 
   def value(row: dict[str, float]) -> float:
-    # A round that has diverged, not a number, is the worst.
+    # NaN, of a round that has diverged, is the worst.
     return -math.inf if math.isnan(row[monitor]) else sign * row[monitor]
 
   return max((row for row in history if row['round'] <= rounds), key=value)
@@ -152,6 +152,6 @@ def save_models(
       released.save(specs[name].to_keras(weights), run_dir, name)
     sent = name.replace('student_before', 'student')
     if name != sent and sends_average:
-      # From these clients really begin, for what repeats their training.
+      # Clients begin with these, which `pipelines.audit` needs to repeat their training.
       (run_dir / released.SENT).mkdir(exist_ok=True)
       released.save(specs[sent].to_keras(weights), run_dir / released.SENT, sent)

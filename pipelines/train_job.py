@@ -56,7 +56,7 @@ def _run_in(
   """Trains and reports; says how to go on where that ends early."""
   try:
     with train_setup.runtime(), concurrent.futures.ThreadPoolExecutor(1) as pool:
-      if accountant is None:  # Beside the first round, which leaves a core free.
+      if accountant is None:  # During the first round, which leaves a core free.
         drawn = pool.submit(train_report.draw_partition, setup, run_dir)
       _train_and_report(setup, accountant, run_dir)
       if accountant is None:
@@ -70,7 +70,7 @@ def _run_in(
       tff_kd.runtime.NoWorkerError,
   ) as error:
     raise UserError(str(error)) from error
-  # Both of them where a disk is full.
+  # A full disk raises either.
   except (OSError, tf.errors.ResourceExhaustedError) as error:
     reason = str(error).splitlines()[0]
     raise UserError(
@@ -104,7 +104,8 @@ def _train_and_report(
 ) -> None:
   task, process = setup.task, setup.process
   specs = train_evaluation.specs_of(process)
-  # When a process begins with them, and once: those of clients pre-train themselves.
+  # Pre-trained once, when the first process begins with them; the models that clients
+  # keep are pre-trained by the clients.
   pretrained = functools.cache(lambda name: train_alone.pretrain(specs[name], task))
 
   def initial_state(of_process):
@@ -131,11 +132,11 @@ def _train_and_report(
   )
 
   baseline = None
-  # Not by its name: a file of the user's may have a function of the same name.
+  # Not compared by name: a user's file may have a function of the same name.
   is_fed_avg = args.algorithm().build is algorithms.build_fed_avg
   if args.FEDAVG.value and not is_fed_avg and accountant is None:
     baseline = _train_fed_avg(setup, initial_state, result.round_num, history, run_dir)
-  # What the server could do without any client: the honest lower bound.
+  # The lower bound: what the server achieves without any client.
   alone = lambda: {}
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     if args.TRANSFER_LABELS.value:
@@ -248,7 +249,7 @@ class _Summary:
 
   def __call__(self, training: Any, metrics: Mapping[str, float]) -> str:
     del training
-    if self._moved is None:  # With the rounds before a resumed run.
+    if self._moved is None:  # With the rounds before the run was resumed.
       history = run_folders.read_history(self._path)
       self._moved = sum(row[_CLIENT_BYTES] for row in history)
     else:
@@ -272,7 +273,7 @@ def _trackers(run_dir: pathlib.Path, prefix: str) -> list[tff_kd.simulation.Call
   settings = {key: flag.value for key, flag in sorted(args.own_flags().items())}
   found = []
   if 'mlflow' in args.TRACKER.value:
-    # As MLflow is set up, or else in the run's folder.
+    # Where MLflow is set up to, or else in the run's folder.
     store = f'sqlite:///{run_dir.absolute() / "mlflow.db"}'
     is_set_up = 'MLFLOW_TRACKING_URI' in os.environ
     found.append(

@@ -52,7 +52,7 @@ def build_guards() -> dict[str, Any]:
         model_bound=args.SECURE_MODEL_BOUND.value,
         knowledge_bound=args.SECURE_KNOWLEDGE_BOUND.value,
         bits=args.SECURE_BITS.value,
-        # With late ones, more may report than were chosen.
+        # With late reports, more clients may report than were chosen.
         max_clients=args.NUM_CLIENTS.value,
     )
   return found

@@ -27,7 +27,7 @@ _OPTIMIZERS = {
 _SCHEDULES = {'constant': None, 'cosine': tff_kd.cosine_schedule}
 # The smallest array that is rounded on its way up.
 _ROUNDED_FROM = 1000
-# What a maker returns where the builder's own default is to stay.
+# Returned by a maker if the builder's own default is to stay.
 _UNSET = object()
 
 
@@ -70,19 +70,19 @@ def _aggregator(
   """Returns the aggregator of a channel; `None` if it is neither coded nor robust."""
   factory = None
   if bits is not None:
-    # Not TFF's random rounding: a resumed run could not repeat it.
+    # A resumed run could not repeat TFF's random rounding.
     factory = tff.aggregators.MeanFactory(
         tff.aggregators.EncodedSumFactory.quantize_above_threshold(
             bits, _ROUNDED_FROM - 1, stochastic=False
         )
     )
-    # As TFF's compression_aggregator.
+    # The same as in TFF's compression_aggregator.
     factory = robust.build_adaptive_mean(
         'zeroing' in methods, 'clipping' in methods, factory
     )
   elif 'median' in methods or 'trimmed_mean' in methods:
     factory = robust.TrimmedMeanFactory(
-        # With late ones, more may report than were chosen; all of them count.
+        # With late reports, more clients may report than were chosen.
         sample_size=args.NUM_CLIENTS.value,
         trimmed_share=0.5 if 'median' in methods else args.TRIMMED_SHARE.value,
     )
@@ -290,7 +290,7 @@ def _calibrate_on(task: tff_kd.data.Task) -> Any:
 
 def _clients_start_from(algorithm: algorithms.Info) -> Optional[str]:
   if 'back_distillation' in algorithm.parameters and not args.BACK.value:
-    return None  # A task's default; what is given is refused.
+    return None  # It is a task's default; a given value is refused.
   return args.CLIENTS_START_FROM.value
 
 
@@ -335,7 +335,7 @@ def _distillation(
 
 
 def _forward(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  # A teacher goes on from where it is.
+  # A teacher always starts from its present weights.
   is_student = 'teacher_fn' not in algorithm.parameters
   found = _distillation(
       algorithm, task, 'distillation', target=args.target(),
@@ -362,7 +362,7 @@ def _adam(learning_rate: Optional[float]) -> Any:
   return tff.learning.optimizers.build_adam(learning_rate)
 
 
-# By parameter of a builder, what makes it of the flags: (algorithm, task) -> a value.
+# By parameter of a builder, the function that makes its value of the flags.
 _MAKERS: dict[str, Callable[[algorithms.Info, tff_kd.data.Task], Any]] = {
     'negatives': _negatives,
     'epsilon': lambda algorithm, task: _epsilon(),

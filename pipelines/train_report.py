@@ -22,8 +22,8 @@ from pipelines import train_privacy
 from pipelines import train_setup
 import tff_kd
 
-# FedAvg, to compare with, gets so many times the rounds at most: where predictions are
-# large, the same bytes would be a hundred times the rounds.
+# FedAvg in the comparison has at most this many times the rounds. Where predictions are
+# large, the same bytes would take a hundred times the rounds.
 _MOST_FED_AVG = 3
 
 
@@ -41,7 +41,7 @@ class Baseline(NamedTuple):
 
 def most_fed_avg(num_rounds: int) -> int:
   """Returns how many rounds FedAvg is given at most, beside so many of the run."""
-  # Where rates have fallen to 0 there is nothing to be had of more.
+  # After the learning rates have fallen to 0, more rounds change nothing.
   if train_checks.has_falling_rate():
     return args.ROUNDS.value
   return _MOST_FED_AVG * num_rounds
@@ -100,7 +100,7 @@ def print_plan(setup: train_setup.Setup) -> None:
   state = tff_kd.communication.type_bytes(
       process.initialize.type_signature.result.member
   )
-  # Progress has the last state and the best, and two checkpoints stay.
+  # Two checkpoints are kept, each with the last state and the best one.
   held = [
       ('held, MB', ''),
       ("the server's state", f'{state / 1e6:.3g}'),
@@ -323,7 +323,7 @@ def _write_results(
       ),
   }
   if finished.accountant is not None:
-    # Of all rounds: the best round is chosen among all of them.
+    # The best round is chosen among all rounds, so all of them count.
     results['epsilon'] = finished.accountant.epsilon()
   run_folders.write_json(finished.run_dir / train_folder.RESULTS, results)
 

@@ -92,7 +92,7 @@ def prepare(run_dir: Optional[pathlib.Path] = None) -> Setup:
   pipelines.say(f'Loading the data of {args.TASK.value}.')
   task = train_data.load_task()
   if tff_kd.own_files.is_own(args.TASK.value):
-    train_checks.run()  # It has set some.
+    train_checks.run()  # Loading the task has set some flags.
   if args.RAY_ADDRESS.value:
     _check_ray()
   if run_dir is not None:
