@@ -341,20 +341,12 @@ _SIDES = {
 }
 
 
-def _mib(pid: int, field: str) -> float:
-  """Returns the MiB of a process: VmHWM is the peak, VmRSS the present value."""
-  for line in pathlib.Path(f'/proc/{pid}/status').read_text().splitlines():
-    if line.startswith(field):
-      return int(line.split()[1]) / 1024
-  raise RuntimeError(f'No {field} of process {pid}.')
-
-
 def _peak_mib() -> float:
   """Returns the peak MiB of this process and of those that it has started."""
   import psutil
 
   pids = [child.pid for child in psutil.Process().children(recursive=True)]
-  return sum(_mib(pid, 'VmHWM') for pid in [os.getpid(), *pids])
+  return sum(work.mib(pid, 'VmHWM') for pid in [os.getpid(), *pids])
 
 
 def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -384,7 +376,7 @@ def _serve(name: str, case: work.Case, pipe: int) -> None:
         answer(peak_mib=_peak_mib())
         return
       _, seconds = _timed(lambda: one_round(int(line)))
-      answer(seconds=seconds, mib=_mib(os.getpid(), 'VmRSS'))
+      answer(seconds=seconds, mib=work.mib(os.getpid(), 'VmRSS'))
 
 
 # The parent.

@@ -219,12 +219,7 @@ def _measure_nodes(case: work.Case) -> dict[str, Any]:
 
 def _resident_mib(pid: int) -> float:
   """Returns the MiB of a process without the memory that it shares with others."""
-  fields = {}
-  for line in pathlib.Path(f'/proc/{pid}/status').read_text().splitlines():
-    name, _, value = line.partition(':')
-    fields[name] = value
-  kib = [int(fields[name].split()[0]) for name in ('RssAnon', 'RssFile')]
-  return sum(kib) / 1024
+  return work.mib(pid, 'RssAnon', 'RssFile')
 
 
 def _object_store_mib(raylet: int) -> float:

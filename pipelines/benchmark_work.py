@@ -1,6 +1,7 @@
 """The rounds that the benchmarks measure: models, examples, processes of tff_kd."""
 
 from collections.abc import Iterator
+import pathlib
 from typing import Any, NamedTuple
 
 from absl import app
@@ -62,6 +63,13 @@ class Case(NamedTuple):
 def say(text: str) -> None:
   """Says on standard error what is measured next."""
   pipelines.say(f'  {text} ...')
+
+
+def mib(pid: int, *fields: str) -> float:
+  """Returns the sum of fields of a process's /proc/PID/status, such as VmRSS, in MiB."""
+  lines = pathlib.Path(f'/proc/{pid}/status').read_text().splitlines()
+  kib = dict(line.split(':', 1) for line in lines)
+  return sum(int(kib[field].split()[0]) for field in fields) / 1024
 
 
 def parse_case(flag: str, text: str, seed: int) -> Case:

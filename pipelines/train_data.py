@@ -49,16 +49,16 @@ def load_task() -> tff_kd.data.Task:
 
 def _apply_task_defaults(task: tff_kd.data.Task) -> None:
   """Sets flags that were not given to the defaults of the user's task."""
-  algorithm = args.algorithm()
   defaults: dict[str, Any] = {}
   train_checks.check_partition(task.client_rows is not None)
+  has_classes = task.class_numbers(task.clients) is not None
   if task.client_rows is not None:
     count = len(task.client_rows)
     defaults = {
         'num_clients': count,
         'clients_per_round': min(count, args.CLIENTS_PER_ROUND.value),
     }
-  elif task.class_numbers(task.clients) is None:
+  elif not has_classes:
     defaults = {'partition': 'iid'}
   defaults |= {
       'student': [next(iter(task.students))], 'teacher': next(iter(task.teachers)),
@@ -66,8 +66,7 @@ def _apply_task_defaults(task: tff_kd.data.Task) -> None:
       'transfer_size': len(task.transfer),
       'transfer_labels': min(args.TRANSFER_LABELS.value, len(task.transfer)),
   }
-  has_classes = task.class_numbers(task.clients) is not None
-  if algorithm.name == 'fed_distillation' and has_classes:
+  if args.algorithm().name == 'fed_distillation' and has_classes:
     defaults |= task_defaults.ALIGNED
   settled = args.settled(
       task_defaults.defaults_of(args.TASK.value, args.ALGORITHM.value)

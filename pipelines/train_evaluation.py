@@ -98,20 +98,18 @@ class Evaluation:
     """Returns evaluator and weights of the server's models in a state, by name."""
     found = {}
 
-    def add(name: str, kind: str, weights: Any) -> None:
+    def add(name: str, weights: Any) -> None:
       if len(weights):
-        of_kind = _by_cohort(kind, self._students, self._students.unpack(weights))
-        names = _by_cohort(name, self._students, list(of_kind))
-        found.update(
-            (column, (self.evaluators[kind], of_kind[kind]))
-            for column, kind in names.items()
-        )
+        by_name = _by_cohort(name, self._students, self._students.unpack(weights))
+        for column, of_student in by_name.items():
+          kind = column.replace('student_before', 'student')
+          found[column] = (self.evaluators[kind], of_student)
 
     if self._has_student:
-      add('student', 'student', state.global_model_weights)
+      add('student', state.global_model_weights)
     if 'teacher' in self.evaluators:
       found['teacher'] = (self.evaluators['teacher'], state.teacher_weights)
-    add('student_before', 'student', getattr(state, 'aggregated_model_weights', ()))
+    add('student_before', getattr(state, 'aggregated_model_weights', ()))
     return found
 
   def __call__(self, state) -> dict[str, float]:
