@@ -22,7 +22,6 @@ from pipelines import tables
 from pipelines import train_checks
 from pipelines import train_data
 from pipelines import train_flags as args
-from pipelines import train_folder
 from pipelines import train_privacy
 from pipelines import train_process
 from pipelines import train_setup
@@ -261,7 +260,7 @@ def run(
 def _open_run(run_dir: pathlib.Path) -> _Run:
   """Reads a run, and refuses one that cannot be attacked."""
   args.take_run(run_dir)
-  if not (run_dir / train_folder.RESULTS).exists():
+  if not (run_dir / run_folders.RESULTS).exists():
     raise UserError(
         f'The run in {run_dir} has not ended. Let pipelines.train go on with it first.'
     )
@@ -332,8 +331,8 @@ def _who_took_part(
         seed=privacy.accounting.read_ledger(ledger)['sampling_seed'],
     )
   # Neither later nor skipped rounds have changed the models that are kept.
-  best_round = json.loads((run_dir / train_folder.RESULTS).read_text())['best_round']
-  history = run_folders.read_history(run_dir / 'metrics.csv')
+  best_round = json.loads((run_dir / run_folders.RESULTS).read_text())['best_round']
+  history = run_folders.read_history(run_dir / run_folders.METRICS)
   skipped = {row['round'] for row in history if row.get('round_skipped')}
   found = set()
   for round_num in range(1, best_round + 1):

@@ -106,15 +106,16 @@ class _Run:
 
   @property
   def is_done(self) -> bool:
-    return (self.folder / 'results.json').is_file() and _is_of(self.folder, self.setting)
+    has_ended = (self.folder / run_folders.RESULTS).is_file()
+    return has_ended and _is_of(self.folder, self.setting)
 
   @functools.cached_property
   def results(self) -> dict[str, Any]:
-    return json.loads((self.folder / 'results.json').read_text())
+    return json.loads((self.folder / run_folders.RESULTS).read_text())
 
   @functools.cached_property
   def history(self) -> list[dict[str, float]]:
-    return run_folders.read_history(self.folder / 'metrics.csv')
+    return run_folders.read_history(self.folder / run_folders.METRICS)
 
   @property
   def audit_path(self) -> pathlib.Path:
@@ -232,7 +233,7 @@ def _settings(rows: list[list[tuple[str, ...]]]) -> dict[_Setting, list[str]]:
 
 def _is_of(folder: pathlib.Path, setting: _Setting) -> bool:
   """Returns whether the run in a folder is of this algorithm, not of a namesake."""
-  path = folder / 'config.json'
+  path = folder / run_folders.CONFIG
   if not path.is_file():
     return False
   return json.loads(path.read_text())['flags'].get('algorithm') == setting.algorithm
@@ -317,7 +318,7 @@ def _train_all(
 
 
 def _ceiling_path(seed: int, folder: pathlib.Path) -> pathlib.Path:
-  return folder / f'{_CENTRAL_FOLDER}-{seed}' / 'results.json'
+  return folder / f'{_CENTRAL_FOLDER}-{seed}' / run_folders.RESULTS
 
 
 def _train_ceilings(seeds: list[int], folder: pathlib.Path) -> list[str]:

@@ -8,8 +8,8 @@ from typing import Any, Optional
 from absl import flags
 
 from pipelines import released
+from pipelines import run_folders
 from pipelines import train_evaluation
-from pipelines import train_flags as args
 from pipelines import train_folder
 from pipelines import train_setup
 from pipelines import UserError
@@ -40,7 +40,7 @@ class KeptModels:
       run_dir: The folder of the run.
       process: The run's process, with `kept_models`.
     """
-    results = json.loads((run_dir / train_folder.RESULTS).read_text())
+    results = json.loads((run_dir / run_folders.RESULTS).read_text())
     self._best_round = results['best_round']
     self._students = process.kept_models
     self.specs = self._students.specs
@@ -96,16 +96,16 @@ def load(run_dir: pathlib.Path) -> Optional[KeptModels]:
   """
   if not (run_dir / 'clients').is_dir():
     return None
-  if not (run_dir / train_folder.RESULTS).exists():
+  if not (run_dir / run_folders.RESULTS).exists():
     raise UserError(
-        f'The run in {run_dir} has not ended: it has no {train_folder.RESULTS}. Go on '
+        f'The run in {run_dir} has not ended: it has no {run_folders.RESULTS}. Go on '
         f'with it: {train_folder.resume_command(run_dir)}'
     )
-  results = json.loads((run_dir / train_folder.RESULTS).read_text())
+  results = json.loads((run_dir / run_folders.RESULTS).read_text())
   if not results['clients_keep_models']:
     return None  # They keep states that are not models.
   # Checked before the process is built, which may fail with other clients.
-  ran_with = json.loads((run_dir / args.CONFIG_NAME).read_text())['flags']
+  ran_with = json.loads((run_dir / run_folders.CONFIG).read_text())['flags']
   for flag in _OF_THE_SPLIT:
     if flags.FLAGS[flag].value != ran_with[flag]:
       raise OtherClientsError(f'--{flag} makes other clients of the data.')

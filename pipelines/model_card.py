@@ -73,8 +73,8 @@ def write(
     num_examples: On how many test examples the files were compared.
     worse: The names of files that are worse than the model.
   """
-  results = _json(run_dir / 'results.json')
-  metrics_path = run_dir / 'metrics.csv'
+  results = _json(run_dir / run_folders.RESULTS)
+  metrics_path = run_dir / run_folders.METRICS
   history = run_folders.read_history(metrics_path) if metrics_path.exists() else []
   info = args.algorithm()
   names = ' and '.join(model.name for model in models)
@@ -108,7 +108,7 @@ def _purpose(
 ) -> str:
   finished = results.get('finished')
   when = f' Training ended at {finished}.' if finished else ''
-  versions = _json(run_dir / 'config.json').get('versions', {})
+  versions = _json(run_dir / run_folders.CONFIG).get('versions', {})
   used = ', '.join(f'{name} {version}' for name, version in versions.items())
   now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
   return (

@@ -14,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from pipelines import run_folders
 from pipelines import train_flags as args
 from pipelines import UserError
 import tff_kd
@@ -159,7 +160,7 @@ def load(
   if not paths and must_exist:
     why = (
         'its clients keep their models, and no model of the server is released'
-        if (run_dir / 'results.json').exists()
+        if (run_dir / run_folders.RESULTS).exists()
         else 'a run leaves its models when it is over'
     )
     raise UserError(f'{run_dir} has no model (*{_WHOLE}, *{_WEIGHTS}): {why}.')

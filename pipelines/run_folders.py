@@ -12,7 +12,8 @@ from pipelines import UserError
 
 # Where `pipelines.train` makes folders of runs.
 RUNS = pathlib.Path('runs')
-_CONFIG = 'config.json'
+# What a run leaves: its flags, a row for each round, and, once it is over, the results.
+CONFIG, METRICS, RESULTS = 'config.json', 'metrics.csv', 'results.json'
 _MAX_LISTED = 10
 # As `tff_kd.communication.CLIENT_BYTES`, which needs TensorFlow.
 _CLIENT_BYTES = 'bytes/client'
@@ -31,9 +32,9 @@ def chosen(path: Optional[str], script: str) -> pathlib.Path:
   if path is None:
     raise UserError(f'--run must name the folder of a run. {_those_there(script)}')
   folder = pathlib.Path(path)
-  if not (folder / _CONFIG).is_file():
+  if not (folder / CONFIG).is_file():
     raise UserError(
-        f'--run={path} holds no run: there is no {_CONFIG} of pipelines.train in it. '
+        f'--run={path} holds no run: there is no {CONFIG} of pipelines.train in it. '
         + _those_there(script)
     )
   return folder
@@ -91,7 +92,7 @@ def moved_rows(
 def _those_there(script: str) -> str:
   """Says which runs there are, the newest first, and how to pass one."""
   found = sorted(
-      RUNS.glob(f'*/{_CONFIG}'), key=lambda path: path.stat().st_mtime, reverse=True
+      RUNS.glob(f'*/{CONFIG}'), key=lambda path: path.stat().st_mtime, reverse=True
   )
   folders = [str(path.parent) for path in found]
   if not folders:

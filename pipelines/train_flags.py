@@ -9,6 +9,7 @@ from typing import Any, Optional, Union
 from absl import app
 from absl import flags
 
+from pipelines import run_folders
 from pipelines import task_defaults
 from pipelines import topics
 from tff_kd import algorithms
@@ -267,7 +268,6 @@ NOISE_MULTIPLIER = flags.DEFINE_float(
     'The standard deviation of the noise divided by the clip, equivalent to that of '
     'all channels together.', lower_bound=0.0,
 )
-_IS_CLIP = '--%s must be a number above 0, inf, or adaptive.'
 
 
 def _is_clip(text: Optional[str]) -> bool:
@@ -288,7 +288,9 @@ KNOWLEDGE_CLIP = flags.DEFINE_string(
     'unset adaptive, and 50 for fd and fed_proto.',
 )
 for _clip in (MODEL_CLIP, KNOWLEDGE_CLIP):
-  flags.register_validator(_clip, _is_clip, _IS_CLIP % _clip.name)
+  flags.register_validator(
+      _clip, _is_clip, f'--{_clip.name} must be a number above 0, inf, or adaptive.'
+  )
 KNOWLEDGE_SHARE = flags.DEFINE_float(
     'knowledge_share', 0.5,
     'The share of the privacy budget for predictions, if weights are uploaded as well.',
@@ -864,8 +866,6 @@ _NOT_REPEATED = frozenset({'config', 'dry_run', 'output_dir', 'resume'})
 _WHERE = frozenset({'device', 'runtime', 'ray_address', 'ray_workers', 'ray_resources'})
 # Flags that decide what the others are by default.
 _OF_DEFAULTS = ('task', 'algorithm', 'data_dir')
-# The name of the file in the folder of a run.
-CONFIG_NAME = 'config.json'
 
 
 def own_flags() -> dict[str, flags.Flag]:
@@ -975,7 +975,7 @@ def take_run(run_dir: pathlib.Path) -> None:
   Raises:
     app.UsageError: As `take_defaults`.
   """
-  _take_config(run_dir / CONFIG_NAME, _NOT_REPEATED | _WHERE)
+  _take_config(run_dir / run_folders.CONFIG, _NOT_REPEATED | _WHERE)
 
 
 def _take_config(path: pathlib.Path, left: Set[str]) -> None:

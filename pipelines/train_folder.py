@@ -21,9 +21,6 @@ from pipelines import UserError
 import tff_kd
 from tff_kd.compat import tff
 
-# Written when a run is over.
-RESULTS = 'results.json'
-
 
 def named() -> pathlib.Path:
   """Returns the folder of the run, as flags name it."""
@@ -36,9 +33,9 @@ def named() -> pathlib.Path:
 
 def check(run_dir: pathlib.Path) -> None:
   """Refuses a folder that holds another run than this one, or none to resume."""
-  config, path = args.config()['flags'], run_dir / args.CONFIG_NAME
+  config, path = args.config()['flags'], run_dir / run_folders.CONFIG
   # A run that ended before its first round left nothing to go on with.
-  has_rounds = (run_dir / 'metrics.csv').exists()
+  has_rounds = (run_dir / run_folders.METRICS).exists()
   if path.exists() and has_rounds:
     if not args.RESUME.value:
       raise UserError(
@@ -92,10 +89,10 @@ def held(run_dir: pathlib.Path) -> Iterator[pathlib.Path]:
     check(run_dir)
     versions = {m.__name__: m.__version__ for m in (tf, tff, np)}
     run_folders.write_json(
-        run_dir / args.CONFIG_NAME, {**args.config(), 'versions': versions}
+        run_dir / run_folders.CONFIG, {**args.config(), 'versions': versions}
     )
     # The results of a run that goes on will be others.
-    (run_dir / RESULTS).unlink(missing_ok=True)
+    (run_dir / run_folders.RESULTS).unlink(missing_ok=True)
     yield run_dir
 
 
@@ -114,7 +111,7 @@ def _new(run_dir: pathlib.Path) -> pathlib.Path:
 def resume_command(run_dir: pathlib.Path) -> str:
   """Returns the command that goes on with a run, whose flags are in the folder."""
   words = [
-      'python', '-m', 'pipelines.train', f'--config={run_dir / args.CONFIG_NAME}',
+      'python', '-m', 'pipelines.train', f'--config={run_dir / run_folders.CONFIG}',
       f'--output_dir={run_dir}',
   ]
   return shlex.join(words)

@@ -7,6 +7,7 @@ from typing import Any, Optional, Union
 
 import numpy as np
 
+from pipelines import run_folders
 from pipelines import train_checks
 from pipelines import train_flags as args
 from pipelines import UserError
@@ -108,7 +109,7 @@ def sampling_seed(run_dir: pathlib.Path) -> int:
   """Returns the secret seed of participation, which the privacy account requires."""
   path = run_dir / LEDGER
   if not path.exists():
-    if (run_dir / 'metrics.csv').exists():
+    if (run_dir / run_folders.METRICS).exists():
       raise UserError(
           f'{path} is not there, so that what the rounds of this run have spent is not '
           'known. Bring it back from a copy, or name another --output_dir.'

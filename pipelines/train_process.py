@@ -249,26 +249,24 @@ def _coded(rule: knowledge.ConsensusRule) -> knowledge.ConsensusRule:
   return knowledge.TopClasses(rule, top)
 
 
-def _public_rows(
+def _split_transfer(
     algorithm: algorithms.Info, task: tff_kd.data.Task
-) -> tuple[np.ndarray, np.ndarray]:
-  """Returns the transfer examples' rows for the distillation, and for negatives."""
+) -> tuple[tff_kd.data.Examples, tff_kd.data.Examples]:
+  """Returns the transfer examples to distil on, and those that are negatives."""
   rows = np.arange(len(task.transfer))
   left = len(rows)
   if 'negatives' in algorithm.parameters:
     left -= args.NUM_NEGATIVES.value
-  return rows[:left], rows[left:]
+  return task.transfer.take(rows[:left]), task.transfer.take(rows[left:])
 
 
 def _negatives(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  rows = _public_rows(algorithm, task)[1]
-  return tff_kd.TransferSet(
-      task.transfer.take(rows).inputs, directory=args.CACHE_DIR.value
-  )
+  negatives = _split_transfer(algorithm, task)[1]
+  return tff_kd.TransferSet(negatives.inputs, directory=args.CACHE_DIR.value)
 
 
 def _transfer_set(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  public = task.transfer.take(_public_rows(algorithm, task)[0])
+  public = _split_transfer(algorithm, task)[0]
   has_labels = np.arange(len(public)) < args.TRANSFER_LABELS.value
   has_labels &= public.counted
   return tff_kd.TransferSet(

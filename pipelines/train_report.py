@@ -325,7 +325,7 @@ def _write_results(
   if finished.accountant is not None:
     # The best round is chosen among all rounds, so all of them count.
     results['epsilon'] = finished.accountant.epsilon()
-  run_folders.write_json(finished.run_dir / train_folder.RESULTS, results)
+  run_folders.write_json(finished.run_dir / run_folders.RESULTS, results)
 
 
 def _print_end(finished: Finished) -> None:
