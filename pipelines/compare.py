@@ -21,7 +21,7 @@ import math
 import pathlib
 import re
 import statistics
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Optional
 
 from absl import app
 from absl import flags
@@ -117,9 +117,20 @@ class _Run:
   def history(self) -> list[dict[str, float]]:
     return run_folders.read_history(self.folder / run_folders.METRICS)
 
+  @functools.cached_property
+  def megabytes(self) -> list[float]:
+    return run_folders.megabytes(self.history)
+
   @property
   def audit_path(self) -> pathlib.Path:
     return self.folder / 'audit' / 'report.json'
+
+  @functools.cached_property
+  def audit(self) -> Optional[dict[str, Any]]:
+    """The report of the audit; `None` without."""
+    if not _AUDIT.value or not self.audit_path.is_file():
+      return None
+    return json.loads(self.audit_path.read_text())
 
 
 def _seeds() -> list[int]:
@@ -409,10 +420,7 @@ class _Table:
     self._metric = runs[0].results['metric']
     self._is_error = runs[0].results['lower_is_better']
     self._further = _further_scores(runs[0])
-    self._audits = {
-        run: json.loads(run.audit_path.read_text())
-        for run in runs if _AUDIT.value and run.audit_path.is_file()
-    }
+    self._has_audits = any(run.audit for run in runs)
     by_setting = _by_setting(runs)
     self._target = _TARGET_ACCURACY.value
     if self._target is None:
@@ -428,7 +436,7 @@ class _Table:
       self._add_reference(_IN_ONE_PLACE, ceilings)
 
   def _head(self) -> tuple[str, ...]:
-    audits = ['AUC: student', 'AUC: one client'] if self._audits else []
+    audits = ['AUC: student', 'AUC: one client'] if self._has_audits else []
     return (
         'algorithm', 'student', 'teacher',
         *map(tables.words, self._further), _STUDENT_LAST, _TEACHER_LAST,
@@ -455,7 +463,7 @@ class _Table:
     sign = -1.0 if self._is_error else 1.0
     rounds, megabytes = [], []
     for run in runs:
-      for row, moved in zip(run.history, run_folders.megabytes(run.history)):
+      for row, moved in zip(run.history, run.megabytes):
         if sign * row[f'test/student_{self._metric}'] >= sign * self._target:
           rounds.append(row['round'])
           megabytes.append(moved)
@@ -465,14 +473,11 @@ class _Table:
   def _row(self, setting: _Setting, runs: list[_Run]) -> tuple[str, ...]:
     rounds, megabytes = self._reached(runs)
     missed = f' ({len(rounds)} of {len(runs)})' if len(rounds) < len(runs) else ''
-    a_round = [
-        run_folders.megabytes(run.history)[-1] / len(run.history) for run in runs
-    ]
+    a_round = [run.megabytes[-1] / len(run.history) for run in runs]
     seconds = [
         statistics.median(row['round_seconds'] for row in run.history) for run in runs
     ]
     further = [run.results['further_scores'] for run in runs]
-    audits = [self._audits[run] for run in runs if run in self._audits]
     return (
         setting.name,
         *(tables.spread(self._best(runs, model), 3) for model in ('student', 'teacher')),
@@ -483,7 +488,7 @@ class _Table:
         *(tables.spread(self._last(runs, model), 3) for model in ('student', 'teacher')),
         tables.spread(rounds, 1) + missed, tables.spread(megabytes, 2) + missed,
         f'{statistics.mean(a_round):.3g}', f'{statistics.mean(seconds):.2f}',
-        *(_leaks(audits) if self._audits else []), str(len(runs)),
+        *(_leaks(runs) if self._has_audits else []), str(len(runs)),
     )
 
   def _add_reference(self, name: str, cells: dict[str, list[float]]) -> None:
@@ -509,8 +514,9 @@ def _floor(runs: list[_Run], metric: str) -> dict[str, list[float]]:
   return {name: list(by_seed.values()) for name, by_seed in found.items()}
 
 
-def _leaks(audits: list[dict[str, Any]]) -> list[str]:
+def _leaks(runs: list[_Run]) -> list[str]:
   """Returns the AUCs of membership inference on the student and on single clients."""
+  audits = [run.audit for run in runs if run.audit]
   students = [
       audit['membership']['student']['overall']['auc']['value']
       for audit in audits if 'student' in audit['membership']
@@ -570,7 +576,7 @@ def _figures(
     histories[setting] = [run.history for run in of_setting]
     scores = [run.results['best'][f'test/student_{metric}'] for run in of_setting]
     points[setting.name] = (
-        statistics.mean(run_folders.megabytes(run.history)[-1] for run in of_setting),
+        statistics.mean(run.megabytes[-1] for run in of_setting),
         statistics.mean(scores), tables.deviation(scores),
     )
   named = {setting.name: seeds for setting, seeds in histories.items()}
