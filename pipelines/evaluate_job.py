@@ -278,17 +278,11 @@ def _draw(report_dir, task, title, found, has_clients: bool) -> list[str]:
         if len(names) != logits.shape[-1]:  # Each label is present or not.
           names = ['no', 'yes']
         figures[f'confusion_{model.name}.png'] = plots.confusion(
-            _confusion(logits, labels), class_names=names,
+            tf.math.confusion_matrix(labels, logits.argmax(-1), logits.shape[-1]).numpy(),
+            class_names=names,
             title=f"{title}\n{name}, accuracy {model.scores['accuracy']:.3f}",
         )
     figures['calibration.png'] = plots.calibration(sure, title=title)
   for name, figure in figures.items():
     figure.savefig(report_dir / name)
   return list(figures)
-
-
-def _confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  """Returns the examples of each class (rows) by the predicted class (columns)."""
-  counts = np.zeros((logits.shape[-1],) * 2, int)
-  np.add.at(counts, (labels, logits.argmax(-1)), 1)
-  return counts

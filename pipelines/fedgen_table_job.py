@@ -204,13 +204,11 @@ class _Evaluation:
       is_tested: Callable[[int], bool],
   ):
     self._test_fn, self._store, self._is_tested = test_fn, store, is_tested
+    specs = {'student': process.student_spec, 'teacher': process.teacher_spec}
     self.evaluators = {
-        'student': tff_kd.evaluation.CentralEvaluator(process.student_spec)
+        name: tff_kd.evaluation.CentralEvaluator(spec)
+        for name, spec in specs.items() if spec is not None
     }
-    if process.teacher_spec is not None:
-      self.evaluators['teacher'] = tff_kd.evaluation.CentralEvaluator(
-          process.teacher_spec
-      )
 
   def __call__(self, state: Any) -> dict[str, float]:
     """Returns the accuracies by model and way of testing; none between two tests."""

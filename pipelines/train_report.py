@@ -218,8 +218,13 @@ def report(finished: Finished, alone: Callable[[], dict[str, Any]]) -> None:
   print()
   for name, values in further.items():
     print(f'{name}: ' + ', '.join(f'{key} {score:.4f}' for key, score in values.items()))
-  _print_ledger(finished.history)
-  _print_privacy(finished.accountant)
+  tables.print_table([
+      ('moved, MB', 'all clients, all rounds', 'a round'),
+      *run_folders.moved_rows(finished.history, 'a client that takes part'),
+  ])
+  print()
+  if finished.accountant is not None:
+    _print_privacy(finished.accountant)
   seconds = [row[tff_kd.simulation.ROUND_SECONDS] for row in finished.history]
   print(f'Seconds per round: {np.median(seconds):.2f} (median).')
   if finished.baseline is not None:
@@ -356,19 +361,8 @@ def _print_left_out(history: list[dict[str, float]]) -> None:
     )
 
 
-def _print_ledger(history: list[dict[str, float]]) -> None:
-  """Prints the bytes moved, by channel."""
-  tables.print_table([
-      ('moved, MB', 'all clients, all rounds', 'a round'),
-      *run_folders.moved_rows(history, 'a client that takes part'),
-  ])
-  print()
-
-
-def _print_privacy(accountant: Optional[tff_kd.privacy.PrivacyAccountant]) -> None:
-  """Says what all rounds have cost."""
-  if accountant is None:
-    return
+def _print_privacy(accountant: tff_kd.privacy.PrivacyAccountant) -> None:
+  """Prints what all rounds have cost."""
   print(
       f'Privacy: epsilon {accountant.epsilon():.4g} at delta {accountant.delta:g} for '
       f'all that {accountant.rounds} rounds released ({accountant.sampling.neighbors}).'
