@@ -15,7 +15,7 @@ RUNS = pathlib.Path('runs')
 # What a run leaves: its flags, a row for each round, and, once it is over, the results.
 CONFIG, METRICS, RESULTS = 'config.json', 'metrics.csv', 'results.json'
 _MAX_LISTED = 10
-# As `tff_kd.communication.CLIENT_BYTES`, which needs TensorFlow.
+# The same as `tff_kd.communication.CLIENT_BYTES`, which needs TensorFlow.
 _CLIENT_BYTES = 'bytes/client'
 
 
