@@ -19,7 +19,7 @@ warnings.filterwarnings('ignore', message='pkg_resources is deprecated')
 
 
 class UserError(Exception):
-  """Something that the user can mend; shown as one sentence."""
+  """Raised for an error that the user can mend; shown as one sentence."""
 
 
 def say(text: str) -> None:
@@ -30,7 +30,7 @@ def say(text: str) -> None:
 def for_users(
     main: Callable[[list[str]], Optional[int]]
 ) -> Callable[[list[str]], int]:
-  """A script's main whose refusals are a sentence on stderr, without a traceback.
+  """Wraps a script's main so that users see errors as a sentence, without a traceback.
 
   Args:
     main: Takes arguments that are not flags; returns the exit status. The message of a
@@ -61,8 +61,8 @@ def run(main: Callable[[list[str]], Optional[int]]) -> None:
   Args:
     main: Takes the arguments that are not flags; returns the exit status.
   """
-  # Graphs are many small objects that live on: Python's default looks through all of
-  # them so often that a start takes an eighth longer.
+  # Graphs are many small objects that stay. With Python's default, the collector looks
+  # through all of them so often that a start takes an eighth longer.
   gc.set_threshold(100_000, 20, 20)
   logging.use_absl_handler()
   # Here and not above: it defines a flag.

@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 import dataclasses
 import json
 import pathlib
-import sys
 import time
+import types
 from typing import Any, NamedTuple, Optional
 
 import keras
@@ -13,17 +13,18 @@ import numpy as np
 import tensorflow as tf
 from tff_kd.compat import tff
 
+import pipelines
 from pipelines import central
 from pipelines import kept
 from pipelines import released as released_lib
 from pipelines import run_folders
 from pipelines import tables
-from pipelines import train_flags as args
-from pipelines import train_process
+from pipelines import train_checks
 from pipelines import train_data
-from pipelines import train_folder
-from pipelines import train_setup
+from pipelines import train_flags as args
 from pipelines import train_privacy
+from pipelines import train_process
+from pipelines import train_setup
 from pipelines import UserError
 import tff_kd
 from tff_kd import algorithms
@@ -35,10 +36,14 @@ from tff_kd import privacy
 
 # A client with fewer examples is not attacked: the result would be chance.
 _MIN_VICTIM_EXAMPLES = 5
-# Classes that a picture shows.
+# The number of classes in the picture.
 _MAX_SHOWN = 8
 # Adam's learning rate and the batch size of shadow models.
 _SHADOW_RATE, _SHADOW_BATCH = 0.001, 32
+# Fields of what membership inference has found that report.json does not have.
+_NOT_IN_JSON = (
+    'false_positive_rates', 'true_positive_rates', 'threshold', 'num_shadow_models',
+)
 _NO_SHADOWS = """\
 - Attacks that train models of their own to compare with (shadow models, LiRA), which find
   more at low false positive rates; `--shadow_models=16` runs them.
@@ -62,8 +67,8 @@ class _Reader(NamedTuple):
   """Reads what models predict as logits of classes, and labels as class numbers.
 
   Attributes:
-    task: Whose labels they are.
-    spec: A model of the task, which says what outputs are: logits or probabilities.
+    task: The task of the labels.
+    spec: A model of the task, which tells whether outputs are logits or probabilities.
   """
 
   task: tff_kd.data.Task
@@ -90,20 +95,18 @@ class _Run(NamedTuple):
   """A finished run.
 
   Attributes:
-    folder: Where it is.
-    config: Its flags.
-    algorithm: Which.
-    task: Its data.
-    rows: The rows of each client's examples that it was trained on.
-    batches: How clients read them.
+    folder: The folder of the run.
+    algorithm: The algorithm.
+    task: The data.
+    rows: The rows of the examples on which each client was trained.
+    batches: The `ClientBatches`.
     took_part: The numbers of the clients with examples that have reported in a round
       up to the best one, whose models are kept.
-    released: The models, by name.
-    reader: Reads what these and others predict.
+    released: The released models, by name.
+    reader: Reads the predictions of models.
   """
 
   folder: pathlib.Path
-  config: Mapping[str, Any]
   algorithm: algorithms.Info
   task: tff_kd.data.Task
   rows: Sequence[np.ndarray]
@@ -114,7 +117,7 @@ class _Run(NamedTuple):
 
   @property
   def keeps_models(self) -> bool:
-    """Whether clients go on with models of their own, and send something about these."""
+    """Returns whether clients keep their models, and send something about them."""
     return not self.algorithm.averages and any(
         (self.folder / 'clients').glob('client-*')
     )
@@ -131,9 +134,9 @@ class _Victim(NamedTuple):
   """A client, and its model after local training.
 
   Attributes:
-    client: Its name.
-    model: A Keras model.
-    examples: Its own.
+    client: The client's name.
+    model: The Keras model.
+    examples: The client's examples.
   """
 
   client: str
@@ -141,29 +144,17 @@ class _Victim(NamedTuple):
   examples: Any
 
 
-class _Inverted(NamedTuple):
-  """A class of a victim, to be drawn.
-
-  Attributes:
-    title: Which.
-    images: By what they are, `[height, width, ...]` each.
-  """
-
-  title: str
-  images: Mapping[str, np.ndarray]
-
-
 class _Inversion(NamedTuple):
   """Examples reconstructed from predictions.
 
   Attributes:
-    gains: By score, over what needs no client; `None` if nothing was tried.
-    shown: To be drawn.
+    gains: The gain over the public images, by score; `None` if nothing was tried.
+    shown: Images `[height, width, ...]` by title, by the title of the row.
     reason: Why nothing was tried.
   """
 
   gains: Optional[Mapping[str, membership.Estimate]] = None
-  shown: Sequence[_Inverted] = ()
+  shown: Mapping[str, Mapping[str, np.ndarray]] = types.MappingProxyType({})
   reason: Optional[str] = None
 
 
@@ -171,10 +162,10 @@ class _Shadows(NamedTuple):
   """The results of the attacks with shadow models.
 
   Attributes:
-    reports: By released student.
+    reports: The findings, by released student.
     num_models: The number of shadow models of each released model.
-    num_examples: What each was trained with.
-    max_epochs: Passes over these, at most.
+    num_examples: The number of examples that each was trained on.
+    max_epochs: The maximum number of passes over these.
   """
 
   reports: Mapping[str, membership.LiraReport]
@@ -187,12 +178,12 @@ class _Results(NamedTuple):
   """All that the audit found.
 
   Attributes:
-    found: By released model, what membership inference found.
-    leaks: The AUC on single clients, by loss.
-    clients: The names of these.
+    found: The findings of membership inference, by released model.
+    leaks: The AUC of the attack by loss on single clients.
+    clients: The names of these clients.
     inversion: The reconstruction from their predictions.
-    shadows: `None` if there were none.
-    num_members: Examples of all clients that took part.
+    shadows: The attacks with shadow models; `None` without.
+    num_members: The number of examples of all clients that took part.
   """
 
   found: Mapping[str, membership.Report]
@@ -213,7 +204,7 @@ def run(
     num_shadow_models: int = 0,
     shadow_epochs: int = 20,
 ) -> None:
-  """The whole job.
+  """Attacks a run and writes the report.
 
   Args:
     run_dir: The folder of the run that is attacked.
@@ -250,7 +241,7 @@ def run(
         )
         for victim in victims
     ])
-  inverted = _try_inversion(finished, victims, num_epochs=num_epochs, seed=seed)
+  inverted = _invert(finished, victims, num_epochs=num_epochs, seed=seed)
   shadows = None
   if num_shadow_models:
     shadows = _attack_by_shadow_models(
@@ -267,9 +258,9 @@ def run(
 
 
 def _open_run(run_dir: pathlib.Path) -> _Run:
-  """The run, if it can be attacked."""
-  config = args.take_run(run_dir)
-  if not (run_dir / train_folder.RESULTS).exists():
+  """Reads a run, and refuses one that cannot be attacked."""
+  args.take_run(run_dir)
+  if not (run_dir / run_folders.RESULTS).exists():
     raise UserError(
         f'The run in {run_dir} has not ended. Let pipelines.train go on with it first.'
     )
@@ -284,7 +275,7 @@ def _open_run(run_dir: pathlib.Path) -> _Run:
   batches = train_data.build_batches(task, rows)
   algorithm = args.algorithm()
   took_part = _who_took_part(run_dir, batches)
-  # After the clients' own draws, which are of all that they have.
+  # The draws above are from all examples of a client, so this comes after them.
   rows = _trained_on(rows, batches, algorithm)
   took_part = [client for client in took_part if len(rows[client])]
   if not took_part:
@@ -293,19 +284,12 @@ def _open_run(run_dir: pathlib.Path) -> _Run:
         'round, whose models are kept: there is nothing to find out.'
     )
   return _Run(
-      run_dir, config, algorithm, task, rows, batches,
-      took_part,
+      run_dir, algorithm, task, rows, batches, took_part,
       released={
           model.name: model.keras_model
           for model in released_lib.load(run_dir, task, must_exist=False)
       },
-      reader=_Reader(
-          task,
-          tff_kd.models.build_model_spec(
-              task.students[args.STUDENT.value[0]], input_spec=task.input_spec,
-              loss_fn=task.loss_fn,
-          ),
-      ),
+      reader=_Reader(task, released_lib.build_spec(task, 'student')),
   )
 
 
@@ -313,12 +297,12 @@ def _trained_on(
     rows: Sequence[np.ndarray], batches: tff_kd.ClientBatches,
     algorithm: algorithms.Info,
 ) -> Sequence[np.ndarray]:
-  """The rows of each client on which it trains: not those without a known label."""
+  """Returns the rows on which each client trains: those with a known label, or all."""
   if not _is_of_labelled(batches, algorithm):
     return rows
   found = []
   for client in range(len(rows)):
-    # In every round the same, in another order.
+    # The rows are the same in every round, in another order.
     used, labelled = batches.rows_and_labelled(tf.constant(client), tf.constant(1))
     found.append(np.unique(used.numpy()[labelled.numpy() > 0]))
   return found
@@ -338,7 +322,7 @@ def _is_of_labelled(
 def _who_took_part(
     run_dir: pathlib.Path, batches: tff_kd.ClientBatches
 ) -> list[int]:
-  """The numbers of the clients that have reported in a round up to the best one."""
+  """Returns the numbers of the clients that reported in a round up to the best one."""
   participation = train_data.build_participation(batches)
   ledger = run_dir / train_privacy.LEDGER
   if ledger.exists():
@@ -346,15 +330,15 @@ def _who_took_part(
         participation,
         seed=privacy.accounting.read_ledger(ledger)['sampling_seed'],
     )
-  # Later rounds have left nothing in the models that are kept, nor has a skipped one.
-  best_round = json.loads((run_dir / train_folder.RESULTS).read_text())['best_round']
-  history = train_folder.read_history(run_dir / 'metrics.csv')
+  # Neither later nor skipped rounds have changed the models that are kept.
+  best_round = json.loads((run_dir / run_folders.RESULTS).read_text())['best_round']
+  history = run_folders.read_history(run_dir / run_folders.METRICS)
   skipped = {row['round'] for row in history if row.get('round_skipped')}
   found = set()
   for round_num in range(1, best_round + 1):
     if round_num not in skipped:
       found.update(map(_reporting, participation(round_num)))
-  # An empty client has nothing to be found out.
+  # A client without examples cannot be attacked.
   return sorted(k for k in found - {None} if batches.data.num_examples[k])
 
 
@@ -380,7 +364,7 @@ def _server_model(released: Mapping[str, keras.Model]) -> Optional[keras.Model]:
 
 
 def _train_victims(finished: _Run, num_victims: int, seed: int) -> list[_Victim]:
-  """Some clients with the models that they would send, or keep, after one more round."""
+  """Returns some clients, with the models that they would send next or that they keep."""
   rows, counted = finished.rows, finished.task.counted(finished.task.clients)
   fitting = [
       k for k in finished.took_part if counted[rows[k]].sum() >= _MIN_VICTIM_EXAMPLES
@@ -443,18 +427,6 @@ def _local_models(finished: _Run, clients: Sequence[int]) -> list[keras.Model]:
   return [found[client] for client in clients]
 
 
-def _students_released(
-    task: tff_kd.data.Task, released: Sequence[str]
-) -> dict[str, tff_kd.models.KerasModelFn]:
-  """The builders of the released students, by their names."""
-  names = args.STUDENT.value
-  if len(names) == 1:
-    builders = {'student': task.students[names[0]]}
-  else:
-    builders = {f'student_{i}': task.students[name] for i, name in enumerate(names)}
-  return {name: builder for name, builder in builders.items() if name in released}
-
-
 def _attack_by_shadow_models(
     reader: _Reader,
     members: tff_kd.data.Examples,
@@ -472,9 +444,11 @@ def _attack_by_shadow_models(
   is_member = np.arange(len(audited)) < len(members)
   trained = membership.draw_shadow_membership(num_models, len(audited), seed=seed)
   reports = {}
-  for name, builder in _students_released(reader.task, list(answers)).items():
+  for name in answers:
+    if not name.startswith('student'):
+      continue
     confidences = _train_shadows(
-        name, builder, reader, audited, trained, max_epochs=max_epochs, seed=seed
+        name, reader, audited, trained, max_epochs=max_epochs, seed=seed
     )
     reports[name] = membership.infer_by_shadow_models(
         np.concatenate(
@@ -487,7 +461,6 @@ def _attack_by_shadow_models(
 
 def _train_shadows(
     name: str,
-    builder: tff_kd.models.KerasModelFn,
     reader: _Reader,
     audited: tff_kd.data.Examples,
     trained: np.ndarray,
@@ -495,35 +468,25 @@ def _train_shadows(
     max_epochs: int,
     seed: int,
 ) -> np.ndarray:
-  """The confidences `[models, n]` of models that are trained as `trained` says."""
-  print(
+  """Trains models as `trained` says; returns their confidences `[models, n]`."""
+  pipelines.say(
       f'{name}: trains {len(trained)} shadow models on {trained[0].sum():,} examples '
-      f'each, up to {max_epochs} passes each. This can take long.',
-      file=sys.stderr, flush=True,
+      f'each, up to {max_epochs} passes each. This can take long.'
   )
   task = reader.task
-  evaluator = tff_kd.evaluation.CentralEvaluator(
-      tff_kd.models.build_model_spec(
-          builder, input_spec=task.input_spec, loss_fn=task.loss_fn,
-          metrics_fn=task.metrics_fn, name=name,
-      )
-  )
-  spec = evaluator.spec
+  spec = released_lib.build_spec(task, name)
+  evaluator = tff_kd.evaluation.CentralEvaluator(spec)
   confidences, start = [], time.monotonic()
   for number, rows in enumerate(trained):
     keras.utils.set_random_seed(seed + number)
-    fresh = builder()
+    fresh = released_lib.builder(task, name)()
     fresh(tf.nest.map_structure(lambda a: a[:1], audited.inputs))
     training = central.Training(
         spec, audited.take(np.flatnonzero(rows)), batch_size=_SHADOW_BATCH,
         seed=seed + number, initial_weights=spec.weights_of(fresh),
         optimizer_fn=lambda: keras.optimizers.Adam(_SHADOW_RATE),
     )
-    weights, best = central.fit(
-        training,
-        lambda weights: evaluator.evaluate(weights, *task.validation)[task.metric],
-        higher_is_better=not task.is_lower_better(), max_epochs=max_epochs,
-    )
+    weights, best = central.fit(training, evaluator, task, max_epochs=max_epochs)
     model = spec.to_keras(weights)
     if not best:
       raise UserError(
@@ -535,23 +498,11 @@ def _train_shadows(
         membership.logit_scaled_confidences(reader.predict(model, audited))
     )
     left = (time.monotonic() - start) / (number + 1) * (len(trained) - number - 1)
-    print(
+    pipelines.say(
         f'{name}: shadow model {number + 1} of {len(trained)}, best after pass {best}; '
-        f'about {left:,.0f} s to go.', file=sys.stderr, flush=True,
+        f'about {left:,.0f} s to go.'
     )
   return np.stack(confidences)
-
-
-def _try_inversion(
-    finished: _Run, victims: Sequence[_Victim], *, num_epochs: int, seed: int
-) -> _Inversion:
-  reason = _why_not_inverted(finished, num_epochs)
-  if reason is not None:
-    return _Inversion(reason=reason)
-  return _invert(
-      finished.reader, _server_model(finished.released), victims,
-      num_epochs=num_epochs, seed=seed,
-  )
 
 
 def _why_not_inverted(finished: _Run, num_epochs: int) -> Optional[str]:
@@ -571,20 +522,22 @@ def _why_not_inverted(finished: _Run, num_epochs: int) -> Optional[str]:
 
 
 def _invert(
-    reader: _Reader, server: keras.Model, victims: Sequence[_Victim], *,
-    num_epochs: int, seed: int,
+    finished: _Run, victims: Sequence[_Victim], *, num_epochs: int, seed: int
 ) -> _Inversion:
-  """Scores of the reconstructions, each against what needs no client; and pictures."""
+  """Reconstructs examples, if the run has predictions to reconstruct them from."""
+  reason = _why_not_inverted(finished, num_epochs)
+  if reason is not None:
+    return _Inversion(reason=reason)
+  reader, server = finished.reader, _server_model(finished.released)
   public = reader.task.transfer.inputs
   server_public = reader.logits(server, public)
-  # What the server thinks that a class looks like, without any client.
+  # The mean image of each class as the server predicts it, without any client.
   of_class = {
       int(label): public[np.argmax(server_public, -1) == label].mean(0)
       for label in np.unique(np.argmax(server_public, -1))
   }
-  gains = {name: [] for name in ('class PSNR', 'class SSIM', 'example PSNR',
-                                 'example SSIM')}
-  shown = []
+  names = ('class PSNR', 'class SSIM', 'example PSNR', 'example SSIM')
+  gains, shown = {name: [] for name in names}, {}
   for victim in victims:
     inverter = inversion.Inverter(
         public, inversion.Pairs(reader.logits(victim.model, public), server_public),
@@ -592,8 +545,8 @@ def _invert(
     )
     classes = reader.task.class_numbers(victim.examples)
     by_class, images = _invert_classes(inverter, victim, classes, of_class, public)
-    shown += images[: _MAX_SHOWN - len(shown)]
-    # One number a client: its examples are alike.
+    shown |= images
+    # One number a client, as the examples of a client are alike.
     of_client = [
         *(np.mean(by_class, axis=0) if by_class else (np.nan, np.nan)),
         *_invert_examples(inverter, reader, victim, server, of_class, public),
@@ -606,14 +559,14 @@ def _invert(
           name: membership.mean_with_interval(values)
           for name, values in gains.items() if values
       },
-      shown,
+      dict(list(shown.items())[:_MAX_SHOWN]),
   )
 
 
 def _gains(
     found: np.ndarray, known: np.ndarray, truth: np.ndarray, value_range: float
 ) -> list[np.ndarray]:
-  """How much nearer the truth it is than what was known: PSNR and SSIM, by image."""
+  """Returns the gains in PSNR and SSIM over the public images, by image."""
   return [
       np.asarray(of_found) - np.asarray(of_known)
       for of_found, of_known in zip(*(
@@ -626,10 +579,10 @@ def _gains(
 def _invert_classes(
     inverter: inversion.Inverter, victim: _Victim, classes: np.ndarray,
     of_class: Mapping[int, np.ndarray], public: np.ndarray,
-) -> tuple[list[list[float]], list[_Inverted]]:
-  """By class of the victim, the gains; and pictures."""
+) -> tuple[list[list[float]], dict[str, dict[str, np.ndarray]]]:
+  """Returns the gains of each class of a victim, and the pictures."""
   private = victim.examples
-  by_class, shown = [], []
+  by_class, shown = [], {}
   for label in np.unique(classes):
     if int(label) not in of_class:
       continue
@@ -640,17 +593,12 @@ def _invert_classes(
         float(gain[0])
         for gain in _gains(image, known, own.mean(0)[np.newaxis], np.ptp(public))
     ])
-    shown.append(
-        _Inverted(
-            f'client {victim.client},\nclass {label}',
-            {
-                'private: one example': own[0],
-                'private: mean of the class': own.mean(0),
-                'reconstructed from predictions': image[0],
-                'public: mean of the class': known[0],
-            },
-        )
-    )
+    shown[f'client {victim.client},\nclass {label}'] = {
+        'private: one example': own[0],
+        'private: mean of the class': own.mean(0),
+        'reconstructed from predictions': image[0],
+        'public: mean of the class': known[0],
+    }
   return by_class, shown
 
 
@@ -658,7 +606,7 @@ def _invert_examples(
     inverter: inversion.Inverter, reader: _Reader, victim: _Victim,
     server: keras.Model, of_class: Mapping[int, np.ndarray], public: np.ndarray,
 ) -> list[float]:
-  """The mean gains over the victim's examples whose predictions leak."""
+  """Returns the mean gains over the victim's examples whose predictions leak."""
   private = victim.examples.inputs
   pairs = inversion.Pairs(
       reader.logits(victim.model, private), reader.logits(server, private)
@@ -675,7 +623,7 @@ def _invert_examples(
 def _report(report_dir: pathlib.Path, finished: _Run, results: _Results) -> None:
   """Prints the tables; writes report.md, report.json and the pictures."""
   setup = _setup(finished, results)
-  guards = _guards(finished.config)
+  guards = _guards()
   released = _rows_of_released(results.found)
   clients = _rows_of_clients(finished, results)
   _write_text(report_dir, setup, guards, released, clients, results)
@@ -701,36 +649,30 @@ def _report(report_dir: pathlib.Path, finished: _Run, results: _Results) -> None
 
 
 def _setup(finished: _Run, results: _Results) -> str:
-  config, num_clients = finished.config, len(finished.took_part)
   is_of_labelled = _is_of_labelled(finished.batches, finished.algorithm)
   kind = 'examples with known labels' if is_of_labelled else 'examples'
+  attacked = 'keep' if finished.keeps_models else 'would send after one more round'
   setup = (
-      f'{config["algorithm"]} on {config["task"]}. Members: {results.num_members} '
-      f'{kind} of the {num_clients} clients that took part up to the best round, whose '
-      'models are kept; others: the test part, equally many. Attack, class and threshold '
-      'were chosen on one half and measured on the other. '
-      f'{len(results.clients)} clients were attacked one by one, with '
-      + (
-          'the models that they keep. In'
-          if finished.keeps_models
-          else 'the models that they would send after one more round. In'
-      )
-      + ' brackets: 95 % confidence intervals. Chance '
-      'is an AUC of .5, an advantage of 0, and no decibel and no SSIM over the public '
-      'mean.'
+      f'{args.ALGORITHM.value} on {args.TASK.value}. Members: {results.num_members} '
+      f'{kind} of the {len(finished.took_part)} clients that took part up to the best '
+      'round, whose models are kept; others: the test part, equally many. Attack, class '
+      'and threshold were chosen on one half and measured on the other. '
+      f'{len(results.clients)} clients were attacked one by one, with the models that '
+      f'they {attacked}. In brackets: 95 % confidence intervals. Chance is an AUC of .5, '
+      'an advantage of 0, and no decibel and no SSIM over the public mean.'
   )
   return setup if results.found else f'{setup} This run releases no model.'
 
 
-def _guards(config: Mapping[str, Any]) -> list[str]:
+def _guards() -> list[str]:
   """Returns the run's protections against these attacks, and the missing ones."""
   guards = []
-  if config.get('epsilon') is not None or config.get('noise_multiplier') is not None:
+  if train_checks.is_private():
     guards.append(
         'The run was differentially private: what is released is; what single clients '
         'send to the server, before its noise, is not.'
     )
-  if config.get('secure_aggregation'):
+  if args.SECURE_AGGREGATION.value:
     guards.append(
         'Under a secure protocol the server would see sums only. What single clients '
         'send is attacked here as if it saw that.'
@@ -889,75 +831,34 @@ def _draw(report_dir: pathlib.Path, results: _Results) -> None:
     })
     figure.savefig(report_dir / 'shadow_models.png')
   if results.inversion.shown:
-    figure = plots.images(
-        {inverted.title: inverted.images for inverted in results.inversion.shown}
-    )
-    figure.savefig(report_dir / 'inversion.png')
+    plots.images(results.inversion.shown).savefig(report_dir / 'inversion.png')
 
 
 def _results_as_json(results: _Results) -> dict[str, Any]:
-  gains = results.inversion.gains
   shadows = results.shadows
   return {
-      'membership': {name: _as_json(report) for name, report in results.found.items()},
+      'membership': _as_json(results.found),
       'clients': {
-          'membership_auc': results.leaks._asdict(),
-          'names': list(results.clients),
+          'membership_auc': _as_json(results.leaks), 'names': list(results.clients)
       },
-      'inversion': gains and {name: gain._asdict() for name, gain in gains.items()},
+      'inversion': _as_json(results.inversion.gains),
       'shadow_models': shadows and {
           'num_models': shadows.num_models,
           'num_examples': shadows.num_examples,
           'max_epochs': shadows.max_epochs,
-          'students': {
-              name: _lira_as_json(report) for name, report in shadows.reports.items()
-          },
+          'students': _as_json(shadows.reports),
       },
   }
 
 
-def _lira_as_json(report: membership.LiraReport) -> dict[str, Any]:
-
-  def of(finding: Optional[membership.LiraFinding]) -> Optional[dict[str, Any]]:
-    return finding and {
-        'attack': finding.attack,
-        'auc': finding.auc._asdict(),
-        'num_members': finding.num_members,
-        'num_non_members': finding.num_non_members,
-        'detections': [
-            {
-                'allowed_rate': found.allowed_rate,
-                'true_positive_rate': found.true_positive_rate._asdict(),
-                'false_positive_rate': found.false_positive_rate._asdict(),
-            }
-            for found in finding.detections
-        ],
+def _as_json(value: Any) -> Any:
+  """Returns named tuples as dicts, without the fields that report.json leaves out."""
+  if hasattr(value, '_asdict'):
+    value = value._asdict()
+  if isinstance(value, Mapping):
+    return {
+        name: _as_json(each) for name, each in value.items() if name not in _NOT_IN_JSON
     }
-
-  return {
-      'online': of(report.online),
-      'offline': of(report.offline),
-      'loss': of(report.loss),
-      'of_shadow': of(report.of_shadow),
-      'fixed_variance': report.fixed_variance,
-  }
-
-
-def _as_json(report: membership.Report) -> dict[str, Any]:
-
-  def of(finding: Optional[membership.Finding]) -> Optional[dict[str, Any]]:
-    return finding and {
-        'attack': finding.attack,
-        'auc': finding.auc._asdict(),
-        'advantage': finding.advantage._asdict(),
-        'num_members': finding.num_members,
-        'num_non_members': finding.num_non_members,
-        'label': finding.label,
-    }
-
-  return {
-      'overall': of(report.overall),
-      'worst_class': of(report.worst_class),
-      'member_accuracy': report.member_accuracy,
-      'non_member_accuracy': report.non_member_accuracy,
-  }
+  if isinstance(value, tuple):
+    return [_as_json(each) for each in value]
+  return value

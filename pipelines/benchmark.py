@@ -40,6 +40,7 @@ from absl import flags
 import pipelines
 from pipelines import benchmark_work as work
 from pipelines import run_folders
+from pipelines import tables
 
 _CASES = flags.DEFINE_list(
     'cases',
@@ -83,7 +84,7 @@ _LONG_EXAMPLES = 200
 _LONG_POINTS = 10
 _END_S = 30.0
 
-# Runs a round with so many clients.
+# Runs a round with a number of clients.
 _Round = Callable[[int], Any]
 
 
@@ -155,7 +156,7 @@ def _distillation(learner: Any, inputs: Any) -> Callable[[Any], None]:
 
 
 def _floor(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
-  """The round's arithmetic and nothing else."""
+  """Runs the arithmetic of a round and nothing else."""
   del stack
   import keras
   import numpy as np
@@ -220,7 +221,7 @@ def _rounds_of(process: Any, data: Sequence[Any]) -> _Round:
 
 
 def _tff(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
-  """TFF's own, on its own worker."""
+  """Runs the rounds of TFF on the worker that it ships."""
   from tff_kd import tff
   from tff_kd import runtime
   import tf_keras
@@ -244,7 +245,7 @@ def _tff(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
 
 
 def _memory(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
-  """Ours, with datasets in memory."""
+  """Runs our rounds, with datasets in memory."""
   del stack
   data = _datasets(case)
   return lambda: _rounds_of(
@@ -253,7 +254,7 @@ def _memory(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round
 
 
 def _ours(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
-  """Ours, with clients' data by reference."""
+  """Runs our rounds, with clients' data by reference."""
   del stack
   batches = case.batches()
   return lambda: _rounds_of(
@@ -265,7 +266,7 @@ def _ours(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
 
 
 def _pfl(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
-  """Apple's pfl-research, with TensorFlow."""
+  """Runs the rounds of Apple's pfl-research, with TensorFlow."""
   del stack
   from pfl.aggregate import simulate
   from pfl.algorithm import base
@@ -299,7 +300,7 @@ def _pfl(case: work.Case, stack: contextlib.ExitStack) -> Callable[[], _Round]:
     def one_round(num_clients: int) -> None:
       nonlocal number
       number += 1
-      # It goes on after the rounds that it has run, up to this many in all.
+      # It continues after the rounds that it has run, up to this number in all.
       params = base.NNAlgorithmParams(
           central_num_iterations=number, evaluation_frequency=sys.maxsize,
           train_cohort_size=num_clients, val_cohort_size=None,
@@ -315,10 +316,10 @@ class _Side(NamedTuple):
   """One side of a case.
 
   Attributes:
-    imports: The modules whose import it waits for.
+    imports: The modules whose import is timed.
     prepare: Makes the data; returns a function that builds what runs rounds.
-    models: The models that it can train.
-    environment: Variables of its process.
+    models: The models that the side can train.
+    environment: Environment variables of the side's process.
   """
 
   imports: Sequence[str]
@@ -340,20 +341,12 @@ _SIDES = {
 }
 
 
-def _mib(pid: int, field: str) -> float:
-  """MiB of a process: VmHWM, the most it had, or VmRSS, what it has."""
-  for line in pathlib.Path(f'/proc/{pid}/status').read_text().splitlines():
-    if line.startswith(field):
-      return int(line.split()[1]) / 1024
-  raise RuntimeError(f'No {field} of process {pid}.')
-
-
 def _peak_mib() -> float:
-  """MiB at the most, of this process and those that it has started."""
+  """Returns the peak MiB of this process and of those that it has started."""
   import psutil
 
   pids = [child.pid for child in psutil.Process().children(recursive=True)]
-  return sum(_mib(pid, 'VmHWM') for pid in [os.getpid(), *pids])
+  return sum(work.mib(pid, 'VmHWM') for pid in [os.getpid(), *pids])
 
 
 def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
@@ -363,7 +356,7 @@ def _timed(function: Callable[[], Any]) -> tuple[Any, float]:
 
 
 def _serve(name: str, case: work.Case, pipe: int) -> None:
-  """Is one side: runs a round for each line on stdin, and answers on a pipe."""
+  """Runs a round of a side for each line on stdin, and answers on a pipe."""
   os.set_inheritable(pipe, False)
   with os.fdopen(pipe, 'w') as answers, contextlib.ExitStack() as stack:
     answer = lambda **found: print(json.dumps(found), file=answers, flush=True)
@@ -373,7 +366,7 @@ def _serve(name: str, case: work.Case, pipe: int) -> None:
     tf.random.set_seed(case.seed)
     build = _SIDES[name].prepare(case, stack)
     gc.collect()
-    # What making the examples took is not this side's.
+    # The peak does not count the making of the examples.
     with contextlib.suppress(OSError):
       pathlib.Path('/proc/self/clear_refs').write_text('5')
     one_round, build_s = _timed(build)
@@ -383,7 +376,7 @@ def _serve(name: str, case: work.Case, pipe: int) -> None:
         answer(peak_mib=_peak_mib())
         return
       _, seconds = _timed(lambda: one_round(int(line)))
-      answer(seconds=seconds, mib=_mib(os.getpid(), 'VmRSS'))
+      answer(seconds=seconds, mib=work.mib(os.getpid(), 'VmRSS'))
 
 
 # The parent.
@@ -393,12 +386,12 @@ class _Child:
   """A side in its own process.
 
   Attributes:
-    found: What it has told about itself: seconds to import, to build, of the first
-      round; its most memory once it has ended.
+    found: The seconds to import, to build and of the first round; after `end`, the
+      peak memory, too.
   """
 
   def __init__(self, name: str, case: work.Case):
-    """Starts it, and waits until it is ready for rounds."""
+    """Starts the process, and waits until it is ready for rounds."""
     self._name, self._case = name, case
     read, write = os.pipe()
     child = json.dumps([name, case, write])
@@ -442,13 +435,13 @@ class _Child:
     return answer
 
   def end(self) -> None:
-    """Asks for the most memory it had."""
+    """Asks for the peak memory, after which the process ends."""
     self.found |= self._ask('end')
 
   def close(self) -> None:
-    """Ends it, whatever it is at."""
+    """Ends the process, whatever it is doing."""
     with contextlib.suppress(BrokenPipeError):
-      self._process.stdin.close()  # It ends then, and a worker that it started.
+      self._process.stdin.close()  # This ends the process and its worker.
     try:
       self._process.wait(_END_S)
     except subprocess.TimeoutExpired:
@@ -464,13 +457,9 @@ class _Child:
     self.close()
 
 
-def _say(text: str) -> None:
-  print(f'  {text} ...', file=sys.stderr, flush=True)
-
-
 def _measure_case(name: str, case: work.Case, sides: Sequence[str]) -> dict[str, Any]:
   """Returns the medians of all sides of a case, round by round in turns."""
-  _say(name)
+  work.say(name)
   with contextlib.ExitStack() as stack:
     children = {
         side: stack.enter_context(_Child(side, case))
@@ -497,8 +486,8 @@ def _measure_case(name: str, case: work.Case, sides: Sequence[str]) -> dict[str,
 
 
 def _measure_scaling(num_clients: int) -> dict[str, Any]:
-  """Ours alone, over the same examples whatever the number of clients."""
-  _say(f'{num_clients} clients')
+  """Times our rounds over the same examples, whatever the number of clients."""
+  work.say(f'{num_clients} clients')
   size = _SCALING_EXAMPLES // num_clients
   case = work.Case('mlp', num_clients, size, _SEED.value)
   with _Child('ours', case) as child:
@@ -511,8 +500,8 @@ def _measure_scaling(num_clients: int) -> dict[str, Any]:
 
 
 def _measure_long(num_rounds: int, low: int, high: int) -> dict[str, Any]:
-  """Memory over many rounds, with a number of clients that changes."""
-  _say(f'{num_rounds} rounds')
+  """Returns the memory over many rounds with a changing number of clients."""
+  work.say(f'{num_rounds} rounds')
   rng = random.Random(_SEED.value)
   points = {-(-i * num_rounds // _LONG_POINTS) for i in range(1, _LONG_POINTS + 1)}
   found: dict[str, list[Any]] = {'clients': [low, high], 'rounds': [], 'mib': []}
@@ -564,8 +553,6 @@ def _case_rows(cases: Sequence[dict[str, Any]]) -> list[tuple[str, ...]]:
 
 
 def _print_results(results: dict[str, Any]) -> None:
-  from pipelines import tables
-
   print(f"{results['cores']} cores; batch {work.BATCH}; medians of rounds in turns.\n")
   if results['cases']:
     tables.print_table(_case_rows(results['cases']))
@@ -633,12 +620,11 @@ def _draw(results: Mapping[str, Any], path: pathlib.Path) -> None:
 
 
 @pipelines.for_users
-def main(argv: list[str]) -> Optional[int]:
-  del argv
+def main(argv: list[str]) -> None:
   if _CHILD.value:
     name, case, pipe = json.loads(_CHILD.value)
     _serve(name, work.Case(*case), pipe)
-    return 0
+    return
   cases = {
       case: work.parse_case(_CASES.name, case, _SEED.value) for case in _CASES.value
   }
@@ -663,7 +649,6 @@ def main(argv: list[str]) -> Optional[int]:
   _draw(results, folder / 'speed.png')
   _print_results(results)
   print(f"\n{folder / 'results.json'}, {folder / 'speed.png'}")
-  return 0
 
 
 if __name__ == '__main__':

@@ -24,7 +24,6 @@ import os
 import pathlib
 import secrets
 import statistics
-import sys
 import time
 from typing import Any, Optional
 
@@ -34,6 +33,7 @@ from absl import flags
 import pipelines
 from pipelines import benchmark_work as work
 from pipelines import run_folders
+from pipelines import tables
 
 _ALL = ['memory', 'overhead', 'nodes']
 _FIGURES = flags.DEFINE_list(
@@ -75,10 +75,6 @@ _MIB = 2**20
 
 # Contexts of TFF by name.
 _Contexts = Mapping[str, Any]
-
-
-def _say(text: str) -> None:
-  print(f'  {text} ...', file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager
@@ -159,15 +155,15 @@ def _measure_overhead(cases: Mapping[str, work.Case]) -> list[dict[str, Any]]:
 
   rounds = {}
   for name, case in cases.items():
-    _say(f'builds {name}')
+    work.say(f'builds {name}')
     rounds[name] = _round_of(case)
   results = []
   for num_workers in (1, 2):
     here = tff_kd.runtime.InProcessContext(max_concurrent_clients=num_workers)
-    _say(f'starts Ray with {num_workers} workers')
+    work.say(f'starts Ray with {num_workers} workers')
     with _on_ray(num_workers) as context:
       for name, run_round in rounds.items():
-        _say(f'{name}, {num_workers} workers')
+        work.say(f'{name}, {num_workers} workers')
         found = _in_turns(run_round, {'here': here, 'ray': context})
         results.append({'case': name, 'workers': num_workers, **found})
   return results
@@ -182,7 +178,7 @@ def _pinned_nodes() -> Iterator[str]:
   if len(cores) < 2:
     raise pipelines.UserError('Two nodes need two cores, and here is one.')
   size: dict[str, Any] = dict(num_cpus=1, object_store_memory=_OBJECT_STORE_BYTES)
-  # What a process starts is pinned to the same cores.
+  # Child processes are pinned to the same cores as their parent.
   first, second = sorted(cores)[:2]
   try:
     os.sched_setaffinity(0, {first})
@@ -204,15 +200,15 @@ def _pinned_nodes() -> Iterator[str]:
 
 def _measure_nodes(case: work.Case) -> dict[str, Any]:
   """Returns the seconds of rounds on one pinned node and on two."""
-  _say('builds the case of the nodes')
+  work.say('builds the case of the nodes')
   run_round = _round_of(case)
-  _say('starts two nodes of Ray')
+  work.say('starts two nodes of Ray')
   with _pinned_nodes() as address, contextlib.ExitStack() as stack:
     enter = lambda number, resource: stack.enter_context(
         _on_ray(number, address=address, resources={'CPU': 0.5, resource: 1})
     )
     contexts = {'one': enter(1, 'first'), 'two': enter(2, 'any')}
-    _say(f'{_NODES_CASE.value}, one node and two')
+    work.say(f'{_NODES_CASE.value}, one node and two')
     found = _in_turns(run_round, contexts)
   ratio = found['two']['seconds'] / found['one']['seconds']
   return {'case': _NODES_CASE.value, 'ratio': ratio, **found}
@@ -222,17 +218,12 @@ def _measure_nodes(case: work.Case) -> dict[str, Any]:
 
 
 def _resident_mib(pid: int) -> float:
-  """MiB of a process, without pages that it shares with others in memory."""
-  fields = {}
-  for line in pathlib.Path(f'/proc/{pid}/status').read_text().splitlines():
-    name, _, value = line.partition(':')
-    fields[name] = value
-  kib = [int(fields[name].split()[0]) for name in ('RssAnon', 'RssFile')]
-  return sum(kib) / 1024
+  """Returns the MiB of a process without the memory that it shares with others."""
+  return work.mib(pid, 'RssAnon', 'RssFile')
 
 
 def _object_store_mib(raylet: int) -> float:
-  """MiB of the files in memory in which a raylet keeps objects."""
+  """Returns the MiB of the files in memory in which a raylet keeps objects."""
   sizes = {}
   for path in pathlib.Path(f'/proc/{raylet}/fd').iterdir():
     with contextlib.suppress(OSError):
@@ -274,7 +265,7 @@ def _measure_memory() -> list[dict[str, float]]:
   """Runs rounds of many clients; returns the seconds and MiB of each."""
   import tff_kd
 
-  _say(f'writes {_EXAMPLES.value:,} examples of {_CLIENTS.value:,} clients')
+  work.say(f'writes {_EXAMPLES.value:,} examples of {_CLIENTS.value:,} clients')
   batches = _many_clients()
   case = work.Case('mlp', _COHORT.value, 0, _SEED.value)
   process = work.build_process(
@@ -284,10 +275,10 @@ def _measure_memory() -> list[dict[str, float]]:
       num_clients=_CLIENTS.value, clients_per_round=_COHORT.value, seed=_SEED.value
   )
   rows = []
-  _say('starts Ray with two workers')
+  work.say('starts Ray with two workers')
   with _on_ray(2) as context:
     pids = _processes(context)
-    _say(f'{_WATCHED.value} rounds of {_COHORT.value:,} clients')
+    work.say(f'{_WATCHED.value} rounds of {_COHORT.value:,} clients')
     state = process.initialize()
     for number in range(1, _WATCHED.value + 1):
       clients = sample(number)
@@ -342,8 +333,6 @@ def _draw(rows: Sequence[Mapping[str, float]], path: pathlib.Path) -> None:
 
 
 def _print_results(results: Mapping[str, Any]) -> None:
-  from pipelines import tables
-
   print(f"{results['cores']} cores; batch {work.BATCH}; medians of rounds in turns.")
   if 'overhead' in results:
     print('\nRounds on Ray beside the same rounds in the script:')
@@ -369,8 +358,6 @@ def _print_results(results: Mapping[str, Any]) -> None:
 
 
 def _print_memory(rows: Sequence[Mapping[str, float]]) -> None:
-  from pipelines import tables
-
   points = sorted({0, 1, len(rows) // 2, len(rows) - 1})
   print(f'\nRounds of {_COHORT.value:,} of {_CLIENTS.value:,} clients:')
   lines = [('round', *(f"{rows[i]['round']}" for i in points))]
@@ -382,8 +369,7 @@ def _print_memory(rows: Sequence[Mapping[str, float]]) -> None:
 
 
 @pipelines.for_users
-def main(argv: list[str]) -> Optional[int]:
-  del argv
+def main(argv: list[str]) -> None:
   parse = lambda flag, text: work.parse_case(flag.name, text, _SEED.value)
   cases = {text: parse(_CASES, text) for text in _CASES.value}
   nodes_case = parse(_NODES_CASE, _NODES_CASE.value)
@@ -396,7 +382,7 @@ def main(argv: list[str]) -> Optional[int]:
   _use_token()
   folder = pathlib.Path(_OUTPUT_DIR.value)
   folder.mkdir(parents=True, exist_ok=True)
-  # Memory first: what the other figures leave would count as the script's.
+  # Memory first: what the other figures leave in memory would be counted.
   results: dict[str, Any] = {'cores': len(os.sched_getaffinity(0))}
   if 'memory' in _FIGURES.value:
     results['memory'] = _measure_memory()
@@ -409,7 +395,6 @@ def main(argv: list[str]) -> Optional[int]:
   run_folders.write_json(folder / 'results.json', results)
   _print_results(results)
   print(f'\n{folder}')
-  return 0
 
 
 if __name__ == '__main__':

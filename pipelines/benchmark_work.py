@@ -1,9 +1,12 @@
 """The rounds that the benchmarks measure: models, examples, processes of tff_kd."""
 
 from collections.abc import Iterator
+import pathlib
 from typing import Any, NamedTuple
 
 from absl import app
+
+import pipelines
 
 MODELS = ['mlp', 'cnn', 'batch_norm', 'dropout', 'subclassed', 'fed_distillation']
 BATCH = 20
@@ -55,6 +58,18 @@ class Case(NamedTuple):
     import numpy as np
 
     return np.random.default_rng(self.seed).random((TRANSFER, *self.shape), np.float32)
+
+
+def say(text: str) -> None:
+  """Says on standard error what is measured next."""
+  pipelines.say(f'  {text} ...')
+
+
+def mib(pid: int, *fields: str) -> float:
+  """Returns the sum of fields of a process's /proc/PID/status, such as VmRSS, in MiB."""
+  lines = pathlib.Path(f'/proc/{pid}/status').read_text().splitlines()
+  kib = dict(line.split(':', 1) for line in lines)
+  return sum(int(kib[field].split()[0]) for field in fields) / 1024
 
 
 def parse_case(flag: str, text: str, seed: int) -> Case:

@@ -16,10 +16,10 @@ OptimizerFn = Callable[[], keras.optimizers.Optimizer]
 
 
 class Training:
-  """A model in training on examples in one place.
+  """Trains a model on examples in one place.
 
   Attributes:
-    weights: The `ModelWeights` that it has reached.
+    weights: The present `ModelWeights`.
   """
 
   def __init__(
@@ -32,15 +32,15 @@ class Training:
       optimizer_fn: OptimizerFn = keras.optimizers.Adam,
       initial_weights: Optional[tff.learning.models.ModelWeights] = None,
   ):
-    """Begins.
+    """Initializes the training.
 
     Args:
       spec: The model.
-      examples: What it is trained on; with sample weights, as in Keras's `fit`.
-      batch_size: Examples a step; the last step of all may have fewer.
+      examples: The examples; with sample weights, as in Keras's `fit`.
+      batch_size: The number of examples in a step; the last step may have fewer.
       seed: Decides the order of the examples, and what training draws.
       optimizer_fn: Returns a new optimizer.
-      initial_weights: With what it begins; the initial weights of the spec if `None`.
+      initial_weights: The initial weights; those of the spec if `None`.
     """
     self._spec, self._batch_size = spec, batch_size
     self._size, self._rng = len(examples), np.random.default_rng(seed)
@@ -94,10 +94,10 @@ class Training:
 
 def fit(
     training: Training,
-    evaluate: Callable[[Any], float],
+    evaluator: tff_kd.evaluation.CentralEvaluator,
+    task: tff_kd.data.Task,
     *,
     max_epochs: int,
-    higher_is_better: bool = True,
     epochs_per_look: int = 1,
     patience: int = 3,
     on_look: Optional[Callable[[int, float], None]] = None,
@@ -106,24 +106,24 @@ def fit(
 
   Args:
     training: The training, before its first epoch.
-    evaluate: Maps `ModelWeights` to the validation score.
-    max_epochs: Passes at most; the last look's are whole, so that where
-      `epochs_per_look` does not divide it, there may be up to so many more less one.
-    higher_is_better: Whether the score is none of an error.
-    epochs_per_look: Passes between looks at the validation score.
-    patience: So many looks without a better score end it.
+    evaluator: Evaluates the model.
+    task: The task, whose metric on its validation part is the score.
+    max_epochs: The maximum number of passes, rounded up to a multiple of
+      `epochs_per_look`.
+    epochs_per_look: The number of passes between looks at the validation score.
+    patience: The number of looks without a better score that ends the training.
     on_look: Called with the epoch and the score at each look.
 
   Returns:
     The best weights and the best epoch; the initial weights and 0 if the first score is
     not finite.
   """
-  sign = 1.0 if higher_is_better else -1.0
+  sign = -1.0 if task.is_lower_better() else 1.0
   best_score, best_epoch, best_weights, misses = -np.inf, 0, training.weights, 0
   for epoch in range(epochs_per_look, max_epochs + epochs_per_look, epochs_per_look):
     training.run(epochs_per_look)
     weights = training.weights
-    score = evaluate(weights)
+    score = evaluator.evaluate(weights, *task.validation)[task.metric]
     if on_look is not None:
       on_look(epoch, score)
     if not np.isfinite(score):

@@ -2,16 +2,16 @@
 
 import functools
 import pathlib
-import sys
-from typing import Any
 
 import keras
 import numpy as np
 
+import pipelines
 from pipelines import central
 from pipelines import released
 from pipelines import run_folders
 from pipelines import tables
+from pipelines import train_checks
 from pipelines import train_data
 from pipelines import train_flags as args
 from pipelines import train_setup
@@ -22,32 +22,28 @@ import tff_kd
 def run(
     folder: pathlib.Path, *, epochs: int, learning_rate: float, batch_size: int
 ) -> None:
-  """The whole job.
+  """Trains student and teacher in one place and reports.
 
   Args:
     folder: Where the results go.
-    epochs: Passes at most.
-    learning_rate: Adam's.
-    batch_size: Examples a step.
+    epochs: The maximum number of passes.
+    learning_rate: The learning rate of Adam.
+    batch_size: The number of examples in a step.
   """
   with train_setup.errors_for_users():
     task = train_data.load_task()
     examples = _examples(task)
-    builders = _builders(task)
+    train_checks.check_models('student', list(task.students))
+    train_checks.check_models('teacher', list(task.teachers))
     folder.mkdir(parents=True, exist_ok=True)
   print(
       f'{task.name}: {len(examples)} examples in one place; validation '
       f'{len(task.validation)}, test {len(task.test)}.'
   )
   results, rows = {}, []
-  for name, builder in builders.items():
+  for name in _model_names():
     keras.utils.set_random_seed(args.SEED.value)
-    evaluator = tff_kd.evaluation.CentralEvaluator(
-        tff_kd.models.build_model_spec(
-            builder, input_spec=task.input_spec, loss_fn=task.loss_fn,
-            metrics_fn=task.metrics_fn, name=name,
-        )
-    )
+    evaluator = tff_kd.evaluation.CentralEvaluator(released.build_spec(task, name))
     training = central.Training(
         evaluator.spec, examples, batch_size=batch_size, seed=args.SEED.value,
         optimizer_fn=lambda: keras.optimizers.Adam(learning_rate),
@@ -69,9 +65,7 @@ def run(
   }
   run_folders.write_json(folder / 'results.json', content)
   print()
-  head = (
-      'model', 'weights', 'epochs', *(f"test {key.replace('_', ' ')}" for key in scores)
-  )
+  head = ('model', 'weights', 'epochs', *(f'test {tables.words(key)}' for key in scores))
   tables.print_table([head, *rows])
   print(f'\nOn the test part, after the best epoch by validation. {folder}')
 
@@ -90,12 +84,9 @@ def _fit(
 ) -> tuple[keras.Model, int]:
   """Trains a model until validation is not better; returns it with its best epoch."""
   weights, best = central.fit(
-      training,
-      lambda weights: evaluator.evaluate(weights, *task.validation)[task.metric],
-      higher_is_better=not task.is_lower_better(), max_epochs=epochs,
-      on_look=lambda epoch, score: print(
-          f'{name}, validation {task.metric}, epoch {epoch}: {score:.4f}',
-          file=sys.stderr, flush=True,
+      training, evaluator, task, max_epochs=epochs,
+      on_look=lambda epoch, score: pipelines.say(
+          f'{name}, validation {task.metric}, epoch {epoch}: {score:.4f}'
       ),
   )
   if not best:
@@ -113,28 +104,12 @@ def _test_scores(
   """Returns a model's scores on the test part, the task's own included."""
   scores = evaluator.evaluate(evaluator.spec.weights_of(model), *task.test)
   if task.scores_fn is not None:
-    scores |= task.scores_fn(
-        functools.partial(released.predict, model)
-    )
+    scores |= task.scores_fn(functools.partial(released.predict, model))
   return scores
 
 
-def _builders(task: tff_kd.data.Task) -> dict[str, Any]:
-  """The models, as in a run: of several students each."""
-  students = args.STUDENT.value
-  names = ['student'] if len(students) == 1 else [
-      f'student_{number}' for number in range(len(students))
-  ]
-  for flag, known, wanted in (
-      ('student', task.students, students),
-      ('teacher', task.teachers, [args.TEACHER.value]),
-  ):
-    if not set(wanted) <= set(known):
-      raise UserError(
-          f'--{flag}={",".join(wanted)}: choose of {", ".join(known)}, the models of '
-          f'{task.name}.'
-      )
-  return {
-      **{name: task.students[student] for name, student in zip(names, students)},
-      'teacher': task.teachers[args.TEACHER.value],
-  }
+def _model_names() -> list[str]:
+  """Returns the names of the models, the same as in a run."""
+  number = len(args.STUDENT.value)
+  students = ['student'] if number == 1 else [f'student_{i}' for i in range(number)]
+  return [*students, 'teacher']

@@ -14,15 +14,13 @@ on where it was. Leaves table.md, table.csv, curves.png, scores.png (with --vary
 varied.png, too), and each run's own folder.
 """
 
-import csv
-import itertools
+import dataclasses
+import functools
 import json
 import math
 import pathlib
 import re
-import signal
 import statistics
-import sys
 from typing import Any, NamedTuple, Optional
 
 from absl import app
@@ -71,13 +69,13 @@ _CEILINGS = flags.DEFINE_bool(
 _JOBS = flags.DEFINE_integer(
     'jobs', None, 'Runs at a time; one a core if unset.', lower_bound=1
 )
-# What the table and messages call the ceilings, and the floor.
+# The names of the ceilings and of the floor in the table and in messages.
 _IN_ONE_PLACE = 'in one place'
 _CENTRAL_FOLDER = 'centralized'
 _ALONE = "the server's labels alone"
 # Algorithms whose curves are drawn in one panel; more have one each.
 _MOST_TOGETHER = 5
-# The columns of what stays in the end, beside those of the best round.
+# The columns of the last rounds, beside those of the best round.
 _LAST_ROUNDS = 10
 _STUDENT_LAST, _TEACHER_LAST = (
     f'{model}, last {_LAST_ROUNDS}' for model in ('student', 'teacher')
@@ -85,7 +83,7 @@ _STUDENT_LAST, _TEACHER_LAST = (
 
 
 class _Setting(NamedTuple):
-  """An algorithm, with flags that it is given beside the common ones."""
+  """An algorithm, and the flags that it is given beside the common ones."""
 
   algorithm: str
   varied: tuple[str, ...] = ()
@@ -95,7 +93,10 @@ class _Setting(NamedTuple):
     return ' '.join((self.algorithm, *self.varied))
 
 
-class _Run(NamedTuple):
+@dataclasses.dataclass(frozen=True)
+class _Run:
+  """A run of a setting; its results can be read once it is done."""
+
   setting: _Setting
   seed: int
   folder: pathlib.Path
@@ -103,6 +104,34 @@ class _Run(NamedTuple):
   @property
   def name(self) -> str:
     return f'{self.setting.name}, seed {self.seed}'
+
+  @property
+  def is_done(self) -> bool:
+    has_ended = (self.folder / run_folders.RESULTS).is_file()
+    return has_ended and _is_of(self.folder, self.setting)
+
+  @functools.cached_property
+  def results(self) -> dict[str, Any]:
+    return json.loads((self.folder / run_folders.RESULTS).read_text())
+
+  @functools.cached_property
+  def history(self) -> list[dict[str, float]]:
+    return run_folders.read_history(self.folder / run_folders.METRICS)
+
+  @functools.cached_property
+  def megabytes(self) -> list[float]:
+    return run_folders.megabytes(self.history)
+
+  @property
+  def audit_path(self) -> pathlib.Path:
+    return self.folder / 'audit' / 'report.json'
+
+  @functools.cached_property
+  def audit(self) -> Optional[dict[str, Any]]:
+    """The report of the audit; `None` without."""
+    if not _AUDIT.value or not self.audit_path.is_file():
+      return None
+    return json.loads(self.audit_path.read_text())
 
 
 def _seeds() -> list[int]:
@@ -124,15 +153,13 @@ def _check_algorithms() -> None:
         f'--algorithms must name some of {", ".join(algorithms.REGISTRY)}, or files of '
         'your own, found none.'
     )
-  for name in _ALGORITHMS.value:
-    try:
-      algorithms.get(name)
-    except ValueError as error:
-      raise app.UsageError(f'--algorithms: {error}') from None
-  # Their runs would share folders: the table would show one's results for both.
+  # Runs that share folders would show the results of one for both.
   found = {_CENTRAL_FOLDER: f'the runs {_IN_ONE_PLACE}'} if _CEILINGS.value else {}
   for algorithm in _ALGORITHMS.value:
-    info = algorithms.get(algorithm)
+    try:
+      info = algorithms.get(algorithm)
+    except ValueError as error:
+      raise app.UsageError(f'--algorithms: {error}') from None
     other = found.setdefault(info.name, algorithm)
     if other != algorithm:
       raise app.UsageError(
@@ -143,8 +170,8 @@ def _check_algorithms() -> None:
 
 
 def _variations() -> list[list[tuple[str, ...]]]:
-  """The sets of flags to vary, by row."""
-  known = _train_flags()
+  """Returns the sets of flags to vary, by row."""
+  known = train_flags.own_flags()
   rows = []
   for text in _VARY.value:
     row = [tuple(variant.split()) for variant in text.split('|')]
@@ -178,15 +205,10 @@ def _check_folders(rows: list[list[tuple[str, ...]]]) -> None:
       )
 
 
-def _train_flags() -> dict[str, flags.Flag]:
-  module = flags.FLAGS.flags_by_module_dict()[train_flags.__name__]
-  return {flag.name: flag for flag in module}
-
-
 def _flag_name(argument: str) -> str:
   """Returns the flag's name in --flag=value, --flag or --noflag."""
   name = argument.removeprefix('--').partition('=')[0]
-  return name if name in _train_flags() else name.removeprefix('no')
+  return name if name in train_flags.own_flags() else name.removeprefix('no')
 
 
 def _takes(algorithm: str, argument: str) -> bool:
@@ -195,7 +217,7 @@ def _takes(algorithm: str, argument: str) -> bool:
 
 def _settings(rows: list[list[tuple[str, ...]]]) -> dict[_Setting, list[str]]:
   """Returns the settings to compare, each with all flags of its training."""
-  known = _train_flags()
+  known = train_flags.own_flags()
   for name in sorted(_PER_RUN - {'output_dir'}):
     if known[name].present:
       raise app.UsageError(f'--{name} is set for each run. Leave it out.')
@@ -222,19 +244,15 @@ def _settings(rows: list[list[tuple[str, ...]]]) -> dict[_Setting, list[str]]:
 
 
 def _is_of(folder: pathlib.Path, setting: _Setting) -> bool:
-  """Whether the run in a folder is of this algorithm, not of one of the same name."""
-  path = folder / 'config.json'
+  """Returns whether the run in a folder is of this algorithm, not of a namesake."""
+  path = folder / run_folders.CONFIG
   if not path.is_file():
     return False
   return json.loads(path.read_text())['flags'].get('algorithm') == setting.algorithm
 
 
-def _is_done(run: _Run) -> bool:
-  return (run.folder / 'results.json').is_file() and _is_of(run.folder, run.setting)
-
-
 def _has_begun(folder: pathlib.Path, setting: _Setting) -> bool:
-  """Whether a run of a setting, of any seed, has ended a round."""
+  """Returns whether a run of a setting, of any seed, has ended a round."""
   return any(
       path.parent.name.rpartition('-')[0] == _folder_name(setting)
       and _is_of(path.parent, setting)
@@ -254,15 +272,9 @@ def _folder_name(setting: _Setting) -> str:
   return algorithms.get(setting.algorithm).name + _folder_words(setting.varied)
 
 
-def _job(run: _Run, arguments: list[str]) -> parallel.Job:
-  """The training, or the rest of it."""
-  command = [
-      sys.executable, '-m', 'pipelines.train', f'--algorithm={run.setting.algorithm}',
-      f'--seed={run.seed}', f'--output_dir={run.folder}', '--nocompare_with_fed_avg',
-      *arguments,
-  ]
-  log = run.folder.with_name(f'{run.folder.name}.log')
-  return parallel.Job(run.name, command, log)
+def _log(folder: pathlib.Path, suffix: str = '') -> pathlib.Path:
+  """Returns the file beside a run's folder in which its output is."""
+  return folder.with_name(f'{folder.name}{suffix}.log')
 
 
 def _check_same_problem(
@@ -270,7 +282,7 @@ def _check_same_problem(
 ) -> None:
   """Refuses a folder that has rounds with other flags; notes the flags."""
   arguments = {setting.name: flags_of_run for setting, flags_of_run in settings.items()}
-  # What ended before its first round left nothing that other flags would mix with.
+  # A run that ended before its first round may go on with other flags.
   begun = {setting.name for setting in settings if _has_begun(folder, setting)}
   if _CEILINGS.value:
     arguments[_IN_ONE_PLACE] = _central_arguments()
@@ -293,40 +305,47 @@ def _train_all(
     runs: list[_Run], settings: dict[_Setting, list[str]]
 ) -> list[str]:
   """Runs what is not done yet, so many at a time; returns what failed."""
-  todo = {run.name: run for run in runs if not _is_done(run)}
+  todo = {run.name: run for run in runs if not run.is_done}
   if len(todo) < len(runs):
     print(f'{len(runs) - len(todo)} of {len(runs)} runs are done already.')
 
   def line(job: parallel.Job, seconds: float) -> str:
-    results = _results(todo[job.name])
+    results = todo[job.name].results
     best = results['best'][f"test/student_{results['metric']}"]
     return f'student {best:.3f}, {seconds:.0f} s'
 
-  jobs = [_job(run, settings[run.setting]) for run in todo.values()]
+  jobs = [
+      parallel.script_job(
+          run.name, 'train',
+          [
+              f'--algorithm={run.setting.algorithm}', f'--seed={run.seed}',
+              f'--output_dir={run.folder}', '--nocompare_with_fed_avg',
+              *settings[run.setting],
+          ],
+          _log(run.folder),
+      )
+      for run in todo.values()
+  ]
   return parallel.run_all(jobs, _JOBS.value, line)
 
 
 def _ceiling_path(seed: int, folder: pathlib.Path) -> pathlib.Path:
-  return folder / f'{_CENTRAL_FOLDER}-{seed}' / 'results.json'
+  return folder / f'{_CENTRAL_FOLDER}-{seed}' / run_folders.RESULTS
 
 
 def _train_ceilings(seeds: list[int], folder: pathlib.Path) -> list[str]:
   """Trains in one place what is not trained yet; returns what failed."""
-  given = _central_arguments()
-
-  def job(seed: int) -> parallel.Job:
+  jobs = []
+  for seed in seeds:
     path = _ceiling_path(seed, folder)
-    command = [
-        sys.executable, '-m', 'pipelines.centralized', f'--seed={seed}',
-        f'--output_dir={path.parent}', *given,
-    ]
-    log = path.parent.with_name(f'{path.parent.name}.log')
-    return parallel.Job(f'{_IN_ONE_PLACE}, seed {seed}', command, log)
-
-  return parallel.run_all(
-      [job(seed) for seed in seeds if not _ceiling_path(seed, folder).is_file()],
-      _JOBS.value,
-  )
+    if not path.is_file():
+      given = [f'--seed={seed}', f'--output_dir={path.parent}', *_central_arguments()]
+      jobs.append(
+          parallel.script_job(
+              f'{_IN_ONE_PLACE}, seed {seed}', 'centralized', given, _log(path.parent)
+          )
+      )
+  return parallel.run_all(jobs, _JOBS.value)
 
 
 def _central_flags() -> list[flags.Flag]:
@@ -338,7 +357,7 @@ def _central_arguments() -> list[str]:
   """Returns the flags of this script for the training in one place."""
   shared = [
       flag
-      for name, flag in _train_flags().items()
+      for name, flag in train_flags.own_flags().items()
       if flag.present and name in central_flags.OF_TRAIN - _PER_RUN
   ]
   return [flag.serialize() for flag in [*shared, *_central_flags()]]
@@ -347,7 +366,7 @@ def _central_arguments() -> list[str]:
 def _ceilings(
     seeds: list[int], folder: pathlib.Path, metric: str, further: list[str]
 ) -> dict[str, list[float]]:
-  """The table's cells: what -> its value of each seed that is trained.
+  """Returns the scores of each seed's models trained in one place, by column.
 
   Args:
     seeds: The seeds.
@@ -376,112 +395,76 @@ def _ceilings(
 
 
 def _further_scores(run: _Run) -> list[str]:
-  """The names of what the student is worth beyond its metric."""
-  return list(_results(run).get('further_scores', {}).get('student', {}))
-
-
-def _audit_path(run: _Run) -> pathlib.Path:
-  return run.folder / 'audit' / 'report.json'
+  """Returns the names of the student's scores beside the metric, which tasks can have."""
+  return list(run.results['further_scores'].get('student', {}))
 
 
 def _audit_all(runs: list[_Run]) -> list[str]:
   """Attacks what is not attacked yet; returns what failed."""
-
-  def job(run: _Run) -> parallel.Job:
-    command = [
-        sys.executable, '-m', 'pipelines.audit', f'--run={run.folder}',
-        '--inversion_epochs=0',
-    ]
-    log = run.folder.with_name(f'{run.folder.name}-audit.log')
-    return parallel.Job(f'audit of {run.name}', command, log)
-
-  return parallel.run_all(
-      [job(run) for run in runs if not _audit_path(run).is_file()], _JOBS.value
-  )
-
-
-def _results(run: _Run) -> dict[str, Any]:
-  results = json.loads((run.folder / 'results.json').read_text())
-  # Those of an earlier version were all of classifiers, then of errors as well.
-  results.setdefault('metric', 'accuracy')
-  results.setdefault('lower_is_better', results['metric'] != 'accuracy')
-  return results
-
-
-def _megabytes(history: list[dict[str, float]]) -> list[float]:
-  """Returns the mean bytes that a participating client has moved up to each round."""
-  moved = (row['bytes/client'] / 1e6 for row in history)
-  return list(itertools.accumulate(moved))
-
-
-def _history(run: _Run) -> list[dict[str, float]]:
-  with open(run.folder / 'metrics.csv', newline='') as file:
-    return [
-        {key: float(value) for key, value in row.items() if value}
-        for row in csv.DictReader(file)
-    ]
+  jobs = [
+      parallel.script_job(
+          f'audit of {run.name}', 'audit',
+          [f'--run={run.folder}', '--inversion_epochs=0'], _log(run.folder, '-audit'),
+      )
+      for run in runs if not run.audit_path.is_file()
+  ]
+  return parallel.run_all(jobs, _JOBS.value)
 
 
 class _Table:
-  """The table: one algorithm, with one set of flags, a row."""
+  """The table, with a row for each algorithm and set of flags."""
 
-  def __init__(self, runs: list[_Run], ceilings: dict[str, list[float]]):
-    self._runs, self._ceilings = runs, ceilings
-    self._results = {run: _results(run) for run in runs}
-    self._histories = {run: _history(run) for run in runs}
-    self._metric = self._results[runs[0]]['metric']
-    self._is_error = self._results[runs[0]]['lower_is_better']
+  def __init__(
+      self, runs: list[_Run], floor: dict[str, list[float]],
+      ceilings: dict[str, list[float]],
+  ):
+    self._metric = runs[0].results['metric']
+    self._is_error = runs[0].results['lower_is_better']
     self._further = _further_scores(runs[0])
-    self._audits = {
-        run: json.loads(_audit_path(run).read_text())
-        for run in runs if _AUDIT.value and _audit_path(run).is_file()
-    }
+    self._has_audits = any(run.audit for run in runs)
     by_setting = _by_setting(runs)
     self._target = _TARGET_ACCURACY.value
     if self._target is None:
       means = [statistics.mean(self._best(of, 'student')) for of in by_setting.values()]
-      # Of those that did not diverge.
+      # Runs that diverged do not count.
       means = [mean for mean in means if math.isfinite(mean)] or [math.nan]
       self._target = 1.01 * min(means) if self._is_error else 0.95 * max(means)
     self.rows = [self._head()]
     self.rows += [self._row(setting, of) for setting, of in by_setting.items()]
-    floor = _floor(runs, self._results, self._metric)
     if floor['student']:
       self._add_reference(_ALONE, floor)
     if ceilings['student']:
       self._add_reference(_IN_ONE_PLACE, ceilings)
 
   def _head(self) -> tuple[str, ...]:
-    audits = ['AUC: student', 'AUC: one client'] if self._audits else []
+    audits = ['AUC: student', 'AUC: one client'] if self._has_audits else []
     return (
         'algorithm', 'student', 'teacher',
-        *(name.replace('_', ' ') for name in self._further), _STUDENT_LAST, _TEACHER_LAST,
+        *map(tables.words, self._further), _STUDENT_LAST, _TEACHER_LAST,
         f'rounds to {self._target:.3f}', f'MB to {self._target:.3f}', 'MB a round',
         's a round', *audits, 'seeds',
     )
 
   def _best(self, runs: list[_Run], model: str) -> list[float]:
-    """The test score of each run in the round that is best by validation."""
+    """Returns the test score of each run in the round that is best by validation."""
     key = f'test/{model}_{self._metric}'
-    results = [self._results[run]['best'] for run in runs]
-    return [best[key] for best in results if key in best]
+    return [run.results['best'][key] for run in runs if key in run.results['best']]
 
   def _last(self, runs: list[_Run], model: str) -> list[float]:
-    """The mean test score of each run's last rounds."""
+    """Returns the mean test score of the last rounds of each run."""
     key = f'test/{model}_{self._metric}'
-    lasts = [self._histories[run][-_LAST_ROUNDS:] for run in runs]
+    lasts = [run.history[-_LAST_ROUNDS:] for run in runs]
     return [
         statistics.mean(row[key] for row in last if key in row)
         for last in lasts if any(key in row for row in last)
     ]
 
   def _reached(self, runs: list[_Run]) -> tuple[list[float], list[float]]:
-    """The rounds, and the MB a client, until the target, of the runs that reach it."""
+    """Returns rounds and MB a client until the target, of the runs that reach it."""
     sign = -1.0 if self._is_error else 1.0
     rounds, megabytes = [], []
     for run in runs:
-      history = self._histories[run]
-      for row, moved in zip(history, _megabytes(history)):
+      for row, moved in zip(run.history, run.megabytes):
         if sign * row[f'test/student_{self._metric}'] >= sign * self._target:
           rounds.append(row['round'])
           megabytes.append(moved)
@@ -491,14 +474,11 @@ class _Table:
   def _row(self, setting: _Setting, runs: list[_Run]) -> tuple[str, ...]:
     rounds, megabytes = self._reached(runs)
     missed = f' ({len(rounds)} of {len(runs)})' if len(rounds) < len(runs) else ''
-    histories = [self._histories[run] for run in runs]
-    a_round = [_megabytes(history)[-1] / len(history) for history in histories]
+    a_round = [run.megabytes[-1] / len(run.history) for run in runs]
     seconds = [
-        statistics.median(row['round_seconds'] for row in history)
-        for history in histories
+        statistics.median(row['round_seconds'] for row in run.history) for run in runs
     ]
-    further = [self._results[run].get('further_scores', {}) for run in runs]
-    audits = [self._audits[run] for run in runs if run in self._audits]
+    further = [run.results['further_scores'] for run in runs]
     return (
         setting.name,
         *(tables.spread(self._best(runs, model), 3) for model in ('student', 'teacher')),
@@ -509,7 +489,7 @@ class _Table:
         *(tables.spread(self._last(runs, model), 3) for model in ('student', 'teacher')),
         tables.spread(rounds, 1) + missed, tables.spread(megabytes, 2) + missed,
         f'{statistics.mean(a_round):.3g}', f'{statistics.mean(seconds):.2f}',
-        *(_leaks(audits) if self._audits else []), str(len(runs)),
+        *(_leaks(runs) if self._has_audits else []), str(len(runs)),
     )
 
   def _add_reference(self, name: str, cells: dict[str, list[float]]) -> None:
@@ -519,17 +499,14 @@ class _Table:
     self.rows.append((*row, *blank, str(len(cells['student']))))
 
 
-def _floor(
-    runs: list[_Run], results: dict[_Run, dict[str, Any]], metric: str
-) -> dict[str, list[float]]:
-  """Student and teacher trained on the server's labels alone: of each seed, once.
+def _floor(runs: list[_Run], metric: str) -> dict[str, list[float]]:
+  """Returns the scores of models trained on the server's labels alone, one a seed.
 
-  Nothing where runs differ in flags: they may differ in these labels.
+  Runs with varied flags are left out: they may differ in these labels.
   """
   found = {'student': {}, 'teacher': {}}
   for run in runs:
-    # Those of an earlier version have none.
-    alone = results[run].get('alone', {}) if not run.setting.varied else {}
+    alone = run.results['alone'] if not run.setting.varied else {}
     for kind, by_seed in found.items():
       # The mean over cohorts.
       values = [scores[metric] for name, scores in alone.items() if name.startswith(kind)]
@@ -538,8 +515,9 @@ def _floor(
   return {name: list(by_seed.values()) for name, by_seed in found.items()}
 
 
-def _leaks(audits: list[dict[str, Any]]) -> list[str]:
-  """The AUCs of membership inference: the released student's, and single clients'."""
+def _leaks(runs: list[_Run]) -> list[str]:
+  """Returns the AUCs of membership inference on the student and on single clients."""
+  audits = [run.audit for run in runs if run.audit]
   students = [
       audit['membership']['student']['overall']['auc']['value']
       for audit in audits if 'student' in audit['membership']
@@ -559,14 +537,12 @@ def _report(
     runs: list[_Run], rows: list[list[tuple[str, ...]]], seeds: list[int],
     folder: pathlib.Path,
 ) -> None:
-  metric = _results(runs[0])['metric']
+  metric = runs[0].results['metric']
+  floor = _floor(runs, metric)
   ceilings = _ceilings(seeds, folder, metric, _further_scores(runs[0]))
-  table = _Table(runs, ceilings).rows
-  with open(folder / 'table.csv', 'w', newline='') as file:
-    csv.writer(file).writerows(table)
-  (folder / 'table.md').write_text(tables.markdown_table(table))
+  table = _Table(runs, floor, ceilings).rows
+  tables.write_table(table, folder)
   files = ['table.md', 'table.csv']
-  floor = _floor(runs, {run: _results(run) for run in runs}, metric)
   levels = {
       f'{model}, {where}': statistics.mean(of[model])
       for where, of in ((_ALONE, floor), (_IN_ONE_PLACE, ceilings))
@@ -593,15 +569,15 @@ def _figures(
   """Returns the figures by the names of their files."""
   from tff_kd import plots
 
-  test = f"test {metric.replace('_', ' ')}"
-  columns = {f'test/{model}_{metric}': model for model in ('student', 'teacher')}
-  student = dict(list(columns.items())[:1])
+  test = f'test {tables.words(metric)}'
+  student = {f'test/student_{metric}': 'student'}
+  columns = student | {f'test/teacher_{metric}': 'teacher'}
   histories, points = {}, {}
   for setting, of_setting in _by_setting(runs).items():
-    histories[setting] = [_history(run) for run in of_setting]
-    scores = [_results(run)['best'][f'test/student_{metric}'] for run in of_setting]
+    histories[setting] = [run.history for run in of_setting]
+    scores = [run.results['best'][f'test/student_{metric}'] for run in of_setting]
     points[setting.name] = (
-        statistics.mean(_megabytes(history)[-1] for history in histories[setting]),
+        statistics.mean(run.megabytes[-1] for run in of_setting),
         statistics.mean(scores), tables.deviation(scores),
     )
   named = {setting.name: seeds for setting, seeds in histories.items()}
@@ -640,9 +616,8 @@ def _panels(
   return panels
 
 
-def main(argv: list[str]) -> Optional[int]:
-  if len(argv) > 1:
-    raise app.UsageError(f'Not a flag: {argv[1:]}.')
+@pipelines.for_users
+def main(argv: list[str]) -> None:
   _check_algorithms()
   if _central_flags() and not _CEILINGS.value:
     raise app.UsageError(
@@ -656,7 +631,7 @@ def main(argv: list[str]) -> Optional[int]:
   settings = _settings(rows)
   folder = train_flags.output_dir('compare')
   with parallel.exclusive_lock(folder):
-    return _compare(folder, seeds, rows, settings)
+    _compare(folder, seeds, rows, settings)
 
 
 def _compare(
@@ -664,32 +639,29 @@ def _compare(
     seeds: list[int],
     rows: list[list[tuple[str, ...]]],
     settings: dict[_Setting, list[str]],
-) -> int:
-  """Trains what is missing, and reports; returns the exit status."""
+) -> None:
+  """Trains what is missing, and reports.
+
+  Raises:
+    UserError: If a run has failed.
+  """
   runs = [
       _Run(setting, seed, folder / f'{_folder_name(setting)}-{seed}')
       for seed in seeds for setting in settings
   ]
   _check_same_problem(folder, settings)
-  # As Ctrl-C: the runs are stopped, too.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
-  try:
+  with parallel.stoppable():
     failed = _train_all(runs, settings)
-    done = [run for run in runs if _is_done(run)]
+    done = [run for run in runs if run.is_done]
     if _CEILINGS.value:
       failed += _train_ceilings(seeds, folder)
     if _AUDIT.value:
       failed += _audit_all(done)
-  except KeyboardInterrupt:
-    print('Stopped. The same command goes on.', file=sys.stderr)
-    return 130
   if done:
     order = list(settings)
     _report(sorted(done, key=lambda run: order.index(run.setting)), rows, seeds, folder)
   if failed:
-    print(f'error: failed: {"; ".join(failed)}.', file=sys.stderr)
-    return 1
-  return 0
+    raise pipelines.UserError(f'failed: {"; ".join(failed)}.')
 
 
 if __name__ == '__main__':

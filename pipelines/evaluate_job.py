@@ -20,7 +20,7 @@ import tff_kd
 from tff_kd import evaluation
 from tff_kd import plots
 
-# Beyond that a matrix of shares is a smear.
+# A confusion matrix of more classes cannot be read.
 _MAX_CLASSES = 100
 
 
@@ -28,12 +28,12 @@ class _Evaluated(NamedTuple):
   """A model on the examples, or each client's own model on that client's.
 
   Attributes:
-    name: The model's.
-    spec: What it predicts.
-    outputs: What it returns, `[n, ...]`.
+    name: The name of the model.
+    spec: The spec of the model.
+    outputs: The outputs of the model, `[n, ...]`.
     examples: The examples.
-    scores: On all examples, by name.
-    by_client: The metric of each client, NaN where it is no number.
+    scores: The scores on all examples, by name.
+    by_client: The metric of each client, NaN where no example counts.
     counted: The numbers of the clients of which an example counts.
   """
 
@@ -49,7 +49,7 @@ class _Evaluated(NamedTuple):
 def run(
     run_dir: pathlib.Path, report_dir: pathlib.Path, *, part: str, num_worst: int
 ) -> None:
-  """The whole job."""
+  """Evaluates the models of a run and reports."""
   with train_setup.errors_for_users():
     task = train_data.load_task()
     clients = train_data.split_clients(task)
@@ -82,7 +82,9 @@ def _evaluate(
   evaluator = evaluation.CentralEvaluator(model.spec)
   outputs = evaluator.outputs(model.weights, examples.inputs)
   by_client = np.array([
-      _metric(outputs[client_rows], examples.take(client_rows), model.spec, task)
+      train_evaluation.metric_of(
+          outputs[client_rows], examples.take(client_rows), model.spec, task
+      )
       for client_rows in rows
   ])
   scores = _scores(outputs, examples, model.spec)
@@ -106,7 +108,7 @@ def _evaluate_own(
     run_dir: pathlib.Path, task: tff_kd.data.Task, examples: tff_kd.data.Examples,
     rows: Sequence[np.ndarray],
 ) -> Optional[_Evaluated]:
-  """The models that clients keep, as they were in the best round; `None` without."""
+  """Evaluates the models that clients keep, of the best round; `None` without any."""
   try:
     models = kept.load(run_dir) if len(rows) else None
   except kept.OtherClientsError as error:
@@ -116,21 +118,16 @@ def _evaluate_own(
     return None
   specs = models.specs
   evaluators = [evaluation.CentralEvaluator(spec) for spec in specs]
-  outputs_of_clients, by_client, counted = [], [], _counted(task, examples, rows)
+  parts, by_client, counted = [], [], _counted(task, examples, rows)
   for client, client_rows in enumerate(rows):
-    own_examples = examples.take(client_rows)
-    if not len(own_examples):
+    own = examples.take(client_rows)
+    if not len(own):
       by_client.append(float('nan'))
       continue
-    outputs_of_clients.append(
-        evaluators[client % len(specs)].outputs(
-            models.weights(client), own_examples.inputs
-        )
-    )
-    by_client.append(
-        _metric(outputs_of_clients[-1], own_examples, specs[0], task)
-    )
-  outputs = np.concatenate(outputs_of_clients)
+    evaluator = evaluators[client % len(specs)]
+    parts.append(evaluator.outputs(models.weights(client), own.inputs))
+    by_client.append(train_evaluation.metric_of(parts[-1], own, specs[0], task))
+  outputs = np.concatenate(parts)
   examples = examples.take(np.concatenate(rows))
   return _Evaluated(
       'client', specs[0], outputs, examples, _scores(outputs, examples, specs[0]),
@@ -146,41 +143,42 @@ def _counted(
   return np.array([k for k, of_k in enumerate(rows) if counts[of_k].any()], int)
 
 
-def _metric(
-    outputs: np.ndarray, examples: tff_kd.data.Examples, spec: tff_kd.models.ModelSpec,
-    task: tff_kd.data.Task,
-) -> float:
-  """The task's metric alone; NaN without examples."""
-  value = train_evaluation.metric_of(outputs, examples, spec, task)
-  return float('nan') if value is None else value
-
-
 def _worst_first(found: _Evaluated, task: tff_kd.data.Task) -> np.ndarray:
-  """The clients of which an example counts; those without a number are the worst."""
+  """Returns the clients of which an example counts, the worst and NaN first."""
   sign = -1.0 if task.is_lower_better() else 1.0
   values = sign * found.by_client[found.counted]
   values[np.isnan(values)] = -np.inf
   return found.counted[np.argsort(values, kind='stable')]
 
 
+def _over_clients(
+    found: _Evaluated, task: tff_kd.data.Task
+) -> evaluation.FederatedEvaluation:
+  """Summarises the metric over the clients of which an example counts."""
+  values = found.by_client[_worst_first(found, task)]
+  return evaluation.over_clients(values, lower_is_better=task.is_lower_better())
+
+
 def _print(
     task, part, examples, found, names, clients, rows, num_worst
 ) -> None:
   metric = task.metric
-  # Of clients' own models the task's further scores are not known.
+  # The clients' own models do not have the further scores of the task.
   keys = list(dict.fromkeys(key for model in found for key in model.scores))
   name_of = {'clients': 'training'}.get(part, part)
-  head = ['model', *(f"{name_of} {key.replace('_', ' ')}" for key in keys)]
+  head = ['model', *(f'{name_of} {tables.words(key)}' for key in keys)]
   if len(rows):
-    head += [f"clients: mean {metric.replace('_', ' ')}", '10th pct.', 'worst']
+    head += [f'clients: mean {tables.words(metric)}', '10th pct.', 'worst']
   table = [tuple(head)]
   for model in found:
     row = [model.name]
     row += [f'{model.scores[key]:.4f}' if key in model.scores else '' for key in keys]
     if len(rows):
-      values = model.by_client[_worst_first(model, task)]
-      tenth = np.percentile(values, 90 if task.is_lower_better() else 10)
-      row += [f'{number:.4f}' for number in (values.mean(), tenth, values[0])]
+      summary = _over_clients(model, task)
+      row += [
+          f'{number:.4f}'
+          for number in (summary.mean, summary.percentile_10, summary.worst)
+      ]
     table.append(tuple(row))
   print(f'{task.name}: {len(examples)} examples ({part}).\n')
   tables.print_table(table)
@@ -222,13 +220,10 @@ def _write(report_dir, task, part, examples, found, names, clients, rows) -> Non
   for model in found:
     report['models'][model.name] = {'scores': model.scores}
     if len(rows):
-      values = model.by_client[_worst_first(model, task)]
+      summary = _over_clients(model, task)
       report['models'][model.name]['clients'] = {
-          'metric': task.metric, 'count': len(values), 'mean': float(values.mean()),
-          'percentile_10': float(
-              np.percentile(values, 90 if task.is_lower_better() else 10)
-          ),
-          'worst': float(values[0]),
+          'metric': task.metric, 'count': summary.num_clients, 'mean': summary.mean,
+          'percentile_10': summary.percentile_10, 'worst': summary.worst,
       }
   run_folders.write_json(report_dir / 'report.json', report)
   if not len(rows):
@@ -239,17 +234,17 @@ def _write(report_dir, task, part, examples, found, names, clients, rows) -> Non
         'client', 'examples', 'trained_on',
         *(f'{model.name}_{task.metric}' for model in found),
     ])
-    for client, its_rows in enumerate(rows):
+    for client, client_rows in enumerate(rows):
       values = [model.by_client[client] for model in found]
       writer.writerow([
-          names[client], len(its_rows), len(clients[client]),
+          names[client], len(client_rows), len(clients[client]),
           *('' if np.isnan(value) else value for value in values),
       ])
 
 
 def _draw(report_dir, task, title, found, has_clients: bool) -> list[str]:
   """Draws the pictures; returns the names of their files."""
-  shown = {model.name: model.name.replace('_', ' ') for model in found}
+  shown = {model.name: tables.words(model.name) for model in found}
   if 'client' in shown:
     shown['client'] = "clients' own models"
   figures = {}
@@ -280,20 +275,14 @@ def _draw(report_dir, task, title, found, has_clients: bool) -> list[str]:
       sure[name] = tf.nn.softmax(logits).numpy().max(-1), logits.argmax(-1) == labels
       if logits.shape[-1] <= _MAX_CLASSES:
         names = _class_names(task)
-        if len(names) != logits.shape[-1]:  # Labels that are present or not.
+        if len(names) != logits.shape[-1]:  # Each label is present or not.
           names = ['no', 'yes']
         figures[f'confusion_{model.name}.png'] = plots.confusion(
-            _confusion(logits, labels), class_names=names,
+            tf.math.confusion_matrix(labels, logits.argmax(-1), logits.shape[-1]).numpy(),
+            class_names=names,
             title=f"{title}\n{name}, accuracy {model.scores['accuracy']:.3f}",
         )
     figures['calibration.png'] = plots.calibration(sure, title=title)
   for name, figure in figures.items():
     figure.savefig(report_dir / name)
   return list(figures)
-
-
-def _confusion(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-  """Returns the examples of each class (rows) by the predicted class (columns)."""
-  counts = np.zeros((logits.shape[-1],) * 2, int)
-  np.add.at(counts, (labels, logits.argmax(-1)), 1)
-  return counts

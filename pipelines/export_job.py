@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator, Sequence
 import contextlib
+import functools
 import json
 import logging
 import os
@@ -31,11 +32,10 @@ from tff_kd import internals
 
 # A file that is worse by more than this is named: of accuracy, or of an error's own size.
 _WORSE = 0.01
-# Transfer examples that show TFLite the ranges of what it quantises.
+# The number of transfer examples that show TFLite the ranges of activations.
 _REPRESENTATIVE = 200
 _SIGNATURE = 'serving_default'
-_BATCH = 256
-# Types and policies of Keras layers for which TFLite has float32.
+# Types and policies of Keras layers that become float32 in TFLite and ONNX.
 _FLOATS = ('bfloat16', 'float16', 'float64', 'mixed_bfloat16', 'mixed_float16')
 Predict = Callable[[Any], np.ndarray]
 
@@ -44,9 +44,9 @@ class _Exported(NamedTuple):
   """A file, loaded again.
 
   Attributes:
-    path: Where it is.
-    size: In bytes, of all that is below.
-    scores: Its scores on the examples.
+    path: The path of the file.
+    size: The bytes of the file, or of all files in the folder.
+    score: The task's metric on the examples.
     agreement: The share of examples (positions, of sequences) for which its class is
       the model's; of a regression the root of the mean squared difference.
     largest: The largest difference in any output.
@@ -54,7 +54,7 @@ class _Exported(NamedTuple):
 
   path: pathlib.Path
   size: int
-  scores: dict[str, float]
+  score: float
   agreement: float
   largest: float
 
@@ -86,16 +86,13 @@ def run(
   )
   agreement = 'rms_difference' if task.is_regression else 'same_class'
   rows: list[tuple[str, ...]] = [(
-      'file', 'KB', f"test {task.metric.replace('_', ' ')}", 'difference',
+      'file', 'KB', f'test {tables.words(task.metric)}', 'difference',
       'RMS difference' if task.is_regression else 'same class', 'largest difference',
   )]
   report, worse = {}, []
   for model in models:
     expected = released.predict(model.keras_model, examples.inputs)
-    before = evaluation.score(
-        expected, examples.labels, spec=model.spec, names=[task.metric],
-        sample_weight=examples.sample_weight,
-    )[task.metric]
+    before = _score(expected, examples, model, task)
     rows.append((
         f'{model.name}, as the run left it',
         '' if model.path is None else f'{os.path.getsize(model.path) / 1e3:.1f}',
@@ -103,13 +100,16 @@ def run(
     ))
     for name in formats:
       exported = _export(name, model, export_dir, task, examples, expected)
-      after = exported.scores[task.metric]
-      if _is_worse(after, before, task):
+      if _is_worse(exported.score, before, task):
         worse.append(exported.path.name)
-      rows.append(_row(exported, after, before))
+      rows.append((
+          exported.path.name, f'{exported.size / 1e3:.1f}', f'{exported.score:.4f}',
+          f'{exported.score - before:+.4f}', f'{exported.agreement:.4f}',
+          f'{exported.largest:.2g}',
+      ))
       report[exported.path.name] = {
           'format': name, 'model': model.name, 'bytes': exported.size,
-          task.metric: after, f'keras_{task.metric}': before,
+          task.metric: exported.score, f'keras_{task.metric}': before,
           agreement: exported.agreement, 'largest_difference': exported.largest,
       }
   run_folders.write_json(
@@ -126,14 +126,6 @@ def run(
     print(_warning(worse, task))
 
 
-def _row(exported: _Exported, after: float, before: float) -> tuple[str, ...]:
-  """A file's row of the table: its score, and the model's before."""
-  return (
-      exported.path.name, f'{exported.size / 1e3:.1f}', f'{after:.4f}',
-      f'{after - before:+.4f}', f'{exported.agreement:.4f}', f'{exported.largest:.2g}',
-  )
-
-
 def _warning(worse: Sequence[str], task: tff_kd.data.Task) -> str:
   """Returns the warning about files that are worse than the model."""
   limit = f'one hundredth of its {task.metric}' if task.is_lower_better() else 'a point'
@@ -146,7 +138,7 @@ def _warning(worse: Sequence[str], task: tff_kd.data.Task) -> str:
 def _chosen(
     models: Sequence[released.Released], names: Sequence[str], run_dir: pathlib.Path
 ) -> list[released.Released]:
-  """The models of these names; all of them if there are no names."""
+  """Returns the models of these names; all of them if there are no names."""
   known = [model.name for model in models]
   unknown = sorted(set(names) - set(known))
   if unknown:
@@ -175,14 +167,32 @@ def _of_clients(
 
 
 def _is_worse(after: float, before: float, task: tff_kd.data.Task) -> bool:
-  """Whether a file's score is so much below the model's that the user is told."""
+  """Returns whether the score of a file is so much worse that the user is told."""
   if task.is_lower_better():
     return after - before > _WORSE * before
   return before - after > _WORSE
 
 
-def _logits(outputs: np.ndarray, model: released.Released) -> np.ndarray:
-  return model.spec.class_logits(tf.constant(outputs)).numpy()
+def _score(
+    outputs: np.ndarray, examples: tff_kd.data.Examples, model: released.Released,
+    task: tff_kd.data.Task,
+) -> float:
+  """Returns the task's metric of outputs."""
+  return evaluation.score(
+      outputs, examples.labels, spec=model.spec, names=[task.metric],
+      sample_weight=examples.sample_weight,
+  )[task.metric]
+
+
+def _classes(
+    outputs: np.ndarray, examples: tff_kd.data.Examples, model: released.Released
+) -> np.ndarray:
+  """Returns the predicted classes of the examples that count."""
+  logits = model.spec.class_logits(tf.constant(outputs)).numpy()
+  counted, _ = evaluation.counted_predictions(
+      logits, examples.labels, model.spec, examples.sample_weight
+  )
+  return counted.argmax(-1)
 
 
 def _export(
@@ -190,20 +200,11 @@ def _export(
     task: tff_kd.data.Task, examples: tff_kd.data.Examples, expected: np.ndarray,
 ) -> _Exported:
   """Writes one file, loads it again and compares it."""
-  writers = {
-      'keras': _write_keras, 'saved_model': _write_saved_model,
-      'tflite': _write_tflite, 'int8': _write_int8, 'int8_weights': _write_int8_weights,
-      'onnx': _write_onnx,
-  }
-  suffix = {
-      'keras': '.keras', 'saved_model': '', 'tflite': '.tflite', 'int8': '_int8.tflite',
-      'int8_weights': '_int8_weights.tflite', 'onnx': '.onnx',
-  }[name]
-  # A client's name may be a path; as in a URL, no two names become one.
+  suffix, write = _FORMATS[name]
+  # A client's name may be a path. Escaped as in a URL, different names stay different.
   file_name = model.name.replace('%', '%25').replace('/', '%2F')
   path = export_dir / f'{file_name}{suffix}'
-  predict = writers[name](model.keras_model, path, task)
-  outputs = predict(examples.inputs)
+  outputs = write(model.keras_model, path, task)(examples.inputs)
   if outputs.shape != expected.shape or not np.isfinite(outputs).all():
     raise UserError(
         f'{path} is not usable: loaded again, its outputs have the shape '
@@ -212,19 +213,12 @@ def _export(
   if task.is_regression:
     agreement = np.sqrt(np.mean(np.square(outputs - expected)))
   else:
-    found, before = (
-        evaluation.counted_predictions(
-            _logits(each, model), examples.labels, model.spec, examples.sample_weight
-        )[0].argmax(-1)
-        for each in (outputs, expected)
+    agreement = np.mean(
+        _classes(outputs, examples, model) == _classes(expected, examples, model)
     )
-    agreement = np.mean(found == before)
   size = sum(file.stat().st_size for file in path.rglob('*') if file.is_file())
   return _Exported(
-      path, size or path.stat().st_size,
-      evaluation.score(
-          outputs, examples.labels, spec=model.spec, sample_weight=examples.sample_weight
-      ),
+      path, size or path.stat().st_size, _score(outputs, examples, model, task),
       float(agreement), float(np.abs(outputs - expected).max()),
   )
 
@@ -250,52 +244,16 @@ def _write_saved_model(
   _save(_copy(model), path, task, batch_size=None)
   serve = tf.saved_model.load(os.fspath(path)).signatures[_SIGNATURE]
 
-  def predict(inputs: Any) -> np.ndarray:
-    named = _named(inputs)
-    size = len(next(iter(named.values())))
-    return np.concatenate([
-        serve(**{
-            name: tf.constant(a[start : start + _BATCH]) for name, a in named.items()
-        })['outputs'].numpy()
-        for start in range(0, size, _BATCH)
-    ])
+  def call(batch: dict[str, np.ndarray]) -> np.ndarray:
+    return serve(**tf.nest.map_structure(tf.constant, batch))['outputs'].numpy()
 
-  return predict
-
-
-def _write_tflite(
-    model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task
-) -> Predict:
-  path.write_bytes(_convert(model, task))
-  return _tflite_predict(path)
-
-
-def _write_int8_weights(
-    model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task
-) -> Predict:
-  path.write_bytes(_convert(model, task, quantised=True))
-  return _tflite_predict(path)
-
-
-def _write_int8(
-    model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task
-) -> Predict:
-  named = _named(task.transfer.inputs)
-
-  def representative() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
-    for row in range(min(_REPRESENTATIVE, len(task.transfer))):
-      yield _SIGNATURE, {name: a[row : row + 1] for name, a in named.items()}
-
-  path.write_bytes(
-      _convert(model, task, quantised=True, representative=representative)
-  )
-  return _tflite_predict(path)
+  return lambda inputs: released.in_batches(call, _named(inputs))
 
 
 def _write_onnx(
     model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task
 ) -> Predict:
-  # Optional packages: `pipelines.export` asks for them where the format is chosen.
+  # Optional packages, for which `pipelines.export` has looked.
   import onnxruntime
   import tf2onnx
 
@@ -314,27 +272,15 @@ def _write_onnx(
           convertible, input_signature=list(signature.values()), output_path=path
       )
       session = onnxruntime.InferenceSession(path)
-  # What ONNX does not have is a converter's error, or one of the runtime, which has no
-  # public type.
+  # The errors of the converter and of the runtime have no public types.
   except Exception as error:
     lines = str(error).strip().splitlines() or [type(error).__name__]
     raise UserError(
         f'ONNX does not take the model {model.name} ({lines[0]}). Leave onnx out of '
         '--formats.'
     ) from error
-
-  def predict(inputs: Any) -> np.ndarray:
-    named = _named(inputs)
-    size = len(next(iter(named.values())))
-    return np.concatenate([
-        session.run(
-            ['outputs'],
-            {name: a[start : start + _BATCH] for name, a in named.items()},
-        )[0]
-        for start in range(0, size, _BATCH)
-    ])
-
-  return predict
+  call = lambda batch: session.run(['outputs'], batch)[0]
+  return lambda inputs: released.in_batches(call, _named(inputs))
 
 
 def _named(inputs: Any) -> dict[str, np.ndarray]:
@@ -364,7 +310,7 @@ def _serving(
   has_names = isinstance(task.transfer.inputs, dict)
 
   def serve(**inputs):
-    # Keras's names of layers (`__mine`) may be none of TensorFlow's at a graph's root.
+    # Names of Keras layers (`__mine`) may not be valid at the root of a graph.
     with tf.name_scope('model'):
       outputs = model(inputs if has_names else inputs['inputs'], training=False)
     return {'outputs': tf.cast(outputs, tf.float32)}
@@ -398,35 +344,45 @@ def _save(
   tf.saved_model.save(module, os.fspath(path), signatures={_SIGNATURE: concrete})
 
 
-def _convert(
-    model: keras.Model, task: tff_kd.data.Task, *, quantised: bool = False,
-    representative: Any = None,
-) -> bytes:
-  """TFLite's form of a model that takes one example at a time.
+def _write_tflite(
+    model: keras.Model, path: pathlib.Path, task: tff_kd.data.Task, *,
+    int8_weights: bool = False, int8_activations: bool = False,
+) -> Predict:
+  """Writes a TFLite file that takes one example at a time.
 
   Args:
     model: The model.
-    task: What its inputs are like.
-    quantised: Whether weights get 8 bits.
-    representative: Gives the inputs that show the ranges of activations, which then get
-      8 bits, too.
+    path: The file to write.
+    task: What its inputs are like; its transfer examples show the ranges of activations.
+    int8_weights: Whether weights get 8 bits.
+    int8_activations: Whether activations do.
+
+  Returns:
+    What predicts by the file.
 
   Raises:
     UserError: If TFLite does not have what the model computes.
   """
-  # It dies (a segmentation fault) of a loop whose activations it is to quantise.
-  model = _copy(model, unroll=representative is not None, in_float32=True)
+  named = _named(task.transfer.inputs)
+
+  def representative() -> Iterator[tuple[str, dict[str, np.ndarray]]]:
+    for row in range(min(_REPRESENTATIVE, len(task.transfer))):
+      yield _SIGNATURE, {name: a[row : row + 1] for name, a in named.items()}
+
+  # TFLite crashes (a segmentation fault) on a loop whose activations are quantised.
+  model = _copy(model, unroll=int8_activations, in_float32=True)
   with tempfile.TemporaryDirectory() as folder:
     _save(model, pathlib.Path(folder), task, batch_size=1)
     converter = tf.lite.TFLiteConverter.from_saved_model(
         folder, signature_keys=[_SIGNATURE]
     )
-    if quantised:
+    if int8_weights:
       converter.optimizations = [tf.lite.Optimize.DEFAULT]
+    if int8_activations:
       converter.representative_dataset = representative
     try:
       with _quiet():
-        return converter.convert()
+        content = converter.convert()
     except Exception as error:  # The converter's own type has no public name.
       missing = sorted(set(re.findall(r"'tf\.(\w+)' op", str(error))))
       lines = str(error).strip().splitlines() or [type(error).__name__]
@@ -435,11 +391,13 @@ def _convert(
           f'TFLite does not take the model {model.name} ({reason}). Leave tflite, '
           'int8 and int8_weights out of --formats.'
       ) from error
+  path.write_bytes(content)
+  return _tflite_predict(path)
 
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-  """Nothing of what C++ prints: the converter's own words; errors are exceptions."""
+  """Hides what a converter's C++ prints; its errors are exceptions."""
   sys.stderr.flush()
   kept = os.dup(2)
   nowhere = os.open(os.devnull, os.O_WRONLY)
@@ -455,11 +413,11 @@ def _quiet() -> Iterator[None]:
 def _copy(
     model: keras.Model, *, unroll: bool = False, in_float32: bool = False
 ) -> keras.Model:
-  """A copy of a model that computes with operations that every device has.
+  """Copies a model so that it computes with operations that every device has.
 
   Args:
     model: The model.
-    unroll: Whether recurrent layers have a step after the other in place of a loop.
+    unroll: Whether the loops of recurrent layers are unrolled.
     in_float32: Whether all layers compute in float32, whatever their dtype policy.
 
   Returns:
@@ -486,7 +444,7 @@ def _copy(
   for layer in internals.all_layers(copy):
     if isinstance(layer, keras.layers.RNN):
       layer.unroll = unroll or layer.unroll
-      # Where there is a GPU, GRU and LSTM would be cuDNN's, which are nowhere else.
+      # On a GPU, GRU and LSTM would use cuDNN, which other devices do not have.
       layer.use_cudnn = False
   return copy
 
@@ -496,7 +454,7 @@ def _without_config(model: keras.Model) -> str:
 
 
 def _is_fit_for_devices(model: keras.Model, in_float32: bool) -> bool:
-  """Whether a copy would be as the model is."""
+  """Returns whether a copy would compute as the model does."""
   layers = internals.all_layers(model)
   return not any(isinstance(layer, keras.layers.RNN) for layer in layers) and not (
       in_float32 and any(layer.dtype_policy.name in _FLOATS for layer in layers)
@@ -504,7 +462,7 @@ def _is_fit_for_devices(model: keras.Model, in_float32: bool) -> bool:
 
 
 def _load(path: pathlib.Path, model: keras.Model) -> keras.Model:
-  """A saved model, whose classes need not be registered with Keras."""
+  """Loads a model, whose classes need not be registered with Keras."""
   return keras.models.load_model(
       path, compile=False, custom_objects=released.own_classes(model)
   )
@@ -522,7 +480,7 @@ def _rewrite_in_float32(path: pathlib.Path) -> None:
 
 
 def _float32_config(config: Any) -> Any:
-  """The configuration of a model with float32 for each other floating-point type."""
+  """Replaces each floating-point type in a model's configuration by float32."""
   if isinstance(config, list):
     return [_float32_config(part) for part in config]
   if not isinstance(config, dict):
@@ -539,18 +497,26 @@ def _float32_config(config: Any) -> Any:
 
 def _tflite_predict(path: pathlib.Path) -> Predict:
   with _quiet(), warnings.catch_warnings():
-    # It announces its removal in TensorFlow 2.20, but is in 2.21.
+    # It warns that TensorFlow 2.20 will remove it, but 2.21 has it.
     warnings.simplefilter('ignore', UserWarning)
     interpreter = tf.lite.Interpreter(os.fspath(path))
     interpreter.allocate_tensors()
     runner = interpreter.get_signature_runner(_SIGNATURE)
+  call = lambda batch: runner(**batch)['outputs']
+  return lambda inputs: released.in_batches(call, _named(inputs), batch_size=1)
 
-  def predict(inputs: Any) -> np.ndarray:
-    named = _named(inputs)
-    size = len(next(iter(named.values())))
-    return np.concatenate([
-        runner(**{name: a[row : row + 1] for name, a in named.items()})['outputs']
-        for row in range(size)
-    ])
 
-  return predict
+# The suffix of a file, and what writes it and returns what predicts by it.
+_FORMATS: dict[str, tuple[str, Callable[..., Predict]]] = {
+    'keras': ('.keras', _write_keras),
+    'saved_model': ('', _write_saved_model),
+    'tflite': ('.tflite', _write_tflite),
+    'int8': (
+        '_int8.tflite',
+        functools.partial(_write_tflite, int8_weights=True, int8_activations=True),
+    ),
+    'int8_weights': (
+        '_int8_weights.tflite', functools.partial(_write_tflite, int8_weights=True)
+    ),
+    'onnx': ('.onnx', _write_onnx),
+}

@@ -1,11 +1,11 @@
 """One run of `pipelines.reproduce_fedgen_table`."""
 
 from collections.abc import Callable
-import csv
 import dataclasses
+import functools
 import os
 import pathlib
-from typing import Any, NamedTuple, Optional
+from typing import Any, Optional
 
 import keras
 import numpy as np
@@ -23,18 +23,18 @@ _EXAMPLES_PER_CLASS = 1500
 # A user that has so many images gets none of the classes still to be dealt out.
 _CAP = 1500
 _RATE, _RATE_DECAY = 0.01, 0.99
-# Ours: what of the 15,000 images a round distils on, and in how many steps.
+# Our choice: on how many of the 15,000 images a round distils, in how many steps.
 _TRANSFER_PER_ROUND, _SERVER_STEPS, _SERVER_BATCH = 640, 50, 64
 _SPLIT_LAYER = 'features'
 
 
 def _network(filters: tuple[int, int], units: int) -> keras.Model:
-  """The paper's network for (6, 16) filters and 32 units: 26,434 trained weights."""
+  """Builds the paper's network for (6, 16) filters and 32 units: 26,434 weights."""
   layers = keras.layers
   model = keras.Sequential([layers.InputLayer((28, 28, 1))])
   for count in filters:
     model.add(layers.Conv2D(count, 3, 2, padding='same'))
-    # The momentum and epsilon that their framework has by default.
+    # The defaults of the framework of the paper.
     model.add(layers.BatchNormalization(momentum=0.9, epsilon=1e-5))
     model.add(layers.ReLU())
   model.add(layers.Flatten())
@@ -43,12 +43,8 @@ def _network(filters: tuple[int, int], units: int) -> keras.Model:
   return model
 
 
-def _student() -> keras.Model:
-  return _network((6, 16), 32)
-
-
-def _teacher() -> keras.Model:
-  return _network((16, 32), 128)
+_student = functools.partial(_network, (6, 16), 32)
+_teacher = functools.partial(_network, (16, 32), 128)
 
 
 def _learning_rate(round_num: tf.Tensor) -> tf.Tensor:
@@ -59,7 +55,7 @@ def _build(
     name: str, batches: tff_kd.ClientBatches, inputs: np.ndarray,
     task: tff_kd.data.Task, seed: int,
 ) -> Any:
-  """The process of an algorithm in this setting."""
+  """Builds the process of an algorithm in this setting."""
   algorithm = algorithms.REGISTRY[name]
   kwargs = dict(
       student_fn=_student,
@@ -103,7 +99,7 @@ def _build(
 
 
 class _Test:
-  """The ways of testing, from the accuracy in each class.
+  """Tests models in several ways, from the accuracy in each class.
 
   'all': the whole test part. 'own classes', as the paper's: each user is tested on an
   equal part of the test images of each class that it has, and all users' answers are
@@ -125,25 +121,17 @@ class _Test:
         right[self._task.test.labels == c].mean() for c in range(len(self._share))
     ])
 
-  def _answers(
-      self, evaluator: tff_kd.evaluation.CentralEvaluator, weights: list[Any]
-  ) -> np.ndarray:
-    return np.array([
-        self._by_class(evaluator.logits(of_user, self._task.test.inputs))
-        for of_user in weights
-    ])
-
-  def _of_own_classes(self, by_class: np.ndarray) -> float:
-    return float((by_class * self._own).sum() / float(self._own.sum()))
-
   def __call__(
       self, evaluator: tff_kd.evaluation.CentralEvaluator, weights: list[Any]
   ) -> dict[str, float]:
     """Evaluates one model for all users, or each user's own model."""
-    by_class = self._answers(evaluator, weights)
+    by_class = np.array([
+        self._by_class(evaluator.logits(of_user, self._task.test.inputs))
+        for of_user in weights
+    ])
     return {
-        'all': (by_class @ self._share).mean(),
-        'own classes': self._of_own_classes(by_class),
+        'all': float((by_class @ self._share).mean()),
+        'own classes': float((by_class * self._own).sum() / float(self._own.sum())),
     }
 
   def with_own_statistics(
@@ -154,7 +142,7 @@ class _Test:
       batches: tff_kd.ClientBatches,
       round_num: int,
   ) -> float:
-    """On own classes, of one model with each user's batch-norm statistics.
+    """Tests a model on own classes, with the batch-norm statistics of each user.
 
     As the paper's: there the statistics stay with the users. Training does not see
     them, so it is the same; a round's batches bring them to the user's.
@@ -166,27 +154,18 @@ class _Test:
       for inputs, _ in batches.dataset(user, round_num):
         model(inputs, training=True)
       of_users.append(spec.weights_of(model))
-    return self._of_own_classes(self._answers(evaluator, of_users))
-
-
-class _Problem(NamedTuple):
-  """The paper's setting of one split.
-
-  Attributes:
-    task: With the 15,000 training images as the clients' examples.
-    split: Each user's rows of them.
-    batches: The users' examples as they are read.
-  """
-
-  task: tff_kd.data.Task
-  split: list[np.ndarray]
-  batches: tff_kd.ClientBatches
+    return self(evaluator, of_users)['own classes']
 
 
 def _load(
     alpha: float, seed: int, data_dir: os.PathLike, cache: pathlib.Path
-) -> _Problem:
-  """Draws the images and splits them over the users."""
+) -> tuple[tff_kd.data.Task, list[np.ndarray], tff_kd.ClientBatches]:
+  """Draws the images and splits them over the users.
+
+  Returns:
+    The task, with the 15,000 training images as the clients' examples; each user's rows
+    of these; and the users' examples as they are read.
+  """
   task = tff_kd.data.TASKS['idx'].load(
       data_dir=data_dir, seed=seed, transfer_size=1, validation_size=1
   )
@@ -211,7 +190,7 @@ def _load(
       max_batches=_STEPS,
       seed=seed,
   )
-  return _Problem(dataclasses.replace(task, clients=train, test=test), split, batches)
+  return dataclasses.replace(task, clients=train, test=test), split, batches
 
 
 class _Evaluation:
@@ -225,26 +204,24 @@ class _Evaluation:
       is_tested: Callable[[int], bool],
   ):
     self._test_fn, self._store, self._is_tested = test_fn, store, is_tested
+    specs = {'student': process.student_spec, 'teacher': process.teacher_spec}
     self.evaluators = {
-        'student': tff_kd.evaluation.CentralEvaluator(process.student_spec)
+        name: tff_kd.evaluation.CentralEvaluator(spec)
+        for name, spec in specs.items() if spec is not None
     }
-    if process.teacher_spec is not None:
-      self.evaluators['teacher'] = tff_kd.evaluation.CentralEvaluator(
-          process.teacher_spec
-      )
 
   def __call__(self, state: Any) -> dict[str, float]:
-    """The accuracies by model and way of testing; none between two tests."""
+    """Returns the accuracies by model and way of testing; none between two tests."""
     if not self._is_tested(int(state.round_num)):
       return {}
     weights = {'student': [state.global_model_weights]}
     if not len(weights['student'][0]):
-      # Each user has a model of its own, and there is no other.
+      # There are only the users' own models.
       weights['student'] = [kept.weights for kept in self._store.load(range(_USERS))]
     if 'teacher' in self.evaluators:
       weights['teacher'] = [state.teacher_weights]
     return {
-        f'{name}/{test}': float(value)
+        f'{name}/{test}': value
         for name, of_model in weights.items()
         for test, value in self._test_fn(self.evaluators[name], of_model).items()
     }
@@ -308,11 +285,9 @@ def run(
     last = evaluate(result.state)
     tested = [*last]
     if store is None:
-      last['student/own statistics'] = float(
-          test_fn.with_own_statistics(
-              evaluate.evaluators['student'], process.student_spec,
-              result.state.global_model_weights, batches, num_rounds,
-          )
+      last['student/own statistics'] = test_fn.with_own_statistics(
+          evaluate.evaluators['student'], process.student_spec,
+          result.state.global_model_weights, batches, num_rounds,
       )
   _write(results, last, tested, metrics_path)
 
@@ -322,11 +297,7 @@ def _write(
     metrics_path: pathlib.Path,
 ) -> None:
   """Writes the results, with the curve of the rounds before a stop, too."""
-  with open(metrics_path, newline='') as file:
-    rounds = [
-        {key: float(value) for key, value in row.items() if value}
-        for row in csv.DictReader(file)
-    ]
+  rounds = run_folders.read_history(metrics_path)
   content = {
       'last': last,
       'curve': [

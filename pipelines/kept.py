@@ -8,7 +8,8 @@ from typing import Any, Optional
 from absl import flags
 
 from pipelines import released
-from pipelines import train_flags as args
+from pipelines import run_folders
+from pipelines import train_evaluation
 from pipelines import train_folder
 from pipelines import train_setup
 from pipelines import UserError
@@ -22,36 +23,31 @@ _OF_THE_SPLIT = (
 
 
 class OtherClientsError(UserError):
-  """Flags that are given make other clients than those that keep the models."""
+  """Raised if flags make other clients than those that keep the models."""
 
 
 class KeptModels:
-  """Clients' own models in the folder of a run; the flags must have the run's values.
+  """The models that clients keep, in the folder of a run whose flags have been taken.
 
   Attributes:
-    specs: Their architectures, one a cohort.
+    specs: The architectures of the models, one a cohort.
   """
 
   def __init__(self, run_dir: pathlib.Path, process: Any):
-    """Initializes it.
+    """Opens the models.
 
     Args:
       run_dir: The folder of the run.
       process: The run's process, with `kept_models`.
     """
-    results = json.loads((run_dir / train_folder.RESULTS).read_text())
+    results = json.loads((run_dir / run_folders.RESULTS).read_text())
     self._best_round = results['best_round']
     self._students = process.kept_models
     self.specs = self._students.specs
     self._names = process.client_data.data.names
-    count = len(self.specs)
-    # Here, whatever workers the run had.
+    # In this process, whatever workers the run had.
     with tff_kd.runtime.in_process():
-      initial = process.initialize_client()
-    self._states = tff_kd.simulation.ClientStates(
-        initial, run_dir / 'clients',
-        cohort_fn=(lambda client: client % count) if count > 1 else None,
-    )
+      self._states = train_evaluation.client_states(process, run_dir / 'clients')
 
   def spec(self, client: int) -> tff_kd.models.ModelSpec:
     """Returns the architecture of a client's model."""
@@ -100,16 +96,16 @@ def load(run_dir: pathlib.Path) -> Optional[KeptModels]:
   """
   if not (run_dir / 'clients').is_dir():
     return None
-  if not (run_dir / train_folder.RESULTS).exists():
+  if not (run_dir / run_folders.RESULTS).exists():
     raise UserError(
-        f'The run in {run_dir} has not ended: it has no {train_folder.RESULTS}. Go on '
+        f'The run in {run_dir} has not ended: it has no {run_folders.RESULTS}. Go on '
         f'with it: {train_folder.resume_command(run_dir)}'
     )
-  results = json.loads((run_dir / train_folder.RESULTS).read_text())
+  results = json.loads((run_dir / run_folders.RESULTS).read_text())
   if not results['clients_keep_models']:
     return None  # They keep states that are not models.
-  # Before a process is built, which the flags of other clients may not make.
-  ran_with = json.loads((run_dir / args.CONFIG_NAME).read_text())['flags']
+  # Checked before the process is built, which may fail with other clients.
+  ran_with = json.loads((run_dir / run_folders.CONFIG).read_text())['flags']
   for flag in _OF_THE_SPLIT:
     if flags.FLAGS[flag].value != ran_with[flag]:
       raise OtherClientsError(f'--{flag} makes other clients of the data.')

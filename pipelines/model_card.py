@@ -4,7 +4,6 @@ Source of the form: Mitchell et al., "Model Cards for Model Reporting" (2019).
 """
 
 from collections.abc import Mapping, Sequence
-import csv
 import datetime
 import json
 import math
@@ -14,6 +13,7 @@ from typing import Any, Optional
 import tensorflow as tf
 
 from pipelines import released
+from pipelines import run_folders
 from pipelines import tables
 from pipelines import train_checks
 from pipelines import train_flags as args
@@ -26,7 +26,7 @@ _ALWAYS = (
     'student', 'teacher', 'mentor', 'client_optimizer', 'client_learning_rate',
     'client_epochs', 'batch_size', 'server_optimizer', 'server_learning_rate',
 )
-# Said in other sections, or of the machine and not of the model.
+# Settings that other sections name, or that are about the machine.
 _ELSEWHERE = frozenset({
     'algorithm', 'task', 'data_dir', 'transfer_size', 'transfer_labels',
     'validation_size', 'num_clients', 'clients_per_round', 'partition', 'alpha',
@@ -35,7 +35,7 @@ _ELSEWHERE = frozenset({
     'tracker', 'rounds_per_checkpoint', 'device', 'runtime', 'ray_address',
     'ray_workers', 'ray_resources',
 })
-# By format, how a file is loaded; `{file}` is the file and `{feed}` the inputs by name.
+# The code that loads a file, by format; `{feed}` are the inputs by name.
 _LOADING = {
     'keras': '''import keras
 model = keras.models.load_model('{file}', compile=False{classes})
@@ -73,8 +73,9 @@ def write(
     num_examples: On how many test examples the files were compared.
     worse: The names of files that are worse than the model.
   """
-  results = _json(run_dir / 'results.json')
-  history = _rows(run_dir / 'metrics.csv')
+  results = _json(run_dir / run_folders.RESULTS)
+  metrics_path = run_dir / run_folders.METRICS
+  history = run_folders.read_history(metrics_path) if metrics_path.exists() else []
   info = args.algorithm()
   names = ' and '.join(model.name for model in models)
   sections = [
@@ -98,19 +99,8 @@ def _json(path: pathlib.Path) -> dict[str, Any]:
   return json.loads(path.read_text()) if path.exists() else {}
 
 
-def _rows(path: pathlib.Path) -> list[dict[str, str]]:
-  if not path.exists():
-    return []
-  with open(path, newline='') as file:
-    return list(csv.DictReader(file))
-
-
 def _table(rows: Sequence[tuple[str, ...]]) -> str:
   return tables.markdown_table(rows).rstrip()
-
-
-def _words(name: str) -> str:
-  return name.replace('_', ' ')
 
 
 def _purpose(
@@ -118,7 +108,7 @@ def _purpose(
 ) -> str:
   finished = results.get('finished')
   when = f' Training ended at {finished}.' if finished else ''
-  versions = _json(run_dir / 'config.json').get('versions', {})
+  versions = _json(run_dir / run_folders.CONFIG).get('versions', {})
   used = ', '.join(f'{name} {version}' for name, version in versions.items())
   now = datetime.datetime.now(datetime.timezone.utc).isoformat(timespec='seconds')
   return (
@@ -133,7 +123,7 @@ def _files(
     task: tff_kd.data.Task, files: Mapping[str, Mapping[str, Any]], num_examples: int
 ) -> str:
   agreement = 'rms_difference' if task.is_regression else 'same_class'
-  metric = _words(task.metric)
+  metric = tables.words(task.metric)
   rows = [(
       'file', 'model', 'format', 'bytes', f'test {metric}', f'{metric} of the model',
       'RMS difference' if task.is_regression else 'same class', 'largest difference',
@@ -156,7 +146,7 @@ def _loading(
     task: tff_kd.data.Task, model: released.Released,
     files: Mapping[str, Mapping[str, Any]],
 ) -> str:
-  """How the files of the first model are loaded, a block for each kind of file."""
+  """Describes how to load the first model, with a block for each kind of file."""
   specs = task.input_spec[0]
   named = specs if isinstance(specs, dict) else {'inputs': specs}
   value = "inputs['{0}']" if isinstance(specs, dict) else '{0}'
@@ -244,7 +234,7 @@ def _split(task: tff_kd.data.Task) -> str:
 
 
 def _algorithm(info: tff_kd.algorithms.Info, results: Mapping[str, Any]) -> str:
-  """What it sends, how long it was trained, and its settings."""
+  """Describes the algorithm, how long it was trained, and the settings."""
   text = f'`{info.name}`: {info.summary}. Clients upload {", ".join(info.uploads)}.'
   if 'best_round' in results:
     monitor = args.MONITOR.value or f"validation/student_{results['metric']}"
@@ -299,8 +289,8 @@ def _scores(
       if name in of_models
   }
   known = dict.fromkeys(key for scores in of_models.values() for key in scores)
-  keys = sorted(known, key=lambda key: key != task.metric)  # That one first.
-  rows = [('model', *map(_words, keys))]
+  keys = sorted(known, key=lambda key: key != task.metric)  # It comes first.
+  rows = [('model', *map(tables.words, keys))]
   for name, scores in (of_models | alone).items():
     rows.append(
         (name, *(f'{scores[key]:.4f}' if key in scores else '' for key in keys))
@@ -308,7 +298,7 @@ def _scores(
   finished = results.get('finished')
   when = f', at the end of the training ({finished})' if finished else ''
   lower = [key for key in keys if task.is_lower_better(key)]
-  hint = f' Lower is better: {", ".join(map(_words, lower))}.' if lower else ''
+  hint = f' Lower is better: {", ".join(map(tables.words, lower))}.' if lower else ''
   return (
       f'On the {len(task.test):,} test examples{when}.{hint}\n\n{_table(rows)}'
   )
@@ -343,7 +333,7 @@ def _privacy(
     )
   else:
     neighbors = train_privacy.sampling().neighbors
-    # More than were completed, if some were begun again after a crash.
+    # Rounds that were begun again after a crash count each time.
     rounds, ledger = results['rounds'], run_dir / train_privacy.LEDGER
     if ledger.exists():
       begun = tff_kd.privacy.accounting.read_ledger(ledger)['begun']
@@ -363,19 +353,14 @@ def _privacy(
   return text
 
 
-def _bytes(history: Sequence[Mapping[str, str]]) -> str:
-  """What was moved in all rounds, by channel."""
+def _bytes(history: Sequence[dict[str, float]]) -> str:
+  """Describes the bytes moved in all rounds, by channel."""
   if not history:
     return "The run's metrics.csv is not there."
-  each = tff_kd.communication.CLIENT_BYTES
-  rows = [('moved, MB', 'all rounds', 'a round')]
-  names = [name for name in history[0] if name.startswith('bytes/') and name != each]
-  for name, shown in (
-      *((name, _words(name.removeprefix('bytes/'))) for name in names),
-      (each, 'by a client that takes part in each round'),
-  ):
-    total = sum(float(row[name]) for row in history if row.get(name)) / 1e6
-    rows.append((shown, f'{total:.4g}', f'{total / len(history):.3g}'))
+  rows = [
+      ('moved, MB', 'all rounds', 'a round'),
+      *run_folders.moved_rows(history, 'by a client that takes part in each round'),
+  ]
   return (
       f'In {len(history)} rounds; all clients together, but for the last line.\n\n'
       + _table(rows)

@@ -7,23 +7,24 @@ import fcntl
 import functools
 import pathlib
 import queue
+import signal
 import subprocess
+import sys
 import threading
 import time
 from typing import NamedTuple, Optional
 
-from absl import app
-
+from pipelines import UserError
 from tff_kd import cores
 
 
 class Job(NamedTuple):
-  """One run.
+  """One run of a program.
 
   Attributes:
-    name: What messages call it.
+    name: The name in messages.
     command: The program and its arguments.
-    log: Where its output goes.
+    log: The file for its output.
   """
 
   name: str
@@ -31,23 +32,51 @@ class Job(NamedTuple):
   log: pathlib.Path
 
 
+def script_job(
+    name: str, script: str, arguments: Sequence[str], log: pathlib.Path
+) -> Job:
+  """Returns the job that runs a script of `pipelines`.
+
+  Args:
+    name: The name in messages.
+    script: The script, such as 'train'.
+    arguments: The flags that it is given.
+    log: The file for its output.
+  """
+  return Job(name, [sys.executable, '-m', f'pipelines.{script}', *arguments], log)
+
+
 @contextlib.contextmanager
 def exclusive_lock(folder: pathlib.Path) -> Iterator[None]:
   """Holds a folder, so that no second script runs the same jobs in it.
 
   Raises:
-    app.UsageError: If another script holds it.
+    UserError: If another script holds it.
   """
   folder.mkdir(parents=True, exist_ok=True)
   with open(folder / 'lock', 'w') as file:
     try:
       fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
-      raise app.UsageError(
+      raise UserError(
           f'{folder} is in use by another run of a script. Wait for it, or choose '
           'another --output_dir.'
       ) from None
     yield
+
+
+@contextlib.contextmanager
+def stoppable() -> Iterator[None]:
+  """Ends jobs on SIGTERM as on Ctrl-C, and says how to go on.
+
+  Raises:
+    KeyboardInterrupt: On either; with the text for the user.
+  """
+  signal.signal(signal.SIGTERM, signal.default_int_handler)
+  try:
+    yield
+  except KeyboardInterrupt:
+    raise KeyboardInterrupt('Stopped. The same command goes on.') from None
 
 
 def run_all(
@@ -55,14 +84,14 @@ def run_all(
     num_at_once: Optional[int] = None,
     on_done: Callable[[Job, float], str] = lambda job, seconds: f'{seconds:.0f} s',
 ) -> list[str]:
-  """Runs jobs, so many at a time, and prints a line for each that ends.
+  """Runs jobs, several at a time, and prints a line for each that ends.
 
   A job that fails does not stop the others. Ctrl-C ends those that run.
 
   Args:
-    jobs: What to run.
-    num_at_once: How many at a time; one a core, pinned to it, if `None`.
-    on_done: Maps a job and its seconds to what its line says; the seconds if not given.
+    jobs: The jobs.
+    num_at_once: How many run at a time; one a core, pinned to it, if `None`.
+    on_done: Maps a job and its seconds to the text of its line.
 
   Returns:
     The names of the jobs that failed.
@@ -71,7 +100,7 @@ def run_all(
   count = min(num_at_once or len(available), max(1, len(jobs)))
   free, running, is_stopped = queue.SimpleQueue(), set(), threading.Event()
   for place in range(count):
-    # A core for each; the usual freedom where there are fewer jobs, or more.
+    # Jobs are pinned only if there is one for each core.
     free.put(available[place] if count == len(available) > 1 else None)
 
   def run(job: Job) -> float:
@@ -96,7 +125,7 @@ def run_all(
     except BaseException:  # Ctrl-C, or what `on_done` raises.
       is_stopped.set()
       pool.shutdown(wait=False, cancel_futures=True)
-      # Not Ctrl-C: what a shell starts in the background ignores it, and so do its runs.
+      # Not SIGINT, which processes that a shell started in the background ignore.
       for process in list(running):
         process.terminate()
       raise
@@ -120,7 +149,7 @@ def _run(
         preexec_fn=pin,
     )
     running.add(process)
-    # It may have started while the others were ended.
+    # It may have started after the others were ended.
     if is_stopped.is_set():
       process.terminate()
     code = process.wait()

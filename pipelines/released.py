@@ -4,6 +4,8 @@ Models are built as the task says and get their weights from the files, so that 
 of one's own need not be registered with Keras.
 """
 
+from collections.abc import Callable
+import operator
 import pathlib
 from typing import Any, NamedTuple, Optional
 import zipfile
@@ -12,6 +14,7 @@ import keras
 import numpy as np
 import tensorflow as tf
 
+from pipelines import run_folders
 from pipelines import train_flags as args
 from pipelines import UserError
 import tff_kd
@@ -24,10 +27,10 @@ class Released(NamedTuple):
   Attributes:
     name: 'student', 'teacher', or of cohorts 'student_0' and so on; of a client's own
       model 'client_NAME'.
-    path: The file that it is from; `None` of a client's own model.
-    keras_model: It.
-    spec: What it predicts.
-    weights: Its `ModelWeights`.
+    path: The file; `None` for a client's own model.
+    keras_model: The Keras model.
+    spec: The spec of the model.
+    weights: The `ModelWeights`.
   """
 
   name: str
@@ -41,7 +44,6 @@ class Released(NamedTuple):
 SENT = 'sent'
 # The suffixes of a whole model, and of the weights of one that Keras cannot serialize.
 _WHOLE, _WEIGHTS = '.keras', '.weights.h5'
-_BATCH = 256
 
 
 def predict(model: keras.Model, inputs: Any) -> np.ndarray:
@@ -51,19 +53,31 @@ def predict(model: keras.Model, inputs: Any) -> np.ndarray:
     model: The model.
     inputs: An array `[n, ...]`, or a dict of such.
   """
+
+  def call(batch: Any) -> np.ndarray:
+    # `predict` refuses classes whose names begin with an underscore.
+    outputs = model(tf.nest.map_structure(tf.constant, batch), training=False)
+    # Under a mixed policy, outputs are bfloat16.
+    return tf.cast(outputs, tf.float32).numpy()
+
+  return in_batches(call, inputs)
+
+
+def in_batches(
+    call: Callable[[Any], np.ndarray], inputs: Any, batch_size: int = 256
+) -> np.ndarray:
+  """Returns the outputs of a function that is called with one batch after the other.
+
+  Args:
+    call: Maps a batch of inputs to outputs.
+    inputs: An array `[n, ...]`, or a dict of such.
+    batch_size: The number of examples in a batch; the last one may have fewer.
+  """
   size = len(tf.nest.flatten(inputs)[0])
-  # Not by `predict`, which refuses classes whose names begin with an underscore.
-  outputs = [
-      model(
-          tf.nest.map_structure(
-              lambda a, start=start: tf.constant(a[start : start + _BATCH]), inputs
-          ),
-          training=False,
-      )
-      for start in range(0, size, _BATCH)
-  ]
-  # They are bfloat16 under a mixed policy.
-  return np.concatenate([tf.cast(part, tf.float32).numpy() for part in outputs])
+  batches = [slice(start, start + batch_size) for start in range(0, size, batch_size)]
+  return np.concatenate([
+      call(tf.nest.map_structure(operator.itemgetter(rows), inputs)) for rows in batches
+  ])
 
 
 def save(model: keras.Model, folder: pathlib.Path, name: str) -> None:
@@ -95,14 +109,46 @@ def own_classes(model: keras.Model) -> dict[str, type]:
   }
 
 
+def _architecture(name: str) -> str:
+  """Returns which of the task's models a model of a run is."""
+  if not name.startswith('student'):
+    return args.TEACHER.value
+  number = name.removeprefix('student').removeprefix('_')
+  return args.STUDENT.value[int(number or 0)]
+
+
+def builder(task: tff_kd.data.Task, name: str) -> tff_kd.models.KerasModelFn:
+  """Returns the function that builds a model of a run.
+
+  Args:
+    task: What the run is about.
+    name: The name of the model: 'student', 'student_0' and so on, or 'teacher'.
+  """
+  models = task.students if name.startswith('student') else task.teachers
+  return models[_architecture(name)]
+
+
+def build_spec(task: tff_kd.data.Task, name: str) -> tff_kd.models.ModelSpec:
+  """Returns the spec of a model of a run.
+
+  Args:
+    task: What the run is about.
+    name: The name of the model, as for `builder`.
+  """
+  return tff_kd.models.build_model_spec(
+      builder(task, name), input_spec=task.input_spec, loss_fn=task.loss_fn,
+      metrics_fn=task.metrics_fn, name=name,
+  )
+
+
 def load(
     run_dir: pathlib.Path, task: tff_kd.data.Task, must_exist: bool = True
 ) -> list[Released]:
-  """All models in the folder of a run.
+  """Loads all models in the folder of a run.
 
   Args:
     run_dir: The folder.
-    task: What the run was about.
+    task: The task of the run.
     must_exist: Whether to refuse a folder without any.
 
   Raises:
@@ -114,29 +160,20 @@ def load(
   if not paths and must_exist:
     why = (
         'its clients keep their models, and no model of the server is released'
-        if (run_dir / 'results.json').exists()
+        if (run_dir / run_folders.RESULTS).exists()
         else 'a run leaves its models when it is over'
     )
     raise UserError(f'{run_dir} has no model (*{_WHOLE}, *{_WEIGHTS}): {why}.')
   found = []
   for path in paths:
     name = path.name.removesuffix(_WHOLE).removesuffix(_WEIGHTS)
-    builders = task.teachers
-    architecture = args.TEACHER.value
-    if name.startswith('student'):
-      builders = task.students
-      number = name.removeprefix('student').removeprefix('_')
-      architecture = args.STUDENT.value[int(number) if number else 0]
-    spec = tff_kd.models.build_model_spec(
-        builders[architecture], input_spec=task.input_spec, loss_fn=task.loss_fn,
-        metrics_fn=task.metrics_fn, name=name,
-    )
+    spec = build_spec(task, name)
     model = spec.to_keras(spec.initial_weights)
     try:
       model.load_weights(path)
     except (OSError, ValueError, KeyError, zipfile.BadZipFile) as error:
       raise UserError(
-          f'{path} is damaged, or not of the model {architecture!r} of the task '
+          f'{path} is damaged, or not of the model {_architecture(name)!r} of the task '
           f'{task.name}: {str(error).splitlines()[0]}'
       ) from error
     found.append(Released(name, path, model, spec, spec.weights_of(model)))

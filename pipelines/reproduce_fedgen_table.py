@@ -17,17 +17,13 @@ best rounds by test accuracy, which the numbers in its table may be, too: 'best 
 that, of the rounds that were tested.
 """
 
-import csv
 import json
 import pathlib
-import signal
 import statistics
-import sys
-from typing import Any, NamedTuple, Optional
+from typing import Any, NamedTuple
 
 from absl import app
 from absl import flags
-from absl import logging
 
 import pipelines
 from pipelines import parallel
@@ -59,7 +55,7 @@ _ROUNDS_PER_EVALUATION = flags.DEFINE_integer(
 _JOBS = flags.DEFINE_integer(
     'jobs', None, 'Runs at a time; one a core if unset.', lower_bound=1
 )
-# How the script calls itself for one run.
+# Given when the script calls itself for one run.
 _ONLY = flags.DEFINE_string('only', None, 'One run, as algorithm:alpha:seed.')
 
 
@@ -82,7 +78,7 @@ class _Run(NamedTuple):
 
 
 def _runs() -> list[_Run]:
-  """All runs, those of one seed and alpha together."""
+  """Returns all runs, those of one seed and alpha together."""
   unknown = sorted(set(_ALGORITHMS.value) - set(PAPER))
   if unknown or not _ALGORITHMS.value:
     raise app.UsageError(f'--algorithms: {unknown} not among {", ".join(PAPER)}.')
@@ -104,7 +100,7 @@ def _runs() -> list[_Run]:
 
 
 def _cells(runs: list[_Run]) -> list[dict[str, Any]]:
-  """The table's numbers, in percent by seed: a model, way of testing and alpha each."""
+  """Returns the cells of the table, in percent by seed."""
   found = {}
   for run in runs:
     if not run.results.is_file():
@@ -127,7 +123,7 @@ def _cells(runs: list[_Run]) -> list[dict[str, Any]]:
 
 
 def _spread(values: list[float], num_seeds: int) -> str:
-  """Mean and standard deviation over the seeds; how many, where some are missing."""
+  """Returns mean and standard deviation; the number of seeds, if some are missing."""
   text = tables.spread(values, 2)
   if len(values) < num_seeds:
     text += f' ({len(values)} of {num_seeds})'
@@ -143,7 +139,7 @@ def _label(algorithm: str, model: str) -> str:
 
 
 def _rows(cells: list[dict[str, Any]]) -> list[tuple[str, ...]]:
-  """The table; what the paper has stands below the rows that it compares with."""
+  """Returns the table, with the paper's numbers below the rows that they compare to."""
   alphas = sorted(float(alpha) for alpha in _ALPHAS.value)
   rows = [('algorithm', 'test', 'rounds', *(f'alpha {alpha:g}' for alpha in alphas))]
   lines = {}
@@ -177,9 +173,7 @@ def _report(runs: list[_Run]) -> None:
   cells = _cells(runs)
   rows = _rows(cells)
   folder = pathlib.Path(_OUTPUT_DIR.value)
-  with open(folder / 'table.csv', 'w', newline='') as file:
-    csv.writer(file).writerows(rows)
-  (folder / 'table.md').write_text(tables.markdown_table(rows))
+  tables.write_table(rows, folder)
   run_folders.write_json(folder / 'table.json', cells)
   print()
   tables.print_table(rows)
@@ -190,9 +184,8 @@ def _report(runs: list[_Run]) -> None:
   )
 
 
-def main(argv: list[str]) -> Optional[int]:
-  if len(argv) > 1:
-    raise app.UsageError(f'Not a flag: {argv[1:]}.')
+@pipelines.for_users
+def main(argv: list[str]) -> None:
   if not _DATA_DIR.value or not pathlib.Path(_DATA_DIR.value).is_dir():
     raise app.UsageError(
         "--data_dir must be a folder with MNIST's IDX files, found "
@@ -202,29 +195,28 @@ def main(argv: list[str]) -> Optional[int]:
   if _ONLY.value:
     from pipelines import fedgen_table_job
 
-    logging.set_verbosity(logging.WARNING)
     (run,) = [each for each in runs if each.name == _ONLY.value]
     fedgen_table_job.run(
         run.algorithm, run.alpha, run.seed, data_dir=pathlib.Path(_DATA_DIR.value),
         folder=run.folder, results=run.results, num_rounds=_ROUNDS.value,
         rounds_per_evaluation=_ROUNDS_PER_EVALUATION.value,
     )
-    return 0
+    return
   with parallel.exclusive_lock(pathlib.Path(_OUTPUT_DIR.value)):
     _check_same_problem()
-    return _run_all(runs)
+    _run_all(runs)
 
 
 def _check_same_problem() -> None:
   """Refuses a folder whose runs had other data, or tests; notes this one's."""
   folder = pathlib.Path(_OUTPUT_DIR.value)
   path = folder / 'problem.json'
-  # From wherever the script is called.
+  # The path is the same wherever the script is called.
   problem = {
       _DATA_DIR.name: str(pathlib.Path(_DATA_DIR.value).resolve()),
       _ROUNDS_PER_EVALUATION.name: _ROUNDS_PER_EVALUATION.value,
   }
-  # What ended before its first round left nothing that other data would mix with.
+  # A run that ended before its first round may go on with other data.
   if path.is_file() and any(folder.glob('*/metrics.csv')):
     before = json.loads(path.read_text())
     for name, value in problem.items():
@@ -236,41 +228,42 @@ def _check_same_problem() -> None:
   run_folders.write_json(path, problem)
 
 
-def _run_all(runs: list[_Run]) -> int:
-  """Runs what is missing, and reports; returns the exit status."""
+def _run_all(runs: list[_Run]) -> None:
+  """Runs what is missing, and reports.
+
+  Raises:
+    UserError: If a run has failed.
+  """
   todo = {run.name: run for run in runs if not run.results.is_file()}
   if len(todo) < len(runs):
     print(f'{len(runs) - len(todo)} of {len(runs)} runs are done already.')
   jobs = []
   for run in todo.values():
     run.folder.mkdir(parents=True, exist_ok=True)
-    command = [
-        sys.executable, '-m', 'pipelines.reproduce_fedgen_table', f'--only={run.name}',
+    arguments = [
+        f'--only={run.name}',
         *(f'--{flag.name}={flag.value}' for flag in (
             _DATA_DIR, _OUTPUT_DIR, _ROUNDS, _ROUNDS_PER_EVALUATION,
         )),
         f'--algorithms={run.algorithm}', f'--alphas={run.alpha}', f'--seeds={run.seed}',
     ]
-    jobs.append(parallel.Job(run.name, command, run.folder / 'log'))
+    jobs.append(
+        parallel.script_job(
+            run.name, 'reproduce_fedgen_table', arguments, run.folder / 'log'
+        )
+    )
 
   def line(job: parallel.Job, seconds: float) -> str:
     last = json.loads(todo[job.name].results.read_text())['last']
     found = ', '.join(f'{key} {value:.4f}' for key, value in sorted(last.items()))
     return f'{found}, {seconds:.0f} s'
 
-  # As Ctrl-C: the runs are stopped, too.
-  signal.signal(signal.SIGTERM, signal.default_int_handler)
-  try:
+  with parallel.stoppable():
     failed = parallel.run_all(jobs, _JOBS.value, line)
-  except KeyboardInterrupt:
-    print('Stopped. The same command goes on.', file=sys.stderr)
-    return 130
   if len(failed) < len(runs):
     _report(runs)
   if failed:
-    print(f'error: failed: {"; ".join(failed)}.', file=sys.stderr)
-    return 1
-  return 0
+    raise pipelines.UserError(f'failed: {"; ".join(failed)}.')
 
 
 if __name__ == '__main__':

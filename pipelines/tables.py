@@ -1,7 +1,9 @@
-"""Tables on the terminal."""
+"""Tables on the terminal and in files."""
 
 from collections.abc import Sequence
+import csv
 import math
+import pathlib
 import statistics
 
 
@@ -17,19 +19,26 @@ def print_table(rows: Sequence[tuple[str, ...]]) -> None:
 
 
 def markdown_table(rows: Sequence[tuple[str, ...]]) -> str:
-  """The same rows as a Markdown table."""
+  """Returns the rows as a Markdown table."""
   head, *body = rows
   lines = [head, ('---',) * len(head), *body]
   return ''.join('| ' + ' | '.join(line) + ' |\n' for line in lines)
 
 
+def write_table(rows: Sequence[tuple[str, ...]], folder: pathlib.Path) -> None:
+  """Writes rows into table.csv and table.md of a folder."""
+  with open(folder / 'table.csv', 'w', newline='') as file:
+    csv.writer(file).writerows(rows)
+  (folder / 'table.md').write_text(markdown_table(rows))
+
+
 def words(name: str) -> str:
-  """A name of a metric as it is read."""
+  """Returns the name of a metric in words."""
   return name.replace('_', ' ')
 
 
 def spread(values: Sequence[float], digits: int) -> str:
-  """Mean, and the standard deviation where there are several values.
+  """Returns the mean, and the standard deviation if there are several values.
 
   Args:
     values: Such as the scores of several seeds; of a run that diverged, NaN or infinite.
@@ -47,7 +56,7 @@ def spread(values: Sequence[float], digits: int) -> str:
 
 
 def deviation(values: Sequence[float]) -> float:
-  """The standard deviation of a sample; NaN if a value is not finite, 0 of one value."""
+  """Returns the standard deviation; NaN if a value is not finite, 0 of one value."""
   # `statistics.stdev` fails on such values.
   if not all(map(math.isfinite, values)):
     return math.nan

@@ -39,16 +39,16 @@ DEFAULTS: dict[str, dict[str, Any]] = {
         'student_learning_rate': 0.0003,
     },
 }
-# Of `fed_distillation`, where an example has one class; measured on digits, clothes and
-# posts (docs/results/unlabelled.md).
+# Defaults of `fed_distillation` where an example has one class, measured on digits,
+# clothes and posts (docs/results/unlabelled.md).
 ALIGNED = {
     'consensus': 'aligned', 'prior': 'average', 'clients_start_from': 'average',
     'student_start': 'released',
 }
-# Shifts helped on digits and cost accuracy on clothes (measured there, too); photographs
-# are usually shifted. What is in IDX files is not known.
+# Shifts helped on digits and cost accuracy on clothes (measured there, too). Photographs
+# are usually shifted. IDX files may hold either, so they are not shifted.
 _ALIGNED_AND_SHIFTED = ALIGNED | {'augment': True}
-# By task and algorithm, what takes precedence over those.
+# Defaults by task and algorithm, which take precedence over `DEFAULTS`.
 WITH_ALGORITHM: dict[tuple[str, str], dict[str, Any]] = {
     **{
         (task, 'fed_distillation'): ALIGNED
@@ -59,7 +59,7 @@ WITH_ALGORITHM: dict[tuple[str, str], dict[str, Any]] = {
         for task in ('mnist5k', 'cifar10', 'emnist')
     },
     ('shakespeare', 'fed_df'): {'server_steps': 30},
-    # Not of FedDF: its student needs the rest of the predictions.
+    # FedDF does not have these: its student needs the rest of the predictions.
     ('shakespeare', 'fed_distillation'): {
         'consensus': 'mean_probabilities', 'prediction_top': 5,
         'transfer_per_round': 400,

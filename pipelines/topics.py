@@ -8,20 +8,20 @@ import textwrap
 from absl import app
 from absl import flags
 
-# Module -> (heading, how many of the module's flags come before it).
+# By module: headings, each with the number of the module's flags before it.
 _HEADINGS: dict[str, list[tuple[str, int]]] = {}
 _MAX_WIDTH = 96
 
 
 def topic(heading: str) -> None:
-  """The calling module's flags from here to the next heading are of this topic."""
+  """Puts the calling module's flags from here to the next call under a heading."""
   module = sys._getframe(1).f_globals['__name__']
   count = len(flags.FLAGS.flags_by_module_dict().get(module, []))
   _HEADINGS.setdefault(module, []).append((heading, count))
 
 
 def by_topic() -> dict[str, list[flags.Flag]]:
-  """The flags of all modules that have headings, in the order of definition."""
+  """Returns the flags of all modules with headings, in the order of definition."""
   found = {}
   for module, headings in _HEADINGS.items():
     defined = flags.FLAGS.flags_by_module_dict()[module]
@@ -63,30 +63,27 @@ def _of_flags(of_topic: list[flags.Flag], width: int) -> list[str]:
     elif flag.default in (None, []):
       usage = f'--{flag.name}='
     else:
-      # `serialize` is of the value that a flag has now.
+      # `serialize` would give the present value.
       default = flag.default
       if isinstance(default, list):
         default = ','.join(map(str, default))
       usage = f'--{flag.name}={default}'
     lines.append(f'  {usage}')
-    head, *items = flag.help.split('\n')
-    if items:
-      # They say what absl has put before it: <all|the|values>.
-      head = re.sub('^<[^>]*>: ', '', head)
-    lines += textwrap.wrap(
-        head, width, initial_indent=' ' * 6, subsequent_indent=' ' * 6,
-        break_on_hyphens=False, break_long_words=False,
-    )
-    for item in items:
+    parts = flag.help.split('\n')
+    if len(parts) > 1:
+      # Remove the values that absl puts first, which the items list: <all|the|values>.
+      parts[0] = re.sub('^<[^>]*>: ', '', parts[0])
+    for number, part in enumerate(parts):
       lines += textwrap.wrap(
-          item, width, initial_indent=' ' * 6, subsequent_indent=' ' * 10,
-          break_on_hyphens=False, break_long_words=False,
+          part, width, initial_indent=' ' * 6,
+          subsequent_indent=' ' * (10 if number else 6), break_on_hyphens=False,
+          break_long_words=False,
       )
   return lines
 
 
 class _HelpFlag(app.HelpFlag):
-  """`--help`, by topic."""
+  """The flag `--help`, which prints flags by topic."""
 
   def parse(self, arg):
     if self._parse(arg):

@@ -16,10 +16,10 @@ from pipelines import train_flags as args
 import tff_kd
 from tff_kd.compat import tff
 
-# Examples a step. And of what the labels give alone: steps and epochs at most, steps at
-# least between looks at the validation score, and looks without a better one.
 _CENTRAL_BATCH = 32
+# The steps are at most those of the run's server, within these bounds.
 _ALONE_STEPS, _ALONE_LEAST_STEPS, _ALONE_EPOCHS = 1500, 100, 100
+# The minimum of steps between looks at the validation score.
 _ALONE_LOOK = 50
 _ALONE_PATIENCE = 10
 
@@ -27,7 +27,7 @@ _ALONE_PATIENCE = 10
 def _on_server_labels(
     spec: tff_kd.models.ModelSpec, task: tff_kd.data.Task
 ) -> central.Training:
-  """A model about to be trained on the server's examples with labels."""
+  """Returns the training of a model on the server's examples with labels."""
   labelled = task.transfer.take(np.arange(args.TRANSFER_LABELS.value))
   return central.Training(
       spec, labelled, batch_size=_CENTRAL_BATCH, seed=args.SEED.value
@@ -37,7 +37,7 @@ def _on_server_labels(
 def pretrain(
     spec: tff_kd.models.ModelSpec, task: tff_kd.data.Task
 ) -> tff.learning.models.ModelWeights:
-  """--pretrain_epochs on the server's labelled examples."""
+  """Trains a model for --pretrain_epochs on the server's labelled examples."""
   training = _on_server_labels(spec, task)
   training.run(args.PRETRAIN_EPOCHS.value)
   return training.weights
@@ -49,8 +49,8 @@ def _train_alone(
     most_steps: int,
     bar: tqdm.tqdm,
 ) -> dict[str, float]:
-  """The test scores of what the server's labels give without any client."""
-  steps = -(-args.TRANSFER_LABELS.value // _CENTRAL_BATCH)  # An epoch's.
+  """Trains a model on the server's labels alone; returns its test scores."""
+  steps = -(-args.TRANSFER_LABELS.value // _CENTRAL_BATCH)  # Of an epoch.
   done = 0
 
   def show(epoch: int, score: float) -> None:
@@ -63,8 +63,8 @@ def _train_alone(
 
   weights, _ = central.fit(
       _on_server_labels(evaluator.spec, task),
-      lambda weights: evaluator.evaluate(weights, *task.validation)[task.metric],
-      higher_is_better=not task.is_lower_better(),
+      evaluator,
+      task,
       max_epochs=min(_ALONE_EPOCHS, -(-most_steps // steps)),
       epochs_per_look=-(-_ALONE_LOOK // steps),
       patience=_ALONE_PATIENCE,
@@ -79,10 +79,19 @@ def all_alone(
     task: tff_kd.data.Task,
     history: list[dict[str, float]],
 ) -> dict[str, dict[str, float]]:
-  """`_train_alone` of the models of these names, at the same time.
+  """Trains models on the server's labels alone, at the same time.
 
-  Each takes as many steps at most as the server has taken with it in the run, which a
-  short run would be held up by, but for a least number.
+  Each is trained for at most as many steps as the server has taken with it in the run,
+  but for no fewer than a minimum.
+
+  Args:
+    evaluators: The evaluators, by model.
+    names: The names of the models.
+    task: The task.
+    history: The rows of metrics.csv.
+
+  Returns:
+    The test scores, by model.
   """
   taken = collections.Counter()
   for row in history:

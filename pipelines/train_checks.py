@@ -6,19 +6,19 @@ values of --config and of the task. `run` asks them, once all flags have theirs.
 
 from collections.abc import Callable, Sequence
 import functools
+from typing import Union
 
 from absl import flags
 
 from pipelines import train_flags as args
 from pipelines import UserError
-from tff_kd import algorithms
 from tff_kd import checks
 from tff_kd import data
 from tff_kd import own_files
 
-# While they are asked.
+# Whether the checks are being run.
 _running = False
-# Those that mean something with differential privacy only.
+# Flags that have an effect with differential privacy only.
 _OF_PRIVACY = (
     'delta', 'model_clip', 'knowledge_clip', 'knowledge_share', 'private_channels',
 )
@@ -26,7 +26,7 @@ _OF_SECURE_SUMS = ('secure_bits', 'secure_model_bound', 'secure_knowledge_bound'
 
 
 def run() -> None:
-  """Asks all checks.
+  """Runs all checks.
 
   Raises:
     UserError: If flags do not go together; a line for each reason.
@@ -70,6 +70,19 @@ def check_models(flag: str, known: Sequence[str]) -> None:
     )
 
 
+def check_models_of(task: 'Union[data.Task, data.tasks.TaskInfo]') -> None:
+  """Refuses names of models that a task does not have, as far as they have an effect.
+
+  Raises:
+    flags.ValidationError: If there is one.
+  """
+  for flag, known in (
+      ('student', task.students), ('teacher', task.teachers), ('mentor', task.teachers)
+  ):
+    if _takes(flag):
+      check_models(flag, list(known))
+
+
 def check_partition(has_clients: bool) -> None:
   """Refuses flags of a split where the data have clients of their own.
 
@@ -102,13 +115,9 @@ def _together(*names: str) -> Callable[[Callable[[], None]], Callable[[], None]]
   return register
 
 
-def _algorithm() -> algorithms.Info:
-  return args.algorithm()
-
-
 def _is_own_flag(name: str) -> bool:
-  """Whether the algorithm takes a flag as one of its own."""
-  return name in _algorithm().flags.values()
+  """Returns whether the algorithm takes a flag as one of its own."""
+  return name in args.algorithm().flags.values()
 
 
 def _task() -> data.tasks.TaskInfo:
@@ -116,13 +125,13 @@ def _task() -> data.tasks.TaskInfo:
 
 
 def _no_effect(name: str, other: str, is_used: Callable[[], bool], why: str) -> None:
-  """A flag that is given has to be used.
+  """Refuses a flag that is given and has no effect.
 
   Args:
     name: The flag.
-    other: The flag that decides that.
-    is_used: Whether it is.
-    why: When it is not: 'with --...' or 'without --...'. A {} is the other's value.
+    other: The flag that decides whether it has an effect.
+    is_used: Returns whether it has.
+    why: When it has none: 'with --...' or 'without --...'; {} is the other's value.
   """
 
   @_together(name, other)
@@ -133,15 +142,14 @@ def _no_effect(name: str, other: str, is_used: Callable[[], bool], why: str) -> 
 
 
 def _takes(name: str) -> bool:
-  return args.is_taken(_algorithm(), name)
+  return args.is_taken(args.algorithm(), name)
 
 
 def _register_unused() -> None:
   for name in args.own_flags():
     if name != 'algorithm':
       _no_effect(
-          name, 'algorithm', functools.partial(_takes, name),
-          'with --algorithm={}',
+          name, 'algorithm', functools.partial(_takes, name), 'with --algorithm={}'
       )
   _no_effect(
       'alpha', 'partition',
@@ -185,13 +193,13 @@ def _register_unused() -> None:
   for name in ('clients_start_from', 'student_start'):
     _no_effect(
         name, 'back_distillation',
-        lambda: args.BACK.value or not args.is_taken(_algorithm(), 'back_distillation'),
+        lambda: args.BACK.value or not _takes('back_distillation'),
         'with --noback_distillation',
     )
   for name in ('prior', 'clients_start_from'):
     _no_effect(
         name, 'calibrate',
-        lambda: args.CALIBRATE.value or not args.is_taken(_algorithm(), 'calibrate'),
+        lambda: args.CALIBRATE.value or not _takes('calibrate'),
         'without --calibrate',
     )
   _no_effect(
@@ -268,19 +276,14 @@ def _():
 
 @_together('student', 'teacher', 'mentor', 'task', 'algorithm')
 def _():
-  # Those of a task of one's own are known when it is loaded.
+  # The models of a user's own task are known when it is loaded.
   if not own_files.is_own(args.TASK.value):
-    for flag, known in (
-        ('student', _task().students), ('teacher', _task().teachers),
-        ('mentor', _task().teachers),
-    ):
-      if args.is_taken(_algorithm(), flag):
-        check_models(flag, known)
+    check_models_of(_task())
 
 
 @_together('partition', 'alpha', 'task')
 def _():
-  # For a user's own task it is known only when the task is loaded.
+  # For a user's own task this is checked when it is loaded.
   check_partition(_task().has_clients)
 
 
@@ -317,7 +320,8 @@ def _():
 @_together('num_negatives', 'transfer_size', 'transfer_labels', 'algorithm')
 def _():
   unlabelled = args.TRANSFER_SIZE.value - args.TRANSFER_LABELS.value
-  if 'negatives' in _algorithm().parameters and args.NUM_NEGATIVES.value >= unlabelled:
+  takes_negatives = 'negatives' in args.algorithm().parameters
+  if takes_negatives and args.NUM_NEGATIVES.value >= unlabelled:
     raise flags.ValidationError(
         f'--num_negatives is {args.NUM_NEGATIVES.value}, to be taken from the '
         f'{args.TRANSFER_SIZE.value} transfer examples beside the '

@@ -1,7 +1,7 @@
 """The data of a run and its clients, as flags say."""
 
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, Optional
 
 from absl import flags
 import numpy as np
@@ -17,7 +17,7 @@ _PARTITIONS_BY_SIZE = ('iid', 'quantity_skew')
 
 
 def load_task() -> tff_kd.data.Task:
-  """The task, checked against the flags that depend on its data."""
+  """Loads the task, and checks the flags that depend on its data."""
   info = tff_kd.data.task_info(args.TASK.value)
   kwargs = {'data_dir': args.DATA_DIR.value} if 'data_dir' in info.options else {}
   task = info.load(
@@ -49,16 +49,16 @@ def load_task() -> tff_kd.data.Task:
 
 def _apply_task_defaults(task: tff_kd.data.Task) -> None:
   """Sets flags that were not given to the defaults of the user's task."""
-  algorithm = args.algorithm()
   defaults: dict[str, Any] = {}
   train_checks.check_partition(task.client_rows is not None)
+  has_classes = task.class_numbers(task.clients) is not None
   if task.client_rows is not None:
     count = len(task.client_rows)
     defaults = {
         'num_clients': count,
         'clients_per_round': min(count, args.CLIENTS_PER_ROUND.value),
     }
-  elif task.class_numbers(task.clients) is None:
+  elif not has_classes:
     defaults = {'partition': 'iid'}
   defaults |= {
       'student': [next(iter(task.students))], 'teacher': next(iter(task.teachers)),
@@ -66,8 +66,7 @@ def _apply_task_defaults(task: tff_kd.data.Task) -> None:
       'transfer_size': len(task.transfer),
       'transfer_labels': min(args.TRANSFER_LABELS.value, len(task.transfer)),
   }
-  has_classes = task.class_numbers(task.clients) is not None
-  if algorithm.name == 'fed_distillation' and has_classes:
+  if args.algorithm().name == 'fed_distillation' and has_classes:
     defaults |= task_defaults.ALIGNED
   settled = args.settled(
       task_defaults.defaults_of(args.TASK.value, args.ALGORITHM.value)
@@ -75,15 +74,11 @@ def _apply_task_defaults(task: tff_kd.data.Task) -> None:
   for name, value in defaults.items():
     if name not in settled:
       flags.FLAGS[name].value = value
-  for flag, known in (
-      ('student', task.students), ('teacher', task.teachers), ('mentor', task.teachers)
-  ):
-    if args.is_taken(algorithm, flag):
-      train_checks.check_models(flag, list(known))
+  train_checks.check_models_of(task)
 
 
 def split_clients(task: tff_kd.data.Task) -> Sequence[np.ndarray]:
-  """The rows of each client's examples."""
+  """Returns the rows of each client's examples."""
   if task.client_rows is not None:
     return [task.client_rows[k] for k in _clients_used(task)]
   kwargs: dict[str, Any] = {'seed': args.SEED.value}
@@ -105,7 +100,7 @@ def split_clients(task: tff_kd.data.Task) -> Sequence[np.ndarray]:
 
 
 def _clients_used(task: tff_kd.data.Task) -> np.ndarray:
-  """Which of the clients that the data have: all, or --num_clients at random."""
+  """Returns which clients of the data are used: all, or --num_clients at random."""
   there, used = len(task.client_rows), args.NUM_CLIENTS.value
   if used > there:
     raise UserError(
@@ -118,7 +113,7 @@ def _clients_used(task: tff_kd.data.Task) -> np.ndarray:
 def names_of_clients(
     task: tff_kd.data.Task, clients: Sequence[np.ndarray]
 ) -> tff_kd.data.client_names.ClientNames:
-  """The clients' names: those of the data, or their numbers.
+  """Returns the clients' names: those of the data, or their numbers.
 
   Args:
     task: The data.
@@ -134,7 +129,7 @@ def names_of_clients(
 def split_tests(
     task: tff_kd.data.Task, clients: Sequence[np.ndarray]
 ) -> list[np.ndarray]:
-  """Each client's rows of the test part: its own, or drawn like its classes."""
+  """Returns each client's rows of the test part: its own, or drawn like its classes."""
   if task.test_rows is not None:
     return [task.test_rows[k] for k in _clients_used(task)]
   classes = task.class_numbers(task.clients)
@@ -149,7 +144,7 @@ def split_tests(
 def build_batches(
     task: tff_kd.data.Task, clients: Sequence[np.ndarray]
 ) -> tff_kd.ClientBatches:
-  """How clients read their examples, given the rows of each."""
+  """Returns how clients read their examples, given the rows of each."""
   return tff_kd.ClientBatches(
       data=tff_kd.FileClientData.from_arrays(
           tuple(task.clients),
@@ -164,11 +159,15 @@ def build_batches(
   )
 
 
+def cohort_fn(num_cohorts: int) -> Optional[Callable[[int], int]]:
+  """Returns the function of a client's number to its cohort; `None` without cohorts."""
+  return (lambda client: client % num_cohorts) if num_cohorts > 1 else None
+
+
 def build_participation(
     batches: tff_kd.ClientBatches,
 ) -> tff_kd.simulation.Participation:
   """Builds the participation and the client faults from the flags."""
-  num_cohorts = len(args.STUDENT.value)
   trace = args.AVAILABILITY.value
   if trace is not None:
     trace = tff_kd.simulation.Availability.from_csv(
@@ -191,7 +190,7 @@ def build_participation(
       delay_share=args.DELAY_SHARE.value,
       max_delay=args.MAX_DELAY.value,
       coverage=args.COVERAGE.value,
-      cohort_fn=(lambda client: client % num_cohorts) if num_cohorts > 1 else None,
+      cohort_fn=cohort_fn(len(args.STUDENT.value)),
       gives_conditions=args.MIN_REPORTS.value > 0,
       seed=args.SEED.value,
   )

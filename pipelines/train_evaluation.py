@@ -2,17 +2,18 @@
 
 from collections.abc import Mapping, Sequence
 import pathlib
-from typing import Any, Optional
+from typing import Any
 
 import numpy as np
 
+from pipelines import train_data
 from pipelines import train_flags as args
 import tff_kd
 from tff_kd.models import cohorts
 
 
 def specs_of(process) -> dict[str, tff_kd.models.ModelSpec]:
-  """The models by name; the students of cohorts are `student_0` and so on."""
+  """Returns the specs by name; the students of cohorts are `student_0` and so on."""
   specs = _by_cohort('student', process.students, process.students.specs)
   if process.teacher_spec is not None:
     specs['teacher'] = process.teacher_spec
@@ -27,9 +28,20 @@ def _by_cohort(
   return {f'{name}_{i}': value for i, value in enumerate(values)}
 
 
-def _clients(process) -> Optional[cohorts.Students]:
-  """The models that clients keep, if they do."""
-  return getattr(process, 'kept_models', None)
+def client_states(
+    process: tff_kd.StatefulClientsProcess, folder: pathlib.Path
+) -> tff_kd.simulation.ClientStates:
+  """Opens what clients keep.
+
+  Args:
+    process: The process.
+    folder: The folder of the clients' states.
+  """
+  models = process.kept_models
+  return tff_kd.simulation.ClientStates(
+      process.initialize_client(), folder,
+      cohort_fn=train_data.cohort_fn(1 if models is None else len(models.specs)),
+  )
 
 
 class Evaluation:
@@ -40,16 +52,17 @@ class Evaluation:
   students, which are there too.
 
   Attributes:
-    metric_names: What it returns the values of.
+    metric_names: The names of the metrics, as of `names`.
     client_states: What clients keep, in `clients_dir`; `None` if they keep nothing.
-    evaluators: Name -> the evaluator of a kind of model.
+    evaluators: The evaluators by the names of `specs_of`.
   """
 
   @staticmethod
   def names(process) -> dict[str, tuple[str, str]]:
-    """The names of the metrics, each with the model and the name without it."""
+    """Returns the names of the metrics, each with the model and the rest of the name."""
     found = {**specs_of(process), 'student': None}
-    if _clients(process) is not None and process.get_model_weights is not None:
+    description = process.description
+    if description.kept_models is not None and process.get_model_weights is not None:
       found['client'] = None
     state_type = process.initialize.type_signature.result.member
     if len(getattr(state_type, 'aggregated_model_weights', ())):
@@ -67,15 +80,11 @@ class Evaluation:
     self._task = task
     self._students = process.students
     self._has_student = process.get_model_weights is not None
-    self._clients = _clients(process)
+    self._clients = process.description.kept_models
     self.metric_names = self.names(process)
     self.client_states = None
     if isinstance(process, tff_kd.StatefulClientsProcess):
-      count = len(self._clients.specs) if self._clients is not None else 1
-      self.client_states = tff_kd.simulation.ClientStates(
-          process.initialize_client(), clients_dir,
-          cohort_fn=(lambda client: client % count) if count > 1 else None,
-      )
+      self.client_states = client_states(process, clients_dir)
     if self._clients is not None:
       self._client_evaluators = [
           tff_kd.evaluation.CentralEvaluator(spec) for spec in self._clients.specs
@@ -86,23 +95,21 @@ class Evaluation:
     }
 
   def models(self, state) -> dict[str, tuple[Any, Any]]:
-    """Name -> (evaluator, weights) of the server's models in a state."""
+    """Returns evaluator and weights of the server's models in a state, by name."""
     found = {}
 
-    def add(name: str, kind: str, weights: Any) -> None:
+    def add(name: str, weights: Any) -> None:
       if len(weights):
-        of_kind = _by_cohort(kind, self._students, self._students.unpack(weights))
-        names = _by_cohort(name, self._students, list(of_kind))
-        found.update(
-            (column, (self.evaluators[kind], of_kind[kind]))
-            for column, kind in names.items()
-        )
+        by_name = _by_cohort(name, self._students, self._students.unpack(weights))
+        for column, of_student in by_name.items():
+          kind = column.replace('student_before', 'student')
+          found[column] = (self.evaluators[kind], of_student)
 
     if self._has_student:
-      add('student', 'student', state.global_model_weights)
+      add('student', state.global_model_weights)
     if 'teacher' in self.evaluators:
       found['teacher'] = (self.evaluators['teacher'], state.teacher_weights)
-    add('student_before', 'student', getattr(state, 'aggregated_model_weights', ()))
+    add('student_before', getattr(state, 'aggregated_model_weights', ()))
     return found
 
   def __call__(self, state) -> dict[str, float]:
@@ -147,12 +154,12 @@ def _mean_of(values: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def monitored(task: tff_kd.data.Task) -> str:
-  """The name of the metric that decides which round is the best."""
+  """Returns the name of the metric that decides which round is the best."""
   return args.MONITOR.value or f'validation/student_{task.metric}'
 
 
 def best_in_words(task: tff_kd.data.Task) -> str:
-  """Which value of which metric the best round has."""
+  """Describes the value that the best round has."""
   monitor = monitored(task)
   return f"{'lowest' if task.is_lower_better(monitor) else 'highest'} {monitor}"
 
@@ -163,13 +170,12 @@ def over_clients(
     task: tff_kd.data.Task,
     test_split: Sequence[np.ndarray],
 ) -> tff_kd.evaluation.FederatedEvaluation:
-  """The task's metric over clients, each on its share of the test part."""
-  outputs = evaluator.outputs(weights, task.test.inputs)
+  """Evaluates the task's metric over clients, each on its share of the test part."""
+  outputs, counted = evaluator.outputs(weights, task.test.inputs), task.counted(task.test)
   values = [
       metric_of(outputs[rows], task.test.take(rows), evaluator.spec, task)
-      for rows in test_split
+      for rows in test_split if counted[rows].any()
   ]
-  values = [value for value in values if value is not None]
   return tff_kd.evaluation.over_clients(
       np.array(values), lower_is_better=task.is_lower_better()
   )
@@ -180,10 +186,10 @@ def metric_of(
     examples: tff_kd.data.Examples,
     spec: tff_kd.models.ModelSpec,
     task: tff_kd.data.Task,
-) -> Optional[float]:
-  """Returns the task's metric alone; `None` where no example counts."""
+) -> float:
+  """Returns the task's metric alone; NaN where no example counts."""
   if not task.counted(examples).any():
-    return None
+    return float('nan')
   name = task.metric
   return tff_kd.evaluation.score(
       outputs, examples.labels, spec=spec, names=[name],

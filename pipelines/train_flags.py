@@ -9,6 +9,7 @@ from typing import Any, Optional, Union
 from absl import app
 from absl import flags
 
+from pipelines import run_folders
 from pipelines import task_defaults
 from pipelines import topics
 from tff_kd import algorithms
@@ -17,7 +18,7 @@ from tff_kd import data
 from tff_kd.knowledge import rules
 from tff_kd import own_files
 
-# The keys of the job's tables.
+# The keys of the tables in `train_process`.
 OPTIMIZERS = ['adam', 'sgd']
 SCHEDULES = ['constant', 'cosine']
 # Schedules of learning rates over rounds.
@@ -267,7 +268,6 @@ NOISE_MULTIPLIER = flags.DEFINE_float(
     'The standard deviation of the noise divided by the clip, equivalent to that of '
     'all channels together.', lower_bound=0.0,
 )
-_IS_CLIP = '--%s must be a number above 0, inf, or adaptive.'
 
 
 def _is_clip(text: Optional[str]) -> bool:
@@ -288,7 +288,9 @@ KNOWLEDGE_CLIP = flags.DEFINE_string(
     'unset adaptive, and 50 for fd and fed_proto.',
 )
 for _clip in (MODEL_CLIP, KNOWLEDGE_CLIP):
-  flags.register_validator(_clip, _is_clip, _IS_CLIP % _clip.name)
+  flags.register_validator(
+      _clip, _is_clip, f'--{_clip.name} must be a number above 0, inf, or adaptive.'
+  )
 KNOWLEDGE_SHARE = flags.DEFINE_float(
     'knowledge_share', 0.5,
     'The share of the privacy budget for predictions, if weights are uploaded as well.',
@@ -485,7 +487,7 @@ CONSENSUS = flags.DEFINE_string(
     'clients whose classes differ; see --prior. A path that ends in .py is '
     "a rule of your own (examples/own_rule.py). Unset: the algorithm's own.",
 )
-# Without TensorFlow, unless the rule is of the user's own.
+# Needs no TensorFlow, unless the rule is the user's own.
 flags.register_validator(CONSENSUS, _is_known(rules.check))
 PRIOR = flags.DEFINE_string(
     'prior', None,
@@ -740,7 +742,7 @@ RAY_RESOURCES = flags.DEFINE_list(
 
 
 def output_dir(script: str) -> pathlib.Path:
-  """--output_dir, or a script's folder for the task."""
+  """Returns --output_dir, or a script's folder for the task."""
   task = pathlib.Path(TASK.value).stem
   return pathlib.Path(OUTPUT_DIR.value or f'runs/{script}-{task}')
 
@@ -763,7 +765,7 @@ def prior() -> Union[None, str, list[float]]:
 
 
 def target() -> Union[None, float, str]:
-  """--target: a name, or the share of the ensemble.
+  """Returns --target: a name, or the share of the ensemble.
 
   Raises:
     flags.ValidationError: If it is neither.
@@ -779,7 +781,7 @@ def target() -> Union[None, float, str]:
     ) from None
 
 
-# Flags that are made into a parameter of builders, which only some algorithms have.
+# By parameter of builders, the flags that it is made of; not all algorithms have it.
 _FLAGS_OF_PARAMETER = {
     'transfer_set': [
         'coverage', 'transfer_per_round', 'transfer_validation', 'consensus',
@@ -801,7 +803,7 @@ _FLAGS_OF_PARAMETER = {
     'mentor_fn': ['mentor'],
     'generator_optimizer': ['generator_learning_rate'],
 }
-# Flags of the averaging of weights, whether an algorithm has such parameters or not.
+# Flags that have an effect with all algorithms that average weights.
 _AVERAGING = (
     'server_optimizer', 'server_learning_rate', 'server_rate_schedule',
     'server_warmup_rounds', 'client_weighting', 'local_target',
@@ -838,7 +840,7 @@ def is_taken(algorithm: algorithms.Info, name: str) -> bool:
   if name == 'prior':
     return algorithm.consensus is not None or 'calibrate_on' in algorithm.parameters
   if name == 'clients_start_from':
-    # These change the average of the algorithms that average weights.
+    # These make the released student differ from the average.
     changes = {'student_optimizer', 'calibrate_on'} & set(algorithm.parameters)
     return algorithm.averages and bool(changes)
   if name == 'student_start':
@@ -864,24 +866,23 @@ _NOT_REPEATED = frozenset({'config', 'dry_run', 'output_dir', 'resume'})
 _WHERE = frozenset({'device', 'runtime', 'ray_address', 'ray_workers', 'ray_resources'})
 # Flags that decide what the others are by default.
 _OF_DEFAULTS = ('task', 'algorithm', 'data_dir')
-# In the folder of a run.
-CONFIG_NAME = 'config.json'
 
 
 def own_flags() -> dict[str, flags.Flag]:
-  """The flags of this module, by name."""
+  """Returns the flags of this module, by name."""
   by_module = flags.FLAGS.flags_by_module_dict()
   return {flag.name: flag for flag in by_module[__name__]}
 
 
-# How predictions are combined and coded: a task's defaults of these go together.
+# Flags of how predictions are combined and coded. A task's defaults of these are taken
+# all or none.
 _OF_PREDICTIONS = frozenset(
     {'consensus', 'prior', 'prediction_bits', 'prediction_top', 'knowledge_bits'}
 )
 
 
 def _task_defaults(task: str, algorithm: str) -> dict[str, Any]:
-  """The defaults of a task with an algorithm.
+  """Returns the defaults of a task with an algorithm.
 
   Raises:
     app.UsageError: If there is no such task or algorithm, or it names what is no flag.
@@ -939,7 +940,7 @@ def _take(defaults: Mapping[str, Any]) -> set[str]:
       if defaults.get(name) is not None:
         defaults[name] = min(defaults[name], TRANSFER_SIZE.value)
   if 'transfer_labels' in given and not TRANSFER_LABELS.value:
-    given.add('distillation_weight')  # There is nothing else to learn from.
+    given.add('distillation_weight')  # There are no labels to share the loss with.
   taken = set(defaults) - given
   for name in taken:
     flags.FLAGS[name].value = defaults[name]
@@ -963,7 +964,7 @@ def take_defaults() -> None:
     _take_config(pathlib.Path(CONFIG.value), _NOT_REPEATED)
 
 
-def take_run(run_dir: pathlib.Path) -> dict[str, Any]:
+def take_run(run_dir: pathlib.Path) -> None:
   """Gives the flags that are not given those of a run that a script looks at.
 
   But for those that say where it runs: that is this script's own.
@@ -971,22 +972,19 @@ def take_run(run_dir: pathlib.Path) -> dict[str, Any]:
   Args:
     run_dir: The folder of the run.
 
-  Returns:
-    The run's flags, by name.
-
   Raises:
     app.UsageError: As `take_defaults`.
   """
-  return _take_config(run_dir / CONFIG_NAME, _NOT_REPEATED | _WHERE)
+  _take_config(run_dir / run_folders.CONFIG, _NOT_REPEATED | _WHERE)
 
 
-def _take_config(path: pathlib.Path, left: Set[str]) -> dict[str, Any]:
-  """Takes the flags of a run, but for those that are left out; returns all of them."""
+def _take_config(path: pathlib.Path, left: Set[str]) -> None:
+  """Takes the flags of a run, but for those that are left out."""
   values, given = _read_config(path)
   known = own_flags()
   for name in given - left:
     if not known[name].present:
-      # As if it was given: that it does not fit the other flags must be said.
+      # As if given here, so that a conflict with the other flags is an error.
       known[name].value, known[name].present = values[name], 1
   for name in _OF_DEFAULTS:
     if not known[name].present and name in values:
@@ -995,18 +993,17 @@ def _take_config(path: pathlib.Path, left: Set[str]) -> dict[str, Any]:
   ran_with = [values.get(name, known[name].value) for name in _OF_DEFAULTS]
   if [known[name].value for name in _OF_DEFAULTS] != ran_with:
     _take(defaults)
-    return values
+    return
   of_run = {
       name: value for name, value in values.items() if name not in given | left
   }
   for name in _take(defaults | of_run) & set(of_run):
-    # A user's own task, which has more defaults once it is loaded, must leave it.
+    # The defaults of a user's own task, taken once it is loaded, must not replace it.
     known[name].using_default_value = False
-  return values
 
 
 def _read_config(path: pathlib.Path) -> tuple[dict[str, Any], set[str]]:
-  """The flags of a run, and which of them were given.
+  """Returns the flags of a run, and which of them were given.
 
   Raises:
     app.UsageError: If there is no such file, or it is of another version.

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterator, Mapping
 import contextlib
-import csv
 import datetime
 import json
 import math
@@ -10,7 +9,6 @@ import pathlib
 import shlex
 from typing import Any
 
-from absl import app
 import numpy as np
 import tensorflow as tf
 
@@ -23,12 +21,9 @@ from pipelines import UserError
 import tff_kd
 from tff_kd.compat import tff
 
-# Written when a run is over.
-RESULTS = 'results.json'
-
 
 def named() -> pathlib.Path:
-  """The run folder, as flags name it."""
+  """Returns the folder of the run, as flags name it."""
   if args.OUTPUT_DIR.value:
     return pathlib.Path(args.OUTPUT_DIR.value)
   now = datetime.datetime.now().strftime('%Y%m%d-%H%M%S')
@@ -38,9 +33,9 @@ def named() -> pathlib.Path:
 
 def check(run_dir: pathlib.Path) -> None:
   """Refuses a folder that holds another run than this one, or none to resume."""
-  config, path = args.config()['flags'], run_dir / args.CONFIG_NAME
-  # One that ended before its first round left nothing to go on with.
-  has_rounds = (run_dir / 'metrics.csv').exists()
+  config, path = args.config()['flags'], run_dir / run_folders.CONFIG
+  # A run that ended before its first round left nothing to go on with.
+  has_rounds = (run_dir / run_folders.METRICS).exists()
   if path.exists() and has_rounds:
     if not args.RESUME.value:
       raise UserError(
@@ -50,9 +45,9 @@ def check(run_dir: pathlib.Path) -> None:
     before = json.loads(path.read_text())['flags']
     free = set(args.FREE_ON_RESUME)
     if args.NOISE_MULTIPLIER.value is not None:
-      free.add('epsilon')  # The budget only.
+      free.add('epsilon')  # It is only the budget.
     elif args.EPSILON.value is not None:
-      free.discard('rounds')  # The noise was found for them.
+      free.discard('rounds')  # The noise was computed for them.
     if train_checks.has_falling_rate():
       free.discard('rounds')  # Rates fall to 0 after the last of them.
     changed = sorted(
@@ -68,20 +63,10 @@ def check(run_dir: pathlib.Path) -> None:
     raise UserError(f'{run_dir} holds no run to resume (no rounds).')
 
 
-@contextlib.contextmanager
-def _locked(run_dir: pathlib.Path) -> Iterator[None]:
-  with contextlib.ExitStack() as stack:
-    try:
-      stack.enter_context(parallel.exclusive_lock(run_dir))
-    except app.UsageError as error:
-      raise UserError(str(error)) from None
-    yield
-
-
 def check_free(run_dir: pathlib.Path) -> None:
   """Refuses a folder that another run is in, before anything is built for this one."""
   if run_dir.exists():
-    with _locked(run_dir):
+    with parallel.exclusive_lock(run_dir):
       pass
 
 
@@ -100,14 +85,14 @@ def held(run_dir: pathlib.Path) -> Iterator[pathlib.Path]:
   """
   if not args.OUTPUT_DIR.value:
     run_dir = _new(run_dir)
-  with _locked(run_dir):
+  with parallel.exclusive_lock(run_dir):
     check(run_dir)
     versions = {m.__name__: m.__version__ for m in (tf, tff, np)}
     run_folders.write_json(
-        run_dir / args.CONFIG_NAME, {**args.config(), 'versions': versions}
+        run_dir / run_folders.CONFIG, {**args.config(), 'versions': versions}
     )
-    # Those of a run that goes on are not of what it will leave.
-    (run_dir / RESULTS).unlink(missing_ok=True)
+    # The results of a run that goes on will be others.
+    (run_dir / run_folders.RESULTS).unlink(missing_ok=True)
     yield run_dir
 
 
@@ -124,31 +109,22 @@ def _new(run_dir: pathlib.Path) -> pathlib.Path:
 
 
 def resume_command(run_dir: pathlib.Path) -> str:
-  """The command that goes on with a run, all of whose flags are in the folder."""
+  """Returns the command that goes on with a run, whose flags are in the folder."""
   words = [
-      'python', '-m', 'pipelines.train', f'--config={run_dir / args.CONFIG_NAME}',
+      'python', '-m', 'pipelines.train', f'--config={run_dir / run_folders.CONFIG}',
       f'--output_dir={run_dir}',
   ]
   return shlex.join(words)
 
 
-def read_history(path: pathlib.Path) -> list[dict[str, float]]:
-  """The rows of metrics.csv, a resumed run's earlier rounds included."""
-  with open(path, newline='') as file:
-    return [
-        {key: float(value) for key, value in row.items() if value != ''}
-        for row in csv.DictReader(file)
-    ]
-
-
 def best_row(
     history: list[dict[str, float]], rounds: int, monitor: str, task: tff_kd.data.Task
 ) -> dict[str, float]:
-  """The row with the best monitored metric within the first rounds."""
+  """Returns the row with the best monitored metric within the first rounds."""
   sign = -1.0 if task.is_lower_better(monitor) else 1.0
 
   def value(row: dict[str, float]) -> float:
-    # A round that has diverged, not a number, is the worst.
+    # NaN, of a round that has diverged, is the worst.
     return -math.inf if math.isnan(row[monitor]) else sign * row[monitor]
 
   return max((row for row in history if row['round'] <= rounds), key=value)
@@ -173,6 +149,6 @@ def save_models(
       released.save(specs[name].to_keras(weights), run_dir, name)
     sent = name.replace('student_before', 'student')
     if name != sent and sends_average:
-      # From these clients really begin, for what repeats their training.
+      # Clients begin with these, which `pipelines.audit` needs to repeat their training.
       (run_dir / released.SENT).mkdir(exist_ok=True)
       released.save(specs[sent].to_keras(weights), run_dir / released.SENT, sent)

@@ -15,6 +15,7 @@ import keras
 import tensorflow as tf
 
 import pipelines
+from pipelines import run_folders
 from pipelines import tables
 from pipelines import train_alone
 from pipelines import train_checks
@@ -34,7 +35,7 @@ _CLIENT_BYTES = tff_kd.communication.CLIENT_BYTES
 
 
 def run() -> None:
-  """The whole job."""
+  """Trains and reports, or prints the plan of a dry run."""
   with contextlib.ExitStack() as stack:
     with train_setup.errors_for_users():
       run_dir = None if args.DRY_RUN.value else train_folder.named()
@@ -55,7 +56,7 @@ def _run_in(
   """Trains and reports; says how to go on where that ends early."""
   try:
     with train_setup.runtime(), concurrent.futures.ThreadPoolExecutor(1) as pool:
-      if accountant is None:  # Beside the first round, which leaves a core free.
+      if accountant is None:  # During the first round, which leaves a core free.
         drawn = pool.submit(train_report.draw_partition, setup, run_dir)
       _train_and_report(setup, accountant, run_dir)
       if accountant is None:
@@ -69,7 +70,7 @@ def _run_in(
       tff_kd.runtime.NoWorkerError,
   ) as error:
     raise UserError(str(error)) from error
-  # Both of them where a disk is full.
+  # A full disk raises either.
   except (OSError, tf.errors.ResourceExhaustedError) as error:
     reason = str(error).splitlines()[0]
     raise UserError(
@@ -103,7 +104,8 @@ def _train_and_report(
 ) -> None:
   task, process = setup.task, setup.process
   specs = train_evaluation.specs_of(process)
-  # When a process begins with them, and once: those of clients pre-train themselves.
+  # Pre-trained once, when the first process begins with them; the models that clients
+  # keep are pre-trained by the clients.
   pretrained = functools.cache(lambda name: train_alone.pretrain(specs[name], task))
 
   def initial_state(of_process):
@@ -130,11 +132,11 @@ def _train_and_report(
   )
 
   baseline = None
-  # Not by its name: a file of the user's may have a function of the same name.
+  # Not compared by name: a user's file may have a function of the same name.
   is_fed_avg = args.algorithm().build is algorithms.build_fed_avg
   if args.FEDAVG.value and not is_fed_avg and accountant is None:
     baseline = _train_fed_avg(setup, initial_state, result.round_num, history, run_dir)
-  # What the server could do without any client: the honest lower bound.
+  # The lower bound: what the server achieves without any client.
   alone = lambda: {}
   with concurrent.futures.ThreadPoolExecutor(1) as pool:
     if args.TRANSFER_LABELS.value:
@@ -173,7 +175,7 @@ def _train_fed_avg(
   keras.utils.set_random_seed(args.SEED.value)
   pipelines.say('Building fed_avg, to compare with.')
   process = algorithms.build_fed_avg(**setup.common)
-  moved = int(train_report.megabytes(history)[-1] * 1e6)
+  moved = int(run_folders.megabytes(history)[-1] * 1e6)
   for_bytes = moved // tff_kd.communication.round_bytes(process).total
   _, rows = _train(
       process, initial_state(process),
@@ -232,7 +234,7 @@ def _train(
   )
   if result.interrupted:
     raise KeyboardInterrupt
-  return result, train_folder.read_history(metrics_path)
+  return result, run_folders.read_history(metrics_path)
 
 
 class _Summary:
@@ -247,8 +249,8 @@ class _Summary:
 
   def __call__(self, training: Any, metrics: Mapping[str, float]) -> str:
     del training
-    if self._moved is None:  # With the rounds before a resumed run.
-      history = train_folder.read_history(self._path)
+    if self._moved is None:  # With the rounds before the run was resumed.
+      history = run_folders.read_history(self._path)
       self._moved = sum(row[_CLIENT_BYTES] for row in history)
     else:
       self._moved += metrics[_CLIENT_BYTES]
@@ -266,12 +268,12 @@ class _Summary:
 
 
 def _trackers(run_dir: pathlib.Path, prefix: str) -> list[tff_kd.simulation.Callback]:
-  """The trackers that --tracker names, beside TensorBoard."""
+  """Returns the trackers that --tracker names, except TensorBoard."""
   project, name = f'tff_kd {args.TASK.value}', f'{run_dir.name}{prefix and " FedAvg"}'
   settings = {key: flag.value for key, flag in sorted(args.own_flags().items())}
   found = []
   if 'mlflow' in args.TRACKER.value:
-    # As MLflow is set up, or else in the run's folder.
+    # Where MLflow is set up to, or else in the run's folder.
     store = f'sqlite:///{run_dir.absolute() / "mlflow.db"}'
     is_set_up = 'MLFLOW_TRACKING_URI' in os.environ
     found.append(
@@ -291,10 +293,11 @@ def _trackers(run_dir: pathlib.Path, prefix: str) -> list[tff_kd.simulation.Call
 
 
 class _ModelsTogether(tff.program.ReleaseManager):
-  """To TensorBoard, a curve a model: student and teacher are on one chart.
+  """Writes metrics to TensorBoard so that student and teacher share a chart.
 
-  A chart is a tag, and a curve in it a folder: `test/teacher_accuracy` goes as
-  `test/accuracy` to the folder `teacher`; what is about no model, to `round`.
+  TensorBoard draws a chart for each tag, and in it a curve for each folder:
+  `test/teacher_accuracy` goes as `test/accuracy` to the folder `teacher`, and metrics of
+  no model go to `round`.
   """
 
   def __init__(self, folder: pathlib.Path, names: Mapping[str, tuple[str, str]]):

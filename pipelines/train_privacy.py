@@ -7,6 +7,7 @@ from typing import Any, Optional, Union
 
 import numpy as np
 
+from pipelines import run_folders
 from pipelines import train_checks
 from pipelines import train_flags as args
 from pipelines import UserError
@@ -27,7 +28,7 @@ def sampling() -> privacy.ClientSampling:
 
 
 def build_guards() -> dict[str, Any]:
-  """How what clients send is private and secure: arguments of a process."""
+  """Returns the arguments of a process for privacy and secure aggregation."""
   found = {}
   if train_checks.is_private():
     noise = args.NOISE_MULTIPLIER.value
@@ -52,7 +53,7 @@ def build_guards() -> dict[str, Any]:
         model_bound=args.SECURE_MODEL_BOUND.value,
         knowledge_bound=args.SECURE_KNOWLEDGE_BOUND.value,
         bits=args.SECURE_BITS.value,
-        # With late ones, more may report than were chosen.
+        # With late reports, more clients may report than were chosen.
         max_clients=args.NUM_CLIENTS.value,
     )
   return found
@@ -94,7 +95,7 @@ def check_budget(process) -> None:
 def build_accountant(
     process, run_dir: Optional[pathlib.Path]
 ) -> privacy.PrivacyAccountant:
-  """The accountant of a private run, whose ledger is in its folder, if it has one."""
+  """Builds the accountant of a private run; the ledger is in the folder, if given."""
   return privacy.build_accountant(
       process.protection,
       sampling=sampling(),
@@ -108,7 +109,7 @@ def sampling_seed(run_dir: pathlib.Path) -> int:
   """Returns the secret seed of participation, which the privacy account requires."""
   path = run_dir / LEDGER
   if not path.exists():
-    if (run_dir / 'metrics.csv').exists():
+    if (run_dir / run_folders.METRICS).exists():
       raise UserError(
           f'{path} is not there, so that what the rounds of this run have spent is not '
           'known. Bring it back from a copy, or name another --output_dir.'
@@ -131,7 +132,7 @@ def print_guards(process, accountant: Optional[privacy.PrivacyAccountant]) -> No
         f'{accountant.delta:g} after {args.ROUNDS.value} rounds. It is against those who '
         'see models and broadcasts; the server adds the noise, and is trusted.'
     )
-    if getattr(process, 'kept_models', None) is not None:
+    if process.description.kept_models is not None:
       print(
           "The accuracy of clients' own models is the simulator's look at what never "
           'leaves them: it is in no account.'

@@ -27,7 +27,7 @@ _OPTIMIZERS = {
 _SCHEDULES = {'constant': None, 'cosine': tff_kd.cosine_schedule}
 # The smallest array that is rounded on its way up.
 _ROUNDED_FROM = 1000
-# What a maker returns where the builder's own default is to stay.
+# Returned by a maker if the builder's own default is to stay.
 _UNSET = object()
 
 
@@ -46,16 +46,11 @@ def _client_optimizer() -> tff.learning.optimizers.Optimizer:
 
 def schedules() -> list[tff_kd.simulation.LearningRateSchedule]:
   """Returns the learning-rate schedules over --rounds that flags ask for."""
-  flags_of = {
-      'client': (
-          args.CLIENT_RATE_SCHEDULE, args.CLIENT_RATE, args.CLIENT_WARMUP_ROUNDS
-      ),
-      'server': (
-          args.SERVER_RATE_SCHEDULE, args.SERVER_RATE, args.SERVER_WARMUP_ROUNDS
-      ),
-  }
   found = []
-  for optimizer, (kind, rate, warmup) in flags_of.items():
+  for optimizer, kind, rate, warmup in (
+      ('client', args.CLIENT_RATE_SCHEDULE, args.CLIENT_RATE, args.CLIENT_WARMUP_ROUNDS),
+      ('server', args.SERVER_RATE_SCHEDULE, args.SERVER_RATE, args.SERVER_WARMUP_ROUNDS),
+  ):
     if kind.value != 'constant' or warmup.value:
       found.append(
           tff_kd.simulation.LearningRateSchedule(
@@ -70,25 +65,24 @@ def schedules() -> list[tff_kd.simulation.LearningRateSchedule]:
 
 
 def _aggregator(
-    channel: str, methods: Sequence[str], norm_bound: Optional[float],
-    bits: Optional[int],
+    methods: Sequence[str], norm_bound: Optional[float], bits: Optional[int]
 ) -> Optional[tff.aggregators.WeightedAggregationFactory]:
-  """How one channel is compressed and made robust; `None` where it is neither."""
+  """Returns the aggregator of a channel; `None` if it is neither coded nor robust."""
   factory = None
   if bits is not None:
-    # Not TFF's random rounding: a resumed run could not repeat it.
+    # A resumed run could not repeat TFF's random rounding.
     factory = tff.aggregators.MeanFactory(
         tff.aggregators.EncodedSumFactory.quantize_above_threshold(
             bits, _ROUNDED_FROM - 1, stochastic=False
         )
     )
-    # As TFF's compression_aggregator.
+    # The same as in TFF's compression_aggregator.
     factory = robust.build_adaptive_mean(
         'zeroing' in methods, 'clipping' in methods, factory
     )
   elif 'median' in methods or 'trimmed_mean' in methods:
     factory = robust.TrimmedMeanFactory(
-        # With late ones, more may report than were chosen; all of them count.
+        # With late reports, more clients may report than were chosen.
         sample_size=args.NUM_CLIENTS.value,
         trimmed_share=0.5 if 'median' in methods else args.TRIMMED_SHARE.value,
     )
@@ -117,20 +111,17 @@ def common_arguments(
       metrics_fn=task.metrics_fn,
       client_optimizer=_client_optimizer(),
       model_aggregator=_aggregator(
-          'model', args.ROBUST_MODEL.value, args.MODEL_NORM_BOUND.value,
-          args.MODEL_BITS.value,
+          args.ROBUST_MODEL.value, args.MODEL_NORM_BOUND.value, args.MODEL_BITS.value
       ),
   )
-  if any(flag.present or flag.value != flag.default for flag in _of_server_optimizer()):
+  of_server = (args.SERVER_OPTIMIZER, args.SERVER_RATE, args.SERVER_RATE_SCHEDULE)
+  if any(flag.present or flag.value != flag.default for flag in of_server):
     build = _OPTIMIZERS[args.SERVER_OPTIMIZER.value]
     common['server_optimizer'] = build(args.SERVER_RATE.value)
   if args.WEIGHTING.value is not None or train_checks.is_private():
-    common['client_weighting'] = tff.learning.ClientWeighting[_weighting().upper()]
+    weighting = args.WEIGHTING.value or 'uniform'
+    common['client_weighting'] = tff.learning.ClientWeighting[weighting.upper()]
   return common
-
-
-def _of_server_optimizer() -> list[flags.FlagHolder]:
-  return [args.SERVER_OPTIMIZER, args.SERVER_RATE, args.SERVER_RATE_SCHEDULE]
 
 
 def build_process(
@@ -168,15 +159,10 @@ def build_process(
   return algorithm.build(**kwargs)
 
 
-def _weighting() -> str:
-  unset = 'uniform' if train_checks.is_private() else 'num_examples'
-  return args.WEIGHTING.value or unset
-
-
 def _local_terms(
     algorithm: algorithms.Info,
 ) -> list[tff_kd.client.local_terms.LocalTerm]:
-  """The terms of the clients' loss that flags add to the algorithm's own."""
+  """Returns the terms of the clients' loss that flags add to the algorithm's own."""
   of_algorithm, terms = set(algorithm.flags.values()), []
   if args.LOCAL_TARGET.value != 'none':
     terms.append(
@@ -196,12 +182,7 @@ def _local_terms(
     )
   if args.PROXIMAL_WEIGHT.value and 'proximal_weight' not in of_algorithm:
     terms.append(tff_kd.ProximalTerm(weight=args.PROXIMAL_WEIGHT.value))
-  return [*terms, *_terms_for_label_skew()]
-
-
-def _terms_for_label_skew() -> list[tff_kd.client.local_terms.LocalTerm]:
-  """The terms that look at how often a client has each class."""
-  terms = []
+  # Terms that look at how often a client has each class.
   if args.PRIOR_TAU.value:
     terms.append(
         tff_kd.PriorCorrection(
@@ -215,9 +196,8 @@ def _terms_for_label_skew() -> list[tff_kd.client.local_terms.LocalTerm]:
   return terms
 
 
-def _consensus_rule(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  """How clients' predictions are combined, and how they are compressed."""
-  del task
+def _consensus_rule(algorithm: algorithms.Info) -> Any:
+  """Returns how clients' predictions are combined and compressed."""
   if algorithm.consensus is None:
     return _UNSET
   given = (
@@ -242,7 +222,7 @@ def _consensus_rule(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
 
 
 def _companion(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  """What gives the densities by which some rules weigh."""
+  """Returns the companion that gives the densities by which some rules weigh."""
   if algorithm.consensus is None or args.CONSENSUS.value not in rules.BY_DENSITY:
     return _UNSET
   if task.num_classes is None:
@@ -269,26 +249,24 @@ def _coded(rule: knowledge.ConsensusRule) -> knowledge.ConsensusRule:
   return knowledge.TopClasses(rule, top)
 
 
-def _public_rows(
+def _split_transfer(
     algorithm: algorithms.Info, task: tff_kd.data.Task
-) -> tuple[np.ndarray, np.ndarray]:
-  """The rows of the transfer examples that are distilled on, and of the negatives."""
+) -> tuple[tff_kd.data.Examples, tff_kd.data.Examples]:
+  """Returns the transfer examples to distil on, and those that are negatives."""
   rows = np.arange(len(task.transfer))
   left = len(rows)
   if 'negatives' in algorithm.parameters:
     left -= args.NUM_NEGATIVES.value
-  return rows[:left], rows[left:]
+  return task.transfer.take(rows[:left]), task.transfer.take(rows[left:])
 
 
 def _negatives(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  rows = _public_rows(algorithm, task)[1]
-  return tff_kd.TransferSet(
-      task.transfer.take(rows).inputs, directory=args.CACHE_DIR.value
-  )
+  negatives = _split_transfer(algorithm, task)[1]
+  return tff_kd.TransferSet(negatives.inputs, directory=args.CACHE_DIR.value)
 
 
 def _transfer_set(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  public = task.transfer.take(_public_rows(algorithm, task)[0])
+  public = _split_transfer(algorithm, task)[0]
   has_labels = np.arange(len(public)) < args.TRANSFER_LABELS.value
   has_labels &= public.counted
   return tff_kd.TransferSet(
@@ -302,37 +280,28 @@ def _transfer_set(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
   )
 
 
-def _calibrate_on(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  del algorithm
+def _calibrate_on(task: tff_kd.data.Task) -> Any:
   if not args.CALIBRATE.value:
     return None
   return tff_kd.TransferSet(task.transfer.inputs, directory=args.CACHE_DIR.value)
 
 
-def _prior(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  del algorithm, task
-  return args.prior() if args.CALIBRATE.value else None
-
-
-def _clients_start_from(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  del task
+def _clients_start_from(algorithm: algorithms.Info) -> Optional[str]:
   if 'back_distillation' in algorithm.parameters and not args.BACK.value:
-    return None  # A task's default; what is given is refused.
+    return None  # It is a task's default; a given value is refused.
   return args.CLIENTS_START_FROM.value
 
 
-def _knowledge_aggregator(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  del task
+def _knowledge_aggregator(algorithm: algorithms.Info) -> Any:
   if 'transfer_set' not in algorithm.parameters:
     return _UNSET
   return _aggregator(
-      'knowledge', args.ROBUST_KNOWLEDGE.value, args.KNOWLEDGE_NORM_BOUND.value,
+      args.ROBUST_KNOWLEDGE.value, args.KNOWLEDGE_NORM_BOUND.value,
       args.KNOWLEDGE_BITS.value,
   )
 
 
-def _epsilon(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  del algorithm, task
+def _epsilon() -> Any:
   epsilon = args.CERTAINTY_EPSILON.value
   if epsilon is None:
     return _UNSET
@@ -342,7 +311,7 @@ def _epsilon(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
 def _distillation(
     algorithm: algorithms.Info, task: tff_kd.data.Task, parameter: str, **own: Any
 ) -> Any:
-  """The builder's default settings with the flags that were set."""
+  """Returns the builder's default settings, changed by the flags that were set."""
   if args.AUGMENT.value and task.augment is None:
     raise UserError(
         f'--augment: the task {task.name} has no random change of its inputs '
@@ -364,7 +333,7 @@ def _distillation(
 
 
 def _forward(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-  # A teacher goes on from where it is.
+  # A teacher always starts from its present weights.
   is_student = 'teacher_fn' not in algorithm.parameters
   found = _distillation(
       algorithm, task, 'distillation', target=args.target(),
@@ -385,34 +354,28 @@ def _back(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
   )
 
 
-def _adam(flag: flags.FlagHolder) -> Callable[..., Any]:
-  """Makes Adam with the rate of a flag, if it is given."""
-
-  def make(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
-    del algorithm, task
-    if flag.value is None:
-      return _UNSET
-    return tff.learning.optimizers.build_adam(flag.value)
-
-  return make
+def _adam(learning_rate: Optional[float]) -> Any:
+  if learning_rate is None:
+    return _UNSET
+  return tff.learning.optimizers.build_adam(learning_rate)
 
 
-# By parameter of a builder, what makes it of the flags: (algorithm, task) -> a value.
+# By parameter of a builder, the function that makes its value of the flags.
 _MAKERS: dict[str, Callable[[algorithms.Info, tff_kd.data.Task], Any]] = {
     'negatives': _negatives,
-    'epsilon': _epsilon,
+    'epsilon': lambda algorithm, task: _epsilon(),
     'transfer_set': _transfer_set,
-    'calibrate_on': _calibrate_on,
-    'prior': _prior,
-    'clients_start_from': _clients_start_from,
-    'consensus_rule': _consensus_rule,
+    'calibrate_on': lambda algorithm, task: _calibrate_on(task),
+    'prior': lambda algorithm, task: args.prior() if args.CALIBRATE.value else None,
+    'clients_start_from': lambda algorithm, task: _clients_start_from(algorithm),
+    'consensus_rule': lambda algorithm, task: _consensus_rule(algorithm),
     'companion': _companion,
-    'knowledge_aggregator': _knowledge_aggregator,
+    'knowledge_aggregator': lambda algorithm, task: _knowledge_aggregator(algorithm),
     'mentor_fn': lambda algorithm, task: task.teachers[args.MENTOR.value],
     'teacher_fn': lambda algorithm, task: task.teachers[args.TEACHER.value],
-    'generator_optimizer': _adam(args.GENERATOR_RATE),
-    'teacher_optimizer': _adam(args.TEACHER_RATE),
-    'student_optimizer': _adam(args.STUDENT_RATE),
+    'generator_optimizer': lambda algorithm, task: _adam(args.GENERATOR_RATE.value),
+    'teacher_optimizer': lambda algorithm, task: _adam(args.TEACHER_RATE.value),
+    'student_optimizer': lambda algorithm, task: _adam(args.STUDENT_RATE.value),
     'distillation': _forward,
     'back_distillation': _back,
 }

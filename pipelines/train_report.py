@@ -22,18 +22,17 @@ from pipelines import train_privacy
 from pipelines import train_setup
 import tff_kd
 
-# FedAvg, to compare with, gets so many times the rounds at most: where predictions are
-# large, the same bytes would be a hundred times the rounds.
+# FedAvg in the comparison has at most this many times the rounds. Where predictions are
+# large, the same bytes would take a hundred times the rounds.
 _MOST_FED_AVG = 3
-_CLIENT_BYTES = tff_kd.communication.CLIENT_BYTES
 
 
 class Baseline(NamedTuple):
-  """FedAvg of the same student, beside a run.
+  """FedAvg of the same student, to compare a run with.
 
   Attributes:
-    rows: Those of its metrics.csv.
-    for_bytes: In how many rounds it moves as many bytes as the run.
+    rows: The rows of its metrics.csv.
+    for_bytes: The number of rounds in which it moves as many bytes as the run.
   """
 
   rows: list[dict[str, float]]
@@ -42,7 +41,7 @@ class Baseline(NamedTuple):
 
 def most_fed_avg(num_rounds: int) -> int:
   """Returns how many rounds FedAvg is given at most, beside so many of the run."""
-  # Where rates have fallen to 0 there is nothing to be had of more.
+  # After the learning rates have fallen to 0, more rounds change nothing.
   if train_checks.has_falling_rate():
     return args.ROUNDS.value
   return _MOST_FED_AVG * num_rounds
@@ -95,13 +94,13 @@ def print_plan(setup: train_setup.Setup) -> None:
   for name, value in each._asdict().items():
     if value:
       total = value * clients * rounds / 1e6
-      rows.append((name.replace('_', ' '), f'{value / 1e6:.3g}', f'{total:.4g}'))
+      rows.append((tables.words(name), f'{value / 1e6:.3g}', f'{total:.4g}'))
   total = each.total * clients * rounds / 1e6
   rows.append(('all', f'{each.total / 1e6:.3g}', f'{total:.4g}'))
   state = tff_kd.communication.type_bytes(
       process.initialize.type_signature.result.member
   )
-  # Progress has the last state and the best, and two checkpoints stay.
+  # Two checkpoints are kept, each with the last state and the best one.
   held = [
       ('held, MB', ''),
       ("the server's state", f'{state / 1e6:.3g}'),
@@ -128,13 +127,13 @@ class Finished:
   """A training that is over.
 
   Attributes:
-    setup: What it began with.
-    evaluation: What judged its rounds.
-    result: What it ended with.
+    setup: The parts of the run.
+    evaluation: The evaluation of each round.
+    result: The result of the training.
     history: The rows of metrics.csv.
     baseline: FedAvg; `None` without that comparison.
-    accountant: The privacy accountant of a private run; else `None`.
-    run_dir: The run's folder.
+    accountant: The privacy accountant; `None` if the run is not private.
+    run_dir: The folder of the run.
   """
 
   setup: train_setup.Setup
@@ -151,7 +150,7 @@ class Finished:
 
   @functools.cached_property
   def best(self) -> dict[str, float]:
-    """The best round's row."""
+    """Returns the row of the best round."""
     monitor = train_evaluation.monitored(self.task)
     return train_folder.best_row(
         self.history, self.result.round_num, monitor, self.task
@@ -159,13 +158,13 @@ class Finished:
 
   @functools.cached_property
   def scores(self) -> list[str]:
-    """The names of the scores that the table has."""
+    """Returns the names of the scores in the table."""
     names = tff_kd.evaluation.score_names(self.setup.process.students.first)
     return [name for name in names if name != 'loss']
 
   @functools.cached_property
   def server_models(self) -> dict[str, Any]:
-    """By name, the evaluator and the weights of each model of the best round."""
+    """Returns evaluator and weights of each model of the best round, by name."""
     return self.evaluation.models(self.result.best_state)
 
   @functools.cached_property
@@ -219,8 +218,13 @@ def report(finished: Finished, alone: Callable[[], dict[str, Any]]) -> None:
   print()
   for name, values in further.items():
     print(f'{name}: ' + ', '.join(f'{key} {score:.4f}' for key, score in values.items()))
-  _print_ledger(finished.history)
-  _print_privacy(finished.accountant)
+  tables.print_table([
+      ('moved, MB', 'all clients, all rounds', 'a round'),
+      *run_folders.moved_rows(finished.history, 'a client that takes part'),
+  ])
+  print()
+  if finished.accountant is not None:
+    _print_privacy(finished.accountant)
   seconds = [row[tff_kd.simulation.ROUND_SECONDS] for row in finished.history]
   print(f'Seconds per round: {np.median(seconds):.2f} (median).')
   if finished.baseline is not None:
@@ -228,7 +232,7 @@ def report(finished: Finished, alone: Callable[[], dict[str, Any]]) -> None:
 
 
 def _model_rows(finished: Finished) -> list[tuple[str, ...]]:
-  """The table's head, and a row for each model of the best round."""
+  """Returns the table's head, and a row for each model of the best round."""
   task, test = finished.task, finished.best
   test_split = train_data.split_tests(task, finished.setup.clients)
   rows = [(
@@ -252,7 +256,7 @@ def _model_rows(finished: Finished) -> list[tuple[str, ...]]:
 
 
 def _baseline_rows(finished: Finished) -> list[tuple[str, ...]]:
-  """The table's rows of FedAvg."""
+  """Returns the table's rows of FedAvg."""
   if finished.baseline is None:
     return []
   num_rounds, for_bytes = finished.result.round_num, finished.baseline.for_bytes
@@ -319,14 +323,14 @@ def _write_results(
       'lower_is_better': finished.task.is_lower_better(),
       'further_scores': further,
       'alone': alone,
-      'clients_keep_models': getattr(
-          finished.setup.process, 'kept_models', None
-      ) is not None,
+      'clients_keep_models': (
+          finished.setup.process.description.kept_models is not None
+      ),
   }
   if finished.accountant is not None:
-    # Of all rounds: the best round is chosen among all of them.
+    # The best round is chosen among all rounds, so all of them count.
     results['epsilon'] = finished.accountant.epsilon()
-  run_folders.write_json(finished.run_dir / train_folder.RESULTS, results)
+  run_folders.write_json(finished.run_dir / run_folders.RESULTS, results)
 
 
 def _print_end(finished: Finished) -> None:
@@ -346,7 +350,7 @@ def _print_end(finished: Finished) -> None:
 
 
 def _print_left_out(history: list[dict[str, float]]) -> None:
-  """How many reports did not count in all rounds, and why."""
+  """Prints how many reports did not count in all rounds, and why."""
   causes = collections.Counter()
   for row in history:
     causes.update(tff_kd.simulation.left_out(row))
@@ -357,24 +361,8 @@ def _print_left_out(history: list[dict[str, float]]) -> None:
     )
 
 
-def _print_ledger(history: list[dict[str, float]]) -> None:
-  """Returns the bytes moved, by channel."""
-  rows = [('moved, MB', 'all clients, all rounds', 'a round')]
-  for name in history[0]:
-    if name.startswith('bytes/') and name != _CLIENT_BYTES:
-      total = sum(row[name] for row in history) / 1e6
-      channel = name.removeprefix('bytes/').replace('_', ' ')
-      rows.append((channel, f'{total:.4g}', f'{total / len(history):.3g}'))
-  each = megabytes(history)[-1]
-  rows.append(('a client that takes part', f'{each:.4g}', f'{each / len(history):.3g}'))
-  tables.print_table(rows)
-  print()
-
-
-def _print_privacy(accountant: Optional[tff_kd.privacy.PrivacyAccountant]) -> None:
-  """Says what all rounds have cost."""
-  if accountant is None:
-    return
+def _print_privacy(accountant: tff_kd.privacy.PrivacyAccountant) -> None:
+  """Prints what all rounds have cost."""
   print(
       f'Privacy: epsilon {accountant.epsilon():.4g} at delta {accountant.delta:g} for '
       f'all that {accountant.rounds} rounds released ({accountant.sampling.neighbors}).'
@@ -398,8 +386,3 @@ def _print_comparison(finished: Finished) -> None:
       f"FedAvg's test {tables.words(task.metric)} after {num_rounds} rounds is "
       f'{goal:.4f}; the {ending}'
   )
-
-
-def megabytes(history: list[dict[str, float]]) -> list[float]:
-  """Returns the mean bytes that a participating client has moved up to each round."""
-  return list(np.cumsum([row[_CLIENT_BYTES] for row in history]) / 1e6)

@@ -67,9 +67,9 @@ class Setup(NamedTuple):
   Attributes:
     task: The data.
     clients: The rows of each client's examples.
-    process: What is trained.
-    common: The arguments that FedAvg has in common with it.
-    participation: Who takes part.
+    process: The process that is trained.
+    common: The arguments that FedAvg in the comparison is built with, too.
+    participation: Chooses who takes part in a round.
   """
 
   task: tff_kd.data.Task
@@ -80,7 +80,7 @@ class Setup(NamedTuple):
 
 
 def prepare(run_dir: Optional[pathlib.Path] = None) -> Setup:
-  """All that can be refused, before anything runs.
+  """Builds the parts of a run, and refuses what can be refused before it runs.
 
   Args:
     run_dir: The folder of the run that follows, which must go with the flags; `None` if
@@ -92,7 +92,7 @@ def prepare(run_dir: Optional[pathlib.Path] = None) -> Setup:
   pipelines.say(f'Loading the data of {args.TASK.value}.')
   task = train_data.load_task()
   if tff_kd.own_files.is_own(args.TASK.value):
-    train_checks.run()  # It has set some.
+    train_checks.run()  # Loading the task has set some flags.
   if args.RAY_ADDRESS.value:
     _check_ray()
   if run_dir is not None:
@@ -139,7 +139,7 @@ def _check_ray() -> None:
 def _reporting(
     participation: tff_kd.simulation.Participation,
 ) -> Optional[tff_kd.Reporting]:
-  """How the process takes what comes late or in part; `None` where nothing does."""
+  """Returns how late and partial reports are taken; `None` if there are none."""
   if not participation.has_conditions:
     return None
   return tff_kd.Reporting(

@@ -1,5 +1,7 @@
 """Training in one place: what ends it, and which weights remain."""
 
+import types
+
 import keras
 import numpy as np
 import tensorflow as tf
@@ -23,11 +25,14 @@ def _fit(*scores, **kwargs):
 
   def evaluate(weights):
     seen.append(weights.trainable[0])
-    return scores.pop(0)
+    return {'rmse': scores.pop(0)}
 
+  task = types.SimpleNamespace(
+      metric='rmse', validation=(), is_lower_better=lambda: True
+  )
   kept, best = central.fit(
       central.Training(spec, examples, batch_size=4, seed=0),
-      evaluate, higher_is_better=False, **{'max_epochs': 10, **kwargs},
+      types.SimpleNamespace(evaluate=evaluate), task, **{'max_epochs': 10, **kwargs},
   )
   return best, kept.trainable[0], seen
 

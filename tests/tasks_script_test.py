@@ -559,16 +559,14 @@ def test_recurrent_models(kind, tmp_path):
   task = types.SimpleNamespace(transfer=examples)
   expected = model.predict(examples.inputs, verbose=0)
   sizes = {}
-  for write, tolerance in (
-      (export_job._write_tflite, 1e-5), (export_job._write_int8_weights, 0.05),
-      (export_job._write_int8, 0.1),
-  ):
-    path = tmp_path / f'{write.__name__}.tflite'
+  for name, tolerance in (('tflite', 1e-5), ('int8_weights', 0.05), ('int8', 0.1)):
+    suffix, write = export_job._FORMATS[name]
+    path = tmp_path / f'model{suffix}'
     outputs = write(model, path, task)(examples.inputs)
     np.testing.assert_allclose(outputs, expected, atol=tolerance)
-    sizes[write.__name__] = path.stat().st_size
-  assert sizes['_write_int8_weights'] < sizes['_write_tflite']
-  assert 2 * sizes['_write_tflite'] < sizes['_write_int8']
+    sizes[name] = path.stat().st_size
+  assert sizes['int8_weights'] < sizes['tflite']
+  assert 2 * sizes['tflite'] < sizes['int8']
 
 
 @pytest.mark.slow
@@ -583,12 +581,9 @@ def test_another_policy_and_a_loop_in_a_layer(tmp_path):
   task = types.SimpleNamespace(transfer=examples)
   expected = model.predict(examples.inputs, verbose=0)
   assert expected.dtype == np.float16
-  for write in (
-      export_job._write_keras, export_job._write_saved_model, export_job._write_tflite,
-      export_job._write_int8_weights, export_job._write_int8,
-  ):
-    path = tmp_path / f'{write.__name__}.keras'
-    outputs = write(model, path, task)(examples.inputs)
+  for name in ('keras', 'saved_model', 'tflite', 'int8_weights', 'int8'):
+    suffix, write = export_job._FORMATS[name]
+    outputs = write(model, tmp_path / f'model{suffix}', task)(examples.inputs)
     assert outputs.dtype == np.float32
     np.testing.assert_allclose(outputs, expected, atol=0.05)
   assert not x.forward_layer.unroll  # The model is as before.
