@@ -43,7 +43,7 @@ def _build(name, task, batches):
       mentor_fn=lambda: model_fn,
       generator_steps=lambda: 5,
   )
-  return helpers.of_registry(
+  return helpers.build_with_parts(
       name, parts,
       student_fn=model_fn,
       input_spec=batches.element_spec,

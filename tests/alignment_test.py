@@ -285,10 +285,7 @@ def test_rounds_without_a_consensus_leave_the_prior():
 
 
 def test_a_rule_that_keeps_a_state_is_the_outermost():
-  student = models.build_model_spec(
-      helpers.dense_fn(), input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn,
-      name='student',
-  )
+  student = helpers.model_spec(name='student')
   rule = knowledge.Aligned(knowledge.MeanLogits(), prior='average')
   knowledge.check_rule(rule, student)
   with pytest.raises(ValueError, match='the outermost consensus rule'):
@@ -478,14 +475,12 @@ _STEP = tff_kd.Distillation(num_steps=1, batch_size=10)
 _PRIOR = (0.5, 0.3, 0.2)
 
 
-def _build(build, teacher=False, **kwargs):
+def _build(name, teacher=False, **kwargs):
   keras.utils.set_random_seed(0)
   if teacher:
     kwargs |= dict(teacher_fn=helpers.dense_fn(), teacher_optimizer=helpers.sgd(0.5))
-  return build(
-      **helpers.common(
-          transfer_set=tff_kd.TransferSet(_PUBLIC), distillation=_STEP, **kwargs
-      )
+  return helpers.build(
+      name, transfer_set=tff_kd.TransferSet(_PUBLIC), distillation=_STEP, **kwargs
   )
 
 
@@ -526,8 +521,7 @@ def _next(process, state, *states):
 @pytest.mark.parametrize('start', [helpers.slow('distilled'), 'average'])
 def test_rounds_of_fed_distillation_in_numpy(start):
   process = _build(
-      tff_kd.algorithms.build_fed_distillation,
-      teacher=True,
+      'fed_distillation', teacher=True,
       student_optimizer=helpers.sgd(0.4),
       server_optimizer=helpers.sgd(0.7, 0.5),
       back_distillation=dataclasses.replace(_STEP, target='teacher'),
@@ -560,8 +554,7 @@ def test_rounds_of_fed_distillation_in_numpy(start):
 @pytest.mark.parametrize('prior', ['average', helpers.slow('em')])
 def test_rounds_of_fed_df_with_an_estimated_prior_in_numpy(prior):
   process = _build(
-      tff_kd.algorithms.build_fed_df,
-      student_optimizer=helpers.sgd(0.4),
+      'fed_df', student_optimizer=helpers.sgd(0.4),
       consensus_rule=knowledge.Aligned(knowledge.MeanProbabilities(), prior=prior),
   )
   state = process.initialize()
@@ -584,7 +577,7 @@ def test_rounds_of_fed_df_with_an_estimated_prior_in_numpy(prior):
 @pytest.mark.slow
 def test_a_round_of_fed_et_in_numpy():
   process = _build(
-      tff_kd.algorithms.build_fed_et, teacher=True,
+      'fed_et', teacher=True,
       consensus_rule=knowledge.Aligned(knowledge.CertaintyWeighted('variance')),
   )
   state = process.initialize()
@@ -599,7 +592,7 @@ def test_a_round_of_fed_et_in_numpy():
 
 def test_a_round_of_ds_fl_in_numpy():
   process = _build(
-      tff_kd.algorithms.build_ds_fl,
+      'ds_fl',
       consensus_rule=knowledge.Aligned(knowledge.MeanProbabilities(temperature=0.1)),
   )
   state = process.initialize()
@@ -615,9 +608,7 @@ def test_a_round_of_ds_fl_in_numpy():
 @pytest.mark.slow
 def test_a_round_of_fed_aux_in_numpy():
   process = _build(
-      tff_kd.algorithms.build_fed_aux,
-      negatives=helpers.examples(12, 98)[0],
-      epsilon=None,
+      'fed_aux', negatives=helpers.examples(12, 98)[0], epsilon=None,
       student_optimizer=helpers.sgd(0.4),
       consensus_rule=knowledge.Aligned(rules.get('given')),
   )
@@ -639,7 +630,7 @@ def test_a_round_of_fed_aux_in_numpy():
 
 def _aligned_fed_df(**kwargs):
   return _build(
-      tff_kd.algorithms.build_fed_df, student_optimizer=helpers.sgd(0.4),
+      'fed_df', student_optimizer=helpers.sgd(0.4),
       **{'consensus_rule': knowledge.Aligned(knowledge.MeanLogits()), **kwargs},
   )
 
@@ -692,9 +683,9 @@ def test_the_average_of_cohorts_is_the_mean_of_their_logits():
 
 
 def test_a_prior_of_the_average_needs_one():
-  for build in (tff_kd.algorithms.build_ds_fl, tff_kd.algorithms.build_fed_md):
+  for name in ('ds_fl', 'fed_md'):
     with pytest.raises(ValueError, match='nothing is averaged.*Take a `prior`'):
-      build(
-          **helpers.common(), transfer_set=tff_kd.TransferSet(_PUBLIC),
+      helpers.build(
+          name, transfer_set=tff_kd.TransferSet(_PUBLIC),
           consensus_rule=knowledge.Aligned(knowledge.MeanLogits(), prior='average'),
       )

@@ -184,6 +184,6 @@ def test_what_functions_return_is_checked_before_a_model_is_built():
 
 
 def test_an_array_serves_where_clients_keep_their_models():
-  process = algorithms.build_fed_md(**helpers.common(transfer_set=_X))
+  process = helpers.build('fed_md', transfer_set=_X)
   assert isinstance(process.transfer_set, tff_kd.TransferSet)
   np.testing.assert_array_equal(process.transfer_set.gather_inputs(tf.range(8)), _X)

@@ -8,7 +8,6 @@ from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
-from tff_kd import models
 from tff_kd.knowledge import KnowledgePayload
 from tff_kd.models import cohorts
 from tff_kd.server import distill
@@ -18,9 +17,7 @@ _X, _ = helpers.examples(_ROWS, 0)
 
 
 def _spec(name, build):
-  return models.build_model_spec(
-      build, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn, name=name
-  )
+  return helpers.model_spec(build, name=name)
 
 
 def _moved(weights, by):

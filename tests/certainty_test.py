@@ -201,9 +201,8 @@ def _client(k):
 
 def _batches():
   # Two epochs: the scorer counts each example once all the same.
-  return tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_clients([_client(k) for k in range(3)]),
-      batch_size=100, num_epochs=2, shuffle=False,
+  return helpers.batches(
+      [_client(k) for k in range(3)], batch_size=100, num_epochs=2, shuffle=False
   )
 
 
@@ -220,7 +219,7 @@ def _fed_aux(**kwargs):
       ),
       regularization=_LAMBDA,
   )
-  return tff_kd.algorithms.build_fed_aux(**helpers.common(**(defaults | kwargs)))
+  return helpers.build('fed_aux', **(defaults | kwargs))
 
 
 @pytest.fixture(scope='module')
@@ -357,28 +356,23 @@ _GIVEN = knowledge.CertaintyWeighted('given')
             r"CertaintyWeighted\('given'\), found MeanProb",
         ),
         (
-            lambda: tff_kd.algorithms.build_fed_distillation(
-                **helpers.common(
-                    transfer_set=tff_kd.TransferSet(_PUBLIC), consensus_rule=_GIVEN,
-                    teacher_fn=helpers.dense_fn(), companion=_scorer(epsilon=None),
-                    distillation=tff_kd.Distillation(target='student'),
-                )
+            lambda: helpers.build(
+                'fed_distillation', transfer_set=tff_kd.TransferSet(_PUBLIC),
+                consensus_rule=_GIVEN, teacher_fn=helpers.dense_fn(),
+                companion=_scorer(epsilon=None),
+                distillation=tff_kd.Distillation(target='student'),
             ),
             'distillation from the ensemble',
         ),
         (
-            lambda: tff_kd.algorithms.build_fed_df(
-                **helpers.common(
-                    transfer_set=tff_kd.TransferSet(_PUBLIC), consensus_rule=_GIVEN
-                )
+            lambda: helpers.build(
+                'fed_df', transfer_set=tff_kd.TransferSet(_PUBLIC), consensus_rule=_GIVEN
             ),
             'no companion gives one',
         ),
         (
-            lambda: tff_kd.algorithms.build_ds_fl(
-                **helpers.common(
-                    transfer_set=tff_kd.TransferSet(_PUBLIC), consensus_rule=_GIVEN
-                )
+            lambda: helpers.build(
+                'ds_fl', transfer_set=tff_kd.TransferSet(_PUBLIC), consensus_rule=_GIVEN
             ),
             'keep their models do not have',
         ),
@@ -393,13 +387,10 @@ def test_refused_before_anything_is_built(build, match):
 # Cohorts of `fed_aux` are in `contract_test`.
 @pytest.mark.slow
 def test_cohorts_of_another_algorithm_take_the_scorer():
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))]),
-      transfer_set=tff_kd.TransferSet(_PUBLIC),
-      client_data=_batches(),
-      consensus_rule=_GIVEN,
-      companion=_scorer(),
-      local_terms=[tff_kd.ProximalTerm()],
+  process = helpers.build(
+      'fed_df', student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))],
+      transfer_set=tff_kd.TransferSet(_PUBLIC), client_data=_batches(),
+      consensus_rule=_GIVEN, companion=_scorer(), local_terms=[tff_kd.ProximalTerm()],
   )
   state, first = process.initialize(), process.initialize_client()
   data = [{'cohort': k % 2, 'data': k} for k in range(3)]

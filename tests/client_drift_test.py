@@ -7,7 +7,6 @@ import tensorflow as tf
 
 from tests import helpers
 import tff_kd
-from tff_kd import algorithms
 from tff_kd.client.companions import dynamic_regularizer
 from tff_kd.compat import tff
 
@@ -21,9 +20,7 @@ _ROUNDS = ([0, 1], [2, 0], [1, 2])
 @helpers.shared
 def _build(name, **kwargs):
   keras.utils.set_random_seed(1)
-  return algorithms.REGISTRY[name].build(
-      **helpers.common(client_optimizer=helpers.sgd(_RATE)), **kwargs
-  )
+  return helpers.build(name, client_optimizer=helpers.sgd(_RATE), **kwargs)
 
 
 def _gradient(w, x, y):
@@ -338,40 +335,35 @@ def test_control_variates_follow_the_rate_and_cost_as_much_as_weights(batches):
 )
 def test_what_does_not_fit_is_refused(name, kwargs, match):
   with pytest.raises(ValueError, match=match):
-    algorithms.REGISTRY[name].build(**helpers.common(**kwargs))
+    helpers.build(name, **kwargs)
 
 
 def test_what_does_not_fit_one_of_them_is_refused(batches):
   with pytest.raises(ValueError, match='must be plain SGD.*ControlVariates tells'):
-    algorithms.build_scaffold(
-        **helpers.common(client_optimizer=lambda: keras.optimizers.Adam()), num_clients=4
+    helpers.build(
+        'scaffold', client_optimizer=lambda: keras.optimizers.Adam(), num_clients=4
     )
   with pytest.raises(ValueError, match='must be plain SGD'):
-    algorithms.build_scaffold(
-        **helpers.common(client_optimizer=helpers.sgd(0.1, 0.9)), num_clients=4
-    )
+    helpers.build('scaffold', client_optimizer=helpers.sgd(0.1, 0.9), num_clients=4)
   with pytest.raises(ValueError, match='With secure aggregation there can be no'):
-    algorithms.build_scaffold(
-        **helpers.common(), num_clients=4,
-        secure_aggregation=tff_kd.privacy.SecureAggregation(),
+    helpers.build(
+        'scaffold', num_clients=4, secure_aggregation=tff_kd.privacy.SecureAggregation()
     )
   with pytest.raises(ValueError, match='must be that of `client_data`, 4, found 5'):
-    algorithms.build_scaffold(**helpers.common(client_data=batches), num_clients=5)
+    helpers.build('scaffold', client_data=batches, num_clients=5)
   with pytest.raises(ValueError, match='`alpha` must be above 0'):
-    algorithms.build_fed_dyn(**helpers.common(), num_clients=4, dynamic_weight=0.0)
+    helpers.build('fed_dyn', num_clients=4, dynamic_weight=0.0)
   with pytest.raises(ValueError, match='changes add up .* `staleness_power` must'):
-    algorithms.build_fed_dyn(
-        **helpers.common(client_data=batches), reporting=tff_kd.Reporting(max_delay=1)
-    )
+    helpers.build('fed_dyn', client_data=batches, reporting=tff_kd.Reporting(max_delay=1))
   with pytest.raises(ValueError, match='`client_weighting` must be .*UNIFORM.*NUM_EX'):
-    algorithms.build_fed_dyn(
-        **helpers.common(), num_clients=4,
+    helpers.build(
+        'fed_dyn', num_clients=4,
         client_weighting=tff.learning.ClientWeighting.NUM_EXAMPLES,
     )
   # The default of plain averaging.
   with pytest.raises(ValueError, match='DynamicRegularizer .* `client_weighting` must'):
-    algorithms.build_fed_avg(
-        **helpers.common(),
+    helpers.build(
+        'fed_avg',
         companion=dynamic_regularizer.DynamicRegularizer(
             helpers.fed_avg().student_spec, 4, _ALPHA
         ),
@@ -381,8 +373,8 @@ def test_what_does_not_fit_one_of_them_is_refused(batches):
 def test_the_average_is_corrected_before_the_server_distils():
   algorithm = _build('fed_dyn', num_clients=_NUM_CLIENTS, dynamic_weight=_ALPHA)
   keras.utils.set_random_seed(1)  # The same initial weights.
-  process = algorithms.build_fed_df(
-      **helpers.common(client_optimizer=helpers.sgd(_RATE)),
+  process = helpers.build(
+      'fed_df', client_optimizer=helpers.sgd(_RATE),
       transfer_set=tff_kd.TransferSet(helpers.examples(6, 9)[0]),
       distillation=tff_kd.Distillation(num_steps=2),
       client_weighting=tff.learning.ClientWeighting.UNIFORM,

@@ -22,9 +22,7 @@ def data():
 @pytest.fixture(scope='module')
 def process(data):
   batches = tff_kd.ClientBatches(data=data, batch_size=3, seed=0)
-  return tff_kd.algorithms.build_fed_avg(
-      **helpers.common(client_data=batches, input_spec=batches.element_spec)
-  )
+  return helpers.build('fed_avg', client_data=batches, input_spec=batches.element_spec)
 
 
 def test_names_and_numbers():
@@ -77,9 +75,7 @@ def test_training_takes_names(data, process):
 
 def test_clients_states_by_name(data, tmp_path):
   batches = tff_kd.ClientBatches(data=data, batch_size=3, seed=0)
-  process = tff_kd.algorithms.build_fd(
-      **helpers.common(client_data=batches, input_spec=batches.element_spec)
-  )
+  process = helpers.build('fd', client_data=batches, input_spec=batches.element_spec)
   states = simulation.ClientStates(
       process.initialize_client(), tmp_path / 'clients', names=data.names
   )

@@ -68,11 +68,9 @@ def test_rounds_have_a_ledger(name, tmp_path):
       'cfd': dict(transfer_set=tff_kd.TransferSet(helpers.examples(12, 9)[0])),
       'fed_kd': dict(mentor_fn=helpers.dense_fn((4,))),
   }[name]
-  process = tff_kd.algorithms.REGISTRY[name].build(
-      **helpers.common(
-          student_fn=helpers.dense_fn((30,)), client_data=batches,
-          input_spec=batches.element_spec, **more,
-      )
+  process = helpers.build(
+      name, student_fn=helpers.dense_fn((30,)), client_data=batches,
+      input_spec=batches.element_spec, **more,
   )
   states = None
   if isinstance(process, tff_kd.StatefulClientsProcess):
@@ -135,9 +133,7 @@ def test_what_is_aggregated_counts_as_it_is_encoded(factory, expected):
 
 def test_a_channels_own_aggregator_tells_its_bytes():
   plain, own = (
-      tff_kd.algorithms.build_fed_avg(
-          **helpers.common(student_fn=helpers.dense_fn((50,)), model_aggregator=its)
-      )
+      helpers.build('fed_avg', student_fn=helpers.dense_fn((50,)), model_aggregator=its)
       for its in (
           None,
           tff.aggregators.MeanFactory(

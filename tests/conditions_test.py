@@ -27,9 +27,7 @@ def data():
 
 @helpers.shared
 def _build(name, batches, **kwargs):
-  return tff_kd.algorithms.REGISTRY[name].build(
-      **helpers.common(client_data=batches, **kwargs)
-  )
+  return helpers.build(name, client_data=batches, **kwargs)
 
 
 @helpers.shared

@@ -90,10 +90,7 @@ def _clients():
 
 @pytest.fixture(scope='module')
 def batches():
-  return tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_clients(_clients()), batch_size=5, num_epochs=2,
-      shuffle=False,
-  )
+  return helpers.batches(_clients(), batch_size=5, num_epochs=2, shuffle=False)
 
 
 _STUDENTS = (helpers.dense_fn(), helpers.dense_fn(use_bias=False))
@@ -133,7 +130,7 @@ def _build(name, batches, cohorts, secure):
           tff_kd.LocalDistillation(weight=0.3), tff_kd.NotTrueDistillation(weight=0.5),
       ],
   )
-  return helpers.of_registry(
+  return helpers.build_with_parts(
       name, parts, metrics_fn=None,
       student_fn=students if cohorts else students[0],
       input_spec=batches.element_spec, client_data=batches,

@@ -7,7 +7,6 @@ from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
-from tff_kd import algorithms
 from tff_kd import privacy
 from tff_kd.client.companions import density
 from tff_kd.knowledge import rules
@@ -45,7 +44,7 @@ def test_shares_are_mixed_with_the_uniform_distribution(counts, smoothing, expec
 
 @helpers.shared
 def _process(**kwargs):
-  return algorithms.build_fed_df(**helpers.common(**dict(
+  defaults = dict(
       transfer_set=tff_kd.TransferSet(helpers.examples(20, 0)[0]),
       client_optimizer=helpers.sgd(1.0),
       student_optimizer=helpers.sgd(0.5),
@@ -53,7 +52,8 @@ def _process(**kwargs):
       companion=density.LabelDensity(helpers.CLASSES, _SMOOTHING),
       knowledge_weighting=tff.learning.ClientWeighting.NUM_EXAMPLES,
       distillation=tff_kd.Distillation(num_steps=1, batch_size=20),
-  ) | kwargs))
+  )
+  return helpers.build('fed_df', **defaults | kwargs)
 
 
 def _datasets():

@@ -13,7 +13,6 @@ from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
-from tff_kd import algorithms
 from tff_kd.client import exchanges
 from tff_kd.client import prototypes
 from tff_kd import knowledge
@@ -40,22 +39,18 @@ def _dp(noise=1.0, clients=4, **kwargs):
 
 _OPEN = _dp(0.0, model_clip=math.inf, knowledge_clip=math.inf)
 _BUILDERS = {
-    'fed_avg': lambda **kwargs: algorithms.build_fed_avg(
-        **helpers.common(client_weighting=_UNIFORM, **kwargs)
+    'fed_avg': lambda **kwargs: helpers.build(
+        'fed_avg', client_weighting=_UNIFORM, **kwargs
     ),
-    'fed_df': lambda **kwargs: algorithms.build_fed_df(
-        **helpers.common(client_weighting=_UNIFORM, transfer_set=_TRANSFER, **kwargs)
+    'fed_df': lambda **kwargs: helpers.build(
+        'fed_df', client_weighting=_UNIFORM, transfer_set=_TRANSFER, **kwargs
     ),
-    'fed_distillation': lambda **kwargs: algorithms.build_fed_distillation(
-        **helpers.common(
-            client_weighting=_UNIFORM, transfer_set=_TRANSFER,
-            teacher_fn=helpers.dense_fn((6,)), **kwargs,
-        )
+    'fed_distillation': lambda **kwargs: helpers.build(
+        'fed_distillation', client_weighting=_UNIFORM, transfer_set=_TRANSFER,
+        teacher_fn=helpers.dense_fn((6,)), **kwargs,
     ),
-    'ds_fl': lambda **kwargs: algorithms.build_ds_fl(
-        **helpers.common(transfer_set=_TRANSFER, **kwargs)
-    ),
-    'fd': lambda **kwargs: algorithms.build_fd(**helpers.common(**kwargs)),
+    'ds_fl': lambda **kwargs: helpers.build('ds_fl', transfer_set=_TRANSFER, **kwargs),
+    'fd': lambda **kwargs: helpers.build('fd', **kwargs),
 }
 
 
@@ -255,9 +250,7 @@ def test_fd_learns_from_what_stands_out():
 
 def _exchanges():
   """The exchanges whose `share` looks at the number of included clients."""
-  student = models.build_model_spec(
-      helpers.features_fn(4), input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn
-  )
+  student = helpers.model_spec(helpers.features_fn(4))
   stage = distill.DistillationStage(
       'student', helpers.sgd(),
       tff_kd.Distillation(target='ensemble', num_steps=1, batch_size=4),
@@ -307,7 +300,7 @@ def test_what_is_shared_is_not_made_of_the_number_of_clients(monkeypatch):
 
   monkeypatch.setattr(exchanges.ClassExchange, 'share', recorded)
   for protections, tells in (({'privacy': _dp(2.0)}, False), ({}, True)):
-    algorithms.build_fd(**helpers.common(**protections))
+    helpers.build('fd', **protections)
     assert given and all((number is not None) == tells for number in given)
     given.clear()
 
@@ -383,21 +376,20 @@ def _reporting(**kwargs):
     ],
 )
 def test_a_false_guarantee_is_refused_with_its_reason(name, kwargs, message):
-  common = helpers.common(privacy=_dp(), client_weighting=_UNIFORM)
+  common = dict(privacy=_dp(), client_weighting=_UNIFORM)
   if name in ('fed_df', 'ds_fl'):
     common['transfer_set'] = _TRANSFER
   if name in ('ds_fl', 'fd'):
     del common['client_weighting']
   with pytest.raises((TypeError, ValueError), match=message):
-    getattr(algorithms, f'build_{name}')(**{**common, **kwargs})
+    helpers.build(name, **{**common, **kwargs})
 
 
 def test_a_companion_that_exchanges_is_refused():
   with pytest.raises(ValueError, match='no FeatureGenerator: what it exchanges'):
-    algorithms.build_fed_gen(
-        **helpers.common(
-            student_fn=helpers.dense_fn((4,)), client_weighting=_UNIFORM, privacy=_dp()
-        )
+    helpers.build(
+        'fed_gen', student_fn=helpers.dense_fn((4,)), client_weighting=_UNIFORM,
+        privacy=_dp(),
     )
 
 

@@ -7,7 +7,6 @@ import tensorflow as tf
 
 from tests import helpers
 import tff_kd
-from tff_kd import algorithms
 
 _RATE, _WEIGHT, _FEATURES = 0.2, 3.0, 4
 # Client 1 has no example of class 2, and nobody in the last round has one of class 0.
@@ -26,7 +25,7 @@ def _build(**kwargs):
       student_fn=_student_fn, client_optimizer=helpers.sgd(_RATE),
       prototype_weight=_WEIGHT,
   )
-  return algorithms.build_fed_proto(**helpers.common(**{**defaults, **kwargs}))
+  return helpers.build('fed_proto', **{**defaults, **kwargs})
 
 
 def _trained(w, x, y, prototypes):
@@ -96,12 +95,7 @@ def test_a_round_of_nobody_and_of_bad_data_leaves_numbers():
 
 
 def _two_rounds(process):
-  state, kept = process.initialize(), [process.initialize_client()] * 2
-  for _ in range(2):
-    output = process.next(
-        state, [helpers.dataset(*_CLIENTS[k]) for k in (0, 2)], kept
-    )
-    state, kept = output.state, output.client_states
+  _, kept = helpers.rounds(process, [helpers.dataset(*_CLIENTS[k]) for k in (0, 2)])
   return [its.weights for its in kept]
 
 
@@ -170,4 +164,4 @@ def test_architectures_with_as_many_features_learn_from_each_other():
 )
 def test_what_does_not_fit_is_refused(kwargs, match):
   with pytest.raises(ValueError, match=match):
-    algorithms.build_fed_proto(**helpers.common(student_fn=_student_fn) | kwargs)
+    helpers.build('fed_proto', **{'student_fn': _student_fn, **kwargs})

@@ -134,20 +134,37 @@ def common(**kwargs):
   return {**defaults, **kwargs}
 
 
-def of_registry(name, parts, **kwargs):
-  """The process of an algorithm of the registry.
+def build(name, **kwargs):
+  """Builds the process of an algorithm of the registry, with `common` arguments."""
+  return tff_kd.algorithms.REGISTRY[name].build(**common(**kwargs))
+
+
+def build_with_parts(name, parts, **kwargs):
+  """As `build`, with those of the further arguments that the builder takes.
 
   Args:
-    name: The algorithm's.
-    parts: Functions of what only some builders take, by parameter; called for those of
-      this one.
-    **kwargs: Further arguments, beside `common`.
+    name: The name of the algorithm.
+    parts: Functions that make the further arguments, by parameter.
+    **kwargs: Arguments that every builder takes.
   """
-  algorithm = tff_kd.algorithms.REGISTRY[name]
-  return algorithm.build(
-      **common(**kwargs),
-      **{key: make() for key, make in parts.items() if key in algorithm.parameters},
+  taken = tff_kd.algorithms.REGISTRY[name].parameters
+  return build(
+      name, **kwargs, **{key: make() for key, make in parts.items() if key in taken}
   )
+
+
+def model_spec(keras_model_fn=None, **kwargs):
+  """Builds the spec of a classifier of `INPUT_SPEC`; a linear one if none is given."""
+  defaults = dict(input_spec=INPUT_SPEC, loss_fn=loss_fn)
+  return tff_kd.models.build_model_spec(
+      keras_model_fn or dense_fn(), **{**defaults, **kwargs}
+  )
+
+
+def batches(clients, batch_size=4, **kwargs):
+  """Writes clients' examples to files, and returns them in batches."""
+  data = tff_kd.FileClientData.from_clients(clients)
+  return tff_kd.ClientBatches(data=data, batch_size=batch_size, **kwargs)
 
 
 def rounds(process, clients, num_rounds=2):

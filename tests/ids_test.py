@@ -8,7 +8,6 @@ import tensorflow as tf
 from tests import helpers
 import tff_kd
 from tff_kd import evaluation
-from tff_kd import models
 
 _IDS = 10
 
@@ -94,9 +93,8 @@ def test_a_client_with_other_ids_is_left_out(name):
 
 
 def _spec(name='an embedding', **kwargs):
-  return models.build_model_spec(
-      _MODELS[name], input_spec=helpers.dataset(*_examples()).element_spec,
-      loss_fn=helpers.loss_fn, **kwargs
+  return helpers.model_spec(
+      _MODELS[name], input_spec=helpers.dataset(*_examples()).element_spec, **kwargs
   )
 
 
@@ -122,7 +120,7 @@ def test_a_training_with_other_ids_has_no_loss():
 @pytest.mark.parametrize('algorithm', ['moon', 'fed_proto'])
 def test_features_of_texts(algorithm):
   """Of a model that is split after its embedding; other ids exclude their client."""
-  process = helpers.of_registry(algorithm, {}, **_common(_MODELS['an embedding']))
+  process = helpers.build_with_parts(algorithm, {}, **_common(_MODELS['an embedding']))
   good = helpers.dataset(*_examples())
   kept = [process.initialize_client() for _ in range(3)]
   state = process.initialize()
@@ -168,9 +166,7 @@ def test_keras_is_left_as_it_was():
   before = keras.layers.Embedding.call
   _spec()
   assert keras.layers.Embedding.call is before
-  assert not models.build_model_spec(
-      helpers.dense_fn(), input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn
-  ).has_ids
+  assert not helpers.model_spec().has_ids
 
 
 @pytest.mark.parametrize('batch_size', [None, 4])

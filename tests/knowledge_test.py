@@ -234,12 +234,9 @@ def test_bad_rules_are_refused(build):
 def test_a_custom_rule_serves_a_whole_round():
   x, _ = helpers.examples(12, 0)
   # ERA's in a round is DS-FL's, in NumPy in `private_process_test`.
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(
-          transfer_set=tff_kd.TransferSet(x),
-          consensus_rule=_RULES['variance'],
-          distillation=tff_kd.Distillation(num_steps=3, batch_size=12),
-      )
+  process = helpers.build(
+      'fed_df', transfer_set=tff_kd.TransferSet(x), consensus_rule=_RULES['variance'],
+      distillation=tff_kd.Distillation(num_steps=3, batch_size=12),
   )
   clients = [helpers.dataset(*helpers.examples(8, seed)) for seed in (1, 2)]
   output = process.next(process.initialize(), clients)
@@ -341,14 +338,10 @@ def test_fed_df_with_quantized_predictions_in_numpy():
   """One round, one server step, from the mean of labels of one bit."""
   keras.utils.set_random_seed(0)
   x, _ = helpers.examples(20, 0)
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(
-          client_optimizer=helpers.sgd(0.5),
-          student_optimizer=helpers.sgd(0.3),
-          transfer_set=tff_kd.TransferSet(x),
-          consensus_rule=knowledge.Quantized(bits=1),
-          distillation=tff_kd.Distillation(num_steps=1, batch_size=20),
-      )
+  process = helpers.build(
+      'fed_df', client_optimizer=helpers.sgd(0.5), student_optimizer=helpers.sgd(0.3),
+      transfer_set=tff_kd.TransferSet(x), consensus_rule=knowledge.Quantized(bits=1),
+      distillation=tff_kd.Distillation(num_steps=1, batch_size=20),
   )
   state, sizes = process.initialize(), (6, 10)
   w, b = (np.array(v, np.float64) for v in state.global_model_weights.trainable)
@@ -417,16 +410,12 @@ def test_fed_et_in_numpy():
   keras.utils.set_random_seed(3)
   rate, share = 0.1, 0.4
   x, _ = helpers.examples(20, 0)
-  process = tff_kd.algorithms.build_fed_et(
-      **helpers.common(
-          teacher_fn=helpers.dense_fn(),
-          transfer_set=tff_kd.TransferSet(x),
-          teacher_optimizer=helpers.sgd(rate),
-          client_optimizer=helpers.sgd(1.0),
-          distillation=tff_kd.Distillation(
-              loss='label', diversity_weight=share, num_steps=1, batch_size=20
-          ),
-      )
+  process = helpers.build(
+      'fed_et', teacher_fn=helpers.dense_fn(), transfer_set=tff_kd.TransferSet(x),
+      teacher_optimizer=helpers.sgd(rate), client_optimizer=helpers.sgd(1.0),
+      distillation=tff_kd.Distillation(
+          loss='label', diversity_weight=share, num_steps=1, batch_size=20
+      ),
   )
   # Its predictions are sums by class.
   assert process.description.update_type.knowledge.values.shape == (20, 3, 3)
@@ -467,11 +456,9 @@ def test_fed_et_in_numpy():
 def test_diversity_is_refused_without_a_rule_for_it():
   x, _ = helpers.examples(12, 0)
   with pytest.raises(ValueError, match='CertaintyWithDiversity'):
-    tff_kd.algorithms.build_fed_df(
-        **helpers.common(
-            transfer_set=tff_kd.TransferSet(x),
-            distillation=tff_kd.Distillation(diversity_weight=0.1),
-        )
+    helpers.build(
+        'fed_df', transfer_set=tff_kd.TransferSet(x),
+        distillation=tff_kd.Distillation(diversity_weight=0.1),
     )
   with pytest.raises(ValueError, match="target='ensemble'"):
     tff_kd.Distillation(target='teacher', diversity_weight=0.1)

@@ -8,7 +8,6 @@ import tensorflow as tf
 from tests import helpers
 from tests import label_kinds
 import tff_kd
-from tff_kd import algorithms
 from tff_kd import models
 from tff_kd.client import class_counts
 from tff_kd.client import local_terms
@@ -25,7 +24,7 @@ def _process(*terms, **kwargs):
       student_fn=helpers.dense_fn(classes=_CLASSES), client_optimizer=helpers.sgd(_RATE),
       local_terms=terms,
   )
-  return algorithms.build_fed_avg(**helpers.common(**{**defaults, **kwargs}))
+  return helpers.build('fed_avg', **{**defaults, **kwargs})
 
 
 def _trained(received, gradient, num_steps=1):
@@ -279,9 +278,7 @@ def test_counts_stay_at_the_client():
             'RestrictedSoftmax needs one class an example',
         ),
         (
-            lambda: algorithms.build_fd(
-                **helpers.common(), local_terms=[tff_kd.VacantClassDistillation()]
-            ),
+            lambda: helpers.build('fd', local_terms=[tff_kd.VacantClassDistillation()]),
             'compares with the student that the server sends',
         ),
     ],

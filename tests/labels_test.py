@@ -134,9 +134,7 @@ def _files(labels, weights=None):
   for k, y in enumerate(labels):
     parts = (_RNG.normal(size=(len(y), helpers.DIM)).astype(np.float32), np.int32(y))
     clients.append(parts if weights is None else (*parts, np.float32(weights[k])))
-  return tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_clients(clients), batch_size=4
-  )
+  return helpers.batches(clients)
 
 
 @pytest.mark.parametrize(
@@ -152,8 +150,8 @@ def _files(labels, weights=None):
 )
 def test_labels_in_files_are_looked_at_before_the_first_round(labels, weights, message):
   batches = _files(labels, weights)
-  build = lambda: tff_kd.algorithms.build_fed_avg(
-      **helpers.common(client_data=batches, input_spec=batches.element_spec)
+  build = lambda: helpers.build(
+      'fed_avg', client_data=batches, input_spec=batches.element_spec
   )
   if message is None:
     build()
@@ -165,9 +163,7 @@ def test_labels_in_files_are_looked_at_before_the_first_round(labels, weights, m
 def test_some_clients_with_wrong_labels_are_named_and_left_out(monkeypatch):
   warnings = []
   monkeypatch.setattr(logging, 'warning', lambda m, *a: warnings.append(m % a))
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(client_data=_files([[0, 2], [1], [3, 1, 0], []]))
-  )
+  process = helpers.build('fed_avg', client_data=_files([[0, 2], [1], [3, 1, 0], []]))
   (warning,) = warnings
   assert '1 of 3 clients' in warning and 'found 0 to 3' in warning
   output = process.next(process.initialize(), [0, 1, 2])

@@ -10,7 +10,6 @@ import tensorflow as tf
 
 from tests import helpers
 import tff_kd
-from tff_kd import algorithms
 from tff_kd.client import local_terms
 
 _RATE, _STEPS = 0.1, 3
@@ -50,8 +49,7 @@ def _trained(received, logits_gradient, proximal=0.0):
 
 @helpers.shared
 def _process(name, **kwargs):
-  build = algorithms.REGISTRY[name].build
-  return build(**helpers.common(client_optimizer=helpers.sgd(_RATE)), **kwargs)
+  return helpers.build(name, client_optimizer=helpers.sgd(_RATE), **kwargs)
 
 
 _GKD = dict(local_weight=0.6, local_temperature=2.0)
@@ -265,16 +263,14 @@ def test_bad_terms_are_refused(build, error, match):
 def test_the_not_true_term_needs_class_indices_of_three_classes():
   two = helpers.dense_fn(classes=2)
   with pytest.raises(ValueError, match='at least 3 classes'):
-    algorithms.build_fed_ntd(**helpers.common(student_fn=two))
+    helpers.build('fed_ntd', student_fn=two)
   x, y = helpers.examples(4, 0)
   one_hot = tf.data.Dataset.from_tensor_slices(
       (x, np.eye(helpers.CLASSES, dtype=np.float32)[y])
   ).batch(2)
   with pytest.raises(ValueError, match='class indices'):
-    algorithms.build_fed_ntd(
-        **helpers.common(
-            input_spec=one_hot.element_spec,
-            loss_fn=lambda: keras.losses.CategoricalCrossentropy(from_logits=True),
-            metrics_fn=None,
-        )
+    helpers.build(
+        'fed_ntd', input_spec=one_hot.element_spec,
+        loss_fn=lambda: keras.losses.CategoricalCrossentropy(from_logits=True),
+        metrics_fn=None,
     )

@@ -102,9 +102,8 @@ def _all_kinds():
 )
 def test_every_kind_of_model_trains_on_both_sides(student_fn, teacher_fn):
   keras.utils.set_random_seed(0)
-  process = tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(student_fn=student_fn),
-      teacher_fn=teacher_fn,
+  process = helpers.build(
+      'fed_distillation', student_fn=student_fn, teacher_fn=teacher_fn,
       transfer_set=tff_kd.TransferSet(helpers.examples(16, 9)[0]),
       distillation=tff_kd.Distillation(num_steps=3, batch_size=8),
       back_distillation=tff_kd.Distillation(
@@ -149,9 +148,10 @@ def test_one_feature_a_position(optimizer):
   build = lambda: keras.Sequential(
       [layers.InputLayer((6, 1)), layers.Dense(helpers.CLASSES)]
   )
-  process = tff_kd.algorithms.build_fed_avg(**helpers.common(
-      student_fn=build, input_spec=batches.element_spec, client_optimizer=optimizer
-  ))
+  process = helpers.build(
+      'fed_avg', student_fn=build, input_spec=batches.element_spec,
+      client_optimizer=optimizer,
+  )
   state = process.initialize()
   model = process.to_keras(state)
   for _ in range(2):
@@ -173,7 +173,7 @@ def test_initial_weights_are_the_builders():
       variable.assign(value)
     return model
 
-  process = tff_kd.algorithms.build_fed_avg(**helpers.common(student_fn=build))
+  process = helpers.build('fed_avg', student_fn=build)
   helpers.assert_weights_close(
       process.initialize().global_model_weights.trainable, trained,
       rtol=0,
@@ -182,8 +182,8 @@ def test_initial_weights_are_the_builders():
 
 def test_batch_norm_statistics_are_the_weighted_mean_of_the_clients():
   keras.utils.set_random_seed(0)
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(student_fn=_batch_norm, client_optimizer=helpers.sgd(0.0)),
+  process = helpers.build(
+      'fed_avg', student_fn=_batch_norm, client_optimizer=helpers.sgd(0.0),
       server_optimizer=tff.learning.optimizers.build_adam(0.1),
   )
   state = process.initialize()
@@ -205,7 +205,7 @@ def test_batch_norm_statistics_are_the_weighted_mean_of_the_clients():
 
 def test_frozen_values_never_move_and_never_travel():
   keras.utils.set_random_seed(0)
-  process = tff_kd.algorithms.build_fed_avg(**helpers.common(student_fn=_frozen))
+  process = helpers.build('fed_avg', student_fn=_frozen)
   state = process.initialize()
   after = process.next(state, [helpers.dataset(*helpers.examples(8, 1))]).state
   # Two of batch norm that trains; neither those of the frozen one nor its weights.
@@ -224,9 +224,7 @@ def test_frozen_values_never_move_and_never_travel():
 
 def test_regularization_is_in_the_gradient():
   keras.utils.set_random_seed(0)
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(student_fn=_regularized)
-  )
+  process = helpers.build('fed_avg', student_fn=_regularized)
   state = process.initialize()
   x, y = helpers.examples(4, 1)
   model = process.to_keras(state)
@@ -249,9 +247,7 @@ def test_regularization_is_in_the_gradient():
 
 
 def test_dropout_acts_in_training_only():
-  spec = tff_kd.models.build_model_spec(
-      _dropout, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn
-  )
+  spec = helpers.model_spec(_dropout)
   x, _ = helpers.examples(64, 0)
 
   def outputs(training, seed):
@@ -290,12 +286,9 @@ def test_several_inputs(kind, mapping_batches):
     elements = collections.OrderedDict(x=x, y=y) if mapping_batches else (x, y)
     return tf.data.Dataset.from_tensor_slices(elements).batch(4)
 
-  process = tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(
-          student_fn=lambda: _two_inputs(kind),
-          input_spec=dataset(2).element_spec,
-      ),
-      teacher_fn=lambda: _two_inputs(kind),
+  process = helpers.build(
+      'fed_distillation', student_fn=lambda: _two_inputs(kind),
+      input_spec=dataset(2).element_spec, teacher_fn=lambda: _two_inputs(kind),
       transfer_set=tff_kd.TransferSet(inputs(10, 0)),
       distillation=tff_kd.Distillation(num_steps=2),
   )
@@ -316,10 +309,9 @@ def test_sequence_outputs():
     return tf.data.Dataset.from_tensor_slices((tokens[:, :-1], tokens[:, 1:])).batch(4)
 
   public = np.random.default_rng(0).integers(0, 7, (8, 5)).astype(np.int32)
-  process = tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(student_fn=build, input_spec=dataset(2).element_spec),
-      teacher_fn=build,
-      transfer_set=tff_kd.TransferSet(public),
+  process = helpers.build(
+      'fed_distillation', student_fn=build, input_spec=dataset(2).element_spec,
+      teacher_fn=build, transfer_set=tff_kd.TransferSet(public),
       distillation=tff_kd.Distillation(num_steps=2),
   )
   assert str(process.description.update_type.knowledge) == (
@@ -335,12 +327,10 @@ def test_softmax_models_exchange_log_probabilities():
   for activation, from_logits in ((None, True), ('softmax', False)):
     keras.utils.set_random_seed(0)
     build = helpers.dense_fn((6,), activation=activation)
-    process = tff_kd.algorithms.build_fed_df(
-        **helpers.common(
-            student_fn=build,
-            loss_fn=lambda f=from_logits: keras.losses.SparseCategoricalCrossentropy(
-                from_logits=f
-            ),
+    process = helpers.build(
+        'fed_df', student_fn=build,
+        loss_fn=lambda f=from_logits: keras.losses.SparseCategoricalCrossentropy(
+            from_logits=f
         ),
         transfer_set=tff_kd.TransferSet(helpers.examples(12, 0)[0]),
         distillation=tff_kd.Distillation(num_steps=2),
@@ -363,13 +353,11 @@ def test_a_single_sigmoid_logit():
   ).batch(4)
   keras.utils.set_random_seed(0)
   # What it teaches and learns is in `labels_test`.
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(
-          student_fn=build, input_spec=data.element_spec,
-          client_optimizer=helpers.sgd(0.0),
-          loss_fn=lambda: keras.losses.BinaryCrossentropy(from_logits=True),
-          metrics_fn=lambda: [keras.metrics.BinaryAccuracy(threshold=0.0)],
-      )
+  process = helpers.build(
+      'fed_avg', student_fn=build, input_spec=data.element_spec,
+      client_optimizer=helpers.sgd(0.0),
+      loss_fn=lambda: keras.losses.BinaryCrossentropy(from_logits=True),
+      metrics_fn=lambda: [keras.metrics.BinaryAccuracy(threshold=0.0)],
   )
   state = process.initialize()
   train = process.next(state, [data]).metrics['client_work']['train']
@@ -403,9 +391,7 @@ class _CountOf(keras.metrics.Metric):
 
 
 def test_own_loss_and_metric():
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(loss_fn=_HalfLoss, metrics_fn=lambda: [_CountOf(1)])
-  )
+  process = helpers.build('fed_avg', loss_fn=_HalfLoss, metrics_fn=lambda: [_CountOf(1)])
   state = process.initialize()
   clients = [helpers.examples(n, n) for n in (8, 5)]
   output = process.next(state, [helpers.dataset(x, y) for x, y in clients])
@@ -489,7 +475,7 @@ def test_a_model_made_before_is_used_as_it_is():
   model = helpers.dense_fn((4,))()
   x, _ = helpers.examples(6, 0)
   before = model(x).numpy()
-  process = tff_kd.algorithms.build_fed_avg(**helpers.common(student_fn=lambda: model))
+  process = helpers.build('fed_avg', student_fn=lambda: model)
   state = process.initialize()
   np.testing.assert_allclose(
       process.student_spec.logits(state.global_model_weights, x), before, rtol=1e-6
@@ -500,9 +486,8 @@ def test_a_model_made_before_is_used_as_it_is():
 
 def test_pairs_with_other_outputs_are_refused():
   with pytest.raises(ValueError, match=r'same shape.*\(3,\).*\(4,\)'):
-    tff_kd.algorithms.build_fed_distillation(
-        **helpers.common(),
-        teacher_fn=helpers.dense_fn(classes=4),
+    helpers.build(
+        'fed_distillation', teacher_fn=helpers.dense_fn(classes=4),
         transfer_set=tff_kd.TransferSet(helpers.examples(4, 0)[0]),
     )
 

@@ -7,7 +7,6 @@ import tensorflow as tf
 
 from tests import helpers
 import tff_kd
-from tff_kd import algorithms
 from tff_kd.client.companions import contrast
 
 _RATE, _MU, _TAU, _FEATURES = 0.2, 2.0, 0.4, 4
@@ -22,7 +21,7 @@ def _build(**kwargs):
       student_fn=_student_fn, client_optimizer=helpers.sgd(_RATE),
       contrast_weight=_MU, contrast_temperature=_TAU,
   )
-  return algorithms.build_moon(**helpers.common(**{**defaults, **kwargs}))
+  return helpers.build('moon', **{**defaults, **kwargs})
 
 
 def _features(w, x):
@@ -120,7 +119,7 @@ def test_the_contrast():
 
 def test_nothing_but_weights_travels_and_it_goes_with_secure_sums_and_privacy():
   plain = tff_kd.communication.round_bytes(
-      algorithms.build_fed_avg(**helpers.common(student_fn=_student_fn))
+      helpers.build('fed_avg', student_fn=_student_fn)
   )
   found = tff_kd.communication.round_bytes(_build())
   assert found.up == plain.up
@@ -149,20 +148,19 @@ def test_nothing_but_weights_travels_and_it_goes_with_secure_sums_and_privacy():
 )
 def test_what_does_not_fit_is_refused(kwargs, match):
   with pytest.raises(ValueError, match=match):
-    algorithms.build_moon(**helpers.common(student_fn=_student_fn) | kwargs)
+    helpers.build('moon', **{'student_fn': _student_fn, **kwargs})
 
 
 def test_several_predictions_an_example_are_refused():
   with pytest.raises(ValueError, match='several predictions an example'):
-    algorithms.build_moon(
-        **helpers.common(
-            student_fn=lambda: keras.Sequential([
-                keras.Input((3, helpers.DIM)), keras.layers.Dense(4),
-                keras.layers.Dense(helpers.CLASSES),
-            ]),
-            input_spec=(
-                tf.TensorSpec([None, 3, helpers.DIM]), tf.TensorSpec([None, 3], tf.int32)
-            ),
-            metrics_fn=None,
-        )
+    helpers.build(
+        'moon',
+        student_fn=lambda: keras.Sequential([
+            keras.Input((3, helpers.DIM)), keras.layers.Dense(4),
+            keras.layers.Dense(helpers.CLASSES),
+        ]),
+        input_spec=(
+            tf.TensorSpec([None, 3, helpers.DIM]), tf.TensorSpec([None, 3], tf.int32)
+        ),
+        metrics_fn=None,
     )

@@ -42,11 +42,8 @@ _FML = dict(student_weight=0.3, mentor_weight=0.6, temperature=2.0)
 @helpers.shared
 def _build(name, **kwargs):
   keras.utils.set_random_seed(2)
-  algorithm = getattr(tff_kd.algorithms, f'build_{name}')
-  return algorithm(
-      **helpers.common(client_optimizer=helpers.sgd(_RATE)),
-      mentor_fn=helpers.dense_fn(),
-      **kwargs,
+  return helpers.build(
+      name, client_optimizer=helpers.sgd(_RATE), mentor_fn=helpers.dense_fn(), **kwargs
   )
 
 
@@ -138,9 +135,8 @@ def test_mentors_with_batch_norm_beside_fed_df():
       models.build_model_spec(fn, name=name, **common)
       for name, fn in (('student', helpers.dense_fn()), ('mentor', mentor_fn))
   )
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(),
-      transfer_set=tff_kd.TransferSet(helpers.examples(8, 9)[0]),
+  process = helpers.build(
+      'fed_df', transfer_set=tff_kd.TransferSet(helpers.examples(8, 9)[0]),
       distillation=tff_kd.Distillation(num_steps=2),
       companion=mutual.MutualLearning(student, mentor),
   )
@@ -169,8 +165,5 @@ def test_mentors_with_batch_norm_beside_fed_df():
     ],
 )
 def test_refused_before_anything_is_built(kwargs, match):
-  arguments = dict(
-      **helpers.common(), **{'mentor_fn': helpers.dense_fn(), **kwargs}
-  )
   with pytest.raises(ValueError, match=match):
-    tff_kd.algorithms.build_fml(**arguments)
+    helpers.build('fml', **{'mentor_fn': helpers.dense_fn(), **kwargs})

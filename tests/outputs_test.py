@@ -180,11 +180,9 @@ def test_what_compares_classes_is_refused_for_a_regression():
   with pytest.raises(ValueError, match='MeanProbabilities is about classes'):
     tff_kd.algorithms.build_ds_fl(
         transfer_set=transfer_set,
-        **_regression(client_data=tff_kd.ClientBatches(
-            data=tff_kd.FileClientData.from_clients(
-                [(np.zeros((4, 3), np.float32), np.zeros(4, np.float32))]
-            ),
-            batch_size=2, num_epochs=1,
+        **_regression(client_data=helpers.batches(
+            [(np.zeros((4, 3), np.float32), np.zeros(4, np.float32))], batch_size=2,
+            num_epochs=1,
         )),
     )
   with pytest.raises(ValueError, match='leave `temperature` at 1'):
@@ -203,11 +201,10 @@ def _build_for_numbers(name):
       mentor_fn=lambda: _regression_model,
       generator_steps=lambda: 2,
   )
-  return helpers.of_registry(
+  return helpers.build_with_parts(
       name, parts, metrics_fn=None,
-      **_regression(client_data=tff_kd.ClientBatches(
-          data=tff_kd.FileClientData.from_clients([(x, np.zeros(4, np.float32))]),
-          batch_size=2, num_epochs=1,
+      **_regression(client_data=helpers.batches(
+          [(x, np.zeros(4, np.float32))], batch_size=2, num_epochs=1
       )),
   )
 
@@ -379,9 +376,8 @@ def test_a_length_that_only_the_model_tells():
     return keras.Model(inputs, layers.Dense(2)(x))
 
   labels = tf.TensorSpec([None], tf.int32)
-  spec = models.build_model_spec(
-      build, loss_fn=helpers.loss_fn,
-      input_spec=(tf.TensorSpec([None, None], tf.int32), labels),
+  spec = helpers.model_spec(
+      build, input_spec=(tf.TensorSpec([None, None], tf.int32), labels)
   )
   assert spec.outputs_shape.as_list() == [2]
   model = spec.to_keras(spec.initial_weights)
@@ -398,7 +394,4 @@ def test_a_length_that_only_the_model_tells():
       return self.dense(x)
 
   with pytest.raises(ValueError, match='tried with a length of 16.*keras.Input'):
-    models.build_model_spec(
-        Flat, loss_fn=helpers.loss_fn,
-        input_spec=(tf.TensorSpec([None, None], tf.int32), labels),
-    )
+    helpers.model_spec(Flat, input_spec=(tf.TensorSpec([None, None], tf.int32), labels))

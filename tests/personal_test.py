@@ -8,8 +8,6 @@ from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
-from tff_kd import algorithms
-from tff_kd import models
 from tff_kd.models import personal
 
 _RATE, _FEATURES = 0.2, 4
@@ -18,20 +16,14 @@ _CLIENTS = {k: helpers.examples(n, k) for k, n in enumerate([8, 4, 12])}
 _SHARED = {'fed_per': (0, 1), 'lg_fed_avg': (2, 3)}
 
 
-def _student_fn():
-  return keras.Sequential([
-      keras.layers.InputLayer((helpers.DIM,)),
-      keras.layers.Dense(_FEATURES, activation='tanh', name='features'),
-      keras.layers.Dense(helpers.CLASSES),
-  ])
+_student_fn = helpers.features_fn(_FEATURES)
 
 
 @helpers.shared
 def _build(name, **kwargs):
   keras.utils.set_random_seed(4)
   defaults = dict(student_fn=_student_fn, client_optimizer=helpers.sgd(_RATE))
-  builder = algorithms.REGISTRY[name].build
-  return builder(**helpers.common(**{**defaults, **kwargs}))
+  return helpers.build(name, **{**defaults, **kwargs})
 
 
 def _trained(w, x, y):
@@ -114,10 +106,7 @@ def _normalized_fn():
 
 
 def test_statistics_belong_to_their_layer():
-  spec = models.build_model_spec(
-      _normalized_fn, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn,
-      name='student',
-  )
+  spec = helpers.model_spec(_normalized_fn, name='student')
   layers = {layer.name: layer for layer in spec.layers}
   kept = personal.PersonalLayers(spec, [layers['norm']])
   names = tff.learning.models.ModelWeights(list('abcdef'), ['mean', 'variance'])
@@ -136,10 +125,7 @@ def test_statistics_belong_to_their_layer():
 
 
 def test_what_needs_a_whole_student_is_refused():
-  spec = models.build_model_spec(
-      _student_fn, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn,
-      name='student',
-  )
+  spec = helpers.model_spec(_student_fn, name='student')
   mentor = tff_kd.client.companions.mutual.MutualLearning(spec, spec)
   refused = [
       (dict(split_layer='features_2'), "must be one of the student's layers"),

@@ -11,11 +11,6 @@ from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
-from tff_kd import algorithms
-from tff_kd.algorithms import cfd
-from tff_kd.algorithms import ds_fl
-from tff_kd.algorithms import fd
-from tff_kd.algorithms import fed_md
 from tff_kd import knowledge
 from tff_kd.knowledge import codecs
 from tff_kd.server import distill
@@ -43,10 +38,10 @@ def _fed_md(labelled=False, **kwargs):
       transfer_set=tff_kd.TransferSet(_X, _Y if labelled else None),
       digest_optimizer=helpers.sgd(_DIGEST_RATE),
   )
-  return fed_md.build_fed_md(**helpers.common(**(defaults | kwargs)))
+  return helpers.build('fed_md', **(defaults | kwargs))
 
 
-def _with_student(build, num_steps, **kwargs):
+def _with_student(name, num_steps, **kwargs):
   """A process whose server has a student that is distilled."""
   keras.utils.set_random_seed(0)
   defaults = dict(
@@ -57,17 +52,17 @@ def _with_student(build, num_steps, **kwargs):
           num_steps=num_steps, batch_size=10, distillation_weight=1.0
       ),
   )
-  return build(**helpers.common(**(defaults | kwargs)))
+  return helpers.build(name, **(defaults | kwargs))
 
 
 @helpers.shared
 def _ds_fl(**kwargs):
-  return _with_student(ds_fl.build_ds_fl, 1, **kwargs)
+  return _with_student('ds_fl', 1, **kwargs)
 
 
 @helpers.shared
 def _cfd(**kwargs):
-  return _with_student(cfd.build_cfd, 2, **kwargs)
+  return _with_student('cfd', 2, **kwargs)
 
 
 def _fit(model, x, y, rate=_RATE):
@@ -343,8 +338,8 @@ def test_clients_that_keep_models_code_against_what_they_sent():
 
 @helpers.shared
 def _fd(share):
-  return fd.build_fd(
-      **helpers.common(client_optimizer=helpers.sgd(_RATE), regularizer_weight=share)
+  return helpers.build(
+      'fd', client_optimizer=helpers.sgd(_RATE), regularizer_weight=share
   )
 
 
@@ -353,7 +348,7 @@ def test_clients_states_of_the_best_round_stay(tmp_path):
       helpers.examples(8, 0), [np.arange(4), np.arange(4, 8)]
   )
   batches = tff_kd.ClientBatches(data=data, batch_size=4, num_epochs=1)
-  process, found = fd.build_fd(**helpers.common(client_data=batches)), {}
+  process, found = helpers.build('fd', client_data=batches), {}
   for num_rounds in (3, 9):
     store = client_states.ClientStates(
         process.initialize_client(), tmp_path / f'{num_rounds}'
@@ -436,13 +431,11 @@ def test_fd_leaves_a_clients_own_part_out():
 def test_fd_shares_nothing_of_what_the_loss_ignores(ignored):
   x, y = helpers.examples(12, 0)
   y = np.where(np.arange(12) % 3, y, ignored).astype(np.int32)
-  process = fd.build_fd(
-      **helpers.common(
-          client_optimizer=helpers.sgd(1e-12),
-          loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
-              from_logits=True, ignore_class=ignored
-          ),
-      )
+  process = helpers.build(
+      'fd', client_optimizer=helpers.sgd(1e-12),
+      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
+          from_logits=True, ignore_class=ignored
+      ),
   )
   state, client = process.initialize(), process.initialize_client()
   output = process.next(state, [helpers.dataset(x, y)], [client])
@@ -463,15 +456,12 @@ def test_fd_shares_nothing_of_what_the_loss_ignores(ignored):
 @pytest.mark.parametrize('algorithm', ['fd', 'fed_proto'])
 def test_what_is_learned_of_a_class_does_not_depend_on_padding(algorithm):
   """As the loss on the labels, the term is a mean over what the loss does not ignore."""
-  process = algorithms.REGISTRY[algorithm].build(
-      **helpers.common(
-          student_fn=helpers.features_fn(4),
-          client_optimizer=helpers.sgd(_RATE),
-          loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
-              from_logits=True, ignore_class=-1
-          ),
-          metrics_fn=None,
-      )
+  process = helpers.build(
+      algorithm, student_fn=helpers.features_fn(4), client_optimizer=helpers.sgd(_RATE),
+      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
+          from_logits=True, ignore_class=-1
+      ),
+      metrics_fn=None,
   )
   first = process.initialize_client()
   (x, y), (other_x, other_y) = helpers.examples(6, 0), helpers.examples(6, 1)
@@ -493,48 +483,45 @@ def test_what_is_learned_of_a_class_does_not_depend_on_padding(algorithm):
 def test_fd_needs_sums_in_which_all_parts_are_as_they_are():
   learning = tff.learning
   with pytest.raises(ValueError, match='knowledge_weighting.*UNIFORM.*NUM_EXAMPLES'):
-    fd.build_fd(
-        **helpers.common(), knowledge_weighting=learning.ClientWeighting.NUM_EXAMPLES
-    )
+    helpers.build('fd', knowledge_weighting=learning.ClientWeighting.NUM_EXAMPLES)
   with pytest.raises(ValueError, match='knowledge_aggregator` must be `None`'):
-    fd.build_fd(
-        **helpers.common(), knowledge_aggregator=learning.robust_aggregator(zeroing=True)
-    )
+    helpers.build('fd', knowledge_aggregator=learning.robust_aggregator(zeroing=True))
 
 
 def test_fd_needs_class_indices():
   x, y = helpers.examples(4, 0)
   one_hot = helpers.dataset(x, np.eye(helpers.CLASSES, dtype=np.float32)[y])
   with pytest.raises(ValueError, match='class indices'):
-    fd.build_fd(
-        **helpers.common(
-            input_spec=one_hot.element_spec,
-            loss_fn=lambda: keras.losses.CategoricalCrossentropy(from_logits=True),
-            metrics_fn=None,
-        )
+    helpers.build(
+        'fd', input_spec=one_hot.element_spec,
+        loss_fn=lambda: keras.losses.CategoricalCrossentropy(from_logits=True),
+        metrics_fn=None,
     )
   with pytest.raises(ValueError, match='above 0'):
-    fd.build_fd(**helpers.common(regularizer_weight=0.0))
+    helpers.build('fd', regularizer_weight=0.0)
 
 
 @pytest.mark.parametrize(
-    'build', [fd.build_fd, *helpers.slow_each(_fed_md, _ds_fl)]
+    'name, optimizers',
+    [
+        ('fd', ()),
+        *helpers.slow_each(
+            ('fed_md', ('digest_optimizer',)), ('ds_fl', ('student_optimizer',))
+        ),
+    ],
 )
-def test_keras_optimizers_and_any_keras_model(build):
+def test_keras_optimizers_and_any_keras_model(name, optimizers):
   model_fn = lambda: keras.Sequential([  # pylint: disable=g-long-lambda
       keras.layers.InputLayer((helpers.DIM,)),
       keras.layers.Dense(6),
       keras.layers.BatchNormalization(),
       keras.layers.Dense(helpers.CLASSES),
   ])
-  kwargs = dict(
-      student_fn=model_fn, client_optimizer=lambda: keras.optimizers.Adam(0.01)
-  )
-  if build is _fed_md:
-    kwargs['digest_optimizer'] = kwargs['client_optimizer']
-  if build is _ds_fl:
-    kwargs['student_optimizer'] = kwargs['client_optimizer']
-  process = build(**(helpers.common(**kwargs) if build is fd.build_fd else kwargs))
+  adam = lambda: keras.optimizers.Adam(0.01)
+  kwargs = dict.fromkeys(('client_optimizer', *optimizers), adam)
+  builders = {'fed_md': _fed_md, 'ds_fl': _ds_fl}
+  build = builders.get(name, functools.partial(helpers.build, name))
+  process = build(student_fn=model_fn, **kwargs)
   state, states = process.initialize(), [process.initialize_client()] * 2
   losses = []
   for _ in range(6):
@@ -637,9 +624,7 @@ def _linear_features_fn():
     ],
 )
 def test_sums_by_class_that_are_infinite_reach_nobody(name, student_fn, size):
-  process = algorithms.REGISTRY[name].build(
-      **helpers.common(student_fn=student_fn, client_optimizer=helpers.sgd(1e-3))
-  )
+  process = helpers.build(name, student_fn=student_fn, client_optimizer=helpers.sgd(1e-3))
   # Each output is finite, and so are the weights after a step; the sum of three is not.
   x, y = np.ones([9, helpers.DIM], np.float32), np.int32([0, 1, 2] * 3)
   good, bad = (helpers.dataset(scale * x, y, 9) for scale in (1, np.float32(size)))
@@ -665,10 +650,7 @@ def test_order_of_clients_does_not_matter():
 
 @pytest.fixture(scope='module')
 def batches():
-  data = tff_kd.FileClientData.from_clients(
-      [helpers.examples(10, seed) for seed in range(6)]
-  )
-  return tff_kd.ClientBatches(data=data, batch_size=4, seed=0)
+  return helpers.batches([helpers.examples(10, seed) for seed in range(6)], seed=0)
 
 
 def _train(process, folder, num_rounds, **kwargs):

@@ -58,12 +58,10 @@ def test_two_rounds_equal_numpy(uniform):
   public, _ = helpers.examples(m, 99)
   keras.utils.set_random_seed(1)
   distillation = dict(temperature=t, num_steps=2, batch_size=m)
-  process = tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(client_optimizer=helpers.sgd(0.1, 0.9)),
-      teacher_fn=helpers.dense_fn(),
-      transfer_set=tff_kd.TransferSet(public),
-      server_optimizer=helpers.sgd(0.7, 0.5),
-      teacher_optimizer=helpers.sgd(0.2, 0.9),
+  process = helpers.build(
+      'fed_distillation', client_optimizer=helpers.sgd(0.1, 0.9),
+      teacher_fn=helpers.dense_fn(), transfer_set=tff_kd.TransferSet(public),
+      server_optimizer=helpers.sgd(0.7, 0.5), teacher_optimizer=helpers.sgd(0.2, 0.9),
       student_optimizer=helpers.sgd(0.3, 0.8),
       distillation=tff_kd.Distillation(target='ensemble', **distillation),
       back_distillation=tff_kd.Distillation(target='teacher', **distillation),
@@ -145,11 +143,9 @@ def test_two_rounds_equal_numpy(uniform):
 def test_without_distillation_three_rounds_equal_tffs_fed_avg(weighting):
   keras.utils.set_random_seed(0)
   units = (6,)
-  ours = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(
-          student_fn=helpers.dense_fn(units),
-          client_optimizer=helpers.sgd(0.1, 0.9),
-      ),
+  ours = helpers.build(
+      'fed_avg', student_fn=helpers.dense_fn(units),
+      client_optimizer=helpers.sgd(0.1, 0.9),
       server_optimizer=tff.learning.optimizers.build_adam(0.01),
       client_weighting=weighting,
   )
@@ -213,11 +209,9 @@ def _fusion(**kwargs):
       back_distillation=tff_kd.Distillation(target='teacher', **steps),
   )
   student_fn = kwargs.pop('student_fn', helpers.dense_fn())
-  return tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(student_fn=student_fn),
-      **{**defaults, **kwargs},
-      teacher_fn=helpers.dense_fn((8,)),
-      transfer_set=transfer,
+  return helpers.build(
+      'fed_distillation', student_fn=student_fn, **{**defaults, **kwargs},
+      teacher_fn=helpers.dense_fn((8,)), transfer_set=transfer,
   )
 
 
@@ -417,7 +411,7 @@ def test_local_distillation_equals_a_step_by_hand(target):
   if target == 'teacher':
     process = _fusion(local_terms=terms, back_distillation=None)
   else:
-    process = tff_kd.algorithms.build_fed_avg(**helpers.common(), local_terms=terms)
+    process = helpers.build('fed_avg', local_terms=terms)
   state = process.initialize()
   student = process.to_keras(state)
   frozen = (
@@ -471,10 +465,8 @@ def test_keras_and_tff_optimizers_agree():
   results = []
   for sgd in (helpers.sgd(0.1), lambda: keras.optimizers.SGD(0.1)):
     keras.utils.set_random_seed(0)
-    process = tff_kd.algorithms.build_fed_df(
-        **helpers.common(client_optimizer=sgd),
-        server_optimizer=sgd,
-        student_optimizer=sgd,
+    process = helpers.build(
+        'fed_df', client_optimizer=sgd, server_optimizer=sgd, student_optimizer=sgd,
         transfer_set=tff_kd.TransferSet(helpers.examples(16, 5)[0]),
         distillation=tff_kd.Distillation(
             num_steps=3, schedule=tff_kd.cosine_schedule
@@ -523,10 +515,8 @@ def test_own_aggregators_per_channel(fusion):
 
 def test_fed_df_distils_the_ensemble_into_the_student():
   keras.utils.set_random_seed(0)
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(
-          student_fn=helpers.dense_fn((6,)), client_optimizer=helpers.sgd(1.0)
-      ),
+  process = helpers.build(
+      'fed_df', student_fn=helpers.dense_fn((6,)), client_optimizer=helpers.sgd(1.0),
       transfer_set=tff_kd.TransferSet(helpers.examples(32, 5)[0]),
   )
   output = _run(process, GOOD)
@@ -647,15 +637,12 @@ def test_an_optimizer_object_is_refused():
   with pytest.raises(TypeError, match='lambda: keras.optimizers.Adam'):
     _fusion(teacher_optimizer=keras.optimizers.Adam())
   with pytest.raises(TypeError, match='client_optimizer'):
-    tff_kd.algorithms.build_fed_avg(**helpers.common(client_optimizer='sgd'))
+    helpers.build('fed_avg', client_optimizer='sgd')
 
 
 def test_transfer_inputs_of_another_shape_are_refused():
   with pytest.raises(ValueError, match="transfer set's inputs"):
-    tff_kd.algorithms.build_fed_df(
-        **helpers.common(),
-        transfer_set=tff_kd.TransferSet(np.zeros([4, 9], np.float32)),
-    )
+    helpers.build('fed_df', transfer_set=tff_kd.TransferSet(np.zeros([4, 9], np.float32)))
 
 
 def test_data_of_another_spec_is_refused(fusion):
@@ -680,7 +667,7 @@ def test_a_branch_in_a_model_is_an_error_as_in_keras():
   with pytest.raises(Exception, match='symbolic'):
     model.fit(x, y, verbose=0)
   with pytest.raises(ValueError, match='symbolic'):
-    tff_kd.algorithms.build_fed_avg(**helpers.common(student_fn=Branching))
+    helpers.build('fed_avg', student_fn=Branching)
 
 
 @pytest.mark.parametrize('as_datasets', [True, helpers.slow(False)])
@@ -710,10 +697,8 @@ def test_pythons_words_in_what_is_the_users(as_datasets, tmp_path):
   found = []
   for in_python in (True, False):
     keras.utils.set_random_seed(0)
-    process = tff_kd.algorithms.build_fed_df(
-        **helpers.common(
-            student_fn=helpers.dense_fn(kernel_initializer='ones')
-        ),
+    process = helpers.build(
+        'fed_df', student_fn=helpers.dense_fn(kernel_initializer='ones'),
         transfer_set=tff_kd.TransferSet(helpers.examples(8, 99)[0]),
         client_data=None if as_datasets else batches,
         learning_rate_fn=(

@@ -15,15 +15,13 @@ _CLIENTS = [helpers.examples(n, n) for n in (6, 4, 5)]
 
 @pytest.fixture(scope='module')
 def batches():
-  return tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_clients(_CLIENTS), batch_size=4, shuffle=False
-  )
+  return helpers.batches(_CLIENTS, shuffle=False)
 
 
 @pytest.fixture(scope='module')
 def by_number(batches):
   keras.utils.set_random_seed(0)
-  return tff_kd.algorithms.build_fed_avg(**helpers.common(client_data=batches))
+  return helpers.build('fed_avg', client_data=batches)
 
 
 @pytest.fixture(scope='module')
@@ -173,9 +171,7 @@ def test_a_spec_without_ranks_is_refused():
       lambda: [(_X, _Y)], output_types=(tf.float32, tf.int32)
   )
   with pytest.raises(ValueError, match='how many dimensions .*`output_signature`'):
-    tff_kd.algorithms.build_fed_avg(
-        **helpers.common(input_spec=dataset.element_spec)
-    )
+    helpers.build('fed_avg', input_spec=dataset.element_spec)
 
 
 def test_keys_in_another_order():
@@ -184,12 +180,8 @@ def test_keys_in_another_order():
   parts = {'y': y, 'x': x, 'sample_weight': w}
   dataset = tf.data.Dataset.from_tensor_slices(parts).batch(4)
   keras.utils.set_random_seed(0)
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(input_spec=dataset.element_spec)
-  )
-  batches = tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_clients([parts]), batch_size=4, shuffle=False
-  )
+  process = helpers.build('fed_avg', input_spec=dataset.element_spec)
+  batches = helpers.batches([parts], shuffle=False)
   helpers.assert_weights_close(
       _weights(process, [dataset]), _weights(process, [batches.dataset(0)]), rtol=0
   )
@@ -230,8 +222,8 @@ def test_participation_of_clients_that_are_not_there(by_number, by_dataset):
 
 
 def test_cohorts_and_conditions(batches):
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))]),
+  process = helpers.build(
+      'fed_df', student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))],
       client_data=batches, reporting=tff_kd.Reporting(),
       transfer_set=tff_kd.TransferSet(_X),
       distillation=tff_kd.Distillation(num_steps=1, batch_size=4),

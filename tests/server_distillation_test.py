@@ -15,9 +15,7 @@ from tff_kd.server import distill
 
 
 def _spec(name, build):
-  return models.build_model_spec(
-      build, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn, name=name
-  )
+  return helpers.model_spec(build, name=name)
 
 
 def _run(distillation, *, labelled=False, validation=8, rate=0.1, payload=None,

@@ -21,7 +21,7 @@ def process():
 
 
 def _averaging(**kwargs):
-  return tff_kd.algorithms.build_fed_avg(**helpers.common(**kwargs))
+  return helpers.build('fed_avg', **kwargs)
 
 
 def _data(round_num):
@@ -247,7 +247,7 @@ def test_a_process_knows_every_optimizer(name, argument, of_process):
       teacher_fn=lambda: helpers.dense_fn((4,)),
       num_clients=lambda: 2,
   )
-  built = helpers.of_registry(
+  built = helpers.build_with_parts(
       name, parts, student_fn=helpers.dense_fn((4,)),
       **{argument: lambda: keras.optimizers.Adam(0.25)},
   )
@@ -286,11 +286,8 @@ def test_an_evaluation_that_tells_its_names_is_not_called_to_see_them(process):
 
 
 def test_clients_may_be_chosen_by_numpy():
-  batches = tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_clients([helpers.examples(6, k) for k in range(3)]),
-      batch_size=3,
-  )
-  process = tff_kd.algorithms.build_fed_avg(**helpers.common(client_data=batches))
+  batches = helpers.batches([helpers.examples(6, k) for k in range(3)], batch_size=3)
+  process = helpers.build('fed_avg', client_data=batches)
   for selected in (np.array([2, 0]), [np.int64(2), np.int32(0)], (2, 0)):
     result = simulation.train(
         process, select_clients=lambda _, its=selected: its, num_rounds=1
@@ -513,9 +510,7 @@ def test_learning_rates_follow_the_rounds(process, tmp_path, optimizer, part):
 
 
 def test_a_schedule_needs_a_rate_to_set():
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(client_optimizer=lambda: keras.optimizers.SGD(0.1))
-  )
+  process = helpers.build('fed_avg', client_optimizer=lambda: keras.optimizers.SGD(0.1))
   for schedule, message in (
       (lambda r: 0.1, 'no learning rate of a client optimizer'),
       (lambda r: math.nan, 'finite rates of 0 or more, found nan for round 1'),

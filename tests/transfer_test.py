@@ -80,8 +80,8 @@ def test_clients_and_server_draw_the_same_rows():
 
 def test_a_large_set_is_not_in_the_graph():
   inputs = np.zeros([200_000, helpers.DIM], 'f')
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(), transfer_set=tff_kd.TransferSet(inputs, subset_size=10)
+  process = helpers.build(
+      'fed_df', transfer_set=tff_kd.TransferSet(inputs, subset_size=10)
   )
   serialized = tff.framework.serialize_computation(process.next)
   assert serialized.ByteSize() < 0.2 * inputs.nbytes
@@ -96,8 +96,8 @@ def test_predictions_meet_their_inputs():
   keras.utils.set_random_seed(0)
   rng = np.random.default_rng(0)
   x = rng.normal(size=(40, helpers.DIM)).astype('f')
-  process = tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(client_optimizer=helpers.sgd(0.0)),
+  process = helpers.build(
+      'fed_distillation', client_optimizer=helpers.sgd(0.0),
       teacher_fn=helpers.dense_fn(),
       transfer_set=tff_kd.TransferSet(x, subset_size=24, seed=3),
       teacher_optimizer=helpers.sgd(0.5),
@@ -233,9 +233,8 @@ def test_only_known_labels_count():
   x, y = helpers.examples(16, 5)
   mask = np.arange(16) % 4 == 0
   unknown = np.where(mask, y, -7)
-  process = tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(),
-      teacher_fn=helpers.dense_fn((8,)),
+  process = helpers.build(
+      'fed_distillation', teacher_fn=helpers.dense_fn((8,)),
       transfer_set=tff_kd.TransferSet(x, unknown, label_mask=mask),
       distillation=tff_kd.Distillation(
           distillation_weight=0.0, num_steps=1, batch_size=16
@@ -254,10 +253,7 @@ def test_only_known_labels_count():
 def test_labels_out_of_range_are_refused():
   x, y = helpers.examples(16, 5)
   with pytest.raises(ValueError, match='from 0 to 2, found 0 to 9'):
-    tff_kd.algorithms.build_fed_df(
-        **helpers.common(),
-        transfer_set=tff_kd.TransferSet(x, np.where(y == 2, 9, y)),
-    )
+    helpers.build('fed_df', transfer_set=tff_kd.TransferSet(x, np.where(y == 2, 9, y)))
 
 
 def test_arrays_and_datasets_are_taken_as_they_are():
@@ -274,7 +270,5 @@ def test_arrays_and_datasets_are_taken_as_they_are():
     np.testing.assert_array_equal(found.gather_inputs(tf.range(6)), x)
   with pytest.raises(TypeError, match=r'found tuple.*TransferSet\(inputs, labels\)'):
     transfer_lib.as_transfer_set((x, y))
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(), transfer_set=x, student_optimizer=helpers.sgd(),
-  )
+  process = helpers.build('fed_df', transfer_set=x, student_optimizer=helpers.sgd())
   assert process.transfer_set.size == 6
