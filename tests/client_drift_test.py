@@ -213,7 +213,7 @@ def _client(number, **conditions):
 
 @pytest.mark.parametrize('name', ['scaffold', helpers.slow('fed_dyn')])
 def test_states_move_with_reports_that_count_only(name, batches):
-  """Lost, excluded and skipped: server and clients stay in agreement."""
+  """What a skipped round leaves is in `contract_test`."""
   process = _build(
       name, client_data=batches, reporting=tff_kd.Reporting(min_reports=1)
   )
@@ -226,32 +226,6 @@ def test_states_move_with_reports_that_count_only(name, batches):
   helpers.assert_weights_close(both.client_states[0], alone.client_states[0], atol=1e-7)
   helpers.assert_weights_close(both.client_states[1], new, rtol=0, atol=0)
   assert np.abs(both.client_states[0].values[0]).max() > 1e-3
-  # Too few reports: the round is skipped, and nobody's state moves.
-  state, kept = both.state, both.client_states[0]
-  skipped = process.next(state, [_client(0, reports=lost)], [kept])
-  assert skipped.metrics['round_skipped'] == 1
-  helpers.assert_weights_close(skipped.client_states[0], kept, rtol=0, atol=0)
-  helpers.assert_weights_close(
-      [skipped.state.companion, skipped.state.global_model_weights],
-      [state.companion, state.global_model_weights], rtol=0, atol=0,
-  )
-
-
-@pytest.mark.parametrize('name', ['scaffold', helpers.slow('fed_dyn')])
-def test_a_skipped_round_gives_those_their_state_back_who_reported(name, batches):
-  process = _build(
-      name, client_data=batches, reporting=tff_kd.Reporting(min_reports=2)
-  )
-  state, new = process.initialize(), process.initialize_client()
-  output = process.next(state, [_client(0), _client(1)], [new] * 2)
-  assert output.metrics['round_skipped'] == 0
-  kept = output.client_states[0]
-  skipped = process.next(output.state, [_client(0)], [kept])
-  assert skipped.metrics['round_skipped'] == 1
-  helpers.assert_weights_close(skipped.client_states[0], kept, rtol=0, atol=0)
-  helpers.assert_weights_close(
-      skipped.state.companion, output.state.companion, rtol=0, atol=0
-  )
 
 
 @pytest.mark.slow
@@ -319,10 +293,6 @@ def test_control_variates_follow_the_rate_and_cost_as_much_as_weights(batches):
         (dict(), 'how many clients there are in all: pass `num_clients`'),
         (dict(num_clients=0), '`num_clients` must be a positive integer'),
         (
-            dict(num_clients=4, student_fn=[helpers.dense_fn(), helpers.dense_fn()]),
-            'has one architecture',
-        ),
-        (
             dict(
                 num_clients=4,
                 privacy=tff_kd.privacy.DifferentialPrivacy(
@@ -345,10 +315,6 @@ def test_what_does_not_fit_one_of_them_is_refused(batches):
     )
   with pytest.raises(ValueError, match='must be plain SGD'):
     helpers.build('scaffold', client_optimizer=helpers.sgd(0.1, 0.9), num_clients=4)
-  with pytest.raises(ValueError, match='With secure aggregation there can be no'):
-    helpers.build(
-        'scaffold', num_clients=4, secure_aggregation=tff_kd.privacy.SecureAggregation()
-    )
   with pytest.raises(ValueError, match='must be that of `client_data`, 4, found 5'):
     helpers.build('scaffold', client_data=batches, num_clients=5)
   with pytest.raises(ValueError, match='`alpha` must be above 0'):

@@ -262,7 +262,6 @@ class _Skip(keras.Model):
             'outputs of shape',
         ),
         (dict(student_fn=_Skip), 'one after the other'),
-        (dict(student_fn=[_student_fn, _student_fn]), 'one architecture'),
         (dict(student_fn=helpers.dense_fn()), 'must have layers before the split'),
     ],
 )

@@ -83,19 +83,6 @@ def test_only_the_shared_layers_travel(name):
   assert process.kept_models.first is process.student_spec
 
 
-def test_a_client_that_is_left_out_keeps_its_model():
-  process = _build('fed_per')
-  x, y = _CLIENTS[1]
-  initial = process.initialize_client()
-  output = process.next(
-      process.initialize(),
-      [helpers.dataset(np.full_like(x, np.nan), y), helpers.dataset(x, y)],
-      [initial] * 2,
-  )
-  helpers.assert_weights_close(output.client_states[0], initial, rtol=0, atol=0)
-  assert output.metrics['client_work']['participation']['num_included'] == 1
-
-
 def _normalized_fn():
   return keras.Sequential([
       keras.layers.InputLayer((helpers.DIM,)),
