@@ -484,21 +484,19 @@ def _build(name, teacher=False, **kwargs):
   )
 
 
-def _logits_of(model, x=_X):
-  return helpers.linear_logits(model, x)
+def _logits_of(model):
+  return helpers.linear_logits(model, _X)
 
 
 def _fit(model, k):
   """A client's step of SGD with rate .1 on all of its examples."""
   x, y = _CLIENTS[k]
-  dz = helpers.softmax(_logits_of(model, x)) - np.eye(helpers.CLASSES)[y]
-  return helpers.linear_step(model, x.astype(np.float64), dz / len(x), 0.1)
+  return helpers.linear_fit(model, x.astype(np.float64), y, 0.1)
 
 
 def _learn(model, target, rate):
   """A step of distillation on the public examples."""
-  dz = (helpers.softmax(_logits_of(model)) - helpers.softmax(target)) / len(_X)
-  return helpers.linear_step(model, _X, dz, rate)
+  return helpers.linear_distil(model, _X, helpers.softmax(target), rate)
 
 
 def _mean(values, weights):

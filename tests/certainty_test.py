@@ -227,7 +227,7 @@ def private():
   return _fed_aux(epsilon=2.0)
 
 
-_step, _logits = helpers.linear_step, helpers.linear_logits
+_logits = helpers.linear_logits
 
 
 def _expected_round(student, scorers, clients, epochs=1):
@@ -236,15 +236,13 @@ def _expected_round(student, scorers, clients, epochs=1):
   for k in clients:
     x, y = _client(k)
     x, y = np.tile(x, (epochs, 1)), np.tile(y, epochs)
-    p = helpers.softmax(_logits(student, x))
-    trained.append(_step(student, x, (p - np.eye(helpers.CLASSES)[y]) / len(x), _RATE))
+    trained.append(helpers.linear_fit(student, x, y, _RATE))
   shares = np.array([_SIZES[k] for k in clients]) / sum(_SIZES[k] for k in clients)
   mean = [sum(s * model[i] for s, model in zip(shares, trained)) for i in range(2)]
   s = np.stack([_score(w, _PUBLIC) for w in scorers])
   p = np.stack([helpers.softmax(_logits(m, _PUBLIC)) for m in trained])
   consensus = (s[..., np.newaxis] * p).sum(0) / s.sum(0)[:, np.newaxis]
-  q = helpers.softmax(_logits(mean, _PUBLIC))
-  return mean, _step(mean, _PUBLIC, (q - consensus) / len(_PUBLIC), _SERVER_RATE)
+  return mean, helpers.linear_distil(mean, _PUBLIC, consensus, _SERVER_RATE)
 
 
 def _check(weights, expected):

@@ -107,13 +107,8 @@ class _FedDyn:
 
 def _next(process, state, states, present):
   """A round's output of these clients, whose states it replaces."""
-  output = process.next(
-      state,
-      [helpers.dataset(*_CLIENTS[k]) for k in present],
-      [states[k] for k in present],
-  )
-  states |= dict(zip(present, output.client_states))
-  return output
+  datasets = {k: helpers.dataset(*_CLIENTS[k]) for k in present}
+  return helpers.round_of(process, state, datasets, states)
 
 
 @pytest.mark.parametrize('name, numpy', [('scaffold', _Scaffold), ('fed_dyn', _FedDyn)])
@@ -198,11 +193,8 @@ def test_fed_dyn_moves_the_student_within_the_constraints_of_its_layers():
 
 
 @pytest.fixture(scope='module')
-def batches(tmp_path_factory):
-  data = tff_kd.FileClientData.from_clients(
-      [*_CLIENTS.values(), _CLIENTS[0]], directory=tmp_path_factory.mktemp('drift')
-  )
-  return tff_kd.ClientBatches(data=data, batch_size=4, shuffle=False)
+def batches():
+  return helpers.batches([*_CLIENTS.values(), _CLIENTS[0]], shuffle=False)
 
 
 def _client(number, **conditions):

@@ -82,6 +82,18 @@ def linear_step(model, x, dz, rate):
   return [model[0] - rate * x.T @ dz, model[1] - rate * dz.sum(0)]
 
 
+def linear_fit(model, x, y, rate):
+  """A linear model after a step of SGD on its cross-entropy with labels."""
+  dz = softmax(linear_logits(model, x)) - np.eye(CLASSES)[y]
+  return linear_step(model, x, dz / len(x), rate)
+
+
+def linear_distil(model, x, target, rate):
+  """A linear model after a step of SGD on its cross-entropy with probabilities."""
+  dz = softmax(linear_logits(model, x)) - target
+  return linear_step(model, x, dz / len(x), rate)
+
+
 def examples(n, seed, dim=DIM, classes=CLASSES):
   rng = np.random.default_rng(seed)
   return (
@@ -165,6 +177,20 @@ def batches(clients, batch_size=4, **kwargs):
   """Writes clients' examples to files, and returns them in batches."""
   data = tff_kd.FileClientData.from_clients(clients)
   return tff_kd.ClientBatches(data=data, batch_size=batch_size, **kwargs)
+
+
+def round_of(process, state, datasets, states):
+  """A round's output.
+
+  Args:
+    process: One whose clients keep states.
+    state: The server's.
+    datasets: Those of the clients of this round, by number.
+    states: Those of all clients, by number; the ones of this round are replaced.
+  """
+  output = process.next(state, list(datasets.values()), [states[k] for k in datasets])
+  states.update(zip(datasets, output.client_states, strict=True))
+  return output
 
 
 def rounds(process, clients, num_rounds=2):

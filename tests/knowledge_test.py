@@ -344,16 +344,13 @@ def test_fed_df_with_quantized_predictions_in_numpy():
       distillation=tff_kd.Distillation(num_steps=1, batch_size=20),
   )
   state, sizes = process.initialize(), (6, 10)
-  w, b = (np.array(v, np.float64) for v in state.global_model_weights.trainable)
+  initial = [np.array(v, np.float64) for v in state.global_model_weights.trainable]
   students, target = [], 0
   for seed, n in enumerate(sizes):
-    cx, cy = helpers.examples(n, seed)
-    dz = (helpers.softmax(cx @ w + b) - np.eye(3)[cy]) / n
-    its = (w - 0.5 * cx.T @ dz, b - 0.5 * dz.sum(0))
-    students.append(its)
-    target = target + n / 16 * np.eye(3)[(x @ its[0] + its[1]).argmax(-1)]
-  w, b = (np.average(its, axis=0, weights=sizes) for its in zip(*students))
-  dz = (helpers.softmax(x @ w + b) - target) / 20
+    students.append(helpers.linear_fit(initial, *helpers.examples(n, seed), 0.5))
+    labels = helpers.linear_logits(students[-1], x).argmax(-1)
+    target = target + n / 16 * np.eye(3)[labels]
+  average = [np.average(its, axis=0, weights=sizes) for its in zip(*students)]
   output = process.next(
       state,
       [
@@ -363,8 +360,7 @@ def test_fed_df_with_quantized_predictions_in_numpy():
   )
   helpers.assert_weights_close(
       output.state.global_model_weights.trainable,
-      [w - 0.3 * x.T @ dz, b - 0.3 * dz.sum(0)],
-      rtol=1e-4, atol=1e-5,
+      helpers.linear_distil(average, x, target, 0.3), rtol=1e-4, atol=1e-5,
   )
   bits = codecs.first_message_bits(20, 3, 1)
   counts = output.metrics['client_work']['participation']
@@ -420,20 +416,11 @@ def test_fed_et_in_numpy():
   # Its predictions are sums by class.
   assert process.description.update_type.knowledge.values.shape == (20, 3, 3)
   state = process.initialize()
-  students = []
-  for seed, size in ((1, 4), (2, 12), (5, 8)):
-    cx, cy = helpers.examples(size, seed)
-    w, b = (np.array(v, np.float64) for v in state.global_model_weights.trainable)
-    dz = (helpers.softmax(cx @ w + b) - np.eye(3)[cy]) / size
-    students.append((w - cx.T @ dz, b - dz.sum(0)))
-  output = process.next(
-      state,
-      [
-          helpers.dataset(*helpers.examples(n, seed), batch_size=n)
-          for seed, n in ((1, 4), (2, 12), (5, 8))
-      ],
-  )
-  logits = np.stack([x @ w + b for w, b in students])
+  initial = [np.array(v, np.float64) for v in state.global_model_weights.trainable]
+  clients = [helpers.examples(size, seed) for seed, size in ((1, 4), (2, 12), (5, 8))]
+  output = process.next(state, [helpers.dataset(x, y, len(y)) for x, y in clients])
+  students = [helpers.linear_fit(initial, *client, 1.0) for client in clients]
+  logits = np.stack([helpers.linear_logits(its, x) for its in students])
   certainty = logits.var(-1)
   joint = _weighted_mean(logits, certainty)
   label = joint.argmax(-1)
@@ -442,14 +429,13 @@ def test_fed_et_in_numpy():
   assert 0 < rows.sum() < 20
   opinion = np.zeros_like(joint)
   opinion[rows] = _weighted_mean(logits[:, rows], differ[:, rows])
-  w, b = (np.array(v, np.float64) for v in state.teacher_weights.trainable)
-  p = helpers.softmax(x @ w + b)
+  teacher = [np.array(v, np.float64) for v in state.teacher_weights.trainable]
+  p = helpers.softmax(helpers.linear_logits(teacher, x))
   dz = (p - np.eye(3)[label]) / 20
   dz[rows] += share * (p - helpers.softmax(opinion))[rows] / rows.sum()
   helpers.assert_weights_close(
       output.state.teacher_weights.trainable,
-      [w - rate * x.T @ dz, b - rate * dz.sum(0)],
-      rtol=1e-4, atol=1e-5,
+      helpers.linear_step(teacher, x, dz, rate), rtol=1e-4, atol=1e-5,
   )
 
 

@@ -36,9 +36,7 @@ def _loss_gradient(w, x, y, received, previous):
   """The gradient of CE + mu l by all weights, written out."""
   z = _features(w, x)
   logits = z @ w[2] + w[3]
-  p = np.exp(logits - logits.max(-1, keepdims=True))
-  p /= p.sum(-1, keepdims=True)
-  dlogits = (p - np.eye(helpers.CLASSES)[y]) / len(y)
+  dlogits = (helpers.softmax(logits) - np.eye(helpers.CLASSES)[y]) / len(y)
   # d l / d s_p = sigmoid((s_p - s_r) / tau) / tau, and the reverse for s_r.
   direction = _normalized(_features(previous, x)) - _normalized(_features(received, x))
   unit = _normalized(z)
@@ -68,19 +66,15 @@ def test_rounds_equal_numpy():
   state, initial = process.initialize(), process.initialize_client()
   student = [np.float64(w) for w in state.global_model_weights.trainable]
   own = {k: student for k in _CLIENTS}
-  states = {k: initial for k in _CLIENTS}
+  states = dict.fromkeys(_CLIENTS, initial)
   # Client 2 comes late, and contrasts with the initial weights.
   for present in ([0, 1], [0, 2], [1, 2]):
-    output = process.next(
-        state,
-        [helpers.dataset(*_CLIENTS[k]) for k in present],
-        [states[k] for k in present],
-    )
-    state = output.state
-    for k, kept in zip(present, output.client_states):
-      states[k], own[k] = kept, _trained(student, own[k], *_CLIENTS[k])
+    datasets = {k: helpers.dataset(*_CLIENTS[k]) for k in present}
+    state = helpers.round_of(process, state, datasets, states).state
+    for k in present:
+      own[k] = _trained(student, own[k], *_CLIENTS[k])
       helpers.assert_weights_close(
-          kept.weights.trainable, own[k], rtol=1e-3, atol=1e-5
+          states[k].weights.trainable, own[k], rtol=1e-3, atol=1e-5
       )
     sizes = [len(_CLIENTS[k][1]) for k in present]
     student = [

@@ -31,8 +31,8 @@ def _train(student, mentor, x, y, weights, t):
       (a, b), (c, d) = [(1.0 - w, w) for w in weights]
     dz = (a * (p - one_hot[yb]) + b * t * (pt - qt)) / len(yb)
     dm = (c * (q - one_hot[yb]) + d * t * (qt - pt)) / len(yb)
-    student = [student[0] - _RATE * xb.T @ dz, student[1] - _RATE * dz.sum(0)]
-    mentor = [mentor[0] - _RATE * xb.T @ dm, mentor[1] - _RATE * dm.sum(0)]
+    student = helpers.linear_step(student, xb, dz, _RATE)
+    mentor = helpers.linear_step(mentor, xb, dm, _RATE)
   return student, mentor
 
 
@@ -62,22 +62,17 @@ def test_rounds_equal_numpy(name, kwargs, weights):
   initial = process.initialize_client()
   student = [np.float64(w) for w in state.global_model_weights.trainable]
   mentors = {k: [np.float64(w) for w in initial.weights.trainable] for k in clients}
-  states = {k: initial for k in clients}
+  states = dict.fromkeys(clients, initial)
   # Clients miss rounds, and go on with the mentor that they had.
   for present in ([0, 1], [2, 0], [1, 2]):
-    output = process.next(
-        state,
-        [helpers.dataset(*clients[k]) for k in present],
-        [states[k] for k in present],
-    )
-    state = output.state
+    datasets = {k: helpers.dataset(*clients[k]) for k in present}
+    state = helpers.round_of(process, state, datasets, states).state
     total = sum(len(clients[k][1]) for k in present)
     trained = []
-    for k, kept in zip(present, output.client_states):
+    for k in present:
       own, mentors[k] = _train(student, mentors[k], *clients[k], weights, t)
       trained.append(own)
-      states[k] = kept
-      helpers.assert_weights_close(kept.weights.trainable, mentors[k], **_CLOSE)
+      helpers.assert_weights_close(states[k].weights.trainable, mentors[k], **_CLOSE)
     student = [
         sum(len(clients[k][1]) / total * w[i] for k, w in zip(present, trained))
         for i in range(2)

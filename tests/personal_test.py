@@ -44,23 +44,19 @@ def test_rounds_equal_numpy(name):
   state, initial = process.initialize(), process.initialize_client()
   start = [np.float64(w) for w in initial.weights.trainable]
   server, own = start, {k: start for k in _CLIENTS}
-  states = {k: initial for k in _CLIENTS}
+  states = dict.fromkeys(_CLIENTS, initial)
   # Client 2 comes late, and client 0 goes on with what it kept.
   for present in ([0, 1], [1, 2], [0, 2]):
-    output = process.next(
-        state,
-        [helpers.dataset(*_CLIENTS[k]) for k in present],
-        [states[k] for k in present],
-    )
-    state = output.state
-    for k, kept in zip(present, output.client_states):
+    datasets = {k: helpers.dataset(*_CLIENTS[k]) for k in present}
+    state = helpers.round_of(process, state, datasets, states).state
+    for k in present:
       begin = [
           theirs if i in places else mine
           for i, (theirs, mine) in enumerate(zip(server, own[k]))
       ]
-      states[k], own[k] = kept, _trained(begin, *_CLIENTS[k])
+      own[k] = _trained(begin, *_CLIENTS[k])
       helpers.assert_weights_close(
-          kept.weights.trainable, own[k], rtol=1e-3, atol=1e-5
+          states[k].weights.trainable, own[k], rtol=1e-3, atol=1e-5
       )
     sizes = [len(_CLIENTS[k][1]) for k in present]
     mean = [np.average(w, axis=0, weights=sizes) for w in zip(*(own[k] for k in present))]

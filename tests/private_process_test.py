@@ -21,6 +21,7 @@ _SIZES = (6, 8, 4)
 _RATE, _DIGEST_RATE = 0.2, 0.3
 _CLOSE = dict(rtol=1e-4, atol=1e-6)
 _step, _logits = helpers.linear_step, helpers.linear_logits
+_fit, _distilled = helpers.linear_fit, helpers.linear_distil
 
 
 def _client(k):
@@ -29,6 +30,10 @@ def _client(k):
 
 def _dataset(k):
   return helpers.dataset(*_client(k), batch_size=_SIZES[k])
+
+
+def _datasets(numbers):
+  return {k: _dataset(k) for k in numbers}
 
 
 @helpers.shared
@@ -65,11 +70,6 @@ def _cfd(**kwargs):
   return _with_student('cfd', 2, **kwargs)
 
 
-def _fit(model, x, y, rate=_RATE):
-  dz = (helpers.softmax(_logits(model, x)) - np.eye(helpers.CLASSES)[y]) / len(x)
-  return _step(model, x, dz, rate)
-
-
 def _weights(state):
   return [np.array(w, np.float64) for w in state.weights.trainable]
 
@@ -83,7 +83,7 @@ def test_fed_md_in_numpy():
   assert process.get_model_weights is None
   state, first = process.initialize(), process.initialize_client()
   models = [_weights(first) for _ in _SIZES]
-  consensus, states = None, [first] * 3
+  consensus, states = None, dict.fromkeys(range(3), first)
   for taking_part in ([0, 1], [1, 2], [0, 2, 1]):
     for k in taking_part:
       if consensus is not None:
@@ -91,15 +91,12 @@ def test_fed_md_in_numpy():
         sign = np.sign(_logits(models[k], _X) - consensus)
         dz = sign / sign.size
         models[k] = _step(models[k], _X, dz, _DIGEST_RATE)
-      models[k] = _fit(models[k], *_client(k))
+      models[k] = _fit(models[k], *_client(k), _RATE)
     consensus = np.mean([_logits(models[k], _X) for k in taking_part], axis=0)
-    output = process.next(
-        state, [_dataset(k) for k in taking_part], [states[k] for k in taking_part]
-    )
+    output = helpers.round_of(process, state, _datasets(taking_part), states)
     state = output.state
-    for k, its in zip(taking_part, output.client_states):
-      states[k] = its
-      _check(_weights(its), models[k])
+    for k in taking_part:
+      _check(_weights(states[k]), models[k])
   counts = output.metrics['client_work']['participation']
   assert counts['num_included'] == counts['num_taught'] == 3
 
@@ -109,11 +106,6 @@ def test_ds_fl_in_numpy():
   state, first = process.initialize(), process.initialize_client()
   models, server = [_weights(first)] * 2, _weights(first)
   target, states, rate = None, [first] * 2, _RATE
-
-  def distilled(model):
-    dz = (helpers.softmax(_logits(model, _X)) - target) / len(_X)
-    return _step(model, _X, dz, _DIGEST_RATE)
-
   for round_num in range(4):
     if round_num == 3:
       # From without: another model of the server, and another rate of the clients.
@@ -128,11 +120,11 @@ def test_ds_fl_in_numpy():
           state, {'client_work': {'learning_rate': np.float32(rate)}}
       )
     if target is not None:
-      models = [distilled(its) for its in models]
+      models = [_distilled(its, _X, target, _DIGEST_RATE) for its in models]
     models = [_fit(its, *_client(k), rate) for k, its in enumerate(models)]
     mean = np.mean([helpers.softmax(_logits(its, _X)) for its in models], axis=0)
     target = helpers.softmax(mean / 0.1)
-    server = distilled(server)
+    server = _distilled(server, _X, target, _DIGEST_RATE)
     output = process.next(state, [_dataset(0), _dataset(1)], states)
     state, states = output.state, output.client_states
     for its, model in zip(states, models):
@@ -163,20 +155,19 @@ def test_cfd_in_numpy(up_bits, down_bits):
       np.array(w, np.float64) for w in process.get_model_weights(state).trainable
   ]
   server, labels = initial, None
-  states, sent = [first] * 3, {}
+  states, sent = dict.fromkeys(range(3), first), {}
   rows = process.transfer_set.prediction_ids(0).numpy()
 
   def distilled(model, target):
     for _ in range(2):
-      dz = (helpers.softmax(_logits(model, _X)) - target) / len(_X)
-      model = _step(model, _X, dz, _DIGEST_RATE)
+      model = _distilled(model, _X, target, _DIGEST_RATE)
     return model
 
   for taking_part in ([0, 1], [1, 2], [2, 0, 1], [1]):
     said, bits = [], 0
     for k in taking_part:
       model = initial if labels is None else distilled(initial, labels)
-      p = helpers.softmax(_logits(_fit(model, *_client(k)), _X))
+      p = helpers.softmax(_logits(_fit(model, *_client(k), _RATE), _X))
       if up_bits < 32:
         units = _units(p, up_bits)
         p = units / (2**up_bits - 1)
@@ -188,12 +179,8 @@ def test_cfd_in_numpy(up_bits, down_bits):
     labels = helpers.softmax(_logits(server, _X))
     if down_bits < 32:
       labels = _units(labels, down_bits) / (2**down_bits - 1)
-    output = process.next(
-        state, [_dataset(k) for k in taking_part], [states[k] for k in taking_part]
-    )
+    output = helpers.round_of(process, state, _datasets(taking_part), states)
     state = output.state
-    for k, its in zip(taking_part, output.client_states):
-      states[k] = its
     _check(process.get_model_weights(state).trainable, server)
     np.testing.assert_allclose(
         helpers.softmax(state.shared.logits), labels[rows], rtol=1e-4, atol=1e-5
@@ -374,7 +361,7 @@ def test_fd_in_numpy(batch_size):
   share = 0.6
   process = _fd(share)
   state, first = process.initialize(), process.initialize_client()
-  models, states = [_weights(first) for _ in _SIZES], [first] * 3
+  models, states = [_weights(first) for _ in _SIZES], dict.fromkeys(range(3), first)
   eye, sums = np.eye(helpers.CLASSES), {}
   for taking_part in ([0, 1, 2], [0, 1], [2, 1, 0], [2]):
     new_sums = {}
@@ -398,15 +385,10 @@ def test_fd_in_numpy(batch_size):
         models[k] = _step(models[k], bx, dz / len(bx), _RATE)
       new_sums[k] = own
     sums = new_sums
-    output = process.next(
-        state,
-        [helpers.dataset(*_client(k), batch_size=batch_size) for k in taking_part],
-        [states[k] for k in taking_part],
-    )
-    state = output.state
-    for k, its in zip(taking_part, output.client_states):
-      states[k] = its
-      _check(_weights(its), models[k])
+    datasets = {k: helpers.dataset(*_client(k), batch_size) for k in taking_part}
+    state = helpers.round_of(process, state, datasets, states).state
+    for k in taking_part:
+      _check(_weights(states[k]), models[k])
     np.testing.assert_allclose(
         state.shared.weights, sum(n for _, n in sums.values()), rtol=1e-5
     )
