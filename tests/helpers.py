@@ -5,6 +5,7 @@ import contextlib
 import csv
 import functools
 import io
+import os
 import pathlib
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import scipy.special
 import tensorflow as tf
 from tests import warm_python
 import tff_kd
+from tff_kd import quiet
 from tff_kd.compat import tff
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -272,12 +274,30 @@ def flags_of(*args):
     yield
 
 
-def script(module, *args, **kwargs):
-  """Runs `python -m module` to its end, in a warm Python, as a user would."""
-  return subprocess.run(
-      [WARM, '-m', module, *map(str, args)], cwd=ROOT,
-      capture_output=True, text=True, timeout=HANGING_S, check=False, **kwargs,
+def _ended(command, status, cwd=ROOT, env=None):
+  """Runs a program to its end, which must have this exit status."""
+  done = subprocess.run(
+      [str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True,
+      timeout=HANGING_S, check=False,
   )
+  assert done.returncode == status, done.stdout + done.stderr
+  return done
+
+
+def script(module, *args, status=0):
+  """Runs `python -m module` to its end, in a warm Python, as a user would."""
+  return _ended([WARM, '-m', module, *args], status)
+
+
+def python(code, *args, cwd=ROOT, **environment):
+  """Runs `python -c code` to its end, in a warm Python, with further variables."""
+  return _ended([WARM, '-c', code, *args], 0, cwd, {**os.environ, **environment})
+
+
+def new_python(code, status=0, **environment):
+  """As `python`, in a Python without imports, which says by itself how much it logs."""
+  kept = {k: v for k, v in os.environ.items() if k != quiet.LEVEL}
+  return _ended([sys.executable, '-c', code], status, env={**kept, **environment})
 
 
 @contextlib.contextmanager
@@ -299,16 +319,13 @@ def running(*python_args, python=sys.executable):
     script.communicate()
 
 
-def train_command(*args):
-  return [sys.executable, '-m', 'pipelines.train', *args]
-
-
 def train(*args):
   """Runs the script with its output in pipes; hangs if a worker keeps them."""
   return script('pipelines.train', *args)
 
 
-def _train_here(args, status):
+def run_here(*args, status=0):
+  """Runs `pipelines.train` in this process; returns what it printed, and to stderr."""
   from pipelines import train as script
 
   out, err = io.StringIO(), io.StringIO()
@@ -321,17 +338,12 @@ def _train_here(args, status):
 
 def train_here(*args):
   """As `train`, in this process, which spares a start; returns what it printed."""
-  return _train_here(args, 0)[0]
-
-
-def train_here_with_bar(*args):
-  """As `train_here`; returns what it printed, and what went to stderr."""
-  return _train_here(args, 0)
+  return run_here(*args)[0]
 
 
 def refused_here(*args):
   """Likewise, of a run that does not begin; returns why."""
-  return _train_here(args, 1)[1]
+  return run_here(*args, status=1)[1]
 
 
 def rows(path):

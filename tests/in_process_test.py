@@ -6,7 +6,6 @@ import collections
 import functools
 import gc
 import os
-import subprocess
 import textwrap
 import threading
 import time
@@ -865,8 +864,4 @@ def test_several_devices_and_the_default_context():
       in_process_test._assert_same(other, expected)
     print('same')
   ''')
-  result = subprocess.run(
-      [helpers.WARM, '-c', program], capture_output=True, text=True,
-      timeout=helpers.HANGING_S,
-  )
-  assert result.stdout.endswith('same\n'), result.stderr
+  assert helpers.python(program).stdout.endswith('same\n')

@@ -140,8 +140,7 @@ def test_the_scripts_evaluate_clients_own_models(tmp_path):
   assert 0.1 < float(rows[1]['test/student_accuracy']) < 0.9
   assert 'test/client_accuracy' not in rows[1]
   assert not (tmp_path / 'student.keras').exists()
-  said = helpers.script('pipelines.evaluate', f'--run={tmp_path}')
-  assert said.returncode == 0, said.stderr
+  helpers.script('pipelines.evaluate', f'--run={tmp_path}')
 
 
 @pytest.mark.slow
@@ -150,11 +149,10 @@ def test_clients_own_models_are_exported(tmp_path):
       *helpers.TINY_RUN, '--algorithm=fed_per', '--rounds=1', '--clients_per_round=4',
       '--compare_with_fed_avg=false', f'--output_dir={tmp_path}',
   )
-  said = helpers.script(
+  helpers.script(
       'pipelines.export', f'--run={tmp_path}', '--clients=1,3', '--formats=keras',
       '--examples=50',
   )
-  assert said.returncode == 0, said.stderr
   models = [
       keras.models.load_model(tmp_path / 'export' / f'client_{name}.keras')
       for name in (1, 3)
@@ -167,5 +165,7 @@ def test_clients_own_models_are_exported(tmp_path):
       ('--clients=9', "there is no client '9' among the 4 of the run"),
       ('--models=student', 'student not among the models'),
   ):
-    said = helpers.script('pipelines.export', f'--run={tmp_path}', '--clients=1', flag)
-    assert said.returncode == 1 and message in said.stderr
+    said = helpers.script(
+        'pipelines.export', f'--run={tmp_path}', '--clients=1', flag, status=1
+    )
+    assert message in said.stderr

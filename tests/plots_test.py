@@ -3,8 +3,6 @@
 import csv
 import importlib.util
 import json
-import subprocess
-import sys
 
 import matplotlib.text
 import numpy as np
@@ -43,7 +41,7 @@ def test_matplotlib_is_not_imported_before_a_plot_is_asked_for():
       'import sys, tff_kd; assert "matplotlib" not in sys.modules; tff_kd.plots.curves; '
       'assert "matplotlib.pyplot" not in sys.modules'
   )
-  subprocess.run([sys.executable, '-c', code], check=True, cwd=helpers.ROOT)
+  helpers.new_python(code)
 
 
 def test_a_notebook_shows_a_figure():

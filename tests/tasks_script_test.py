@@ -30,10 +30,6 @@ from tff_kd import evaluation
 from tff_kd import models
 
 
-def _run(module, *args):
-  return helpers.script(f'pipelines.{module}', *args)
-
-
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
   """Three blobs; each client has two of them."""
@@ -66,12 +62,11 @@ def many_dir(tmp_path_factory):
 @pytest.fixture(scope='module')
 def own_run(data_dir, tmp_path_factory):
   folder = tmp_path_factory.mktemp('run')
-  done = _run(
-      'train', '--task=examples/own_task.py', f'--data_dir={data_dir}', '--rounds=6',
+  done = helpers.train(
+      '--task=examples/own_task.py', f'--data_dir={data_dir}', '--rounds=6',
       f'--output_dir={folder}', f'--cache_dir={folder / "cache"}',
       '--nocompare_with_fed_avg', '--rounds_per_checkpoint=6',
   )
-  assert done.returncode == 0, done.stderr
   assert '5 clients with 160 examples, 5 a round; transfer 60 (60 with' in done.stdout
   return folder
 
@@ -255,7 +250,7 @@ def load(*, data_dir, **kwargs):
 def test_a_task_names_its_metrics(tmp_path):
   (tmp_path / 'own.py').write_text(_METRICS_TASK)
   run = tmp_path / 'run'
-  printed, bar = helpers.train_here_with_bar(
+  printed, bar = helpers.run_here(
       f'--task={tmp_path / "own.py"}', f'--output_dir={run}', '--server_steps=2',
       '--back_steps=2', '--client_learning_rate=0.5', f'--cache_dir={tmp_path}',
       '--rounds=3',
@@ -280,8 +275,7 @@ def test_a_task_names_its_metrics(tmp_path):
 
 
 def test_evaluate(own_run):
-  done = _run('evaluate', f'--run={own_run}')
-  assert done.returncode == 0, done.stderr
+  done = helpers.script('pipelines.evaluate', f'--run={own_run}')
   report = json.loads((own_run / 'evaluation' / 'report.json').read_text())
   best = json.loads((own_run / 'results.json').read_text())['best']
   for name in ('student', 'teacher'):
@@ -393,8 +387,7 @@ def test_evaluate_shows_models_with_other_scores_and_without_numbers(capsys, tmp
 
 
 def test_export(own_run):
-  done = _run('export', f'--run={own_run}', '--examples=40')
-  assert done.returncode == 0, done.stderr
+  helpers.script('pipelines.export', f'--run={own_run}', '--examples=40')
   files = json.loads((own_run / 'export' / 'export.json').read_text())['files']
   assert len(files) == 10
   for its in files.values():
@@ -667,7 +660,6 @@ def test_more_clients_than_the_data_have_are_refused(data_dir):
     ],
 )
 def test_wrong_usage_is_a_sentence(module, args, message):
-  done = _run(module, *args)
-  assert done.returncode == 1, (done.stdout, done.stderr)
+  done = helpers.script(f'pipelines.{module}', *args, status=1)
   assert message in done.stderr + done.stdout
   assert 'Traceback' not in done.stderr

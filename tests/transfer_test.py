@@ -1,9 +1,6 @@
 """The transfer set: rows, rounds, files."""
 
 import collections
-import os
-import pathlib
-import subprocess
 
 from hypothesis import given, settings, strategies as st
 import keras
@@ -171,12 +168,8 @@ def test_a_temporary_folder_lasts_as_long_as_the_program(tmp_path):
       'gc.collect()\n'
       'print(os.listdir(folder), folder)\n'
   )
-  done = subprocess.run(
-      [helpers.WARM, '-c', code], capture_output=True, text=True, check=True,
-      cwd=pathlib.Path(__file__).parent.parent,
-      env={**os.environ, 'TMPDIR': str(tmp_path)},
-  )
-  assert '.bin' in done.stdout and str(tmp_path) in done.stdout
+  printed = helpers.python(code, TMPDIR=str(tmp_path)).stdout
+  assert '.bin' in printed and str(tmp_path) in printed
   assert not list(tmp_path.iterdir())
 
 
