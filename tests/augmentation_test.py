@@ -123,18 +123,6 @@ def test_a_change_that_makes_other_inputs_is_refused(augment):
     _step(_settings(target='teacher', augment=augment))
 
 
-@pytest.mark.parametrize(
-    'kwargs, message',
-    [
-        ({'augment': 'shift'}, "`augment` must be a function .* found 'shift'"),
-        ({'start': 'student'}, "`start` must be 'average' or 'released', found 'stud"),
-    ],
-)
-def test_settings_are_checked(kwargs, message):
-  with pytest.raises(ValueError, match=message):
-    tff_kd.Distillation(**kwargs)
-
-
 def test_a_teacher_does_not_start_from_the_released_student():
   stage = distill.DistillationStage(
       'teacher', helpers.sgd(0.1), tff_kd.Distillation(start='released')

@@ -125,6 +125,12 @@ def loss_fn():
   return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
 
 
+def loss_with(**kwargs):
+  """As `loss_fn`, a builder, with other arguments of the loss."""
+  arguments = {'from_logits': True, **kwargs}
+  return lambda: keras.losses.SparseCategoricalCrossentropy(**arguments)
+
+
 def metrics_fn():
   return [keras.metrics.SparseCategoricalAccuracy(name='accuracy')]
 
@@ -169,10 +175,17 @@ def build_with_parts(name, parts, **kwargs):
 
 def model_spec(keras_model_fn=None, **kwargs):
   """Builds the spec of a classifier of `INPUT_SPEC`; a linear one if none is given."""
+  if keras_model_fn is None:
+    keras_model_fn = dense_fn()
   defaults = dict(input_spec=INPUT_SPEC, loss_fn=loss_fn)
-  return tff_kd.models.build_model_spec(
-      keras_model_fn or dense_fn(), **{**defaults, **kwargs}
-  )
+  return tff_kd.models.build_model_spec(keras_model_fn, **{**defaults, **kwargs})
+
+
+def task(clients, **kwargs):
+  """A task whose parts have the clients' examples, if no others are given."""
+  parts = dict.fromkeys(('clients', 'transfer', 'validation', 'test'), clients)
+  defaults = dict(name='mine', num_classes=CLASSES, students={}, teachers={})
+  return tff_kd.data.Task(**{**parts, **defaults, **kwargs})
 
 
 def batches(clients, batch_size=4, **kwargs):

@@ -192,9 +192,7 @@ def test_an_ignored_label_below_0_is_none_of_other_types(dtype, labels):
       helpers.dense_fn(), input_spec=(
           tf.TensorSpec([None, helpers.DIM]), tf.TensorSpec([None], dtype)
       ),
-      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
-          from_logits=True, ignore_class=-1
-      ),
+      loss_fn=helpers.loss_with(ignore_class=-1),
   )
   given = tf.constant(np.array(labels).astype(dtype))
   np.testing.assert_array_equal(
@@ -204,22 +202,14 @@ def test_an_ignored_label_below_0_is_none_of_other_types(dtype, labels):
 
 
 def _task(labels, **kwargs):
-  parts = {name: [0, 1, 2] for name in ('clients', 'transfer', 'validation', 'test')}
-  return tff_kd.data.Task(
-      name='mine', num_classes=3, students={}, teachers={},
-      **{
-          name: tff_kd.data.Examples(np.zeros((3, helpers.DIM), np.float32), np.array(y))
-          for name, y in {**parts, **labels}.items()
-      },
-      **kwargs,
-  )
+  x = np.zeros((3, helpers.DIM), np.float32)
+  parts = {name: tff_kd.data.Examples(x, np.array(y)) for name, y in labels.items()}
+  return helpers.task(tff_kd.data.Examples(x, np.arange(3)), **kwargs, **parts)
 
 
 def test_labels_of_a_task():
   _task({'transfer': [0, 1, -1]}, num_labelled=2)
-  _task({'test': [0, 1, 9]}, loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
-      from_logits=True, ignore_class=9
-  ))
+  _task({'test': [0, 1, 9]}, loss_fn=helpers.loss_with(ignore_class=9))
   for labels, message in (
       ({'clients': [1, 2, 3]}, 'part `clients`, must be from 0 to 2, .* subtract 1'),
       ({'test': [0, 1, 3]}, 'part `test`, must be from 0 to 2, .* found 0 to 3. Mend'),

@@ -297,30 +297,6 @@ def test_several_inputs(kind, mapping_batches):
   assert output.metrics['server_distillation']['teacher']['num_targets'] == 10
 
 
-# Sequences of any length are in `outputs_test`.
-@pytest.mark.slow
-def test_sequence_outputs():
-  """[batch, time, classes]: the labels and the predictions are per position."""
-  def build():
-    return keras.Sequential([layers.Embedding(7, 4), layers.Dense(7)])
-
-  def dataset(n):
-    tokens = np.random.default_rng(n).integers(0, 7, (n, 6)).astype(np.int32)
-    return tf.data.Dataset.from_tensor_slices((tokens[:, :-1], tokens[:, 1:])).batch(4)
-
-  public = np.random.default_rng(0).integers(0, 7, (8, 5)).astype(np.int32)
-  process = helpers.build(
-      'fed_distillation', student_fn=build, input_spec=dataset(2).element_spec,
-      teacher_fn=build, transfer_set=tff_kd.TransferSet(public),
-      distillation=tff_kd.Distillation(num_steps=2),
-  )
-  assert str(process.description.update_type.knowledge) == (
-      '<values=float32[8,5,7],weights=float32[8]>'
-  )
-  output = process.next(process.initialize(), [dataset(6), dataset(9)])
-  assert output.metrics['server_distillation']['teacher']['first_loss'] > 0
-
-
 def test_softmax_models_exchange_log_probabilities():
   """A model with softmax and one with logits, same weights: same round."""
   results = []
@@ -329,9 +305,7 @@ def test_softmax_models_exchange_log_probabilities():
     build = helpers.dense_fn((6,), activation=activation)
     process = helpers.build(
         'fed_df', student_fn=build,
-        loss_fn=lambda f=from_logits: keras.losses.SparseCategoricalCrossentropy(
-            from_logits=f
-        ),
+        loss_fn=helpers.loss_with(from_logits=from_logits),
         transfer_set=tff_kd.TransferSet(helpers.examples(12, 0)[0]),
         distillation=tff_kd.Distillation(num_steps=2),
     )
@@ -413,17 +387,8 @@ def test_own_loss_and_metric():
 
 
 def _refused(match, error=ValueError, **kwargs):
-  arguments = {
-      **dict(
-          keras_model_fn=helpers.dense_fn(), input_spec=helpers.INPUT_SPEC,
-          loss_fn=helpers.loss_fn, metrics_fn=None, name='student',
-      ),
-      **kwargs,
-  }
   with pytest.raises(error, match=match):
-    tff_kd.models.build_model_spec(
-        arguments.pop('keras_model_fn'), **arguments
-    )
+    helpers.model_spec(**{'name': 'student', **kwargs})
 
 
 def test_softmax_under_a_from_logits_loss_is_refused():
@@ -446,10 +411,7 @@ def test_softmax_under_a_from_logits_loss_is_refused():
 
 
 def test_logits_under_a_probability_loss_are_refused():
-  _refused(
-      'are not probabilities',
-      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(),
-  )
+  _refused('are not probabilities', loss_fn=helpers.loss_with(from_logits=False))
 
 
 def test_what_is_no_builder_of_a_keras_model_is_refused():
@@ -501,29 +463,11 @@ def test_specs_that_do_not_fit_are_refused():
       'batch dimension',
       input_spec=tf.data.Dataset.from_tensor_slices((x, y)).element_spec,
   )
-  _refused('pair', input_spec=helpers.dataset(x, y).element_spec[0])
   _refused(
       'does not take labels',
       input_spec=helpers.dataset(x, np.zeros([8, 7], 'f')).element_spec,
   )
-  _refused(
-      'one output tensor',
-      keras_model_fn=lambda: keras.Model(
-          inputs := layers.Input((helpers.DIM,)),
-          [layers.Dense(3)(inputs), layers.Dense(2)(inputs)],
-      ),
-  )
-  _refused(
-      'must return a scalar',
-      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
-          from_logits=True, reduction='none'
-      ),
-  )
-  _refused('loss_fn', TypeError, loss_fn=lambda: 'mse')
-  _refused(
-      'named',
-      metrics_fn=lambda: [keras.metrics.Mean(name='a')] * 2,
-  )
+  _refused('must return a scalar', loss_fn=helpers.loss_with(reduction='none'))
 
 
 @pytest.mark.parametrize(

@@ -37,10 +37,10 @@ def _datasets(numbers):
 
 
 @helpers.shared
-def _fed_md(labelled=False, **kwargs):
+def _fed_md(**kwargs):
   defaults = dict(
       client_optimizer=helpers.sgd(_RATE),
-      transfer_set=tff_kd.TransferSet(_X, _Y if labelled else None),
+      transfer_set=tff_kd.TransferSet(_X),
       digest_optimizer=helpers.sgd(_DIGEST_RATE),
   )
   return helpers.build('fed_md', **(defaults | kwargs))
@@ -415,9 +415,7 @@ def test_fd_shares_nothing_of_what_the_loss_ignores(ignored):
   y = np.where(np.arange(12) % 3, y, ignored).astype(np.int32)
   process = helpers.build(
       'fd', client_optimizer=helpers.sgd(1e-12),
-      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
-          from_logits=True, ignore_class=ignored
-      ),
+      loss_fn=helpers.loss_with(ignore_class=ignored),
   )
   state, client = process.initialize(), process.initialize_client()
   output = process.next(state, [helpers.dataset(x, y)], [client])
@@ -440,10 +438,7 @@ def test_what_is_learned_of_a_class_does_not_depend_on_padding(algorithm):
   """As the loss on the labels, the term is a mean over what the loss does not ignore."""
   process = helpers.build(
       algorithm, student_fn=helpers.features_fn(4), client_optimizer=helpers.sgd(_RATE),
-      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
-          from_logits=True, ignore_class=-1
-      ),
-      metrics_fn=None,
+      loss_fn=helpers.loss_with(ignore_class=-1), metrics_fn=None,
   )
   first = process.initialize_client()
   (x, y), (other_x, other_y) = helpers.examples(6, 0), helpers.examples(6, 1)
@@ -466,7 +461,7 @@ def test_fd_needs_sums_in_which_all_parts_are_as_they_are():
   learning = tff.learning
   with pytest.raises(ValueError, match='knowledge_weighting.*UNIFORM.*NUM_EXAMPLES'):
     helpers.build('fd', knowledge_weighting=learning.ClientWeighting.NUM_EXAMPLES)
-  with pytest.raises(ValueError, match='knowledge_aggregator` must be `None`'):
+  with pytest.raises(ValueError, match='own part .*knowledge_aggregator` must be `None`'):
     helpers.build('fd', knowledge_aggregator=learning.robust_aggregator(zeroing=True))
 
 
@@ -526,20 +521,15 @@ def test_only_predictions_travel():
   assert bytes_of.down == bytes_of.up_knowledge + 8
 
 
-def test_clients_are_pretrained_on_the_labels():
-  process = _fed_md(labelled=True, pretraining_epochs=3)
-  plain = _weights(_fed_md().initialize_client())
-  for _ in range(3):
-    plain = _fit(plain, _X, _Y, _DIGEST_RATE)
-  _check(_weights(process.initialize_client()), plain)
+def test_pretraining_needs_labels():
   with pytest.raises(ValueError, match='labels'):
     _fed_md(pretraining_epochs=1)
 
 
-def test_pretraining_is_on_all_labels_also_with_a_subset_a_round():
-  process = _fed_md(
-      transfer_set=tff_kd.TransferSet(_X, _Y, subset_size=4), pretraining_epochs=3
-  )
+@pytest.mark.parametrize('subset_size', [None, 4])
+def test_clients_are_pretrained_on_all_labels(subset_size):
+  transfer_set = tff_kd.TransferSet(_X, _Y, subset_size=subset_size)
+  process = _fed_md(transfer_set=transfer_set, pretraining_epochs=3)
   plain = _weights(_fed_md().initialize_client())
   for _ in range(3):
     plain = _fit(plain, _X, _Y, _DIGEST_RATE)
@@ -651,23 +641,28 @@ def _train(process, folder, num_rounds, **kwargs):
   )
 
 
+class _KilledError(Exception):
+  pass
+
+
+class _KilledIn(tff_kd.simulation.Callback):
+
+  def __init__(self, round_num):
+    self._round_num = round_num
+
+  def on_round_end(self, training, metrics):
+    if training.round_num == self._round_num:
+      raise _KilledError
+
+
 def test_a_resumed_run_repeats_an_unbroken_one(batches, tmp_path):
   arguments = dict(client_data=batches, input_spec=batches.element_spec)
   built = _ds_fl(**arguments)
   whole = _train(built, tmp_path / 'whole', 7)
 
-  class Killed(Exception):
-    pass
-
-  class KilledInRound5(tff_kd.simulation.Callback):
-
-    def on_round_end(self, training, metrics):
-      if training.round_num == 5:
-        raise Killed
-
   # The checkpoint is of round 4; clients have been further.
-  with pytest.raises(Killed):
-    _train(built, tmp_path / 'parts', 7, callbacks=[KilledInRound5()])
+  with pytest.raises(_KilledError):
+    _train(built, tmp_path / 'parts', 7, callbacks=[_KilledIn(5)])
   resumed = _train(_ds_fl.anew(**arguments), tmp_path / 'parts', 7)
   assert len(resumed.history) == 3
   for found, expected in zip(
@@ -707,15 +702,6 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_with_the_same_s
     batches, tmp_path
 ):
   process = _ds_fl(client_data=batches, input_spec=batches.element_spec)
-
-  class Killed(Exception):
-    pass
-
-  class KilledInRound1(tff_kd.simulation.Callback):
-
-    def on_round_end(self, training, metrics):
-      raise Killed
-
   results, kept = [], []
   for name in ('whole', 'parts'):
     store = client_states.ClientStates(
@@ -728,8 +714,8 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_with_the_same_s
         _train, process, tmp_path / name, 3, initial_state=before.state
     )
     if name == 'parts':  # Checkpoints are of rounds 2 and 3.
-      with pytest.raises(Killed):
-        train(callbacks=[KilledInRound1()])
+      with pytest.raises(_KilledError):
+        train(callbacks=[_KilledIn(1)])
     results.append(train().state)
     store = client_states.ClientStates(
         process.initialize_client(), tmp_path / name / 'clients'

@@ -174,12 +174,6 @@ def test_of_predictions_the_missing_do_not_count():
             ),
             'no predictions',
         ),
-        (
-            lambda: helpers.build(
-                'fd', knowledge_aggregator=robust.NormBoundFactory(1.0)
-            ),
-            'own part',
-        ),
     ],
 )
 def test_what_cannot_be_is_refused(build, said):

@@ -109,6 +109,7 @@ _X, _Y = _CLIENTS[0]
             'must have batches like .* the `input_spec`, found',
         ),
         ([helpers.dataset(_X, _Y.astype(np.int64))], 'int32.*found .*int64'),
+        ([helpers.dataset(_X[:, :3], _Y)], r'Client 0 .*\(None, 5\).*\(None, 3\)'),
         (
             [tf.data.Dataset.from_tensors((_X, _Y, np.ones(6, np.float32)))],
             'must have batches like',

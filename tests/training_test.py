@@ -24,6 +24,10 @@ def _averaging(**kwargs):
   return helpers.build('fed_avg', **kwargs)
 
 
+def _csv(folder):
+  return tff.program.CSVFileReleaseManager(folder / 'metrics.csv', key_fieldname='round')
+
+
 def _data(round_num):
   return [helpers.dataset(*helpers.examples(6, round_num))]
 
@@ -72,11 +76,7 @@ def test_a_resumed_run_is_exact(process, tmp_path, rounds_per_saving):
       program_state_manager=tff.program.FileProgramStateManager(
           tmp_path, keep_total=2, keep_first=False
       ),
-      release_managers=[
-          tff.program.CSVFileReleaseManager(
-              tmp_path / 'metrics.csv', key_fieldname='round'
-          )
-      ],
+      release_managers=[_csv(tmp_path)],
   )
   calls = []
 
@@ -143,6 +143,7 @@ def test_a_resumed_run_with_another_metric_chooses_the_best_anew(
         (dict(num_rounds=0), 'num_rounds'),
         (dict(patience=2), 'monitor'),
         (dict(patience=0, monitor='score'), 'patience'),
+        (dict(monitor_mode='low'), "'max' or 'min', found 'low'"),
         (dict(monitor='scores'), "one of .*'client_work/train/loss'.*'score'"),
     ],
 )
@@ -178,13 +179,10 @@ def test_flatten_metrics():
             'client_work/learning_rate: 0.1.* there, 0.2.* here',
         ),
         (
-            dict(loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
-                from_logits=True, ignore_class=2
-            )),
+            dict(loss_fn=helpers.loss_with(ignore_class=2)),
             'loss of the student: .*None.* there, .*2.* here',
         ),
-        (dict(student_fn=helpers.dense_fn((4,))), 'arrays'),
-        (dict(student_fn=helpers.dense_fn(dtype='bfloat16')), 'float32, bfloat16 is'),
+        # Other weights are in `checkpoints_test`.
         (dict(student_fn=helpers.dense_fn(classes=4)), r'shape \(5, 3\), \(5, 4\) is'),
     ],
 )
@@ -349,11 +347,7 @@ def test_an_interrupted_training_keeps_what_is_whole(
   kwargs = dict(
       select_clients=_data, num_rounds=4, rounds_per_saving=rounds_per_saving,
       program_state_manager=simulation.Checkpoints(tmp_path),
-      release_managers=[
-          tff.program.CSVFileReleaseManager(
-              tmp_path / 'metrics.csv', key_fieldname='round'
-          )
-      ],
+      release_managers=[_csv(tmp_path)],
   )
   recorder = _Recorder(_interrupt)
   result = simulation.train(process, callbacks=[recorder], **kwargs)
@@ -376,11 +370,7 @@ def test_a_running_loop_is_no_hindrance(process, tmp_path):
     result = simulation.train(
         process, select_clients=_data, num_rounds=num_rounds,
         program_state_manager=simulation.Checkpoints(tmp_path),
-        release_managers=[
-            tff.program.CSVFileReleaseManager(
-                tmp_path / 'metrics.csv', key_fieldname='round'
-            )
-        ],
+        release_managers=[_csv(tmp_path)],
     )
     assert asyncio.get_running_loop() is before
     await asyncio.sleep(0)  # The loop goes on.
