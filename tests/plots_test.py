@@ -1,7 +1,6 @@
 """What is in the figures: their lines, points, labels and legends."""
 
 import csv
-import importlib.util
 import json
 
 import matplotlib.text
@@ -9,6 +8,7 @@ import numpy as np
 import pytest
 
 from tests import helpers
+from tff_kd import own_files
 from tff_kd import plots
 from tff_kd import simulation
 
@@ -324,11 +324,7 @@ def test_scores_have_a_row_each_and_a_marker_for_each_that_is_compared():
 
 @pytest.fixture(name='draw_results', scope='module')
 def _draw_results():
-  path = helpers.ROOT / 'docs' / 'draw_results.py'
-  spec = importlib.util.spec_from_file_location('draw_results', path)
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
+  return own_files.load(f'{helpers.ROOT}/docs/draw_results.py')
 
 
 def test_pictures_of_the_pages_show_their_tables(draw_results):

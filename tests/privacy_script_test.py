@@ -109,9 +109,8 @@ def test_a_server_example_that_is_a_clients_is_refused():
     return data.Examples(np.float32(rng.random((n, 3))), np.zeros(n, np.int32))
 
   clients, transfer = examples(5), examples(4)
-  task = data.Task(
-      name='x', clients=clients, transfer=transfer, validation=examples(3),
-      test=examples(3), num_classes=2, students={}, teachers={},
+  task = helpers.task(
+      clients, transfer=transfer, validation=examples(3), test=examples(3)
   )
   train_privacy.check_disjoint(task)
   shared = data.Examples(
