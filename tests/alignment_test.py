@@ -53,14 +53,6 @@ def _logits(seed, clients=3, rows=7, classes=4, scale=2.0):
   return (bias + scale * rng.normal(size=(clients, rows, classes))).astype(np.float32)
 
 
-def _mean_payload(rule, logits, weights):
-  payloads = [rule.encode(tf.constant(z)) for z in logits]
-  return knowledge.KnowledgePayload(*(
-      sum(w * part for w, part in zip(weights, parts)) / sum(weights)
-      for parts in zip(*payloads)
-  ))
-
-
 @functools.cache
 def _many_steps(num_steps):
   """`align` as a graph: operation by operation, many steps take long."""
@@ -177,7 +169,7 @@ def test_em_keeps_the_consensus_where_a_class_is_absent():
   np.testing.assert_allclose(found[2], 1e-8, rtol=1e-4)
 
   rule = knowledge.Aligned(knowledge.MeanLogits(), prior='em')
-  found = rule.decode(_mean_payload(rule, clients, [1.0] * 3))
+  found = rule.decode(helpers.mean_payload(rule, clients, [1.0] * 3))
   np.testing.assert_array_equal(found.mask, 1.0)
   consensus = np.mean([_aligned(z) for z in clients], 0)
   prior = np.maximum(_em(consensus), 1e-8)
@@ -313,7 +305,7 @@ def test_the_rule_is_alignment_before_and_after_the_inner_rule(inner, prior):
   average = _logits(5)[0]
   arguments = [tf.constant(average)] if rule.needs_average else []
   assert rule.needs_average == (prior == 'average')
-  found = rule.decode(_mean_payload(rule, logits, weights), *arguments)
+  found = rule.decode(helpers.mean_payload(rule, logits, weights), *arguments)
 
   clients = np.stack([_aligned(z) for z in logits])
   consensus = _INNER[inner](clients, np.array(weights)[:, None, None])
@@ -333,7 +325,7 @@ def test_missing_rows_are_left_out_at_clients_and_in_the_consensus():
   logits[0, 2] = np.nan
   logits[1, 5] = np.inf
   logits[:, 3] = np.nan
-  found = rule.decode(_mean_payload(rule, logits, [1.0] * 3))
+  found = rule.decode(helpers.mean_payload(rule, logits, [1.0] * 3))
   present = np.isfinite(logits).all(-1)
   clients = np.zeros(logits.shape)
   for z, kept, out in zip(logits, present, clients):
@@ -380,13 +372,13 @@ def test_a_class_bias_of_a_client_changes_nothing(seed):
 
 def test_without_steps_it_is_the_inner_rule_and_sharpness_alone():
   logits, inner = _logits(7), knowledge.MeanLogits()
-  expected = inner.decode(_mean_payload(inner, logits, [1.0] * 3))
+  expected = inner.decode(helpers.mean_payload(inner, logits, [1.0] * 3))
   for rule, factor in (
       (knowledge.consensus.WrappedRule(inner), 1.0),
       (knowledge.Aligned(inner, num_steps=0), 1.0),
       (knowledge.Aligned(inner, num_steps=0, sharpness=2.0), 2.0),
   ):
-    found = rule.decode(_mean_payload(rule, logits, [1.0] * 3))
+    found = rule.decode(helpers.mean_payload(rule, logits, [1.0] * 3))
     np.testing.assert_allclose(found.logits, factor * expected.logits, rtol=1e-6)
 
 
@@ -413,7 +405,7 @@ def test_the_inner_rules_properties_are_its_own():
   assert knowledge.Aligned(knowledge.CertaintyWeighted('given')).needs_certainty
   diverse = knowledge.Aligned(knowledge.CertaintyWithDiversity('variance'))
   assert diverse.has_diversity
-  found = diverse.decode(_mean_payload(diverse, _logits(9), [1.0] * 3))
+  found = diverse.decode(helpers.mean_payload(diverse, _logits(9), [1.0] * 3))
   assert found.diversity.logits.shape == (7, 4)
   # Equal rules are equal, so that what is built with one can be kept.
   prior = np.array([0.5, 0.5])

@@ -15,7 +15,6 @@ from pipelines import train_flags
 from pipelines import UserError
 from tests import helpers
 import tff_kd
-from tff_kd import models
 
 
 @pytest.fixture(scope='module')
@@ -214,10 +213,9 @@ class _Own(keras.Model):
 
 def test_models_of_any_class_are_read():
   x = np.float32([[1, 2], [3, 4]])
-  spec = models.build_model_spec(
-      lambda: keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]),
+  spec = helpers.model_spec(
+      helpers.dense_fn(dim=2, classes=2),
       input_spec=(tf.TensorSpec([None, 2]), tf.TensorSpec([None], tf.int32)),
-      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True),
   )
   found = audit_job._Reader(None, spec).logits(_Own(), x)
   np.testing.assert_array_equal(found, 2 * x)

@@ -12,7 +12,7 @@ from tff_kd.client import conditions
 
 _SIZES = (3, 9, 6)
 _DATA = [helpers.examples(n, n) for n in _SIZES]
-_X, _Y = helpers.examples(12, 99)
+_X, _ = helpers.examples(12, 99)
 
 
 @helpers.shared

@@ -33,19 +33,15 @@ def _trained(w, x, y, prototypes):
   sums, counts = np.zeros((helpers.CLASSES, _FEATURES)), np.zeros(helpers.CLASSES)
   for i in range(0, len(x), 4):
     xb, yb = np.float64(x[i : i + 4]), y[i : i + 4]
-    z = np.tanh(xb @ w[0] + w[1])
+    z = helpers.features_of(w, xb)
     np.add.at(sums, yb, z)
     np.add.at(counts, yb, 1)
-    p = helpers.softmax(z @ w[2] + w[3])
-    dlogits = (p - np.eye(helpers.CLASSES)[yb]) / len(yb)
-    dz = dlogits @ w[2].T
+    distances = np.zeros_like(z)
     for row, label in enumerate(yb):
       if label in prototypes:
-        distance = z[row] - prototypes[label]
-        dz[row] += _WEIGHT * 2 * distance / _FEATURES / len(yb)
-    dpre = dz * (1 - z**2)
-    gradient = [xb.T @ dpre, dpre.sum(0), z.T @ dlogits, dlogits.sum(0)]
-    w = [v - _RATE * g for v, g in zip(w, gradient)]
+        distances[row] = z[row] - prototypes[label]
+    further = _WEIGHT * 2 * distances / _FEATURES / len(yb)
+    w = helpers.features_step(w, xb, yb, _RATE, further)
   return w, sums, counts
 
 

@@ -96,6 +96,37 @@ def linear_distil(model, x, target, rate):
   return linear_step(model, x, dz / len(x), rate)
 
 
+def features_of(model, x):
+  """The features of a model of `features_fn` without other layers, in NumPy."""
+  return np.tanh(x @ model[0] + model[1])
+
+
+def features_step(model, x, y, rate, by_features=0.0):
+  """Such a model after a step of SGD on its cross-entropy with labels.
+
+  Args:
+    model: Its weights.
+    x: Inputs.
+    y: Their labels.
+    rate: The learning rate.
+    by_features: The gradient of a further loss by the features.
+  """
+  z = features_of(model, x)
+  dlogits = (softmax(z @ model[2] + model[3]) - np.eye(CLASSES)[y]) / len(y)
+  dz = (dlogits @ model[2].T + by_features) * (1 - z**2)
+  gradient = [x.T @ dz, dz.sum(0), z.T @ dlogits, dlogits.sum(0)]
+  return [w - rate * g for w, g in zip(model, gradient)]
+
+
+def mean_payload(rule, logits, weights):
+  """The mean of what clients with these logits send, with the clients weighted."""
+  payloads = [rule.encode(tf.constant(z)) for z in logits]
+  return tf.nest.map_structure(
+      lambda *parts: sum(w * part for w, part in zip(weights, parts)) / sum(weights),
+      *payloads,
+  )
+
+
 def examples(n, seed, dim=DIM, classes=CLASSES):
   rng = np.random.default_rng(seed)
   return (

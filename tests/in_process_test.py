@@ -11,7 +11,6 @@ import threading
 import time
 from typing import NamedTuple
 
-import keras
 import numpy as np
 import psutil
 import pytest
@@ -19,7 +18,6 @@ import tensorflow as tf
 import tree
 
 from tests import helpers
-from tff_kd import algorithms
 from tff_kd import graphs
 from tff_kd import runtime
 from tff_kd.compat import tff
@@ -734,11 +732,8 @@ def test_clients_that_wait_for_threads_leave_some():
   # threads had such a loop, all would wait for ever.
   x, y = np.zeros([10, 4], np.float32), np.zeros([10], np.int32)
   dataset = tf.data.Dataset.from_tensor_slices((x, y)).shuffle(10).batch(2)
-  process = algorithms.build_fed_avg(
-      student_fn=lambda: keras.Sequential([keras.Input((4,)), keras.layers.Dense(3)]),
-      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True),
-      client_optimizer=tff.learning.optimizers.build_sgdm(0.1),
-      input_spec=dataset.element_spec,
+  process = helpers.build(
+      'fed_avg', student_fn=helpers.dense_fn(dim=4), input_spec=dataset.element_spec
   )
   state = process.initialize()
   found = []

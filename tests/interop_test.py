@@ -214,10 +214,5 @@ def test_spec_serves_tffs_own_fed_avg(process):
       rtol=1e-5,
       atol=1e-6,
   )
-  np.testing.assert_raises(
-      AssertionError,
-      helpers.assert_weights_close,
-      found.global_model_weights.trainable,
-      ours.initialize().global_model_weights.trainable,
-      atol=1e-4,
-  )
+  initial = ours.initialize().global_model_weights.trainable[0]
+  assert np.abs(found.global_model_weights.trainable[0] - initial).max() > 1e-4

@@ -30,14 +30,7 @@ def _logits(seed, clients=4, rows=3, classes=5, scale=2.0):
 
 def _consensus(rule, logits, weights):
   """What the server makes of the clients' payloads, with clients weighted."""
-  payloads = [rule.encode(tf.constant(z)) for z in logits]
-  mean = knowledge.KnowledgePayload(
-      *(
-          sum(w * part for w, part in zip(weights, parts)) / sum(weights)
-          for parts in zip(*payloads)
-      )
-  )
-  return rule.decode(mean)
+  return rule.decode(helpers.mean_payload(rule, logits, weights))
 
 
 def _weighted_mean(values, weights):
@@ -135,16 +128,8 @@ def test_consensus_is_the_weighted_mean_with_masks():
   z = rng.normal(size=(3, 4, 2, 5)).astype('f')  # clients, rows, time, classes
   mask = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 0]], 'f')
   w = np.array([1.0, 5.0, 2.0], 'f')
-  payloads = [
-      rule.encode(
-          tf.constant(np.where(m[:, None, None] > 0, zk, np.nan).astype('f'))
-      )
-      for zk, m in zip(z, mask)
-  ]
-  mean = tf.nest.map_structure(
-      lambda *p: sum(wk * pk for wk, pk in zip(w, p)) / w.sum(), *payloads
-  )
-  consensus = rule.decode(mean)
+  said = np.where(mask[..., None, None] > 0, z, np.float32(np.nan))
+  consensus = _consensus(rule, said, w)
   np.testing.assert_array_equal(consensus.mask, [1, 1, 1, 0])
   weights = (w[:, None] * mask)[..., None, None]
   with np.errstate(invalid='ignore'):

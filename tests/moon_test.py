@@ -24,19 +24,16 @@ def _build(**kwargs):
   return helpers.build('moon', **{**defaults, **kwargs})
 
 
-def _features(w, x):
-  return np.tanh(x @ w[0] + w[1])
+_features = helpers.features_of
 
 
 def _normalized(z):
   return z / np.linalg.norm(z, axis=-1, keepdims=True)
 
 
-def _loss_gradient(w, x, y, received, previous):
-  """The gradient of CE + mu l by all weights, written out."""
+def _by_features(w, x, received, previous):
+  """The gradient of mu l by the features, written out."""
   z = _features(w, x)
-  logits = z @ w[2] + w[3]
-  dlogits = (helpers.softmax(logits) - np.eye(helpers.CLASSES)[y]) / len(y)
   # d l / d s_p = sigmoid((s_p - s_r) / tau) / tau, and the reverse for s_r.
   direction = _normalized(_features(previous, x)) - _normalized(_features(received, x))
   unit = _normalized(z)
@@ -45,18 +42,15 @@ def _loss_gradient(w, x, y, received, previous):
   # Of a cosine by its first argument: (v - (u.v) u) / |z|.
   by_features = direction - difference * unit
   by_features /= np.linalg.norm(z, axis=-1, keepdims=True)
-  dz = dlogits @ w[2].T + _MU * factor * by_features / len(y)
-  dpre = dz * (1 - z**2)
-  return [x.T @ dpre, dpre.sum(0), z.T @ dlogits, dlogits.sum(0)]
+  return _MU * factor * by_features / len(x)
 
 
 def _trained(received, previous, x, y):
   w = received
   for i in range(0, len(x), 4):
-    gradient = _loss_gradient(
-        w, np.float64(x[i : i + 4]), y[i : i + 4], received, previous
-    )
-    w = [v - _RATE * g for v, g in zip(w, gradient)]
+    xb = np.float64(x[i : i + 4])
+    further = _by_features(w, xb, received, previous)
+    w = helpers.features_step(w, xb, y[i : i + 4], _RATE, further)
   return w
 
 

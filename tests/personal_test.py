@@ -28,13 +28,7 @@ def _build(name, **kwargs):
 
 def _trained(w, x, y):
   for i in range(0, len(x), 4):
-    inputs, labels = np.float64(x[i : i + 4]), y[i : i + 4]
-    z = np.tanh(inputs @ w[0] + w[1])
-    p = helpers.softmax(z @ w[2] + w[3])
-    d = (p - np.eye(helpers.CLASSES)[labels]) / len(labels)
-    back = (d @ w[2].T) * (1 - z**2)
-    gradient = [inputs.T @ back, back.sum(0), z.T @ d, d.sum(0)]
-    w = [v - _RATE * g for v, g in zip(w, gradient)]
+    w = helpers.features_step(w, np.float64(x[i : i + 4]), y[i : i + 4], _RATE)
   return w
 
 

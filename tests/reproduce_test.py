@@ -2,20 +2,15 @@
 
 import functools
 import json
-import struct
 
 import numpy as np
 import pytest
 
+from tests import data_test
 from tests import helpers
 
 
 _run = functools.partial(helpers.script, 'pipelines.reproduce_fedgen_table')
-
-
-def _write_idx(path, values):
-  shape = struct.pack(f'>{values.ndim}I', *values.shape)
-  path.write_bytes(bytes([0, 0, 8, values.ndim]) + shape + values.tobytes())
 
 
 @pytest.fixture(scope='module')
@@ -28,8 +23,8 @@ def data_dir(tmp_path_factory):
     labels = np.repeat(np.arange(10), per_class).astype(np.uint8)
     noise = rng.integers(0, 55, (len(labels), 28, 28))
     images = (patterns[labels] + noise).astype(np.uint8)
-    _write_idx(folder / f'{split}-images-idx3-ubyte', images)
-    _write_idx(folder / f'{split}-labels-idx1-ubyte', labels)
+    for name, values in (('images-idx3', images), ('labels-idx1', labels)):
+      (folder / f'{split}-{name}-ubyte').write_bytes(data_test._idx(values))
   return folder
 
 

@@ -14,10 +14,6 @@ layers = keras.layers
 _LIMIT = tf.constant(0.5)  # Made eagerly, outside of everything.
 
 
-def _model_fn(**kwargs):
-  return helpers.dense_fn((4,), **kwargs)
-
-
 def _eager_round(build, loss_fn, x, y, rate=0.1, optimizer=None):
   """One client's step in plain Keras: the weights after it, and the loss."""
   model = build()
