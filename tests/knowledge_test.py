@@ -321,7 +321,6 @@ def test_of_the_most_likely_classes_missing_rows_and_positions_cost_what_they_ar
 
 def test_fed_df_with_quantized_predictions_in_numpy():
   """One round, one server step, from the mean of labels of one bit."""
-  keras.utils.set_random_seed(0)
   x, _ = helpers.examples(20, 0)
   process = helpers.build(
       'fed_df', client_optimizer=helpers.sgd(0.5), student_optimizer=helpers.sgd(0.3),

@@ -70,7 +70,6 @@ def test_each_round_has_its_rate(name, batches):
 
 
 def test_the_rate_reaches_clients_that_get_datasets():
-  keras.utils.set_random_seed(0)
   process = helpers.build('fed_avg', learning_rate_fn=lambda n: tf.where(n < 1, 0.1, 0.0))
   data = [helpers.dataset(*its) for its in DATA]
   first = process.next(process.initialize(), data).state

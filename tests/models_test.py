@@ -101,7 +101,6 @@ def _all_kinds():
     ],
 )
 def test_every_kind_of_model_trains_on_both_sides(student_fn, teacher_fn):
-  keras.utils.set_random_seed(0)
   process = helpers.build(
       'fed_distillation', student_fn=student_fn, teacher_fn=teacher_fn,
       transfer_set=tff_kd.TransferSet(helpers.examples(16, 9)[0]),
@@ -181,7 +180,6 @@ def test_initial_weights_are_the_builders():
 
 
 def test_batch_norm_statistics_are_the_weighted_mean_of_the_clients():
-  keras.utils.set_random_seed(0)
   process = helpers.build(
       'fed_avg', student_fn=_batch_norm, client_optimizer=helpers.sgd(0.0),
       server_optimizer=tff.learning.optimizers.build_adam(0.1),
@@ -204,7 +202,6 @@ def test_batch_norm_statistics_are_the_weighted_mean_of_the_clients():
 
 
 def test_frozen_values_never_move_and_never_travel():
-  keras.utils.set_random_seed(0)
   process = helpers.build('fed_avg', student_fn=_frozen)
   state = process.initialize()
   after = process.next(state, [helpers.dataset(*helpers.examples(8, 1))]).state
@@ -223,7 +220,6 @@ def test_frozen_values_never_move_and_never_travel():
 
 
 def test_regularization_is_in_the_gradient():
-  keras.utils.set_random_seed(0)
   process = helpers.build('fed_avg', student_fn=_regularized)
   state = process.initialize()
   x, y = helpers.examples(4, 1)
@@ -325,7 +321,6 @@ def test_a_single_sigmoid_logit():
   data = tf.data.Dataset.from_tensor_slices(
       (x, (x[:, :1] > 0).astype(np.float32))
   ).batch(4)
-  keras.utils.set_random_seed(0)
   # What it teaches and learns is in `labels_test`.
   process = helpers.build(
       'fed_avg', student_fn=build, input_spec=data.element_spec,

@@ -48,7 +48,6 @@ def _fed_md(**kwargs):
 
 def _with_student(name, num_steps, **kwargs):
   """A process whose server has a student that is distilled."""
-  keras.utils.set_random_seed(0)
   defaults = dict(
       client_optimizer=helpers.sgd(_RATE),
       transfer_set=tff_kd.TransferSet(_X),

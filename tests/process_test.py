@@ -141,7 +141,6 @@ def test_two_rounds_equal_numpy(uniform):
     ],
 )
 def test_without_distillation_three_rounds_equal_tffs_fed_avg(weighting):
-  keras.utils.set_random_seed(0)
   units = (6,)
   ours = helpers.build(
       'fed_avg', student_fn=helpers.dense_fn(units),
@@ -338,7 +337,6 @@ def test_student_target_sends_no_predictions():
 
 
 def test_a_blend_is_between_student_and_ensemble():
-  keras.utils.set_random_seed(0)
   process = _fusion(
       # Of linear models, the mean's logits are the logits' mean.
       student_fn=helpers.dense_fn((6,)),
@@ -371,7 +369,6 @@ def test_a_blend_is_between_student_and_ensemble():
 
 
 def test_labels_add_their_cross_entropy():
-  keras.utils.set_random_seed(0)
   process = _fusion(
       labelled=True,
       distillation=tff_kd.Distillation(
@@ -401,7 +398,6 @@ def test_labels_add_their_cross_entropy():
 
 @pytest.mark.parametrize('target', ['student', 'teacher'])
 def test_local_distillation_equals_a_step_by_hand(target):
-  keras.utils.set_random_seed(0)
   terms = [tff_kd.LocalDistillation(target=target, weight=0.3, temperature=2.0)]
   if target == 'teacher':
     process = _fusion(local_terms=terms, back_distillation=None)
@@ -476,7 +472,6 @@ def test_keras_and_tff_optimizers_agree():
 
 def test_own_aggregators_per_channel(fusion):
   """Each channel has its own: clipped weights leave the predictions' mean alone."""
-  keras.utils.set_random_seed(0)
   own = _fusion(
       model_aggregator=tff.aggregators.clipping_factory(
           1e-6, tff.aggregators.MeanFactory()
@@ -507,7 +502,6 @@ def test_own_aggregators_per_channel(fusion):
 
 
 def test_fed_df_distils_the_ensemble_into_the_student():
-  keras.utils.set_random_seed(0)
   process = helpers.build(
       'fed_df', student_fn=helpers.dense_fn((6,)), client_optimizer=helpers.sgd(1.0),
       transfer_set=tff_kd.TransferSet(helpers.examples(32, 5)[0]),

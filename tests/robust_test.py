@@ -5,7 +5,6 @@ import collections
 import hypothesis
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-import keras
 import numpy as np
 import pytest
 import scipy.stats
@@ -279,7 +278,6 @@ def test_tffs_own_robust_mean_takes_both_channels():
 
 @pytest.mark.parametrize('name', ['fed_md', helpers.slow('ds_fl')])
 def test_algorithms_of_predictions_alone_take_them(name):
-  keras.utils.set_random_seed(0)
   process = helpers.build(
       name, transfer_set=tff_kd.TransferSet(helpers.examples(12, 99)[0]),
       knowledge_aggregator=robust.NormBoundFactory(

@@ -26,7 +26,6 @@ def by_number(batches):
 
 @pytest.fixture(scope='module')
 def by_dataset():
-  keras.utils.set_random_seed(0)
   return helpers.fed_avg()
 
 
@@ -180,7 +179,6 @@ def test_keys_in_another_order():
   w = np.ones(len(y), np.float32)
   parts = {'y': y, 'x': x, 'sample_weight': w}
   dataset = tf.data.Dataset.from_tensor_slices(parts).batch(4)
-  keras.utils.set_random_seed(0)
   process = helpers.build('fed_avg', input_spec=dataset.element_spec)
   batches = helpers.batches([parts], shuffle=False)
   helpers.assert_weights_close(

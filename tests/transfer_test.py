@@ -3,7 +3,6 @@
 import collections
 
 from hypothesis import given, settings, strategies as st
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -90,7 +89,6 @@ def test_a_large_set_is_not_in_the_graph():
 
 def test_predictions_meet_their_inputs():
   """Defect 5: a consensus that is keyed by position would fit other inputs."""
-  keras.utils.set_random_seed(0)
   rng = np.random.default_rng(0)
   x = rng.normal(size=(40, helpers.DIM)).astype('f')
   process = helpers.build(
@@ -222,7 +220,6 @@ def test_a_damaged_file_is_named(tmp_path):
 
 def test_only_known_labels_count():
   """The cross-entropy is the mean over labelled rows; other entries are ignored."""
-  keras.utils.set_random_seed(0)
   x, y = helpers.examples(16, 5)
   mask = np.arange(16) % 4 == 0
   unknown = np.where(mask, y, -7)
