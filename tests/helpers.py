@@ -96,6 +96,24 @@ def linear_distil(model, x, target, rate):
   return linear_step(model, x, dz / len(x), rate)
 
 
+def eager_step(loss, variables, rate=0.1):
+  """The variables' values after a step of SGD on what `loss` returns, and that."""
+  with tf.GradientTape() as tape:
+    value = loss()
+  gradients = tape.gradient(value, variables)
+  return [v - rate * g for v, g in zip(variables, gradients, strict=True)], value
+
+
+def distil_once(process, weights, payload=()):
+  """The output of a server's distillation in round 0, from the beginning."""
+
+  @tff.federated_computation(process.next.type_signature.parameter)
+  def run(args):
+    return process.next(*[args[i] for i in range(4)])
+
+  return run(process.initialize(), weights, payload, np.int32(0))
+
+
 def features_of(model, x):
   """The features of a model of `features_fn` without other layers, in NumPy."""
   return np.tanh(x @ model[0] + model[1])
@@ -301,6 +319,18 @@ def assert_weights_close(actual, expected, **kwargs):
   assert len(actual) == len(expected) > 0
   for a, e in zip(actual, expected):
     np.testing.assert_allclose(a, e, **kwargs)
+
+
+def changed_fields(before, after):
+  """The names of the fields in which two states differ."""
+  return {
+      field
+      for field, old, new in zip(before._fields, before, after, strict=True)
+      if any(
+          not np.array_equal(a, b)
+          for a, b in zip(tf.nest.flatten(old), tf.nest.flatten(new), strict=True)
+      )
+  }
 
 
 @contextlib.contextmanager
