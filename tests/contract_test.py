@@ -13,7 +13,6 @@ import tempfile
 import keras
 import numpy as np
 import pytest
-import tensorflow as tf
 from tff_kd.compat import tff
 
 from tests import helpers
@@ -274,20 +273,10 @@ def test_a_round_with_too_few_reports_is_skipped(rounds):
   state, kept = _one_round(rounds)
   output = rounds.run(state, [0, 1], kept, lost=[1])
   assert output.metrics['round_skipped'] == 1
-  changed = {
-      field
-      for field, before, after in zip(state._fields, state, output.state)
-      if any(
-          not np.array_equal(a, b)
-          for a, b in zip(tf.nest.flatten(before), tf.nest.flatten(after), strict=True)
-      )
-  }
-  assert changed == {'round_num'}
+  assert helpers.changed_fields(state, output.state) == {'round_num'}
   if rounds.keeps_state:
     # Also of the client whose report came.
-    before, after = tf.nest.flatten(kept), tf.nest.flatten(output.client_states)
-    for old, new in zip(before, after, strict=True):
-      np.testing.assert_array_equal(old, new)
+    helpers.assert_weights_close(output.client_states, kept, rtol=0)
   assert rounds.run(output.state, [0, 1]).metrics['round_skipped'] == 0
 
 
@@ -304,10 +293,7 @@ def test_examples_of_weight_0_count_nowhere(rounds):
   for output in (plain, padded):
     assert output.metrics['client_work']['train']['num_examples'] == 2 * 2 * 8
     assert output.metrics['client_work']['participation']['num_included'] == 2
-  for first, second in zip(
-      tf.nest.flatten(plain), tf.nest.flatten(padded), strict=True
-  ):
-    np.testing.assert_allclose(first, second, rtol=1e-5, atol=1e-6)
+  helpers.assert_weights_close(plain, padded, rtol=1e-5, atol=1e-6)
 
 
 def test_who_cannot_take_part_is_counted_and_changes_nothing(rounds):
@@ -344,10 +330,7 @@ def test_a_run_is_resumed_to_the_bit(rounds, tmp_path):
   )
   assert version == 1
   resumed = rounds.run(loaded, [1, 0], kept)
-  for found, expected in zip(
-      tf.nest.flatten(resumed), tf.nest.flatten(whole), strict=True
-  ):
-    np.testing.assert_array_equal(found, expected)
+  helpers.assert_weights_close(resumed, whole, rtol=0)
 
 
 def test_a_server_model_is_of_the_first_cohort(batches):

@@ -42,6 +42,18 @@ def _regression_model(units=4):
 _NUMBERS = (tf.TensorSpec([None, 3], tf.float32), tf.TensorSpec([None], tf.float32))
 
 
+def _spec_of_sequences(**kwargs):
+  return models.build_model_spec(
+      _sequence_model, input_spec=_SEQUENCES, loss_fn=_sequence_loss, **kwargs
+  )
+
+
+def _spec_of_numbers():
+  return models.build_model_spec(
+      _regression_model, input_spec=_NUMBERS, loss_fn=keras.losses.MeanSquaredError
+  )
+
+
 def _regression(**kwargs):
   return dict(
       student_fn=_regression_model, input_spec=_NUMBERS,
@@ -57,10 +69,7 @@ def _cross_entropy(logits, labels):
 
 @pytest.mark.parametrize('mask', [None, [1.0, 0.0, 1.0], [0.0, 0.0, 0.0]])
 def test_padding_counts_nowhere(mask):
-  spec = models.build_model_spec(
-      _sequence_model, input_spec=_SEQUENCES, loss_fn=_sequence_loss,
-      metrics_fn=helpers.metrics_fn,
-  )
+  spec = _spec_of_sequences(metrics_fn=helpers.metrics_fn)
   assert spec.ignored_label == _PAD and not spec.is_regression
   rng = np.random.default_rng(0)
   logits = rng.normal(size=(3, 6, 5)).astype(np.float32)
@@ -85,9 +94,7 @@ def test_padding_counts_nowhere(mask):
 
 
 def test_all_padding_has_no_loss_and_no_gradient():
-  spec = models.build_model_spec(
-      _sequence_model, input_spec=_SEQUENCES, loss_fn=_sequence_loss
-  )
+  spec = _spec_of_sequences()
   zeros = tf.zeros([2, 6], tf.int32)
   values = spec.values(spec.initial_weights)
   with tf.GradientTape() as tape:
@@ -118,16 +125,12 @@ def test_local_distillation_leaves_padding_out():
 
 
 def test_scores():
-  sequences = models.build_model_spec(
-      _sequence_model, input_spec=_SEQUENCES, loss_fn=_sequence_loss
-  )
+  sequences = _spec_of_sequences()
   logits = np.eye(5, dtype=np.float32)[np.array([[1, 2, 3, 0, 0, 0]])] * 9
   labels = np.array([[1, 2, 4, 0, 0, 0]])
   found = evaluation.score(logits, labels, spec=sequences)
   assert found['accuracy'] == pytest.approx(2 / 3)
-  numbers = models.build_model_spec(
-      _regression_model, input_spec=_NUMBERS, loss_fn=keras.losses.MeanSquaredError
-  )
+  numbers = _spec_of_numbers()
   assert numbers.is_regression
   found = evaluation.score(
       np.array([[1.0], [5.0]], np.float32), np.array([1.0, 1.0]), spec=numbers
@@ -218,9 +221,7 @@ def test_the_page_on_choosing_names_the_algorithms_without_classes(name):
 
 
 def test_masked_regression_labels():
-  spec = models.build_model_spec(
-      _regression_model, input_spec=_NUMBERS, loss_fn=keras.losses.MeanSquaredError
-  )
+  spec = _spec_of_numbers()
   labels, outputs = np.array([1.0, 2.0, 9.0]), np.array([[2.0], [4.0], [0.0]])
   loss = spec.supervised_loss(
       tf.constant(labels, tf.float32), tf.constant(outputs, tf.float32),

@@ -664,10 +664,7 @@ def test_a_resumed_run_repeats_an_unbroken_one(batches, tmp_path):
     _train(built, tmp_path / 'parts', 7, callbacks=[_KilledIn(5)])
   resumed = _train(_ds_fl.anew(**arguments), tmp_path / 'parts', 7)
   assert len(resumed.history) == 3
-  for found, expected in zip(
-      tf.nest.flatten(resumed.state), tf.nest.flatten(whole.state), strict=True
-  ):
-    np.testing.assert_array_equal(found, expected)
+  helpers.assert_weights_close(resumed.state, whole.state, rtol=0)
   stores = [
       client_states.ClientStates(built.initialize_client(), tmp_path / its / 'clients')
       for its in ('whole', 'parts')
@@ -701,7 +698,7 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_with_the_same_s
     batches, tmp_path
 ):
   process = _ds_fl(client_data=batches, input_spec=batches.element_spec)
-  results, kept = [], []
+  found = []
   for name in ('whole', 'parts'):
     store = client_states.ClientStates(
         process.initialize_client(), tmp_path / name / 'clients'
@@ -715,16 +712,12 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_with_the_same_s
     if name == 'parts':  # Checkpoints are of rounds 2 and 3.
       with pytest.raises(_KilledError):
         train(callbacks=[_KilledIn(1)])
-    results.append(train().state)
+    state = train().state
     store = client_states.ClientStates(
         process.initialize_client(), tmp_path / name / 'clients'
     )
-    kept.append(store.load(range(6)))
-  for found, expected in zip(
-      tf.nest.flatten((results[1], kept[1])), tf.nest.flatten((results[0], kept[0])),
-      strict=True,
-  ):
-    np.testing.assert_array_equal(found, expected)
+    found.append((state, store.load(range(6))))
+  helpers.assert_weights_close(*found, rtol=0)
 
 
 def test_client_numbers_are_needed_and_come_once(batches, tmp_path):

@@ -168,10 +168,7 @@ def test_a_resumed_run_repeats_an_unbroken_one(batches, tmp_path):
   whole = _train(process, tmp_path / 'whole', 4)
   _train(process, tmp_path / 'parts', 2)
   resumed = _train(_build.anew('fed_distillation', batches), tmp_path / 'parts', 4)
-  for found, expected in zip(
-      tf.nest.flatten(resumed), tf.nest.flatten(whole), strict=True
-  ):
-    np.testing.assert_array_equal(found, expected)
+  helpers.assert_weights_close(resumed, whole, rtol=0)
 
 
 @pytest.mark.parametrize(
