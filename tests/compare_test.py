@@ -1,6 +1,5 @@
 """`python -m pipelines.compare` as a user runs it."""
 
-import csv
 import functools
 import json
 import shutil
@@ -145,10 +144,7 @@ def test_a_run_that_diverged_is_in_the_table(finished, tmp_path):
   path = out / 'fed_avg-1' / 'metrics.csv'
   rows = helpers.rows(path)
   rows[-1][score] = 'nan'
-  with open(path, 'w', newline='') as file:
-    writer = csv.DictWriter(file, rows[0])
-    writer.writeheader()
-    writer.writerows(rows)
+  helpers.write_rows(path, rows)
   _run(_COMPARED[0], '--seeds=0,1', *_TINY, f'--output_dir={out}')
   diverged, other = helpers.rows(out / 'table.csv')[:2]
   assert diverged['student'] == diverged['student, last 10'] == 'nan ± nan'

@@ -420,6 +420,14 @@ def refused_here(*args):
   return run_here(*args, status=1)[1]
 
 
+def write_rows(path, rows):
+  """Writes rows with the columns of the first one."""
+  with open(path, 'w', newline='') as file:
+    writer = csv.DictWriter(file, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
+
+
 def rows(path):
   """Those of a CSV file, as texts."""
   with open(path, newline='') as file:

@@ -132,10 +132,7 @@ def test_features_of_texts(algorithm):
     counts = output.metrics['client_work']['participation']
     assert counts['num_included'] == 1 and counts['num_excluded_bad_inputs'] == 2
     assert np.isfinite(output.metrics['client_work']['train']['loss'])
-  alone, own = process.initialize(), [process.initialize_client()]
-  for _ in range(2):
-    output = process.next(alone, [good], own)
-    alone, own = output.state, output.client_states
+  _, own = helpers.rounds(process, [good])
   helpers.assert_weights_close(kept[0].weights, own[0].weights, rtol=1e-6)
 
 

@@ -3,6 +3,7 @@
 import _thread
 import asyncio
 import collections
+from concurrent import futures
 import functools
 import gc
 import os
@@ -749,16 +750,8 @@ def test_clients_that_wait_for_threads_leave_some():
 def test_several_threads_at_once():
   comp, args = _built(_passes)
   expected = comp(*args[0])
-  found = [None] * 4
-
-  def run(i):
-    found[i] = comp(*args[0])
-
-  threads = [threading.Thread(target=run, args=(i,)) for i in range(4)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
+  with futures.ThreadPoolExecutor(4) as pool:
+    found = list(pool.map(lambda _: comp(*args[0]), range(4)))
   for result in found:
     _assert_same(result, expected)
 

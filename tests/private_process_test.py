@@ -394,14 +394,9 @@ def test_fd_in_numpy(batch_size):
 
 
 def test_fd_leaves_a_clients_own_part_out():
-  process, plain = _fd(0.6), _fd(1e-30)
-  plain_client = process.initialize_client()
   found = []
-  for its in (process, plain):
-    state, client = its.initialize(), plain_client
-    for _ in range(3):
-      output = its.next(state, [_dataset(0)], [client])
-      state, (client,) = output.state, output.client_states
+  for share in (1e-30, 0.6):
+    output, (client,) = helpers.rounds(_fd(share), [_dataset(0)], 3)
     found.append(client.weights)
   # Alone, it has nobody to learn from, its own past least of all.
   assert output.metrics['client_work']['participation']['num_taught'] == 0

@@ -1,6 +1,6 @@
 """What a round is given for its clients: taken, or refused in a sentence before it."""
 
-import threading
+from concurrent import futures
 
 import keras
 import numpy as np
@@ -190,16 +190,8 @@ def test_keys_in_another_order():
 def test_rounds_in_other_threads(kind, request):
   process = request.getfixturevalue(kind)
   clients = [0, 2] if kind == 'by_number' else _datasets((0, 2))
-  found = [None] * 3
-
-  def run(place):
-    found[place] = _weights(process, clients)
-
-  threads = [threading.Thread(target=run, args=[place]) for place in range(3)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
+  with futures.ThreadPoolExecutor(3) as pool:
+    found = list(pool.map(lambda _: _weights(process, clients), range(3)))
   for weights in found:
     helpers.assert_weights_close(weights, _weights(process, clients), rtol=0)
 

@@ -152,18 +152,17 @@ def test_the_ledger_counts_elements_of_the_group(bits, needed):
 
 @pytest.mark.parametrize('name', ['fed_avg', *helpers.slow_each('fed_df', 'fed_aux')])
 def test_private_and_secure(name):
-  uniform = tff.learning.ClientWeighting.UNIFORM
   dp = privacy.DifferentialPrivacy(
       noise_multiplier=0.0, clients_per_round=4, model_clip=0.05, knowledge_clip=3.0
   )
   both = _build(
-      name, client_weighting=uniform, privacy=dp,
+      name, client_weighting=_UNIFORM, privacy=dp,
       secure_aggregation=privacy.SecureAggregation(),
   )
   tff.test.assert_not_contains_unsecure_aggregation(both.next)
   found, _ = helpers.rounds(both, _CLIENTS)
   expected, _ = helpers.rounds(
-      _build(name, client_weighting=uniform, privacy=dp), _CLIENTS
+      _build(name, client_weighting=_UNIFORM, privacy=dp), _CLIENTS
   )
   helpers.assert_weights_close(
       found.state.global_model_weights, expected.state.global_model_weights, atol=1e-3
