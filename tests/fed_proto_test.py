@@ -91,11 +91,6 @@ def _two_rounds(process):
   return [its.weights for its in kept]
 
 
-def test_only_prototypes_travel():
-  each = tff_kd.communication.round_bytes(_build())
-  assert each.up == 4 * helpers.CLASSES * (_FEATURES + 1)
-
-
 # That nothing is summed in the clear is in `contract_test`.
 @pytest.mark.slow
 def test_secure_sums_change_little():

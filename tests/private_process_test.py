@@ -507,14 +507,6 @@ def test_keras_optimizers_and_any_keras_model(name, optimizers):
   )
 
 
-def test_only_predictions_travel():
-  bytes_of = tff_kd.communication.round_bytes(_ds_fl())
-  assert bytes_of.up_model == 0
-  assert bytes_of.up_knowledge == 4 * len(_X) * (helpers.CLASSES + 1)
-  # The consensus, its mask and the round's number.
-  assert bytes_of.down == bytes_of.up_knowledge + 8
-
-
 def test_pretraining_needs_labels():
   with pytest.raises(ValueError, match='labels'):
     _fed_md(pretraining_epochs=1)
