@@ -34,7 +34,7 @@ TINY_RUN = (
     '--client_epochs=1', '--alpha=1', '--transfer_size=60', '--transfer_labels=0',
     '--rounds_per_checkpoint=1',
 )
-# Likewise, of the fusion.
+# Flags of such a run of the fusion.
 TINY_FUSION = (
     '--num_clients=4', '--clients_per_round=2', '--client_epochs=1', '--alpha=1',
     '--server_steps=2', '--back_steps=2', '--teacher=mlp_large',
@@ -70,42 +70,42 @@ def features_fn(features, hidden=()):
 
 
 def softmax(z):
-  """Of the last axis, in NumPy."""
+  """Returns the softmax over the last axis, in float64."""
   return scipy.special.softmax(np.asarray(z, np.float64), axis=-1)
 
 
 def linear_logits(model, x):
-  """Of a linear model `[kernel, bias]`, in NumPy."""
+  """Returns the logits of a linear model `[kernel, bias]`."""
   return x @ model[0] + model[1]
 
 
 def linear_step(model, x, dz, rate):
-  """A linear model after a step of SGD, of the loss's gradient by the logits."""
+  """Returns a linear model after a step of SGD with this gradient by the logits."""
   return [model[0] - rate * x.T @ dz, model[1] - rate * dz.sum(0)]
 
 
 def linear_fit(model, x, y, rate):
-  """A linear model after a step of SGD on its cross-entropy with labels."""
+  """Returns a linear model after a step of SGD on the cross-entropy with labels."""
   dz = softmax(linear_logits(model, x)) - np.eye(CLASSES)[y]
   return linear_step(model, x, dz / len(x), rate)
 
 
 def linear_distil(model, x, target, rate):
-  """A linear model after a step of SGD on its cross-entropy with probabilities."""
+  """Returns a linear model after a step of SGD on the cross-entropy with a target."""
   dz = softmax(linear_logits(model, x)) - target
   return linear_step(model, x, dz / len(x), rate)
 
 
-def eager_step(loss, variables, rate=0.1):
-  """The variables' values after a step of SGD on what `loss` returns, and that."""
+def eager_step(loss, variables):
+  """Returns the values of variables after a step of `sgd`, and the loss before it."""
   with tf.GradientTape() as tape:
     value = loss()
   gradients = tape.gradient(value, variables)
-  return [v - rate * g for v, g in zip(variables, gradients, strict=True)], value
+  return [v - 0.1 * g for v, g in zip(variables, gradients, strict=True)], value
 
 
 def distil_once(process, weights, payload=()):
-  """The output of a server's distillation in round 0, from the beginning."""
+  """Returns the output of the server's distillation in round 0."""
 
   @tff.federated_computation(process.next.type_signature.parameter)
   def run(args):
@@ -115,17 +115,17 @@ def distil_once(process, weights, payload=()):
 
 
 def features_of(model, x):
-  """The features of a model of `features_fn` without other layers, in NumPy."""
+  """Returns the features of a model of `features_fn` without other layers."""
   return np.tanh(x @ model[0] + model[1])
 
 
 def features_step(model, x, y, rate, by_features=0.0):
-  """Such a model after a step of SGD on its cross-entropy with labels.
+  """Returns such a model after a step of SGD on the cross-entropy with labels.
 
   Args:
-    model: Its weights.
-    x: Inputs.
-    y: Their labels.
+    model: The weights before the step.
+    x: The inputs.
+    y: The labels.
     rate: The learning rate.
     by_features: The gradient of a further loss by the features.
   """
@@ -137,7 +137,7 @@ def features_step(model, x, y, rate, by_features=0.0):
 
 
 def mean_payload(rule, logits, weights):
-  """The mean of what clients with these logits send, with the clients weighted."""
+  """Returns the weighted mean of what clients with these logits send."""
   payloads = [rule.encode(tf.constant(z)) for z in logits]
   return tf.nest.map_structure(
       lambda *parts: sum(w * part for w, part in zip(weights, parts)) / sum(weights),
@@ -145,11 +145,11 @@ def mean_payload(rule, logits, weights):
   )
 
 
-def examples(n, seed, dim=DIM, classes=CLASSES):
+def examples(n, seed, dim=DIM):
   rng = np.random.default_rng(seed)
   return (
       rng.normal(size=(n, dim)).astype(np.float32),
-      rng.integers(0, classes, n).astype(np.int32),
+      rng.integers(0, CLASSES, n).astype(np.int32),
   )
 
 
@@ -158,14 +158,14 @@ def dataset(x, y, batch_size=4):
 
 
 def is_allowed(*command):
-  """Whether a program is there, and may do what it is called for."""
+  """Returns whether a program is there, and may do what it is called for."""
   return shutil.which(command[0]) is not None and (
       subprocess.run(command, capture_output=True).returncode == 0
   )
 
 
 def run(coroutine):
-  """As `asyncio.run`, which leaves the thread without the loop that TFF wants."""
+  """Runs a coroutine; `asyncio.run` would take away the loop that TFF wants."""
   with contextlib.closing(asyncio.new_event_loop()) as loop:
     return loop.run_until_complete(coroutine)
 
@@ -175,7 +175,7 @@ def loss_fn():
 
 
 def loss_with(**kwargs):
-  """As `loss_fn`, a builder, with other arguments of the loss."""
+  """Returns a builder as `loss_fn`, with other arguments of the loss."""
   arguments = {'from_logits': True, **kwargs}
   return lambda: keras.losses.SparseCategoricalCrossentropy(**arguments)
 
@@ -231,7 +231,7 @@ def model_spec(keras_model_fn=None, **kwargs):
 
 
 def task(clients, **kwargs):
-  """A task whose parts have the clients' examples, if no others are given."""
+  """Returns a task whose parts have the clients' examples, unless others are given."""
   parts = dict.fromkeys(('clients', 'transfer', 'validation', 'test'), clients)
   defaults = dict(name='mine', num_classes=CLASSES, students={}, teachers={})
   return tff_kd.data.Task(**{**parts, **defaults, **kwargs})
@@ -244,13 +244,13 @@ def batches(clients, batch_size=4, **kwargs):
 
 
 def round_of(process, state, datasets, states):
-  """A round's output.
+  """Runs a round of clients that keep states, and returns its output.
 
   Args:
-    process: One whose clients keep states.
-    state: The server's.
-    datasets: Those of the clients of this round, by number.
-    states: Those of all clients, by number; the ones of this round are replaced.
+    process: A process whose clients keep states.
+    state: The server's state.
+    datasets: The dataset of each client of this round, by number.
+    states: The state of each client, by number; those of this round are replaced.
   """
   output = process.next(state, list(datasets.values()), [states[k] for k in datasets])
   states.update(zip(datasets, output.client_states, strict=True))
@@ -322,7 +322,7 @@ def assert_weights_close(actual, expected, **kwargs):
 
 
 def changed_fields(before, after):
-  """The names of the fields in which two states differ."""
+  """Returns the names of the fields in which two states differ."""
   return {
       field
       for field, old, new in zip(before._fields, before, after, strict=True)
@@ -421,7 +421,7 @@ def refused_here(*args):
 
 
 def write_rows(path, rows):
-  """Writes rows with the columns of the first one."""
+  """Writes a CSV file with the columns of the first row."""
   with open(path, 'w', newline='') as file:
     writer = csv.DictWriter(file, rows[0])
     writer.writeheader()
@@ -429,6 +429,6 @@ def write_rows(path, rows):
 
 
 def rows(path):
-  """Those of a CSV file, as texts."""
+  """Returns the rows of a CSV file, as dicts of texts."""
   with open(path, newline='') as file:
     return list(csv.DictReader(file))

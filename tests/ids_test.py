@@ -35,10 +35,10 @@ class Subclassed(keras.Model):
     return self.head(keras.ops.mean(self.tokens(x), axis=1))
 
 
-def _sequential(tokens, shape=(4,)):
+def _sequential(tokens):
   def build():
     return keras.Sequential([
-        keras.layers.Input(shape, dtype='int32'), tokens(), keras.layers.Flatten(),
+        keras.layers.Input((4,), dtype='int32'), tokens(), keras.layers.Flatten(),
         keras.layers.Dense(helpers.CLASSES),
     ])
 

@@ -196,22 +196,16 @@ def test_without_distillation_three_rounds_equal_tffs_fed_avg(weighting):
     _ = ours.get_teacher_weights
 
 
-def _fusion(**kwargs):
+def _fusion(labelled=False, **kwargs):
   public, labels = helpers.examples(16, 5)
-  labelled = kwargs.pop('labelled', False)
-  transfer = tff_kd.TransferSet(
-      public, labels if labelled else None, **kwargs.pop('transfer', {})
-  )
   steps = dict(num_steps=3, batch_size=8)
   defaults = dict(
       distillation=tff_kd.Distillation(target='ensemble', **steps),
       back_distillation=tff_kd.Distillation(target='teacher', **steps),
+      teacher_fn=helpers.dense_fn((8,)),
+      transfer_set=tff_kd.TransferSet(public, labels if labelled else None),
   )
-  student_fn = kwargs.pop('student_fn', helpers.dense_fn())
-  return helpers.build(
-      'fed_distillation', student_fn=student_fn, **{**defaults, **kwargs},
-      teacher_fn=helpers.dense_fn((8,)), transfer_set=transfer,
-  )
+  return helpers.build('fed_distillation', **{**defaults, **kwargs})
 
 
 @pytest.fixture(scope='module')
