@@ -59,18 +59,14 @@ def test_codes_count_as_long_as_they_were():
 # One of predictions only is in `contract_test`, too.
 @pytest.mark.parametrize('name', ['fed_avg', helpers.slow('cfd'), 'fed_kd'])
 def test_rounds_have_a_ledger(name, tmp_path):
-  data = tff_kd.FileClientData.from_arrays(
-      helpers.examples(24, 3), np.split(np.arange(24), 4), directory=tmp_path
+  parts = dict(
+      transfer_set=lambda: tff_kd.TransferSet(helpers.examples(12, 9)[0]),
+      mentor_fn=lambda: helpers.dense_fn((4,)),
   )
-  batches = tff_kd.ClientBatches(data=data, batch_size=4, num_epochs=1)
-  more = {
-      'fed_avg': {},
-      'cfd': dict(transfer_set=tff_kd.TransferSet(helpers.examples(12, 9)[0])),
-      'fed_kd': dict(mentor_fn=helpers.dense_fn((4,))),
-  }[name]
-  process = helpers.build(
-      name, student_fn=helpers.dense_fn((30,)), client_data=batches,
-      input_spec=batches.element_spec, **more,
+  batches = helpers.batches([helpers.examples(6, k) for k in range(4)], num_epochs=1)
+  process = helpers.build_with_parts(
+      name, parts, student_fn=helpers.dense_fn((30,)), client_data=batches,
+      input_spec=batches.element_spec,
   )
   states = None
   if isinstance(process, tff_kd.StatefulClientsProcess):
