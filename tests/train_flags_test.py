@@ -82,6 +82,9 @@ def test_help_lists_the_algorithms():
         (['--transfer_per_round=2000'], 'subset_size'),
         (['--server_patience=2'], 'validation part'),
         (['--alpha=0'], 'alpha'),
+        (['--dropout_before=2'], '`dropout_before` must be from 0 to 1, found 2.0.'),
+        (['--algorithm=fd', '--server_optimizer=adam'], '--server_optimizer has no effe'),
+        (['--algorithm=fd', '--local_target=student'], '--local_target has no effect'),
         (['--algorithm=cfd', '--prediction_bits=9'], '`up_bits`'),
         (['--algorithm=cfd', '--down_bits=12'], '`down_bits`'),
         (['--algorithm=cfd', '--consensus=era'], '--consensus has no effect'),
@@ -264,8 +267,6 @@ def _taken(*names):
     ],
 )
 def test_flags_make_the_consensus_rule(given, expected):
-  from pipelines import train_process
-
   with helpers.flags_of(*given):
     made = train_process._consensus_rule(train_flags.algorithm(), None)
   if expected is None:
@@ -369,17 +370,6 @@ def test_a_device_that_is_not_there_is_a_sentence(tmp_path):
     )
     assert "error: --device: There is no device 'TPU:7'. TensorFlow sees CPU" in said
   assert not folder.exists()
-
-
-def test_flags_of_averaging_are_refused_where_nothing_is_averaged():
-  for flag in ('--server_optimizer=adam', '--local_target=student'):
-    error = helpers.refused_here('--algorithm=fd', flag)
-    assert f'{flag.split("=")[0]} has no effect with --algorithm=fd' in error
-
-
-def test_a_share_out_of_range_is_a_sentence():
-  error = helpers.refused_here(*helpers.TINY_FUSION, '--dropout_before=2')
-  assert 'error: `dropout_before` must be from 0 to 1, found 2.0.' in error
 
 
 def test_an_algorithms_defaults_of_flags_are_below_a_tasks():
