@@ -230,9 +230,9 @@ def model_spec(keras_model_fn=None, **kwargs):
   return tff_kd.models.build_model_spec(keras_model_fn, **{**defaults, **kwargs})
 
 
-def task(clients, **kwargs):
-  """Returns a task whose parts have the clients' examples, unless others are given."""
-  parts = dict.fromkeys(('clients', 'transfer', 'validation', 'test'), clients)
+def task(part, **kwargs):
+  """Returns a task all of whose parts have these examples, unless others are given."""
+  parts = dict.fromkeys(('clients', 'transfer', 'validation', 'test'), part)
   defaults = dict(name='mine', num_classes=CLASSES, students={}, teachers={})
   return tff_kd.data.Task(**{**parts, **defaults, **kwargs})
 
