@@ -53,14 +53,6 @@ def _logits(seed, clients=3, rows=7, classes=4, scale=2.0):
   return (bias + scale * rng.normal(size=(clients, rows, classes))).astype(np.float32)
 
 
-def _mean_payload(rule, logits, weights):
-  payloads = [rule.encode(tf.constant(z)) for z in logits]
-  return knowledge.KnowledgePayload(*(
-      sum(w * part for w, part in zip(weights, parts)) / sum(weights)
-      for parts in zip(*payloads)
-  ))
-
-
 @functools.cache
 def _many_steps(num_steps):
   """`align` as a graph: operation by operation, many steps take long."""
@@ -177,7 +169,7 @@ def test_em_keeps_the_consensus_where_a_class_is_absent():
   np.testing.assert_allclose(found[2], 1e-8, rtol=1e-4)
 
   rule = knowledge.Aligned(knowledge.MeanLogits(), prior='em')
-  found = rule.decode(_mean_payload(rule, clients, [1.0] * 3))
+  found = rule.decode(helpers.mean_payload(rule, clients, [1.0] * 3))
   np.testing.assert_array_equal(found.mask, 1.0)
   consensus = np.mean([_aligned(z) for z in clients], 0)
   prior = np.maximum(_em(consensus), 1e-8)
@@ -285,10 +277,7 @@ def test_rounds_without_a_consensus_leave_the_prior():
 
 
 def test_a_rule_that_keeps_a_state_is_the_outermost():
-  student = models.build_model_spec(
-      helpers.dense_fn(), input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn,
-      name='student',
-  )
+  student = helpers.model_spec(name='student')
   rule = knowledge.Aligned(knowledge.MeanLogits(), prior='average')
   knowledge.check_rule(rule, student)
   with pytest.raises(ValueError, match='the outermost consensus rule'):
@@ -316,7 +305,7 @@ def test_the_rule_is_alignment_before_and_after_the_inner_rule(inner, prior):
   average = _logits(5)[0]
   arguments = [tf.constant(average)] if rule.needs_average else []
   assert rule.needs_average == (prior == 'average')
-  found = rule.decode(_mean_payload(rule, logits, weights), *arguments)
+  found = rule.decode(helpers.mean_payload(rule, logits, weights), *arguments)
 
   clients = np.stack([_aligned(z) for z in logits])
   consensus = _INNER[inner](clients, np.array(weights)[:, None, None])
@@ -336,7 +325,7 @@ def test_missing_rows_are_left_out_at_clients_and_in_the_consensus():
   logits[0, 2] = np.nan
   logits[1, 5] = np.inf
   logits[:, 3] = np.nan
-  found = rule.decode(_mean_payload(rule, logits, [1.0] * 3))
+  found = rule.decode(helpers.mean_payload(rule, logits, [1.0] * 3))
   present = np.isfinite(logits).all(-1)
   clients = np.zeros(logits.shape)
   for z, kept, out in zip(logits, present, clients):
@@ -383,13 +372,13 @@ def test_a_class_bias_of_a_client_changes_nothing(seed):
 
 def test_without_steps_it_is_the_inner_rule_and_sharpness_alone():
   logits, inner = _logits(7), knowledge.MeanLogits()
-  expected = inner.decode(_mean_payload(inner, logits, [1.0] * 3))
+  expected = inner.decode(helpers.mean_payload(inner, logits, [1.0] * 3))
   for rule, factor in (
       (knowledge.consensus.WrappedRule(inner), 1.0),
       (knowledge.Aligned(inner, num_steps=0), 1.0),
       (knowledge.Aligned(inner, num_steps=0, sharpness=2.0), 2.0),
   ):
-    found = rule.decode(_mean_payload(rule, logits, [1.0] * 3))
+    found = rule.decode(helpers.mean_payload(rule, logits, [1.0] * 3))
     np.testing.assert_allclose(found.logits, factor * expected.logits, rtol=1e-6)
 
 
@@ -416,7 +405,7 @@ def test_the_inner_rules_properties_are_its_own():
   assert knowledge.Aligned(knowledge.CertaintyWeighted('given')).needs_certainty
   diverse = knowledge.Aligned(knowledge.CertaintyWithDiversity('variance'))
   assert diverse.has_diversity
-  found = diverse.decode(_mean_payload(diverse, _logits(9), [1.0] * 3))
+  found = diverse.decode(helpers.mean_payload(diverse, _logits(9), [1.0] * 3))
   assert found.diversity.logits.shape == (7, 4)
   # Equal rules are equal, so that what is built with one can be kept.
   prior = np.array([0.5, 0.5])
@@ -478,32 +467,28 @@ _STEP = tff_kd.Distillation(num_steps=1, batch_size=10)
 _PRIOR = (0.5, 0.3, 0.2)
 
 
-def _build(build, teacher=False, **kwargs):
+def _build(name, teacher=False, **kwargs):
   keras.utils.set_random_seed(0)
   if teacher:
     kwargs |= dict(teacher_fn=helpers.dense_fn(), teacher_optimizer=helpers.sgd(0.5))
-  return build(
-      **helpers.common(
-          transfer_set=tff_kd.TransferSet(_PUBLIC), distillation=_STEP, **kwargs
-      )
+  return helpers.build(
+      name, transfer_set=tff_kd.TransferSet(_PUBLIC), distillation=_STEP, **kwargs
   )
 
 
-def _logits_of(model, x=_X):
-  return helpers.linear_logits(model, x)
+def _logits_of(model):
+  return helpers.linear_logits(model, _X)
 
 
 def _fit(model, k):
   """A client's step of SGD with rate .1 on all of its examples."""
   x, y = _CLIENTS[k]
-  dz = helpers.softmax(_logits_of(model, x)) - np.eye(helpers.CLASSES)[y]
-  return helpers.linear_step(model, x.astype(np.float64), dz / len(x), 0.1)
+  return helpers.linear_fit(model, x.astype(np.float64), y, 0.1)
 
 
 def _learn(model, target, rate):
   """A step of distillation on the public examples."""
-  dz = (helpers.softmax(_logits_of(model)) - helpers.softmax(target)) / len(_X)
-  return helpers.linear_step(model, _X, dz, rate)
+  return helpers.linear_distil(model, _X, helpers.softmax(target), rate)
 
 
 def _mean(values, weights):
@@ -526,8 +511,7 @@ def _next(process, state, *states):
 @pytest.mark.parametrize('start', [helpers.slow('distilled'), 'average'])
 def test_rounds_of_fed_distillation_in_numpy(start):
   process = _build(
-      tff_kd.algorithms.build_fed_distillation,
-      teacher=True,
+      'fed_distillation', teacher=True,
       student_optimizer=helpers.sgd(0.4),
       server_optimizer=helpers.sgd(0.7, 0.5),
       back_distillation=dataclasses.replace(_STEP, target='teacher'),
@@ -560,8 +544,7 @@ def test_rounds_of_fed_distillation_in_numpy(start):
 @pytest.mark.parametrize('prior', ['average', helpers.slow('em')])
 def test_rounds_of_fed_df_with_an_estimated_prior_in_numpy(prior):
   process = _build(
-      tff_kd.algorithms.build_fed_df,
-      student_optimizer=helpers.sgd(0.4),
+      'fed_df', student_optimizer=helpers.sgd(0.4),
       consensus_rule=knowledge.Aligned(knowledge.MeanProbabilities(), prior=prior),
   )
   state = process.initialize()
@@ -584,7 +567,7 @@ def test_rounds_of_fed_df_with_an_estimated_prior_in_numpy(prior):
 @pytest.mark.slow
 def test_a_round_of_fed_et_in_numpy():
   process = _build(
-      tff_kd.algorithms.build_fed_et, teacher=True,
+      'fed_et', teacher=True,
       consensus_rule=knowledge.Aligned(knowledge.CertaintyWeighted('variance')),
   )
   state = process.initialize()
@@ -599,7 +582,7 @@ def test_a_round_of_fed_et_in_numpy():
 
 def test_a_round_of_ds_fl_in_numpy():
   process = _build(
-      tff_kd.algorithms.build_ds_fl,
+      'ds_fl',
       consensus_rule=knowledge.Aligned(knowledge.MeanProbabilities(temperature=0.1)),
   )
   state = process.initialize()
@@ -615,9 +598,7 @@ def test_a_round_of_ds_fl_in_numpy():
 @pytest.mark.slow
 def test_a_round_of_fed_aux_in_numpy():
   process = _build(
-      tff_kd.algorithms.build_fed_aux,
-      negatives=helpers.examples(12, 98)[0],
-      epsilon=None,
+      'fed_aux', negatives=helpers.examples(12, 98)[0], epsilon=None,
       student_optimizer=helpers.sgd(0.4),
       consensus_rule=knowledge.Aligned(rules.get('given')),
   )
@@ -639,7 +620,7 @@ def test_a_round_of_fed_aux_in_numpy():
 
 def _aligned_fed_df(**kwargs):
   return _build(
-      tff_kd.algorithms.build_fed_df, student_optimizer=helpers.sgd(0.4),
+      'fed_df', student_optimizer=helpers.sgd(0.4),
       **{'consensus_rule': knowledge.Aligned(knowledge.MeanLogits()), **kwargs},
   )
 
@@ -692,9 +673,9 @@ def test_the_average_of_cohorts_is_the_mean_of_their_logits():
 
 
 def test_a_prior_of_the_average_needs_one():
-  for build in (tff_kd.algorithms.build_ds_fl, tff_kd.algorithms.build_fed_md):
+  for name in ('ds_fl', 'fed_md'):
     with pytest.raises(ValueError, match='nothing is averaged.*Take a `prior`'):
-      build(
-          **helpers.common(), transfer_set=tff_kd.TransferSet(_PUBLIC),
+      helpers.build(
+          name, transfer_set=tff_kd.TransferSet(_PUBLIC),
           consensus_rule=knowledge.Aligned(knowledge.MeanLogits(), prior='average'),
       )

@@ -174,8 +174,10 @@ def test_right_arguments_come_to_the_model(name):
 def test_what_functions_return_is_checked_before_a_model_is_built():
   for kwargs, message in (
       (dict(loss_fn=lambda: 'mse'), r"`loss_fn` must return a .*found 'mse'.*Pass"),
-      (dict(metrics_fn=lambda: keras.metrics.AUC()), r'must return a list.*found <AUC'),
+      (dict(metrics_fn=keras.metrics.AUC), '`metrics_fn` must return a list.*found <AUC'),
       (dict(metrics_fn=lambda: ['accuracy']), r"must return a list.*\['accuracy'\]"),
+      (dict(metrics_fn=lambda: 'accuracy'), r"must return a list.*'accuracy'"),
+      (dict(metrics_fn=lambda: None), 'must return a list.*None'),
       (dict(metrics_fn=lambda: 2 * [keras.metrics.AUC(name='a')]), "named 'a', which"),
       (dict(client_optimizer=lambda: 'adam'), r"`client_optimizer` must be.*'adam'"),
   ):
@@ -184,6 +186,6 @@ def test_what_functions_return_is_checked_before_a_model_is_built():
 
 
 def test_an_array_serves_where_clients_keep_their_models():
-  process = algorithms.build_fed_md(**helpers.common(transfer_set=_X))
+  process = helpers.build('fed_md', transfer_set=_X)
   assert isinstance(process.transfer_set, tff_kd.TransferSet)
   np.testing.assert_array_equal(process.transfer_set.gather_inputs(tf.range(8)), _X)

@@ -15,7 +15,6 @@ from pipelines import train_flags
 from pipelines import UserError
 from tests import helpers
 import tff_kd
-from tff_kd import models
 
 
 @pytest.fixture(scope='module')
@@ -34,7 +33,6 @@ def test_it_attacks_and_reports(run_dir):
   done = helpers.script(
       'pipelines.audit', f'--run={run_dir}', '--victims=2', '--inversion_epochs=2'
   )
-  assert done.returncode == 0, done.stderr
   assert 'membership by loss, AUC' in done.stdout
   assert 'before its noise, is not' in done.stdout
   report = json.loads((run_dir / 'audit' / 'report.json').read_text())
@@ -61,7 +59,6 @@ def test_shadow_models(run_dir, tmp_path):
       'pipelines.audit', f'--run={run_dir}', f'--report_dir={tmp_path}', '--victims=1',
       '--inversion_epochs=0', '--shadow_models=4', '--shadow_epochs=1',
   )
-  assert done.returncode == 0, done.stderr
   assert 'student: trains 4 shadow models on' in done.stderr
   assert 'shadow model 4 of 4, best after pass 1; about 0 s to go' in done.stderr
   assert 'members found at 0.1 %' in done.stdout
@@ -87,8 +84,7 @@ def test_shadow_models(run_dir, tmp_path):
 
 
 def test_a_wrong_number_of_shadow_models_is_named():
-  done = helpers.script('pipelines.audit', '--run=nowhere', '--shadow_models=5')
-  assert done.returncode == 1
+  done = helpers.script('pipelines.audit', '--run=nowhere', '--shadow_models=5', status=1)
   assert 'an even number of 4 or more' in done.stderr
 
 
@@ -217,10 +213,9 @@ class _Own(keras.Model):
 
 def test_models_of_any_class_are_read():
   x = np.float32([[1, 2], [3, 4]])
-  spec = models.build_model_spec(
-      lambda: keras.Sequential([keras.Input((2,)), keras.layers.Dense(2)]),
+  spec = helpers.model_spec(
+      helpers.dense_fn(dim=2, classes=2),
       input_spec=(tf.TensorSpec([None, 2]), tf.TensorSpec([None], tf.int32)),
-      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(from_logits=True),
   )
   found = audit_job._Reader(None, spec).logits(_Own(), x)
   np.testing.assert_array_equal(found, 2 * x)

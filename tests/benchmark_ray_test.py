@@ -1,9 +1,7 @@
 """The benchmark of Ray as a user runs it, on sizes of seconds."""
 
-import csv
 import json
 import math
-import subprocess
 
 import pytest
 
@@ -21,7 +19,6 @@ def test_all_figures(tmp_path):
       '--clients_per_round=10', '--watched_rounds=3', '--cases=mlp-10x20',
       '--nodes_case=mlp-16x20', '--rounds=3', '--warm_up=1', f'--output_dir={tmp_path}',
   )
-  assert done.returncode == 0, done.stderr
   results = json.loads((tmp_path / 'results.json').read_text())
   assert [(each['case'], each['workers']) for each in results['overhead']] == [
       ('mlp-10x20', 1), ('mlp-10x20', 2)
@@ -31,8 +28,7 @@ def test_all_figures(tmp_path):
   for side in sides:
     assert len(side['all_seconds']) == 3 and 0 < side['seconds'] < math.inf
   assert 0 < results['nodes']['ratio'] < math.inf
-  with (tmp_path / 'machines.csv').open(newline='') as file:
-    rows = list(csv.DictReader(file))
+  rows = helpers.rows(tmp_path / 'machines.csv')
   assert list(rows[0]) == [
       'round', 'seconds', 'script CPU seconds', 'script MiB', 'worker 1 MiB',
       'worker 2 MiB', 'gcs_server MiB', 'raylet MiB', 'object store MiB',
@@ -73,11 +69,7 @@ benchmark_ray._write_csv(rows, folder / 'machines.csv')
 
 
 def test_memory_of_processes_and_the_picture(tmp_path):
-  done = subprocess.run(
-      [helpers.WARM, '-c', _PARTS, str(tmp_path)], cwd=helpers.ROOT,
-      capture_output=True, text=True, timeout=helpers.HANGING_S,
-  )
-  assert done.returncode == 0, done.stderr
+  helpers.python(_PARTS, tmp_path)
   assert (tmp_path / 'machines.png').stat().st_size > 10_000
   head, first = (tmp_path / 'machines.csv').read_text().splitlines()[:2]
   assert head == 'round,seconds,script CPU seconds,script MiB,raylet MiB'
@@ -103,6 +95,5 @@ def test_a_case_has_the_examples_of_its_seed():
     ],
 )
 def test_flags_that_make_no_sense_are_a_sentence(flag, message):
-  done = helpers.script('pipelines.benchmark_ray', flag)
-  assert done.returncode == 1
+  done = helpers.script('pipelines.benchmark_ray', flag, status=1)
   assert message in done.stderr and 'Traceback' not in done.stderr

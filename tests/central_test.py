@@ -11,16 +11,20 @@ from tff_kd import data
 from tff_kd import models
 
 
-def _fit(*scores, **kwargs):
-  """The best epoch, the weights that remain, and those that were evaluated."""
-  rng = np.random.default_rng(0)
-  x = rng.normal(size=(8, 2)).astype(np.float32)
-  examples = data.Examples(x, x @ np.float32([[1.0], [2.0]]))
+def _regression(n):
+  """Examples of a linear function, and the spec of a model of it."""
+  x = np.random.default_rng(0).normal(size=(n, 2)).astype(np.float32)
   spec = models.build_model_spec(
       lambda: keras.Sequential([keras.layers.Dense(1)]),
       input_spec=(tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
       loss_fn=keras.losses.MeanSquaredError,
   )
+  return data.Examples(x, x @ np.float32([[1.0], [2.0]])), spec
+
+
+def _fit(*scores, **kwargs):
+  """The best epoch, the weights that remain, and those that were evaluated."""
+  examples, spec = _regression(8)
   scores, seen = list(scores), []
 
   def evaluate(weights):
@@ -38,14 +42,7 @@ def _fit(*scores, **kwargs):
 
 
 def test_a_training_equals_keras():
-  rng = np.random.default_rng(0)
-  x = rng.normal(size=(6, 2)).astype(np.float32)
-  examples = data.Examples(x, x @ np.float32([[1.0], [2.0]]))
-  spec = models.build_model_spec(
-      lambda: keras.Sequential([keras.layers.Dense(1)]),
-      input_spec=(tf.TensorSpec([None, 2]), tf.TensorSpec([None, 1])),
-      loss_fn=keras.losses.MeanSquaredError,
-  )
+  examples, spec = _regression(6)
   training = central.Training(spec, examples, batch_size=4, seed=3)
   training.run(2)
   model = spec.to_keras(spec.initial_weights)

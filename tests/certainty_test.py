@@ -201,9 +201,8 @@ def _client(k):
 
 def _batches():
   # Two epochs: the scorer counts each example once all the same.
-  return tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_clients([_client(k) for k in range(3)]),
-      batch_size=100, num_epochs=2, shuffle=False,
+  return helpers.batches(
+      [_client(k) for k in range(3)], batch_size=100, num_epochs=2, shuffle=False
   )
 
 
@@ -220,7 +219,7 @@ def _fed_aux(**kwargs):
       ),
       regularization=_LAMBDA,
   )
-  return tff_kd.algorithms.build_fed_aux(**helpers.common(**(defaults | kwargs)))
+  return helpers.build('fed_aux', **(defaults | kwargs))
 
 
 @pytest.fixture(scope='module')
@@ -228,7 +227,7 @@ def private():
   return _fed_aux(epsilon=2.0)
 
 
-_step, _logits = helpers.linear_step, helpers.linear_logits
+_logits = helpers.linear_logits
 
 
 def _expected_round(student, scorers, clients, epochs=1):
@@ -237,15 +236,13 @@ def _expected_round(student, scorers, clients, epochs=1):
   for k in clients:
     x, y = _client(k)
     x, y = np.tile(x, (epochs, 1)), np.tile(y, epochs)
-    p = helpers.softmax(_logits(student, x))
-    trained.append(_step(student, x, (p - np.eye(helpers.CLASSES)[y]) / len(x), _RATE))
+    trained.append(helpers.linear_fit(student, x, y, _RATE))
   shares = np.array([_SIZES[k] for k in clients]) / sum(_SIZES[k] for k in clients)
   mean = [sum(s * model[i] for s, model in zip(shares, trained)) for i in range(2)]
   s = np.stack([_score(w, _PUBLIC) for w in scorers])
   p = np.stack([helpers.softmax(_logits(m, _PUBLIC)) for m in trained])
   consensus = (s[..., np.newaxis] * p).sum(0) / s.sum(0)[:, np.newaxis]
-  q = helpers.softmax(_logits(mean, _PUBLIC))
-  return mean, _step(mean, _PUBLIC, (q - consensus) / len(_PUBLIC), _SERVER_RATE)
+  return mean, helpers.linear_distil(mean, _PUBLIC, consensus, _SERVER_RATE)
 
 
 def _check(weights, expected):
@@ -357,28 +354,23 @@ _GIVEN = knowledge.CertaintyWeighted('given')
             r"CertaintyWeighted\('given'\), found MeanProb",
         ),
         (
-            lambda: tff_kd.algorithms.build_fed_distillation(
-                **helpers.common(
-                    transfer_set=tff_kd.TransferSet(_PUBLIC), consensus_rule=_GIVEN,
-                    teacher_fn=helpers.dense_fn(), companion=_scorer(epsilon=None),
-                    distillation=tff_kd.Distillation(target='student'),
-                )
+            lambda: helpers.build(
+                'fed_distillation', transfer_set=tff_kd.TransferSet(_PUBLIC),
+                consensus_rule=_GIVEN, teacher_fn=helpers.dense_fn(),
+                companion=_scorer(epsilon=None),
+                distillation=tff_kd.Distillation(target='student'),
             ),
             'distillation from the ensemble',
         ),
         (
-            lambda: tff_kd.algorithms.build_fed_df(
-                **helpers.common(
-                    transfer_set=tff_kd.TransferSet(_PUBLIC), consensus_rule=_GIVEN
-                )
+            lambda: helpers.build(
+                'fed_df', transfer_set=tff_kd.TransferSet(_PUBLIC), consensus_rule=_GIVEN
             ),
             'no companion gives one',
         ),
         (
-            lambda: tff_kd.algorithms.build_ds_fl(
-                **helpers.common(
-                    transfer_set=tff_kd.TransferSet(_PUBLIC), consensus_rule=_GIVEN
-                )
+            lambda: helpers.build(
+                'ds_fl', transfer_set=tff_kd.TransferSet(_PUBLIC), consensus_rule=_GIVEN
             ),
             'keep their models do not have',
         ),
@@ -393,13 +385,10 @@ def test_refused_before_anything_is_built(build, match):
 # Cohorts of `fed_aux` are in `contract_test`.
 @pytest.mark.slow
 def test_cohorts_of_another_algorithm_take_the_scorer():
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))]),
-      transfer_set=tff_kd.TransferSet(_PUBLIC),
-      client_data=_batches(),
-      consensus_rule=_GIVEN,
-      companion=_scorer(),
-      local_terms=[tff_kd.ProximalTerm()],
+  process = helpers.build(
+      'fed_df', student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))],
+      transfer_set=tff_kd.TransferSet(_PUBLIC), client_data=_batches(),
+      consensus_rule=_GIVEN, companion=_scorer(), local_terms=[tff_kd.ProximalTerm()],
   )
   state, first = process.initialize(), process.initialize_client()
   data = [{'cohort': k % 2, 'data': k} for k in range(3)]

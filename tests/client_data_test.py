@@ -136,19 +136,17 @@ def test_the_order_is_decided_by_seed_round_and_client(data):
 def test_by_reference_equals_in_memory(data, kind):
   """Two rounds, momentum, both channels, an empty client: the same numbers."""
   batches = tff_kd.ClientBatches(data=data, batch_size=4, num_epochs=2, seed=3)
-  arguments = helpers.common(client_optimizer=helpers.sgd(0.1, 0.9))
-  build = tff_kd.algorithms.build_fed_avg
-  if kind == 'fed_distillation':
-    build = tff_kd.algorithms.build_fed_distillation
-    arguments |= dict(
-        teacher_fn=helpers.dense_fn((4,)),
-        transfer_set=tff_kd.TransferSet(helpers.examples(10, 9)[0]),
-        distillation=tff_kd.Distillation(num_steps=2, batch_size=4),
-    )
+  parts = dict(
+      teacher_fn=lambda: helpers.dense_fn((4,)),
+      transfer_set=lambda: tff_kd.TransferSet(helpers.examples(10, 9)[0]),
+      distillation=lambda: tff_kd.Distillation(num_steps=2, batch_size=4),
+  )
   outputs = []
   for client_data in (batches, None):
     keras.utils.set_random_seed(0)
-    process = build(**arguments, client_data=client_data)
+    process = helpers.build_with_parts(
+        kind, parts, client_optimizer=helpers.sgd(0.1, 0.9), client_data=client_data
+    )
     state = process.initialize()
     for round_num in range(2):
       chosen = [2, 1, 0] if round_num else [0, 1, 3]
@@ -182,10 +180,9 @@ def test_a_round_traces_nothing_new():
       data=tff_kd.FileClientData.from_arrays((x, y), np.split(np.arange(4000), 4)),
       batch_size=20,
   )
-  process = tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(student_fn=student_fn, input_spec=batches.element_spec),
-      client_data=batches,
-      teacher_fn=student_fn,
+  process = helpers.build(
+      'fed_distillation', student_fn=student_fn, input_spec=batches.element_spec,
+      client_data=batches, teacher_fn=student_fn,
       transfer_set=tff_kd.TransferSet(helpers.examples(500, 1, dim=50)[0]),
       distillation=tff_kd.Distillation(num_steps=2),
   )
@@ -201,7 +198,7 @@ def test_other_processes_take_its_datasets(data):
   batches = tff_kd.ClientBatches(data=data, batch_size=4)
   process = tff.simulation.compose_dataset_computation_with_learning_process(
       batches.dataset_computation,
-      tff_kd.algorithms.build_fed_avg(**helpers.common()),
+      helpers.build('fed_avg'),
   )
   chosen = [
       tff_kd.data.client_data.ClientRound(np.int32(c), np.int32(5)) for c in (0, 2)
@@ -363,19 +360,15 @@ def test_an_interrupted_preparation_leaves_nothing(tmp_path):
             TypeError, '`data` must be a `tff_kd.FileClientData`',
         ),
         (
-            lambda d: tff_kd.algorithms.build_fed_avg(
-                **helpers.common(), client_data=d
-            ),
+            lambda d: helpers.build('fed_avg', client_data=d),
             TypeError, '`client_data` must be a `tff_kd.ClientBatches`',
         ),
         (
-            lambda d: tff_kd.algorithms.build_fed_avg(
-                **helpers.common(
-                    student_fn=helpers.dense_fn(dim=4),
-                    input_spec=helpers.dataset(
-                        *helpers.examples(4, 0, dim=4)
-                    ).element_spec,
-                ),
+            lambda d: helpers.build(
+                'fed_avg', student_fn=helpers.dense_fn(dim=4),
+                input_spec=helpers.dataset(
+                    *helpers.examples(4, 0, dim=4)
+                ).element_spec,
                 client_data=tff_kd.ClientBatches(data=d, batch_size=2),
             ),
             ValueError, '`input_spec` and `client_data` must have batches of one',
@@ -415,9 +408,8 @@ def test_only_numbers_are_left_out_of_the_inputs():
 
 
 def test_a_client_that_does_not_exist(data):
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(),
-      client_data=tff_kd.ClientBatches(data=data, batch_size=4),
+  process = helpers.build(
+      'fed_avg', client_data=tff_kd.ClientBatches(data=data, batch_size=4)
   )
   state = process.initialize()
   with pytest.raises(ValueError, match='Client 1 of the round .* from 0 to 3, found 4'):

@@ -20,11 +20,13 @@ def data():
 
 
 @pytest.fixture(scope='module')
-def process(data):
-  batches = tff_kd.ClientBatches(data=data, batch_size=3, seed=0)
-  return tff_kd.algorithms.build_fed_avg(
-      **helpers.common(client_data=batches, input_spec=batches.element_spec)
-  )
+def batches(data):
+  return tff_kd.ClientBatches(data=data, batch_size=3, seed=0)
+
+
+@pytest.fixture(scope='module')
+def process(batches):
+  return helpers.build('fed_avg', client_data=batches, input_spec=batches.element_spec)
 
 
 def test_names_and_numbers():
@@ -75,11 +77,8 @@ def test_training_takes_names(data, process):
     simulation.train(process, select_clients=lambda _: [4], num_rounds=1)
 
 
-def test_clients_states_by_name(data, tmp_path):
-  batches = tff_kd.ClientBatches(data=data, batch_size=3, seed=0)
-  process = tff_kd.algorithms.build_fd(
-      **helpers.common(client_data=batches, input_spec=batches.element_spec)
-  )
+def test_clients_states_by_name(data, batches, tmp_path):
+  process = helpers.build('fd', client_data=batches, input_spec=batches.element_spec)
   states = simulation.ClientStates(
       process.initialize_client(), tmp_path / 'clients', names=data.names
   )
@@ -167,8 +166,7 @@ def test_names_that_do_not_fit_are_refused(data, process, tmp_path):
     )
 
 
-def test_evaluation_by_name(data, process):
-  batches = process.client_data
+def test_evaluation_by_name(batches, process):
   evaluator = evaluation.ClientsEvaluator(process.student_spec, metric='accuracy')
   weights = process.student_spec.initial_weights
   found = evaluator.evaluate(weights, {its: batches.dataset(its) for its in _NAMES})

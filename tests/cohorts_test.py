@@ -43,23 +43,20 @@ class _Model:
     self.w = [np.array(v, np.float64) for v in weights]
 
   def logits(self, x):
-    return self.scale * x @ self.w[0] + self.w[1]
+    return helpers.linear_logits(self.w, self.scale * x)
 
   def step(self, x, d_logits, rate):
-    gradients = [self.scale * x.T @ d_logits, d_logits.sum(0)]
-    self.w = [w - rate * g for w, g in zip(self.w, gradients)]
+    self.w = helpers.linear_step(self.w, self.scale * x, d_logits, rate)
 
   def train(self, x, y):
     for i in range(0, len(x), 4):
-      xb, yb = x[i : i + 4], y[i : i + 4]
-      p = helpers.softmax(self.logits(xb))
-      self.step(xb, (p - np.eye(helpers.CLASSES)[yb]) / len(xb), _RATE)
+      rows = slice(i, i + 4)
+      self.w = helpers.linear_fit(self.w, self.scale * x[rows], y[rows], _RATE)
     return self
 
   def learn(self, x, target, rate):
-    p = helpers.softmax(target)
-    q = helpers.softmax(self.logits(x))
-    self.step(x, (q - p) / len(x), rate)
+    target = helpers.softmax(target)
+    self.w = helpers.linear_distil(self.w, self.scale * x, target, rate)
 
 
 def _clients():
@@ -96,10 +93,9 @@ def _models(weights):
 def test_prototypes_learn_from_the_ensemble_of_all():
   public, _ = helpers.examples(9, 99)
   clients = _clients()
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(student_fn=STUDENTS, client_optimizer=helpers.sgd(_RATE)),
-      transfer_set=tff_kd.TransferSet(public),
-      student_optimizer=helpers.sgd(0.3),
+  process = helpers.build(
+      'fed_df', student_fn=STUDENTS, client_optimizer=helpers.sgd(_RATE),
+      transfer_set=tff_kd.TransferSet(public), student_optimizer=helpers.sgd(0.3),
       distillation=tff_kd.Distillation(
           distillation_weight=1.0, num_steps=1, batch_size=9
       ),
@@ -127,12 +123,10 @@ def test_the_teacher_learns_from_the_mean_of_the_cohorts_students():
   public, _ = helpers.examples(9, 99)
   clients = _clients()
   one_step = dict(num_steps=1, batch_size=9)
-  process = tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(student_fn=STUDENTS, client_optimizer=helpers.sgd(_RATE)),
-      teacher_fn=helpers.dense_fn(),
-      transfer_set=tff_kd.TransferSet(public),
-      teacher_optimizer=helpers.sgd(0.2),
-      student_optimizer=helpers.sgd(0.3),
+  process = helpers.build(
+      'fed_distillation', student_fn=STUDENTS, client_optimizer=helpers.sgd(_RATE),
+      teacher_fn=helpers.dense_fn(), transfer_set=tff_kd.TransferSet(public),
+      teacher_optimizer=helpers.sgd(0.2), student_optimizer=helpers.sgd(0.3),
       distillation=tff_kd.Distillation(target='student', **one_step),
       back_distillation=tff_kd.Distillation(target='teacher', **one_step),
   )
@@ -151,8 +145,8 @@ def test_the_teacher_learns_from_the_mean_of_the_cohorts_students():
 
 @pytest.fixture(scope='module')
 def fed_avg():
-  return tff_kd.algorithms.build_fed_avg(
-      **helpers.common(student_fn=STUDENTS, server_optimizer=helpers.sgd(1.0, 0.5))
+  return helpers.build(
+      'fed_avg', student_fn=STUDENTS, server_optimizer=helpers.sgd(1.0, 0.5)
   )
 
 
@@ -170,8 +164,8 @@ def test_a_cohort_without_clients_stays_and_is_counted(fed_avg):
 
 
 def test_cohorts_with_an_own_aggregator_equal_the_plain_mean(fed_avg):
-  own = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(student_fn=STUDENTS, server_optimizer=helpers.sgd(1.0, 0.5)),
+  own = helpers.build(
+      'fed_avg', student_fn=STUDENTS, server_optimizer=helpers.sgd(1.0, 0.5),
       model_aggregator=tff.aggregators.MeanFactory(),
   )
   state = fed_avg.initialize()
@@ -193,15 +187,12 @@ def test_a_cohort_out_of_range_is_refused(fed_avg, number):
 
 def test_refused_before_anything_is_built():
   with pytest.raises(ValueError, match='student of cohort 1 must have outputs'):
-    tff_kd.algorithms.build_fed_avg(
-        **helpers.common(student_fn=[STUDENTS[0], helpers.dense_fn(classes=4)])
-    )
+    helpers.build('fed_avg', student_fn=[STUDENTS[0], helpers.dense_fn(classes=4)])
   with pytest.raises(ValueError, match='at least one student'):
     cohorts.Students([])
   with pytest.raises(ValueError, match='model_aggregator` must be weighted'):
-    tff_kd.algorithms.build_fed_avg(
-        **helpers.common(student_fn=STUDENTS),
-        model_aggregator=tff.aggregators.SumFactory(),
+    helpers.build(
+        'fed_avg', student_fn=STUDENTS, model_aggregator=tff.aggregators.SumFactory()
     )
 
 
@@ -222,9 +213,7 @@ def test_companions_of_one_architecture_are_refused(make):
   )
   name = type(companion).__name__
   with pytest.raises(ValueError, match=f'{name} .* one architecture, .* are 2 students'):
-    tff_kd.algorithms.build_fed_avg(
-        **helpers.common(student_fn=STUDENTS), companion=companion
-    )
+    helpers.build('fed_avg', student_fn=STUDENTS, companion=companion)
 
 
 def test_hyperparameters_of_all_cohorts(fed_avg):
@@ -237,8 +226,8 @@ def test_hyperparameters_of_all_cohorts(fed_avg):
 # What was sent is counted in `communication_test`, what is left out in `svd_test`.
 @pytest.mark.slow
 def test_truncated_updates_count_as_long_as_they_are():
-  process = tff_kd.algorithms.build_fed_kd(
-      **helpers.common(student_fn=[helpers.dense_fn((n,)) for n in (30, 20)]),
+  process = helpers.build(
+      'fed_kd', student_fn=[helpers.dense_fn((n,)) for n in (30, 20)],
       mentor_fn=helpers.dense_fn(),
       start_energy=0.01,  # One component of each matrix.
       end_energy=0.01,
@@ -259,10 +248,9 @@ def test_truncated_updates_count_as_long_as_they_are():
 def test_private_models_of_different_architectures(tmp_path):
   public, _ = helpers.examples(6, 99)
   x = public.astype(np.float64)
-  process = tff_kd.algorithms.build_fed_md(
-      **helpers.common(student_fn=STUDENTS, client_optimizer=helpers.sgd(_RATE)),
-      transfer_set=tff_kd.TransferSet(public),
-      digest_optimizer=helpers.sgd(0.3),
+  process = helpers.build(
+      'fed_md', student_fn=STUDENTS, client_optimizer=helpers.sgd(_RATE),
+      transfer_set=tff_kd.TransferSet(public), digest_optimizer=helpers.sgd(0.3),
       digest_batch_size=6,
   )
   clients = _clients()

@@ -59,20 +59,14 @@ def test_codes_count_as_long_as_they_were():
 # One of predictions only is in `contract_test`, too.
 @pytest.mark.parametrize('name', ['fed_avg', helpers.slow('cfd'), 'fed_kd'])
 def test_rounds_have_a_ledger(name, tmp_path):
-  data = tff_kd.FileClientData.from_arrays(
-      helpers.examples(24, 3), np.split(np.arange(24), 4), directory=tmp_path
+  parts = dict(
+      transfer_set=lambda: tff_kd.TransferSet(helpers.examples(12, 9)[0]),
+      mentor_fn=lambda: helpers.dense_fn((4,)),
   )
-  batches = tff_kd.ClientBatches(data=data, batch_size=4, num_epochs=1)
-  more = {
-      'fed_avg': {},
-      'cfd': dict(transfer_set=tff_kd.TransferSet(helpers.examples(12, 9)[0])),
-      'fed_kd': dict(mentor_fn=helpers.dense_fn((4,))),
-  }[name]
-  process = tff_kd.algorithms.REGISTRY[name].build(
-      **helpers.common(
-          student_fn=helpers.dense_fn((30,)), client_data=batches,
-          input_spec=batches.element_spec, **more,
-      )
+  batches = helpers.batches([helpers.examples(6, k) for k in range(4)], num_epochs=1)
+  process = helpers.build_with_parts(
+      name, parts, student_fn=helpers.dense_fn((30,)), client_data=batches,
+      input_spec=batches.element_spec,
   )
   states = None
   if isinstance(process, tff_kd.StatefulClientsProcess):
@@ -135,9 +129,7 @@ def test_what_is_aggregated_counts_as_it_is_encoded(factory, expected):
 
 def test_a_channels_own_aggregator_tells_its_bytes():
   plain, own = (
-      tff_kd.algorithms.build_fed_avg(
-          **helpers.common(student_fn=helpers.dense_fn((50,)), model_aggregator=its)
-      )
+      helpers.build('fed_avg', student_fn=helpers.dense_fn((50,)), model_aggregator=its)
       for its in (
           None,
           tff.aggregators.MeanFactory(

@@ -1,27 +1,15 @@
 """TFF on today's platform: what is imported first, and what is refused."""
 
-import os
-import subprocess
 import sys
 
 import pytest
 from tff_kd.compat import tff
 
 from tests import helpers
-from tff_kd import quiet
-
-
-def _python(code, **environment):
-  environ = {k: v for k, v in os.environ.items() if k != quiet.LEVEL}
-  return subprocess.run(
-      [sys.executable, '-c', code], cwd=helpers.ROOT, capture_output=True, text=True,
-      timeout=helpers.HANGING_S, check=False, env={**environ, **environment},
-  )
 
 
 def test_another_backend_of_keras_is_refused_with_what_to_do():
-  done = _python('from tff_kd import tff', KERAS_BACKEND='jax')
-  assert done.returncode == 1
+  done = helpers.new_python('from tff_kd import tff', status=1, KERAS_BACKEND='jax')
   assert "KERAS_BACKEND='jax'" in done.stderr and 'Unset it' in done.stderr
 
 
@@ -29,7 +17,7 @@ def test_another_backend_of_keras_is_refused_with_what_to_do():
 @pytest.mark.slow
 @pytest.mark.parametrize('first', ['from tff_kd import tff', 'import tff_kd.runtime'])
 def test_whatever_comes_first_computes_in_this_process(first):
-  done = _python(
+  done = helpers.new_python(
       f'{first}\n'
       'import numpy as np, psutil\n'
       'import tensorflow_federated as tff\n'

@@ -12,7 +12,7 @@ from tff_kd.client import conditions
 
 _SIZES = (3, 9, 6)
 _DATA = [helpers.examples(n, n) for n in _SIZES]
-_X, _Y = helpers.examples(12, 99)
+_X, _ = helpers.examples(12, 99)
 
 
 @helpers.shared
@@ -27,9 +27,7 @@ def data():
 
 @helpers.shared
 def _build(name, batches, **kwargs):
-  return tff_kd.algorithms.REGISTRY[name].build(
-      **helpers.common(client_data=batches, **kwargs)
-  )
+  return helpers.build(name, client_data=batches, **kwargs)
 
 
 @helpers.shared
@@ -143,15 +141,7 @@ def test_what_was_sent_is_kept_of_a_skipped_round(data):
   output = process.next(state, [_client(0), _client(1, reports=np.bool_(False))])
   assert output.metrics['round_skipped'] == 1
   assert output.state.round_num == 1
-  changed = {
-      field
-      for field, before, after in zip(state._fields, state, output.state)
-      if any(
-          not np.array_equal(a, b)
-          for a, b in zip(tf.nest.flatten(before), tf.nest.flatten(after))
-      )
-  }
-  assert changed == {'round_num', 'broadcasts'}
+  assert helpers.changed_fields(state, output.state) == {'round_num', 'broadcasts'}
 
 
 def test_a_student_does_not_learn_from_a_teacher_that_nobody_taught(data):

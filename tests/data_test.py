@@ -5,10 +5,10 @@ import pickle
 import struct
 
 from hypothesis import given, settings, strategies as st
-import keras
 import numpy as np
 import pytest
 
+from tests import helpers
 from tff_kd import data
 from tff_kd.data import partition
 from tff_kd.data.tasks import idx
@@ -300,11 +300,8 @@ def test_labels_that_the_loss_ignores_do_not_count(ignored, classes):
       np.zeros((3, 2)), np.array([[ignored, 1], [ignored, ignored], [1, 1]]),
       np.array([1.0, 1.0, 0.0]),
   )
-  task = data.Task(
-      name='ignores', clients=examples, transfer=examples, validation=examples,
-      test=examples, students={}, teachers={}, num_classes=2,
-      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(ignore_class=ignored),
-  )
+  loss_fn = helpers.loss_with(ignore_class=ignored)
+  task = helpers.task(examples, num_classes=2, loss_fn=loss_fn)
   assert task.class_numbers(examples).tolist() == classes
   assert task.counted(examples).tolist() == [False, True, ignored == -1, True]
   assert task.counted(windows).tolist() == [True, False, False]
@@ -331,7 +328,4 @@ def test_weights_that_do_not_fit_are_refused(clients, message):
 def test_a_task_without_examples_of_clients_is_refused():
   some = _weighted(3)
   with pytest.raises(ValueError, match='mine has no examples of clients'):
-    data.Task(
-        name='mine', clients=some.take([]), client_rows=None, transfer=some,
-        validation=some, test=some, students={}, teachers={}, num_classes=2,
-    )
+    helpers.task(some, clients=some.take([]), client_rows=None)

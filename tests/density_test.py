@@ -7,7 +7,6 @@ from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
-from tff_kd import algorithms
 from tff_kd import privacy
 from tff_kd.client.companions import density
 from tff_kd.knowledge import rules
@@ -45,7 +44,7 @@ def test_shares_are_mixed_with_the_uniform_distribution(counts, smoothing, expec
 
 @helpers.shared
 def _process(**kwargs):
-  return algorithms.build_fed_df(**helpers.common(**dict(
+  defaults = dict(
       transfer_set=tff_kd.TransferSet(helpers.examples(20, 0)[0]),
       client_optimizer=helpers.sgd(1.0),
       student_optimizer=helpers.sgd(0.5),
@@ -53,7 +52,8 @@ def _process(**kwargs):
       companion=density.LabelDensity(helpers.CLASSES, _SMOOTHING),
       knowledge_weighting=tff.learning.ClientWeighting.NUM_EXAMPLES,
       distillation=tff_kd.Distillation(num_steps=1, batch_size=20),
-  ) | kwargs))
+  )
+  return helpers.build('fed_df', **defaults | kwargs)
 
 
 def _datasets():
@@ -65,7 +65,7 @@ def _datasets():
 
 def _round_in_numpy(model, totals):
   """FedDF's student and the next totals, after one step of each client and the server."""
-  x, classes = helpers.examples(20, 0)[0], np.eye(helpers.CLASSES)
+  x = helpers.examples(20, 0)[0]
   shares = np.full(helpers.CLASSES, 1 / helpers.CLASSES)
   if totals.any():
     shares = (1 - _SMOOTHING) * totals / totals.sum() + _SMOOTHING * shares
@@ -73,8 +73,7 @@ def _round_in_numpy(model, totals):
   students, values, weights = [], 0.0, 0.0
   for seed, size in _SIZES.items():
     cx, cy = helpers.examples(size, seed)
-    dz = (helpers.softmax(helpers.linear_logits(model, cx)) - classes[cy]) / size
-    students.append(helpers.linear_step(model, cx, dz, 1.0))
+    students.append(helpers.linear_fit(model, cx, cy, 1.0))
     counts = np.bincount(cy, minlength=helpers.CLASSES)
     weight = size * received @ (counts / size / shares)
     own = helpers.softmax(helpers.linear_logits(students[-1], x))
@@ -85,8 +84,7 @@ def _round_in_numpy(model, totals):
       np.average(parts, axis=0, weights=list(_SIZES.values())) for parts in zip(*students)
   ]
   target = values / weights[:, np.newaxis]
-  dz = (helpers.softmax(helpers.linear_logits(average, x)) - target) / 20
-  return helpers.linear_step(average, x, dz, 0.5), totals
+  return helpers.linear_distil(average, x, target, 0.5), totals
 
 
 def test_rounds_equal_numpy():

@@ -13,7 +13,6 @@ from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
-from tff_kd import algorithms
 from tff_kd.client import exchanges
 from tff_kd.client import prototypes
 from tff_kd import knowledge
@@ -40,22 +39,18 @@ def _dp(noise=1.0, clients=4, **kwargs):
 
 _OPEN = _dp(0.0, model_clip=math.inf, knowledge_clip=math.inf)
 _BUILDERS = {
-    'fed_avg': lambda **kwargs: algorithms.build_fed_avg(
-        **helpers.common(client_weighting=_UNIFORM, **kwargs)
+    'fed_avg': lambda **kwargs: helpers.build(
+        'fed_avg', client_weighting=_UNIFORM, **kwargs
     ),
-    'fed_df': lambda **kwargs: algorithms.build_fed_df(
-        **helpers.common(client_weighting=_UNIFORM, transfer_set=_TRANSFER, **kwargs)
+    'fed_df': lambda **kwargs: helpers.build(
+        'fed_df', client_weighting=_UNIFORM, transfer_set=_TRANSFER, **kwargs
     ),
-    'fed_distillation': lambda **kwargs: algorithms.build_fed_distillation(
-        **helpers.common(
-            client_weighting=_UNIFORM, transfer_set=_TRANSFER,
-            teacher_fn=helpers.dense_fn((6,)), **kwargs,
-        )
+    'fed_distillation': lambda **kwargs: helpers.build(
+        'fed_distillation', client_weighting=_UNIFORM, transfer_set=_TRANSFER,
+        teacher_fn=helpers.dense_fn((6,)), **kwargs,
     ),
-    'ds_fl': lambda **kwargs: algorithms.build_ds_fl(
-        **helpers.common(transfer_set=_TRANSFER, **kwargs)
-    ),
-    'fd': lambda **kwargs: algorithms.build_fd(**helpers.common(**kwargs)),
+    'ds_fl': lambda **kwargs: helpers.build('ds_fl', transfer_set=_TRANSFER, **kwargs),
+    'fd': lambda **kwargs: helpers.build('fd', **kwargs),
 }
 
 
@@ -255,9 +250,7 @@ def test_fd_learns_from_what_stands_out():
 
 def _exchanges():
   """The exchanges whose `share` looks at the number of included clients."""
-  student = models.build_model_spec(
-      helpers.features_fn(4), input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn
-  )
+  student = helpers.model_spec(helpers.features_fn(4))
   stage = distill.DistillationStage(
       'student', helpers.sgd(),
       tff_kd.Distillation(target='ensemble', num_steps=1, batch_size=4),
@@ -307,18 +300,13 @@ def test_what_is_shared_is_not_made_of_the_number_of_clients(monkeypatch):
 
   monkeypatch.setattr(exchanges.ClassExchange, 'share', recorded)
   for protections, tells in (({'privacy': _dp(2.0)}, False), ({}, True)):
-    algorithms.build_fd(**helpers.common(**protections))
+    helpers.build('fd', **protections)
     assert given and all((number is not None) == tells for number in given)
     given.clear()
 
 
 def _reporting(**kwargs):
-  data = tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_arrays(
-          helpers.examples(8, 0), [np.arange(4), np.arange(4, 8)]
-      ),
-      batch_size=4,
-  )
+  data = helpers.batches([helpers.examples(4, k) for k in range(2)])
   return dict(client_data=data, reporting=tff_kd.Reporting(**kwargs))
 
 
@@ -383,21 +371,20 @@ def _reporting(**kwargs):
     ],
 )
 def test_a_false_guarantee_is_refused_with_its_reason(name, kwargs, message):
-  common = helpers.common(privacy=_dp(), client_weighting=_UNIFORM)
+  common = dict(privacy=_dp(), client_weighting=_UNIFORM)
   if name in ('fed_df', 'ds_fl'):
     common['transfer_set'] = _TRANSFER
   if name in ('ds_fl', 'fd'):
     del common['client_weighting']
   with pytest.raises((TypeError, ValueError), match=message):
-    getattr(algorithms, f'build_{name}')(**{**common, **kwargs})
+    helpers.build(name, **{**common, **kwargs})
 
 
 def test_a_companion_that_exchanges_is_refused():
   with pytest.raises(ValueError, match='no FeatureGenerator: what it exchanges'):
-    algorithms.build_fed_gen(
-        **helpers.common(
-            student_fn=helpers.dense_fn((4,)), client_weighting=_UNIFORM, privacy=_dp()
-        )
+    helpers.build(
+        'fed_gen', student_fn=helpers.dense_fn((4,)), client_weighting=_UNIFORM,
+        privacy=_dp(),
     )
 
 
@@ -424,28 +411,39 @@ def test_whole_numbers_cannot_be_noised():
     factory.create(tff.to_type(collections.OrderedDict(a=np.float32, b=np.int32)))
 
 
-def _accountant(process, sampling, **kwargs):
+_SAMPLING = privacy.ClientSampling(num_clients=4, clients_per_round=2)
+_POISSON = privacy.ClientSampling(
+    num_clients=4, clients_per_round=2, sampling='poisson'
+)
+
+
+def _accountant(process, sampling=_SAMPLING, **kwargs):
   return privacy.build_accountant(
       process.protection, sampling=sampling, delta=1e-5, **kwargs
   )
 
 
+def _train(process, num_rounds, **kwargs):
+  return simulation.train(
+      process, select_clients=lambda n: _CLIENTS[:2], num_rounds=num_rounds,
+      progress_bar=False, **kwargs,
+  )
+
+
 def test_training_counts_ends_at_the_budget_and_goes_on_with_the_count(tmp_path):
   process = _build('fed_avg', privacy=_dp(clients=2))
-  sampling = privacy.ClientSampling(num_clients=4, clients_per_round=2)
-  whole = _accountant(process, sampling)
+  whole = _accountant(process)
   for round_num in (1, 2, 3, 3):
     whole.begin_round(round_num)
   most = whole.epsilon()
 
   def train(num_rounds):
     accountant = _accountant(
-        process, sampling, max_epsilon=most, ledger_path=tmp_path / 'privacy.json'
+        process, max_epsilon=most, ledger_path=tmp_path / 'privacy.json'
     )
-    return accountant, simulation.train(
-        process, select_clients=lambda n: _CLIENTS[:2], num_rounds=num_rounds,
-        program_state_manager=simulation.Checkpoints(tmp_path / 'checkpoints'),
-        accountant=accountant,
+    saved = simulation.Checkpoints(tmp_path / 'checkpoints')
+    return accountant, _train(
+        process, num_rounds, program_state_manager=saved, accountant=accountant
     )
 
   accountant, result = train(2)
@@ -465,15 +463,11 @@ def test_training_counts_ends_at_the_budget_and_goes_on_with_the_count(tmp_path)
 
 
 def test_a_resumed_training_keeps_to_its_noise_clip_and_account(tmp_path):
-  sampling = privacy.ClientSampling(num_clients=4, clients_per_round=2)
-
   def train(folder, num_rounds, accounted, **changes):
     process = _build('fed_avg', privacy=_dp(clients=2, **changes))
-    accountant = _accountant(process, sampling) if accounted else None
-    return simulation.train(
-        process, select_clients=lambda n: _CLIENTS[:2], num_rounds=num_rounds,
+    return _train(
+        process, num_rounds, accountant=_accountant(process) if accounted else None,
         program_state_manager=simulation.Checkpoints(tmp_path / folder),
-        accountant=accountant, progress_bar=False,
     )
 
   for folder, accounted in (('accounted', True), ('not', False)):
@@ -501,13 +495,10 @@ def test_a_resumed_training_keeps_to_its_noise_clip_and_account(tmp_path):
 def test_a_state_of_another_noise_or_clip_is_no_beginning(clip, changes, message):
   def train(initial_state, **kwargs):
     process = _build('fed_avg', privacy=_dp(clients=2, **{'model_clip': clip, **kwargs}))
-    return process, simulation.train(
-        process, select_clients=lambda n: _CLIENTS[:2], num_rounds=2,
-        initial_state=initial_state, progress_bar=False,
-    ).state
+    return _train(process, 2, initial_state=initial_state).state
 
   # What is learned of an adaptive clip goes on.
-  _, state = train(train(None)[1])
+  state = train(train(None))
   with pytest.raises(ValueError, match=f'another `privacy`.*{message}.*Begin with'):
     train(state, **changes)
   process = _build('fed_avg', privacy=_dp(clients=2, **{'model_clip': clip, **changes}))
@@ -517,14 +508,12 @@ def test_a_state_of_another_noise_or_clip_is_no_beginning(clip, changes, message
 
 def test_training_from_round_1_again_is_accounted_as_the_same_clients_again():
   process = _build('fed_avg', privacy=_dp(clients=2))
-  sampling = privacy.ClientSampling(num_clients=4, clients_per_round=2)
-  accountant, state = _accountant(process, sampling), None
+  accountant, state = _accountant(process), None
   for num_rounds in (2, 1):
-    state = simulation.train(
-        process, select_clients=lambda n: _CLIENTS[:2], num_rounds=num_rounds,
-        initial_state=state, accountant=accountant, progress_bar=False,
+    state = _train(
+        process, num_rounds, initial_state=state, accountant=accountant
     ).state
-  expected = _accountant(process, sampling)
+  expected = _accountant(process)
   for round_num in (1, 1, 2):
     expected.begin_round(round_num)
   assert accountant.saved() == expected.saved()
@@ -536,10 +525,7 @@ def test_an_accountant_of_something_else_is_refused():
   process, plain = _build('fed_avg', privacy=dp), _build('fed_avg')
   with pytest.raises(ValueError, match='is not built with `privacy`'):
     privacy.build_accountant(plain.protection, sampling=None, delta=1e-5)
-  sampling = privacy.ClientSampling(
-      num_clients=4, clients_per_round=2, sampling='poisson'
-  )
-  accountant = _accountant(process, sampling)
+  accountant = _accountant(process, _POISSON)
   chosen = simulation.Participation(num_clients=4, clients_per_round=2)
   for its, select, message in (
       (plain, chosen, 'needs a process that is built with `privacy`'),
@@ -549,7 +535,7 @@ def test_an_accountant_of_something_else_is_refused():
     with pytest.raises(ValueError, match=message):
       simulation.train(its, select_clients=select, num_rounds=1, accountant=accountant)
   # Epsilon would be that of noise which nobody adds.
-  accountant = privacy.PrivacyAccountant([50.0], sampling, 1e-5)
+  accountant = privacy.PrivacyAccountant([50.0], _POISSON, 1e-5)
   with pytest.raises(ValueError, match="{'model': 1.0}, worth one of 1: found one of 50"):
     simulation.train(
         process, select_clients=lambda n: [], num_rounds=1, accountant=accountant
@@ -577,23 +563,15 @@ def test_poisson_sampling_is_each_client_by_itself():
 
 def test_how_many_came_is_not_told():
   dp = _dp(clients=2)
-  data = tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_arrays(
-          helpers.examples(12, 0), np.split(np.arange(12), 4)
-      ),
-      batch_size=4,
-  )
+  data = helpers.batches([helpers.examples(3, k) for k in range(4)])
   process = _build('fed_avg', privacy=dp, client_data=data)
-  sampling = privacy.ClientSampling(
-      num_clients=4, clients_per_round=2, sampling='poisson'
-  )
   result = simulation.train(
       process,
       select_clients=simulation.Participation(
           num_clients=4, clients_per_round=2, sampling='poisson'
       ),
       num_rounds=6,
-      accountant=_accountant(process, sampling),
+      accountant=_accountant(process, _POISSON),
   )
   for row in result.history:
     assert not [name for name in row if 'num_' in name]

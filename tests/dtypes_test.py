@@ -38,13 +38,13 @@ def _model_fn(policy, units):
 def _process(policy, **kwargs):
   x, y = _examples(40, 100)
   few = dict(num_steps=20, batch_size=20)
-  return tff_kd.algorithms.build_fed_distillation(**helpers.common(
-      student_fn=_model_fn(policy, 8), teacher_fn=_model_fn(policy, 16),
-      transfer_set=tff_kd.TransferSet(x, y), client_optimizer=helpers.sgd(0.3),
-      teacher_optimizer=helpers.sgd(0.1), student_optimizer=helpers.sgd(0.1),
-      distillation=tff_kd.Distillation(**few),
+  return helpers.build(
+      'fed_distillation', student_fn=_model_fn(policy, 8),
+      teacher_fn=_model_fn(policy, 16), transfer_set=tff_kd.TransferSet(x, y),
+      client_optimizer=helpers.sgd(0.3), teacher_optimizer=helpers.sgd(0.1),
+      student_optimizer=helpers.sgd(0.1), distillation=tff_kd.Distillation(**few),
       back_distillation=tff_kd.Distillation(target='teacher', **few), **kwargs,
-  ))
+  )
 
 
 def _trained(policy, rounds=4, **kwargs):
@@ -128,9 +128,9 @@ def test_losses_are_those_of_keras(policy):
 @pytest.mark.parametrize('dtype', [helpers.slow('bfloat16'), 'float16'])
 def test_updates_are_summed_in_float32(dtype):
   """In float16, 40 clients' steps times their examples would be infinite."""
-  process = tff_kd.algorithms.build_fed_avg(**helpers.common(
-      student_fn=_model_fn(dtype, 4), client_optimizer=helpers.sgd(4.0),
-  ))
+  process = helpers.build(
+      'fed_avg', student_fn=_model_fn(dtype, 4), client_optimizer=helpers.sgd(4.0)
+  )
   assert tff_kd.communication.round_bytes(process).up_model == 4 * (5 * 4 + 4 + 4 * 3 + 3)
   state = process.initialize()
   client = helpers.dataset(*_examples(4000, 0), batch_size=4000)
@@ -138,10 +138,10 @@ def test_updates_are_summed_in_float32(dtype):
   many = process.next(state, [client] * 40)
   assert many.metrics['finalizer']['update_non_finite'] == 0
   # What TFF's factories refuse in 16 bits.
-  tff_kd.algorithms.build_fed_avg(**helpers.common(
-      student_fn=_model_fn(dtype, 4),
+  helpers.build(
+      'fed_avg', student_fn=_model_fn(dtype, 4),
       model_aggregator=tff_kd.tff.learning.robust_aggregator(),
-  ))
+  )
   as_float = lambda weights: tf.nest.map_structure(lambda a: a.astype(float), weights)
   helpers.assert_weights_close(
       as_float(many.state.global_model_weights), as_float(one), rtol=1e-2, atol=1e-3
@@ -166,9 +166,7 @@ def test_the_mean_of_past_students_is_taken_in_float32(dtype):
 
 
 def test_a_training_in_bfloat16_goes_on(tmp_path):
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(student_fn=_model_fn('bfloat16', 4))
-  )
+  process = helpers.build('fed_avg', student_fn=_model_fn('bfloat16', 4))
   clients = [helpers.dataset(*_examples(8, 0))]
 
   def train(num_rounds, folder):
@@ -196,11 +194,11 @@ def test_bfloat16_in_files(tmp_path):
     )
     batches = tff_kd.ClientBatches(data=data, batch_size=4, num_epochs=1)
     few = tff_kd.Distillation(num_steps=3, batch_size=10)
-    process = tff_kd.algorithms.build_fed_df(**helpers.common(
-        input_spec=batches.element_spec, client_data=batches, distillation=few,
+    process = helpers.build(
+        'fed_df', input_spec=batches.element_spec, client_data=batches, distillation=few,
         student_fn=_model_fn('float32', 4),
         transfer_set=tff_kd.TransferSet(x.astype(dtype), y, directory=folder),
-    ))
+    )
     assert process.student_spec.input_spec[0].dtype == tf.as_dtype(dtype)
     return process.next(process.initialize(), [0, 1]).state.global_model_weights
 

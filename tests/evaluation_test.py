@@ -9,16 +9,12 @@ import scipy.special
 import tensorflow as tf
 
 from tests import helpers
-import tff_kd
 from tff_kd import evaluation
 from tff_kd import models
 
 
 def _spec(**kwargs):
-  return models.build_model_spec(
-      helpers.dense_fn(**kwargs), input_spec=helpers.INPUT_SPEC,
-      loss_fn=helpers.loss_fn, metrics_fn=helpers.metrics_fn,
-  )
+  return helpers.model_spec(helpers.dense_fn(**kwargs), metrics_fn=helpers.metrics_fn)
 
 
 def test_central_evaluation_matches_numpy():
@@ -59,8 +55,9 @@ def test_several_inputs_are_told_apart_by_name(declared):
   rng = np.random.default_rng(0)
   values = dict(zip('ab', rng.normal(size=(2, 4, 2)).astype(np.float32)))
   for mapping in _MAPPINGS.values():
-    spec = models.build_model_spec(
-        build, loss_fn=helpers.loss_fn, input_spec=(
+    spec = helpers.model_spec(
+        build,
+        input_spec=(
             tf.nest.map_structure(lambda n: tf.TensorSpec([None, n]), mapping),
             tf.TensorSpec([None], tf.int32),
         ),
@@ -91,19 +88,16 @@ def test_clients_inputs_are_told_apart_by_name(mapping, order, batches):
   y = np.array([0, 1, 2, 0], np.int32)
   batch = {'y': y, 'x': x} if batches == 'mapping' else (x, y)
   data = tf.data.Dataset.from_tensor_slices(batch).batch(4)
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(student_fn=build, input_spec=data.element_spec)
-  )
+  process = helpers.build('fed_avg', student_fn=build, input_spec=data.element_spec)
   state = process.initialize()
   joined = np.concatenate([x['a'], x['b']], axis=-1)
   linear = [np.asarray(w) for w in state.global_model_weights.trainable]
-  dz = (helpers.softmax(helpers.linear_logits(linear, joined)) - np.eye(3)[y]) / 4
   x = {name: x[name] for name in reversed(order)}
   batch = {'x': x, 'y': y} if batches == 'mapping' else (x, y)
   other = tf.data.Dataset.from_tensor_slices(batch).batch(4)
   helpers.assert_weights_close(
       process.next(state, [data, other]).state.global_model_weights.trainable,
-      helpers.linear_step(linear, joined, dz, 0.1), rtol=1e-4, atol=1e-6,
+      helpers.linear_fit(linear, joined, y, 0.1), rtol=1e-4, atol=1e-6,
   )
 
 
@@ -168,10 +162,10 @@ def test_weights_count_in_the_loss_and_in_weighted_metrics(in_spec):
   weights[::4] = 0.0
   labels = np.where(weights > 0, y, -1)
   parts = (x, y, weights)[: 2 + in_spec]
-  spec = models.build_model_spec(
-      helpers.dense_fn(), input_spec=helpers.dataset(x, y).element_spec
+  spec = helpers.model_spec(
+      input_spec=helpers.dataset(x, y).element_spec
       if len(parts) == 2 else (*helpers.INPUT_SPEC, tf.TensorSpec([None])),
-      loss_fn=helpers.loss_fn, metrics_fn=_weighted_metrics,
+      metrics_fn=_weighted_metrics,
   )
   found = evaluation.CentralEvaluator(spec).evaluate(
       spec.initial_weights, x, labels, weights
@@ -205,10 +199,9 @@ def test_weights_of_a_regression_and_of_positions():
       sample_weight=np.float32([1, 5, 0]),
   )
   assert found == {'rmse': pytest.approx(np.sqrt(2.5)), 'mae': 1.5}
-  positions = models.build_model_spec(
+  positions = helpers.model_spec(
       lambda: keras.Sequential([keras.Input((2, 4)), keras.layers.Dense(2)]),
       input_spec=(tf.TensorSpec([None, 2, 4]), tf.TensorSpec([None, 2], tf.int32)),
-      loss_fn=helpers.loss_fn,
   )
   logits = np.log(np.float32([[[0.5, 0.5], [0.9, 0.1]], [[0.2, 0.8], [0.6, 0.4]]]))
   found = evaluation.score(

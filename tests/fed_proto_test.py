@@ -7,7 +7,6 @@ import tensorflow as tf
 
 from tests import helpers
 import tff_kd
-from tff_kd import algorithms
 
 _RATE, _WEIGHT, _FEATURES = 0.2, 3.0, 4
 # Client 1 has no example of class 2, and nobody in the last round has one of class 0.
@@ -26,7 +25,7 @@ def _build(**kwargs):
       student_fn=_student_fn, client_optimizer=helpers.sgd(_RATE),
       prototype_weight=_WEIGHT,
   )
-  return algorithms.build_fed_proto(**helpers.common(**{**defaults, **kwargs}))
+  return helpers.build('fed_proto', **{**defaults, **kwargs})
 
 
 def _trained(w, x, y, prototypes):
@@ -34,19 +33,15 @@ def _trained(w, x, y, prototypes):
   sums, counts = np.zeros((helpers.CLASSES, _FEATURES)), np.zeros(helpers.CLASSES)
   for i in range(0, len(x), 4):
     xb, yb = np.float64(x[i : i + 4]), y[i : i + 4]
-    z = np.tanh(xb @ w[0] + w[1])
+    z = helpers.features_of(w, xb)
     np.add.at(sums, yb, z)
     np.add.at(counts, yb, 1)
-    p = helpers.softmax(z @ w[2] + w[3])
-    dlogits = (p - np.eye(helpers.CLASSES)[yb]) / len(yb)
-    dz = dlogits @ w[2].T
+    distances = np.zeros_like(z)
     for row, label in enumerate(yb):
       if label in prototypes:
-        distance = z[row] - prototypes[label]
-        dz[row] += _WEIGHT * 2 * distance / _FEATURES / len(yb)
-    dpre = dz * (1 - z**2)
-    gradient = [xb.T @ dpre, dpre.sum(0), z.T @ dlogits, dlogits.sum(0)]
-    w = [v - _RATE * g for v, g in zip(w, gradient)]
+        distances[row] = z[row] - prototypes[label]
+    further = _WEIGHT * 2 * distances / _FEATURES / len(yb)
+    w = helpers.features_step(w, xb, yb, _RATE, further)
   return w, sums, counts
 
 
@@ -55,21 +50,17 @@ def test_rounds_equal_numpy():
   state, initial = process.initialize(), process.initialize_client()
   assert not len(tf.nest.flatten(state.global_model_weights))
   own = {k: [np.float64(w) for w in initial.weights.trainable] for k in _CLIENTS}
-  states = {k: initial for k in _CLIENTS}
+  states = dict.fromkeys(_CLIENTS, initial)
   prototypes = {}
   for present in ([0, 1], [2, 1], [2], [0, 1, 2]):
-    output = process.next(
-        state,
-        [helpers.dataset(*_CLIENTS[k]) for k in present],
-        [states[k] for k in present],
-    )
-    state = output.state
+    datasets = {k: helpers.dataset(*_CLIENTS[k]) for k in present}
+    state = helpers.round_of(process, state, datasets, states).state
     total, counts = 0.0, 0.0
-    for k, kept in zip(present, output.client_states):
+    for k in present:
       own[k], its_sums, its_counts = _trained(own[k], *_CLIENTS[k], prototypes)
-      states[k], total, counts = kept, total + its_sums, counts + its_counts
+      total, counts = total + its_sums, counts + its_counts
       helpers.assert_weights_close(
-          kept.weights.trainable, own[k], rtol=1e-3, atol=1e-5
+          states[k].weights.trainable, own[k], rtol=1e-3, atol=1e-5
       )
     prototypes = {
         c: total[c] / counts[c] for c in range(helpers.CLASSES) if counts[c]
@@ -96,18 +87,8 @@ def test_a_round_of_nobody_and_of_bad_data_leaves_numbers():
 
 
 def _two_rounds(process):
-  state, kept = process.initialize(), [process.initialize_client()] * 2
-  for _ in range(2):
-    output = process.next(
-        state, [helpers.dataset(*_CLIENTS[k]) for k in (0, 2)], kept
-    )
-    state, kept = output.state, output.client_states
+  _, kept = helpers.rounds(process, [helpers.dataset(*_CLIENTS[k]) for k in (0, 2)])
   return [its.weights for its in kept]
-
-
-def test_only_prototypes_travel():
-  each = tff_kd.communication.round_bytes(_build())
-  assert each.up == 4 * helpers.CLASSES * (_FEATURES + 1)
 
 
 # That nothing is summed in the clear is in `contract_test`.
@@ -170,4 +151,4 @@ def test_architectures_with_as_many_features_learn_from_each_other():
 )
 def test_what_does_not_fit_is_refused(kwargs, match):
   with pytest.raises(ValueError, match=match):
-    algorithms.build_fed_proto(**helpers.common(student_fn=_student_fn) | kwargs)
+    helpers.build('fed_proto', **{'student_fn': _student_fn, **kwargs})

@@ -2,7 +2,6 @@
 
 import ast
 import configparser
-import importlib.util
 import inspect
 import re
 import textwrap
@@ -11,6 +10,7 @@ import pytest
 
 from tests import helpers
 import tff_kd
+from tff_kd import own_files
 
 _LINES, _PARAMETERS = 60, 8
 
@@ -63,11 +63,7 @@ _NOUNS = ('Bytes', 'Clients', 'Labels', 'Logits', 'Models', 'Terms', 'This', 'We
 
 def _api():
   """Yields the name of the module, the name, and each function or class of the page."""
-  spec = importlib.util.spec_from_file_location(
-      'build_api', helpers.ROOT / 'docs' / 'build_api.py'
-  )
-  build_api = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(build_api)
+  build_api = own_files.load(f'{helpers.ROOT}/docs/build_api.py')
   seen = set()
   for _, module in build_api.modules():
     for name in build_api.public_names(module):
@@ -160,16 +156,11 @@ def test_names_that_are_not_public_are_used_in_one_place():
         assert not found, f'{path} uses {found[0]}; see tff_kd/internals.py.'
 
 
-def test_version_is_that_of_the_package_metadata():
+def test_the_package_says_its_version_and_that_it_has_type_hints():
   config = configparser.ConfigParser()
   config.read(helpers.ROOT / 'setup.cfg')
   assert config['metadata']['version'] == 'attr: tff_kd.__version__'
   assert re.fullmatch(r'\d+\.\d+\.\d+', tff_kd.__version__)
-
-
-def test_package_says_that_it_has_type_hints():
-  config = configparser.ConfigParser()
-  config.read(helpers.ROOT / 'setup.cfg')
   assert config['options.package_data']['tff_kd'] == 'py.typed'
   assert (helpers.ROOT / 'tff_kd' / 'py.typed').is_file()
 

@@ -5,6 +5,7 @@ import contextlib
 import csv
 import functools
 import io
+import os
 import pathlib
 import shutil
 import subprocess
@@ -19,6 +20,7 @@ import scipy.special
 import tensorflow as tf
 from tests import warm_python
 import tff_kd
+from tff_kd import quiet
 from tff_kd.compat import tff
 
 ROOT = pathlib.Path(__file__).parent.parent
@@ -32,7 +34,7 @@ TINY_RUN = (
     '--client_epochs=1', '--alpha=1', '--transfer_size=60', '--transfer_labels=0',
     '--rounds_per_checkpoint=1',
 )
-# Likewise, of the fusion.
+# Flags of such a run of the fusion.
 TINY_FUSION = (
     '--num_clients=4', '--clients_per_round=2', '--client_epochs=1', '--alpha=1',
     '--server_steps=2', '--back_steps=2', '--teacher=mlp_large',
@@ -68,25 +70,86 @@ def features_fn(features, hidden=()):
 
 
 def softmax(z):
-  """Of the last axis, in NumPy."""
+  """Returns the softmax over the last axis, in float64."""
   return scipy.special.softmax(np.asarray(z, np.float64), axis=-1)
 
 
 def linear_logits(model, x):
-  """Of a linear model `[kernel, bias]`, in NumPy."""
+  """Returns the logits of a linear model `[kernel, bias]`."""
   return x @ model[0] + model[1]
 
 
 def linear_step(model, x, dz, rate):
-  """A linear model after a step of SGD, of the loss's gradient by the logits."""
+  """Returns a linear model after a step of SGD with this gradient by the logits."""
   return [model[0] - rate * x.T @ dz, model[1] - rate * dz.sum(0)]
 
 
-def examples(n, seed, dim=DIM, classes=CLASSES):
+def linear_fit(model, x, y, rate):
+  """Returns a linear model after a step of SGD on the cross-entropy with labels."""
+  dz = softmax(linear_logits(model, x)) - np.eye(CLASSES)[y]
+  return linear_step(model, x, dz / len(x), rate)
+
+
+def linear_distil(model, x, target, rate):
+  """Returns a linear model after a step of SGD on the cross-entropy with a target."""
+  dz = softmax(linear_logits(model, x)) - target
+  return linear_step(model, x, dz / len(x), rate)
+
+
+def eager_step(loss, variables):
+  """Returns the values of variables after a step of `sgd`, and the loss before it."""
+  with tf.GradientTape() as tape:
+    value = loss()
+  gradients = tape.gradient(value, variables)
+  return [v - 0.1 * g for v, g in zip(variables, gradients, strict=True)], value
+
+
+def distil_once(process, weights, payload=()):
+  """Returns the output of the server's distillation in round 0."""
+
+  @tff.federated_computation(process.next.type_signature.parameter)
+  def run(args):
+    return process.next(*[args[i] for i in range(4)])
+
+  return run(process.initialize(), weights, payload, np.int32(0))
+
+
+def features_of(model, x):
+  """Returns the features of a model of `features_fn` without other layers."""
+  return np.tanh(x @ model[0] + model[1])
+
+
+def features_step(model, x, y, rate, by_features=0.0):
+  """Returns such a model after a step of SGD on the cross-entropy with labels.
+
+  Args:
+    model: The weights before the step.
+    x: The inputs.
+    y: The labels.
+    rate: The learning rate.
+    by_features: The gradient of a further loss by the features.
+  """
+  z = features_of(model, x)
+  dlogits = (softmax(z @ model[2] + model[3]) - np.eye(CLASSES)[y]) / len(y)
+  dz = (dlogits @ model[2].T + by_features) * (1 - z**2)
+  gradient = [x.T @ dz, dz.sum(0), z.T @ dlogits, dlogits.sum(0)]
+  return [w - rate * g for w, g in zip(model, gradient)]
+
+
+def mean_payload(rule, logits, weights):
+  """Returns the weighted mean of what clients with these logits send."""
+  payloads = [rule.encode(tf.constant(z)) for z in logits]
+  return tf.nest.map_structure(
+      lambda *parts: sum(w * part for w, part in zip(weights, parts)) / sum(weights),
+      *payloads,
+  )
+
+
+def examples(n, seed, dim=DIM):
   rng = np.random.default_rng(seed)
   return (
       rng.normal(size=(n, dim)).astype(np.float32),
-      rng.integers(0, classes, n).astype(np.int32),
+      rng.integers(0, CLASSES, n).astype(np.int32),
   )
 
 
@@ -95,20 +158,26 @@ def dataset(x, y, batch_size=4):
 
 
 def is_allowed(*command):
-  """Whether a program is there, and may do what it is called for."""
+  """Returns whether a program is there, and may do what it is called for."""
   return shutil.which(command[0]) is not None and (
       subprocess.run(command, capture_output=True).returncode == 0
   )
 
 
 def run(coroutine):
-  """As `asyncio.run`, which leaves the thread without the loop that TFF wants."""
+  """Runs a coroutine; `asyncio.run` would take away the loop that TFF wants."""
   with contextlib.closing(asyncio.new_event_loop()) as loop:
     return loop.run_until_complete(coroutine)
 
 
 def loss_fn():
   return keras.losses.SparseCategoricalCrossentropy(from_logits=True)
+
+
+def loss_with(**kwargs):
+  """Returns a builder as `loss_fn`, with other arguments of the loss."""
+  arguments = {'from_logits': True, **kwargs}
+  return lambda: keras.losses.SparseCategoricalCrossentropy(**arguments)
 
 
 def metrics_fn():
@@ -134,20 +203,58 @@ def common(**kwargs):
   return {**defaults, **kwargs}
 
 
-def of_registry(name, parts, **kwargs):
-  """The process of an algorithm of the registry.
+def build(name, **kwargs):
+  """Builds the process of an algorithm of the registry, with `common` arguments."""
+  return tff_kd.algorithms.REGISTRY[name].build(**common(**kwargs))
+
+
+def build_with_parts(name, parts, **kwargs):
+  """As `build`, with those of the further arguments that the builder takes.
 
   Args:
-    name: The algorithm's.
-    parts: Functions of what only some builders take, by parameter; called for those of
-      this one.
-    **kwargs: Further arguments, beside `common`.
+    name: The name of the algorithm.
+    parts: Functions that make the further arguments, by parameter.
+    **kwargs: Arguments that every builder takes.
   """
-  algorithm = tff_kd.algorithms.REGISTRY[name]
-  return algorithm.build(
-      **common(**kwargs),
-      **{key: make() for key, make in parts.items() if key in algorithm.parameters},
+  taken = tff_kd.algorithms.REGISTRY[name].parameters
+  return build(
+      name, **kwargs, **{key: make() for key, make in parts.items() if key in taken}
   )
+
+
+def model_spec(keras_model_fn=None, **kwargs):
+  """Builds the spec of a classifier of `INPUT_SPEC`; a linear one if none is given."""
+  if keras_model_fn is None:
+    keras_model_fn = dense_fn()
+  defaults = dict(input_spec=INPUT_SPEC, loss_fn=loss_fn)
+  return tff_kd.models.build_model_spec(keras_model_fn, **{**defaults, **kwargs})
+
+
+def task(part, **kwargs):
+  """Returns a task all of whose parts have these examples, unless others are given."""
+  parts = dict.fromkeys(('clients', 'transfer', 'validation', 'test'), part)
+  defaults = dict(name='mine', num_classes=CLASSES, students={}, teachers={})
+  return tff_kd.data.Task(**{**parts, **defaults, **kwargs})
+
+
+def batches(clients, batch_size=4, **kwargs):
+  """Writes clients' examples to files, and returns them in batches."""
+  data = tff_kd.FileClientData.from_clients(clients)
+  return tff_kd.ClientBatches(data=data, batch_size=batch_size, **kwargs)
+
+
+def round_of(process, state, datasets, states):
+  """Runs a round of clients that keep states, and returns its output.
+
+  Args:
+    process: A process whose clients keep states.
+    state: The server's state.
+    datasets: The dataset of each client of this round, by number.
+    states: The state of each client, by number; those of this round are replaced.
+  """
+  output = process.next(state, list(datasets.values()), [states[k] for k in datasets])
+  states.update(zip(datasets, output.client_states, strict=True))
+  return output
 
 
 def rounds(process, clients, num_rounds=2):
@@ -214,6 +321,18 @@ def assert_weights_close(actual, expected, **kwargs):
     np.testing.assert_allclose(a, e, **kwargs)
 
 
+def changed_fields(before, after):
+  """Returns the names of the fields in which two states differ."""
+  return {
+      field
+      for field, old, new in zip(before._fields, before, after, strict=True)
+      if any(
+          not np.array_equal(a, b)
+          for a, b in zip(tf.nest.flatten(old), tf.nest.flatten(new), strict=True)
+      )
+  }
+
+
 @contextlib.contextmanager
 def flags_of(*args):
   """A script's flags in this process, as if it was called with these arguments."""
@@ -229,12 +348,30 @@ def flags_of(*args):
     yield
 
 
-def script(module, *args, **kwargs):
-  """Runs `python -m module` to its end, in a warm Python, as a user would."""
-  return subprocess.run(
-      [WARM, '-m', module, *map(str, args)], cwd=ROOT,
-      capture_output=True, text=True, timeout=HANGING_S, check=False, **kwargs,
+def _ended(command, status, cwd=ROOT, env=None):
+  """Runs a program to its end, which must have this exit status."""
+  done = subprocess.run(
+      [str(word) for word in command], cwd=cwd, env=env, capture_output=True, text=True,
+      timeout=HANGING_S, check=False,
   )
+  assert done.returncode == status, done.stdout + done.stderr
+  return done
+
+
+def script(module, *args, status=0):
+  """Runs `python -m module` to its end, in a warm Python, as a user would."""
+  return _ended([WARM, '-m', module, *args], status)
+
+
+def python(code, *args, cwd=ROOT, **environment):
+  """Runs `python -c code` to its end, in a warm Python, with further variables."""
+  return _ended([WARM, '-c', code, *args], 0, cwd, {**os.environ, **environment})
+
+
+def new_python(code, status=0, **environment):
+  """As `python`, in a Python without imports, which says by itself how much it logs."""
+  kept = {k: v for k, v in os.environ.items() if k != quiet.LEVEL}
+  return _ended([sys.executable, '-c', code], status, env={**kept, **environment})
 
 
 @contextlib.contextmanager
@@ -256,16 +393,13 @@ def running(*python_args, python=sys.executable):
     script.communicate()
 
 
-def train_command(*args):
-  return [sys.executable, '-m', 'pipelines.train', *args]
-
-
 def train(*args):
   """Runs the script with its output in pipes; hangs if a worker keeps them."""
   return script('pipelines.train', *args)
 
 
-def _train_here(args, status):
+def run_here(*args, status=0):
+  """Runs `pipelines.train` in this process; returns what it printed, and to stderr."""
   from pipelines import train as script
 
   out, err = io.StringIO(), io.StringIO()
@@ -278,20 +412,23 @@ def _train_here(args, status):
 
 def train_here(*args):
   """As `train`, in this process, which spares a start; returns what it printed."""
-  return _train_here(args, 0)[0]
-
-
-def train_here_with_bar(*args):
-  """As `train_here`; returns what it printed, and what went to stderr."""
-  return _train_here(args, 0)
+  return run_here(*args)[0]
 
 
 def refused_here(*args):
   """Likewise, of a run that does not begin; returns why."""
-  return _train_here(args, 1)[1]
+  return run_here(*args, status=1)[1]
+
+
+def write_rows(path, rows):
+  """Writes a CSV file with the columns of the first row."""
+  with open(path, 'w', newline='') as file:
+    writer = csv.DictWriter(file, rows[0])
+    writer.writeheader()
+    writer.writerows(rows)
 
 
 def rows(path):
-  """Those of a CSV file, as texts."""
+  """Returns the rows of a CSV file, as dicts of texts."""
   with open(path, newline='') as file:
     return list(csv.DictReader(file))

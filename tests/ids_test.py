@@ -8,7 +8,6 @@ import tensorflow as tf
 from tests import helpers
 import tff_kd
 from tff_kd import evaluation
-from tff_kd import models
 
 _IDS = 10
 
@@ -36,10 +35,10 @@ class Subclassed(keras.Model):
     return self.head(keras.ops.mean(self.tokens(x), axis=1))
 
 
-def _sequential(tokens, shape=(4,)):
+def _sequential(tokens):
   def build():
     return keras.Sequential([
-        keras.layers.Input(shape, dtype='int32'), tokens(), keras.layers.Flatten(),
+        keras.layers.Input((4,), dtype='int32'), tokens(), keras.layers.Flatten(),
         keras.layers.Dense(helpers.CLASSES),
     ])
 
@@ -94,9 +93,8 @@ def test_a_client_with_other_ids_is_left_out(name):
 
 
 def _spec(name='an embedding', **kwargs):
-  return models.build_model_spec(
-      _MODELS[name], input_spec=helpers.dataset(*_examples()).element_spec,
-      loss_fn=helpers.loss_fn, **kwargs
+  return helpers.model_spec(
+      _MODELS[name], input_spec=helpers.dataset(*_examples()).element_spec, **kwargs
   )
 
 
@@ -122,7 +120,7 @@ def test_a_training_with_other_ids_has_no_loss():
 @pytest.mark.parametrize('algorithm', ['moon', 'fed_proto'])
 def test_features_of_texts(algorithm):
   """Of a model that is split after its embedding; other ids exclude their client."""
-  process = helpers.of_registry(algorithm, {}, **_common(_MODELS['an embedding']))
+  process = helpers.build_with_parts(algorithm, {}, **_common(_MODELS['an embedding']))
   good = helpers.dataset(*_examples())
   kept = [process.initialize_client() for _ in range(3)]
   state = process.initialize()
@@ -134,10 +132,7 @@ def test_features_of_texts(algorithm):
     counts = output.metrics['client_work']['participation']
     assert counts['num_included'] == 1 and counts['num_excluded_bad_inputs'] == 2
     assert np.isfinite(output.metrics['client_work']['train']['loss'])
-  alone, own = process.initialize(), [process.initialize_client()]
-  for _ in range(2):
-    output = process.next(alone, [good], own)
-    alone, own = output.state, output.client_states
+  _, own = helpers.rounds(process, [good])
   helpers.assert_weights_close(kept[0].weights, own[0].weights, rtol=1e-6)
 
 
@@ -168,9 +163,7 @@ def test_keras_is_left_as_it_was():
   before = keras.layers.Embedding.call
   _spec()
   assert keras.layers.Embedding.call is before
-  assert not models.build_model_spec(
-      helpers.dense_fn(), input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn
-  ).has_ids
+  assert not helpers.model_spec().has_ids
 
 
 @pytest.mark.parametrize('batch_size', [None, 4])

@@ -20,9 +20,8 @@ _CLIENTS = {f'client_{i}': helpers.examples(6 + 3 * i, i) for i in range(4)}
 @pytest.fixture(scope='module')
 def process():
   keras.utils.set_random_seed(0)
-  return tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(),
-      teacher_fn=helpers.dense_fn((8,)),
+  return helpers.build(
+      'fed_distillation', teacher_fn=helpers.dense_fn((8,)),
       transfer_set=tff_kd.TransferSet(helpers.examples(16, 9)[0]),
       distillation=tff_kd.Distillation(num_steps=3),
   )
@@ -144,10 +143,7 @@ def test_weights_go_into_build_fed_eval(process):
 def test_losses_of_layers_that_tff_leaves_out_are_warned_of(regularizer, monkeypatch):
   warnings = []
   monkeypatch.setattr(logging, 'warning', lambda m, *a: warnings.append(m % a))
-  spec = tff_kd.models.build_model_spec(
-      helpers.dense_fn(kernel_regularizer=regularizer),
-      input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn,
-  )
+  spec = helpers.model_spec(helpers.dense_fn(kernel_regularizer=regularizer))
   assert spec.functional_model.input_spec == helpers.INPUT_SPEC
   assert len(warnings) == (0 if regularizer is None else 1)
   assert all('without the losses of its layers' in its for its in warnings)
@@ -205,10 +201,11 @@ def test_spec_serves_tffs_own_fed_avg(process):
   metrics = output.metrics['client_work']['train']
   assert isinstance(metrics, collections.OrderedDict)
   assert metrics['num_examples'] == 6 + 12
-  ours = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(student_fn=lambda: process.student_spec.to_keras(
+  ours = helpers.build(
+      'fed_avg',
+      student_fn=lambda: process.student_spec.to_keras(
           process.student_spec.initial_weights
-      ))
+      ),
   )
   found = ours.next(ours.initialize(), _datasets(['client_0', 'client_2'])).state
   helpers.assert_weights_close(
@@ -217,10 +214,5 @@ def test_spec_serves_tffs_own_fed_avg(process):
       rtol=1e-5,
       atol=1e-6,
   )
-  np.testing.assert_raises(
-      AssertionError,
-      helpers.assert_weights_close,
-      found.global_model_weights.trainable,
-      ours.initialize().global_model_weights.trainable,
-      atol=1e-4,
-  )
+  initial = ours.initialize().global_model_weights.trainable[0]
+  assert np.abs(found.global_model_weights.trainable[0] - initial).max() > 1e-4

@@ -26,6 +26,18 @@ _EVERY = helpers.slow_each(
 )
 
 
+def _trained(folder, *args, **kwargs):
+  """The folder of a run, and the metrics of its best round."""
+  _write_kind(folder, *args, **kwargs)
+  run_dir = folder / 'run'
+  helpers.train_here(
+      '--task=tests/label_kinds.py', f'--data_dir={folder}', '--rounds=8',
+      '--algorithm=fed_df', '--nocompare_with_fed_avg', '--rounds_per_checkpoint=8',
+      f'--output_dir={run_dir}', f'--cache_dir={folder / "cache"}',
+  )
+  return run_dir, json.loads((run_dir / 'results.json').read_text())['best']
+
+
 def _write_kind(folder, labels, model, **kwargs):
   kind = {'labels': labels, 'model': model, **kwargs}
   (folder / 'kind.json').write_text(json.dumps(kind))
@@ -33,14 +45,7 @@ def _write_kind(folder, labels, model, **kwargs):
 
 @pytest.mark.parametrize('labels, model', _EVERY)
 def test_a_run_is_reported_evaluated_and_exported(labels, model, tmp_path, capsys):
-  _write_kind(tmp_path, labels, model)
-  run_dir = tmp_path / 'run'
-  helpers.train_here(
-      '--task=tests/label_kinds.py', f'--data_dir={tmp_path}', '--rounds=8',
-      '--algorithm=fed_df', '--nocompare_with_fed_avg', '--rounds_per_checkpoint=8',
-      f'--output_dir={run_dir}', f'--cache_dir={tmp_path / "cache"}',
-  )
-  best = json.loads((run_dir / 'results.json').read_text())['best']
+  run_dir, best = _trained(tmp_path, labels, model)
   assert best['test/student_accuracy'] > 0.7
   # A model that Keras cannot write down leaves its weights.
   is_whole = model != 'subclassed'
@@ -71,18 +76,11 @@ def test_a_run_is_reported_evaluated_and_exported(labels, model, tmp_path, capsy
 # Rounds with weights are in `weights_test` and `contract_test`.
 @pytest.mark.slow
 def test_a_task_may_have_sample_weights(tmp_path):
-  _write_kind(tmp_path, 'class numbers', 'functional', has_weights=True)
-  run_dir = tmp_path / 'run'
-  helpers.train_here(
-      '--task=tests/label_kinds.py', f'--data_dir={tmp_path}', '--rounds=8',
-      '--algorithm=fed_df', '--nocompare_with_fed_avg', '--rounds_per_checkpoint=8',
-      f'--output_dir={run_dir}', f'--cache_dir={tmp_path / "cache"}',
-  )
+  run_dir, best = _trained(tmp_path, 'class numbers', 'functional', has_weights=True)
   rows = helpers.rows(run_dir / 'metrics.csv')
   # Of the 48 examples that a client trains with, 40 count, about.
   counted = float(rows[0]['client_work/train/num_examples'])
   assert 4 * 36 < counted < 4 * 44
-  best = json.loads((run_dir / 'results.json').read_text())['best']
   assert best['test/student_accuracy'] > 0.65
   central = tmp_path / 'central'
   with helpers.flags_of(f'--config={run_dir / "config.json"}'):

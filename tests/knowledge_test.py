@@ -30,14 +30,7 @@ def _logits(seed, clients=4, rows=3, classes=5, scale=2.0):
 
 def _consensus(rule, logits, weights):
   """What the server makes of the clients' payloads, with clients weighted."""
-  payloads = [rule.encode(tf.constant(z)) for z in logits]
-  mean = knowledge.KnowledgePayload(
-      *(
-          sum(w * part for w, part in zip(weights, parts)) / sum(weights)
-          for parts in zip(*payloads)
-      )
-  )
-  return rule.decode(mean)
+  return rule.decode(helpers.mean_payload(rule, logits, weights))
 
 
 def _weighted_mean(values, weights):
@@ -135,16 +128,8 @@ def test_consensus_is_the_weighted_mean_with_masks():
   z = rng.normal(size=(3, 4, 2, 5)).astype('f')  # clients, rows, time, classes
   mask = np.array([[1, 1, 0, 0], [1, 0, 1, 0], [1, 1, 1, 0]], 'f')
   w = np.array([1.0, 5.0, 2.0], 'f')
-  payloads = [
-      rule.encode(
-          tf.constant(np.where(m[:, None, None] > 0, zk, np.nan).astype('f'))
-      )
-      for zk, m in zip(z, mask)
-  ]
-  mean = tf.nest.map_structure(
-      lambda *p: sum(wk * pk for wk, pk in zip(w, p)) / w.sum(), *payloads
-  )
-  consensus = rule.decode(mean)
+  said = np.where(mask[..., None, None] > 0, z, np.float32(np.nan))
+  consensus = _consensus(rule, said, w)
   np.testing.assert_array_equal(consensus.mask, [1, 1, 1, 0])
   weights = (w[:, None] * mask)[..., None, None]
   with np.errstate(invalid='ignore'):
@@ -234,12 +219,9 @@ def test_bad_rules_are_refused(build):
 def test_a_custom_rule_serves_a_whole_round():
   x, _ = helpers.examples(12, 0)
   # ERA's in a round is DS-FL's, in NumPy in `private_process_test`.
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(
-          transfer_set=tff_kd.TransferSet(x),
-          consensus_rule=_RULES['variance'],
-          distillation=tff_kd.Distillation(num_steps=3, batch_size=12),
-      )
+  process = helpers.build(
+      'fed_df', transfer_set=tff_kd.TransferSet(x), consensus_rule=_RULES['variance'],
+      distillation=tff_kd.Distillation(num_steps=3, batch_size=12),
   )
   clients = [helpers.dataset(*helpers.examples(8, seed)) for seed in (1, 2)]
   output = process.next(process.initialize(), clients)
@@ -339,28 +321,20 @@ def test_of_the_most_likely_classes_missing_rows_and_positions_cost_what_they_ar
 
 def test_fed_df_with_quantized_predictions_in_numpy():
   """One round, one server step, from the mean of labels of one bit."""
-  keras.utils.set_random_seed(0)
   x, _ = helpers.examples(20, 0)
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(
-          client_optimizer=helpers.sgd(0.5),
-          student_optimizer=helpers.sgd(0.3),
-          transfer_set=tff_kd.TransferSet(x),
-          consensus_rule=knowledge.Quantized(bits=1),
-          distillation=tff_kd.Distillation(num_steps=1, batch_size=20),
-      )
+  process = helpers.build(
+      'fed_df', client_optimizer=helpers.sgd(0.5), student_optimizer=helpers.sgd(0.3),
+      transfer_set=tff_kd.TransferSet(x), consensus_rule=knowledge.Quantized(bits=1),
+      distillation=tff_kd.Distillation(num_steps=1, batch_size=20),
   )
   state, sizes = process.initialize(), (6, 10)
-  w, b = (np.array(v, np.float64) for v in state.global_model_weights.trainable)
+  initial = [np.array(v, np.float64) for v in state.global_model_weights.trainable]
   students, target = [], 0
   for seed, n in enumerate(sizes):
-    cx, cy = helpers.examples(n, seed)
-    dz = (helpers.softmax(cx @ w + b) - np.eye(3)[cy]) / n
-    its = (w - 0.5 * cx.T @ dz, b - 0.5 * dz.sum(0))
-    students.append(its)
-    target = target + n / 16 * np.eye(3)[(x @ its[0] + its[1]).argmax(-1)]
-  w, b = (np.average(its, axis=0, weights=sizes) for its in zip(*students))
-  dz = (helpers.softmax(x @ w + b) - target) / 20
+    students.append(helpers.linear_fit(initial, *helpers.examples(n, seed), 0.5))
+    labels = helpers.linear_logits(students[-1], x).argmax(-1)
+    target = target + n / 16 * np.eye(3)[labels]
+  average = [np.average(its, axis=0, weights=sizes) for its in zip(*students)]
   output = process.next(
       state,
       [
@@ -370,8 +344,7 @@ def test_fed_df_with_quantized_predictions_in_numpy():
   )
   helpers.assert_weights_close(
       output.state.global_model_weights.trainable,
-      [w - 0.3 * x.T @ dz, b - 0.3 * dz.sum(0)],
-      rtol=1e-4, atol=1e-5,
+      helpers.linear_distil(average, x, target, 0.3), rtol=1e-4, atol=1e-5,
   )
   bits = codecs.first_message_bits(20, 3, 1)
   counts = output.metrics['client_work']['participation']
@@ -417,34 +390,21 @@ def test_fed_et_in_numpy():
   keras.utils.set_random_seed(3)
   rate, share = 0.1, 0.4
   x, _ = helpers.examples(20, 0)
-  process = tff_kd.algorithms.build_fed_et(
-      **helpers.common(
-          teacher_fn=helpers.dense_fn(),
-          transfer_set=tff_kd.TransferSet(x),
-          teacher_optimizer=helpers.sgd(rate),
-          client_optimizer=helpers.sgd(1.0),
-          distillation=tff_kd.Distillation(
-              loss='label', diversity_weight=share, num_steps=1, batch_size=20
-          ),
-      )
+  process = helpers.build(
+      'fed_et', teacher_fn=helpers.dense_fn(), transfer_set=tff_kd.TransferSet(x),
+      teacher_optimizer=helpers.sgd(rate), client_optimizer=helpers.sgd(1.0),
+      distillation=tff_kd.Distillation(
+          loss='label', diversity_weight=share, num_steps=1, batch_size=20
+      ),
   )
   # Its predictions are sums by class.
   assert process.description.update_type.knowledge.values.shape == (20, 3, 3)
   state = process.initialize()
-  students = []
-  for seed, size in ((1, 4), (2, 12), (5, 8)):
-    cx, cy = helpers.examples(size, seed)
-    w, b = (np.array(v, np.float64) for v in state.global_model_weights.trainable)
-    dz = (helpers.softmax(cx @ w + b) - np.eye(3)[cy]) / size
-    students.append((w - cx.T @ dz, b - dz.sum(0)))
-  output = process.next(
-      state,
-      [
-          helpers.dataset(*helpers.examples(n, seed), batch_size=n)
-          for seed, n in ((1, 4), (2, 12), (5, 8))
-      ],
-  )
-  logits = np.stack([x @ w + b for w, b in students])
+  initial = [np.array(v, np.float64) for v in state.global_model_weights.trainable]
+  clients = [helpers.examples(size, seed) for seed, size in ((1, 4), (2, 12), (5, 8))]
+  output = process.next(state, [helpers.dataset(x, y, len(y)) for x, y in clients])
+  students = [helpers.linear_fit(initial, *client, 1.0) for client in clients]
+  logits = np.stack([helpers.linear_logits(its, x) for its in students])
   certainty = logits.var(-1)
   joint = _weighted_mean(logits, certainty)
   label = joint.argmax(-1)
@@ -453,25 +413,22 @@ def test_fed_et_in_numpy():
   assert 0 < rows.sum() < 20
   opinion = np.zeros_like(joint)
   opinion[rows] = _weighted_mean(logits[:, rows], differ[:, rows])
-  w, b = (np.array(v, np.float64) for v in state.teacher_weights.trainable)
-  p = helpers.softmax(x @ w + b)
+  teacher = [np.array(v, np.float64) for v in state.teacher_weights.trainable]
+  p = helpers.softmax(helpers.linear_logits(teacher, x))
   dz = (p - np.eye(3)[label]) / 20
   dz[rows] += share * (p - helpers.softmax(opinion))[rows] / rows.sum()
   helpers.assert_weights_close(
       output.state.teacher_weights.trainable,
-      [w - rate * x.T @ dz, b - rate * dz.sum(0)],
-      rtol=1e-4, atol=1e-5,
+      helpers.linear_step(teacher, x, dz, rate), rtol=1e-4, atol=1e-5,
   )
 
 
 def test_diversity_is_refused_without_a_rule_for_it():
   x, _ = helpers.examples(12, 0)
   with pytest.raises(ValueError, match='CertaintyWithDiversity'):
-    tff_kd.algorithms.build_fed_df(
-        **helpers.common(
-            transfer_set=tff_kd.TransferSet(x),
-            distillation=tff_kd.Distillation(diversity_weight=0.1),
-        )
+    helpers.build(
+        'fed_df', transfer_set=tff_kd.TransferSet(x),
+        distillation=tff_kd.Distillation(diversity_weight=0.1),
     )
   with pytest.raises(ValueError, match="target='ensemble'"):
     tff_kd.Distillation(target='teacher', diversity_weight=0.1)

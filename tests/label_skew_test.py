@@ -8,7 +8,6 @@ import tensorflow as tf
 from tests import helpers
 from tests import label_kinds
 import tff_kd
-from tff_kd import algorithms
 from tff_kd import models
 from tff_kd.client import class_counts
 from tff_kd.client import local_terms
@@ -25,7 +24,7 @@ def _process(*terms, **kwargs):
       student_fn=helpers.dense_fn(classes=_CLASSES), client_optimizer=helpers.sgd(_RATE),
       local_terms=terms,
   )
-  return algorithms.build_fed_avg(**helpers.common(**{**defaults, **kwargs}))
+  return helpers.build('fed_avg', **{**defaults, **kwargs})
 
 
 def _trained(received, gradient, num_steps=1):
@@ -176,9 +175,7 @@ def test_padding_is_not_counted():
   spec = models.build_model_spec(
       lambda: keras.Sequential([keras.Input((None, 3)), keras.layers.Dense(4)]),
       input_spec=(tf.TensorSpec([None, 5, 3]), tf.TensorSpec([None, 5], tf.int32)),
-      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
-          from_logits=True, ignore_class=-1
-      ),
+      loss_fn=helpers.loss_with(ignore_class=-1),
   )
   y = tf.constant([[0, 1, 1, -1, -1], [3, 1, -1, -1, -1]])
   np.testing.assert_array_equal(class_counts.count(spec, y), [1, 3, 0, 1])
@@ -223,9 +220,7 @@ def test_a_model_of_probabilities_learns_as_one_of_logits(term):
     process = _process(
         term,
         student_fn=helpers.dense_fn(classes=2, activation=activation),
-        loss_fn=lambda its=from_logits: keras.losses.SparseCategoricalCrossentropy(
-            from_logits=its
-        ),
+        loss_fn=helpers.loss_with(from_logits=from_logits),
     )
     received, found = _one_round(process)
     left.append([a - b for a, b in zip(found, received)])
@@ -279,9 +274,7 @@ def test_counts_stay_at_the_client():
             'RestrictedSoftmax needs one class an example',
         ),
         (
-            lambda: algorithms.build_fd(
-                **helpers.common(), local_terms=[tff_kd.VacantClassDistillation()]
-            ),
+            lambda: helpers.build('fd', local_terms=[tff_kd.VacantClassDistillation()]),
             'compares with the student that the server sends',
         ),
     ],

@@ -134,9 +134,7 @@ def _files(labels, weights=None):
   for k, y in enumerate(labels):
     parts = (_RNG.normal(size=(len(y), helpers.DIM)).astype(np.float32), np.int32(y))
     clients.append(parts if weights is None else (*parts, np.float32(weights[k])))
-  return tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_clients(clients), batch_size=4
-  )
+  return helpers.batches(clients)
 
 
 @pytest.mark.parametrize(
@@ -152,8 +150,8 @@ def _files(labels, weights=None):
 )
 def test_labels_in_files_are_looked_at_before_the_first_round(labels, weights, message):
   batches = _files(labels, weights)
-  build = lambda: tff_kd.algorithms.build_fed_avg(
-      **helpers.common(client_data=batches, input_spec=batches.element_spec)
+  build = lambda: helpers.build(
+      'fed_avg', client_data=batches, input_spec=batches.element_spec
   )
   if message is None:
     build()
@@ -165,9 +163,7 @@ def test_labels_in_files_are_looked_at_before_the_first_round(labels, weights, m
 def test_some_clients_with_wrong_labels_are_named_and_left_out(monkeypatch):
   warnings = []
   monkeypatch.setattr(logging, 'warning', lambda m, *a: warnings.append(m % a))
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(client_data=_files([[0, 2], [1], [3, 1, 0], []]))
-  )
+  process = helpers.build('fed_avg', client_data=_files([[0, 2], [1], [3, 1, 0], []]))
   (warning,) = warnings
   assert '1 of 3 clients' in warning and 'found 0 to 3' in warning
   output = process.next(process.initialize(), [0, 1, 2])
@@ -196,9 +192,7 @@ def test_an_ignored_label_below_0_is_none_of_other_types(dtype, labels):
       helpers.dense_fn(), input_spec=(
           tf.TensorSpec([None, helpers.DIM]), tf.TensorSpec([None], dtype)
       ),
-      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
-          from_logits=True, ignore_class=-1
-      ),
+      loss_fn=helpers.loss_with(ignore_class=-1),
   )
   given = tf.constant(np.array(labels).astype(dtype))
   np.testing.assert_array_equal(
@@ -208,22 +202,14 @@ def test_an_ignored_label_below_0_is_none_of_other_types(dtype, labels):
 
 
 def _task(labels, **kwargs):
-  parts = {name: [0, 1, 2] for name in ('clients', 'transfer', 'validation', 'test')}
-  return tff_kd.data.Task(
-      name='mine', num_classes=3, students={}, teachers={},
-      **{
-          name: tff_kd.data.Examples(np.zeros((3, helpers.DIM), np.float32), np.array(y))
-          for name, y in {**parts, **labels}.items()
-      },
-      **kwargs,
-  )
+  x = np.zeros((3, helpers.DIM), np.float32)
+  parts = {name: tff_kd.data.Examples(x, np.array(y)) for name, y in labels.items()}
+  return helpers.task(tff_kd.data.Examples(x, np.arange(3)), **kwargs, **parts)
 
 
 def test_labels_of_a_task():
   _task({'transfer': [0, 1, -1]}, num_labelled=2)
-  _task({'test': [0, 1, 9]}, loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
-      from_logits=True, ignore_class=9
-  ))
+  _task({'test': [0, 1, 9]}, loss_fn=helpers.loss_with(ignore_class=9))
   for labels, message in (
       ({'clients': [1, 2, 3]}, 'part `clients`, must be from 0 to 2, .* subtract 1'),
       ({'test': [0, 1, 3]}, 'part `test`, must be from 0 to 2, .* found 0 to 3. Mend'),

@@ -21,22 +21,19 @@ def _learning_rate(round_num):
 
 @pytest.fixture(scope='module')
 def batches():
-  return tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_clients(DATA), batch_size=4, num_epochs=2
-  )
+  return helpers.batches(DATA, num_epochs=2)
 
 
-def _build(build, batches, rate, **kwargs):
+def _build(name, batches, rate, **kwargs):
   keras.utils.set_random_seed(0)
-  return build(**helpers.common(
-      client_optimizer=helpers.sgd(rate), client_data=batches, **kwargs
-  ))
+  return helpers.build(
+      name, client_optimizer=helpers.sgd(rate), client_data=batches, **kwargs
+  )
 
 
 @pytest.mark.parametrize('name', ['fed_avg', helpers.slow('fd')])
 def test_each_round_has_its_rate(name, batches):
-  build = tff_kd.algorithms.REGISTRY[name].build
-  scheduled = _build(build, batches, 123.0, learning_rate_fn=_learning_rate)
+  scheduled = _build(name, batches, 123.0, learning_rate_fn=_learning_rate)
   is_private = isinstance(scheduled, tff_kd.StatefulClientsProcess)
 
   def advance(process, state, clients):
@@ -49,7 +46,7 @@ def test_each_round_has_its_rate(name, batches):
     return [c.weights for c in clients] if is_private else state.global_model_weights
 
   # A state carries the optimizer's own rate.
-  constant = _build(build, batches, 123.0)
+  constant = _build(name, batches, 123.0)
   state, clients = scheduled.initialize(), None
   if is_private:
     clients = [scheduled.initialize_client()] * 2
@@ -73,10 +70,7 @@ def test_each_round_has_its_rate(name, batches):
 
 
 def test_the_rate_reaches_clients_that_get_datasets():
-  keras.utils.set_random_seed(0)
-  process = tff_kd.algorithms.build_fed_avg(**helpers.common(
-      learning_rate_fn=lambda n: tf.where(n < 1, 0.1, 0.0)
-  ))
+  process = helpers.build('fed_avg', learning_rate_fn=lambda n: tf.where(n < 1, 0.1, 0.0))
   data = [helpers.dataset(*its) for its in DATA]
   first = process.next(process.initialize(), data).state
   second = process.next(first, data).state
@@ -99,9 +93,7 @@ def test_the_rate_reaches_clients_that_get_datasets():
 )
 def test_an_optimizer_without_a_rate_to_set_is_refused(name, optimizer):
   with pytest.raises(ValueError, match='`learning_rate_fn` needs a TFF optimizer'):
-    tff_kd.algorithms.REGISTRY[name].build(**helpers.common(
-        client_optimizer=optimizer, learning_rate_fn=_learning_rate
-    ))
+    helpers.build(name, client_optimizer=optimizer, learning_rate_fn=_learning_rate)
 
 
 def test_small_and_large_clients_do_equally_many_steps():

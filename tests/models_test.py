@@ -101,10 +101,8 @@ def _all_kinds():
     ],
 )
 def test_every_kind_of_model_trains_on_both_sides(student_fn, teacher_fn):
-  keras.utils.set_random_seed(0)
-  process = tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(student_fn=student_fn),
-      teacher_fn=teacher_fn,
+  process = helpers.build(
+      'fed_distillation', student_fn=student_fn, teacher_fn=teacher_fn,
       transfer_set=tff_kd.TransferSet(helpers.examples(16, 9)[0]),
       distillation=tff_kd.Distillation(num_steps=3, batch_size=8),
       back_distillation=tff_kd.Distillation(
@@ -149,9 +147,10 @@ def test_one_feature_a_position(optimizer):
   build = lambda: keras.Sequential(
       [layers.InputLayer((6, 1)), layers.Dense(helpers.CLASSES)]
   )
-  process = tff_kd.algorithms.build_fed_avg(**helpers.common(
-      student_fn=build, input_spec=batches.element_spec, client_optimizer=optimizer
-  ))
+  process = helpers.build(
+      'fed_avg', student_fn=build, input_spec=batches.element_spec,
+      client_optimizer=optimizer,
+  )
   state = process.initialize()
   model = process.to_keras(state)
   for _ in range(2):
@@ -173,7 +172,7 @@ def test_initial_weights_are_the_builders():
       variable.assign(value)
     return model
 
-  process = tff_kd.algorithms.build_fed_avg(**helpers.common(student_fn=build))
+  process = helpers.build('fed_avg', student_fn=build)
   helpers.assert_weights_close(
       process.initialize().global_model_weights.trainable, trained,
       rtol=0,
@@ -181,9 +180,8 @@ def test_initial_weights_are_the_builders():
 
 
 def test_batch_norm_statistics_are_the_weighted_mean_of_the_clients():
-  keras.utils.set_random_seed(0)
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(student_fn=_batch_norm, client_optimizer=helpers.sgd(0.0)),
+  process = helpers.build(
+      'fed_avg', student_fn=_batch_norm, client_optimizer=helpers.sgd(0.0),
       server_optimizer=tff.learning.optimizers.build_adam(0.1),
   )
   state = process.initialize()
@@ -204,8 +202,7 @@ def test_batch_norm_statistics_are_the_weighted_mean_of_the_clients():
 
 
 def test_frozen_values_never_move_and_never_travel():
-  keras.utils.set_random_seed(0)
-  process = tff_kd.algorithms.build_fed_avg(**helpers.common(student_fn=_frozen))
+  process = helpers.build('fed_avg', student_fn=_frozen)
   state = process.initialize()
   after = process.next(state, [helpers.dataset(*helpers.examples(8, 1))]).state
   # Two of batch norm that trains; neither those of the frozen one nor its weights.
@@ -223,22 +220,14 @@ def test_frozen_values_never_move_and_never_travel():
 
 
 def test_regularization_is_in_the_gradient():
-  keras.utils.set_random_seed(0)
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(student_fn=_regularized)
-  )
+  process = helpers.build('fed_avg', student_fn=_regularized)
   state = process.initialize()
   x, y = helpers.examples(4, 1)
   model = process.to_keras(state)
-  with tf.GradientTape() as tape:
-    loss = helpers.loss_fn()(y, model(x)) + tf.add_n(model.losses)
-  expected = [
-      v - 0.1 * g
-      for v, g in zip(
-          model.trainable_variables,
-          tape.gradient(loss, model.trainable_variables),
-      )
-  ]
+  expected, loss = helpers.eager_step(
+      lambda: helpers.loss_fn()(y, model(x)) + tf.add_n(model.losses),
+      model.trainable_variables,
+  )
   output = process.next(state, [helpers.dataset(x, y)])
   helpers.assert_weights_close(
       output.state.global_model_weights.trainable, expected, atol=1e-6
@@ -249,9 +238,7 @@ def test_regularization_is_in_the_gradient():
 
 
 def test_dropout_acts_in_training_only():
-  spec = tff_kd.models.build_model_spec(
-      _dropout, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn
-  )
+  spec = helpers.model_spec(_dropout)
   x, _ = helpers.examples(64, 0)
 
   def outputs(training, seed):
@@ -290,12 +277,9 @@ def test_several_inputs(kind, mapping_batches):
     elements = collections.OrderedDict(x=x, y=y) if mapping_batches else (x, y)
     return tf.data.Dataset.from_tensor_slices(elements).batch(4)
 
-  process = tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(
-          student_fn=lambda: _two_inputs(kind),
-          input_spec=dataset(2).element_spec,
-      ),
-      teacher_fn=lambda: _two_inputs(kind),
+  process = helpers.build(
+      'fed_distillation', student_fn=lambda: _two_inputs(kind),
+      input_spec=dataset(2).element_spec, teacher_fn=lambda: _two_inputs(kind),
       transfer_set=tff_kd.TransferSet(inputs(10, 0)),
       distillation=tff_kd.Distillation(num_steps=2),
   )
@@ -304,44 +288,15 @@ def test_several_inputs(kind, mapping_batches):
   assert output.metrics['server_distillation']['teacher']['num_targets'] == 10
 
 
-# Sequences of any length are in `outputs_test`.
-@pytest.mark.slow
-def test_sequence_outputs():
-  """[batch, time, classes]: the labels and the predictions are per position."""
-  def build():
-    return keras.Sequential([layers.Embedding(7, 4), layers.Dense(7)])
-
-  def dataset(n):
-    tokens = np.random.default_rng(n).integers(0, 7, (n, 6)).astype(np.int32)
-    return tf.data.Dataset.from_tensor_slices((tokens[:, :-1], tokens[:, 1:])).batch(4)
-
-  public = np.random.default_rng(0).integers(0, 7, (8, 5)).astype(np.int32)
-  process = tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(student_fn=build, input_spec=dataset(2).element_spec),
-      teacher_fn=build,
-      transfer_set=tff_kd.TransferSet(public),
-      distillation=tff_kd.Distillation(num_steps=2),
-  )
-  assert str(process.description.update_type.knowledge) == (
-      '<values=float32[8,5,7],weights=float32[8]>'
-  )
-  output = process.next(process.initialize(), [dataset(6), dataset(9)])
-  assert output.metrics['server_distillation']['teacher']['first_loss'] > 0
-
-
 def test_softmax_models_exchange_log_probabilities():
   """A model with softmax and one with logits, same weights: same round."""
   results = []
   for activation, from_logits in ((None, True), ('softmax', False)):
     keras.utils.set_random_seed(0)
     build = helpers.dense_fn((6,), activation=activation)
-    process = tff_kd.algorithms.build_fed_df(
-        **helpers.common(
-            student_fn=build,
-            loss_fn=lambda f=from_logits: keras.losses.SparseCategoricalCrossentropy(
-                from_logits=f
-            ),
-        ),
+    process = helpers.build(
+        'fed_df', student_fn=build,
+        loss_fn=helpers.loss_with(from_logits=from_logits),
         transfer_set=tff_kd.TransferSet(helpers.examples(12, 0)[0]),
         distillation=tff_kd.Distillation(num_steps=2),
     )
@@ -361,15 +316,12 @@ def test_a_single_sigmoid_logit():
   data = tf.data.Dataset.from_tensor_slices(
       (x, (x[:, :1] > 0).astype(np.float32))
   ).batch(4)
-  keras.utils.set_random_seed(0)
   # What it teaches and learns is in `labels_test`.
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(
-          student_fn=build, input_spec=data.element_spec,
-          client_optimizer=helpers.sgd(0.0),
-          loss_fn=lambda: keras.losses.BinaryCrossentropy(from_logits=True),
-          metrics_fn=lambda: [keras.metrics.BinaryAccuracy(threshold=0.0)],
-      )
+  process = helpers.build(
+      'fed_avg', student_fn=build, input_spec=data.element_spec,
+      client_optimizer=helpers.sgd(0.0),
+      loss_fn=lambda: keras.losses.BinaryCrossentropy(from_logits=True),
+      metrics_fn=lambda: [keras.metrics.BinaryAccuracy(threshold=0.0)],
   )
   state = process.initialize()
   train = process.next(state, [data]).metrics['client_work']['train']
@@ -403,9 +355,7 @@ class _CountOf(keras.metrics.Metric):
 
 
 def test_own_loss_and_metric():
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(loss_fn=_HalfLoss, metrics_fn=lambda: [_CountOf(1)])
-  )
+  process = helpers.build('fed_avg', loss_fn=_HalfLoss, metrics_fn=lambda: [_CountOf(1)])
   state = process.initialize()
   clients = [helpers.examples(n, n) for n in (8, 5)]
   output = process.next(state, [helpers.dataset(x, y) for x, y in clients])
@@ -427,17 +377,8 @@ def test_own_loss_and_metric():
 
 
 def _refused(match, error=ValueError, **kwargs):
-  arguments = {
-      **dict(
-          keras_model_fn=helpers.dense_fn(), input_spec=helpers.INPUT_SPEC,
-          loss_fn=helpers.loss_fn, metrics_fn=None, name='student',
-      ),
-      **kwargs,
-  }
   with pytest.raises(error, match=match):
-    tff_kd.models.build_model_spec(
-        arguments.pop('keras_model_fn'), **arguments
-    )
+    helpers.model_spec(**{'name': 'student', **kwargs})
 
 
 def test_softmax_under_a_from_logits_loss_is_refused():
@@ -460,10 +401,7 @@ def test_softmax_under_a_from_logits_loss_is_refused():
 
 
 def test_logits_under_a_probability_loss_are_refused():
-  _refused(
-      'are not probabilities',
-      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(),
-  )
+  _refused('are not probabilities', loss_fn=helpers.loss_with(from_logits=False))
 
 
 def test_what_is_no_builder_of_a_keras_model_is_refused():
@@ -489,7 +427,7 @@ def test_a_model_made_before_is_used_as_it_is():
   model = helpers.dense_fn((4,))()
   x, _ = helpers.examples(6, 0)
   before = model(x).numpy()
-  process = tff_kd.algorithms.build_fed_avg(**helpers.common(student_fn=lambda: model))
+  process = helpers.build('fed_avg', student_fn=lambda: model)
   state = process.initialize()
   np.testing.assert_allclose(
       process.student_spec.logits(state.global_model_weights, x), before, rtol=1e-6
@@ -500,9 +438,8 @@ def test_a_model_made_before_is_used_as_it_is():
 
 def test_pairs_with_other_outputs_are_refused():
   with pytest.raises(ValueError, match=r'same shape.*\(3,\).*\(4,\)'):
-    tff_kd.algorithms.build_fed_distillation(
-        **helpers.common(),
-        teacher_fn=helpers.dense_fn(classes=4),
+    helpers.build(
+        'fed_distillation', teacher_fn=helpers.dense_fn(classes=4),
         transfer_set=tff_kd.TransferSet(helpers.examples(4, 0)[0]),
     )
 
@@ -516,29 +453,11 @@ def test_specs_that_do_not_fit_are_refused():
       'batch dimension',
       input_spec=tf.data.Dataset.from_tensor_slices((x, y)).element_spec,
   )
-  _refused('pair', input_spec=helpers.dataset(x, y).element_spec[0])
   _refused(
       'does not take labels',
       input_spec=helpers.dataset(x, np.zeros([8, 7], 'f')).element_spec,
   )
-  _refused(
-      'one output tensor',
-      keras_model_fn=lambda: keras.Model(
-          inputs := layers.Input((helpers.DIM,)),
-          [layers.Dense(3)(inputs), layers.Dense(2)(inputs)],
-      ),
-  )
-  _refused(
-      'must return a scalar',
-      loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
-          from_logits=True, reduction='none'
-      ),
-  )
-  _refused('loss_fn', TypeError, loss_fn=lambda: 'mse')
-  _refused(
-      'named',
-      metrics_fn=lambda: [keras.metrics.Mean(name='a')] * 2,
-  )
+  _refused('must return a scalar', loss_fn=helpers.loss_with(reduction='none'))
 
 
 @pytest.mark.parametrize(

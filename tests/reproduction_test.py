@@ -1,6 +1,5 @@
 """Published results, from their own commands. Long: `make slow`."""
 
-import csv
 import json
 import os
 import subprocess
@@ -15,8 +14,7 @@ _ROUNDS = 30
 
 
 def _column(path, name):
-  with open(path, newline='') as file:
-    return np.array([float(row[name]) for row in csv.DictReader(file)])
+  return np.array([float(row[name]) for row in helpers.rows(path)])
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ import collections
 import hypothesis
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
-import keras
 import numpy as np
 import pytest
 import scipy.stats
@@ -174,13 +173,6 @@ def test_of_predictions_the_missing_do_not_count():
             ),
             'no predictions',
         ),
-        (
-            lambda: tff_kd.algorithms.build_fd(
-                **helpers.common(),
-                knowledge_aggregator=robust.NormBoundFactory(1.0),
-            ),
-            'own part',
-        ),
     ],
 )
 def test_what_cannot_be_is_refused(build, said):
@@ -195,9 +187,7 @@ def _fed_df(**kwargs):
       student_optimizer=helpers.sgd(),
       distillation=tff_kd.Distillation(num_steps=2, batch_size=4),
   )
-  return tff_kd.algorithms.build_fed_df(
-      **helpers.common(**{**defaults, **kwargs})
-  )
+  return helpers.build('fed_df', **{**defaults, **kwargs})
 
 
 _BOUNDED = dict(
@@ -288,10 +278,8 @@ def test_tffs_own_robust_mean_takes_both_channels():
 
 @pytest.mark.parametrize('name', ['fed_md', helpers.slow('ds_fl')])
 def test_algorithms_of_predictions_alone_take_them(name):
-  keras.utils.set_random_seed(0)
-  process = tff_kd.algorithms.REGISTRY[name].build(
-      **helpers.common(),
-      transfer_set=tff_kd.TransferSet(helpers.examples(12, 99)[0]),
+  process = helpers.build(
+      name, transfer_set=tff_kd.TransferSet(helpers.examples(12, 99)[0]),
       knowledge_aggregator=robust.NormBoundFactory(
           50.0, robust.TrimmedMeanFactory(8)
       ),

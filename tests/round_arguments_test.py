@@ -1,6 +1,6 @@
 """What a round is given for its clients: taken, or refused in a sentence before it."""
 
-import threading
+from concurrent import futures
 
 import keras
 import numpy as np
@@ -15,20 +15,17 @@ _CLIENTS = [helpers.examples(n, n) for n in (6, 4, 5)]
 
 @pytest.fixture(scope='module')
 def batches():
-  return tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_clients(_CLIENTS), batch_size=4, shuffle=False
-  )
+  return helpers.batches(_CLIENTS, shuffle=False)
 
 
 @pytest.fixture(scope='module')
 def by_number(batches):
   keras.utils.set_random_seed(0)
-  return tff_kd.algorithms.build_fed_avg(**helpers.common(client_data=batches))
+  return helpers.build('fed_avg', client_data=batches)
 
 
 @pytest.fixture(scope='module')
 def by_dataset():
-  keras.utils.set_random_seed(0)
   return helpers.fed_avg()
 
 
@@ -111,6 +108,7 @@ _X, _Y = _CLIENTS[0]
             'must have batches like .* the `input_spec`, found',
         ),
         ([helpers.dataset(_X, _Y.astype(np.int64))], 'int32.*found .*int64'),
+        ([helpers.dataset(_X[:, :3], _Y)], r'Client 0 .*\(None, 5\).*\(None, 3\)'),
         (
             [tf.data.Dataset.from_tensors((_X, _Y, np.ones(6, np.float32)))],
             'must have batches like',
@@ -173,9 +171,7 @@ def test_a_spec_without_ranks_is_refused():
       lambda: [(_X, _Y)], output_types=(tf.float32, tf.int32)
   )
   with pytest.raises(ValueError, match='how many dimensions .*`output_signature`'):
-    tff_kd.algorithms.build_fed_avg(
-        **helpers.common(input_spec=dataset.element_spec)
-    )
+    helpers.build('fed_avg', input_spec=dataset.element_spec)
 
 
 def test_keys_in_another_order():
@@ -183,13 +179,8 @@ def test_keys_in_another_order():
   w = np.ones(len(y), np.float32)
   parts = {'y': y, 'x': x, 'sample_weight': w}
   dataset = tf.data.Dataset.from_tensor_slices(parts).batch(4)
-  keras.utils.set_random_seed(0)
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(input_spec=dataset.element_spec)
-  )
-  batches = tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_clients([parts]), batch_size=4, shuffle=False
-  )
+  process = helpers.build('fed_avg', input_spec=dataset.element_spec)
+  batches = helpers.batches([parts], shuffle=False)
   helpers.assert_weights_close(
       _weights(process, [dataset]), _weights(process, [batches.dataset(0)]), rtol=0
   )
@@ -199,16 +190,8 @@ def test_keys_in_another_order():
 def test_rounds_in_other_threads(kind, request):
   process = request.getfixturevalue(kind)
   clients = [0, 2] if kind == 'by_number' else _datasets((0, 2))
-  found = [None] * 3
-
-  def run(place):
-    found[place] = _weights(process, clients)
-
-  threads = [threading.Thread(target=run, args=[place]) for place in range(3)]
-  for thread in threads:
-    thread.start()
-  for thread in threads:
-    thread.join()
+  with futures.ThreadPoolExecutor(3) as pool:
+    found = list(pool.map(lambda _: _weights(process, clients), range(3)))
   for weights in found:
     helpers.assert_weights_close(weights, _weights(process, clients), rtol=0)
 
@@ -230,8 +213,8 @@ def test_participation_of_clients_that_are_not_there(by_number, by_dataset):
 
 
 def test_cohorts_and_conditions(batches):
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))]),
+  process = helpers.build(
+      'fed_df', student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))],
       client_data=batches, reporting=tff_kd.Reporting(),
       transfer_set=tff_kd.TransferSet(_X),
       distillation=tff_kd.Distillation(num_steps=1, batch_size=4),

@@ -7,17 +7,13 @@ import tensorflow as tf
 
 from tests import helpers
 import tff_kd
-from tff_kd import algorithms
-
-_ROUNDS = 2
 
 
 @pytest.fixture(scope='module')
 def batches():
-  data = tff_kd.FileClientData.from_clients(
-      [helpers.examples(n, n) for n in (9, 4, 12)]
+  return helpers.batches(
+      [helpers.examples(n, n) for n in (9, 4, 12)], num_epochs=2, seed=0
   )
-  return tff_kd.ClientBatches(data=data, batch_size=4, num_epochs=2, seed=0)
 
 
 def _student_fn():
@@ -32,38 +28,18 @@ def _student_fn():
 
 def build(name, batches):
   keras.utils.set_random_seed(0)
-  algorithm = algorithms.REGISTRY[name]
   parts = dict(
-      transfer_set=tff_kd.TransferSet(helpers.examples(16, 99)[0]),
-      teacher_fn=helpers.dense_fn((7,)),
-      mentor_fn=helpers.dense_fn((6,)),
-      generator_steps=3,
+      transfer_set=lambda: tff_kd.TransferSet(helpers.examples(16, 99)[0]),
+      teacher_fn=lambda: helpers.dense_fn((7,)),
+      mentor_fn=lambda: helpers.dense_fn((6,)),
+      generator_steps=lambda: 3,
       # The server divides by it, and so multiplies what is rounded.
-      dynamic_weight=1.0,
+      dynamic_weight=lambda: 1.0,
   )
-  return algorithm.build(
-      **helpers.common(
-          student_fn=_student_fn,
-          input_spec=batches.element_spec,
-          client_data=batches,
-          seed=3,
-      ),
-      **{name: part for name, part in parts.items() if name in algorithm.parameters},
+  return helpers.build_with_parts(
+      name, parts, student_fn=_student_fn, input_spec=batches.element_spec,
+      client_data=batches, seed=3,
   )
-
-
-def _rounds(process):
-  state = process.initialize()
-  if not isinstance(process, tff_kd.StatefulClientsProcess):
-    for _ in range(_ROUNDS):
-      output = process.next(state, [0, 1, 2])
-      state = output.state
-    return state, output.metrics
-  kept = [process.initialize_client() for _ in range(3)]
-  for _ in range(_ROUNDS):
-    output = process.next(state, [0, 1, 2], kept)
-    state, kept = output.state, output.client_states
-  return state, output.metrics, kept
 
 
 @pytest.mark.parametrize(
@@ -78,9 +54,9 @@ def _rounds(process):
 )
 def test_both_runtimes_give_the_same_rounds(name, batches):
   process = build(name, batches)
-  here = _rounds(process)
+  here, _ = helpers.rounds(process, [0, 1, 2])
   with tff_kd.runtime.tff_worker():
-    there = _rounds(process)
+    there, _ = helpers.rounds(process, [0, 1, 2])
   tf.nest.assert_same_structure(here, there)
   for found, expected in zip(tf.nest.flatten(here), tf.nest.flatten(there)):
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

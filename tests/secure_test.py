@@ -7,7 +7,6 @@ from tff_kd.compat import tff
 
 from tests import helpers
 import tff_kd
-from tff_kd import algorithms
 from tff_kd import knowledge
 from tff_kd import privacy
 
@@ -19,14 +18,11 @@ _BITS = dict(bits=16, model_bound=40.0, knowledge_bound=400.0, max_clients=4)
 
 @helpers.shared
 def _build(name, **kwargs):
-  common = helpers.common(**kwargs)
-  if name != 'fed_avg' and name != 'fd':
-    common['transfer_set'] = _TRANSFER
-  if name == 'fed_distillation':
-    common['teacher_fn'] = helpers.dense_fn((6,))
-  if name == 'fed_aux':
-    common.update(negatives=helpers.examples(12, 98)[0], epsilon=None)
-  return getattr(algorithms, f'build_{name}')(**common)
+  parts = dict(
+      transfer_set=lambda: _TRANSFER, teacher_fn=lambda: helpers.dense_fn((6,)),
+      negatives=lambda: helpers.examples(12, 98)[0], epsilon=lambda: None,
+  )
+  return helpers.build_with_parts(name, parts, **kwargs)
 
 
 def _sum(secure, values, bound):
@@ -117,8 +113,7 @@ def test_one_more_client_than_the_modulus_is_for_wraps_around():
 
 
 def test_a_round_of_more_clients_is_refused():
-  data = tff_kd.FileClientData.from_clients([helpers.examples(6, k) for k in range(4)])
-  batches = tff_kd.ClientBatches(data=data, batch_size=4)
+  batches = helpers.batches([helpers.examples(6, k) for k in range(4)])
   process = _build(
       'fed_avg', client_data=batches,
       secure_aggregation=privacy.SecureAggregation(
@@ -157,18 +152,17 @@ def test_the_ledger_counts_elements_of_the_group(bits, needed):
 
 @pytest.mark.parametrize('name', ['fed_avg', *helpers.slow_each('fed_df', 'fed_aux')])
 def test_private_and_secure(name):
-  uniform = tff.learning.ClientWeighting.UNIFORM
   dp = privacy.DifferentialPrivacy(
       noise_multiplier=0.0, clients_per_round=4, model_clip=0.05, knowledge_clip=3.0
   )
   both = _build(
-      name, client_weighting=uniform, privacy=dp,
+      name, client_weighting=_UNIFORM, privacy=dp,
       secure_aggregation=privacy.SecureAggregation(),
   )
   tff.test.assert_not_contains_unsecure_aggregation(both.next)
   found, _ = helpers.rounds(both, _CLIENTS)
   expected, _ = helpers.rounds(
-      _build(name, client_weighting=uniform, privacy=dp), _CLIENTS
+      _build(name, client_weighting=_UNIFORM, privacy=dp), _CLIENTS
   )
   helpers.assert_weights_close(
       found.state.global_model_weights, expected.state.global_model_weights, atol=1e-3

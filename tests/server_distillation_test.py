@@ -4,7 +4,6 @@ import keras
 import numpy as np
 import pytest
 import tensorflow as tf
-from tff_kd.compat import tff
 
 import tff_kd
 from tests import helpers
@@ -14,18 +13,12 @@ from tff_kd.models import cohorts
 from tff_kd.server import distill
 
 
-def _spec(name, build):
-  return models.build_model_spec(
-      build, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn, name=name
-  )
-
-
-def _run(distillation, *, labelled=False, validation=8, rate=0.1, payload=None,
-         learner='student', label_mask=None):
+def _run(distillation, *, labelled=False, validation=8, rate=0.1, payload=(),
+         label_mask=None):
   """One run of a single stage, the student a fixed linear model."""
   keras.utils.set_random_seed(3)
-  student = _spec('student', helpers.dense_fn())
-  teacher = _spec('teacher', helpers.dense_fn((8,)))
+  student = helpers.model_spec(name='student')
+  teacher = helpers.model_spec(helpers.dense_fn((8,)), name='teacher')
   x, y = helpers.examples(24, 0)
   if label_mask is not None:
     # Unknown labels may be anything; those that are known can be learned.
@@ -33,25 +26,14 @@ def _run(distillation, *, labelled=False, validation=8, rate=0.1, payload=None,
   transfer = tff_kd.TransferSet(
       x, y if labelled else None, label_mask=label_mask, validation_size=validation
   )
-  stage = distill.DistillationStage(
-      learner, helpers.sgd(rate, 0.9), distillation
-  )
+  stage = distill.DistillationStage('student', helpers.sgd(rate, 0.9), distillation)
   process = distill.build_server_distillation(
       cohorts.as_students(student), teacher, transfer, [stage]
   )
   weights = distill.ServerModels(
       student.initial_weights, teacher.initial_weights
   )
-
-  @tff.federated_computation(process.next.type_signature.parameter)
-  def run(args):
-    return process.next(*[args[i] for i in range(4)])
-
-  output = run(
-      process.initialize(), weights, payload if payload is not None else (),
-      np.int32(0),
-  )
-  return output, weights
+  return helpers.distil_once(process, weights, payload), weights
 
 
 def test_distillation_that_harms_is_rolled_back():
@@ -204,7 +186,7 @@ def test_batch_order_uses_every_row_equally():
 
 
 def test_prediction_in_batches_equals_prediction_at_once():
-  spec = _spec('student', helpers.dense_fn((6,)))
+  spec = helpers.model_spec(helpers.dense_fn((6,)), name='student')
   model = models.BoundModel(spec, spec.values(spec.initial_weights))
   for n in (3, 512, 513, 1024, 1300):
     x = helpers.examples(n, n)[0]

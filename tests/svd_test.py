@@ -8,7 +8,6 @@ import tensorflow as tf
 from tff_kd.compat import tff
 
 from tests import helpers
-import tff_kd
 from tff_kd.aggregators import robust
 from tff_kd.aggregators import svd
 
@@ -120,8 +119,8 @@ def test_bad_numbers(kwargs, match):
     [
         lambda inner: svd.TruncatedSvdFactory(inner_factory=inner),
         lambda inner: robust.NormBoundFactory(1.0, inner),
-        lambda inner: tff_kd.algorithms.build_fed_kd(
-            **helpers.common(model_aggregator=inner), mentor_fn=helpers.dense_fn()
+        lambda inner: helpers.build(
+            'fed_kd', model_aggregator=inner, mentor_fn=helpers.dense_fn()
         ),
     ],
 )

@@ -30,10 +30,6 @@ from tff_kd import evaluation
 from tff_kd import models
 
 
-def _run(module, *args):
-  return helpers.script(f'pipelines.{module}', *args)
-
-
 @pytest.fixture(scope='module')
 def data_dir(tmp_path_factory):
   """Three blobs; each client has two of them."""
@@ -66,12 +62,11 @@ def many_dir(tmp_path_factory):
 @pytest.fixture(scope='module')
 def own_run(data_dir, tmp_path_factory):
   folder = tmp_path_factory.mktemp('run')
-  done = _run(
-      'train', '--task=examples/own_task.py', f'--data_dir={data_dir}', '--rounds=6',
+  done = helpers.train(
+      '--task=examples/own_task.py', f'--data_dir={data_dir}', '--rounds=6',
       f'--output_dir={folder}', f'--cache_dir={folder / "cache"}',
       '--nocompare_with_fed_avg', '--rounds_per_checkpoint=6',
   )
-  assert done.returncode == 0, done.stderr
   assert '5 clients with 160 examples, 5 a round; transfer 60 (60 with' in done.stdout
   return folder
 
@@ -255,7 +250,7 @@ def load(*, data_dir, **kwargs):
 def test_a_task_names_its_metrics(tmp_path):
   (tmp_path / 'own.py').write_text(_METRICS_TASK)
   run = tmp_path / 'run'
-  printed, bar = helpers.train_here_with_bar(
+  printed, bar = helpers.run_here(
       f'--task={tmp_path / "own.py"}', f'--output_dir={run}', '--server_steps=2',
       '--back_steps=2', '--client_learning_rate=0.5', f'--cache_dir={tmp_path}',
       '--rounds=3',
@@ -280,8 +275,7 @@ def test_a_task_names_its_metrics(tmp_path):
 
 
 def test_evaluate(own_run):
-  done = _run('evaluate', f'--run={own_run}')
-  assert done.returncode == 0, done.stderr
+  done = helpers.script('pipelines.evaluate', f'--run={own_run}')
   report = json.loads((own_run / 'evaluation' / 'report.json').read_text())
   best = json.loads((own_run / 'results.json').read_text())['best']
   for name in ('student', 'teacher'):
@@ -319,13 +313,11 @@ def _softmax_model():
   )
 
 
-def test_a_tasks_own_scores_are_of_what_models_return():
-  rng = np.random.default_rng(0)
-  x = rng.normal(size=(6, 2)).astype(np.float32)
-  examples = data.Examples(x, np.arange(6, dtype=np.int32) % 3)
-  task = data.Task(
-      name='own', clients=examples, transfer=examples, validation=examples,
-      test=examples, students={}, teachers={}, num_classes=3,
+def _released(name):
+  """A task, and a model of it that a run has left."""
+  x = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
+  task = helpers.task(
+      data.Examples(x, np.arange(6, dtype=np.int32) % 3),
       loss_fn=keras.losses.SparseCategoricalCrossentropy,
       scores_fn=lambda predict: {'sum': float(predict(x).sum())},
   )
@@ -333,10 +325,15 @@ def test_a_tasks_own_scores_are_of_what_models_return():
       _softmax_model, input_spec=task.input_spec, loss_fn=task.loss_fn
   )
   model = spec.to_keras(spec.initial_weights)
-  one = released.Released('student', None, model, spec, spec.initial_weights)
+  return task, released.Released(name, None, model, spec, spec.initial_weights)
+
+
+def test_a_tasks_own_scores_are_of_what_models_return():
+  task, one = _released('student')
+  spec = one.spec
   evaluator = evaluation.CentralEvaluator(spec)
-  scores = [evaluate_job._evaluate(one, task, examples, []).scores]
-  scores.append(centralized_job._test_scores(task, evaluator, model))
+  scores = [evaluate_job._evaluate(one, task, task.test, []).scores]
+  scores.append(centralized_job._test_scores(task, evaluator, one.keras_model))
   scores.append(
       train_report._further_scores(
           types.SimpleNamespace(
@@ -393,8 +390,7 @@ def test_evaluate_shows_models_with_other_scores_and_without_numbers(capsys, tmp
 
 
 def test_export(own_run):
-  done = _run('export', f'--run={own_run}', '--examples=40')
-  assert done.returncode == 0, done.stderr
+  helpers.script('pipelines.export', f'--run={own_run}', '--examples=40')
   files = json.loads((own_run / 'export' / 'export.json').read_text())['files']
   assert len(files) == 10
   for its in files.values():
@@ -409,21 +405,9 @@ def test_export(own_run):
 
 @pytest.mark.parametrize('name', ['saved_model', 'keras'])
 def test_a_clients_name_may_be_a_path(name, tmp_path):
-  x = np.random.default_rng(0).normal(size=(6, 2)).astype(np.float32)
-  examples = data.Examples(x, np.arange(6, dtype=np.int32) % 3)
-  task = data.Task(
-      name='own', clients=examples, transfer=examples, validation=examples,
-      test=examples, students={}, teachers={}, num_classes=3,
-      loss_fn=keras.losses.SparseCategoricalCrossentropy,
-  )
-  spec = models.build_model_spec(
-      _softmax_model, input_spec=task.input_spec, loss_fn=task.loss_fn
-  )
-  model = spec.to_keras(spec.initial_weights)
-  one = released.Released('client_a/b%2F', None, model, spec, spec.initial_weights)
-  exported = export_job._export(
-      name, one, tmp_path, task, examples, released.predict(model, x)
-  )
+  task, one = _released('client_a/b%2F')
+  expected = released.predict(one.keras_model, task.test.inputs)
+  exported = export_job._export(name, one, tmp_path, task, task.test, expected)
   assert exported.path.parent == tmp_path
   assert exported.path.name.startswith('client_a%2Fb%252F')
   assert exported.agreement == 1.0
@@ -485,6 +469,12 @@ def test_onnx_that_is_not_installed_is_said(monkeypatch, capsys):
   assert '`pip install tf2onnx onnxruntime`' in said
 
 
+def _written(write, model, path, inputs):
+  """The outputs of a model's file, which is written by the look of these inputs."""
+  transfer = data.Examples(inputs, np.zeros(len(tf.nest.flatten(inputs)[0])))
+  return write(model, path, types.SimpleNamespace(transfer=transfer))(inputs)
+
+
 def _onnx_models():
   """One model a kind of inputs: arrays, sequences, several by name."""
   layers = keras.layers
@@ -515,10 +505,8 @@ def test_onnx_gives_the_outputs_of_the_model(kind, tmp_path):
       'image': floats(20, 6, 6, 1), 'text': rng.integers(0, 7, (20, 9)).astype(np.int32),
       'named': {'first': floats(20, 4), 'second': floats(20, 2)},
   }[kind]
-  model = _onnx_models()[kind]
-  task = types.SimpleNamespace(transfer=data.Examples(inputs, np.zeros(20)))
-  path = tmp_path / 'model.onnx'
-  outputs = export_job._write_onnx(model, path, task)(inputs)
+  model, path = _onnx_models()[kind], tmp_path / 'model.onnx'
+  outputs = _written(export_job._write_onnx, model, path, inputs)
   assert outputs.dtype == np.float32
   expected = model.predict(inputs, verbose=0)
   tolerance = 0.01 if kind == 'text' else 1e-5  # That one computes in 16 bits.
@@ -527,18 +515,6 @@ def test_onnx_gives_the_outputs_of_the_model(kind, tmp_path):
   names = ['first', 'second'] if kind == 'named' else ['inputs']
   assert [each.name for each in session.get_inputs()] == names
   assert [each.name for each in session.get_outputs()] == ['outputs']
-
-
-def test_what_onnx_does_not_take_is_said(tmp_path):
-  pytest.importorskip('tf2onnx')
-  pytest.importorskip('onnxruntime')
-  inputs = keras.Input((2, 2))
-  outputs = keras.layers.Flatten()(keras.ops.linalg.inv(inputs))
-  model = keras.Model(inputs, outputs, name='inverse')
-  examples = data.Examples(np.eye(2, dtype=np.float32)[None], np.zeros(1))
-  task = types.SimpleNamespace(transfer=examples)
-  with pytest.raises(UserError, match='ONNX does not take the model inverse.*--formats'):
-    export_job._write_onnx(model, tmp_path / 'file.onnx', task)
 
 
 # A GRU's loop is in the next test, too.
@@ -551,18 +527,13 @@ def test_recurrent_models(kind, tmp_path):
   model = keras.Model(inputs, keras.layers.Dense(9)(x))
   # What cuDNN computes has no other device.
   assert export_job._copy(model).layers[2].use_cudnn is False
-  rng = np.random.default_rng(0)
-  examples = data.Examples(
-      rng.integers(0, 9, (20, 20)).astype(np.int32),
-      rng.integers(0, 9, (20, 20)).astype(np.int32),
-  )
-  task = types.SimpleNamespace(transfer=examples)
-  expected = model.predict(examples.inputs, verbose=0)
+  tokens = np.random.default_rng(0).integers(0, 9, (20, 20)).astype(np.int32)
+  expected = model.predict(tokens, verbose=0)
   sizes = {}
   for name, tolerance in (('tflite', 1e-5), ('int8_weights', 0.05), ('int8', 0.1)):
     suffix, write = export_job._FORMATS[name]
     path = tmp_path / f'model{suffix}'
-    outputs = write(model, path, task)(examples.inputs)
+    outputs = _written(write, model, path, tokens)
     np.testing.assert_allclose(outputs, expected, atol=tolerance)
     sizes[name] = path.stat().st_size
   assert sizes['int8_weights'] < sizes['tflite']
@@ -576,14 +547,12 @@ def test_another_policy_and_a_loop_in_a_layer(tmp_path):
   inputs = keras.Input((10, 3), dtype='float32')
   x = layers.Bidirectional(layers.GRU(4, dtype='mixed_float16'), dtype='mixed_float16')
   model = keras.Model(inputs, layers.Dense(3, dtype='mixed_float16')(x(inputs)))
-  rng = np.random.default_rng(0)
-  examples = data.Examples(rng.normal(size=(20, 10, 3)).astype(np.float32), np.zeros(20))
-  task = types.SimpleNamespace(transfer=examples)
-  expected = model.predict(examples.inputs, verbose=0)
+  given = np.random.default_rng(0).normal(size=(20, 10, 3)).astype(np.float32)
+  expected = model.predict(given, verbose=0)
   assert expected.dtype == np.float16
   for name in ('keras', 'saved_model', 'tflite', 'int8_weights', 'int8'):
     suffix, write = export_job._FORMATS[name]
-    outputs = write(model, tmp_path / f'model{suffix}', task)(examples.inputs)
+    outputs = _written(write, model, tmp_path / f'model{suffix}', given)
     assert outputs.dtype == np.float32
     np.testing.assert_allclose(outputs, expected, atol=0.05)
   assert not x.forward_layer.unroll  # The model is as before.
@@ -595,21 +564,29 @@ def test_tables_are_in_the_files(tmp_path):
   inputs = keras.Input((2,), dtype='int64')
   x = keras.layers.Flatten()(keras.layers.Embedding(4, 3)(lookup(inputs)))
   model = keras.Model(inputs, keras.layers.Dense(3)(x))
-  examples = data.Examples(np.array([[7, 5], [5, 9]]), np.zeros(2))
-  expected = model.predict(examples.inputs, verbose=0)
-  task = types.SimpleNamespace(transfer=examples)
-  predict = export_job._write_saved_model(model, tmp_path / 'saved', task)
-  np.testing.assert_allclose(predict(examples.inputs), expected, atol=1e-6)
+  given = np.array([[7, 5], [5, 9]])
+  found = _written(export_job._write_saved_model, model, tmp_path / 'saved', given)
+  np.testing.assert_allclose(found, model.predict(given, verbose=0), atol=1e-6)
 
 
-def test_what_tflite_does_not_take_is_said(tmp_path):
+@pytest.mark.parametrize(
+    'write, needed, message',
+    [
+        (export_job._write_tflite, (), 'inverse .it has no MatrixInverse.*--formats'),
+        (
+            export_job._write_onnx, ('tf2onnx', 'onnxruntime'),
+            'ONNX does not take the model inverse.*--formats',
+        ),
+    ],
+)
+def test_what_a_format_does_not_take_is_said(write, needed, message, tmp_path):
+  for package in needed:
+    pytest.importorskip(package)
   inputs = keras.Input((2, 2))
   outputs = keras.layers.Flatten()(keras.ops.linalg.inv(inputs))
   model = keras.Model(inputs, outputs, name='inverse')
-  examples = data.Examples(np.eye(2, dtype=np.float32)[None], np.zeros(1))
-  task = types.SimpleNamespace(transfer=examples)
-  with pytest.raises(UserError, match='inverse .it has no MatrixInverse.*--formats'):
-    export_job._write_tflite(model, tmp_path / 'file.tflite', task)
+  with pytest.raises(UserError, match=message):
+    _written(write, model, tmp_path / 'file', np.eye(2, dtype=np.float32)[None])
 
 
 @pytest.mark.parametrize('flag', ['--alpha=1', '--partition=iid'])
@@ -662,7 +639,6 @@ def test_more_clients_than_the_data_have_are_refused(data_dir):
     ],
 )
 def test_wrong_usage_is_a_sentence(module, args, message):
-  done = _run(module, *args)
-  assert done.returncode == 1, (done.stdout, done.stderr)
+  done = helpers.script(f'pipelines.{module}', *args, status=1)
   assert message in done.stderr + done.stdout
   assert 'Traceback' not in done.stderr

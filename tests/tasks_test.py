@@ -13,6 +13,7 @@ from tensorflow_federated.python.simulation.baselines.shakespeare import (
     char_prediction_preprocessing as tff_shakespeare,
 )
 
+from tests import helpers
 from tff_kd import data
 from tff_kd.data.tasks import downloads
 from tff_kd.data.tasks import emnist
@@ -258,10 +259,7 @@ def test_keras_datasets(name, monkeypatch):
 
 def _small_task(labels, num_classes=3, **kwargs):
   part = data.Examples(np.zeros((len(labels), 2), np.float32), np.asarray(labels))
-  return data.Task(
-      name='small', clients=part, transfer=part, validation=part, test=part,
-      students={}, teachers={}, num_classes=num_classes, **kwargs,
-  )
+  return helpers.task(part, num_classes=num_classes, **kwargs)
 
 
 def test_what_a_task_is_measured_by():

@@ -222,7 +222,7 @@ def test_an_interrupted_run_prints_how_to_go_on(tmp_path, monkeypatch):
   arguments = [*_FED_AVG, '--rounds_per_checkpoint=3', f'--output_dir={folder}']
   with monkeypatch.context() as patch:
     patch.setattr(train_evaluation.Evaluation, '__call__', interrupted_in_round_2)
-    _, said = helpers._train_here(arguments, 130)
+    _, said = helpers.run_here(*arguments, status=130)
   command = said.rpartition('To go on: ')[2].strip()
   words = shlex.split(command)
   assert words[:3] == ['python', '-m', 'pipelines.train']

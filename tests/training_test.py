@@ -21,11 +21,21 @@ def process():
 
 
 def _averaging(**kwargs):
-  return tff_kd.algorithms.build_fed_avg(**helpers.common(**kwargs))
+  return helpers.build('fed_avg', **kwargs)
+
+
+def _csv(folder):
+  return tff.program.CSVFileReleaseManager(folder / 'metrics.csv', key_fieldname='round')
 
 
 def _data(round_num):
   return [helpers.dataset(*helpers.examples(6, round_num))]
+
+
+def _train(process, num_rounds, select_clients=_data, **kwargs):
+  return simulation.train(
+      process, select_clients=select_clients, num_rounds=num_rounds, **kwargs
+  )
 
 
 def _scripted(values):
@@ -35,10 +45,7 @@ def _scripted(values):
 
 def test_stops_at_convergence_with_the_best_state(process):
   scores = [0.1, 0.5, 0.4, math.nan, 0.5, 0.6]
-  result = simulation.train(
-      process, select_clients=_data, num_rounds=6, evaluate=_scripted(scores),
-      monitor='score', patience=3,
-  )
+  result = _train(process, 6, evaluate=_scripted(scores), monitor='score', patience=3)
   assert result.converged and result.round_num == 5 and result.best_round == 2
   assert result.state.round_num == 5 and result.best_state.round_num == 2
   assert len(result.history) == 5
@@ -48,15 +55,12 @@ def test_stops_at_convergence_with_the_best_state(process):
 
 
 def test_rounds_end_it_first(process):
-  result = simulation.train(
-      process, select_clients=_data, num_rounds=2,
-      evaluate=_scripted([0.3, 0.2]), monitor='score', patience=3,
-  )
+  result = _train(process, 2, evaluate=_scripted([0.3, 0.2]), monitor='score', patience=3)
   assert not result.converged and result.round_num == 2 and result.best_round == 1
 
 
 def test_nothing_monitored_keeps_the_last(process):
-  result = simulation.train(process, select_clients=_data, num_rounds=2)
+  result = _train(process, 2)
   assert result.best_round == 2 and result.best_state is result.state
 
 
@@ -64,19 +68,14 @@ def test_nothing_monitored_keeps_the_last(process):
 def test_a_resumed_run_is_exact(process, tmp_path, rounds_per_saving):
   scores = [0.1, 0.5, 0.4, 0.2, 0.3]
   kwargs = dict(
-      select_clients=_data, evaluate=_scripted(scores), monitor='score',
-      rounds_per_saving=rounds_per_saving,
+      evaluate=_scripted(scores), monitor='score', rounds_per_saving=rounds_per_saving
   )
-  whole = simulation.train(process, num_rounds=5, **kwargs)
+  whole = _train(process, 5, **kwargs)
   files = dict(
       program_state_manager=tff.program.FileProgramStateManager(
           tmp_path, keep_total=2, keep_first=False
       ),
-      release_managers=[
-          tff.program.CSVFileReleaseManager(
-              tmp_path / 'metrics.csv', key_fieldname='round'
-          )
-      ],
+      release_managers=[_csv(tmp_path)],
   )
   calls = []
 
@@ -87,17 +86,15 @@ def test_a_resumed_run_is_exact(process, tmp_path, rounds_per_saving):
     return _data(round_num)
 
   with pytest.raises(RuntimeError, match='killed'):
-    simulation.train(
-        process, num_rounds=5, **files, **{**kwargs, 'select_clients': fails_in_round_4}
-    )
-  resumed = simulation.train(process, num_rounds=5, **files, **kwargs)
+    _train(process, 5, select_clients=fails_in_round_4, **files, **kwargs)
+  resumed = _train(process, 5, **files, **kwargs)
   assert len(resumed.history) == 5 - (3 if rounds_per_saving == 1 else 2)
   assert resumed.best_round == whole.best_round == 2
   helpers.assert_weights_close(resumed.state, whole.state, rtol=0)
   helpers.assert_weights_close(resumed.best_state, whole.best_state, rtol=0)
   lines = (tmp_path / 'metrics.csv').read_text().splitlines()
   assert len(lines) == 1 + 5
-  finished = simulation.train(process, num_rounds=5, **files, **kwargs)
+  finished = _train(process, 5, **files, **kwargs)
   assert finished.history == [] and finished.best_round == 2
 
 
@@ -112,12 +109,12 @@ def test_a_resumed_run_with_another_metric_chooses_the_best_anew(
     return {'score': scores[round_num], 'error': errors[round_num]}
 
   evaluate.metric_names = ('score', 'error')
-  kwargs = dict(select_clients=_data, evaluate=evaluate)
-  kwargs['program_state_manager'] = simulation.Checkpoints(tmp_path)
-  result = simulation.train(process, num_rounds=2, monitor='score', **kwargs)
+  saved = simulation.Checkpoints(tmp_path)
+  kwargs = dict(evaluate=evaluate, program_state_manager=saved)
+  result = _train(process, 2, monitor='score', **kwargs)
   assert result.best_round == 1
   changed = dict(monitor='error', monitor_mode='min')
-  result = simulation.train(process, num_rounds=2, **changed, **kwargs)
+  result = _train(process, 2, **changed, **kwargs)
   assert result.best_round == 2
   helpers.assert_weights_close(result.best_state, result.state, rtol=0)
   assert (
@@ -125,15 +122,15 @@ def test_a_resumed_run_with_another_metric_chooses_the_best_anew(
   ) in caplog.text
   # Its value of round 2 is not known: those after it are chosen among, worse or not.
   assert 'anew among those after it, and until then it is that of round 2.' in caplog.text
-  result = simulation.train(process, num_rounds=4, patience=2, **changed, **kwargs)
+  result = _train(process, 4, patience=2, **changed, **kwargs)
   assert result.best_round == 4 and result.best_state.round_num == 4
   assert len(result.history) == 2 and not result.converged
   # The checkpoints after that are the new metric's.
   caplog.clear()
-  result = simulation.train(process, num_rounds=4, **changed, **kwargs)
+  result = _train(process, 4, **changed, **kwargs)
   assert result.best_round == 4 and 'chosen' not in caplog.text
   # Another mode of it is another choice, too.
-  result = simulation.train(process, num_rounds=4, monitor='error', **kwargs)
+  result = _train(process, 4, monitor='error', **kwargs)
   assert 'by error (min), and this training chooses by error (max)' in caplog.text
 
 
@@ -143,25 +140,17 @@ def test_a_resumed_run_with_another_metric_chooses_the_best_anew(
         (dict(num_rounds=0), 'num_rounds'),
         (dict(patience=2), 'monitor'),
         (dict(patience=0, monitor='score'), 'patience'),
+        (dict(monitor_mode='low'), "'max' or 'min', found 'low'"),
         (dict(monitor='scores'), "one of .*'client_work/train/loss'.*'score'"),
     ],
 )
 def test_bad_arguments_are_refused(process, kwargs, message):
   with pytest.raises(ValueError, match=message):
-    simulation.train(
-        process,
-        **{
-            'select_clients': _data, 'num_rounds': 1,
-            'evaluate': _scripted([0.1]), **kwargs,
-        },
-    )
+    _train(process, **{'num_rounds': 1, 'evaluate': _scripted([0.1]), **kwargs})
 
 
 def test_the_process_own_metrics_can_be_monitored(process):
-  result = simulation.train(
-      process, select_clients=_data, num_rounds=1,
-      monitor='client_work/train/accuracy',
-  )
+  result = _train(process, 1, monitor='client_work/train/accuracy')
   assert result.best_round == 1
 
 
@@ -178,27 +167,22 @@ def test_flatten_metrics():
             'client_work/learning_rate: 0.1.* there, 0.2.* here',
         ),
         (
-            dict(loss_fn=lambda: keras.losses.SparseCategoricalCrossentropy(
-                from_logits=True, ignore_class=2
-            )),
+            dict(loss_fn=helpers.loss_with(ignore_class=2)),
             'loss of the student: .*None.* there, .*2.* here',
         ),
-        (dict(student_fn=helpers.dense_fn((4,))), 'arrays'),
-        (dict(student_fn=helpers.dense_fn(dtype='bfloat16')), 'float32, bfloat16 is'),
+        # Other weights are in `checkpoints_test`.
         (dict(student_fn=helpers.dense_fn(classes=4)), r'shape \(5, 3\), \(5, 4\) is'),
     ],
 )
 def test_what_another_process_saved_is_named_and_stays(
     process, tmp_path, change, message
 ):
-  kwargs = dict(
-      select_clients=_data, program_state_manager=simulation.Checkpoints(tmp_path)
-  )
-  simulation.train(process, num_rounds=1, **kwargs)
+  kwargs = dict(program_state_manager=simulation.Checkpoints(tmp_path))
+  _train(process, 1, **kwargs)
   other = _averaging(**change)
   with pytest.raises(simulation.CheckpointError, match=message):
-    simulation.train(other, num_rounds=2, **kwargs)
-  resumed = simulation.train(process, num_rounds=2, **kwargs)
+    _train(other, 2, **kwargs)
+  resumed = _train(process, 2, **kwargs)
   assert len(resumed.history) == 1
 
 
@@ -206,15 +190,13 @@ def test_another_rate_of_a_keras_optimizer_is_refused(tmp_path):
   def keras_sgd(rate):
     return lambda: keras.optimizers.SGD(rate)
 
-  kwargs = dict(
-      select_clients=_data, program_state_manager=simulation.Checkpoints(tmp_path)
-  )
+  kwargs = dict(program_state_manager=simulation.Checkpoints(tmp_path))
 
   def train(num_rounds, client=0.5, server=1.0):
     its = _averaging(
         client_optimizer=keras_sgd(client), server_optimizer=keras_sgd(server)
     )
-    return simulation.train(its, num_rounds=num_rounds, **kwargs)
+    return _train(its, num_rounds, **kwargs)
 
   train(1)
   with pytest.raises(
@@ -247,7 +229,7 @@ def test_a_process_knows_every_optimizer(name, argument, of_process):
       teacher_fn=lambda: helpers.dense_fn((4,)),
       num_clients=lambda: 2,
   )
-  built = helpers.of_registry(
+  built = helpers.build_with_parts(
       name, parts, student_fn=helpers.dense_fn((4,)),
       **{argument: lambda: keras.optimizers.Adam(0.25)},
   )
@@ -259,13 +241,11 @@ def test_clients_that_do_not_count_are_warned_of(process, caplog):
   x, y = helpers.examples(6, 0)
   bad = helpers.dataset(x, np.full(6, helpers.CLASSES, np.int32))
   with caplog.at_level('WARNING'):
-    simulation.train(process, select_clients=lambda _: [bad], num_rounds=1)
+    _train(process, 1, select_clients=lambda _: [bad])
   assert 'includes no client (excluded bad labels: 1)' in caplog.text
   caplog.clear()
   with caplog.at_level('WARNING'):
-    result = simulation.train(
-        process, select_clients=lambda _: [bad, helpers.dataset(x, y)], num_rounds=1
-    )
+    result = _train(process, 1, select_clients=lambda _: [bad, helpers.dataset(x, y)])
   assert 'leaves out clients (excluded bad labels: 1)' in caplog.text
   assert simulation.left_out(result.history[0]) == {'excluded bad labels': 1}
 
@@ -279,22 +259,15 @@ def test_an_evaluation_that_tells_its_names_is_not_called_to_see_them(process):
       self.rounds.append(int(state.round_num))
       return {'score': 1.0}
 
-  simulation.train(
-      process, select_clients=_data, num_rounds=1, evaluate=Evaluation(), monitor='score'
-  )
+  _train(process, 1, evaluate=Evaluation(), monitor='score')
   assert Evaluation.rounds == [1]
 
 
 def test_clients_may_be_chosen_by_numpy():
-  batches = tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_clients([helpers.examples(6, k) for k in range(3)]),
-      batch_size=3,
-  )
-  process = tff_kd.algorithms.build_fed_avg(**helpers.common(client_data=batches))
+  batches = helpers.batches([helpers.examples(6, k) for k in range(3)], batch_size=3)
+  process = helpers.build('fed_avg', client_data=batches)
   for selected in (np.array([2, 0]), [np.int64(2), np.int32(0)], (2, 0)):
-    result = simulation.train(
-        process, select_clients=lambda _, its=selected: its, num_rounds=1
-    )
+    result = _train(process, 1, select_clients=lambda _, its=selected: its)
     assert result.history[0]['client_work/train/num_examples'] == 12
 
 
@@ -319,12 +292,10 @@ class _Recorder(simulation.Callback):
 
 def test_callbacks_are_called_around_rounds_and_may_stop_them(process):
   recorder = _Recorder()
-  simulation.train(process, select_clients=_data, num_rounds=2, callbacks=[recorder])
+  _train(process, 2, callbacks=[recorder])
   assert recorder.calls == [('begin', 0, 2), ('round', 1), ('round', 2), ('end', 2)]
   recorder = _Recorder(lambda training: training.stop('enough'))
-  result = simulation.train(
-      process, select_clients=_data, num_rounds=9, callbacks=[recorder]
-  )
+  result = _train(process, 9, callbacks=[recorder])
   assert result.round_num == 1 and result.stop_reason == 'enough'
   assert not (result.converged or result.interrupted) and len(result.history) == 1
   assert recorder.calls[-1] == ('end', 1)
@@ -336,7 +307,7 @@ def test_a_callback_ends_where_training_fails(process):
 
   recorder = _Recorder(fail)
   with pytest.raises(RuntimeError, match='broken'):
-    simulation.train(process, select_clients=_data, num_rounds=2, callbacks=[recorder])
+    _train(process, 2, callbacks=[recorder])
   assert [its[0] for its in recorder.calls] == ['begin', 'round', 'end']
 
 
@@ -350,23 +321,19 @@ def test_an_interrupted_training_keeps_what_is_whole(
     process, tmp_path, rounds_per_saving
 ):
   kwargs = dict(
-      select_clients=_data, num_rounds=4, rounds_per_saving=rounds_per_saving,
+      num_rounds=4, rounds_per_saving=rounds_per_saving,
       program_state_manager=simulation.Checkpoints(tmp_path),
-      release_managers=[
-          tff.program.CSVFileReleaseManager(
-              tmp_path / 'metrics.csv', key_fieldname='round'
-          )
-      ],
+      release_managers=[_csv(tmp_path)],
   )
   recorder = _Recorder(_interrupt)
-  result = simulation.train(process, callbacks=[recorder], **kwargs)
+  result = _train(process, callbacks=[recorder], **kwargs)
   assert result.interrupted and result.round_num == result.best_round == 2
   assert result.state.round_num == 2 and len(result.history) == 2
   assert recorder.calls[-1] == ('end', 2)
   # Saved, whenever the last checkpoint was; and it goes on from there, to the bit.
-  resumed = simulation.train(process, **kwargs)
+  resumed = _train(process, **kwargs)
   assert len(resumed.history) == 2 and not resumed.interrupted
-  whole = simulation.train(process, select_clients=_data, num_rounds=4)
+  whole = _train(process, 4)
   helpers.assert_weights_close(resumed.state, whole.state, rtol=0)
   assert len((tmp_path / 'metrics.csv').read_text().splitlines()) == 1 + 4
 
@@ -376,14 +343,9 @@ def test_a_running_loop_is_no_hindrance(process, tmp_path):
 
   async def cell(num_rounds):
     before = asyncio.get_running_loop()
-    result = simulation.train(
-        process, select_clients=_data, num_rounds=num_rounds,
-        program_state_manager=simulation.Checkpoints(tmp_path),
-        release_managers=[
-            tff.program.CSVFileReleaseManager(
-                tmp_path / 'metrics.csv', key_fieldname='round'
-            )
-        ],
+    result = _train(
+        process, num_rounds, program_state_manager=simulation.Checkpoints(tmp_path),
+        release_managers=[_csv(tmp_path)],
     )
     assert asyncio.get_running_loop() is before
     await asyncio.sleep(0)  # The loop goes on.
@@ -399,7 +361,7 @@ def test_an_interrupted_first_round_leaves_the_initial_state(process):
   def interrupted(round_num):
     raise KeyboardInterrupt
 
-  result = simulation.train(process, select_clients=interrupted, num_rounds=2)
+  result = _train(process, 2, select_clients=interrupted)
   assert result.interrupted and result.round_num == 0 and result.history == []
   helpers.assert_weights_close(
       result.state.global_model_weights, process.initialize().global_model_weights
@@ -408,32 +370,32 @@ def test_an_interrupted_first_round_leaves_the_initial_state(process):
 
 def test_early_stopping(process, tmp_path):
   scores = [0.1, 0.5, 0.55, math.nan, 0.52, 0.9]
-  kwargs = dict(select_clients=_data, num_rounds=6, evaluate=_scripted(scores))
+  kwargs = dict(num_rounds=6, evaluate=_scripted(scores))
 
   def stopping(**changes):
     arguments = dict(monitor='score', patience=3, min_delta=0.1) | changes
     return simulation.EarlyStopping(**arguments)
 
   callback = stopping()
-  result = simulation.train(process, callbacks=[callback], **kwargs)
+  result = _train(process, callbacks=[callback], **kwargs)
   assert result.round_num == 5 and result.stop_reason == (
       'score was not better for 3 rounds'
   )
-  again = simulation.train(process, callbacks=[callback], **kwargs)
+  again = _train(process, callbacks=[callback], **kwargs)
   assert again.round_num == 5  # It begins anew with each training.
   # A resumed one remembers, and one that has stopped does not go on.
   files = dict(program_state_manager=simulation.Checkpoints(tmp_path))
-  simulation.train(process, callbacks=[stopping()], **files, **kwargs | {'num_rounds': 4})
-  resumed = simulation.train(process, callbacks=[stopping()], **files, **kwargs)
+  _train(process, callbacks=[stopping()], **files, **kwargs | {'num_rounds': 4})
+  resumed = _train(process, callbacks=[stopping()], **files, **kwargs)
   assert resumed.round_num == 5 and len(resumed.history) == 1
-  ended = simulation.train(process, callbacks=[stopping()], **files, **kwargs)
+  ended = _train(process, callbacks=[stopping()], **files, **kwargs)
   assert ended.history == [] and ended.stop_reason is not None
-  lowest = simulation.train(
+  lowest = _train(
       process, callbacks=[stopping(mode='min', patience=1, min_delta=0.0)], **kwargs
   )
   assert lowest.round_num == 2
   with pytest.raises(ValueError, match="one of .*'score'.*, found 'scores'"):
-    simulation.train(process, callbacks=[stopping(monitor='scores')], **kwargs)
+    _train(process, callbacks=[stopping(monitor='scores')], **kwargs)
 
 
 def test_early_stopping_that_is_new_to_a_resumed_run_counts_from_there(
@@ -442,7 +404,7 @@ def test_early_stopping_that_is_new_to_a_resumed_run_counts_from_there(
   # .9 of the first metric is above what the second one's ever is.
   scores = [0.0, 0.9, 0.2, 0.3, 0.1, 0.1, 0.1, 0.1]
   kwargs = dict(
-      select_clients=_data, program_state_manager=simulation.Checkpoints(tmp_path),
+      program_state_manager=simulation.Checkpoints(tmp_path),
       evaluate=lambda state: {
           'score': scores[int(state.round_num)], 'error': 7.0 - int(state.round_num)
       },
@@ -451,9 +413,7 @@ def test_early_stopping_that_is_new_to_a_resumed_run_counts_from_there(
   def train(num_rounds, **changes):
     arguments = dict(monitor='score', patience=2) | changes
     callback = simulation.EarlyStopping(**arguments)
-    return simulation.train(
-        process, num_rounds=num_rounds, callbacks=[callback], **kwargs
-    )
+    return _train(process, num_rounds, callbacks=[callback], **kwargs)
 
   assert train(3).stop_reason.startswith('score')
   # The errors fall from round to round, and are above .9 all the time.
@@ -483,12 +443,12 @@ def test_learning_rates_follow_the_rounds(process, tmp_path, optimizer, part):
   schedule = lambda round_num: [0.5, 0.2, 0.0][round_num - 1]
   callback = simulation.LearningRateSchedule(schedule, optimizer=optimizer)
   rates = _Rates(part)
-  kwargs = dict(select_clients=_data, callbacks=[callback, rates])
-  result = simulation.train(process, num_rounds=3, **kwargs)
+  kwargs = dict(callbacks=[callback, rates])
+  result = _train(process, 3, **kwargs)
   np.testing.assert_allclose(rates.rates, [0.5, 0.2, 0.0, 0.0])
   assert result.best_state is result.state
   # The rate of the last round is 0: nothing moves.
-  two = simulation.train(process, num_rounds=2, **kwargs)
+  two = _train(process, 2, **kwargs)
   helpers.assert_weights_close(
       result.state.global_model_weights, two.state.global_model_weights, rtol=0
   )
@@ -501,30 +461,25 @@ def test_learning_rates_follow_the_rounds(process, tmp_path, optimizer, part):
       two.state.global_model_weights, by_hand.global_model_weights, rtol=0
   )
   files = dict(program_state_manager=simulation.Checkpoints(tmp_path))
-  simulation.train(process, num_rounds=1, **files, **kwargs)
-  resumed = simulation.train(process, num_rounds=3, **files, **kwargs)
+  _train(process, 1, **files, **kwargs)
+  resumed = _train(process, 3, **files, **kwargs)
   helpers.assert_weights_close(
       resumed.state.global_model_weights, result.state.global_model_weights, rtol=0
   )
   # There is no fourth round, whose rate the schedule does not have.
-  finished = simulation.train(process, num_rounds=3, **files, **kwargs)
+  finished = _train(process, 3, **files, **kwargs)
   hparams = process.get_hparams(finished.state)
   assert hparams[part]['learning_rate'] == 0.0 and not finished.history
 
 
 def test_a_schedule_needs_a_rate_to_set():
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(client_optimizer=lambda: keras.optimizers.SGD(0.1))
-  )
+  process = helpers.build('fed_avg', client_optimizer=lambda: keras.optimizers.SGD(0.1))
   for schedule, message in (
       (lambda r: 0.1, 'no learning rate of a client optimizer'),
       (lambda r: math.nan, 'finite rates of 0 or more, found nan for round 1'),
   ):
     with pytest.raises(ValueError, match=message):
-      simulation.train(
-          process, select_clients=_data, num_rounds=1,
-          callbacks=[simulation.LearningRateSchedule(schedule)],
-      )
+      _train(process, 1, callbacks=[simulation.LearningRateSchedule(schedule)])
 
 
 def test_schedules_in_closed_form():
@@ -571,22 +526,20 @@ def test_bad_arguments_of_callbacks_are_refused(make, error, message):
 @pytest.mark.parametrize('callbacks', [[print], print])
 def test_what_is_no_callback_is_refused(process, callbacks):
   with pytest.raises(TypeError, match='callback'):
-    simulation.train(
-        process, select_clients=_data, num_rounds=1, callbacks=callbacks
-    )
+    _train(process, 1, callbacks=callbacks)
 
 
 def test_the_progress_is_shown(process, capsys):
-  kwargs = dict(select_clients=_data, num_rounds=2)
-  simulation.train(process, **kwargs)
+  kwargs = dict(num_rounds=2)
+  _train(process, **kwargs)
   shown = capsys.readouterr().err
   assert 'training:' in shown and '0/2' in shown and 'the first round' in shown
   assert '2/2' in shown and 'loss=' in shown and 'accuracy=' in shown
-  simulation.train(process, evaluate=_scripted([0.25, 0.5]), monitor='score', **kwargs)
+  _train(process, evaluate=_scripted([0.25, 0.5]), monitor='score', **kwargs)
   assert 'score=0.5' in capsys.readouterr().err
   bar = simulation.ProgressBar('mine', lambda training, metrics: f'<{len(metrics)}>')
-  result = simulation.train(process, progress_bar=bar, **kwargs)
+  result = _train(process, progress_bar=bar, **kwargs)
   shown = capsys.readouterr().err
   assert 'mine:' in shown and f'<{len(result.history[0])}>' in shown
-  simulation.train(process, progress_bar=False, **kwargs)
+  _train(process, progress_bar=False, **kwargs)
   assert not capsys.readouterr().err

@@ -1,12 +1,8 @@
 """The transfer set: rows, rounds, files."""
 
 import collections
-import os
-import pathlib
-import subprocess
 
 from hypothesis import given, settings, strategies as st
-import keras
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -80,8 +76,8 @@ def test_clients_and_server_draw_the_same_rows():
 
 def test_a_large_set_is_not_in_the_graph():
   inputs = np.zeros([200_000, helpers.DIM], 'f')
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(), transfer_set=tff_kd.TransferSet(inputs, subset_size=10)
+  process = helpers.build(
+      'fed_df', transfer_set=tff_kd.TransferSet(inputs, subset_size=10)
   )
   serialized = tff.framework.serialize_computation(process.next)
   assert serialized.ByteSize() < 0.2 * inputs.nbytes
@@ -93,11 +89,10 @@ def test_a_large_set_is_not_in_the_graph():
 
 def test_predictions_meet_their_inputs():
   """Defect 5: a consensus that is keyed by position would fit other inputs."""
-  keras.utils.set_random_seed(0)
   rng = np.random.default_rng(0)
   x = rng.normal(size=(40, helpers.DIM)).astype('f')
-  process = tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(client_optimizer=helpers.sgd(0.0)),
+  process = helpers.build(
+      'fed_distillation', client_optimizer=helpers.sgd(0.0),
       teacher_fn=helpers.dense_fn(),
       transfer_set=tff_kd.TransferSet(x, subset_size=24, seed=3),
       teacher_optimizer=helpers.sgd(0.5),
@@ -171,12 +166,8 @@ def test_a_temporary_folder_lasts_as_long_as_the_program(tmp_path):
       'gc.collect()\n'
       'print(os.listdir(folder), folder)\n'
   )
-  done = subprocess.run(
-      [helpers.WARM, '-c', code], capture_output=True, text=True, check=True,
-      cwd=pathlib.Path(__file__).parent.parent,
-      env={**os.environ, 'TMPDIR': str(tmp_path)},
-  )
-  assert '.bin' in done.stdout and str(tmp_path) in done.stdout
+  printed = helpers.python(code, TMPDIR=str(tmp_path)).stdout
+  assert '.bin' in printed and str(tmp_path) in printed
   assert not list(tmp_path.iterdir())
 
 
@@ -229,13 +220,11 @@ def test_a_damaged_file_is_named(tmp_path):
 
 def test_only_known_labels_count():
   """The cross-entropy is the mean over labelled rows; other entries are ignored."""
-  keras.utils.set_random_seed(0)
   x, y = helpers.examples(16, 5)
   mask = np.arange(16) % 4 == 0
   unknown = np.where(mask, y, -7)
-  process = tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(),
-      teacher_fn=helpers.dense_fn((8,)),
+  process = helpers.build(
+      'fed_distillation', teacher_fn=helpers.dense_fn((8,)),
       transfer_set=tff_kd.TransferSet(x, unknown, label_mask=mask),
       distillation=tff_kd.Distillation(
           distillation_weight=0.0, num_steps=1, batch_size=16
@@ -254,10 +243,7 @@ def test_only_known_labels_count():
 def test_labels_out_of_range_are_refused():
   x, y = helpers.examples(16, 5)
   with pytest.raises(ValueError, match='from 0 to 2, found 0 to 9'):
-    tff_kd.algorithms.build_fed_df(
-        **helpers.common(),
-        transfer_set=tff_kd.TransferSet(x, np.where(y == 2, 9, y)),
-    )
+    helpers.build('fed_df', transfer_set=tff_kd.TransferSet(x, np.where(y == 2, 9, y)))
 
 
 def test_arrays_and_datasets_are_taken_as_they_are():
@@ -274,7 +260,5 @@ def test_arrays_and_datasets_are_taken_as_they_are():
     np.testing.assert_array_equal(found.gather_inputs(tf.range(6)), x)
   with pytest.raises(TypeError, match=r'found tuple.*TransferSet\(inputs, labels\)'):
     transfer_lib.as_transfer_set((x, y))
-  process = tff_kd.algorithms.build_fed_df(
-      **helpers.common(), transfer_set=x, student_optimizer=helpers.sgd(),
-  )
+  process = helpers.build('fed_df', transfer_set=x, student_optimizer=helpers.sgd())
   assert process.transfer_set.size == 6

@@ -14,10 +14,6 @@ layers = keras.layers
 _LIMIT = tf.constant(0.5)  # Made eagerly, outside of everything.
 
 
-def _model_fn(**kwargs):
-  return helpers.dense_fn((4,), **kwargs)
-
-
 def _eager_round(build, loss_fn, x, y, rate=0.1, optimizer=None):
   """One client's step in plain Keras: the weights after it, and the loss."""
   model = build()
@@ -31,8 +27,8 @@ def _eager_round(build, loss_fn, x, y, rate=0.1, optimizer=None):
 
 def _round(build, loss_fn, x, y, **kwargs):
   """The same as a round with one client."""
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(student_fn=build, loss_fn=loss_fn, metrics_fn=None, **kwargs)
+  process = helpers.build(
+      'fed_avg', student_fn=build, loss_fn=loss_fn, metrics_fn=None, **kwargs
   )
   state = process.initialize()
   output = process.next(state, [helpers.dataset(x, y, batch_size=len(x))])
@@ -145,8 +141,8 @@ def test_policies(policy):
 
 
 def test_the_servers_models_keep_their_constraints():
-  process = tff_kd.algorithms.build_fed_distillation(
-      **helpers.common(),
+  process = helpers.build(
+      'fed_distillation',
       teacher_fn=_with(lambda: layers.Dense(3, kernel_constraint='non_neg')),
       transfer_set=tff_kd.TransferSet(helpers.examples(16, 9)[0]),
       distillation=tff_kd.Distillation(num_steps=4, batch_size=8),
@@ -179,13 +175,8 @@ def test_terms_and_schedules_may_branch_on_tensors():
       return 0.1
     return 0.0
 
-  process = tff_kd.algorithms.build_fed_avg(
-      student_fn=build,
-      input_spec=helpers.INPUT_SPEC,
-      loss_fn=helpers.loss_fn,
-      client_optimizer=helpers.sgd(),
-      local_terms=[_OwnTerm()],
-      learning_rate_fn=rate,
+  process = helpers.build(
+      'fed_avg', student_fn=build, local_terms=[_OwnTerm()], learning_rate_fn=rate
   )
   state = process.initialize()
   first = process.next(state, [helpers.dataset(x, y, batch_size=8)])
@@ -209,7 +200,7 @@ def test_an_adapted_normalization_keeps_its_numbers():
     normalization.adapt(5.0 + x)
     return keras.Sequential([normalization, layers.Dense(helpers.CLASSES)])
 
-  process = tff_kd.algorithms.build_fed_avg(**helpers.common(student_fn=build))
+  process = helpers.build('fed_avg', student_fn=build)
   state = process.initialize()
   assert not state.global_model_weights.non_trainable
   after = process.next(state, [helpers.dataset(5.0 + x, y)]).state
@@ -265,7 +256,7 @@ def test_a_variable_that_keras_does_not_know_is_refused():
       return x * hidden
 
   with pytest.raises(ValueError, match='tf.Variable'):
-    tff_kd.algorithms.build_fed_avg(**helpers.common(student_fn=_with(Hidden)))
+    helpers.build('fed_avg', student_fn=_with(Hidden))
 
 
 def _dropout_fn():
@@ -277,13 +268,12 @@ def _dropout_fn():
 
 
 def test_dropout_follows_from_seed_round_and_client():
-  data = tff_kd.FileClientData.from_clients([helpers.examples(8, 0)] * 2)
-  batches = tff_kd.ClientBatches(data=data, batch_size=4, shuffle=False)
+  batches = helpers.batches([helpers.examples(8, 0)] * 2, shuffle=False)
 
   @helpers.shared
   def build(seed):
-    return tff_kd.algorithms.build_fed_avg(
-        **helpers.common(student_fn=_dropout_fn), client_data=batches, seed=seed
+    return helpers.build(
+        'fed_avg', student_fn=_dropout_fn, client_data=batches, seed=seed
     )
 
   def weights(client, round_num=0, seed=0, build=build):
@@ -326,9 +316,8 @@ def test_states_of_recurrent_layers_are_those_before_any_call(kind):
       return Subclassed()
     return keras.Sequential([layers.InputLayer(batch_shape=(4, 3, 2)), *parts()])
 
-  spec = tff_kd.models.build_model_spec(
-      build, loss_fn=helpers.loss_fn,
-      input_spec=(tf.TensorSpec([4, 3, 2]), tf.TensorSpec([4], tf.int32)),
+  spec = helpers.model_spec(
+      build, input_spec=(tf.TensorSpec([4, 3, 2]), tf.TensorSpec([4], tf.int32))
   )
   states = spec.values(spec.initial_weights).local
   assert len(states) == (2 if kind == 'bidirectional' else 1)
@@ -357,9 +346,7 @@ def test_a_fixed_batch_with_outputs_of_another_dtype_than_the_model():
     model.dtype_policy = keras.DTypePolicy('mixed_bfloat16')
     return model
 
-  spec = tff_kd.models.build_model_spec(
-      build, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn
-  )
+  spec = helpers.model_spec(build)
   x, _ = helpers.examples(6, 0)
   whole = spec.logits(spec.initial_weights, tf.constant(x[:4]))
   found = spec.logits(spec.initial_weights, tf.constant(x))
@@ -369,26 +356,19 @@ def test_a_fixed_batch_with_outputs_of_another_dtype_than_the_model():
 
 def test_a_fixed_batch_of_examples_in_files():
   x, y = helpers.examples(11, 0)
-  batches = tff_kd.ClientBatches(
-      data=tff_kd.FileClientData.from_clients([(x, y)]), batch_size=4, shuffle=False,
-      drop_remainder=True,
-  )
+  batches = helpers.batches([(x, y)], shuffle=False, drop_remainder=True)
 
   def build():
     return keras.Sequential([
         layers.InputLayer(batch_shape=(4, helpers.DIM)), layers.Dense(helpers.CLASSES)
     ])
 
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(student_fn=build, client_data=batches)
-  )
+  process = helpers.build('fed_avg', student_fn=build, client_data=batches)
   state = process.initialize()
   linear = [np.asarray(w) for w in state.global_model_weights.trainable]
   for start in (0, 4):
-    part, labels = x[start : start + 4], y[start : start + 4]
-    z = helpers.linear_logits(linear, part)
-    dz = (helpers.softmax(z) - np.eye(helpers.CLASSES)[labels]) / 4
-    linear = helpers.linear_step(linear, part, dz, 0.1)
+    rows = slice(start, start + 4)
+    linear = helpers.linear_fit(linear, x[rows], y[rows], 0.1)
   output = process.next(state, [0])
   helpers.assert_weights_close(
       output.state.global_model_weights.trainable, linear, rtol=1e-4, atol=1e-6
@@ -405,9 +385,7 @@ def test_recurrent_layers_with_states_begin_anew():
   x = np.random.default_rng(0).normal(size=(8, 3, 2)).astype('f')
   y = np.arange(8).astype(np.int32) % helpers.CLASSES
   data = tf.data.Dataset.from_tensor_slices((x, y)).batch(4, drop_remainder=True)
-  process = tff_kd.algorithms.build_fed_avg(
-      **helpers.common(student_fn=build, input_spec=data.element_spec)
-  )
+  process = helpers.build('fed_avg', student_fn=build, input_spec=data.element_spec)
   state = process.initialize()
   assert not state.global_model_weights.non_trainable
   output = process.next(state, [data, data])
@@ -415,9 +393,7 @@ def test_recurrent_layers_with_states_begin_anew():
 
 
 def test_types_are_those_of_keras():
-  spec = tff_kd.models.build_model_spec(
-      _dropout_fn, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn
-  )
+  spec = helpers.model_spec(_dropout_fn)
   assert spec.is_random
   assert str(spec.weights_type) == (
       '<trainable=<float32[5,16],float32[16],float32[16,3],float32[3]>,non_trainable=<>>'

@@ -7,7 +7,6 @@ import tensorflow as tf
 
 from tests import helpers
 import tff_kd
-from tff_kd import algorithms
 from tff_kd import evaluation
 from tff_kd import models
 
@@ -48,15 +47,10 @@ def round_of(request):
   keras.utils.set_random_seed(0)
   batches = None
   if request.param == 'files':
-    batches = tff_kd.ClientBatches(
-        data=tff_kd.FileClientData.from_clients(_CLIENTS), batch_size=_BATCH,
-        shuffle=False,
-    )
-  process = algorithms.build_fed_avg(
-      **helpers.common(
-          input_spec=_dataset(*_CLIENTS[0]).element_spec, metrics_fn=_metrics,
-          client_optimizer=helpers.sgd(_RATE), client_data=batches,
-      )
+    batches = helpers.batches(_CLIENTS, batch_size=_BATCH, shuffle=False)
+  process = helpers.build(
+      'fed_avg', input_spec=_dataset(*_CLIENTS[0]).element_spec, metrics_fn=_metrics,
+      client_optimizer=helpers.sgd(_RATE), client_data=batches,
   )
   if batches is not None:
     return process, [0, 1, 2]
@@ -128,10 +122,7 @@ def test_a_client_with_a_weight_that_is_none_is_left_out(round_of, bad):
 _LOSSES = {
     'classes': (3, (3,), helpers.loss_fn, lambda r: r.integers(0, 3, 6)),
     'classes, padding': (
-        3, (4, 3),
-        lambda: keras.losses.SparseCategoricalCrossentropy(
-            from_logits=True, ignore_class=0
-        ),
+        3, (4, 3), helpers.loss_with(ignore_class=0),
         lambda r: r.integers(0, 3, (6, 4)),
     ),
     'several labels': (
@@ -322,15 +313,10 @@ def test_several_outputs_are_refused_with_what_to_do(container):
     return keras.Model(x, outputs if container is list else dict(zip('ab', outputs)))
 
   with pytest.raises(ValueError, match='one output tensor.*model.outputs.0.*Concatenate'):
-    models.build_model_spec(
-        build, input_spec=helpers.INPUT_SPEC, loss_fn=helpers.loss_fn
-    )
+    helpers.model_spec(build)
 
 
 def test_tffs_functional_model_would_leave_weights_out():
-  spec = models.build_model_spec(
-      helpers.dense_fn(), loss_fn=helpers.loss_fn,
-      input_spec=(*helpers.INPUT_SPEC, tf.TensorSpec([None])),
-  )
+  spec = helpers.model_spec(input_spec=(*helpers.INPUT_SPEC, tf.TensorSpec([None])))
   with pytest.raises(ValueError, match="TFF's own algorithms have no sample weights"):
     _ = spec.functional_model
