@@ -284,7 +284,7 @@ def test_a_damaged_ledger_is_named(tmp_path, text):
         (lambda: _sampling('weighted'), "'weighted': the privacy cost of other"),
         (lambda: _sampling(a_round=101), 'from 1 to the 100 clients, found 101'),
         (lambda: _accountant(delta=1.0), '`delta` must be between 0 and 1, .* found 1'),
-        (lambda: _accountant(max_epsilon=0.0), '`epsilon` must be above 0, found 0'),
+        (lambda: _accountant(max_epsilon=0.0), '`max_epsilon` must be above 0, found 0'),
         (
             lambda: accounting.find_noise_multiplier(1.0, 1e-5, 0, _sampling()),
             '`num_rounds` must be 1 or more, found 0',

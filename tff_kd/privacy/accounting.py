@@ -236,10 +236,10 @@ def _calibrated(
     kept |= around
 
 
-def check_budget(epsilon: float, delta: float) -> None:
-  """Checks the ranges of epsilon and delta."""
+def check_budget(epsilon: float, delta: float, name: str = 'epsilon') -> None:
+  """Checks the ranges of epsilon, which has this name, and delta."""
   if not 0.0 < epsilon:
-    raise ValueError(f'`epsilon` must be above 0, found {epsilon!r}.')
+    raise ValueError(f'`{name}` must be above 0, found {epsilon!r}.')
   if not 0.0 < delta < 1.0:
     raise ValueError(
         f'`delta` must be between 0 and 1, well below 1 / clients, found {delta!r}.'
@@ -281,7 +281,7 @@ class PrivacyAccountant:
       ValueError: If a number is out of range, the file is not such a ledger, or its
         rounds had another noise or sampling.
     """
-    check_budget(max_epsilon, delta)
+    check_budget(max_epsilon, delta, name='max_epsilon')
     self.sampling, self.delta, self.max_epsilon = sampling, delta, max_epsilon
     self._noise_multipliers = tuple(noise_multipliers)
     self._path = pathlib.Path(ledger_path) if ledger_path is not None else None

@@ -74,7 +74,10 @@ SentOfClients = Mapping[int, Sequence[Sent]]
 def versions() -> dict[str, str]:
   """Returns the versions that must be the same in all processes of a run."""
   sources = hashlib.sha256()
-  for path in sorted(pathlib.Path(__file__).parent.glob('*.py')):
+  folder = pathlib.Path(__file__).parent
+  # Workers also unpack arguments with `graphs` and count their cores.
+  others = [folder.parent / 'graphs.py', folder.parent / 'cores.py']
+  for path in (*sorted(folder.glob('*.py')), *others):
     sources.update(path.read_bytes())
   return {
       'Python': '.'.join(platform.python_version_tuple()[:2]),
