@@ -84,7 +84,8 @@ class Options:
       (whose bounds would cut predictions that are multiplied by numbers of examples).
     model_aggregator: A `tff.aggregators` factory for the updates; if `None`, the
       weighted mean, as `tff.aggregators.MeanFactory()` but with the products made by the
-      clients. Unweighted factories get no weights. Only where weights are averaged.
+      clients. Unweighted factories get no weights; in their means, a client that is
+      left out counts as zeros. Only where weights are averaged.
     knowledge_aggregator: A factory for what clients exchange; the weighted mean if
       `None`.
     metrics_aggregator: As in `tff.learning.algorithms`.
