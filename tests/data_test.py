@@ -159,7 +159,7 @@ def test_mnist5k_is_whole_and_disjoint():
 
 
 def test_parts_that_leave_nothing_are_refused():
-  with pytest.raises(ValueError, match='leave nothing'):
+  with pytest.raises(ValueError, match='do not fit'):
     data.TASKS['mnist5k'].load(seed=0, transfer_size=4000)
 
 

@@ -78,7 +78,7 @@ def test_help_lists_the_algorithms():
         (['--transfer_labels=2000'], '--transfer_labels'),
         (['--transfer_labels=0', '--pretrain_epochs=1'], 'needs labels'),
         (['--transfer_labels=0', '--distillation_weight=0.5'], 'needs labels'),
-        (['--transfer_size=4000'], 'leave nothing'),
+        (['--transfer_size=4000'], 'do not fit'),
         (['--transfer_per_round=2000'], 'subset_size'),
         (['--server_patience=2'], 'validation part'),
         (['--alpha=0'], 'alpha'),

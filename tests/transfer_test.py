@@ -137,6 +137,18 @@ def test_arrays_datasets_and_files_agree(tmp_path):
     unlabelled.gather_labels(ids)
 
 
+def test_named_tuples_are_tuples_wherever_they_come_from():
+  pair = collections.namedtuple('Pair', ['left', 'right'])
+  x, y = helpers.examples(6, 0)
+  inputs = tf.data.Dataset.from_tensor_slices(pair(x, -x))
+  examples = tf.data.Dataset.zip(inputs, tf.data.Dataset.from_tensor_slices(y))
+  transfer = tff_kd.TransferSet.from_dataset(inputs, labelled=False)
+  clients = tff_kd.FileClientData.from_clients([examples])
+  assert type(transfer.inputs_spec) is type(clients.element_spec[0]) is tuple
+  for part, expected in zip(transfer.gather_inputs(tf.constant([5, 1])), (x, -x)):
+    np.testing.assert_array_equal(part, expected[[5, 1]])
+
+
 def test_structures_and_dtypes():
   inputs = collections.OrderedDict(
       image=np.zeros([6, 4, 4], 'u1'), mask=np.ones([6], bool)

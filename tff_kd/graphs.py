@@ -177,9 +177,9 @@ def pack_as(spec: Any, leaves: Iterator[Any]) -> Any:
   parts = [pack_as(element, leaves) for element in _elements(spec)]
   if isinstance(spec, Mapping):
     return collections.OrderedDict(zip(spec, parts))
-  if type(spec) in (list, tuple):
-    return type(spec)(parts)
-  return type(spec)(*parts)
+  if hasattr(type(spec), '__attrs_attrs__') or hasattr(spec, '_fields'):
+    return type(spec)(*parts)
+  return parts if isinstance(spec, list) else tuple(parts)
 
 
 class TracedFunction:

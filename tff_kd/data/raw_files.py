@@ -96,6 +96,13 @@ def element_specs(element_spec: Any, owner: str) -> Any:
   return tf.nest.map_structure(row_spec, element_spec)
 
 
+def _plain(spec: Any) -> Any:
+  """Returns a structure with tuples in place of NamedTuples, as `as_arrays` does."""
+  if isinstance(spec, Mapping):
+    return {key: _plain(part) for key, part in spec.items()}
+  return tuple(map(_plain, spec)) if isinstance(spec, tuple) else spec
+
+
 def batch_spec(spec: Any) -> Any:
   """Returns the `tf.TensorSpec`s of a batch."""
   return tf.nest.map_structure(
@@ -185,7 +192,7 @@ class RawArrays:
   """
 
   def __init__(self, spec: Any, size: int, files: list[pathlib.Path]):
-    self.spec = spec
+    self.spec = _plain(spec)
     self.size = size
     self.files = files
     self._leaves = tf.nest.flatten(spec)

@@ -470,7 +470,8 @@ def split_rows(count: int, sizes: Sequence[int], *, seed: int) -> list[np.ndarra
   """
   if min(sizes, default=0) < 0 or sum(sizes) > count:
     raise ValueError(
-        f'Parts of {list(sizes)} examples leave nothing of {count}. Make them smaller.'
+        f'Parts of {list(sizes)} examples do not fit {count} examples. Make them smaller '
+        '(in the scripts: --transfer_size, --validation_size).'
     )
   return np.split(np.random.default_rng(seed).permutation(count), np.cumsum(sizes))
 

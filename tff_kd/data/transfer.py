@@ -176,7 +176,7 @@ class TransferSet:
           f'`subset_size` must be from 1 to {available} ({self.size} examples '
           f'less {validation_size} for validation), found {subset_size}.'
       )
-    self._spec = spec
+    self._spec = self._arrays.spec
     self.labelled = labelled
     self.fully_labelled = labelled and len(spec) == 2
     self.subset_size = subset_size
@@ -336,7 +336,7 @@ class TransferSet:
     return self.open().gather_label_weights(ids)
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class OpenTransferSet:
   """The examples of a transfer set inside a computation, read where it runs.
 

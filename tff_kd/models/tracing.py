@@ -45,7 +45,8 @@ def _recurrent_layers(model: keras.Model) -> list[keras.layers.RNN]:
 
 def _states(model: keras.Model) -> list[keras.Variable]:
   """Returns the states of recurrent layers of a built model."""
-  return tf.nest.flatten([layer.states for layer in _recurrent_layers(model)])
+  layers = [each for each in _recurrent_layers(model) if each.states is not None]
+  return tf.nest.flatten([layer.states for layer in layers])
 
 
 def reset_states(model: keras.Model) -> None:

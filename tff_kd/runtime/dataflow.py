@@ -148,9 +148,13 @@ def _nodes_to(
     leaves: Iterable[Leaf], is_given: Callable[[Leaf], bool]
 ) -> tuple[list[Node], list[Leaf]]:
   """Returns the nodes that make leaves, in order, and the given leaves that they need."""
-  found = reachable(leaves, lambda leaf: () if is_given(leaf) else leaf.node.args)
-  nodes = {leaf.node for leaf in found if not is_given(leaf)}
-  given = [leaf for leaf in found if is_given(leaf)]
+  leaves = list(leaves)
+  nodes = reachable(
+      [leaf.node for leaf in leaves if not is_given(leaf)],
+      lambda node: [leaf.node for leaf in node.args if not is_given(leaf)],
+  )
+  needed = itertools.chain(leaves, *(node.args for node in nodes))
+  given = list(dict.fromkeys(leaf for leaf in needed if is_given(leaf)))
   return sorted(nodes, key=lambda node: node.number), given
 
 
