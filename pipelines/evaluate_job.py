@@ -67,8 +67,9 @@ def run(
   found += [own] if own is not None else []
   report_dir.mkdir(parents=True, exist_ok=True)
   names = train_data.names_of_clients(task, clients)
-  _print(task, part, examples, found, names, clients, rows, num_worst)
-  _write(report_dir, task, part, examples, found, names, clients, rows)
+  with train_setup.errors_for_users():
+    _print(task, part, examples, found, names, clients, rows, num_worst)
+    _write(report_dir, task, part, examples, found, names, clients, rows)
   title = f'{task.name}: {len(examples)} examples ({part})'
   files = _draw(report_dir, task, title, found, len(rows) > 0)
   files = ['report.json', *(['clients.csv'] if len(rows) else []), *files]

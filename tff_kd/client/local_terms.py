@@ -143,10 +143,7 @@ def check_weight(name: str, value: float, at_most: float = float('inf')) -> None
   """
   if not 0.0 < value <= at_most or value == float('inf'):
     limit = 'finite' if at_most == float('inf') else f'at most {at_most:g}'
-    raise ValueError(
-        f'`{name}` must be above 0 and {limit}, found {value!r}. Leave the term '
-        'out to switch it off.'
-    )
+    raise ValueError(f'`{name}` must be above 0 and {limit}, found {value!r}.')
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

@@ -237,7 +237,8 @@ def _check_companion(parts: parts_lib.Parts, options: options_lib.Options) -> No
   if companion.needs_one_architecture and num_cohorts > 1:
     raise ValueError(
         f'{name} is built for clients of one architecture, and there are {num_cohorts} '
-        'students. Pass one `student_fn`, or choose another algorithm or companion.'
+        'students. Pass one `student_fn` (--student), or choose another algorithm or '
+        'companion.'
     )
   if companion.corrects_student and parts.averages:
     _check_plain_mean(name, parts, options)

@@ -70,7 +70,7 @@ def check_outputs(
     )
 
 
-@dataclasses.dataclass
+@dataclasses.dataclass(frozen=True)
 class DistillationStage:
   """One direction of the server's distillation.
 
@@ -87,7 +87,8 @@ class DistillationStage:
 
   def __post_init__(self):
     if self.optimizer is None:
-      self.optimizer = tff.learning.optimizers.build_adam(1e-3)
+      adam = tff.learning.optimizers.build_adam(1e-3)
+      object.__setattr__(self, 'optimizer', adam)
 
   @property
   def uses_ensemble(self) -> bool:
