@@ -39,15 +39,6 @@ def connected():
   ray.shutdown()
 
 
-@pytest.fixture(scope='module', params=[1, 2, 3])
-def workers(request, connected):
-  with tff_kd.runtime.ray(
-      num_workers=request.param, start_timeout_s=helpers.HANGING_S
-  ) as context:
-    all_ready(context, request.param)
-    yield request.param
-
-
 def pool_of(context):
   return context._runner._make_clients.args[0]
 
@@ -58,12 +49,6 @@ def all_ready(context, number):
     assert time.monotonic() < deadline
     time.sleep(0.2)
   return [worker.info.pid for worker in ready]
-
-
-@pytest.mark.parametrize('name', ['fed_distillation', 'fed_df', 'fml', 'fed_gen'])
-def test_any_number_of_workers_gives_the_bits_of_this_process(name, workers, many):
-  process, here = ray_test.two_rounds(name, many)
-  ray_test.assert_same_bits(ray_test.rounds(process), here)
 
 
 @functools.cache
@@ -194,3 +179,19 @@ def test_a_client_that_no_worker_survives_ends_the_round(connected, monkeypatch)
     finally:
       stop.set()
       thread.join()
+
+
+# At the end: the workers stay until then, and the cluster has room for few.
+@pytest.fixture(scope='module', params=[1, 2, 3])
+def workers(request, connected):
+  with tff_kd.runtime.ray(
+      num_workers=request.param, start_timeout_s=helpers.HANGING_S
+  ) as context:
+    all_ready(context, request.param)
+    yield request.param
+
+
+@pytest.mark.parametrize('name', ['fed_distillation', 'fed_df', 'fml', 'fed_gen'])
+def test_any_number_of_workers_gives_the_bits_of_this_process(name, workers, many):
+  process, here = ray_test.two_rounds(name, many)
+  ray_test.assert_same_bits(ray_test.rounds(process), here)
