@@ -22,6 +22,7 @@ from tests import helpers
 from tff_kd import graphs
 from tff_kd import runtime
 from tff_kd.compat import tff
+from tff_kd.runtime import dataflow
 
 _FLOATS = tff.FederatedType(np.float32, tff.CLIENTS)
 _INTS = tff.FederatedType(np.int32, tff.CLIENTS)
@@ -853,3 +854,23 @@ def test_several_devices_and_the_default_context():
     print('same')
   ''')
   assert helpers.python(program).stdout.endswith('same\n')
+
+
+def test_steps_are_found_in_time_linear_in_their_tensors(monkeypatch):
+  width, depth, looked_up = 50, 4, 0
+
+  def counted_hash(leaf):
+    nonlocal looked_up
+    looked_up += 1
+    return id(leaf)
+
+  monkeypatch.setattr(dataflow.Leaf, '__hash__', counted_hash)
+  given = dataflow.Node(dataflow.SERVER, [], [None] * width, None)
+  last = given
+  for _ in range(depth):
+    last = dataflow.Node(dataflow.SERVER, last.leaves, [None] * width, lambda t: t)
+  nodes, needed = dataflow._nodes_to(last.leaves, lambda leaf: leaf.node is given)
+  assert [node.number for node in nodes] == [given.number + i + 1 for i in range(depth)]
+  assert needed == given.leaves
+  # Each leaf a few times; with a look at all arguments for each result, `width` times.
+  assert looked_up <= 4 * width * (depth + 1)

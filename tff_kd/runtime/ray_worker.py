@@ -84,7 +84,7 @@ def versions() -> dict[str, str]:
       'TensorFlow': tf.__version__,
       'Keras': keras.__version__,
       'NumPy': np.__version__,
-      'tff_kd.runtime (hash of the sources)': sources.hexdigest()[:12],
+      'tff_kd (hash of the sources that run)': sources.hexdigest()[:12],
   }
 
 
