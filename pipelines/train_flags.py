@@ -485,7 +485,8 @@ CONSENSUS = flags.DEFINE_string(
     '(aligned: mean_logits; aligned_probabilities, aligned_entropy, aligned_density) '
     "first take out of each client's predictions what it predicts on average, for "
     'clients whose classes differ; see --prior. A path that ends in .py is '
-    "a rule of your own (examples/own_rule.py). Unset: the algorithm's own.",
+    "a rule of your own (examples/own_rule.py). Unset: the algorithm's own, or the "
+    "task's default, whose prior and code do not come with another rule.",
 )
 # Needs no TensorFlow, unless the rule is the user's own.
 flags.register_validator(CONSENSUS, _is_known(rules.check))
@@ -874,11 +875,11 @@ def own_flags() -> dict[str, flags.Flag]:
   return {flag.name: flag for flag in by_module[__name__]}
 
 
-# Flags of how predictions are combined and coded. A task's defaults of these are taken
-# all or none.
-_OF_PREDICTIONS = frozenset(
-    {'consensus', 'prior', 'prediction_bits', 'prediction_top', 'knowledge_bits'}
-)
+# Flags that code predictions, of which there can be one.
+_CODES = frozenset({'prediction_bits', 'prediction_top', 'knowledge_bits'})
+# By a flag that is given, those whose defaults do not go with it: the prior is of the
+# default consensus, and so is the code.
+_REPLACED = {'consensus': _CODES | {'prior'}, **dict.fromkeys(_CODES, _CODES)}
 
 
 def _task_defaults(task: str, algorithm: str) -> dict[str, Any]:
@@ -920,7 +921,7 @@ def settled(names: Iterable[str]) -> set[str]:
       name for name, flag in own_flags().items()
       if flag.present or not flag.using_default_value
   }
-  return found | _OF_PREDICTIONS if found & _OF_PREDICTIONS else found
+  return found.union(*(_REPLACED.get(name, ()) for name in found))
 
 
 def _take(defaults: Mapping[str, Any]) -> set[str]:

@@ -289,8 +289,19 @@ def test_tasks_have_defaults_of_their_own_with_some_algorithms():
 
 
 def test_a_default_that_does_not_fit_what_is_given_gives_way():
-  with helpers.flags_of('--task=shakespeare', '--prediction_bits=4'):
-    assert _taken(*_CODE) == [None, None, 4]
+  # The consensus stays as it was, whatever becomes of the code or the prior.
+  for code in ('prediction_bits', 'knowledge_bits'):
+    with helpers.flags_of('--task=shakespeare', f'--{code}=4'):
+      taken = _taken('consensus', 'prediction_top', code)
+      assert taken == ['mean_probabilities', None, 4]
+  with helpers.flags_of('--knowledge_bits=8'):
+    assert _taken('consensus', 'prior') == ['aligned', 'average']
+  with helpers.flags_of('--prior=em'):
+    assert _taken('consensus', 'prior') == ['aligned', 'em']
+  with helpers.flags_of('--consensus=aligned'):
+    assert _taken('consensus', 'prior') == ['aligned', None]
+  with helpers.flags_of('--task=shakespeare', '--consensus=era'):
+    assert _taken(*_CODE) == ['era', None, None]
   with helpers.flags_of('--task=shakespeare', '--transfer_size=50'):
     assert _taken('transfer_labels', 'transfer_per_round') == [50, 50]
   with helpers.flags_of('--task=movielens', '--transfer_labels=0'):
@@ -346,7 +357,7 @@ def test_a_config_takes_what_the_run_had_by_other_defaults(tmp_path, monkeypatch
     assert not flags.FLAGS['num_clients'].present
   # What the run had by default gives way to what is given here.
   with helpers.flags_of(f'--config={path}', '--prediction_bits=4'):
-    assert _taken(*_CODE) == [None, None, 4]
+    assert _taken(*_CODE) == ['mean_probabilities', None, 4]
   with helpers.flags_of(f'--config={path}', '--transfer_size=50'):
     assert _taken('transfer_labels', 'transfer_per_round') == [50, 50]
 
