@@ -497,6 +497,15 @@ def test_a_companion_and_the_exchange_each_add_up_over_the_steps():
   assert np.sum(output.state.shared.weights) == _SIZES[0] + 2 * _SIZES[1]
 
 
+def test_a_companions_state_has_no_place_beside_models_that_clients_keep():
+  class Remembers(_Steps):
+    def initial_client_state(self):
+      return tf.constant(0)
+
+  with pytest.raises(ValueError, match='Remembers keeps a state at clients'):
+    helpers.build('fd', companion=Remembers())
+
+
 @pytest.mark.parametrize(
     'name, optimizers',
     [

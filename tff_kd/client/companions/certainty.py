@@ -212,7 +212,6 @@ class CertaintyScorer(companions.Companion):
   noise off: a deployment must draw it at the client, in secret.
   """
 
-  has_client_state = True
   gives_certainty = True
   # Certainties go up within the predictions' sums.
   exchanges = False

@@ -179,7 +179,7 @@ class Companion(abc.ABC):
   @property
   def has_client_state(self) -> bool:
     """Whether clients keep something from round to round."""
-    return self.client_spec is not None
+    return bool(tf.nest.flatten(self.initial_client_state()))
 
   def initial_client_state(self) -> Any:
     """Returns the state of a new client: a structure of tensors, a `ClientState`, or ().

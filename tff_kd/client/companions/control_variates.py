@@ -82,7 +82,6 @@ class ControlVariates(companions.Companion):
   all of them.
   """
 
-  has_client_state = True
   state_follows_report = True
   needs_one_architecture = True
   needs_plain_sgd = True

@@ -66,7 +66,6 @@ class DynamicRegularizer(companions.Companion):
   within the constraints of its layers.
   """
 
-  has_client_state = True
   exchanges = False
   state_follows_report = True
   needs_one_architecture = True
