@@ -627,6 +627,8 @@ def main(argv: list[str]) -> None:
     raise app.UsageError(
         '--dry_run is of one run: python -m pipelines.train --dry_run. Leave it out.'
     )
+  if train_flags.CONFIG.value is not None:
+    train_flags.take_given(_PER_RUN)
   seeds, rows = _seeds(), _variations()
   settings = _settings(rows)
   folder = train_flags.output_dir('compare')

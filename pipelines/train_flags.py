@@ -979,14 +979,32 @@ def take_run(run_dir: pathlib.Path) -> None:
   _take_config(run_dir / run_folders.CONFIG, _NOT_REPEATED | _WHERE)
 
 
+def take_given(left: Set[str]) -> None:
+  """Gives the flags that are not given those that the run of --config was given.
+
+  Each algorithm then has its own defaults, also where the run had others.
+
+  Args:
+    left: Flags that are not taken.
+  """
+  values, given = _read_config(pathlib.Path(CONFIG.value))
+  _give({name: values[name] for name in given - _NOT_REPEATED - left})
+  own_flags()['config'].unparse()
+
+
+def _give(values: Mapping[str, Any]) -> None:
+  """Sets flags as if they were given, so that a conflict with others is an error."""
+  known = own_flags()
+  for name, value in values.items():
+    if not known[name].present:
+      known[name].value, known[name].present = value, 1
+
+
 def _take_config(path: pathlib.Path, left: Set[str]) -> None:
   """Takes the flags of a run, but for those that are left out."""
   values, given = _read_config(path)
   known = own_flags()
-  for name in given - left:
-    if not known[name].present:
-      # As if given here, so that a conflict with the other flags is an error.
-      known[name].value, known[name].present = values[name], 1
+  _give({name: values[name] for name in given - left})
   for name in _OF_DEFAULTS:
     if not known[name].present and name in values:
       known[name].value = values[name]

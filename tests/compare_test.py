@@ -11,8 +11,10 @@ import time
 
 import pytest
 
+from pipelines import compare
 from pipelines import parallel
 from pipelines import tables
+from pipelines import train_flags
 from tests import helpers
 
 _TINY = [
@@ -261,6 +263,24 @@ def test_ceilings_are_of_the_data_and_models_of_a_config(tmp_path):
     weights = json.load(file)['models']['student']['weights']
   log = (tmp_path / 'all' / 'fed_avg-0.log').read_text()
   assert f'student: {weights:,} weights.' in log and weights != 25_450
+
+
+def test_a_config_gives_each_algorithm_the_flags_that_it_takes(tmp_path):
+  config = tmp_path / 'config.json'
+  values = {
+      'algorithm': 'fed_df', 'task': 'newsgroups', 'patience': 5, 'server_steps': 30,
+      'num_clients': 10, 'batch_size': 20,
+  }
+  given = sorted(values.keys() - {'batch_size'})
+  config.write_text(json.dumps({'flags': values, 'given': given}))
+  with helpers.flags_of(
+      f'--config={config}', '--algorithms=fed_avg,fed_df', '--num_clients=12'
+  ):
+    train_flags.take_given(compare._PER_RUN)
+    found = {s.name: set(of_run) for s, of_run in compare._settings([]).items()}
+    assert train_flags.output_dir('compare').name == 'compare-newsgroups'
+  of_all = {'--num_clients=12', '--patience=5', '--task=newsgroups'}
+  assert found == {'fed_avg': of_all, 'fed_df': of_all | {'--server_steps=30'}}
 
 
 @pytest.mark.parametrize(
