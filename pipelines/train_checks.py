@@ -182,15 +182,13 @@ def _register_unused() -> None:
       'without --prior_tau',
   )
   _no_effect(
-      'back_steps', 'back_distillation', lambda: args.BACK.value,
-      'with --noback_distillation',
-  )
-  _no_effect(
       'student_start', 'clients_start_from',
       lambda: args.CLIENTS_START_FROM.value == 'average',
       'without --clients_start_from=average',
   )
-  for name in ('clients_start_from', 'student_start'):
+  for name in (
+      'back_steps', 'student_learning_rate', 'clients_start_from', 'student_start'
+  ):
     _no_effect(
         name, 'back_distillation',
         lambda: args.BACK.value or not _takes('back_distillation'),

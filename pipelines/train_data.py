@@ -1,6 +1,7 @@
 """The data of a run and its clients, as flags say."""
 
 from collections.abc import Callable, Sequence
+import inspect
 from typing import Any, Optional
 
 from absl import flags
@@ -19,12 +20,11 @@ _PARTITIONS_BY_SIZE = ('iid', 'quantity_skew')
 def load_task() -> tff_kd.data.Task:
   """Loads the task, and checks the flags that depend on its data."""
   info = tff_kd.data.task_info(args.TASK.value)
-  kwargs = {'data_dir': args.DATA_DIR.value} if 'data_dir' in info.options else {}
   task = info.load(
       seed=args.SEED.value,
       transfer_size=args.TRANSFER_SIZE.value,
       validation_size=args.VALIDATION_SIZE.value,
-      **kwargs,
+      **_data_dir(info),
   )
   if not isinstance(task, tff_kd.data.Task):
     raise UserError(
@@ -45,6 +45,19 @@ def load_task() -> tff_kd.data.Task:
       )
     flags.FLAGS['transfer_labels'].value = num_labelled
   return task
+
+
+def _data_dir(info: tff_kd.data.tasks.TaskInfo) -> dict[str, str]:
+  """Returns --data_dir as an argument of a task's `load`, if it is given."""
+  if args.DATA_DIR.value is not None:
+    return {'data_dir': args.DATA_DIR.value}
+  parameter = inspect.signature(info.load).parameters.get('data_dir')
+  if parameter is not None and parameter.default is parameter.empty:
+    raise UserError(
+        f'--task={args.TASK.value} needs --data_dir, the folder of its data; it is not '
+        'given.'
+    )
+  return {}
 
 
 def _apply_task_defaults(task: tff_kd.data.Task) -> None:

@@ -81,8 +81,9 @@ SEED = flags.DEFINE_integer(
 )
 FEDAVG = flags.DEFINE_bool(
     'compare_with_fed_avg', True,
-    'Also train plain FedAvg of the same student until it has moved the same bytes, '
-    'for at most three times the rounds.',
+    'Also train FedAvg of the same student, with the same optimizers and aggregation, '
+    'for as many rounds, and on until it has moved the same bytes, for at most three '
+    'times the rounds.',
 )
 
 topics.topic('Data and clients')
@@ -241,7 +242,8 @@ MODEL_BITS = flags.DEFINE_integer(
     'model_bits', None,
     "The bits of each number of clients' weight deltas, in arrays of 1,000 or more; "
     "floats if unset. With --robust_model=zeroing,clipping this is TFF's "
-    'compression_aggregator.', lower_bound=1, upper_bound=16
+    'compression_aggregator, but for rounding to the nearest.',
+    lower_bound=1, upper_bound=16,
 )
 KNOWLEDGE_BITS = flags.DEFINE_integer(
     'knowledge_bits', None,
@@ -285,7 +287,8 @@ MODEL_CLIP = flags.DEFINE_string(
 KNOWLEDGE_CLIP = flags.DEFINE_string(
     'knowledge_clip', None,
     "The L2 norm to which a client's uploaded predictions of a round are clipped; if "
-    'unset adaptive, and 50 for fd and fed_proto.',
+    'unset adaptive, and 50 for fd and fed_proto. Predictions that are weighed by their '
+    'certainty (fed_et, fed_aux) need a number.',
 )
 for _clip in (MODEL_CLIP, KNOWLEDGE_CLIP):
   flags.register_validator(
@@ -308,12 +311,15 @@ SECURE_AGGREGATION = flags.DEFINE_bool(
 SECURE_BITS = flags.DEFINE_integer(
     'secure_bits', None,
     'The bits of a number under --secure_aggregation, summed under a modulus; needs '
-    '--secure_model_bound and --secure_knowledge_bound. 32 if unset.', lower_bound=2,
+    'the bound of what is sent, --secure_model_bound, --secure_knowledge_bound or both. '
+    '32 if unset.', lower_bound=2,
     upper_bound=24,
 )
 SECURE_MODEL_BOUND = flags.DEFINE_float(
     'secure_model_bound', None,
-    "The largest absolute value in a client's weight delta; estimated if unset.",
+    "The largest absolute value in a client's weight delta times the client's weight, "
+    'which is the number of its examples, or 1 with --client_weighting=uniform; '
+    'estimated if unset.',
 )
 SECURE_KNOWLEDGE_BOUND = flags.DEFINE_float(
     'secure_knowledge_bound', None,
@@ -392,12 +398,14 @@ SERVER_WARMUP_ROUNDS = flags.DEFINE_integer(
 )
 WEIGHTING = flags.DEFINE_enum(
     'client_weighting', None, ['num_examples', 'uniform'],
-    "A client's weight in both means; if unset num_examples, and uniform with "
-    'differential privacy, scaffold and fed_dyn.',
+    "A client's weight in the mean of weights, and in that of predictions (which weigh "
+    'the same in fed_et, in fed_aux and under secure sums); if unset num_examples, and '
+    'uniform with differential privacy, scaffold and fed_dyn.',
 )
 LOCAL_TARGET = flags.DEFINE_enum(
     'local_target', 'none', ['none', 'student', 'student_history', 'teacher'],
-    'The model from which clients distil during local training, with any algorithm.',
+    'The model from which clients distil during local training, with algorithms that '
+    'average whole students; teacher: that have one.',
 )
 LOCAL_WEIGHT = flags.DEFINE_float(
     'local_weight', 0.2,
@@ -496,7 +504,8 @@ PRIOR = flags.DEFINE_string(
     'to these shares of the classes on the transfer examples: uniform; probabilities '
     'separated by commas; average, what the averaged students of all rounds predict on '
     'average, as far as that is more than noise; em, by EM under label shift. With '
-    '--calibrate: uniform or probabilities. Unset: uniform, if predictions are aligned.',
+    "--calibrate: uniform or probabilities. Unset: the task's default, else uniform, if "
+    'predictions are aligned.',
 )
 SHARPNESS = flags.DEFINE_float(
     'consensus_sharpness', None,
@@ -507,7 +516,8 @@ PREDICTION_BITS = flags.DEFINE_integer(
     'prediction_bits', None,
     "The bits of a class's probability in uploaded predictions, 1 (only the most "
     'likely class) to 8; floats if unset. Needs a consensus of probabilities '
-    '(mean_probabilities, era, enhanced_era). For cfd: 1 if unset, 32 for floats.',
+    '(mean_probabilities, era, enhanced_era, aligned_probabilities). For cfd: 1 if '
+    'unset, 32 for floats.',
     lower_bound=1,
 )
 PREDICTION_TOP = flags.DEFINE_integer(
@@ -520,7 +530,7 @@ CLIENTS_START_FROM = flags.DEFINE_enum(
     'clients_start_from', None, ['average', 'distilled'],
     "What clients are sent where the server's distillation changes the student: the "
     'distilled student, which is also what is evaluated and released, or the average as '
-    'it was before. Unset: distilled; with --calibrate average.',
+    "it was before. Unset: the task's default, else distilled; with --calibrate average.",
 )
 DISTILLATION_WEIGHT = flags.DEFINE_float(
     'distillation_weight', None,
@@ -570,7 +580,7 @@ STUDENT_START = flags.DEFINE_enum(
     'student_start', None, ['average', 'released'],
     "Where the student's distillation begins if clients start from the average: at the "
     'average of the round, or at the student that was last released, moved by what the '
-    'average moved. Unset: average.',
+    "average moved. Unset: the task's default, else average.",
 )
 STUDENT_RATE = flags.DEFINE_float(
     'student_learning_rate', None,
@@ -828,6 +838,8 @@ def is_taken(algorithm: algorithms.Info, name: str) -> bool:
   """Returns whether a flag has an effect with an algorithm."""
   if name in algorithm.flags.values():
     return True
+  if name == 'model_bits' and 'start_energy' in algorithm.parameters:
+    return False  # Clients send factors, which it does not round.
   if name in _AVERAGING:
     return algorithm.averages
   if name in ('knowledge_clip', 'secure_knowledge_bound'):
@@ -878,8 +890,14 @@ def own_flags() -> dict[str, flags.Flag]:
 # Flags that code predictions, of which there can be one.
 _CODES = frozenset({'prediction_bits', 'prediction_top', 'knowledge_bits'})
 # By a flag that is given, those whose defaults do not go with it: the prior is of the
-# default consensus, and so is the code.
-_REPLACED = {'consensus': _CODES | {'prior'}, **dict.fromkeys(_CODES, _CODES)}
+# default consensus, and so is the code. Coded predictions can be neither noised nor
+# summed securely.
+_REPLACED = {
+    'consensus': _CODES | {'prior'},
+    **dict.fromkeys(
+        (*_CODES, 'epsilon', 'noise_multiplier', 'secure_aggregation'), _CODES
+    ),
+}
 
 
 def _task_defaults(task: str, algorithm: str) -> dict[str, Any]:

@@ -607,6 +607,12 @@ def test_what_does_not_fit_is_refused(args, message):
   assert message in helpers.refused_here(*args)
 
 
+@pytest.mark.parametrize('task', ['examples/own_task.py', 'idx'])
+def test_a_folder_of_data_that_is_needed_and_not_given_is_asked_for(task):
+  said = helpers.refused_here(f'--task={task}')
+  assert f'--task={task} needs --data_dir' in said
+
+
 def test_labels_counted_from_1_are_a_sentence(tmp_path):
   x, y = np.zeros((30, 2)), np.arange(30) % 3 + 1
   for name in ('client_0', 'client_1', 'server'):

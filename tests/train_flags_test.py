@@ -73,6 +73,11 @@ def test_help_lists_the_algorithms():
         (['--noback_distillation', '--back_steps=2'], '--back_steps'),
         (['--data_dir=/nowhere'], '--data_dir has no effect'),
         (['--task=idx', '--data_dir=/nowhere'], 'data_dir'),
+        (['--algorithm=fed_kd', '--model_bits=8'], '--model_bits has no effect'),
+        (
+            ['--noback_distillation', '--student_learning_rate=0.1'],
+            '--student_learning_rate has no effect with --noback_distillation',
+        ),
         (['--clients_per_round=21'], 'only 20 clients'),
         (['--num_clients=9999'], 'Use fewer clients'),
         (['--transfer_labels=2000'], '--transfer_labels'),
@@ -294,6 +299,9 @@ def test_a_default_that_does_not_fit_what_is_given_gives_way():
     with helpers.flags_of('--task=shakespeare', f'--{code}=4'):
       taken = _taken('consensus', 'prediction_top', code)
       assert taken == ['mean_probabilities', None, 4]
+  for guard in ('--epsilon=8', '--secure_aggregation'):
+    with helpers.flags_of('--task=shakespeare', guard):
+      assert _taken(*_CODE) == ['mean_probabilities', None, None]
   with helpers.flags_of('--knowledge_bits=8'):
     assert _taken('consensus', 'prior') == ['aligned', 'average']
   with helpers.flags_of('--prior=em'):

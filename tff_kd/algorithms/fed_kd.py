@@ -45,7 +45,7 @@ def build_fed_kd(
     temperature: T of both divergences, above 0.
     options: Each field of `tff_kd.rounds.Options` as an argument of its own.
       A `model_aggregator` is what the truncated updates go through, and must be
-      weighted.
+      weighted. One that rounds saves no bytes, since what travels are the factors.
 
   Returns:
     A `StatefulClientsProcess`: clients keep their mentors. `numbers_sent`, among the
