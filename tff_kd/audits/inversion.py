@@ -93,7 +93,8 @@ class Inverter:
     examples = tf.data.Dataset.from_tensor_slices(
         (self._scaled(features), targets)
     ).shuffle(len(inputs), seed=seed).batch(_BATCH_SIZE)
-    self._network.fit(examples, epochs=num_epochs, verbose=0)
+    # The dataset shuffles; Keras warns that it cannot.
+    self._network.fit(examples, epochs=num_epochs, shuffle=False, verbose=0)
 
   def invert(self, pairs: Pairs) -> np.ndarray:
     """Reconstructs examples from their predictions.
@@ -104,7 +105,8 @@ class Inverter:
     Returns:
       float32 `[k, ...]`, in the shape of the public examples.
     """
-    flat = self._network.predict(self._scaled(_features(pairs)), verbose=0)
+    # Not `predict`, which is traced anew for each network.
+    flat = self._network(self._scaled(_features(pairs))).numpy()
     return (self._low + self._range * flat).reshape(-1, *self._shape)
 
   def pair_of(self, label: int) -> Pairs:
