@@ -347,6 +347,28 @@ def _print_end(finished: Finished) -> None:
       'examples.'
   )
   _print_left_out(finished.history)
+  _print_if_average_was_better(finished)
+
+
+def _print_if_average_was_better(finished: Finished) -> None:
+  """Says so if validation prefers the average to what the server made of it."""
+  task, history = finished.task, finished.history
+  names = [f'validation/{model}_{task.metric}' for model in ('student', 'student_before')]
+  if not set(names) <= set(history[0]):
+    return
+  rows = [
+      train_folder.best_row(history, finished.result.round_num, name, task)
+      for name in names
+  ]
+  student, average = (row[name] for row, name in zip(rows, names))
+  if average < student if task.is_lower_better(names[0]) else average > student:
+    what = finished.names['student_before']
+    print(
+        f'By validation the {what} was better than after it: {tables.words(task.metric)} '
+        f"{average:.4f} in round {rows[1]['round']:.0f}, the student {student:.4f} in "
+        f"round {rows[0]['round']:.0f}. Then averaging alone has as much for less: "
+        'compare with --algorithm=fed_avg.'
+    )
 
 
 def _print_left_out(history: list[dict[str, float]]) -> None:

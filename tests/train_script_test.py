@@ -173,6 +173,28 @@ def test_fed_avg_is_judged_by_as_many_rounds_and_by_as_many_bytes(
   assert found == expected
 
 
+@pytest.mark.parametrize('average, lower_is_better', [(2, False), (1, True)])
+def test_an_average_that_is_better_than_the_student_is_named(
+    average, lower_is_better, capsys
+):
+  student, before = (f'validation/{name}_loss' for name in ('student', 'student_before'))
+  finished = types.SimpleNamespace(
+      history=[{'round': 1, student: 1.5, before: average}, {
+          'round': 2, student: 1.5, before: 1.5
+      }],
+      names={'student_before': 'student before back-distillation'},
+      result=types.SimpleNamespace(round_num=2),
+      task=types.SimpleNamespace(
+          metric='loss', is_lower_better=lambda name: lower_is_better
+      ),
+  )
+  train_report._print_if_average_was_better(finished)
+  assert f'loss {average:.4f} in round 1, the student 1.5000' in capsys.readouterr().out
+  finished.task.is_lower_better = lambda name: not lower_is_better
+  train_report._print_if_average_was_better(finished)
+  assert not capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_it(tmp_path):
   args = [*helpers.TINY_FUSION, '--rounds=1000', f'--output_dir={tmp_path / "out"}']
