@@ -499,23 +499,6 @@ def build_aggregators(
   return factories
 
 
-def _check_weights_fit(
-    secure: secure_lib.SecureAggregation, rule: knowledge.ConsensusRule
-) -> None:
-  """Refuses a bound that clips the weights of predictions, which are uploaded, too.
-
-  A given certainty is at most 1, as in `certainty.score`.
-  """
-  bound = secure.knowledge_bound
-  goes_to_1 = rule.has_unit_weights or rule.needs_certainty
-  if goes_to_1 and bound is not None and bound < 1.0:
-    raise ValueError(
-        f'`knowledge_bound` must be 1 or more, found {bound!r}: it also bounds how much '
-        "a prediction counts, which goes up to 1 (times the client's weight), and would "
-        'be clipped, so that the mean would be wrong.'
-    )
-
-
 def _check_secure(
     sent: Sequence[str],
     aggregators: Mapping[str, Any],
@@ -532,8 +515,6 @@ def _check_secure(
   # Private channels are clipped to their own range.
   unnoised = [c for c in sent if privacy is None or not privacy.is_noised(c)]
   secure.check_channels(unnoised)
-  if 'knowledge' in unnoised and rule is not None:
-    _check_weights_fit(secure, rule)
   for name, aggregator in aggregators.items():
     if aggregator is not None:
       raise ValueError(
