@@ -390,6 +390,10 @@ def _reporting(**kwargs):
             '`model_clip` that is a number',
         ),
         ('fed_avg', dict(privacy=1.0), 'must be a `tff_kd.privacy.Differential'),
+        (
+            'fed_avg', dict(privacy=_dp(channels=['knowledge'])),
+            r"names \['knowledge'\], which this .* does not send.* sends \['model'\]",
+        ),
     ],
 )
 def test_a_false_guarantee_is_refused_with_its_reason(name, kwargs, message):

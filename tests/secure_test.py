@@ -258,7 +258,7 @@ def test_private_and_secure(name):
         ),
         ('fed_avg', dict(secure_aggregation=True), 'must be a `tff_kd.privacy.Secure'),
         (
-            'fed_avg',
+            'fed_df',
             dict(
                 secure_aggregation=privacy.SecureAggregation(bits=8, max_clients=4),
                 client_weighting=tff.learning.ClientWeighting.UNIFORM,
