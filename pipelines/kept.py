@@ -54,8 +54,18 @@ class KeptModels:
     return self.specs[client % len(self.specs)]
 
   def weights(self, client: int) -> Any:
-    """Returns the `ModelWeights` of a client's model."""
-    (state,) = self._states.load([client], self._best_round)
+    """Returns the `ModelWeights` of a client's model.
+
+    Args:
+      client: The client's number.
+
+    Raises:
+      UserError: If its file is damaged.
+    """
+    try:
+      (state,) = self._states.load([client], self._best_round)
+    except tff_kd.simulation.ClientStatesError as error:
+      raise UserError(str(error)) from error
     return self._students.unpack(state.weights)[client % len(self.specs)]
 
   def released(self, clients: Sequence[str]) -> list[released.Released]:

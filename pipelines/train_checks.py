@@ -439,6 +439,18 @@ def _():
     )
 
 
+@_together('private_channels', 'algorithm')
+def _():
+  algorithm = args.algorithm()
+  sends = {'model': algorithm.averages, 'knowledge': algorithm.sends_knowledge}
+  for channel in args.PRIVATE_CHANNELS.value:
+    if not sends.get(channel, True):
+      raise flags.ValidationError(
+          f'--private_channels={channel} is a channel that --algorithm={algorithm.name} '
+          'does not send, so that nothing would have noise. Leave it out.'
+      )
+
+
 @_together('private_channels', 'epsilon')
 def _():
   if args.PRIVATE_CHANNELS.value and args.EPSILON.value is not None:

@@ -323,8 +323,8 @@ SECURE_MODEL_BOUND = flags.DEFINE_float(
 )
 SECURE_KNOWLEDGE_BOUND = flags.DEFINE_float(
     'secure_knowledge_bound', None,
-    "The largest absolute value in a client's uploaded predictions; estimated if "
-    'unset.',
+    "The largest absolute value in a client's uploaded predictions, and the most that "
+    'one counts: what is beyond it is scaled down, and counts less; estimated if unset.',
 )
 
 topics.topic('Models and local training')

@@ -70,6 +70,11 @@ def _run_in(
       tff_kd.runtime.NoWorkerError,
   ) as error:
     raise UserError(str(error)) from error
+  except tff_kd.simulation.ClientStatesError as error:
+    raise UserError(
+        f'{error} Nothing that the run has saved is lost. To go on: '
+        f'{train_folder.resume_command(run_dir)}'
+    ) from error
   # A full disk raises either.
   except (OSError, tf.errors.ResourceExhaustedError) as error:
     reason = str(error).splitlines()[0]

@@ -85,7 +85,13 @@ def test_a_damaged_file_is_named(tmp_path, damage):
   store.save([5], [_state(1)], 1)
   (path,) = tmp_path.iterdir()
   path.write_bytes(path.read_bytes()[:-40] if damage is None else damage)
-  with pytest.raises(client_states.ClientStatesError, match='client 5.*round 1'):
+  error = client_states.ClientStatesError
+  with pytest.raises(error, match='client 5.*round 1.*has its initial state'):
+    store.load([5])
+  store.save([5], [_state(2)], 2)
+  store.save([5], [_state(3)], 3)
+  (tmp_path / 'client-5-round-3.npz').write_bytes(b'')
+  with pytest.raises(error, match='client 5.*round 3.*has its state after round 2'):
     store.load([5])
 
 

@@ -116,6 +116,18 @@ def test_counts_go_up_as_a_secure_sum():
   )
 
 
+def test_a_small_bound_of_secure_sums_leaves_probabilities():
+  """Of one client, whose weights cancel."""
+  students = []
+  for secure in (
+      None, privacy.SecureAggregation(model_bound=400.0, knowledge_bound=0.2)
+  ):
+    process = _process(secure_aggregation=secure)
+    output = process.next(process.initialize(), _datasets()[:1])
+    students.append(output.state.global_model_weights)
+  helpers.assert_weights_close(*students, atol=1e-3)
+
+
 def test_labels_that_do_not_count_are_not_counted():
   """Of a client without examples, and of examples of weight 0."""
   process = _process()

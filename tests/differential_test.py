@@ -1,6 +1,7 @@
 """Private sums through the real runtime: what is added, what is let through, refused."""
 
 import collections
+import dataclasses
 import math
 
 import dp_accounting
@@ -204,6 +205,27 @@ def test_without_noise_and_clip_a_run_is_the_plain_one(name):
     helpers.assert_weights_close(kept[0].weights, plain_kept[0].weights, rtol=0, atol=0)
 
 
+@dataclasses.dataclass(frozen=True)
+class _Weighing(knowledge.WrappedRule):
+  """A rule whose weights are not the inner rule's."""
+
+  def encode(self, logits):
+    return knowledge.payload_of(logits, tf.reduce_max(tf.nn.softmax(logits), -1))
+
+
+def test_weights_that_a_wrapping_rule_gives_are_in_the_sum():
+  mean = knowledge.MeanLogits()
+  assert knowledge.WrappedRule(mean).has_unit_weights
+  assert not _Weighing(mean).has_unit_weights
+  plain, private = [
+      helpers.rounds(_build('fed_df', consensus_rule=_Weighing(mean), **its), _CLIENTS)[0]
+      for its in ({}, dict(privacy=_OPEN))
+  ]
+  helpers.assert_weights_close(
+      private.state.global_model_weights, plain.state.global_model_weights, rtol=1e-5
+  )
+
+
 @pytest.mark.parametrize(
     'name',
     [
@@ -368,6 +390,10 @@ def _reporting(**kwargs):
             '`model_clip` that is a number',
         ),
         ('fed_avg', dict(privacy=1.0), 'must be a `tff_kd.privacy.Differential'),
+        (
+            'fed_avg', dict(privacy=_dp(channels=['knowledge'])),
+            r"names \['knowledge'\], which this .* does not send.* sends \['model'\]",
+        ),
     ],
 )
 def test_a_false_guarantee_is_refused_with_its_reason(name, kwargs, message):

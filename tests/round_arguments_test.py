@@ -237,6 +237,23 @@ def test_cohorts_and_conditions(batches):
     process.next(state, [1])
 
 
+def test_a_private_round_has_a_client_once(batches):
+  process = helpers.build(
+      'fed_avg', client_data=batches, reporting=tff_kd.Reporting(),
+      client_weighting=tff_kd.tff.learning.ClientWeighting.UNIFORM,
+      privacy=tff_kd.privacy.DifferentialPrivacy(
+          noise_multiplier=1.0, clients_per_round=2, model_clip=1.0
+      ),
+  )
+  clients = tff_kd.simulation.Participation(
+      num_clients=3, clients_per_round=3, gives_conditions=True
+  )(1)
+  state = process.initialize()
+  assert process.next(state, clients).state.round_num == 1
+  with pytest.raises(ValueError, match=r"once only, found \['.'\] more .* client once"):
+    process.next(state, [*clients, clients[1]])
+
+
 @pytest.mark.parametrize(
     ('examples', 'message'),
     [

@@ -3,6 +3,7 @@
 import keras
 import numpy as np
 import pytest
+import tensorflow as tf
 from tff_kd.compat import tff
 
 from tests import helpers
@@ -36,7 +37,6 @@ def _sum(secure, values, bound):
     [
         ('fed_avg', _BITS), ('fd', {}), helpers.slow('ds_fl', _BITS),
         helpers.slow('fed_distillation', {}), helpers.slow('fed_df', _BITS),
-        # No certainty is above 1.
         helpers.slow('fed_aux', dict(model_bound=40.0, knowledge_bound=1.0)),
     ],
 )
@@ -69,6 +69,75 @@ def test_secure_sums_change_little(name, settings):
       expected['train']['loss'], abs=tolerance
   )
   assert found['participation'] == expected['participation']
+
+
+def _mean(secure, payloads):
+  """The weighted mean of payloads of two clients, and its measurements."""
+  process = secure.build_mean('knowledge').create(
+      tff.types.tensorflow_to_type(
+          knowledge.KnowledgePayload(*(tf.TensorSpec(t.shape) for t in payloads[0]))
+      ),
+      tff.TensorType(np.float32),
+  )
+  output = process.next(process.initialize(), payloads, [1.0, 2.0])
+  return output.result, output.measurements
+
+
+@pytest.mark.parametrize('groups', [(), (3,)])  # (3,): several pairs a row.
+def test_rows_beyond_the_bound_say_the_same_and_count_less(groups):
+  rng = np.random.default_rng(0)
+  values = np.float32(rng.uniform(-4, 4, [2, 8, *groups, 5]))
+  weights = np.float32(rng.uniform(0, 6, [2, 8, *groups]))
+  payloads = [knowledge.KnowledgePayload(*its) for its in zip(values, weights)]
+  of_client = np.float32([1, 2]).reshape(2, *[1] * weights[0].ndim)
+  for secure, bound in (
+      (privacy.SecureAggregation(knowledge_bound=3), 3.0),
+      (privacy.SecureAggregation(bits=16, knowledge_bound=3.0, max_clients=2), 3.0),
+      # The estimate begins with 100.
+      (privacy.SecureAggregation(), 100.0),
+  ):
+    found, _ = _mean(secure, payloads)
+    largest = of_client * np.maximum(np.abs(values).max(-1), weights)
+    factor = of_client * np.minimum(1.0, bound / largest)
+    np.testing.assert_allclose(
+        found.values, (factor[..., None] * values).sum(0) / 3, atol=1e-4
+    )
+    np.testing.assert_allclose(found.weights, (factor * weights).sum(0) / 3, atol=1e-4)
+
+
+def test_an_estimated_bound_scales_rows_and_counts_their_clients():
+  payload = knowledge.KnowledgePayload(
+      np.float32([[400.0, -300.0], [40.0, 30.0]]), np.float32([200.0, 10.0])
+  )
+  found, measured = _mean(privacy.SecureAggregation(), [payload] * 2)
+  np.testing.assert_allclose(
+      found.values, [[200 / 3, -150 / 3], [40, 30]], rtol=1e-5
+  )
+  np.testing.assert_allclose(found.weights, [100 / 3, 10], rtol=1e-5)
+  assert measured['mean_value']['secure_upper_clipped_count'] == 2
+
+
+def test_an_infinite_row_is_missing():
+  payload = knowledge.KnowledgePayload(
+      np.float32([[np.inf, 1.0], [2.0, 1.0]]), np.float32([1.0, 1.0])
+  )
+  found, _ = _mean(privacy.SecureAggregation(knowledge_bound=9.0), [payload] * 2)
+  np.testing.assert_allclose(found.values, [[0, 0], [2, 1]], rtol=1e-5)
+  np.testing.assert_allclose(found.weights, [0, 1], rtol=1e-5)
+
+
+@pytest.mark.parametrize('name', ['fd', helpers.slow('fed_proto')])
+def test_means_by_class_do_not_depend_on_the_bound(name):
+  """Of clients that say the same."""
+  means, student_fn = [], helpers.features_fn(4)
+  for secure in (None, privacy.SecureAggregation(knowledge_bound=0.5)):
+    output, _ = helpers.rounds(
+        _build(name, student_fn=student_fn, secure_aggregation=secure),
+        [_CLIENTS[3]] * 2, 1,
+    )
+    sums, counts = output.state.shared
+    means.append(sums / counts[:, np.newaxis])
+  np.testing.assert_allclose(means[1], means[0], atol=1e-4)
 
 
 def test_metrics_may_be_negative():
@@ -190,23 +259,6 @@ def test_private_and_secure(name):
         ('fed_avg', dict(secure_aggregation=True), 'must be a `tff_kd.privacy.Secure'),
         (
             'fed_df',
-            dict(secure_aggregation=privacy.SecureAggregation(knowledge_bound=0.5)),
-            '`knowledge_bound` must be 1 or more, found 0.5: .* would be clipped',
-        ),
-        (
-            'fed_df',
-            dict(
-                secure_aggregation=privacy.SecureAggregation(knowledge_bound=0.5),
-                client_weighting=tff.learning.ClientWeighting.UNIFORM,
-                privacy=privacy.DifferentialPrivacy(
-                    noise_multiplier=1.0, clients_per_round=2, model_clip=1.0,
-                    channels=('model',),
-                ),
-            ),
-            '`knowledge_bound` must be 1 or more, found 0.5: .* would be clipped',
-        ),
-        (
-            'fed_avg',
             dict(
                 secure_aggregation=privacy.SecureAggregation(bits=8, max_clients=4),
                 client_weighting=tff.learning.ClientWeighting.UNIFORM,

@@ -155,6 +155,13 @@ def test_help_lists_the_algorithms():
         (['--epsilon=8', '--compare_with_fed_avg'], 'is void'),
         (['--epsilon=8', '--sampling=weighted'], 'which is their secret'),
         (['--epsilon=8', '--private_channels=model'], 'without noise, so that there is'),
+        (
+            [
+                '--algorithm=fed_avg', '--noise_multiplier=5', '--model_clip=1',
+                '--private_channels=knowledge',
+            ],
+            '--private_channels=knowledge is a channel that --algorithm=fed_avg does not',
+        ),
         (['--epsilon=8', '--algorithm=cfd'], 'the length of a code'),
         (['--epsilon=8', '--algorithm=fed_gen'], 'no FeatureGenerator'),
         (['--epsilon=8', '--model_bits=8'], '`model_aggregator` must be None'),

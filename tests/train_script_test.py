@@ -12,9 +12,12 @@ import psutil
 import pytest
 import tensorflow as tf
 
+import pipelines
+from pipelines import kept
 from pipelines import parallel
 from pipelines import run_folders
 from pipelines import train_folder
+from pipelines import train_job
 from pipelines import train_report
 from tests import helpers
 import tff_kd
@@ -143,6 +146,26 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
   with pytest.raises(OSError):
     run_folders.write_json(path, {'a': 2})
   assert json.loads(path.read_text()) == {'a': 1}
+
+
+def test_a_damaged_file_of_a_client_is_an_error_for_users(tmp_path, monkeypatch):
+  states = tff_kd.simulation.ClientStates(np.zeros(2), tmp_path)
+  states.save([3], [np.ones(2)], 1)
+  (path,) = tmp_path.iterdir()
+  path.write_bytes(b'')
+  # Where a run trains, and where the models that its clients keep are read.
+  monkeypatch.setattr(train_job, '_train_and_report', lambda *_: states.load([3]))
+  monkeypatch.setattr(train_report, 'draw_partition', lambda *_: None)
+  with (
+      helpers.flags_of(),
+      pytest.raises(pipelines.UserError, match=f'{path} .* To go on: python -m pipeli'),
+  ):
+    train_job._run_in(tmp_path, None, None)
+  monkeypatch.setattr(kept.KeptModels, '__init__', lambda self: None)
+  models = kept.KeptModels()
+  models._states, models._best_round = states, 1
+  with pytest.raises(pipelines.UserError, match=f'client 3.*{path} .* or delete it'):
+    models.weights(3)
 
 
 @pytest.mark.parametrize(

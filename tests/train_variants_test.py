@@ -210,7 +210,16 @@ def test_clients_with_models_of_their_own(name, tmp_path, monkeypatch):
     mean = np.mean([float(row['client_accuracy']) for row in of_clients])
     assert report['models']['client']['clients']['mean'] == pytest.approx(mean)
     assert (folder / 'evaluation' / 'confusion_client.png').exists()
-    (folder / 'results.json').unlink()
+    for path in (folder / 'clients').iterdir():
+      path.write_bytes(b'')
+    damaged = r"client .*'s state after .* is damaged: .*/clients/client-"
+    with helpers.flags_of(f'--config={folder / "config.json"}'):
+      train_flags.take_defaults()
+      with pytest.raises(pipelines.UserError, match=damaged):
+        evaluate_job.run(folder, folder / 'evaluation', part='test', num_worst=1)
+    message = helpers.refused_here(*flags_of_run, '--rounds=3')
+    assert 'is damaged' in message and 'To go on: python -m pipelines.train' in message
+    (folder / 'results.json').unlink(missing_ok=True)
     with pytest.raises(pipelines.UserError, match='has not ended.*Go on with it'):
       kept.load(folder)
 

@@ -359,6 +359,10 @@ class Aligned(consensus.WrappedRule):
       )
 
   @property
+  def has_unit_weights(self):
+    return self.rule.has_unit_weights
+
+  @property
   def needs_average(self):
     return self.keeps_state or self.rule.needs_average
 

@@ -135,7 +135,9 @@ class WrappedRule(ConsensusRule):
   """A rule that changes what another rule is given, or what it returns.
 
   Whatever a subclass does not define is the inner rule's: `WrappedRule(rule)` itself is
-  the identity. The inner rule must not be one that keeps a state.
+  the identity. The exception is `has_unit_weights`, false of a subclass with an `encode`
+  of its own, which may weigh otherwise; one that leaves the weights as they are says so.
+  The inner rule must not be one that keeps a state.
 
   Example, of a rule whose clients clip their logits:
 
@@ -143,6 +145,10 @@ class WrappedRule(ConsensusRule):
   @dataclasses.dataclass(frozen=True)
   class Clipped(tff_kd.knowledge.WrappedRule):
     bound: float = 5.0
+
+    @property
+    def has_unit_weights(self):
+      return self.rule.has_unit_weights
 
     def encode(self, logits, *certainty):
       clipped = tf.clip_by_value(logits, -self.bound, self.bound)
@@ -160,9 +166,12 @@ class WrappedRule(ConsensusRule):
   needs_certainty = _of_inner_rule('needs_certainty')
   is_coded = _of_inner_rule('is_coded')
   codes_changes = _of_inner_rule('codes_changes')
-  has_unit_weights = _of_inner_rule('has_unit_weights')
   needs_classes = _of_inner_rule('needs_classes')
   needs_average = _of_inner_rule('needs_average')
+
+  @property
+  def has_unit_weights(self):
+    return type(self).encode is WrappedRule.encode and self.rule.has_unit_weights
 
   def payload_spec(self, logits_shape, num_rows):
     return self.rule.payload_spec(logits_shape, num_rows)

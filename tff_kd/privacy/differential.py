@@ -66,7 +66,8 @@ class DifferentialPrivacy:
     knowledge_share: The share of the privacy that the predictions get if weights are
       sent, too, between 0 and 1.
     channels: Which of the channels 'model' and 'knowledge' are noised; all that there are
-      if `None`. If one is left out, there is no guarantee: its epsilon is infinite.
+      if `None`. If one is left out, there is no guarantee: its epsilon is infinite. A
+      process refuses one that its algorithm does not send.
   """
 
   noise_multiplier: float
@@ -118,6 +119,22 @@ class DifferentialPrivacy:
       channel: 'model' or 'knowledge'.
     """
     return self.channels is None or channel in self.channels
+
+  def check_channels(self, sent: Sequence[str]) -> None:
+    """Raises an error if `channels` names one that the algorithm does not send.
+
+    Args:
+      sent: The channels that the algorithm sends.
+
+    Raises:
+      ValueError: If there is one.
+    """
+    unsent = [c for c in self.channels or () if c not in sent]
+    if unsent:
+      raise ValueError(
+          f'`channels` names {unsent}, which this algorithm does not send: nothing would '
+          f'be noised. It sends {list(sent)}; leave `channels` out to noise all of that.'
+      )
 
   def noise_multipliers(self, sent: Sequence[str]) -> dict[str, float]:
     """Returns the noise multiplier z of each channel's own sum.
@@ -481,6 +498,8 @@ def build_aggregators(
   """
   if secure is not None:
     _check_secure(sent, aggregators, secure, privacy, rule, companion)
+  if privacy is not None:
+    privacy.check_channels(sent)
   factories = dict(aggregators)
   for channel in sent:
     factory = None
@@ -499,23 +518,6 @@ def build_aggregators(
   return factories
 
 
-def _check_weights_fit(
-    secure: secure_lib.SecureAggregation, rule: knowledge.ConsensusRule
-) -> None:
-  """Refuses a bound that clips the weights of predictions, which are uploaded, too.
-
-  A given certainty is at most 1, as in `certainty.score`.
-  """
-  bound = secure.knowledge_bound
-  goes_to_1 = rule.has_unit_weights or rule.needs_certainty
-  if goes_to_1 and bound is not None and bound < 1.0:
-    raise ValueError(
-        f'`knowledge_bound` must be 1 or more, found {bound!r}: it also bounds how much '
-        "a prediction counts, which goes up to 1 (times the client's weight), and would "
-        'be clipped, so that the mean would be wrong.'
-    )
-
-
 def _check_secure(
     sent: Sequence[str],
     aggregators: Mapping[str, Any],
@@ -532,8 +534,6 @@ def _check_secure(
   # Private channels are clipped to their own range.
   unnoised = [c for c in sent if privacy is None or not privacy.is_noised(c)]
   secure.check_channels(unnoised)
-  if 'knowledge' in unnoised and rule is not None:
-    _check_weights_fit(secure, rule)
   for name, aggregator in aggregators.items():
     if aggregator is not None:
       raise ValueError(

@@ -68,6 +68,7 @@ def compose_process(
           num_cohorts=len(parts.students.specs),
           has_conditions=options.reporting is not None,
           max_clients=protection.max_clients,
+          is_private=protection.privacy is not None,
       ),
   )
   described = (

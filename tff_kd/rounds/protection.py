@@ -33,8 +33,8 @@ def weightings(
   by_model = options.client_weighting or tff.learning.ClientWeighting.NUM_EXAMPLES
   by_knowledge = options.knowledge_weighting
   if by_knowledge is None:
-    # One bound clips a prediction and its weight where sums are secure: where these are
-    # numbers of examples, a client with many has its predictions cut and not its weight.
+    # Where sums are secure, rows beyond the bound are scaled down to it: of numbers of
+    # examples as weights, little would be left, and that would depend on predictions.
     follows = parts.averages and options.secure_aggregation is None
     by_knowledge = by_model if follows else _UNIFORM
   found = dict(knowledge_weighting=by_knowledge)

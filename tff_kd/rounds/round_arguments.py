@@ -30,6 +30,7 @@ class ClientArguments(NamedTuple):
     num_cohorts: The number of cohorts.
     has_conditions: Whether clients come with `ClientConditions`.
     max_clients: The largest number of clients; any if `None`.
+    is_private: Whether sums are private, for which a client can report once a round.
   """
 
   client_data: Optional[client_data_lib.ClientBatches]
@@ -37,6 +38,7 @@ class ClientArguments(NamedTuple):
   num_cohorts: int
   has_conditions: bool
   max_clients: Optional[int]
+  is_private: bool
 
   def check(self, selected: Any) -> Any:
     """Checks a round's clients, and returns them as TFF takes them.
@@ -65,7 +67,23 @@ class ClientArguments(NamedTuple):
           f'the `SecureAggregation`, found {len(selected)}: a sum of more could wrap '
           'around its modulus. Pass fewer, or build the process with more `max_clients`.'
       )
-    return [self._client(place, client) for place, client in enumerate(selected)]
+    clients = [self._client(place, client) for place, client in enumerate(selected)]
+    if self.is_private and self.client_data is not None:
+      self._check_once(clients)
+    return clients
+
+  def _check_once(self, clients: list[Any]) -> None:
+    """Refuses a client that would be in a private sum twice."""
+    counts = collections.Counter(
+        client['data'] if isinstance(client, Mapping) else client for client in clients
+    )
+    again = [self.client_data.data.names[k] for k, count in counts.items() if count > 1]
+    if again:
+      raise ValueError(
+          'With differential privacy a client can be in a round once only, found '
+          f'{again} more often: the noise covers one report of each client. Pass every '
+          'client once.'
+      )
 
   def _client(self, place: int, value: Any) -> Any:
     check = self._dataset if self.client_data is None else self._number

@@ -112,10 +112,13 @@ class ClientStates:
       with np.load(path) as file:
         found = [file[str(i)] for i in range(len(leaves))]
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile) as error:
+      before = 'its initial state'
+      if len(rounds) > 1:
+        before = f'its state after round {rounds[-2]}'
       raise ClientStatesError(
           f"The file of client {self._shown(client)}'s state after round {rounds[-1]} is "
-          f'damaged: {path} ({error}). Resume from an earlier checkpoint, or delete the '
-          'file to take what the client had before.'
+          f'damaged: {path} ({error}). Bring it back from a copy, resume from an earlier '
+          f'checkpoint, or delete it, and the client has {before}.'
       ) from error
     found = [_of_dtype(array, leaf.dtype) for array, leaf in zip(found, leaves)]
     for leaf, array in zip(leaves, found):
