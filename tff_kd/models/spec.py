@@ -389,7 +389,7 @@ class ModelSpec:
 
     Args:
       labels: The labels of a batch.
-      outputs: The model's outputs for it.
+      outputs: The model's outputs for it; those that Keras masks do not count.
       mask: Optional 0/1 float32 `[batch]`; the mean (or the sum, by the loss's
         `reduction`) is over the ones, and 0 where there are none.
       sample_weight: As `sample_weight` returns it: factors of the losses. As in Keras's
@@ -405,6 +405,7 @@ class ModelSpec:
       dtype = self.loss.dtype
       each = self.loss.call(tf.cast(usable, dtype), tf.cast(outputs, dtype))
       counted = losses.with_rank(counted, each.shape.rank)
+      mask = batches.unmasked(outputs, mask)
       if mask is not None:
         counted *= losses.with_rank(mask, each.shape.rank)
       return self._reduced(each, counted, sample_weight)
