@@ -563,7 +563,7 @@ class _ClassTargets(local_terms_lib.LocalTerm):
     if labels.shape.rank == step.logits.shape.rank:
       labels = tf.squeeze(labels, axis=-1)
     if step.counted is not None:
-      counted = tf.reshape(step.counted, tf.shape(labels))
+      counted = losses.with_rank(step.counted, labels.shape.rank)
       labels = tf.where(counted > 0.0, labels, 0)
     each = losses.soft_target_cross_entropy(
         tf.nn.softmax(tf.gather(self.targets, labels)), step.logits
