@@ -568,6 +568,8 @@ def test_settings_that_do_not_fit_are_refused(kwargs, message):
         (dict(target=1.5), 'between 0'),
         (dict(distillation_weight=2.0), 'distillation_weight'),
         (dict(loss='l1'), 'loss'),
+        (dict(loss='mse', temperature=2.0), "loss='mse' has no temperature.*found 2.0"),
+        (dict(loss='label', temperature=0.5), "loss='label' has no temperature"),
         (dict(num_steps=0), 'num_steps'),
         (dict(patience=-1), 'patience'),
         (dict(augment='shift'), "`augment` must be a function .* found 'shift'"),

@@ -9,6 +9,7 @@ from tff_kd import checks
 
 # The losses that `Distillation.loss` may name.
 LOSSES = ('kl', 'label', 'mae', 'mse')
+_WITHOUT_TEMPERATURE = ('label', 'mae', 'mse')
 
 
 def cosine_schedule(progress: Any) -> Any:
@@ -36,13 +37,13 @@ class Distillation:
   Attributes:
     target: 'ensemble' (the clients' consensus), 'student', 'teacher', or a number
       b between 0 and 1: the blend b * ensemble + (1 - b) * student of logits.
-    temperature: T, above 0.
+    temperature: T, above 0, of 'kl', of the diversity term, and of a function as `loss`.
+      The other losses have none, and it must be 1.
     distillation_weight: w. If `None`: 0.5 where the transfer set has labels, else
       1. Without labels it must be 1.
-    loss: 'kl', 'mae' or 'mse' (these two on logits, without T), 'label' (the
-      target's most likely class as label), or a function (target_logits, logits,
-      temperature) -> one loss an example. If `None`: 'kl', and 'mse' between
-      regression models.
+    loss: 'kl', 'mae' or 'mse' (these two on logits), 'label' (the target's most likely
+      class as label), or a function (target_logits, logits, temperature) -> one loss an
+      example or a position. If `None`: 'kl', and 'mse' between regression models.
     diversity_weight: The weight of Fed-ET's diversity term, lambda KL_T(diversity ||
       outputs) on the examples on which clients disagree; part of the distillation term.
       Needs target 'ensemble' and a consensus rule that tells the diversity.
@@ -114,6 +115,15 @@ class Distillation:
       raise ValueError(
           "A `diversity_weight` needs target='ensemble', found "
           f'{self.target!r}.'
+      )
+    if (
+        self.temperature != 1.0
+        and self.loss in _WITHOUT_TEMPERATURE
+        and not self.diversity_weight
+    ):
+      raise ValueError(
+          f'loss={self.loss!r} has no temperature: leave `temperature` at 1, or take '
+          f"loss='kl', found {self.temperature!r}."
       )
     if self.augment is not None and not callable(self.augment):
       raise ValueError(
