@@ -330,6 +330,17 @@ def test_student_target_sends_no_predictions():
   assert output.metrics['server_distillation']['teacher']['num_targets'] == 16
 
 
+def test_a_blend_of_one_part_is_that_part():
+  assert tff_kd.Distillation(target=0) == tff_kd.Distillation(target='student')
+  of_ensemble = tff_kd.Distillation(target=1.0, diversity_weight=0.1)
+  assert of_ensemble == tff_kd.Distillation(diversity_weight=0.1)
+  with pytest.raises(ValueError, match='student cannot learn from itself'):
+    helpers.build(
+        'fed_df', transfer_set=tff_kd.TransferSet(helpers.examples(16, 5)[0]),
+        distillation=tff_kd.Distillation(target=0.0),
+    )
+
+
 def test_a_blend_is_between_student_and_ensemble():
   process = _fusion(
       # Of linear models, the mean's logits are the logits' mean.

@@ -676,10 +676,8 @@ class Lesson:
       return knowledge.predict_logits(models_by_name[name], transfer_set, all_ids)
 
     mask = tf.ones([count])
-    if isinstance(d.target, str) and d.target != 'ensemble':
+    if not d.uses_ensemble:
       targets = predictions(d.target)
-    elif not d.uses_ensemble:
-      targets = predictions('student')
     else:
       targets, mask = consensus.logits[:count], consensus.mask[:count]
       if isinstance(d.target, (int, float)):

@@ -9,6 +9,8 @@ from tff_kd import checks
 
 # The losses that `Distillation.loss` may name.
 LOSSES = ('kl', 'label', 'mae', 'mse')
+# What a blend is that has one part only.
+_ENDS = {0.0: 'student', 1.0: 'ensemble'}
 _WITHOUT_TEMPERATURE = ('label', 'mae', 'mse')
 
 
@@ -36,7 +38,8 @@ class Distillation:
 
   Attributes:
     target: 'ensemble' (the clients' consensus), 'student', 'teacher', or a number
-      b between 0 and 1: the blend b * ensemble + (1 - b) * student of logits.
+      b between 0 and 1: the blend b * ensemble + (1 - b) * student of logits; 0 becomes
+      'student', and 1 'ensemble'.
     temperature: T, above 0, of 'kl', of the diversity term, and of a function as `loss`.
       The other losses have none, and it must be 1.
     distillation_weight: w. If `None`: 0.5 where the transfer set has labels, else
@@ -91,6 +94,8 @@ class Distillation:
             'A blended `target` must be between 0 (student) and 1 (ensemble), '
             f'found {self.target!r}.'
         )
+      if self.target in _ENDS:
+        object.__setattr__(self, 'target', _ENDS[self.target])
     elif self.target not in ('ensemble', 'student', 'teacher'):
       raise ValueError(
           "`target` must be 'ensemble', 'student', 'teacher' or a number between "
@@ -144,9 +149,7 @@ class Distillation:
   @property
   def uses_ensemble(self) -> bool:
     """Whether clients must send predictions for this."""
-    if isinstance(self.target, str):
-      return self.target == 'ensemble'
-    return self.target > 0.0
+    return self.target not in ('student', 'teacher')
 
 
 # FedDF's (Lin et al., NeurIPS 2020, section 4.1 and appendix): Adam, a cosine, a fresh
