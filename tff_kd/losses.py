@@ -249,8 +249,8 @@ def with_rank(weights: tf.Tensor, rank: int) -> tf.Tensor:
   missing = rank - weights.shape.rank
   if missing < -1 or (missing == -1 and weights.shape[-1] not in (1, None)):
     raise ValueError(
-        f'Expected weights of the first {rank} axes of what is weighted, found weights of '
-        f'shape {weights.shape}. Of sequences, return one loss a position.'
+        f'Expected weights of the first {rank} axes of what is weighted, found weights '
+        f'of shape {weights.shape}. Of sequences, return one loss a position.'
     )
   if missing < 0:
     return tf.squeeze(weights, axis=-1)
