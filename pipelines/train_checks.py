@@ -344,6 +344,39 @@ def _():
     )
 
 
+def server_steps() -> dict[str, int]:
+  """Returns the steps a round of the server's stages, by the builder's parameter."""
+  parameters, found = args.algorithm().parameters, {}
+  for name, steps in (
+      ('distillation', args.SERVER_STEPS), ('back_distillation', args.BACK_STEPS)
+  ):
+    if name in parameters and (name != 'back_distillation' or args.BACK.value):
+      found[name] = steps.value or parameters[name].default.num_steps
+  return found
+
+
+@_together(
+    'server_patience', 'validate_every', 'server_steps', 'back_steps',
+    'back_distillation', 'algorithm',
+)
+def _():
+  every = args.VALIDATE_EVERY.value
+  if args.SERVER_PATIENCE.value is None or not _takes('server_patience'):
+    return
+  if every is None:
+    raise flags.ValidationError(
+        '--server_patience has no effect without --validate_every: it counts the '
+        'validations between steps. Set both.'
+    )
+  steps = max(server_steps().values())
+  if every >= steps:
+    raise flags.ValidationError(
+        f'--server_patience has no effect with --validate_every={every}: the server '
+        f'takes {steps} steps a round, and validates once, after them. Validate more '
+        'often.'
+    )
+
+
 @_together('target')
 def _():
   args.target()

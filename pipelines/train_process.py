@@ -317,13 +317,16 @@ def _distillation(
         f'--augment: the task {task.name} has no random change of its inputs '
         '(`Task.augment`). Leave the flag out.'
     )
+  every, patience = args.VALIDATE_EVERY.value, args.SERVER_PATIENCE.value
+  if every is not None and every >= train_checks.server_steps()[parameter]:
+    patience = None  # Of the other stage, which is longer: this one has one look only.
   changes = dict(
       own,
       temperature=args.TEMPERATURE.value,
       distillation_weight=args.DISTILLATION_WEIGHT.value,
       batch_size=args.SERVER_BATCH.value,
-      validate_every=args.VALIDATE_EVERY.value,
-      patience=args.SERVER_PATIENCE.value,
+      validate_every=every,
+      patience=patience,
       augment=task.augment if args.AUGMENT.value else None,
   )
   return dataclasses.replace(

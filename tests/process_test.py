@@ -553,7 +553,10 @@ def test_type_of_clients_datasets_and_bytes(fusion):
             dict(distillation=tff_kd.Distillation(distillation_weight=0.5)),
             'transfer set has none',
         ),
-        (dict(distillation=tff_kd.Distillation(patience=2)), 'validation part'),
+        (
+            dict(distillation=tff_kd.Distillation(validate_every=5, patience=2)),
+            'validation part',
+        ),
         (
             dict(
                 distillation=tff_kd.Distillation(schedule=tff_kd.cosine_schedule),
@@ -583,6 +586,8 @@ def test_settings_that_do_not_fit_are_refused(kwargs, message):
         (dict(loss='label', temperature=0.5), "loss='label' has no temperature"),
         (dict(num_steps=0), 'num_steps'),
         (dict(patience=-1), 'patience'),
+        (dict(patience=1), 'set `validate_every` below `num_steps`, found None'),
+        (dict(patience=1, num_steps=60, validate_every=60), 'the 60 steps.*found 60'),
         (dict(augment='shift'), "`augment` must be a function .* found 'shift'"),
         (dict(start='student'), "`start` must be 'average' or 'released', found 'stud"),
     ],

@@ -80,7 +80,12 @@ def test_help_lists_the_algorithms():
         (['--transfer_labels=0', '--distillation_weight=0.5'], 'needs labels'),
         (['--transfer_size=4000'], 'do not fit'),
         (['--transfer_per_round=2000'], 'subset_size'),
-        (['--server_patience=2'], 'validation part'),
+        (['--server_patience=2'], '--server_patience has no effect without'),
+        (
+            ['--server_patience=2', '--validate_every=200'],
+            '--server_patience has no effect with --validate_every=200',
+        ),
+        (['--server_patience=2', '--validate_every=5'], 'validation part'),
         (['--alpha=0'], 'alpha'),
         (['--dropout_before=2'], '`dropout_before` must be from 0 to 1, found 2.0.'),
         (['--algorithm=fd', '--server_optimizer=adam'], '--server_optimizer has no effe'),

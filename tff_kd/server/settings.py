@@ -58,7 +58,7 @@ class Distillation:
       set; at the end only if `None`. The best weights seen win, those from before
       the stage included.
     patience: The number of looks without improvement after which to stop; never if
-      `None`.
+      `None`. Needs a `validate_every` below `num_steps`.
     reset_optimizer: Whether every round starts with a fresh optimizer state.
     augment: Optional; changes a batch of transfer inputs at random before a step, such
       as `tff_kd.data.RandomShift()`: a function of the inputs and a seed,
@@ -145,6 +145,11 @@ class Distillation:
       checks.check_positive_integer(self.validate_every, 'validate_every')
     if self.patience is not None:
       checks.check_positive_integer(self.patience, 'patience')
+      if self.validate_every is None or self.validate_every >= self.num_steps:
+        raise ValueError(
+            f'`patience` needs a look before the last of the {self.num_steps} steps: set '
+            f'`validate_every` below `num_steps`, found {self.validate_every!r}.'
+        )
 
   @property
   def uses_ensemble(self) -> bool:
