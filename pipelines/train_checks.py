@@ -22,6 +22,12 @@ _running = False
 _OF_PRIVACY = (
     'delta', 'model_clip', 'knowledge_clip', 'knowledge_share', 'private_channels',
 )
+# Flags that have an effect where clients send predictions only.
+_OF_PREDICTIONS = (
+    'consensus', 'prior', 'consensus_sharpness', 'prediction_bits', 'prediction_top',
+    'knowledge_bits', 'robust_knowledge', 'knowledge_norm_bound', 'knowledge_clip',
+    'knowledge_share', 'secure_knowledge_bound', 'coverage',
+)
 _OF_SECURE_SUMS = ('secure_bits', 'secure_model_bound', 'secure_knowledge_bound')
 
 
@@ -218,6 +224,8 @@ def _register_unused() -> None:
       'staleness_power', 'max_delay', lambda: args.MAX_DELAY.value > 0,
       'without --max_delay',
   )
+  for name in _OF_PREDICTIONS:
+    _no_effect(name, 'target', args.predicts, 'with --target={}')
   for name in _OF_PRIVACY:
     _no_effect(name, 'epsilon', is_private, 'without --epsilon or --noise_multiplier')
   for name in _OF_SECURE_SUMS:

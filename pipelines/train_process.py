@@ -198,8 +198,8 @@ def _local_terms(
 
 def _consensus_rule(algorithm: algorithms.Info) -> Any:
   """Returns how clients' predictions are combined and compressed."""
-  if algorithm.consensus is None:
-    return _UNSET
+  if algorithm.consensus is None or not args.predicts():
+    return _UNSET  # A task's default may name a rule; a given one is refused.
   given = (
       args.CONSENSUS, args.PREDICTION_BITS, args.PREDICTION_TOP, args.PRIOR,
       args.SHARPNESS,
@@ -224,6 +224,8 @@ def _consensus_rule(algorithm: algorithms.Info) -> Any:
 def _companion(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
   """Returns the companion that gives the densities by which some rules weigh."""
   if algorithm.consensus is None or args.CONSENSUS.value not in rules.BY_DENSITY:
+    return _UNSET
+  if not args.predicts():
     return _UNSET
   if task.num_classes is None:
     raise UserError(
@@ -293,7 +295,7 @@ def _clients_start_from(algorithm: algorithms.Info) -> Optional[str]:
 
 
 def _knowledge_aggregator(algorithm: algorithms.Info) -> Any:
-  if 'transfer_set' not in algorithm.parameters:
+  if 'transfer_set' not in algorithm.parameters or not args.predicts():
     return _UNSET
   return _aggregator(
       args.ROBUST_KNOWLEDGE.value, args.KNOWLEDGE_NORM_BOUND.value,

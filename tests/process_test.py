@@ -330,6 +330,21 @@ def test_student_target_sends_no_predictions():
   assert output.metrics['server_distillation']['teacher']['num_targets'] == 16
 
 
+@pytest.mark.parametrize(
+    'kwargs, match',
+    [
+        (dict(consensus_rule=tff_kd.knowledge.MeanLogits()), 'for `consensus_rule` to'),
+        (
+            dict(knowledge_weighting=tff.learning.ClientWeighting.UNIFORM),
+            'no predictions that `knowledge_weighting` could be about',
+        ),
+    ],
+)
+def test_what_is_about_predictions_needs_some(kwargs, match):
+  with pytest.raises(ValueError, match=match):
+    _fusion(distillation=tff_kd.Distillation(target='student'), **kwargs)
+
+
 def test_a_blend_of_one_part_is_that_part():
   assert tff_kd.Distillation(target=0) == tff_kd.Distillation(target='student')
   of_ensemble = tff_kd.Distillation(target=1.0, diversity_weight=0.1)
