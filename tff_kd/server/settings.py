@@ -139,6 +139,9 @@ class Distillation:
       raise ValueError(
           f"`start` must be 'average' or 'released', found {self.start!r}."
       )
+    self._check_steps()
+
+  def _check_steps(self):
     checks.check_positive_integer(self.num_steps, 'num_steps')
     checks.check_positive_integer(self.batch_size, 'batch_size')
     if self.validate_every is not None:
