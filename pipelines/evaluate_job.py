@@ -82,17 +82,18 @@ def _evaluate(
 ) -> _Evaluated:
   evaluator = evaluation.CentralEvaluator(model.spec)
   outputs = evaluator.outputs(model.weights, examples.inputs)
+  unmasked = train_evaluation.unmasked(evaluator, model.weights, examples)
   by_client = np.array([
       train_evaluation.metric_of(
-          outputs[client_rows], examples.take(client_rows), model.spec, task
+          outputs[client_rows], unmasked.take(client_rows), model.spec, task
       )
       for client_rows in rows
   ])
-  scores = _scores(outputs, examples, model.spec)
+  scores = _scores(outputs, unmasked, model.spec)
   if task.scores_fn is not None and examples is task.test:
     scores |= task.scores_fn(functools.partial(evaluator.outputs, model.weights))
   return _Evaluated(
-      model.name, model.spec, outputs, examples, scores, by_client,
+      model.name, model.spec, outputs, unmasked, scores, by_client,
       _counted(task, examples, rows),
   )
 
@@ -119,7 +120,7 @@ def _evaluate_own(
     return None
   specs = models.specs
   evaluators = [evaluation.CentralEvaluator(spec) for spec in specs]
-  parts, by_client, counted = [], [], _counted(task, examples, rows)
+  parts, seen, by_client, counted = [], [], [], _counted(task, examples, rows)
   for client, client_rows in enumerate(rows):
     own = examples.take(client_rows)
     if not len(own):
@@ -127,13 +128,25 @@ def _evaluate_own(
       continue
     evaluator = evaluators[client % len(specs)]
     parts.append(evaluator.outputs(models.weights(client), own.inputs))
-    by_client.append(train_evaluation.metric_of(parts[-1], own, specs[0], task))
+    seen.append(train_evaluation.unmasked(evaluator, models.weights(client), own))
+    by_client.append(train_evaluation.metric_of(parts[-1], seen[-1], specs[0], task))
   outputs = np.concatenate(parts)
   examples = examples.take(np.concatenate(rows))
+  if any(spec.has_mask for spec in specs):
+    weights = np.concatenate(list(map(_weights, seen, parts)))
+    examples = tff_kd.data.Examples(examples.inputs, examples.labels, weights)
   return _Evaluated(
       'client', specs[0], outputs, examples, _scores(outputs, examples, specs[0]),
       np.array(by_client), counted,
   )
+
+
+def _weights(own: tff_kd.data.Examples, outputs: np.ndarray) -> np.ndarray:
+  """Returns the weights of the outputs, 1 without any, like those without the last axis.
+  """
+  weights = np.ones(len(own)) if own.sample_weight is None else own.sample_weight
+  weights = np.reshape(weights, weights.shape + (1,) * (outputs.ndim - 1 - weights.ndim))
+  return np.broadcast_to(weights, outputs.shape[:-1])
 
 
 def _counted(

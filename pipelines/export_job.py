@@ -24,6 +24,7 @@ from pipelines import released
 from pipelines import run_folders
 from pipelines import tables
 from pipelines import train_data
+from pipelines import train_evaluation
 from pipelines import train_setup
 from pipelines import UserError
 import tff_kd
@@ -92,14 +93,17 @@ def run(
   report, worse = {}, []
   for model in models:
     expected = released.predict(model.keras_model, examples.inputs)
-    before = _score(expected, examples, model, task)
+    counted = train_evaluation.unmasked(
+        evaluation.CentralEvaluator(model.spec), model.weights, examples
+    )
+    before = _score(expected, counted, model, task)
     rows.append((
         f'{model.name}, as the run left it',
         '' if model.path is None else f'{os.path.getsize(model.path) / 1e3:.1f}',
         f'{before:.4f}', '', '', '',
     ))
     for name in formats:
-      exported = _export(name, model, export_dir, task, examples, expected)
+      exported = _export(name, model, export_dir, task, counted, expected)
       if _is_worse(exported.score, before, task):
         worse.append(exported.path.name)
       rows.append((

@@ -22,6 +22,12 @@ _running = False
 _OF_PRIVACY = (
     'delta', 'model_clip', 'knowledge_clip', 'knowledge_share', 'private_channels',
 )
+# Flags that have an effect where clients send predictions only.
+_OF_PREDICTIONS = (
+    'consensus', 'prior', 'consensus_sharpness', 'prediction_bits', 'prediction_top',
+    'knowledge_bits', 'robust_knowledge', 'knowledge_norm_bound', 'knowledge_clip',
+    'knowledge_share', 'secure_knowledge_bound', 'coverage',
+)
 _OF_SECURE_SUMS = ('secure_bits', 'secure_model_bound', 'secure_knowledge_bound')
 
 
@@ -216,6 +222,8 @@ def _register_unused() -> None:
       'staleness_power', 'max_delay', lambda: args.MAX_DELAY.value > 0,
       'without --max_delay',
   )
+  for name in _OF_PREDICTIONS:
+    _no_effect(name, 'target', args.predicts, 'with --target={}')
   for name in _OF_PRIVACY:
     _no_effect(name, 'epsilon', is_private, 'without --epsilon or --noise_multiplier')
   for name in _OF_SECURE_SUMS:
@@ -339,6 +347,39 @@ def _():
   if args.DISTILLATION_WEIGHT.value not in (None, 1.0) and not args.TRANSFER_LABELS.value:
     raise flags.ValidationError(
         '--distillation_weight below 1 needs labels: set --transfer_labels.'
+    )
+
+
+def server_steps() -> dict[str, int]:
+  """Returns the steps a round of the server's stages, by the builder's parameter."""
+  parameters, found = args.algorithm().parameters, {}
+  for name, steps in (
+      ('distillation', args.SERVER_STEPS), ('back_distillation', args.BACK_STEPS)
+  ):
+    if name in parameters and (name != 'back_distillation' or args.BACK.value):
+      found[name] = steps.value or parameters[name].default.num_steps
+  return found
+
+
+@_together(
+    'server_patience', 'validate_every', 'server_steps', 'back_steps',
+    'back_distillation', 'algorithm',
+)
+def _():
+  every = args.VALIDATE_EVERY.value
+  if args.SERVER_PATIENCE.value is None or not _takes('server_patience'):
+    return
+  if every is None:
+    raise flags.ValidationError(
+        '--server_patience has no effect without --validate_every: it counts the '
+        'validations between steps. Set both.'
+    )
+  steps = max(server_steps().values())
+  if every >= steps:
+    raise flags.ValidationError(
+        f'--server_patience has no effect with --validate_every={every}: the server '
+        f'takes {steps} steps a round, and validates once, after them. Validate more '
+        'often.'
     )
 
 

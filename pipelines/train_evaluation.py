@@ -171,14 +171,28 @@ def over_clients(
     test_split: Sequence[np.ndarray],
 ) -> tff_kd.evaluation.FederatedEvaluation:
   """Evaluates the task's metric over clients, each on its share of the test part."""
-  outputs, counted = evaluator.outputs(weights, task.test.inputs), task.counted(task.test)
+  outputs = evaluator.outputs(weights, task.test.inputs)
+  test = unmasked(evaluator, weights, task.test)
+  counted = task.counted(test)
   values = [
-      metric_of(outputs[rows], task.test.take(rows), evaluator.spec, task)
+      metric_of(outputs[rows], test.take(rows), evaluator.spec, task)
       for rows in test_split if counted[rows].any()
   ]
   return tff_kd.evaluation.over_clients(
       np.array(values), lower_is_better=task.is_lower_better()
   )
+
+
+def unmasked(
+    evaluator: tff_kd.evaluation.CentralEvaluator,
+    weights: Any,
+    examples: tff_kd.data.Examples,
+) -> tff_kd.data.Examples:
+  """Returns examples whose weights are 0 where Keras masks the model's outputs."""
+  sample_weight = evaluator.sample_weight(
+      weights, examples.inputs, examples.sample_weight
+  )
+  return tff_kd.data.Examples(examples.inputs, examples.labels, sample_weight)
 
 
 def metric_of(

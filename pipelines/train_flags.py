@@ -792,6 +792,11 @@ def target() -> Union[None, float, str]:
     ) from None
 
 
+def predicts() -> bool:
+  """Returns whether the server distils from clients' predictions, going by --target."""
+  return not is_taken(algorithm(), 'target') or target() not in ('student', 0.0)
+
+
 # By parameter of builders, the flags that it is made of; not all algorithms have it.
 _FLAGS_OF_PARAMETER = {
     'transfer_set': [

@@ -198,8 +198,8 @@ def _local_terms(
 
 def _consensus_rule(algorithm: algorithms.Info) -> Any:
   """Returns how clients' predictions are combined and compressed."""
-  if algorithm.consensus is None:
-    return _UNSET
+  if algorithm.consensus is None or not args.predicts():
+    return _UNSET  # A task's default may name a rule; a given one is refused.
   given = (
       args.CONSENSUS, args.PREDICTION_BITS, args.PREDICTION_TOP, args.PRIOR,
       args.SHARPNESS,
@@ -224,6 +224,8 @@ def _consensus_rule(algorithm: algorithms.Info) -> Any:
 def _companion(algorithm: algorithms.Info, task: tff_kd.data.Task) -> Any:
   """Returns the companion that gives the densities by which some rules weigh."""
   if algorithm.consensus is None or args.CONSENSUS.value not in rules.BY_DENSITY:
+    return _UNSET
+  if not args.predicts():
     return _UNSET
   if task.num_classes is None:
     raise UserError(
@@ -293,7 +295,7 @@ def _clients_start_from(algorithm: algorithms.Info) -> Optional[str]:
 
 
 def _knowledge_aggregator(algorithm: algorithms.Info) -> Any:
-  if 'transfer_set' not in algorithm.parameters:
+  if 'transfer_set' not in algorithm.parameters or not args.predicts():
     return _UNSET
   return _aggregator(
       args.ROBUST_KNOWLEDGE.value, args.KNOWLEDGE_NORM_BOUND.value,
@@ -317,13 +319,16 @@ def _distillation(
         f'--augment: the task {task.name} has no random change of its inputs '
         '(`Task.augment`). Leave the flag out.'
     )
+  every, patience = args.VALIDATE_EVERY.value, args.SERVER_PATIENCE.value
+  if every is not None and every >= train_checks.server_steps()[parameter]:
+    patience = None  # Of the other stage, which is longer: this one has one look only.
   changes = dict(
       own,
       temperature=args.TEMPERATURE.value,
       distillation_weight=args.DISTILLATION_WEIGHT.value,
       batch_size=args.SERVER_BATCH.value,
-      validate_every=args.VALIDATE_EVERY.value,
-      patience=args.SERVER_PATIENCE.value,
+      validate_every=every,
+      patience=patience,
       augment=task.augment if args.AUGMENT.value else None,
   )
   return dataclasses.replace(

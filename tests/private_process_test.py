@@ -285,10 +285,9 @@ def test_a_rule_with_a_state_is_refused_where_clients_learn_the_consensus(build)
 
 
 @pytest.mark.parametrize('build', [_ds_fl, _cfd])
-@pytest.mark.parametrize('target', [0.0, 0.5, 1.0])
-def test_clients_have_nothing_to_blend_the_consensus_with(build, target):
-  with pytest.raises(ValueError, match=f"`target` must be 'ensemble', found {target}"):
-    build(distillation=tff_kd.Distillation(target=target))
+def test_clients_have_nothing_to_blend_the_consensus_with(build):
+  with pytest.raises(ValueError, match="`target` must be 'ensemble', found 0.5"):
+    build(distillation=tff_kd.Distillation(target=0.5))
 
 
 def test_clients_do_not_learn_from_diversity():

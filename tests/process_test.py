@@ -330,6 +330,32 @@ def test_student_target_sends_no_predictions():
   assert output.metrics['server_distillation']['teacher']['num_targets'] == 16
 
 
+@pytest.mark.parametrize(
+    'kwargs, match',
+    [
+        (dict(consensus_rule=tff_kd.knowledge.MeanLogits()), 'for `consensus_rule` to'),
+        (
+            dict(knowledge_weighting=tff.learning.ClientWeighting.UNIFORM),
+            'no predictions that `knowledge_weighting` could be about',
+        ),
+    ],
+)
+def test_what_is_about_predictions_needs_some(kwargs, match):
+  with pytest.raises(ValueError, match=match):
+    _fusion(distillation=tff_kd.Distillation(target='student'), **kwargs)
+
+
+def test_a_blend_of_one_part_is_that_part():
+  assert tff_kd.Distillation(target=0) == tff_kd.Distillation(target='student')
+  of_ensemble = tff_kd.Distillation(target=1.0, diversity_weight=0.1)
+  assert of_ensemble == tff_kd.Distillation(diversity_weight=0.1)
+  with pytest.raises(ValueError, match='student cannot learn from itself'):
+    helpers.build(
+        'fed_df', transfer_set=tff_kd.TransferSet(helpers.examples(16, 5)[0]),
+        distillation=tff_kd.Distillation(target=0.0),
+    )
+
+
 def test_a_blend_is_between_student_and_ensemble():
   process = _fusion(
       # Of linear models, the mean's logits are the logits' mean.
@@ -542,7 +568,10 @@ def test_type_of_clients_datasets_and_bytes(fusion):
             dict(distillation=tff_kd.Distillation(distillation_weight=0.5)),
             'transfer set has none',
         ),
-        (dict(distillation=tff_kd.Distillation(patience=2)), 'validation part'),
+        (
+            dict(distillation=tff_kd.Distillation(validate_every=5, patience=2)),
+            'validation part',
+        ),
         (
             dict(
                 distillation=tff_kd.Distillation(schedule=tff_kd.cosine_schedule),
@@ -568,8 +597,12 @@ def test_settings_that_do_not_fit_are_refused(kwargs, message):
         (dict(target=1.5), 'between 0'),
         (dict(distillation_weight=2.0), 'distillation_weight'),
         (dict(loss='l1'), 'loss'),
+        (dict(loss='mse', temperature=2.0), "loss='mse' has no temperature.*found 2.0"),
+        (dict(loss='label', temperature=0.5), "loss='label' has no temperature"),
         (dict(num_steps=0), 'num_steps'),
         (dict(patience=-1), 'patience'),
+        (dict(patience=1), 'set `validate_every` below `num_steps`, found None'),
+        (dict(patience=1, num_steps=60, validate_every=60), 'the 60 steps.*found 60'),
         (dict(augment='shift'), "`augment` must be a function .* found 'shift'"),
         (dict(start='student'), "`start` must be 'average' or 'released', found 'stud"),
     ],

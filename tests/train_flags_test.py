@@ -85,7 +85,20 @@ def test_help_lists_the_algorithms():
         (['--transfer_labels=0', '--distillation_weight=0.5'], 'needs labels'),
         (['--transfer_size=4000'], 'do not fit'),
         (['--transfer_per_round=2000'], 'subset_size'),
-        (['--server_patience=2'], 'validation part'),
+        *(
+            (['--target=student', flag], f'{flag.partition("=")[0]} has no effect with')
+            for flag in (
+                '--consensus=era', '--prediction_bits=4', '--consensus_sharpness=3',
+                '--coverage=0.5', '--robust_knowledge=median',
+            )
+        ),
+        (['--target=0', '--prior=uniform'], '--prior has no effect with --target=0'),
+        (['--server_patience=2'], '--server_patience has no effect without'),
+        (
+            ['--server_patience=2', '--validate_every=200'],
+            '--server_patience has no effect with --validate_every=200',
+        ),
+        (['--server_patience=2', '--validate_every=5'], 'validation part'),
         (['--alpha=0'], 'alpha'),
         (['--dropout_before=2'], '`dropout_before` must be from 0 to 1, found 2.0.'),
         (['--algorithm=fd', '--server_optimizer=adam'], '--server_optimizer has no effe'),

@@ -1,6 +1,6 @@
 """How good a model is: centrally, in its confidence, and client by client."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 import concurrent.futures
 import functools
 import os
@@ -245,18 +245,29 @@ class CentralEvaluator:
     """
     self.spec = spec
 
-  @functools.cached_property
-  def _outputs(self) -> graphs.TracedFunction:
+  def _traced(self, fn: Callable[[Any, Any], tf.Tensor]) -> graphs.TracedFunction:
+    """Traces a function of the model's values and a batch of inputs."""
     spec = self.spec
     inputs, _ = models.split_batch(spec.input_spec)
     inputs = tf.nest.map_structure(
         lambda s: tf.TensorSpec([None, *s.shape[1:]], s.dtype), inputs
     )
+    return graphs.TracedFunction(
+        lambda weights, inputs: fn(spec.values(weights), inputs),
+        [spec.weights_spec, inputs],
+    )
 
-    def call(weights, inputs):
-      return tf.cast(spec.call(spec.values(weights), inputs).outputs, tf.float32)
+  @functools.cached_property
+  def _outputs(self) -> graphs.TracedFunction:
+    return self._traced(
+        lambda values, inputs: tf.cast(
+            self.spec.call(values, inputs).outputs, tf.float32
+        )
+    )
 
-    return graphs.TracedFunction(call, [spec.weights_spec, inputs])
+  @functools.cached_property
+  def _unmasked(self) -> graphs.TracedFunction:
+    return self._traced(self.spec.unmasked)
 
   def outputs(self, weights: Any, inputs: Any) -> np.ndarray:
     """Computes the model's outputs under some weights, in batches.
@@ -268,10 +279,15 @@ class CentralEvaluator:
     Returns:
       float32 `[n, ...]`.
     """
+    return self._in_batches(self._outputs, weights, inputs)
+
+  def _in_batches(
+      self, fn: graphs.TracedFunction, weights: Any, inputs: Any
+  ) -> np.ndarray:
     weights = _model_weights(weights)
     size = len(tf.nest.flatten(inputs)[0])
     return np.concatenate([
-        self._outputs(
+        fn(
             weights,
             tf.nest.map_structure(
                 lambda a: tf.constant(a[start : start + _BATCH_SIZE]), inputs
@@ -293,6 +309,26 @@ class CentralEvaluator:
     outputs = self.outputs(weights, inputs)
     return self.spec.class_logits(tf.constant(outputs)).numpy()
 
+  def sample_weight(
+      self, weights: Any, inputs: Any, sample_weight: Optional[np.ndarray] = None
+  ) -> Optional[np.ndarray]:
+    """Returns sample weights for `score`, 0 for outputs that Keras masks (`mask_zero`).
+
+    Args:
+      weights: `ModelWeights` of the model.
+      inputs: A structure of arrays `[n, ...]`, as the model takes them.
+      sample_weight: Optional weights of the examples, as for `score`.
+
+    Returns:
+      The weights given, where the model masks nothing; else float32 `[n, ...]`.
+    """
+    if not self.spec.has_mask:
+      return sample_weight
+    kept = self._in_batches(self._unmasked, weights, inputs)
+    if sample_weight is None:
+      return kept
+    return kept * _weights(sample_weight, kept[..., np.newaxis])
+
   def evaluate(
       self,
       weights: Any,
@@ -301,6 +337,8 @@ class CentralEvaluator:
       sample_weight: Optional[np.ndarray] = None,
   ) -> dict[str, float]:
     """Scores the model under some weights; see `score`.
+
+    Outputs that Keras masks (`mask_zero`, `Masking`) do not count.
 
     Args:
       weights: `ModelWeights` of the model.
@@ -312,7 +350,10 @@ class CentralEvaluator:
       By name, the scores.
     """
     return score(
-        self.outputs(weights, inputs), labels, spec=self.spec, sample_weight=sample_weight
+        self.outputs(weights, inputs),
+        labels,
+        spec=self.spec,
+        sample_weight=self.sample_weight(weights, inputs, sample_weight),
     )
 
 

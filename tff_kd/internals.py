@@ -73,6 +73,33 @@ def learning_rate_of(optimizer: Any) -> Optional[Any]:
   return getattr(optimizer, '_learning_rate', None)
 
 
+def keras_mask(outputs: Any) -> Optional[tf.Tensor]:
+  """Returns the mask that layers left on a tensor (`mask_zero`, `Masking`).
+
+  Why: Keras's losses look for it, and a tensor that is made of another one has none.
+  Replacement: none is public.
+
+  Args:
+    outputs: A tensor.
+
+  Returns:
+    A bool tensor of leading axes of the outputs, true where they count; `None` if there
+    is none.
+  """
+  return getattr(outputs, '_keras_mask', None)
+
+
+def set_keras_mask(outputs: Any, mask: Optional[tf.Tensor]) -> None:
+  """Leaves a mask on a tensor, as layers do; see `keras_mask`.
+
+  Args:
+    outputs: The tensor.
+    mask: The mask, or `None`.
+  """
+  # pylint: disable-next=protected-access
+  outputs._keras_mask = mask
+
+
 def optimizer_bases() -> tuple[type, type]:
   """Returns the base of optimizers of all backends, and the layer of the backend.
 

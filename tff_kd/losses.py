@@ -242,8 +242,16 @@ def with_rank(weights: tf.Tensor, rank: int) -> tf.Tensor:
 
   Returns:
     The weights as a tensor of `rank` axes.
+
+  Raises:
+    ValueError: If they have more axes.
   """
   missing = rank - weights.shape.rank
+  if missing < -1 or (missing == -1 and weights.shape[-1] not in (1, None)):
+    raise ValueError(
+        f'Expected weights of the first {rank} axes of what is weighted, found weights '
+        f'of shape {weights.shape}. Of sequences, return one loss a position.'
+    )
   if missing < 0:
     return tf.squeeze(weights, axis=-1)
   if not missing:

@@ -85,9 +85,6 @@ def build_fed_aux(
       regularization=regularization,
       seed=options.seed,
   )
-  rule = consensus_rule or tff_kd.knowledge.CertaintyWeighted(
-      'given', average='probabilities'
-  )
   stage = tff_kd.server.distill.DistillationStage(
       'student', student_optimizer, distillation
   )
@@ -97,7 +94,8 @@ def build_fed_aux(
           client_optimizer=training.client_optimizer,
           companion=scorer,
           exchange=tff_kd.client.exchanges.for_stages(
-              [stage], students.first, transfer_set, rule
+              [stage], students.first, transfer_set, consensus_rule,
+              tff_kd.knowledge.CertaintyWeighted('given', average='probabilities'),
           ),
           transfer_set=transfer_set,
           stages=[stage],

@@ -58,10 +58,7 @@ def build_fed_df(
           students=students,
           client_optimizer=training.client_optimizer,
           exchange=tff_kd.client.exchanges.for_stages(
-              [stage],
-              students.first,
-              transfer_set,
-              consensus_rule or tff_kd.knowledge.MeanLogits(),
+              [stage], students.first, transfer_set, consensus_rule
           ),
           transfer_set=transfer_set,
           stages=[stage],

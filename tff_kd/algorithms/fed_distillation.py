@@ -74,10 +74,7 @@ def build_fed_distillation(
           teacher=teacher,
           client_optimizer=training.client_optimizer,
           exchange=tff_kd.client.exchanges.for_stages(
-              stages,
-              students.first,
-              transfer_set,
-              consensus_rule or tff_kd.knowledge.MeanLogits(),
+              stages, students.first, transfer_set, consensus_rule
           ),
           transfer_set=transfer_set,
           stages=stages,

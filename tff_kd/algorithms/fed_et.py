@@ -61,25 +61,29 @@ def build_fed_et(
   """
   students = training.build_students(student_fn)
   teacher = training.build_model(teacher_fn, 'teacher')
-  if consensus_rule is None:
-    rules = (tff_kd.knowledge.CertaintyWeighted, tff_kd.knowledge.CertaintyWithDiversity)
-    consensus_rule = rules[bool(distillation.diversity_weight)]('variance')
+  rules = (tff_kd.knowledge.CertaintyWeighted, tff_kd.knowledge.CertaintyWithDiversity)
   stage = tff_kd.server.distill.DistillationStage(
       'teacher', teacher_optimizer, distillation
   )
+  exchange = tff_kd.client.exchanges.for_stages(
+      [stage], students.first, transfer_set, consensus_rule,
+      rules[bool(distillation.diversity_weight)]('variance'),
+  )
+  if exchange is not None:
+    # Predictions weigh the same whatever a client's examples, as in the paper.
+    options = options.with_defaults(
+        knowledge_weighting=tff_kd.tff.learning.ClientWeighting.UNIFORM
+    )
   return rounds.compose_process(
       rounds.Parts(
           students=students,
           teacher=teacher,
           client_optimizer=training.client_optimizer,
-          exchange=tff_kd.client.exchanges.for_stages(
-              [stage], students.first, transfer_set, consensus_rule
-          ),
+          exchange=exchange,
           transfer_set=transfer_set,
           stages=[stage],
       ),
-      # Predictions weigh the same whatever a client's examples, as in the paper.
-      options.with_defaults(knowledge_weighting=tff_kd.tff.learning.ClientWeighting.UNIFORM),
+      options,
   )
 
 

@@ -80,25 +80,26 @@ def num_classes(spec: models.ModelSpec) -> int:
 def count(
     spec: models.ModelSpec,
     labels: Any,
-    labelled: Optional[tf.Tensor] = None,
+    mask: Optional[tf.Tensor] = None,
     sample_weight: Optional[tf.Tensor] = None,
 ) -> tf.Tensor:
   """Counts the classes of a batch's labels.
 
-  A label does not count if the loss ignores it (padding), if it is not known, or if its
+  A label does not count if the loss ignores it (padding), if the mask says so, or if its
   example has weight 0. All others count 1, whatever their weight.
 
   Args:
     spec: The model, for its classes and its loss.
     labels: Class indices `[batch, ...]` or `[batch, ..., 1]`, one a prediction; 0 or 1
       for a single logit; or distributions `[batch, ..., classes]`.
-    labelled: float32 `[batch]`, 1 where the label is known; `None` if all are.
+    mask: 0/1 float32 of leading axes of the labels: 1 where the label is known, and
+      Keras does not mask the output; `None` if all are.
     sample_weight: As `ModelSpec.sample_weight` returns it; `None` without weights.
 
   Returns:
     float32 `[classes]`.
   """
-  labels, mask = _usable(spec, labels, labelled, sample_weight)
+  labels, mask = _usable(spec, labels, mask, sample_weight)
   if _are_distributions(spec, labels) or spec.logits_shape[-1] == 1:
     return tf.reduce_sum(_rows(spec, labels, mask), axis=0)
   # One-hot rows of all examples of a client would be large.
@@ -110,7 +111,7 @@ def count(
 def one_hot(
     spec: models.ModelSpec,
     labels: Any,
-    labelled: Optional[tf.Tensor] = None,
+    mask: Optional[tf.Tensor] = None,
     sample_weight: Optional[tf.Tensor] = None,
 ) -> tf.Tensor:
   """Returns labels as rows whose sum is `count`.
@@ -118,14 +119,14 @@ def one_hot(
   Args:
     spec: As in `count`.
     labels: As in `count`.
-    labelled: As in `count`.
+    mask: As in `count`.
     sample_weight: As in `count`.
 
   Returns:
     float32 `[predictions, classes]`, one row a prediction; zeros where the label does
     not count.
   """
-  return _rows(spec, *_usable(spec, labels, labelled, sample_weight))
+  return _rows(spec, *_usable(spec, labels, mask, sample_weight))
 
 
 def _are_distributions(spec: models.ModelSpec, labels: tf.Tensor) -> bool:
@@ -137,7 +138,7 @@ def _are_distributions(spec: models.ModelSpec, labels: tf.Tensor) -> bool:
 def _usable(
     spec: models.ModelSpec,
     labels: Any,
-    labelled: Optional[tf.Tensor],
+    mask: Optional[tf.Tensor],
     sample_weight: Optional[tf.Tensor],
 ) -> tuple[tf.Tensor, tf.Tensor]:
   """Labels without a last axis of one, and float32 `[predictions]`: 1 if they count."""
@@ -147,7 +148,7 @@ def _usable(
     labels = tf.squeeze(labels, axis=-1)
   outputs = labels if are_distributions else labels[..., tf.newaxis]
   mask = spec.metric_mask(
-      labels[..., 0] if are_distributions else labels, outputs, labelled, sample_weight
+      labels[..., 0] if are_distributions else labels, outputs, mask, sample_weight
   )
   if mask is None:
     mask = tf.ones(tf.shape(outputs)[:-1])

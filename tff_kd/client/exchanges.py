@@ -253,7 +253,8 @@ def for_stages(
     stages: Sequence[server_distillation_lib.DistillationStage],
     student: models.ModelSpec,
     transfer_set: transfer.TransferSet,
-    rule: knowledge.ConsensusRule,
+    rule: Optional[knowledge.ConsensusRule],
+    default: Optional[knowledge.ConsensusRule] = None,
 ) -> Optional[TransferPredictions]:
   """Returns the exchange that the server's distillation needs, `None` if it needs none.
 
@@ -261,11 +262,21 @@ def for_stages(
     stages: The server's distillation.
     student: The clients' model.
     transfer_set: The examples on which clients predict.
-    rule: How the predictions become the consensus.
+    rule: How the predictions become the consensus; `None` for the default.
+    default: The rule if none is given; `knowledge.MeanLogits()` if `None`.
+
+  Raises:
+    ValueError: If there is a rule and nothing that it could combine.
   """
-  if not any(stage.uses_ensemble for stage in stages):
-    return None
-  return TransferPredictions(student, transfer_set, rule)
+  if any(stage.uses_ensemble for stage in stages):
+    rule = rule or default or knowledge.MeanLogits()
+    return TransferPredictions(student, transfer_set, rule)
+  if rule is not None:
+    raise ValueError(
+        'There are no predictions for `consensus_rule` to combine: no stage distils from '
+        f"the ensemble. Leave it out, or take target='ensemble', found {rule!r}."
+    )
+  return None
 
 
 class TransferExchange(TransferPredictions):
@@ -563,7 +574,7 @@ class _ClassTargets(local_terms_lib.LocalTerm):
     if labels.shape.rank == step.logits.shape.rank:
       labels = tf.squeeze(labels, axis=-1)
     if step.counted is not None:
-      counted = tf.reshape(step.counted, tf.shape(labels))
+      counted = losses.with_rank(step.counted, labels.shape.rank)
       labels = tf.where(counted > 0.0, labels, 0)
     each = losses.soft_target_cross_entropy(
         tf.nn.softmax(tf.gather(self.targets, labels)), step.logits

@@ -35,8 +35,8 @@ class LocalStep(NamedTuple):
     step_num: int32, how many of the client's steps in this round came before.
     weights: The model's trainable weights.
     received: The trainable weights as the server sent them.
-    counted: 0/1 float32 like `labels`, 0 where the loss ignores the label (padding);
-      `None` where it ignores none.
+    counted: 0/1 float32 of leading axes of `labels`, 0 where the loss ignores the label
+      or Keras masks the output (padding); `None` where all count.
     is_regression: Whether the outputs are numbers to be fitted, not logits.
     model: The `models.BoundModel` in training, for terms that call it again.
     sample_weight: float32, of the leading axes of `logits`; `None` without weights.
@@ -68,9 +68,12 @@ class LocalStep(NamedTuple):
     Returns:
       float32 `[predictions, classes]`.
     """
-    return class_counts.one_hot(
-        self.model.spec, self.labels, self.labelled, self.sample_weight
-    )
+    mask = self.labelled
+    if self.counted is not None:
+      mask = self.counted
+      if self.labelled is not None:
+        mask *= losses.with_rank(self.labelled, mask.shape.rank)
+    return class_counts.one_hot(self.model.spec, self.labels, mask, self.sample_weight)
 
   def mean(self, values: tf.Tensor) -> tf.Tensor:
     """Returns the mean over the batch, as the supervised loss takes it.
@@ -80,7 +83,7 @@ class LocalStep(NamedTuple):
 
     Returns:
       A scalar: the sum, each value times its sample weight, divided by how many labels
-      the loss does not ignore; 0 if it ignores all.
+      count; 0 if none does.
     """
     return losses.weighted_mean(values, self.counted, self.sample_weight)
 

@@ -15,6 +15,7 @@ from tff_kd.client import local_terms as local_terms_lib
 from tff_kd.data import client_data as client_data_lib
 from tff_kd.data import raw_files
 from tff_kd import graphs
+from tff_kd import internals
 from tff_kd import models
 from tff_kd import optimizers
 
@@ -182,7 +183,9 @@ class LocalTraining:
       self, dataset: tf.data.Dataset, start: Start, progress: _Progress
   ) -> _Progress:
     dataset = dataset.with_options(_dataset_options())
-    counts = self._counts_of_dataset(dataset) if start.needs_class_counts else None
+    counts = None
+    if start.needs_class_counts:
+      counts = self._counts_of_dataset(dataset, start.values)
     batches = iter(dataset)
 
     def next_batch(batch: Any, progress: _Progress):
@@ -216,7 +219,14 @@ class LocalTraining:
     observed_inputs = client_data.input_mask(client)
     counts = None
     if start.needs_class_counts:
-      counts = self._counts_of_rows(examples, rows, labelled)
+      known = labelled
+      if self._student.has_mask:
+        batch = client_data_lib.masked_inputs(
+            raw_files.gather(examples, rows), observed_inputs
+        )
+        inputs = models.split_batch(batch)[0]
+        known = self._student.unmasked(start.values, inputs, labelled)
+      counts = self._counts_of_rows(examples, rows, known)
 
     def next_slice(begin: tf.Tensor, progress: _Progress):
       end = begin + client_data.batch_size
@@ -235,18 +245,22 @@ class LocalTraining:
         lambda begin, _: begin < tf.size(rows), next_slice, (0, progress)
     )[1]
 
-  def _counts_of_dataset(self, dataset: tf.data.Dataset) -> tf.Tensor:
+  def _counts_of_dataset(
+      self, dataset: tf.data.Dataset, values: models.ModelValues
+  ) -> tf.Tensor:
     """The counts of the classes in a dataset, float32 `[classes]`."""
     student = self._student
 
     def add(total: tf.Tensor, batch: Any) -> tf.Tensor:
-      labels, weight = models.split_batch(batch)[1], student.sample_weight(batch)
-      return total + class_counts.count(student, labels, sample_weight=weight)
+      inputs, labels = models.split_batch(batch)
+      return total + class_counts.count(
+          student, labels, student.unmasked(values, inputs), student.sample_weight(batch)
+      )
 
     return dataset.reduce(tf.zeros([class_counts.num_classes(student)]), add)
 
   def _counts_of_rows(
-      self, examples: Any, rows: tf.Tensor, labelled: Optional[tf.Tensor]
+      self, examples: Any, rows: tf.Tensor, mask: Optional[tf.Tensor]
   ) -> tf.Tensor:
     """The counts of the classes in the rows that a client reads in this round."""
     labels = raw_files.gather(models.split_batch(examples)[1], rows)
@@ -254,7 +268,7 @@ class LocalTraining:
     if weight is not None:
       weight = raw_files.gather(weight, rows)
     weight = self._student.sample_weight((None, labels, weight))
-    return class_counts.count(self._student, labels, labelled, weight)
+    return class_counts.count(self._student, labels, mask, weight)
 
   def _step(
       self,
@@ -286,7 +300,7 @@ class LocalTraining:
           step_num=progress.num_batches,
           weights=progress.values.trainable,
           received=start.received,
-          counted=student.counted_labels(labels),
+          counted=models.unmasked(outputs, student.counted_labels(labels)),
           is_regression=student.is_regression,
           model=models.BoundModel(student, progress.values),
           sample_weight=weight,
@@ -331,7 +345,9 @@ class LocalTraining:
     for term in start.terms:
       logits = graphs.user_function(term.adjusted_logits)(logits, step)
     if logits is not step.logits:
+      mask = internals.keras_mask(outputs)
       outputs = self._student.outputs_of(tf.cast(logits, tf.float32))
+      internals.set_keras_mask(outputs, mask)
     loss = self._student.supervised_loss(
         step.labels, outputs, step.labelled, step.sample_weight
     )

@@ -7,6 +7,7 @@ from tff_kd.models.batches import is_compatible
 from tff_kd.models.batches import num_examples
 from tff_kd.models.batches import sample_weight_of
 from tff_kd.models.batches import split_batch
+from tff_kd.models.batches import unmasked
 from tff_kd.models.building import build_model_spec
 from tff_kd.models.building import check_loss_fn
 from tff_kd.models.building import check_metrics_fn

@@ -8,6 +8,7 @@ import keras
 import tensorflow as tf
 
 from tff_kd import internals
+from tff_kd import losses
 
 # The key of the weights in a batch that is a mapping, as an argument of Keras's `fit`.
 _SAMPLE_WEIGHT = 'sample_weight'
@@ -55,6 +56,29 @@ def num_examples(outputs: tf.Tensor, sample_weight: Optional[tf.Tensor]) -> tf.T
       sample_weight > 0.0, axis=list(range(1, sample_weight.shape.rank))
   )
   return tf.reduce_sum(tf.cast(has_weight, tf.int32))
+
+
+def unmasked(
+    outputs: tf.Tensor, mask: Optional[tf.Tensor] = None
+) -> Optional[tf.Tensor]:
+  """Returns which outputs count: those that Keras masks (`mask_zero`) do not.
+
+  Args:
+    outputs: A model's outputs, as the model returned them.
+    mask: Optional 0/1 float32 of leading axes of the outputs: which of them count
+      otherwise.
+
+  Returns:
+    0/1 float32 of leading axes of the outputs; `None` if all count.
+  """
+  kept = internals.keras_mask(outputs)
+  if kept is None:
+    return mask
+  kept = tf.cast(kept, tf.float32)
+  if mask is None:
+    return kept
+  rank = max(kept.shape.rank, mask.shape.rank)
+  return losses.with_rank(kept, rank) * losses.with_rank(mask, rank)
 
 
 def as_batch(batch: Any) -> Any:

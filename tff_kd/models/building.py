@@ -115,6 +115,7 @@ def build_model_spec(
       _layout=traced.layout,
       _loss_rank=loss_rank,
       _outputs_dtype=traced.output_dtype,
+      _mask_shape=traced.mask_shape,
       _has_losses=traced.has_losses,
   )
 

@@ -136,6 +136,7 @@ class ModelSpec:
   _layout: tracing.Layout
   _loss_rank: int
   _outputs_dtype: tf.DType
+  _mask_shape: Optional[tf.TensorShape]
   _has_losses: bool
 
   @property
@@ -191,6 +192,11 @@ class ModelSpec:
   def layers(self) -> list[keras.layers.Layer]:
     """The layers of the model, to be called within `BoundModel.scope`."""
     return list(self._model.layers)
+
+  @property
+  def has_mask(self) -> bool:
+    """Whether Keras masks some of the outputs as padding (`mask_zero`, `Masking`)."""
+    return self._mask_shape is not None
 
   @property
   def is_random(self) -> bool:
@@ -288,20 +294,27 @@ class ModelSpec:
           tf.pad(leaf, widths), [-1, self.batch_size, *leaf.shape[1:]]
       )
 
-    def call(batch: Any) -> tuple[tf.Tensor, tf.Tensor]:
+    def call(batch: Any) -> tuple[tf.Tensor, tf.Tensor, Any]:
       called = self.call(values, batch)
-      return called.outputs, called.bad_inputs if self.has_ids else False
+      mask = internals.keras_mask(called.outputs) if self.has_mask else ()
+      return called.outputs, called.bad_inputs if self.has_ids else False, mask
 
-    batches, bad_inputs = tf.map_fn(
+    def joined(batches: tf.Tensor, shape: tf.TensorShape) -> tf.Tensor:
+      rows = tf.reshape(batches, tf.concat([[-1], tf.shape(batches)[2:]], axis=0))
+      return tf.ensure_shape(rows, [None, *shape])[:size]
+
+    batches, bad_inputs, masks = tf.map_fn(
         call,
         tf.nest.map_structure(batched, inputs),
         fn_output_signature=(
             tf.TensorSpec([self.batch_size, *self.outputs_shape], self._outputs_dtype),
             tf.TensorSpec([], tf.bool),
+            tf.TensorSpec(self._mask_shape, tf.bool) if self.has_mask else (),
         ),
     )
-    outputs = tf.reshape(batches, tf.concat([[-1], tf.shape(batches)[2:]], axis=0))
-    outputs = tf.ensure_shape(outputs, [None, *self.outputs_shape])[:size]
+    outputs = joined(batches, self.outputs_shape)
+    if self.has_mask:
+      internals.set_keras_mask(outputs, joined(masks, self._mask_shape[1:]))
     return Outputs(
         outputs, values, tf.zeros([]), tf.reduce_any(bad_inputs) if self.has_ids else None
     )
@@ -332,6 +345,22 @@ class ModelSpec:
     with internals.eager_mode():  # Also where something is traced.
       example = batches.example_of(inputs_spec, self.batch_size or 1)
       return self.logits(self.initial_weights, example).shape[1:]
+
+  def unmasked(
+      self, values: ModelValues, inputs: Any, mask: Optional[tf.Tensor] = None
+  ) -> Optional[tf.Tensor]:
+    """Returns which outputs for some inputs count, before there are any outputs.
+
+    In a graph, little of the model is computed for it.
+
+    Args:
+      values: The model's values.
+      inputs: A batch of inputs.
+      mask: As in `batches.unmasked`, whose result this is.
+    """
+    if not self.has_mask:
+      return mask
+    return batches.unmasked(self.call(values, inputs).outputs, mask)
 
   def class_logits(self, outputs: tf.Tensor) -> tf.Tensor:
     """Returns outputs as logits; those of a softmax model as log-probabilities.
@@ -389,7 +418,7 @@ class ModelSpec:
 
     Args:
       labels: The labels of a batch.
-      outputs: The model's outputs for it.
+      outputs: The model's outputs for it; those that Keras masks do not count.
       mask: Optional 0/1 float32 `[batch]`; the mean (or the sum, by the loss's
         `reduction`) is over the ones, and 0 where there are none.
       sample_weight: As `sample_weight` returns it: factors of the losses. As in Keras's
@@ -405,6 +434,7 @@ class ModelSpec:
       dtype = self.loss.dtype
       each = self.loss.call(tf.cast(usable, dtype), tf.cast(outputs, dtype))
       counted = losses.with_rank(counted, each.shape.rank)
+      mask = batches.unmasked(outputs, mask)
       if mask is not None:
         counted *= losses.with_rank(mask, each.shape.rank)
       return self._reduced(each, counted, sample_weight)
@@ -438,6 +468,8 @@ class ModelSpec:
 
   def counted_labels(self, labels: Any) -> Optional[tf.Tensor]:
     """Returns which labels count, if the loss has an `ignore_class` (padding).
+
+    Outputs that Keras masks are another thing, see `batches.unmasked`.
 
     Args:
       labels: A tensor of labels.
@@ -503,15 +535,17 @@ class ModelSpec:
 
     Args:
       labels: The labels of a batch.
-      outputs: The model's outputs for it, `[batch, ..., classes]`.
-      mask: Optional 0/1 float32 `[batch]`: which examples count.
+      outputs: The model's outputs for it, `[batch, ..., classes]`; those that Keras
+        masks do not count.
+      mask: Optional 0/1 float32 of leading axes of the outputs: which of them count
+        otherwise.
       sample_weight: As `sample_weight` returns it for it; those of weight 0 do not
         count.
 
     Returns:
       0/1 float32 `[batch, ...]`, one for each position; `None` if all of them count.
     """
-    masks = [self.counted_labels(labels), mask]
+    masks = [self.counted_labels(labels), batches.unmasked(outputs, mask)]
     if sample_weight is not None:
       masks.append(tf.cast(sample_weight > 0.0, tf.float32))
     if all(each is None for each in masks):
@@ -635,8 +669,16 @@ class ModelSpec:
     the losses of the model's layers (regularizers, `add_loss`), of which a warning tells.
 
     Raises:
-      ValueError: If there are sample weights, which TFF would leave out.
+      ValueError: If there are sample weights or a mask of Keras's, which TFF would leave
+        out.
     """
+    if self.has_mask:
+      raise ValueError(
+          f'Keras masks outputs of the {self.name} (`mask_zero`, `Masking`), and '
+          "TFF's own algorithms would count them, padding included. Take the algorithms "
+          'of `tff_kd.algorithms`, or give padding a label that the loss ignores '
+          '(`ignore_class`) and build the model without the mask.'
+      )
     if batches.sample_weight_of(self.input_spec) is not None:
       raise ValueError(
           "TFF's own algorithms have no sample weights, and the `input_spec` has some: "

@@ -94,6 +94,7 @@ class _Traced(NamedTuple):
     activation: 'softmax' or 'sigmoid' if the model ends in one, else `None`.
     output_shape: The static shape of its outputs, the batch included.
     output_dtype: The dtype of its outputs.
+    mask_shape: The static shape of Keras's mask of its outputs; `None` without one.
     has_ids: Whether embeddings look something up.
     has_losses: Whether its layers have losses of their own.
   """
@@ -102,6 +103,7 @@ class _Traced(NamedTuple):
   activation: Optional[str]
   output_shape: tf.TensorShape
   output_dtype: tf.DType
+  mask_shape: Optional[tf.TensorShape]
   has_ids: bool
   has_losses: bool
 
@@ -111,7 +113,7 @@ def trace(
 ) -> _Traced:
   """Traces an inference and a training call of a built model."""
   variables = non_trainable_variables(model)
-  moved, looked_up, own_losses = [], [], []
+  moved, looked_up, own_losses, masks = [], [], [], []
 
   def calls(trainable, non_trainable, inputs):
     outputs, _, _, looked_up[:] = call_model(
@@ -123,6 +125,7 @@ def trace(
     moved[:] = [
         i for i, (old, new) in enumerate(zip(non_trainable, after)) if new is not old
     ]
+    masks[:] = [internals.keras_mask(outputs)]
     return outputs
 
   def spec_of(variable: keras.Variable) -> tf.TensorSpec:
@@ -153,6 +156,7 @@ def trace(
       _last_activation(output),
       shape,
       output.dtype,
+      None if masks[0] is None else masks[0].shape,
       bool(looked_up),
       bool(own_losses),
   )

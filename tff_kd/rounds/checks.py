@@ -40,8 +40,8 @@ def check(parts: parts_lib.Parts, options: options_lib.Options) -> None:
   optimizers.check_optimizer(parts.client_optimizer, 'client_optimizer')
   optimizers.check_learning_rate_fn(options.learning_rate_fn, parts.client_optimizer)
   _check_local_terms(parts, options.client_data)
-  _check_exchange(parts, options)
   _check_stages(parts)
+  _check_exchange(parts, options)
   _check_companion(parts, options)
   if options.reporting is not None and options.client_data is None:
     raise ValueError(
@@ -81,11 +81,12 @@ def _check_exchange(parts: parts_lib.Parts, options: options_lib.Options) -> Non
   """Checks what an exchange needs of the rest."""
   exchange = parts.exchange
   if exchange is None:
-    if options.knowledge_aggregator is not None:
-      raise ValueError(
-          'There are no predictions for `knowledge_aggregator` to aggregate: no stage '
-          'distils from the ensemble.'
-      )
+    for name in ('knowledge_aggregator', 'knowledge_weighting'):
+      if getattr(options, name) is not None:
+        raise ValueError(
+            f'Clients send no predictions that `{name}` could be about: no stage distils '
+            f'from the ensemble. Leave it out, found {getattr(options, name)!r}.'
+        )
     return
   if exchange.needs_server_model and not parts.stages:
     raise ValueError(

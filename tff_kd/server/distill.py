@@ -676,10 +676,8 @@ class Lesson:
       return knowledge.predict_logits(models_by_name[name], transfer_set, all_ids)
 
     mask = tf.ones([count])
-    if isinstance(d.target, str) and d.target != 'ensemble':
+    if not d.uses_ensemble:
       targets = predictions(d.target)
-    elif not d.uses_ensemble:
-      targets = predictions('student')
     else:
       targets, mask = consensus.logits[:count], consensus.mask[:count]
       if isinstance(d.target, (int, float)):
@@ -735,12 +733,13 @@ class Lesson:
     d, weight = self._distillation, self._distillation_weight
     logits = self._learner.class_logits(outputs)
     loss = losses.weighted_mean(
-        self._loss(batch.target_logits, logits, d.temperature), batch.mask
+        self._loss(batch.target_logits, logits, d.temperature),
+        models.unmasked(outputs, batch.mask),
     )
     if d.diversity_weight:
       loss += d.diversity_weight * losses.weighted_mean(
           losses.kl_divergence(batch.diversity_logits, logits, d.temperature),
-          batch.diversity_mask,
+          models.unmasked(outputs, batch.diversity_mask),
       )
     loss *= weight
     if weight < 1.0:
@@ -776,9 +775,15 @@ class Lesson:
       logits = knowledge.predict_logits(
           models.BoundModel(learner, values), transfer_set, validation.ids
       )
+      mask = validation.mask
+      if learner.has_mask:
+        kept = transfer_set.map_inputs(
+            lambda inputs: learner.unmasked(values, inputs), validation.ids
+        )
+        mask = kept * losses.with_rank(mask, kept.shape.rank)
       loss = losses.weighted_mean(
           self._loss(validation.target_logits, logits, self._distillation.temperature),
-          validation.mask,
+          mask,
       )
       return tf.cast(loss, tf.float32)
 

@@ -9,6 +9,9 @@ from tff_kd import checks
 
 # The losses that `Distillation.loss` may name.
 LOSSES = ('kl', 'label', 'mae', 'mse')
+# What a blend is that has one part only.
+_ENDS = {0.0: 'student', 1.0: 'ensemble'}
+_WITHOUT_TEMPERATURE = ('label', 'mae', 'mse')
 
 
 def cosine_schedule(progress: Any) -> Any:
@@ -35,14 +38,15 @@ class Distillation:
 
   Attributes:
     target: 'ensemble' (the clients' consensus), 'student', 'teacher', or a number
-      b between 0 and 1: the blend b * ensemble + (1 - b) * student of logits.
-    temperature: T, above 0.
+      b between 0 and 1: the blend b * ensemble + (1 - b) * student of logits; 0 becomes
+      'student', and 1 'ensemble'.
+    temperature: T, above 0, of 'kl', of the diversity term, and of a function as `loss`.
+      The other losses have none, and it must be 1.
     distillation_weight: w. If `None`: 0.5 where the transfer set has labels, else
       1. Without labels it must be 1.
-    loss: 'kl', 'mae' or 'mse' (these two on logits, without T), 'label' (the
-      target's most likely class as label), or a function (target_logits, logits,
-      temperature) -> one loss an example. If `None`: 'kl', and 'mse' between
-      regression models.
+    loss: 'kl', 'mae' or 'mse' (these two on logits), 'label' (the target's most likely
+      class as label), or a function (target_logits, logits, temperature) -> one loss an
+      example or a position. If `None`: 'kl', and 'mse' between regression models.
     diversity_weight: The weight of Fed-ET's diversity term, lambda KL_T(diversity ||
       outputs) on the examples on which clients disagree; part of the distillation term.
       Needs target 'ensemble' and a consensus rule that tells the diversity.
@@ -54,7 +58,7 @@ class Distillation:
       set; at the end only if `None`. The best weights seen win, those from before
       the stage included.
     patience: The number of looks without improvement after which to stop; never if
-      `None`.
+      `None`. Needs a `validate_every` below `num_steps`.
     reset_optimizer: Whether every round starts with a fresh optimizer state.
     augment: Optional; changes a batch of transfer inputs at random before a step, such
       as `tff_kd.data.RandomShift()`: a function of the inputs and a seed,
@@ -90,6 +94,8 @@ class Distillation:
             'A blended `target` must be between 0 (student) and 1 (ensemble), '
             f'found {self.target!r}.'
         )
+      if self.target in _ENDS:
+        object.__setattr__(self, 'target', _ENDS[self.target])
     elif self.target not in ('ensemble', 'student', 'teacher'):
       raise ValueError(
           "`target` must be 'ensemble', 'student', 'teacher' or a number between "
@@ -115,6 +121,15 @@ class Distillation:
           "A `diversity_weight` needs target='ensemble', found "
           f'{self.target!r}.'
       )
+    if (
+        self.temperature != 1.0
+        and self.loss in _WITHOUT_TEMPERATURE
+        and not self.diversity_weight
+    ):
+      raise ValueError(
+          f'loss={self.loss!r} has no temperature: leave `temperature` at 1, or take '
+          f"loss='kl', found {self.temperature!r}."
+      )
     if self.augment is not None and not callable(self.augment):
       raise ValueError(
           '`augment` must be a function of a batch of inputs and a seed, such as '
@@ -124,19 +139,25 @@ class Distillation:
       raise ValueError(
           f"`start` must be 'average' or 'released', found {self.start!r}."
       )
+    self._check_steps()
+
+  def _check_steps(self):
     checks.check_positive_integer(self.num_steps, 'num_steps')
     checks.check_positive_integer(self.batch_size, 'batch_size')
     if self.validate_every is not None:
       checks.check_positive_integer(self.validate_every, 'validate_every')
     if self.patience is not None:
       checks.check_positive_integer(self.patience, 'patience')
+      if self.validate_every is None or self.validate_every >= self.num_steps:
+        raise ValueError(
+            f'`patience` needs a look before the last of the {self.num_steps} steps: set '
+            f'`validate_every` below `num_steps`, found {self.validate_every!r}.'
+        )
 
   @property
   def uses_ensemble(self) -> bool:
     """Whether clients must send predictions for this."""
-    if isinstance(self.target, str):
-      return self.target == 'ensemble'
-    return self.target > 0.0
+    return self.target not in ('student', 'teacher')
 
 
 # FedDF's (Lin et al., NeurIPS 2020, section 4.1 and appendix): Adam, a cosine, a fresh
