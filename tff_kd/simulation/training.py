@@ -187,7 +187,8 @@ def train(
       `select_clients` must then return numbers or names. A resumed training continues
       with the states at its checkpoint. With an `initial_state`, training begins with
       the clients' present states, which are saved at once as round 0 if there is a
-      `program_state_manager`.
+      `program_state_manager`. States that belong neither to a checkpoint nor to the best
+      state nor, without checkpoints, to the last round are deleted.
     accountant: For a process with `privacy`. Adds `privacy/epsilon`, the cost of all
       rounds so far, and `privacy/rounds`, the number of rounds that have begun, to the
       metrics; saves the account with the training; and ends the training before its
@@ -489,10 +490,12 @@ class _Training:
     self.completed = _Completed(
         self._with_callbacks(progress), round_num, (*self.completed.history, metrics)
     )
-    if self.program_state_manager is not None and not round_num % self.rounds_per_saving:
+    has_manager = self.program_state_manager is not None
+    is_saved = has_manager and not round_num % self.rounds_per_saving
+    if is_saved:
       self._save(self.completed)
-      if self.client_states is not None:
-        self._prune_clients()
+    if self.client_states is not None and (is_saved or not has_manager):
+      self._prune_clients()
 
   def _advance(
       self, state: Any, round_num: int, metrics: Mapping[str, float]
@@ -510,9 +513,15 @@ class _Training:
     return progress
 
   def _prune_clients(self) -> None:
-    """Deletes clients' states that belong to no checkpoint and no best state."""
-    versions = self._wait(self.program_state_manager.get_versions())
-    best_rounds = [self.best_rounds.get(version) for version in versions]
+    """Deletes clients' states that belong to no checkpoint and no best state.
+
+    Without checkpoints, the training can go back to its last round only.
+    """
+    versions = [self.completed.round_num]
+    best_rounds = [int(self.completed.progress.best_round)]
+    if self.program_state_manager is not None:
+      versions = self._wait(self.program_state_manager.get_versions())
+      best_rounds = [self.best_rounds.get(version) for version in versions]
     # The best rounds of an earlier program's checkpoints are not known, except the last.
     if None not in best_rounds:
       self.client_states.prune(min(versions), best_rounds)
