@@ -212,6 +212,39 @@ def test_participation_of_clients_that_are_not_there(by_number, by_dataset):
     train(by_dataset, 3)
 
 
+@pytest.fixture(scope='module')
+def reporting(batches):
+  return helpers.build(
+      'fed_avg', client_data=batches, reporting=tff_kd.Reporting(max_delay=1)
+  )
+
+
+@pytest.mark.parametrize(
+    ('kind', 'kwargs', 'message'),
+    [
+        ('by_number', dict(dropout_after=0.5), r'Build it with `reporting=.*max_delay=0'),
+        ('by_number', dict(delay_share=0.5, max_delay=3), r'Reporting\(max_delay=3\)'),
+        ('reporting', {}, 'Set its `gives_conditions=True`'),
+        (
+            'reporting', dict(delay_share=0.5, max_delay=3),
+            'max_delay=3, and the `Reporting` of the process max_delay=1',
+        ),
+    ],
+)
+def test_participation_with_other_conditions(kind, kwargs, message, request):
+  chosen = tff_kd.simulation.Participation(num_clients=3, clients_per_round=2, **kwargs)
+  with pytest.raises(ValueError, match=message):
+    tff_kd.simulation.train(
+        request.getfixturevalue(kind), select_clients=chosen, num_rounds=1
+    )
+
+
+def test_conditions_that_a_process_does_not_take(by_number):
+  client = {'data': 0, 'conditions': tff_kd.ClientConditions()}
+  with pytest.raises(ValueError, match='Client 1 of .* has conditions, .*`reporting='):
+    by_number.next(by_number.initialize(), [0, client])
+
+
 def test_cohorts_and_conditions(batches):
   process = helpers.build(
       'fed_df', student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))],

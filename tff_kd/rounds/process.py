@@ -152,6 +152,7 @@ def _describe(
       exchanged_bytes=exchanged_bytes,
       aggregated_bytes=aggregated_bytes,
       client_data=client_work.plan.client_data,
+      reporting=client_work.plan.reporting,
       sends_average=stages.sends_average,
       optimizers=_optimizers(parts, stages.server_optimizer),
   )

@@ -71,6 +71,11 @@ class ClientArguments(NamedTuple):
     check = self._dataset if self.client_data is None else self._number
     keys = ['cohort'] * (self.num_cohorts > 1) + ['data']
     keys += ['conditions'] * self.has_conditions
+    if isinstance(value, Mapping) and 'conditions' in value and not self.has_conditions:
+      raise ValueError(
+          f'Client {place} of the round has conditions, and this process takes clients '
+          'without. Build it with `reporting=tff_kd.Reporting()`.'
+      )
     if len(keys) == 1:
       return check(place, value)
     if not isinstance(value, Mapping) or set(value) != set(keys):

@@ -17,6 +17,7 @@ from tff_kd.compat import tff
 import tree
 
 from tff_kd import checks
+from tff_kd.client import conditions
 from tff_kd import communication
 from tff_kd.data import client_names
 from tff_kd import optimizers
@@ -689,7 +690,7 @@ def _warn_of_left_out(
 def _check_participation(
     process: tff.learning.templates.LearningProcess, select_clients: Callable[[int], Any]
 ) -> None:
-  """Refuses a `Participation` of clients that the process does not have."""
+  """Refuses a `Participation` of clients that the process does not take."""
   if not isinstance(
       select_clients, participation.Participation
   ) or not _describes_itself(process):
@@ -719,6 +720,33 @@ def _check_participation(
         f'{select_clients.clients_per_round}, and the sums of the process are of '
         f'{limit} clients at most, the `max_clients` of its `SecureAggregation`. Lower '
         'the one, or build the process with more of the other.'
+    )
+  _check_reporting(process.description.reporting, select_clients)
+
+
+def _check_reporting(
+    reporting: Optional[conditions.Reporting], chosen: participation.Participation
+) -> None:
+  """Refuses a `Participation` of other conditions than those that a process takes."""
+  if reporting is None:
+    if chosen.has_conditions:
+      raise ValueError(
+          'The `Participation` gives its clients conditions (of `dropout_after`, '
+          '`straggler_share`, `max_delay`, `coverage` or `gives_conditions`), and this '
+          'process takes clients without. Build it with '
+          f'`reporting=tff_kd.Reporting(max_delay={chosen.max_delay})`.'
+      )
+    return
+  if not chosen.has_conditions:
+    raise ValueError(
+        'This process has a `reporting`, so clients come with conditions, and the '
+        '`Participation` gives them none. Set its `gives_conditions=True`.'
+    )
+  if chosen.max_delay > reporting.max_delay:
+    raise ValueError(
+        f'The `Participation` has max_delay={chosen.max_delay}, and the `Reporting` of '
+        f'the process max_delay={reporting.max_delay}, the longest delay that it takes. '
+        'Lower the one, or build the process with more of the other.'
     )
 
 
