@@ -150,6 +150,18 @@ def test_a_wrong_line_of_a_trace_is_named(tmp_path, line):
     simulation.Availability.from_csv(path, 3)
 
 
+@pytest.mark.parametrize(
+    ('kwargs', 'expected'),
+    [
+        ({}, 4), (dict(delay_share=0.5, max_delay=1), 8),
+        (dict(delay_share=0.5, max_delay=2), 9), (dict(sampling='poisson'), 9),
+    ],
+)
+def test_the_largest_number_of_reports(kwargs, expected):
+  participation = simulation.Participation(num_clients=9, clients_per_round=4, **kwargs)
+  assert participation.max_reports == expected
+
+
 def test_cohorts_stand_beside_the_numbers():
   participation = simulation.Participation(
       num_clients=4, clients_per_round=4, sampling='cyclic', cohort_fn=lambda k: k % 2

@@ -215,7 +215,8 @@ def test_participation_of_clients_that_are_not_there(by_number, by_dataset):
 @pytest.fixture(scope='module')
 def reporting(batches):
   return helpers.build(
-      'fed_avg', client_data=batches, reporting=tff_kd.Reporting(max_delay=1)
+      'fed_avg', client_data=batches,
+      reporting=tff_kd.Reporting(max_delay=1, min_reports=2),
   )
 
 
@@ -237,6 +238,25 @@ def test_participation_with_other_conditions(kind, kwargs, message, request):
     tff_kd.simulation.train(
         request.getfixturevalue(kind), select_clients=chosen, num_rounds=1
     )
+
+
+def test_rounds_with_too_few_reports(reporting, caplog):
+  def train(clients_per_round, **kwargs):
+    return tff_kd.simulation.train(
+        reporting, num_rounds=4, progress_bar=False,
+        select_clients=tff_kd.simulation.Participation(
+            num_clients=3, clients_per_round=clients_per_round, gives_conditions=True,
+            **kwargs,
+        ),
+    )
+
+  with pytest.raises(ValueError, match='min_reports=2, and a round .* 1 reports at most'):
+    train(1)
+  with caplog.at_level('WARNING'):
+    result = train(2, dropout_after=1.0)
+  assert [row['round_skipped'] for row in result.history] == [1] * 4
+  said = [its for its in caplog.messages if 'is skipped: the reports of 0 clients' in its]
+  assert len(said) == len(caplog.messages) == 3
 
 
 def test_conditions_that_a_process_does_not_take(by_number):

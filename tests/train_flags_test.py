@@ -75,6 +75,7 @@ def test_help_lists_the_algorithms():
         (['--task=idx', '--data_dir=/nowhere'], 'data_dir'),
         (['--clients_per_round=21'], 'only 20 clients'),
         (['--num_clients=9999'], 'Use fewer clients'),
+        (['--min_reports=9'], 'is 9, and a round has 8 reports at most'),
         (['--transfer_labels=2000'], '--transfer_labels'),
         (['--transfer_labels=0', '--pretrain_epochs=1'], 'needs labels'),
         (['--transfer_labels=0', '--distillation_weight=0.5'], 'needs labels'),

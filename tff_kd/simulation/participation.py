@@ -237,6 +237,14 @@ class Participation:
         or self.max_delay or self.coverage < 1.0
     )
 
+  @property
+  def max_reports(self) -> int:
+    """The largest number of clients that can report in a round."""
+    if self.sampling == 'poisson':
+      return self.num_clients
+    # Those that begin in the round, and those that are late from each round before.
+    return min(self.num_clients, self.clients_per_round * (1 + self.max_delay))
+
   def __call__(self, round_num: int) -> list[Any]:
     """Returns the clients that report in a round, as `next` takes them."""
     return [

@@ -33,6 +33,7 @@ from tff_kd.simulation import participation
 
 ROUND_SECONDS = 'round_seconds'
 _COUNTS = 'client_work/participation/num_'
+_SKIPPED = 'round_skipped'
 # The key, in a checkpoint's JSON, of the metric that chose the best state, and its mode.
 _MONITORED = 'monitored'
 # The names of hyperparameters in the states of TFF's optimizers. Other optimizers' states
@@ -558,7 +559,7 @@ class _Training:
     numbers = _client_numbers(selected, self.names)
     output = self.process.next(state, selected, self.client_states.load(numbers))
     # If a round is skipped, `next` returns the clients' states before it.
-    if not output.metrics.get('round_skipped'):
+    if not output.metrics.get(_SKIPPED):
       self.client_states.save(numbers, output.client_states, round_num)
     return output
 
@@ -676,9 +677,16 @@ def left_out(metrics: Mapping[str, float]) -> dict[str, int]:
 def _warn_of_left_out(
     round_num: int, metrics: Mapping[str, float], history: Sequence[Mapping[str, float]]
 ) -> None:
-  """Warns that a round has left out clients, with the causes."""
+  """Warns that a round is skipped, or has left out clients, with the causes."""
   causes = ', '.join(f'{name}: {count}' for name, count in left_out(metrics).items())
-  if metrics.get(f'{_COUNTS}included') == 0:
+  if metrics.get(_SKIPPED):
+    if sum(bool(row[_SKIPPED]) for row in history) < _MAX_WARNINGS:
+      logging.warning(
+          'Round %d is skipped: the reports of %d clients count, fewer than the '
+          '`min_reports` of the `Reporting` (left out: %s).',
+          round_num, metrics[f'{_COUNTS}included'], causes or 'none',
+      )
+  elif metrics.get(f'{_COUNTS}included') == 0:
     logging.warning(
         'Round %d includes no client (%s): nothing is learned from any.',
         round_num, causes or 'none reported',
@@ -747,6 +755,12 @@ def _check_reporting(
         f'The `Participation` has max_delay={chosen.max_delay}, and the `Reporting` of '
         f'the process max_delay={reporting.max_delay}, the longest delay that it takes. '
         'Lower the one, or build the process with more of the other.'
+    )
+  if reporting.min_reports > chosen.max_reports:
+    raise ValueError(
+        f'The `Reporting` of the process has min_reports={reporting.min_reports}, and a '
+        f'round of the `Participation` has {chosen.max_reports} reports at most: every '
+        'round would be skipped. Lower the one, or raise `clients_per_round`.'
     )
 
 
