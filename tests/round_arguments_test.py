@@ -265,6 +265,59 @@ def test_conditions_that_a_process_does_not_take(by_number):
     by_number.next(by_number.initialize(), [0, client])
 
 
+@pytest.fixture(scope='module')
+def of_states(batches):
+  """FD of two cohorts, whose clients keep their models."""
+  keras.utils.set_random_seed(0)
+  return helpers.build(
+      'fd', client_data=batches, student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))]
+  )
+
+
+def test_states_of_the_clients(of_states):
+  server, new = of_states.initialize(), of_states.initialize_client()
+  clients = [{'cohort': k, 'data': k} for k in (0, 1)]
+  output = of_states.next(server, clients, list(new))
+  for arguments in (
+      dict(client_states=output.client_states),
+      dict(client_data=clients, client_states=output.client_states),
+  ):
+    positional = () if 'client_data' in arguments else (clients,)
+    assert of_states.next(output.state, *positional, **arguments).state.round_num == 2
+  for states, error, message in (
+      (None, TypeError, 'needs the states .*, found None. Pass `client_states.load'),
+      (new[0], TypeError, 'needs the states .*, found a ClientState of 3'),
+      (new[:1], ValueError, 'one state for each of the 2 clients .*, found 1. Pass'),
+      (new[::-1], ValueError, r'client 0 .* of its cohort, 0, .*initialize_client\(\)\[0'),
+      ([new] * 2, ValueError, 'state of client 0 of the round must be of its cohort, 0'),
+  ):
+    with pytest.raises(error, match=message):
+      of_states.next(server, clients, *([] if states is None else [states]))
+
+
+def test_a_training_with_other_client_states(of_states, by_number, tmp_path):
+  initial = of_states.initialize_client()
+
+  def states(initial, cohort_fn=None):
+    return tff_kd.simulation.ClientStates(initial, tmp_path, cohort_fn)
+
+  for process, client_states, message in (
+      (of_states, None, 'pass `client_states=tff_kd.simulation.ClientStates'),
+      (by_number, states(initial), 'keep nothing .* leave `client_states` out'),
+      (of_states, states(initial), ' 2, found 1. Build .* with the `cohort_fn`'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      tff_kd.simulation.train(
+          process, select_clients=lambda _: [0], num_rounds=1, progress_bar=False,
+          client_states=client_states,
+      )
+  result = tff_kd.simulation.train(
+      of_states, select_clients=lambda _: [{'cohort': 1, 'data': 0}], num_rounds=1,
+      client_states=states(initial, lambda _: 1), progress_bar=False,
+  )
+  assert result.round_num == 1
+
+
 def test_cohorts_and_conditions(batches):
   process = helpers.build(
       'fed_df', student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))],

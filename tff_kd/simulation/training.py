@@ -210,9 +210,10 @@ def train(
       `privacy` (for a process of TFF's own: another model, or a hyperparameter that the
       state names), or had an accountant and this one has none, or the other way round.
     TypeError: If a callback is not a `Callback`.
-    ValueError: If the arguments contradict each other, `monitor` is not among the
-      metrics, the noise or sampling of the `accountant` differs from that of the process
-      or of the saved training, or the `initial_state` has another noise or clip.
+    ValueError: If the arguments contradict each other or the process, `monitor` is not
+      among the metrics, the noise or sampling of the `accountant` differs from that of
+      the process or of the saved training, or the `initial_state` has another noise or
+      clip.
   """
   if num_rounds < 1 or rounds_per_saving < 1:
     raise ValueError(
@@ -248,6 +249,7 @@ def train(
   )
   _check_accountant(accountant, training.protection, select_clients)
   _check_participation(process, select_clients)
+  _check_client_states(process, client_states)
   # Not `asyncio.Runner`: it leaves the thread without the loop that TFF's own
   # training loop looks for.
   with contextlib.closing(asyncio.new_event_loop()) as loop:
@@ -761,6 +763,38 @@ def _check_reporting(
         f'The `Reporting` of the process has min_reports={reporting.min_reports}, and a '
         f'round of the `Participation` has {chosen.max_reports} reports at most: every '
         'round would be skipped. Lower the one, or raise `clients_per_round`.'
+    )
+
+
+def _check_client_states(
+    process: tff.learning.templates.LearningProcess,
+    client_states: Optional[client_states_lib.ClientStates],
+) -> None:
+  """Refuses clients' states that are not those which the process takes."""
+  if not _describes_itself(process):
+    return
+  is_stateful = isinstance(process, rounds.StatefulClientsProcess)
+  if client_states is None:
+    if is_stateful:
+      raise ValueError(
+          'The clients of this process keep a state from round to round: pass '
+          '`client_states=tff_kd.simulation.ClientStates(process.initialize_client(), '
+          "'the folder of their files')`."
+      )
+    return
+  if not is_stateful:
+    raise ValueError(
+        'The clients of this process keep nothing from round to round: leave '
+        '`client_states` out.'
+    )
+  kept = process.kept_models
+  num_cohorts = 1 if kept is None else len(kept.specs)
+  if client_states.num_cohorts != num_cohorts:
+    how = 'with the `cohort_fn` of the clients' if num_cohorts > 1 else 'without it'
+    raise ValueError(
+        '`client_states` must have an initial state for each of the models that the '
+        f'clients of this process keep, {num_cohorts}, found {client_states.num_cohorts}. '
+        f'Build the `ClientStates` of `process.initialize_client()` {how}.'
     )
 
 
