@@ -78,6 +78,8 @@ def test_help_lists_the_algorithms():
         (['--min_reports=9'], 'is 9, and a round has 8 reports at most'),
         (['--transfer_labels=2000'], '--transfer_labels'),
         (['--transfer_labels=0', '--pretrain_epochs=1'], 'needs labels'),
+        (['--algorithm=fed_per', '--pretrain_epochs=1'], '--pretrain_epochs has no effec'),
+        (['--evaluated_clients=5'], '--evaluated_clients has no effect with --algorithm'),
         (['--transfer_labels=0', '--distillation_weight=0.5'], 'needs labels'),
         (['--transfer_size=4000'], 'do not fit'),
         (['--transfer_per_round=2000'], 'subset_size'),
@@ -516,3 +518,29 @@ def test_an_own_algorithm_takes_flags_that_there_are(tmp_path):
       app.UsageError, match='parameter decay the value of --my_weight, which is not a'
   ):
     helpers.train_here(f'--algorithm={path}', f'--output_dir={tmp_path / "out"}')
+
+
+def test_an_own_algorithm_says_what_clients_keep(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+      'import dataclasses\n'
+      'from tff_kd import algorithms\n'
+      "INFO = dataclasses.replace(algorithms.REGISTRY['fed_per'], keeps='model')\n"
+  )
+  said = helpers.refused_here(f'--algorithm={path}', '--dry_run')
+  assert "INFO of fed_per must have keeps='layers', which is what" in said
+
+
+def test_flags_of_models_that_clients_keep():
+  """By which `pipelines.compare` gives each algorithm those that it takes."""
+  taken = {
+      flag: [
+          name for name in ('fed_avg', 'ds_fl', 'fed_kd', 'fed_per', 'fed_md')
+          if train_flags.is_taken(tff_kd.algorithms.REGISTRY[name], flag)
+      ]
+      for flag in ('evaluated_clients', 'pretrain_epochs')
+  }
+  assert taken == {
+      'evaluated_clients': ['ds_fl', 'fed_kd', 'fed_per', 'fed_md'],
+      'pretrain_epochs': ['fed_avg', 'fed_kd', 'fed_md'],
+  }
