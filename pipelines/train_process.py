@@ -114,7 +114,10 @@ def common_arguments(
           args.ROBUST_MODEL.value, args.MODEL_NORM_BOUND.value, args.MODEL_BITS.value
       ),
   )
-  of_server = (args.SERVER_OPTIMIZER, args.SERVER_RATE, args.SERVER_RATE_SCHEDULE)
+  of_server = (
+      args.SERVER_OPTIMIZER, args.SERVER_RATE, args.SERVER_RATE_SCHEDULE,
+      args.SERVER_WARMUP_ROUNDS,
+  )
   if any(flag.present or flag.value != flag.default for flag in of_server):
     build = _OPTIMIZERS[args.SERVER_OPTIMIZER.value]
     common['server_optimizer'] = build(args.SERVER_RATE.value)

@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import sys
+import types
 
 from absl import app
 from absl import flags
@@ -490,6 +491,27 @@ def test_rates_follow_the_rounds_as_flags_say():
     assert len(train_process.schedules()) == 1 and not train_checks.has_falling_rate()
   with helpers.flags_of():
     assert train_process.schedules() == []
+
+
+@pytest.mark.parametrize(
+    ('flag', 'is_replaced'),
+    [
+        ('--server_warmup_rounds=1', True), ('--server_rate_schedule=linear', True),
+        ('--server_learning_rate=1', True), ('--client_warmup_rounds=1', False),
+    ],
+)
+def test_a_builders_own_optimizer_of_the_server_stays_without_a_flag(flag, is_replaced):
+  task = types.SimpleNamespace(
+      students={'mlp_small': None}, loss_fn=None, metrics_fn=None
+  )
+  with helpers.flags_of(flag):
+    common = train_process.common_arguments(
+        task, types.SimpleNamespace(element_spec=None)
+    )
+    scheduled = {schedule._optimizer for schedule in train_process.schedules()}
+  # Its rate is only scheduled where it is that of the flags.
+  assert ('server_optimizer' in common) == is_replaced
+  assert is_replaced or 'server' not in scheduled
 
 
 @pytest.mark.slow
