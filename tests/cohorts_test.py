@@ -246,9 +246,8 @@ def test_truncated_updates_count_as_long_as_they_are():
 
 
 def test_what_clients_keep_beside_models_is_of_no_cohort():
-  process = helpers.build(
-      'cfd', student_fn=STUDENTS, transfer_set=tff_kd.TransferSet(helpers.examples(6, 99)[0])
-  )
+  transfer_set = tff_kd.TransferSet(helpers.examples(6, 99)[0])
+  process = helpers.build('cfd', student_fn=STUDENTS, transfer_set=transfer_set)
   new = process.initialize_client()
   assert process.kept_models is None and new.sent_round == -1
   output = process.next(process.initialize(), _arguments(_clients()), [new] * 4)

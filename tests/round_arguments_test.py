@@ -288,7 +288,7 @@ def test_states_of_the_clients(of_states):
       (None, TypeError, 'needs the states .*, found None. Pass `client_states.load'),
       (new[0], TypeError, 'needs the states .*, found a ClientState of 3'),
       (new[:1], ValueError, 'one state for each of the 2 clients .*, found 1. Pass'),
-      (new[::-1], ValueError, r'client 0 .* of its cohort, 0, .*initialize_client\(\)\[0'),
+      (new[::-1], ValueError, r'client 0 .* of its cohort, 0, .*_client\(\)\[0\]'),
       ([new] * 2, ValueError, 'state of client 0 of the round must be of its cohort, 0'),
   ):
     with pytest.raises(error, match=message):
@@ -304,7 +304,7 @@ def test_a_training_with_other_client_states(of_states, by_number, tmp_path):
   for process, client_states, message in (
       (of_states, None, 'pass `client_states=tff_kd.simulation.ClientStates'),
       (by_number, states(initial), 'keep nothing .* leave `client_states` out'),
-      (of_states, states(initial), ' 2, found 1. Build .* with the `cohort_fn`'),
+      (of_states, states(initial), ' 2, found 1. Build .* with the `cohort_fn` of'),
   ):
     with pytest.raises(ValueError, match=message):
       tff_kd.simulation.train(

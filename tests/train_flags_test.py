@@ -79,7 +79,7 @@ def test_help_lists_the_algorithms():
         (['--min_reports=9'], 'is 9, and a round has 8 reports at most'),
         (['--transfer_labels=2000'], '--transfer_labels'),
         (['--transfer_labels=0', '--pretrain_epochs=1'], 'needs labels'),
-        (['--algorithm=fed_per', '--pretrain_epochs=1'], '--pretrain_epochs has no effec'),
+        (['--algorithm=fed_per', '--pretrain_epochs=1'], '--pretrain_epochs has no eff'),
         (['--evaluated_clients=5'], '--evaluated_clients has no effect with --algorithm'),
         (['--transfer_labels=0', '--distillation_weight=0.5'], 'needs labels'),
         (['--transfer_size=4000'], 'do not fit'),

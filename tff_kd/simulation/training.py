@@ -788,13 +788,14 @@ def _check_client_states(
         '`client_states` out.'
     )
   kept = process.kept_models
-  num_cohorts = 1 if kept is None else len(kept.specs)
-  if client_states.num_cohorts != num_cohorts:
-    how = 'with the `cohort_fn` of the clients' if num_cohorts > 1 else 'without it'
+  expected = 1 if kept is None else len(kept.specs)
+  found = client_states.num_cohorts
+  if found != expected:
+    how = 'with the `cohort_fn` of' if expected > 1 else 'without a `cohort_fn` for'
     raise ValueError(
-        '`client_states` must have an initial state for each of the models that the '
-        f'clients of this process keep, {num_cohorts}, found {client_states.num_cohorts}. '
-        f'Build the `ClientStates` of `process.initialize_client()` {how}.'
+        '`client_states` must have one initial state for each architecture that clients '
+        f'of this process keep, {expected}, found {found}. Build the `ClientStates` of '
+        f'`process.initialize_client()`, {how} the clients.'
     )
 
 
