@@ -826,7 +826,6 @@ _AVERAGING = (
     'local_weight', 'local_temperature', 'history_size', 'proximal_weight',
     'not_true_weight', 'not_true_temperature', 'vacant_weight', 'robust_model',
     'model_norm_bound', 'model_bits', 'model_clip', 'secure_model_bound',
-    'pretrain_epochs',
 )
 # Flags that some algorithm takes as they are.
 _OF_ALGORITHMS = frozenset(
@@ -847,6 +846,10 @@ def is_taken(algorithm: algorithms.Info, name: str) -> bool:
     return False  # Clients send factors, which it does not round.
   if name in _AVERAGING:
     return algorithm.averages
+  if name == 'pretrain_epochs':  # Of the server's whole student.
+    return algorithm.averages and algorithm.keeps != 'layers'
+  if name == 'evaluated_clients':
+    return algorithm.keeps is not None
   if name in ('knowledge_clip', 'secure_knowledge_bound'):
     return algorithm.sends_knowledge
   if name == 'knowledge_share':

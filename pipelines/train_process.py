@@ -114,7 +114,10 @@ def common_arguments(
           args.ROBUST_MODEL.value, args.MODEL_NORM_BOUND.value, args.MODEL_BITS.value
       ),
   )
-  of_server = (args.SERVER_OPTIMIZER, args.SERVER_RATE, args.SERVER_RATE_SCHEDULE)
+  of_server = (
+      args.SERVER_OPTIMIZER, args.SERVER_RATE, args.SERVER_RATE_SCHEDULE,
+      args.SERVER_WARMUP_ROUNDS,
+  )
   if any(flag.present or flag.value != flag.default for flag in of_server):
     build = _OPTIMIZERS[args.SERVER_OPTIMIZER.value]
     common['server_optimizer'] = build(args.SERVER_RATE.value)
@@ -156,7 +159,25 @@ def build_process(
         kwargs[parameter] = value
   # The same initial weights whatever the algorithm, given the seed.
   keras.utils.set_random_seed(args.SEED.value)
-  return algorithm.build(**kwargs)
+  process = algorithm.build(**kwargs)
+  _check_keeps(algorithm, process)
+  return process
+
+
+def _check_keeps(
+    algorithm: algorithms.Info,
+    process: Union[tff_kd.DistillationProcess, tff_kd.StatefulClientsProcess],
+) -> None:
+  """Refuses a description of other models that clients keep than there are."""
+  found = None
+  if process.description.kept_models is not None:
+    has_parts = algorithm.averages and process.get_model_weights is None
+    found = 'layers' if has_parts else 'model'
+  if algorithm.keeps != found:
+    raise UserError(
+        f'INFO of {algorithm.name} must have keeps={found!r}, which is what the clients '
+        f'of its process keep of models, found {algorithm.keeps!r}.'
+    )
 
 
 def _local_terms(

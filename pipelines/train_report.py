@@ -372,7 +372,13 @@ def _print_if_average_was_better(finished: Finished) -> None:
 
 
 def _print_left_out(history: list[dict[str, float]]) -> None:
-  """Prints how many reports did not count in all rounds, and why."""
+  """Prints how many rounds were skipped, how many reports did not count, and why."""
+  skipped = sum(bool(row.get('round_skipped')) for row in history)
+  if skipped:
+    print(
+        f'Rounds that were skipped, with fewer than {args.MIN_REPORTS.value} reports: '
+        f'{skipped} of {len(history)}.'
+    )
   causes = collections.Counter()
   for row in history:
     causes.update(tff_kd.simulation.left_out(row))

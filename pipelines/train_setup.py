@@ -142,6 +142,12 @@ def _reporting(
   """Returns how late and partial reports are taken; `None` if there are none."""
   if not participation.has_conditions:
     return None
+  if args.MIN_REPORTS.value > participation.max_reports:
+    raise UserError(
+        f'--min_reports is {args.MIN_REPORTS.value}, and a round has '
+        f'{participation.max_reports} reports at most: every round would be skipped. '
+        'Lower it, or raise --clients_per_round.'
+    )
   return tff_kd.Reporting(
       max_delay=args.MAX_DELAY.value,
       staleness_power=args.STALENESS_POWER.value,

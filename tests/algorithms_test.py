@@ -124,3 +124,11 @@ def test_an_algorithm_with_a_rule_to_choose_names_its_own():
 
   with pytest.raises(ValueError, match="mine: .* must name the rule .* 'mean_logits'"):
     algorithms.Info(build=build_mine, summary='mine', uploads=('predictions',))
+
+
+def test_what_clients_keep_has_a_name():
+  def build_mine(*, student_fn):
+    del student_fn
+
+  with pytest.raises(ValueError, match="mine: `keeps` must be one of .*found 'head'"):
+    algorithms.Info(build=build_mine, summary='mine', uploads=(), keeps='head')

@@ -245,6 +245,15 @@ def test_truncated_updates_count_as_long_as_they_are():
   assert found['bytes/up_model'] == 4 * (numbers[30] + 2 * numbers[20])
 
 
+def test_what_clients_keep_beside_models_is_of_no_cohort():
+  transfer_set = tff_kd.TransferSet(helpers.examples(6, 99)[0])
+  process = helpers.build('cfd', student_fn=STUDENTS, transfer_set=transfer_set)
+  new = process.initialize_client()
+  assert process.kept_models is None and new.sent_round == -1
+  output = process.next(process.initialize(), _arguments(_clients()), [new] * 4)
+  assert [its.sent_round for its in output.client_states] == [0] * 4
+
+
 def test_private_models_of_different_architectures(tmp_path):
   public, _ = helpers.examples(6, 99)
   x = public.astype(np.float64)

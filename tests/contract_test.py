@@ -219,6 +219,9 @@ def test_type_signatures(rounds):
       'coverage=float32,seed=int32[2]>>}@CLIENTS'
   )
   assert rounds.info.client_state == rounds.keeps_state == (kept is not None)
+  assert (rounds.info.keeps is not None) == (described.kept_models is not None)
+  has_student = rounds.process.get_model_weights is not None
+  assert (rounds.info.keeps == 'layers') == (rounds.info.averages and not has_student)
   if rounds.keeps_state:
     assert str(parameter[2]) == f'{{{kept}}}@CLIENTS'
   else:

@@ -67,6 +67,35 @@ def test_every_beginning_is_reported_once_and_nobody_twice(
     assert late > 0
 
 
+class _Asked(simulation.Availability):
+  """Clients that can always be reached, and the rounds for which this was asked."""
+
+  def __init__(self):
+    self.rounds = set()
+
+  def __contains__(self, client_and_round):
+    self.rounds.add(client_and_round[1])
+    return True
+
+
+@pytest.mark.parametrize('max_delay', [0, 2])
+def test_rounds_are_drawn_and_kept_only_as_far_as_needed(max_delay):
+  asked = _Asked()
+  participation = simulation.Participation(
+      num_clients=9, clients_per_round=4, availability=asked, coverage=0.5,
+      delay_share=0.5 if max_delay else 0.0, max_delay=max_delay,
+  )
+  participation(20)
+  # Late clients of the rounds before are not free.
+  assert asked.rounds == (set(range(1, 21)) if max_delay else {20})
+  asked.rounds.clear()
+  for round_num in (21, 22):
+    participation(round_num)
+    participation.counts(round_num)
+  assert asked.rounds == {21, 22}
+  assert len(participation._begun) == 1 + max_delay
+
+
 def test_the_shares_are_as_asked():
   participation = simulation.Participation(
       num_clients=100, clients_per_round=50, dropout_before=0.3, dropout_after=0.2,
@@ -119,6 +148,18 @@ def test_a_wrong_line_of_a_trace_is_named(tmp_path, line):
   path.write_text(f'client,first,last\n0,1,2\n{line}\n')
   with pytest.raises(ValueError, match='Line 3 of .*trace.csv must be a client from'):
     simulation.Availability.from_csv(path, 3)
+
+
+@pytest.mark.parametrize(
+    ('kwargs', 'expected'),
+    [
+        ({}, 4), (dict(delay_share=0.5, max_delay=1), 8),
+        (dict(delay_share=0.5, max_delay=2), 9), (dict(sampling='poisson'), 9),
+    ],
+)
+def test_the_largest_number_of_reports(kwargs, expected):
+  participation = simulation.Participation(num_clients=9, clients_per_round=4, **kwargs)
+  assert participation.max_reports == expected
 
 
 def test_cohorts_stand_beside_the_numbers():

@@ -335,15 +335,17 @@ def test_clients_states_of_the_best_round_stay(tmp_path):
   )
   batches = tff_kd.ClientBatches(data=data, batch_size=4, num_epochs=1)
   process, found = helpers.build('fd', client_data=batches), {}
+  train = functools.partial(
+      tff_kd.simulation.train, process, select_clients=lambda n: [0, 1],
+      progress_bar=False, monitor='score',
+      evaluate=lambda state: {'score': -abs(float(state.round_num) - 3)},
+  )
   for num_rounds in (3, 9):
     store = client_states.ClientStates(
         process.initialize_client(), tmp_path / f'{num_rounds}'
     )
-    result = tff_kd.simulation.train(
-        process, select_clients=lambda n: [0, 1],
-        num_rounds=num_rounds, client_states=store, progress_bar=False,
-        evaluate=lambda state: {'score': -abs(float(state.round_num) - 3)},
-        monitor='score', rounds_per_saving=2,
+    result = train(
+        num_rounds=num_rounds, client_states=store, rounds_per_saving=2,
         program_state_manager=tff_kd.simulation.Checkpoints(
             tmp_path / f'checkpoints-{num_rounds}'
         ),
@@ -352,6 +354,11 @@ def test_clients_states_of_the_best_round_stay(tmp_path):
     found[num_rounds] = store.load([0, 1], 3)
   helpers.assert_weights_close(found[9], found[3], rtol=0)
   assert len(list((tmp_path / '9').iterdir())) < 2 * 9
+  # Without checkpoints it is what clients have after the last round and the best one.
+  store = client_states.ClientStates(process.initialize_client(), tmp_path / 'unsaved')
+  train(num_rounds=9, client_states=store)
+  helpers.assert_weights_close(store.load([0, 1], 3), found[3], rtol=0)
+  assert len(list((tmp_path / 'unsaved').iterdir())) == 2 * 2
 
 
 @pytest.mark.parametrize('batch_size', [2, 8])

@@ -212,6 +212,112 @@ def test_participation_of_clients_that_are_not_there(by_number, by_dataset):
     train(by_dataset, 3)
 
 
+@pytest.fixture(scope='module')
+def reporting(batches):
+  return helpers.build(
+      'fed_avg', client_data=batches,
+      reporting=tff_kd.Reporting(max_delay=1, min_reports=2),
+  )
+
+
+@pytest.mark.parametrize(
+    ('kind', 'kwargs', 'message'),
+    [
+        ('by_number', dict(dropout_after=0.5), r'Build it with `reporting=.*max_delay=0'),
+        ('by_number', dict(delay_share=0.5, max_delay=3), r'Reporting\(max_delay=3\)'),
+        ('reporting', {}, 'Set its `gives_conditions=True`'),
+        (
+            'reporting', dict(delay_share=0.5, max_delay=3),
+            'max_delay=3, and the `Reporting` of the process max_delay=1',
+        ),
+    ],
+)
+def test_participation_with_other_conditions(kind, kwargs, message, request):
+  chosen = tff_kd.simulation.Participation(num_clients=3, clients_per_round=2, **kwargs)
+  with pytest.raises(ValueError, match=message):
+    tff_kd.simulation.train(
+        request.getfixturevalue(kind), select_clients=chosen, num_rounds=1
+    )
+
+
+def test_rounds_with_too_few_reports(reporting, caplog):
+  def train(clients_per_round, **kwargs):
+    return tff_kd.simulation.train(
+        reporting, num_rounds=4, progress_bar=False,
+        select_clients=tff_kd.simulation.Participation(
+            num_clients=3, clients_per_round=clients_per_round, gives_conditions=True,
+            **kwargs,
+        ),
+    )
+
+  with pytest.raises(ValueError, match='min_reports=2, and a round .* 1 reports at most'):
+    train(1)
+  with caplog.at_level('WARNING'):
+    result = train(2, dropout_after=1.0)
+  assert [row['round_skipped'] for row in result.history] == [1] * 4
+  said = [its for its in caplog.messages if 'is skipped: the reports of 0 clients' in its]
+  assert len(said) == len(caplog.messages) == 3
+
+
+def test_conditions_that_a_process_does_not_take(by_number):
+  client = {'data': 0, 'conditions': tff_kd.ClientConditions()}
+  with pytest.raises(ValueError, match='Client 1 of .* has conditions, .*`reporting='):
+    by_number.next(by_number.initialize(), [0, client])
+
+
+@pytest.fixture(scope='module')
+def of_states(batches):
+  """FD of two cohorts, whose clients keep their models."""
+  keras.utils.set_random_seed(0)
+  return helpers.build(
+      'fd', client_data=batches, student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))]
+  )
+
+
+def test_states_of_the_clients(of_states):
+  server, new = of_states.initialize(), of_states.initialize_client()
+  clients = [{'cohort': k, 'data': k} for k in (0, 1)]
+  output = of_states.next(server, clients, list(new))
+  for arguments in (
+      dict(client_states=output.client_states),
+      dict(client_data=clients, client_states=output.client_states),
+  ):
+    positional = () if 'client_data' in arguments else (clients,)
+    assert of_states.next(output.state, *positional, **arguments).state.round_num == 2
+  for states, error, message in (
+      (None, TypeError, 'needs the states .*, found None. Pass `client_states.load'),
+      (new[0], TypeError, 'needs the states .*, found a ClientState of 3'),
+      (new[:1], ValueError, 'one state for each of the 2 clients .*, found 1. Pass'),
+      (new[::-1], ValueError, r'client 0 .* of its cohort, 0, .*_client\(\)\[0\]'),
+      ([new] * 2, ValueError, 'state of client 0 of the round must be of its cohort, 0'),
+  ):
+    with pytest.raises(error, match=message):
+      of_states.next(server, clients, *([] if states is None else [states]))
+
+
+def test_a_training_with_other_client_states(of_states, by_number, tmp_path):
+  initial = of_states.initialize_client()
+
+  def states(initial, cohort_fn=None):
+    return tff_kd.simulation.ClientStates(initial, tmp_path, cohort_fn)
+
+  for process, client_states, message in (
+      (of_states, None, 'pass `client_states=tff_kd.simulation.ClientStates'),
+      (by_number, states(initial), 'keep nothing .* leave `client_states` out'),
+      (of_states, states(initial), ' 2, found 1. Build .* with the `cohort_fn` of'),
+  ):
+    with pytest.raises(ValueError, match=message):
+      tff_kd.simulation.train(
+          process, select_clients=lambda _: [0], num_rounds=1, progress_bar=False,
+          client_states=client_states,
+      )
+  result = tff_kd.simulation.train(
+      of_states, select_clients=lambda _: [{'cohort': 1, 'data': 0}], num_rounds=1,
+      client_states=states(initial, lambda _: 1), progress_bar=False,
+  )
+  assert result.round_num == 1
+
+
 def test_cohorts_and_conditions(batches):
   process = helpers.build(
       'fed_df', student_fn=[helpers.dense_fn(), helpers.dense_fn((4,))],

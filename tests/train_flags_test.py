@@ -7,6 +7,7 @@ import os
 import pathlib
 import re
 import sys
+import types
 
 from absl import app
 from absl import flags
@@ -80,8 +81,11 @@ def test_help_lists_the_algorithms():
         ),
         (['--clients_per_round=21'], 'only 20 clients'),
         (['--num_clients=9999'], 'Use fewer clients'),
+        (['--min_reports=9'], 'is 9, and a round has 8 reports at most'),
         (['--transfer_labels=2000'], '--transfer_labels'),
         (['--transfer_labels=0', '--pretrain_epochs=1'], 'needs labels'),
+        (['--algorithm=fed_per', '--pretrain_epochs=1'], '--pretrain_epochs has no eff'),
+        (['--evaluated_clients=5'], '--evaluated_clients has no effect with --algorithm'),
         (['--transfer_labels=0', '--distillation_weight=0.5'], 'needs labels'),
         (['--transfer_size=4000'], 'do not fit'),
         (['--transfer_per_round=2000'], 'subset_size'),
@@ -517,6 +521,27 @@ def test_rates_follow_the_rounds_as_flags_say():
     assert train_process.schedules() == []
 
 
+@pytest.mark.parametrize(
+    ('flag', 'is_replaced'),
+    [
+        ('--server_warmup_rounds=1', True), ('--server_rate_schedule=linear', True),
+        ('--server_learning_rate=1', True), ('--client_warmup_rounds=1', False),
+    ],
+)
+def test_a_builders_own_optimizer_of_the_server_stays_without_a_flag(flag, is_replaced):
+  task = types.SimpleNamespace(
+      students={'mlp_small': None}, loss_fn=None, metrics_fn=None
+  )
+  with helpers.flags_of(flag):
+    common = train_process.common_arguments(
+        task, types.SimpleNamespace(element_spec=None)
+    )
+    scheduled = {schedule._optimizer for schedule in train_process.schedules()}
+  # Its rate is only scheduled where it is that of the flags.
+  assert ('server_optimizer' in common) == is_replaced
+  assert is_replaced or 'server' not in scheduled
+
+
 @pytest.mark.slow
 def test_a_run_takes_every_flag_of_the_clients_optimizer(tmp_path):
   helpers.train_here(
@@ -543,3 +568,29 @@ def test_an_own_algorithm_takes_flags_that_there_are(tmp_path):
       app.UsageError, match='parameter decay the value of --my_weight, which is not a'
   ):
     helpers.train_here(f'--algorithm={path}', f'--output_dir={tmp_path / "out"}')
+
+
+def test_an_own_algorithm_says_what_clients_keep(tmp_path):
+  path = tmp_path / 'mine.py'
+  path.write_text(
+      'import dataclasses\n'
+      'from tff_kd import algorithms\n'
+      "INFO = dataclasses.replace(algorithms.REGISTRY['fed_per'], keeps='model')\n"
+  )
+  said = helpers.refused_here(f'--algorithm={path}', '--dry_run')
+  assert "INFO of fed_per must have keeps='layers', which is what" in said
+
+
+def test_flags_of_models_that_clients_keep():
+  """By which `pipelines.compare` gives each algorithm those that it takes."""
+  taken = {
+      flag: [
+          name for name in ('fed_avg', 'ds_fl', 'fed_kd', 'fed_per', 'fed_md')
+          if train_flags.is_taken(tff_kd.algorithms.REGISTRY[name], flag)
+      ]
+      for flag in ('evaluated_clients', 'pretrain_epochs')
+  }
+  assert taken == {
+      'evaluated_clients': ['ds_fl', 'fed_kd', 'fed_per', 'fed_md'],
+      'pretrain_epochs': ['fed_avg', 'fed_kd', 'fed_md'],
+  }

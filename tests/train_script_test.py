@@ -218,6 +218,17 @@ def test_an_average_that_is_better_than_the_student_is_named(
   assert not capsys.readouterr().out
 
 
+def test_it_says_how_many_rounds_were_skipped(capsys):
+  history = [{'round_skipped': 1.0}, {'round_skipped': 0.0}, {'round_skipped': 1.0}]
+  with helpers.flags_of('--min_reports=3'):
+    train_report._print_left_out(history)
+    assert capsys.readouterr().out == (
+        'Rounds that were skipped, with fewer than 3 reports: 2 of 3.\n'
+    )
+    train_report._print_left_out(history[1:2])
+    assert not capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_ctrl_c_ends_it(tmp_path):
   args = [*helpers.TINY_FUSION, '--rounds=1000', f'--output_dir={tmp_path / "out"}']

@@ -77,5 +77,6 @@ INFO = info.Info(
     ),
     uploads=('predictions',),
     client_state=True,
+    keeps='model',
     consensus='era',
 )

@@ -58,6 +58,7 @@ INFO = info.Info(
     summary="clients keep their models and exchange each class's mean logits",
     uploads=('logits by class',),
     client_state=True,
+    keeps='model',
     flags={'regularizer_weight': 'regularizer_weight'},
     flag_defaults={'knowledge_clip': '50'},
 )

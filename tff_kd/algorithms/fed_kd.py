@@ -82,5 +82,6 @@ INFO = info.Info(
     summary='as fml, adaptive; updates travel as truncated decompositions',
     uploads=('weights',),
     client_state=True,
+    keeps='model',
     flags={'energy_rounds': 'energy_rounds'},
 )

@@ -99,6 +99,7 @@ INFO = info.Info(
     summary='clients keep their models and learn from the mean of all predictions',
     uploads=('predictions',),
     client_state=True,
+    keeps='model',
     consensus='mean_logits',
     flags={
         'digest_epochs': 'digest_epochs',

@@ -58,5 +58,6 @@ INFO = info.Info(
     summary='the body is averaged; clients keep their heads',
     uploads=('weights',),
     client_state=True,
+    keeps='layers',
     flags={'split_layer': 'split_layer'},
 )

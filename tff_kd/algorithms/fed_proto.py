@@ -70,6 +70,7 @@ INFO = info.Info(
     summary="clients keep their models and exchange each class's mean features",
     uploads=('prototypes',),
     client_state=True,
+    keeps='model',
     flags={'prototype_weight': 'prototype_weight', 'split_layer': 'split_layer'},
     flag_defaults={'knowledge_clip': '50'},
 )

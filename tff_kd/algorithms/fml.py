@@ -66,4 +66,5 @@ INFO = info.Info(
     summary="averaging; clients' private mentors and the student teach each other",
     uploads=('weights',),
     client_state=True,
+    keeps='model',
 )

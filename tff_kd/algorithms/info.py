@@ -5,6 +5,8 @@ import dataclasses
 import inspect
 from typing import Any, Optional
 
+# What clients may keep of models.
+_KEPT = (None, 'model', 'layers')
 # What an algorithm needs whose builder has the parameter.
 _NEEDS = {
     'transfer_set': 'transfer set',
@@ -36,6 +38,9 @@ class Info:
     uploads: The parts of a client's upload, in order; 'weights' if the student's
       weights are averaged.
     client_state: Whether clients keep something from round to round.
+    keeps: What clients keep of models from round to round: 'model', a whole one of their
+      own; 'layers', those layers of the student that are not averaged, so that the server
+      has no whole student; `None` for nothing.
     flags: Flags of `pipelines.train` by the parameters that get their values as they
       are, where the user gives them.
     flag_defaults: The algorithm's own defaults of flags.
@@ -44,13 +49,15 @@ class Info:
       choose.
 
   Raises:
-    ValueError: If its function takes a `consensus_rule`, and `consensus` is `None`.
+    ValueError: If its function takes a `consensus_rule`, and `consensus` is `None`; or
+      if `keeps` is none of these.
   """
 
   build: Callable[..., Any]
   summary: str
   uploads: tuple[str, ...]
   client_state: bool = False
+  keeps: Optional[str] = None
   flags: Mapping[str, str] = dataclasses.field(default_factory=dict)
   flag_defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
   consensus: Optional[str] = None
@@ -61,6 +68,10 @@ class Info:
           f"INFO of {self.name}: its function takes a `consensus_rule`, so `consensus` "
           "must name the rule that it has by default, such as 'mean_logits'. Flags such "
           'as --consensus and --prior then choose another one.'
+      )
+    if self.keeps not in _KEPT:
+      raise ValueError(
+          f'INFO of {self.name}: `keeps` must be one of {_KEPT}, found {self.keeps!r}.'
       )
 
   @property

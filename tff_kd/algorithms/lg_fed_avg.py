@@ -59,5 +59,6 @@ INFO = info.Info(
     summary='the head is averaged; clients keep their bodies',
     uploads=('weights',),
     client_state=True,
+    keeps='layers',
     flags={'split_layer': 'split_layer'},
 )

@@ -69,6 +69,7 @@ INFO = info.Info(
     summary="averaging; a client's features are drawn to the received model's",
     uploads=('weights',),
     client_state=True,
+    keeps='model',
     flags={
         'split_layer': 'split_layer',
         'contrast_weight': 'contrast_weight',

@@ -272,14 +272,16 @@ class ClientPlan:
     if self.state_is_companions:
       return self.companion.initial_client_state() if self.companion else ()
     keeps_sent = self.exchange is not None and self.exchange.keeps_sent
+    without_model = companions.ClientState(
+        weights=(),
+        sent=self.exchange.zero_payload() if keeps_sent else (),
+        sent_round=tf.constant(-1) if keeps_sent else (),
+    )
+    if not self.keeps_model:
+      return without_model
     return self.students.pack([
-        companions.ClientState(
-            weights=(
-                self.students.only(cohort, self.initial_weights(cohort))
-                if self.keeps_model else ()
-            ),
-            sent=self.exchange.zero_payload() if keeps_sent else (),
-            sent_round=tf.constant(-1) if keeps_sent else (),
+        without_model._replace(
+            weights=self.students.only(cohort, self.initial_weights(cohort))
         )
         for cohort in range(len(self.students.specs))
     ])
@@ -291,15 +293,15 @@ class ClientPlan:
       initialize_client: The computation of `initial_client_state`.
     """
     initial = initialize_client.type_signature.result
-    if self.state_is_companions or not self.students.has_cohorts:
+    if not self.keeps_model or not self.students.has_cohorts:
       return initial
     # One type for all cohorts: arrays of any size.
-    weights = self.students.initial_weights if self.keeps_model else ()
     return tff.to_type(
         companions.ClientState(
             weights=tff.types.tensorflow_to_type(
                 tf.nest.map_structure(
-                    lambda w: tf.TensorSpec([None] * np.ndim(w), w.dtype), weights
+                    lambda w: tf.TensorSpec([None] * np.ndim(w), w.dtype),
+                    self.students.initial_weights,
                 )
             ),
             sent=initial[0].sent,

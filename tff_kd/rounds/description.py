@@ -6,6 +6,7 @@ from typing import Any, NamedTuple, Optional
 import keras
 from tff_kd.compat import tff
 
+from tff_kd.client import conditions
 from tff_kd import communication
 from tff_kd.data import client_data as client_data_lib
 from tff_kd.data import transfer
@@ -62,6 +63,7 @@ class Description:
     exchanged_bytes: Bytes that a client moves down and up in a companion's exchange.
     aggregated_bytes: Bytes that a client hands to a channel's own aggregator, by channel.
     client_data: The `ClientBatches` from which clients read, or `None`.
+    reporting: The `Reporting` of clients that come with conditions, or `None`.
     sends_average: Whether clients are sent the average as it was before the server's
       distillation, and not the student that is released.
     optimizers: The optimizers of the clients, the server, the companion and the lessons,
@@ -79,6 +81,7 @@ class Description:
   exchanged_bytes: tuple[int, int]
   aggregated_bytes: dict[str, int]
   client_data: Optional[client_data_lib.ClientBatches]
+  reporting: Optional[conditions.Reporting]
   sends_average: bool
   optimizers: dict[str, optimizers_lib.Optimizer]
 

@@ -60,6 +60,7 @@ def compose_process(
   stages = round_lib.Round(parts, options, client_work, aggregator)
   init_fn = stages.build_initialize()
   state_type = init_fn.type_signature.result
+  described = _describe(parts, protection, client_work, aggregated_bytes, stages)
   next_fn = round_arguments.checked(
       stages.build_next(state_type),
       round_arguments.ClientArguments(
@@ -69,17 +70,16 @@ def compose_process(
           has_conditions=options.reporting is not None,
           max_clients=protection.max_clients,
           is_private=protection.privacy is not None,
+          keeps_state=client_work.plan.keeps_state,
+          kept_models=described.kept_models,
       ),
   )
-  described = (
-      _describe(parts, protection, client_work, aggregated_bytes, stages),
-      stages.build_accessors(state_type.member),
-  )
+  accessors = stages.build_accessors(state_type.member)
   if client_work.plan.keeps_state:
     return description_lib.StatefulClientsProcess(
-        init_fn, next_fn, client_work.initialize_client, *described
+        init_fn, next_fn, client_work.initialize_client, described, accessors
     )
-  return description_lib.DistillationProcess(init_fn, next_fn, *described)
+  return description_lib.DistillationProcess(init_fn, next_fn, described, accessors)
 
 
 def _one_companion(
@@ -153,6 +153,7 @@ def _describe(
       exchanged_bytes=exchanged_bytes,
       aggregated_bytes=aggregated_bytes,
       client_data=client_work.plan.client_data,
+      reporting=client_work.plan.reporting,
       sends_average=stages.sends_average,
       optimizers=_optimizers(parts, stages.server_optimizer),
   )

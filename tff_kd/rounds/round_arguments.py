@@ -11,13 +11,15 @@ from tff_kd.compat import tff
 
 from tff_kd.data import client_data as client_data_lib
 from tff_kd import models
+from tff_kd.models import cohorts
 
 # The values that are checked; any other (a `tff.Value`, a reference) belongs to TFF.
 _PYTHON_VALUES = (
     Sequence, Mapping, set, frozenset, numbers.Number, np.ndarray, np.generic, tf.Tensor,
     tf.data.Dataset,
 )
-_ARGUMENT = 'client_data'
+# The arguments of `next`.
+_STATE, _CLIENTS, _CLIENT_STATES = 'state', 'client_data', 'client_states'
 _HOW_TO_BATCH = '`tf.data.Dataset.from_tensor_slices((x, y)).batch(20)`'
 
 
@@ -31,6 +33,8 @@ class ClientArguments(NamedTuple):
     has_conditions: Whether clients come with `ClientConditions`.
     max_clients: The largest number of clients; any if `None`.
     is_private: Whether sums are private, for which a client can report once a round.
+    keeps_state: Whether `next` takes clients' states, too.
+    kept_models: The architectures of the models in these; `None` if there are none.
   """
 
   client_data: Optional[client_data_lib.ClientBatches]
@@ -39,6 +43,8 @@ class ClientArguments(NamedTuple):
   has_conditions: bool
   max_clients: Optional[int]
   is_private: bool
+  keeps_state: bool
+  kept_models: Optional[cohorts.Students]
 
   def check(self, selected: Any) -> Any:
     """Checks a round's clients, and returns them as TFF takes them.
@@ -85,10 +91,56 @@ class ClientArguments(NamedTuple):
           'client once.'
       )
 
+  def check_states(self, selected: Any, states: Any) -> None:
+    """Checks the states of a round's clients.
+
+    Args:
+      selected: The clients, as `check` returns them.
+      states: The states given to `next`; `None` if none are given.
+
+    Raises:
+      TypeError, ValueError: If there is not one for each client, of its cohort.
+    """
+    is_checked = states is None or isinstance(states, _PYTHON_VALUES)
+    if not self.keeps_state or not isinstance(selected, list) or not is_checked:
+      return
+    how = (
+        'Pass `client_states.load(clients)` of a `tff_kd.simulation.ClientStates`, or '
+        'what the last round has returned.'
+    )
+    if not isinstance(states, (list, tuple)) or hasattr(states, '_fields'):
+      raise TypeError(
+          "This process needs the states of the round's clients, a list with one a "
+          f'client, found {_shown(states)}. {how}'
+      )
+    if len(states) != len(selected):
+      raise ValueError(
+          f'There must be one state for each of the {len(selected)} clients of the '
+          f'round, in their order, found {len(states)}. {how}'
+      )
+    if self.kept_models is None or not self.kept_models.has_cohorts:
+      return
+    for place, (client, state) in enumerate(zip(selected, states)):
+      cohort = client['cohort']
+      expected = _shapes(self.kept_models.specs[cohort].initial_weights)
+      weights = getattr(state, 'weights', ())
+      is_by_cohort = len(weights) == len(self.kept_models.specs)
+      if not is_by_cohort or _shapes(weights[cohort]) != expected:
+        raise ValueError(
+            f'The state of client {place} of the round must be of its cohort, {cohort}, '
+            "found another. Build the `ClientStates` with the `cohort_fn` of the round's "
+            f'clients; a new client has `process.initialize_client()[{cohort}]`.'
+        )
+
   def _client(self, place: int, value: Any) -> Any:
     check = self._dataset if self.client_data is None else self._number
     keys = ['cohort'] * (self.num_cohorts > 1) + ['data']
     keys += ['conditions'] * self.has_conditions
+    if isinstance(value, Mapping) and 'conditions' in value and not self.has_conditions:
+      raise ValueError(
+          f'Client {place} of the round has conditions, and this process takes clients '
+          'without. Build it with `reporting=tff_kd.Reporting()`.'
+      )
     if len(keys) == 1:
       return check(place, value)
     if not isinstance(value, Mapping) or set(value) != set(keys):
@@ -232,6 +284,11 @@ def _ordered(dataset: tf.data.Dataset, input_spec: Any) -> tf.data.Dataset:
   return dataset.map(ordered_batch)
 
 
+def _shapes(arrays: Any) -> list[tuple[int, ...]]:
+  """Returns the shapes of the arrays of a structure."""
+  return [tuple(np.shape(array)) for array in tf.nest.flatten(arrays)]
+
+
 def _shown(value: Any) -> str:
   text = repr(value)
   if len(text) > 60 or '\n' in text:
@@ -247,15 +304,19 @@ class _CheckedComputation(tff.framework.ConcreteComputation):
   arguments: ClientArguments
 
   def __call__(self, *args, **kwargs):
-    if len(args) > 1:
-      args = (args[0], self.arguments.check(args[1]), *args[2:])
-    elif _ARGUMENT in kwargs:
-      kwargs[_ARGUMENT] = self.arguments.check(kwargs[_ARGUMENT])
+    given = dict(zip((_STATE, _CLIENTS, _CLIENT_STATES), args)) | kwargs
+    if _CLIENTS in given:
+      clients = self.arguments.check(given[_CLIENTS])
+      self.arguments.check_states(clients, given.get(_CLIENT_STATES))
+      if len(args) > 1:
+        args = (args[0], clients, *args[2:])
+      else:
+        kwargs[_CLIENTS] = clients
     return super().__call__(*args, **kwargs)
 
 
 def checked(next_fn: tff.Computation, arguments: ClientArguments) -> tff.Computation:
-  """The computation, of <state, client_data, ...>, with a check of the clients."""
+  """The computation, of <state, client_data, ...>, with checks of the clients."""
   computation = _CheckedComputation(
       computation_proto=tff.framework.ConcreteComputation.get_proto(next_fn),
       context_stack=tff.framework.get_context_stack(),

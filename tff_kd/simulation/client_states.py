@@ -68,6 +68,11 @@ class ClientStates:
     # The last round of an earlier program; this one must continue after it.
     self._earlier = max((rounds[-1] for rounds in self._rounds.values()), default=-1)
 
+  @property
+  def num_cohorts(self) -> int:
+    """The number of cohorts, each with an initial state of its own."""
+    return 1 if self._cohort_fn is None else len(self._initial)
+
   def clients(self) -> list[int]:
     """Returns the numbers of the clients that have a state of their own."""
     return sorted(self._rounds)

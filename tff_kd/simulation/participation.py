@@ -237,6 +237,14 @@ class Participation:
         or self.max_delay or self.coverage < 1.0
     )
 
+  @property
+  def max_reports(self) -> int:
+    """The largest number of clients that can report in a round."""
+    if self.sampling == 'poisson':
+      return self.num_clients
+    # Those that begin in the round, and those that are late from each round before.
+    return min(self.num_clients, self.clients_per_round * (1 + self.max_delay))
+
   def __call__(self, round_num: int) -> list[Any]:
     """Returns the clients that report in a round, as `next` takes them."""
     return [
@@ -271,10 +279,19 @@ class Participation:
     return parts if len(parts) > 1 else beginning.client
 
   def _begin(self, round_num: int) -> tuple[list[_Beginning], dict[str, int]]:
-    """Returns the clients that begin in a round, and its counts."""
-    for number in range(1, round_num + 1):
-      if number not in self._begun:
+    """Returns the clients that begin in a round, and its counts.
+
+    Where clients may be late, who is free in a round depends on all rounds before; only
+    those from which somebody may yet report are kept.
+    """
+    if round_num not in self._begun:
+      if round_num < max(self._begun, default=0):
+        self._begun.clear()
+      first = max(self._begun, default=0) + 1 if self.max_delay else round_num
+      for number in range(first, round_num + 1):
         self._begun[number] = self._draw_round(number)
+        for old in [n for n in self._begun if n < number - self.max_delay]:
+          del self._begun[old]
     return self._begun[round_num]
 
   def _draw_round(self, round_num: int) -> tuple[list[_Beginning], dict[str, int]]:

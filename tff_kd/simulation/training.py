@@ -17,6 +17,7 @@ from tff_kd.compat import tff
 import tree
 
 from tff_kd import checks
+from tff_kd.client import conditions
 from tff_kd import communication
 from tff_kd.data import client_names
 from tff_kd import optimizers
@@ -32,6 +33,7 @@ from tff_kd.simulation import participation
 
 ROUND_SECONDS = 'round_seconds'
 _COUNTS = 'client_work/participation/num_'
+_SKIPPED = 'round_skipped'
 # The key, in a checkpoint's JSON, of the metric that chose the best state, and its mode.
 _MONITORED = 'monitored'
 # The names of hyperparameters in the states of TFF's optimizers. Other optimizers' states
@@ -187,7 +189,8 @@ def train(
       `select_clients` must then return numbers or names. A resumed training continues
       with the states at its checkpoint. With an `initial_state`, training begins with
       the clients' present states, which are saved at once as round 0 if there is a
-      `program_state_manager`.
+      `program_state_manager`. States that belong neither to a checkpoint nor to the best
+      state nor, without checkpoints, to the last round are deleted.
     accountant: For a process with `privacy`. Adds `privacy/epsilon`, the cost of all
       rounds so far, and `privacy/rounds`, the number of rounds that have begun, to the
       metrics; saves the account with the training; and ends the training before its
@@ -207,9 +210,10 @@ def train(
       `privacy` (for a process of TFF's own: another model, or a hyperparameter that the
       state names), or had an accountant and this one has none, or the other way round.
     TypeError: If a callback is not a `Callback`.
-    ValueError: If the arguments contradict each other, `monitor` is not among the
-      metrics, the noise or sampling of the `accountant` differs from that of the process
-      or of the saved training, or the `initial_state` has another noise or clip.
+    ValueError: If the arguments contradict each other or the process, `monitor` is not
+      among the metrics, the noise or sampling of the `accountant` differs from that of
+      the process or of the saved training, or the `initial_state` has another noise or
+      clip.
   """
   if num_rounds < 1 or rounds_per_saving < 1:
     raise ValueError(
@@ -245,6 +249,7 @@ def train(
   )
   _check_accountant(accountant, training.protection, select_clients)
   _check_participation(process, select_clients)
+  _check_client_states(process, client_states)
   # Not `asyncio.Runner`: it leaves the thread without the loop that TFF's own
   # training loop looks for.
   with contextlib.closing(asyncio.new_event_loop()) as loop:
@@ -489,10 +494,12 @@ class _Training:
     self.completed = _Completed(
         self._with_callbacks(progress), round_num, (*self.completed.history, metrics)
     )
-    if self.program_state_manager is not None and not round_num % self.rounds_per_saving:
+    has_manager = self.program_state_manager is not None
+    is_saved = has_manager and not round_num % self.rounds_per_saving
+    if is_saved:
       self._save(self.completed)
-      if self.client_states is not None:
-        self._prune_clients()
+    if self.client_states is not None and (is_saved or not has_manager):
+      self._prune_clients()
 
   def _advance(
       self, state: Any, round_num: int, metrics: Mapping[str, float]
@@ -510,9 +517,15 @@ class _Training:
     return progress
 
   def _prune_clients(self) -> None:
-    """Deletes clients' states that belong to no checkpoint and no best state."""
-    versions = self._wait(self.program_state_manager.get_versions())
-    best_rounds = [self.best_rounds.get(version) for version in versions]
+    """Deletes clients' states that belong to no checkpoint and no best state.
+
+    Without checkpoints, the training can go back to its last round only.
+    """
+    versions = [self.completed.round_num]
+    best_rounds = [int(self.completed.progress.best_round)]
+    if self.program_state_manager is not None:
+      versions = self._wait(self.program_state_manager.get_versions())
+      best_rounds = [self.best_rounds.get(version) for version in versions]
     # The best rounds of an earlier program's checkpoints are not known, except the last.
     if None not in best_rounds:
       self.client_states.prune(min(versions), best_rounds)
@@ -548,7 +561,7 @@ class _Training:
     numbers = _client_numbers(selected, self.names)
     output = self.process.next(state, selected, self.client_states.load(numbers))
     # If a round is skipped, `next` returns the clients' states before it.
-    if not output.metrics.get('round_skipped'):
+    if not output.metrics.get(_SKIPPED):
       self.client_states.save(numbers, output.client_states, round_num)
     return output
 
@@ -666,9 +679,16 @@ def left_out(metrics: Mapping[str, float]) -> dict[str, int]:
 def _warn_of_left_out(
     round_num: int, metrics: Mapping[str, float], history: Sequence[Mapping[str, float]]
 ) -> None:
-  """Warns that a round has left out clients, with the causes."""
+  """Warns that a round is skipped, or has left out clients, with the causes."""
   causes = ', '.join(f'{name}: {count}' for name, count in left_out(metrics).items())
-  if metrics.get(f'{_COUNTS}included') == 0:
+  if metrics.get(_SKIPPED):
+    if sum(bool(row[_SKIPPED]) for row in history) < _MAX_WARNINGS:
+      logging.warning(
+          'Round %d is skipped: the reports of %d clients count, fewer than the '
+          '`min_reports` of the `Reporting` (left out: %s).',
+          round_num, metrics[f'{_COUNTS}included'], causes or 'none',
+      )
+  elif metrics.get(f'{_COUNTS}included') == 0:
     logging.warning(
         'Round %d includes no client (%s): nothing is learned from any.',
         round_num, causes or 'none reported',
@@ -680,7 +700,7 @@ def _warn_of_left_out(
 def _check_participation(
     process: tff.learning.templates.LearningProcess, select_clients: Callable[[int], Any]
 ) -> None:
-  """Refuses a `Participation` of clients that the process does not have."""
+  """Refuses a `Participation` of clients that the process does not take."""
   if not isinstance(
       select_clients, participation.Participation
   ) or not _describes_itself(process):
@@ -710,6 +730,72 @@ def _check_participation(
         f'{select_clients.clients_per_round}, and the sums of the process are of '
         f'{limit} clients at most, the `max_clients` of its `SecureAggregation`. Lower '
         'the one, or build the process with more of the other.'
+    )
+  _check_reporting(process.description.reporting, select_clients)
+
+
+def _check_reporting(
+    reporting: Optional[conditions.Reporting], chosen: participation.Participation
+) -> None:
+  """Refuses a `Participation` of other conditions than those that a process takes."""
+  if reporting is None:
+    if chosen.has_conditions:
+      raise ValueError(
+          'The `Participation` gives its clients conditions (of `dropout_after`, '
+          '`straggler_share`, `max_delay`, `coverage` or `gives_conditions`), and this '
+          'process takes clients without. Build it with '
+          f'`reporting=tff_kd.Reporting(max_delay={chosen.max_delay})`.'
+      )
+    return
+  if not chosen.has_conditions:
+    raise ValueError(
+        'This process has a `reporting`, so clients come with conditions, and the '
+        '`Participation` gives them none. Set its `gives_conditions=True`.'
+    )
+  if chosen.max_delay > reporting.max_delay:
+    raise ValueError(
+        f'The `Participation` has max_delay={chosen.max_delay}, and the `Reporting` of '
+        f'the process max_delay={reporting.max_delay}, the longest delay that it takes. '
+        'Lower the one, or build the process with more of the other.'
+    )
+  if reporting.min_reports > chosen.max_reports:
+    raise ValueError(
+        f'The `Reporting` of the process has min_reports={reporting.min_reports}, and a '
+        f'round of the `Participation` has {chosen.max_reports} reports at most: every '
+        'round would be skipped. Lower the one, or raise `clients_per_round`.'
+    )
+
+
+def _check_client_states(
+    process: tff.learning.templates.LearningProcess,
+    client_states: Optional[client_states_lib.ClientStates],
+) -> None:
+  """Refuses clients' states that are not those which the process takes."""
+  if not _describes_itself(process):
+    return
+  is_stateful = isinstance(process, rounds.StatefulClientsProcess)
+  if client_states is None:
+    if is_stateful:
+      raise ValueError(
+          'The clients of this process keep a state from round to round: pass '
+          '`client_states=tff_kd.simulation.ClientStates(process.initialize_client(), '
+          "'the folder of their files')`."
+      )
+    return
+  if not is_stateful:
+    raise ValueError(
+        'The clients of this process keep nothing from round to round: leave '
+        '`client_states` out.'
+    )
+  kept = process.kept_models
+  expected = 1 if kept is None else len(kept.specs)
+  found = client_states.num_cohorts
+  if found != expected:
+    how = 'with the `cohort_fn` of' if expected > 1 else 'without a `cohort_fn` for'
+    raise ValueError(
+        '`client_states` must have one initial state for each architecture that clients '
+        f'of this process keep, {expected}, found {found}. Build the `ClientStates` of '
+        f'`process.initialize_client()`, {how} the clients.'
     )
 
 
