@@ -150,6 +150,7 @@ class SecureAggregation:
 
 def _estimated_bound() -> tff.templates.EstimationProcess:
   """Estimates a bound from past rounds, as TFF's `secure_aggregator` does."""
+  _ignore_unused_assertions()
   return tff.aggregators.PrivateQuantileEstimationProcess.no_noise(
       initial_estimate=50.0,
       target_quantile=0.95,
