@@ -356,8 +356,7 @@ _GIVEN = knowledge.CertaintyWeighted('given')
         (
             lambda: helpers.build(
                 'fed_distillation', transfer_set=tff_kd.TransferSet(_PUBLIC),
-                consensus_rule=_GIVEN, teacher_fn=helpers.dense_fn(),
-                companion=_scorer(epsilon=None),
+                teacher_fn=helpers.dense_fn(), companion=_scorer(epsilon=None),
                 distillation=tff_kd.Distillation(target='student'),
             ),
             'distillation from the ensemble',

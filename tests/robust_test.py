@@ -167,9 +167,8 @@ def test_of_predictions_the_missing_do_not_count():
             'needs sums',
         ),
         (
-            lambda: _fed_df(
-                distillation=tff_kd.Distillation(target='student'),
-                knowledge_aggregator=robust.NormBoundFactory(1.0),
+            lambda: helpers.build(
+                'fed_avg', knowledge_aggregator=robust.NormBoundFactory(1.0)
             ),
             'no predictions',
         ),
