@@ -11,10 +11,8 @@ import time
 
 import pytest
 
-from pipelines import compare
 from pipelines import parallel
 from pipelines import tables
-from pipelines import train_flags
 from tests import helpers
 
 _TINY = [
@@ -265,6 +263,17 @@ def test_ceilings_are_of_the_data_and_models_of_a_config(tmp_path):
   assert f'student: {weights:,} weights.' in log and weights != 25_450
 
 
+_SETTINGS = '''
+import json, sys
+from absl import flags
+from pipelines import compare, train_flags
+flags.FLAGS(sys.argv)
+train_flags.take_given(compare._PER_RUN)
+settings = {s.name: sorted(of_run) for s, of_run in compare._settings([]).items()}
+print(json.dumps([train_flags.output_dir('compare').name, settings]))
+'''
+
+
 def test_a_config_gives_each_algorithm_the_flags_that_it_takes(tmp_path):
   config = tmp_path / 'config.json'
   values = {
@@ -273,14 +282,15 @@ def test_a_config_gives_each_algorithm_the_flags_that_it_takes(tmp_path):
   }
   given = sorted(values.keys() - {'batch_size'})
   config.write_text(json.dumps({'flags': values, 'given': given}))
-  with helpers.flags_of(
-      f'--config={config}', '--algorithms=fed_avg,fed_df', '--num_clients=12'
-  ):
-    train_flags.take_given(compare._PER_RUN)
-    found = {s.name: set(of_run) for s, of_run in compare._settings([]).items()}
-    assert train_flags.output_dir('compare').name == 'compare-newsgroups'
-  of_all = {'--num_clients=12', '--patience=5', '--task=newsgroups'}
-  assert found == {'fed_avg': of_all, 'fed_df': of_all | {'--server_steps=30'}}
+  folder, settings = json.loads(
+      helpers.python(
+          _SETTINGS, f'--config={config}', '--algorithms=fed_avg,fed_df',
+          '--num_clients=12',
+      ).stdout
+  )
+  assert folder == 'compare-newsgroups'
+  of_all = ['--num_clients=12', '--patience=5', '--task=newsgroups']
+  assert settings == {'fed_avg': of_all, 'fed_df': sorted([*of_all, '--server_steps=30'])}
 
 
 @pytest.mark.parametrize(
