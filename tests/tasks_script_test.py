@@ -235,7 +235,7 @@ def build_metrics():
       metrics.F1Score(threshold=0.5),
   ]
 
-def load(*, data_dir, **kwargs):
+def load(**kwargs):
   return data.task_from_clients(
       'metrics', num_classes=2, clients=[examples(30, k) for k in range(3)],
       server=examples(60, 9), students={'small': lambda: build_model(4)},
