@@ -366,8 +366,8 @@ def _print_if_average_was_better(finished: Finished) -> None:
     print(
         f'By validation the {what} was better than after it: {tables.words(task.metric)} '
         f"{average:.4f} in round {rows[1]['round']:.0f}, the student {student:.4f} in "
-        f"round {rows[0]['round']:.0f}. Then averaging alone has as much for less: "
-        'compare with --algorithm=fed_avg.'
+        f"round {rows[0]['round']:.0f}. Compare with --algorithm=fed_avg, which costs "
+        'less.'
     )
 
 
